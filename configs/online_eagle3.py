@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Online-EAGLE-3 with plain gradient descent, as the paper's baseline runs it.
+
+    ospec learn --prompts FILE.jsonl --learner configs/online_eagle3.py --checkpoint DIR
+
+A learner is a frozen `LearnerConfig`; flags given beside it win over its values.
+"""
+
+from ospec_jax import LearnerConfig
+
+
+def get_config() -> LearnerConfig:
+    return LearnerConfig(
+        name="gradient",
+        optimizer="adam",
+        learning_rate=3e-4,
+        num_steps=3,
+        batch_size=4,
+        window=64,
+        budget=0.05,
+        promotion="always",
+    )

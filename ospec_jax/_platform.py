@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""XLA's flags for the CPU, set when the package is imported first.
+
+By default XLA:CPU hands only large products, and those fused with their neighbours, to
+the library whose results do not depend on the number of rows. With `INDIVIDUAL_DOT` it
+gets every product, which is what row invariance rests on (see `models.layers`).
+"""
+
+import importlib.metadata
+import os
+
+_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+_VALUE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+
+
+def set_flags() -> None:
+    """Adds the flag unless the user chose a value, or this jaxlib may not know it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    # XLA ends the process at a flag that it does not know.
+    if importlib.metadata.version("jaxlib").startswith("0.10.") and _FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}={_VALUE}".strip()
+
+
+set_flags()

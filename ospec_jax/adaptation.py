@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning while serving: when to update, what from, and what to serve.
+
+`AdaptationState` is all there is to checkpoint. What happens is a function of it and of
+the traffic, never of the clock: a budget in seconds becomes an interval in tokens once.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+
+from ospec_jax.config import ConfigError, LearnerConfig
+from ospec_jax.decoding.engine import Completion
+from ospec_jax.learners import buffer, promotion
+from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState, Segments
+from ospec_jax.learners.gradient import gradient
+from ospec_jax.learners.losses import LOSSES
+from ospec_jax.types import Draft, SharedTables
+
+
+@flax.struct.dataclass
+class AdaptationState:
+    """What learning remembers between requests.
+
+    Attributes:
+      learner: The iterate (`w_play`) and its optimizer.
+      guard: Evidence for the next promotion.
+      num_prompts: Requests seen, so that a resumed run knows where it stands.
+      num_tokens: Answer tokens seen.
+      num_waiting: Answer tokens since the last update.
+      num_fresh: Windows added since the last update.
+      version: Promotions so far; the version of the served draft.
+      num_rollbacks: Times the iterate was thrown away.
+      update_interval: Answer tokens between updates.
+    """
+
+    learner: LearnerState
+    guard: promotion.GuardState
+    num_prompts: Int[Array, ""]
+    num_tokens: Int[Array, ""]
+    num_waiting: Int[Array, ""]
+    num_fresh: Int[Array, ""]
+    version: Int[Array, ""]
+    num_rollbacks: Int[Array, ""]
+    update_interval: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateReport:
+    """What one interval's learning did; for looking at."""
+
+    info: LearnerInfo
+    decision: str
+    seconds: float
+
+
+def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
+    """The optax optimizer of that name, behind a global-norm clip.
+
+    Raises:
+      ConfigError: optax has none of that name.
+    """
+    factory = getattr(optax, config.optimizer, None) or getattr(
+        optax.contrib, config.optimizer, None
+    )
+    if not callable(factory):
+        raise ConfigError(
+            f"optax has no optimizer {config.optimizer!r}; use adam, sgd, lion, ..."
+        )
+    optimizer: Any = factory(config.learning_rate)
+    return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+
+
+class Adaptation:
+    """Compiled learning functions for one draft; holds no state."""
+
+    def __init__(
+        self, config: LearnerConfig, unroll, shared: SharedTables, tap_width: int,
+        hidden_size: int,
+    ):  # fmt: skip
+        if config.loss not in LOSSES:
+            raise ConfigError(
+                f"unknown loss {config.loss!r}; one of {', '.join(LOSSES)} is needed"
+            )
+        self.config, self.shared = config, shared
+        self._ring_shape = (
+            config.ring_capacity,
+            config.num_context + config.window + config.num_steps,
+            tap_width,
+            hidden_size,
+        )
+        self.learner: Learner = gradient(
+            unroll, make_optimizer(config), config.num_context, config.num_steps,
+            LOSSES[config.loss], config.decay,
+        )  # fmt: skip
+        # The iterate may be what is being served: it is never donated.
+        self._update = jax.jit(self.learner.update)
+        self._evaluate = jax.jit(self.learner.evaluate)
+        self._add = jax.jit(buffer.add_window, donate_argnums=0)
+        self._batch = jax.jit(self._make_batch)
+
+    def init(self, draft: Draft) -> tuple[AdaptationState, buffer.FeedbackRing]:
+        """A state that has seen nothing."""
+        zero = jnp.zeros((), jnp.int32)
+        state = AdaptationState(
+            learner=self.learner.init(draft.params), guard=promotion.init_guard(),
+            num_prompts=zero, num_tokens=zero, num_waiting=zero, num_fresh=zero,
+            version=zero, num_rollbacks=zero,
+            update_interval=jnp.asarray(self.config.update_interval, jnp.int32),
+        )  # fmt: skip
+        return state, buffer.init_ring(*self._ring_shape)
+
+    def calibrate(
+        self, state: AdaptationState, ring, draft: Draft, seconds_per_token: float
+    ) -> AdaptationState:
+        """Compiles everything, and turns the budget into an interval if there is none.
+
+        Args:
+          seconds_per_token: Of decoding, on this machine.
+        """
+        batch = self._batch(ring, jnp.int32(0), jnp.int32(0))  # weighs nothing
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            jax.block_until_ready(self._learn(state, draft, batch))
+            times.append(time.perf_counter() - start)
+        if int(state.update_interval) > 0:
+            return state
+        seconds = min(times[1:]) * self.config.num_epochs
+        share = self.config.budget / (1 - self.config.budget)
+        interval = max(1, round(seconds / (share * seconds_per_token)))
+        return state.replace(update_interval=jnp.asarray(interval, jnp.int32))
+
+    def observe(
+        self, state: AdaptationState, ring: buffer.FeedbackRing, completion: Completion
+    ) -> tuple[AdaptationState, buffer.FeedbackRing]:
+        """Adds an answered request to the ring."""
+        num_prompt = len(completion.request.prompt_ids)
+        starts = buffer.window_starts(
+            num_prompt, completion.num_recorded, self.config.num_context,
+            self.config.window,
+        )  # fmt: skip
+        for start in starts:
+            ring = self._add(
+                ring, completion.feedback, np.int32(start), np.int32(num_prompt),
+                np.int32(completion.num_recorded),
+            )  # fmt: skip
+        count = len(completion.token_ids)
+        return state.replace(
+            num_prompts=state.num_prompts + 1,
+            num_tokens=state.num_tokens + count,
+            num_waiting=state.num_waiting + count,
+            num_fresh=state.num_fresh + len(starts),
+        ), ring
+
+    def is_due(self, state: AdaptationState) -> bool:
+        """Whether enough tokens have come since the last update."""
+        return int(state.num_waiting) >= int(state.update_interval)
+
+    def update(
+        self, state: AdaptationState, ring: buffer.FeedbackRing, served: Draft
+    ) -> tuple[AdaptationState, Draft, UpdateReport]:
+        """One interval's learning; returns the draft to serve from now on."""
+        start = time.perf_counter()
+        info = None
+        for epoch in range(self.config.num_epochs):
+            batch = self._batch(ring, state.num_fresh, state.learner.num_updates)
+            if epoch == 0 and self.config.promotion == "guarded":
+                state = state.replace(guard=self._compare(state, served, batch))
+            learner, info = self._learn(state, served, batch)
+            state = state.replace(learner=learner)
+        state, served, decision = self._promote(state, served)
+        zero = jnp.zeros((), jnp.int32)
+        state = state.replace(num_waiting=zero, num_fresh=zero)
+        jax.block_until_ready(state.learner.params)
+        assert info is not None
+        return state, served, UpdateReport(info, decision, time.perf_counter() - start)
+
+    def _learn(self, state, served: Draft, batch: Segments):
+        return self._update(state.learner, batch, self.shared, served.token_ids)
+
+    def _make_batch(self, ring, num_fresh, num_updates) -> Segments:
+        """The newest windows, and some older ones against forgetting."""
+        num_old = round(self.config.batch_size * self.config.replay_share)
+        fresh = buffer.newest(ring, self.config.batch_size - num_old, num_fresh)
+        if num_old == 0:
+            return fresh
+        key = jax.random.fold_in(jax.random.key(self.config.seed), num_updates)
+        old = buffer.draw(ring, key, num_old)
+        # Nothing fresh, nothing to learn: the batch must weigh nothing as a whole.
+        old = old.replace(weight=old.weight * (num_fresh > 0))
+        join = lambda a, b: jnp.concatenate([a, b])
+        return jax.tree.map(join, fresh, old)
+
+    def _compare(self, state, served: Draft, batch: Segments) -> promotion.GuardState:
+        """Scores windows that neither side has trained on."""
+        score = lambda params: self._evaluate(
+            params, batch, self.shared, served.token_ids
+        )[1]
+        gains = score(state.learner.params) - score(served.params)
+        return promotion.observe(state.guard, gains, jnp.sum(batch.weight, axis=1))
+
+    def _promote(self, state: AdaptationState, served: Draft):
+        decision = "promote"
+        if self.config.promotion == "guarded":
+            decision = promotion.verdict(state.guard, self.config.min_windows)
+        if decision == "wait":
+            return state, served, decision
+        state = state.replace(guard=promotion.init_guard())
+        if decision == "rollback":
+            learner = self.learner.init(served.params)
+            learner = learner.replace(num_updates=state.learner.num_updates)
+            num_rollbacks = state.num_rollbacks + 1
+            return (
+                state.replace(learner=learner, num_rollbacks=num_rollbacks),
+                served,
+                (decision),
+            )
+        served = served.replace(params=state.learner.params)
+        return state.replace(version=state.version + 1), served, decision

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks as terminal tables, Markdown and plots."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from ospec_jax.bench.harness import BenchRun
+
+_COLUMNS = (
+    ("mode", "mode", "{}"),
+    ("tokens/s", "tokens_per_second", "{:.1f}"),
+    ("with learning", "tokens_per_second_with_learning", "{:.1f}"),
+    ("speed-up", "speedup", "{:.2f}"),
+    ("predicted", "predicted_speedup", "{:.2f}"),
+    ("acceptance length", "mean_acceptance_length", "{:.2f}"),
+    ("acceptance rate", "draft_acceptance_rate", "{:.0%}"),
+    ("updates", "num_updates", "{}"),
+    ("identical", "identical", "{}"),
+)
+
+
+def with_ratios(rows: Sequence[dict]) -> list[dict]:
+    """Adds the speed-up over plain decoding, learning time included."""
+    plain = next((r for r in rows if r["mode"] == "autoregressive"), None)
+    extended = []
+    for row in rows:
+        speed = row["tokens_per_second_with_learning"]
+        extra = {"speedup": speed / plain["tokens_per_second"] if plain else None}
+        is_identical = row["num_mismatched_outputs"] == 0
+        extra["identical"] = "yes" if is_identical else "NO"
+        extended.append(row | extra)
+    return extended
+
+
+def _cell(row: dict, key: str, form: str) -> str:
+    return "-" if row[key] is None else form.format(row[key])
+
+
+def terminal_table(rows: Sequence[dict], title: str) -> Table:
+    """For people."""
+    table = Table(title=title)
+    for name, _, _ in _COLUMNS:
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    for row in with_ratios(rows):
+        table.add_row(*(_cell(row, key, form) for _, key, form in _COLUMNS))
+    return table
+
+
+def markdown_table(rows: Sequence[dict]) -> str:
+    """For the README."""
+    lines = ["| " + " | ".join(name for name, _, _ in _COLUMNS) + " |"]
+    lines.append("|" + "---|" * len(_COLUMNS))
+    for row in with_ratios(rows):
+        cells = (_cell(row, key, form) for _, key, form in _COLUMNS)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def acceptance_series(run: BenchRun, mode: str, window: int = 8) -> np.ndarray:
+    """Mean acceptance length over the last `window` prompts, `[num_prompts]`."""
+    results = run.modes[mode].results
+    drafts = np.array([r.stats.num_drafts for r in results], float)
+    accepted = np.array([r.stats.num_accepted_tokens for r in results], float)
+    sums = lambda x: np.array(
+        [x[max(0, i - window + 1) : i + 1].sum() for i in range(len(x))]
+    )
+    return 1 + sums(accepted) / np.maximum(sums(drafts), 1)
+
+
+def plot_stream(run: BenchRun, path: Path) -> Path:
+    """Draws acceptance over the stream for each drafting mode, domains shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    styles = {
+        "static": ("#8a8f98", "static draft"),
+        "learned": ("#1f6feb", "learned draft"),
+    }
+    for mode, (color, label) in styles.items():
+        if mode in run.modes:
+            series = acceptance_series(run, mode)
+            axes.plot(
+                np.arange(1, len(series) + 1), series, color=color, label=label, lw=2
+            )
+    _shade_domains(axes, [p.domain for p in run.prompts])
+    axes.set(
+        xlabel="prompt", ylabel="mean acceptance length (last 8 prompts)",
+        title="Tokens per target pass along a stream that changes its domain",
+    )  # fmt: skip
+    axes.set_xlim(1, max(2, len(run.prompts)))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="upper right", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return path
+
+
+def _shade_domains(axes, domains: list[str]) -> None:
+    begin = 0
+    for i in range(1, len(domains) + 1):
+        if i == len(domains) or domains[i] != domains[begin]:
+            if begin:
+                axes.axvline(begin + 0.5, color="#8a8f98", ls=":", lw=1)
+            axes.annotate(
+                domains[begin], ((begin + i + 1) / 2, 0.02), ha="center",
+                color="#57606a", xycoords=("data", "axes fraction"),
+            )  # fmt: skip
+            begin = i

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orbax checkpoints of drafts and of what learns them.
+
+A checkpoint folder holds numbered steps with up to four items. `draft` (parameters and
+draft vocabulary) and `meta` (what they belong to) are always there and can be loaded
+alone. `learner` is the state of online learning; `feedback` is the ring of recorded
+features, from which users' prompts and answers can be read back: it is kept apart so
+that a draft can be given away without it.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from ospec_jax.config import DraftConfig, Precision, from_dict
+from ospec_jax.data.tokenizer import tokenizer_hash
+from ospec_jax.drafters.base import dequantized
+from ospec_jax.models.hub import Target
+from ospec_jax.models.quantization import cast_params
+from ospec_jax.types import Draft
+
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or belongs to something else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a draft belongs to and how it came about.
+
+    Attributes:
+      fingerprint: Of the target's weights.
+      storage: Precision of the stored draft parameters.
+      draft_version: Promotions so far.
+      learner: Name and hyper-parameters of the learner, or empty.
+      answered: Ids of the prompts that learning has seen, in order.
+      card: Free facts: data, steps, scores.
+    """
+
+    family: str
+    draft: DraftConfig
+    target: str
+    fingerprint: str
+    tokenizer_hash: str
+    storage: Precision = "float32"
+    draft_version: int = 0
+    learner: dict = dataclasses.field(default_factory=dict)
+    answered: tuple[str, ...] = ()
+    card: dict = dataclasses.field(default_factory=dict)
+    libraries: dict = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def create(cls, target: Target, draft: DraftConfig, **values) -> "Meta":
+        """Describes a draft for `target` made with the installed libraries."""
+        libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        return cls(
+            family="eagle3", draft=draft, target=target.name,
+            fingerprint=target.fingerprint,
+            tokenizer_hash=tokenizer_hash(target.tokenizer), libraries=libraries,
+            **values,
+        )  # fmt: skip
+
+    def check(self, target: Target) -> None:
+        """Refuses a draft that cannot work for `target`; warns of other weights.
+
+        Raises:
+          CheckpointError: The vocabulary, tokenizer, width or taps do not fit.
+        """
+        config = target.config
+        for what, ours, theirs in (
+            ("vocabulary size", self.draft.vocab_size, config.vocab_size),
+            ("hidden size", self.draft.target_hidden_size, config.hidden_size),
+            ("tokenizer", self.tokenizer_hash, tokenizer_hash(target.tokenizer)),
+        ):
+            if ours != theirs:
+                raise CheckpointError(
+                    f"this draft was made for {self.target} with {what} {ours}, but "
+                    f"{target.name} has {theirs}; use a draft of this target or train "
+                    f"one with `ospec distill`"
+                )
+        if max(self.draft.taps) >= config.num_layers:
+            raise CheckpointError(
+                f"this draft reads layers {self.draft.taps}, but {target.name} has "
+                f"only {config.num_layers}: it was made for {self.target}"
+            )
+        if self.fingerprint != target.fingerprint:
+            warnings.warn(
+                f"this draft was made for other weights of {self.target} (fingerprint "
+                f"{self.fingerprint}, not {target.fingerprint}); output stays exact, "
+                f"but fewer tokens may be accepted",
+                stacklevel=3,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A restored checkpoint; `learner` and `feedback` may be None."""
+
+    step: int
+    meta: Meta
+    draft: Draft
+    learner: Any = None
+    feedback: Any = None
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    meta: Meta,
+    draft: Draft,
+    learner: Any = None,
+    feedback: Any = None,
+    num_kept: int = 2,
+) -> Path:
+    """Writes one step; older steps beyond `num_kept` are removed.
+
+    Keys cannot be stored by Orbax, so state holds none: randomness derives from seeds
+    and counters. The step appears only once it is complete.
+    """
+    stored: dict[str, Any] = {"params": cast_params(draft.params, meta.storage)}
+    if draft.token_ids is not None:
+        stored["token_ids"] = draft.token_ids
+    items = {"draft": stored, "meta": {"json": json.dumps(dataclasses.asdict(meta))}}
+    if learner is not None:
+        items["learner"] = learner
+    if feedback is not None:
+        items["feedback"] = feedback
+    path = Path(folder).resolve()
+    with _open(path, num_kept) as checkpointer:
+        if step in [c.step for c in checkpointer.checkpoints]:
+            return path / str(step)
+        checkpointer.save_checkpointables(step, items)
+    return path / str(step)
+
+
+def _open(path: Path, num_kept: int | None = None) -> Any:
+    """Orbax's checkpointer; without `num_kept` nothing is ever removed."""
+    policy: Any = None
+    if num_kept is not None:
+        policy = ocp.training.preservation_policies.LatestN(num_kept)
+    place: Any = path
+    return ocp.training.Checkpointer(place, preservation_policy=policy)
+
+
+def steps(folder: str | Path) -> list[int]:
+    """Complete steps of a checkpoint folder, oldest first."""
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        return []
+    with _open(path) as checkpointer:
+        return sorted(c.step for c in checkpointer.checkpoints)
+
+
+def load(
+    folder: str | Path,
+    target: Target | None = None,
+    learner_like: Any = None,
+    feedback_like: Any = None,
+) -> Checkpoint:
+    """Restores the newest readable step onto this machine's devices.
+
+    Args:
+      target: Checked against the draft's record, unless None.
+      learner_like: Arrays or shapes of the learner state to restore, or a function
+        from `Meta` and the restored `Draft` to them; None leaves it.
+      feedback_like: Likewise.
+
+    Raises:
+      CheckpointError: There is no readable step, or the draft is for another target.
+    """
+    path = Path(folder).resolve()
+    found = steps(path)
+    if not found:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint; `ospec learn --checkpoint` and `ospec "
+            f"distill --out` write them"
+        )
+    failures = []
+    for step in reversed(found):
+        try:
+            checkpoint = _load_step(path, step, learner_like, feedback_like)
+        except CheckpointError:
+            raise  # readable, but not what was asked for
+        except Exception as error:
+            failures.append(f"step {step}: {str(error).splitlines()[0][:200]}")
+            continue
+        if failures:
+            warnings.warn(
+                f"{folder}: {'; '.join(failures)} could not be read; "
+                f"going on from step {step}",
+                stacklevel=2,
+            )
+        if target is not None:
+            checkpoint.meta.check(target)
+        return checkpoint
+    raise CheckpointError(f"{folder}: no step can be read ({'; '.join(failures)})")
+
+
+def _load_step(path: Path, step: int, learner_like, feedback_like) -> Checkpoint:
+    with _open(path) as checkpointer:
+        raw = checkpointer.load_checkpointables(step, {"meta": None})["meta"]
+        meta = read_meta(json.loads(str(raw["json"])))
+        wanted = {"draft": _on_device(abstract_draft(meta))}
+        draft = _restore(checkpointer, step, wanted)["draft"]
+        token_ids = draft.get("token_ids")
+        draft = Draft(params=_widen(draft["params"]), token_ids=token_ids)
+        rest = {}
+        for name, like in (("learner", learner_like), ("feedback", feedback_like)):
+            if like is not None:
+                rest[name] = _on_device(like(meta, draft) if callable(like) else like)
+        restored = _restore(checkpointer, step, rest) if rest else {}
+    return Checkpoint(
+        step, meta, draft, restored.get("learner"), restored.get("feedback")
+    )
+
+
+def _restore(checkpointer, step, wanted):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]harding.*")
+        return checkpointer.load_checkpointables(step, wanted)
+
+
+def read_meta(values: dict) -> Meta:
+    """Rebuilds `Meta` from its stored form, refusing unknown keys."""
+    draft = from_dict(DraftConfig, values["draft"])
+    return from_dict(Meta, values | {"draft": draft})
+
+
+def abstract_draft(meta: Meta) -> dict:
+    """Shapes of the stored draft."""
+    from ospec_jax.config import TreeConfig
+    from ospec_jax.drafters.eagle import eagle3
+
+    def make():
+        drafter = eagle3(meta.draft, TreeConfig(num_steps=1))
+        params = cast_params(drafter.init_params(jax.random.key(0)), meta.storage)
+        if not meta.draft.has_own_head:
+            return {"params": params}
+        return {
+            "params": params,
+            "token_ids": jnp.zeros(meta.draft.draft_vocab_size, int),
+        }
+
+    return jax.eval_shape(make)
+
+
+def _on_device(tree):
+    """Puts every leaf of an abstract tree on this process's default device."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+    return jax.tree.map(place, tree)
+
+
+def _widen(params):
+    """Stored parameters back to float32, dequantising int8 kernels."""
+    if "kernel" in params and params["kernel"].dtype == jnp.int8:
+        rest = {k: v for k, v in params.items() if k not in ("kernel", "scale")}
+        return {"kernel": dequantized(params)} | rest
+    return {
+        name: _widen(value) if isinstance(value, dict) else value.astype(jnp.float32)
+        for name, value in params.items()
+    }

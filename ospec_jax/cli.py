@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `ospec` command: thin wrappers that read arguments and print results."""
+
+import contextlib
+import dataclasses
+import json
+import runpy
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from ospec_jax import checkpoint
+from ospec_jax.config import (
+    ChildrenKind,
+    ConfigError,
+    LearnerConfig,
+    Precision,
+    SamplingConfig,
+    TreeConfig,
+    parse_tree,
+)
+from ospec_jax.data.prompts import parse_prompt, read_prompts
+from ospec_jax.decoding.engine import PromptTooLongError
+from ospec_jax.models.hub import load_target
+from ospec_jax.models.weights import WeightsError
+from ospec_jax.progress import Interrupt, progress_bar
+from ospec_jax.session import LoadedDraft, Session, load_draft
+
+_USER_ERRORS = (
+    ConfigError, PromptTooLongError, WeightsError, checkpoint.CheckpointError,
+    FileNotFoundError, FloatingPointError,
+)  # fmt: skip
+console = Console(stderr=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Arguments that `generate`, `learn` and `bench` share.
+
+    Attributes:
+      target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
+      draft: none, shipped, or a checkpoint folder.
+      precision: Of weights and products; auto measures what is fastest here.
+      batch_size: Requests decoded together.
+      num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.
+      tree: chain, static:3,2,1 (children by depth) or dynamic:TOPK,NUM_TOKENS.
+      draft_sample_method: How children are drawn when sampling.
+      stop: Strings that end an answer.
+      raw: Skip the chat template.
+    """
+
+    target: str = "smollm2-135m"
+    draft: str = "shipped"
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    batch_size: int = 1
+    num_speculative_tokens: int = 3
+    tree: str = "chain"
+    draft_sample_method: ChildrenKind = "topk"
+    stop: tuple[str, ...] = ()
+    raw: bool = False
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the target's tokens are chosen."""
+        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.seed)
+
+    @property
+    def tree_config(self) -> TreeConfig:
+        """How much is drafted."""
+        if self.draft == "none":
+            return TreeConfig(num_steps=0)
+        return parse_tree(
+            self.tree, self.num_speculative_tokens, self.draft_sample_method
+        )
+
+    def load(self):
+        """The target and its draft."""
+        target = load_target(self.target, _precision(self.precision))
+        draft = None if self.draft == "none" else load_draft(self.draft, target)
+        return target, draft
+
+    def open(
+        self, target, draft: LoadedDraft | None, learner=None, has_log_probs=False
+    ) -> Session:
+        """A session with these settings."""
+        return Session(
+            target, draft, learner=learner, tree=self.tree_config,
+            batch_size=self.batch_size, stop=self.stop, has_log_probs=has_log_probs,
+        )  # fmt: skip
+
+
+Shared = Annotated[Decoding, tyro.conf.arg(name="")]
+
+
+def _precision(name: str) -> Precision | None:
+    return None if name == "auto" else name  # type: ignore[return-value]
+
+
+def generate(
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None,
+    prompts: Path | None = None,
+    decoding: Shared = Decoding(),
+    stream: bool = False,
+    logprobs: bool = False,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Answers a prompt, or every prompt of a file.
+
+    Args:
+      prompt: The prompt's text.
+      prompts: A JSONL file of prompts instead.
+      stream: Print text as it comes.
+      logprobs: Report each token's log-probability.
+      json_file: Write one object (a list for several prompts); - for standard output.
+    """
+    if prompts is not None and prompt is None:
+        rows = read_prompts(prompts)
+    elif prompt is not None and prompts is None:
+        rows = [parse_prompt({"prompt": prompt}, "prompt-0")]
+    else:
+        raise ConfigError("give either --prompt or --prompts")
+    target, draft = decoding.load()
+    session = decoding.open(target, draft, has_log_probs=logprobs)
+    write = lambda _, text: print(text, end="", flush=True)
+    results = []
+    for result in session.generate(
+        rows, decoding.max_new_tokens, decoding.sampling, is_raw=decoding.raw,
+        on_text=write if stream else None,
+    ):  # fmt: skip
+        results.append(result)
+        if stream:
+            print()
+        elif json_file is None:
+            print(result.text)
+        length = result.stats.mean_acceptance_length
+        console.print(
+            f"[dim]{len(result.token_ids)} tokens, "
+            f"{len(result.token_ids) / result.seconds:.1f} tokens/s (compilation "
+            f"included), mean acceptance length {length:.2f}[/dim]"
+        )
+    _write_json(json_file, [r.to_json() for r in results], is_list=prompts is not None)
+
+
+def learn(
+    prompts: Path,
+    decoding: Shared = Decoding(),
+    learner: str = "gradient",
+    learning_rate: float | None = None,
+    optimizer: str | None = None,
+    learn_budget: float | None = None,
+    update_interval: int | None = None,
+    promotion: Literal["always", "guarded"] | None = None,
+    checkpoint_dir: Annotated[Path | None, tyro.conf.arg(name="checkpoint")] = None,
+    resume: bool = False,
+    save_every: int = 50,
+    save_feedback: bool = True,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Answers a stream of prompts, learns from it, and saves the draft.
+
+    Args:
+      prompts: A JSONL file.
+      learner: gradient, or a Python file with `get_config() -> LearnerConfig`.
+      optimizer: Any optax optimizer.
+      learn_budget: Share of wall-clock time for learning.
+      update_interval: Tokens between updates; 0 derives it from the budget.
+      promotion: Serve every iterate, or only those that proved better.
+      checkpoint_dir: Where to save; Ctrl-C saves too.
+      resume: Go on exactly where the checkpoint stopped.
+      save_every: Prompts between two checkpoints.
+      save_feedback: Also save recent traffic, which a bitwise resume needs.
+      json_file: Write the answers and metrics.
+    """
+    rows = read_prompts(prompts)
+    if resume and checkpoint_dir is None:
+        raise ConfigError("--resume needs --checkpoint")
+    if decoding.draft == "none":
+        raise ConfigError("learning needs a draft: --draft shipped or a folder")
+    target, draft = decoding.load()
+    config = learner_config(
+        learner, optimizer=optimizer, learning_rate=learning_rate,
+        budget=learn_budget, update_interval=update_interval, promotion=promotion,
+    )  # fmt: skip
+    session = decoding.open(target, draft, config)
+    if resume and checkpoint_dir is not None:
+        answered = set(session.resume(checkpoint_dir))
+        rows = [row for row in rows if row.id not in answered]
+        console.print(
+            f"{len(answered)} prompts were answered before, {len(rows)} are left; "
+            f"draft version {session.version}"
+        )
+    session.warm_up()
+    results = []
+    with Interrupt() as interrupt, progress_bar() as bar:
+        task = bar.add_task("learn", total=len(rows))
+        answers = session.generate(
+            rows, decoding.max_new_tokens, decoding.sampling, is_raw=decoding.raw
+        )
+        for result in answers:
+            results.append(result)
+            bar.update(task, advance=1, description=_live(result, results))
+            if checkpoint_dir is not None and len(results) % save_every == 0:
+                session.save(checkpoint_dir, save_feedback)
+            if interrupt:
+                break
+    if checkpoint_dir is not None:
+        path = session.save(checkpoint_dir, save_feedback)
+        console.print(f"saved {path}")
+    _write_json(json_file, [r.to_json() for r in results], is_list=True)
+
+
+def learner_config(name_or_file: str, **flags) -> LearnerConfig:
+    """A learner by name or from a configuration file; flags that are given win.
+
+    Raises:
+      ConfigError: There is no such learner or file, or the file gives something else.
+    """
+    if name_or_file == "gradient":
+        config = LearnerConfig()
+    elif not Path(name_or_file).is_file():
+        raise ConfigError(
+            f"unknown learner {name_or_file!r}: use gradient, or a Python file with "
+            f"get_config()"
+        )
+    else:
+        get_config = runpy.run_path(name_or_file).get("get_config")
+        config = get_config() if get_config else None
+        if not isinstance(config, LearnerConfig):
+            raise ConfigError(f"{name_or_file} has no get_config() -> LearnerConfig")
+    given = {name: value for name, value in flags.items() if value is not None}
+    return dataclasses.replace(config, **given)
+
+
+def _live(result, results) -> str:
+    """Progress of a stream: speed and acceptance over the last ten prompts."""
+    recent = results[-10:]
+    tokens = sum(len(r.token_ids) for r in recent)
+    seconds = sum(r.seconds + r.learning_seconds for r in recent)
+    drafts = sum(r.stats.num_drafts for r in recent)
+    accepted = sum(r.stats.num_accepted_tokens for r in recent)
+    return (
+        f"{tokens / max(seconds, 1e-9):.1f} tokens/s, acceptance length "
+        f"{1 + accepted / max(drafts, 1):.2f}, draft v{result.version}"
+    )
+
+
+def distill(
+    prompts: Path,
+    out: Path,
+    target: str = "smollm2-135m",
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    data: Path | None = None,
+    draft_vocab_size: int = 8192,
+    num_updates: int = 1200,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    collect_batch_size: int = 32,
+    collect_only: bool = False,
+    ship: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Trains a draft on the target's own outputs; both stages resume.
+
+    Args:
+      prompts: A JSONL file.
+      out: Checkpoint folder of the draft.
+      data: Where outputs and features are recorded; by default `OUT/data`.
+      draft_vocab_size: Tokens that can be drafted, the most frequent ones; 0 for all,
+        with the target's frozen head.
+      temperature: Of the recorded outputs.
+      collect_only: Stop after recording.
+      ship: Also save the draft alone, in int8, into this folder.
+    """
+    from ospec_jax.distill.collect import collect
+    from ospec_jax.distill.train import DistillConfig, default_draft_config, train
+
+    rows = read_prompts(prompts)
+    loaded = load_target(target, _precision(precision))
+    draft_config = default_draft_config(loaded.config, draft_vocab_size)
+    folder = data or out / "data"
+    sampling = SamplingConfig(temperature=temperature, seed=seed)
+    count = collect(
+        loaded, rows, folder, draft_config.taps, max_new_tokens=max_new_tokens,
+        sampling=sampling, batch_size=collect_batch_size,
+    )  # fmt: skip
+    console.print(f"recorded {count} answers in {folder}")
+    if collect_only:
+        return
+    config = DistillConfig(
+        num_updates=num_updates, batch_size=batch_size, learning_rate=learning_rate,
+        seed=seed,
+    )  # fmt: skip
+    history = train(loaded, folder, out / "draft", config, draft_config)
+    console.print(f"saved {out / 'draft'}")
+    if history:
+        console.print(history[-1])
+    if ship is not None:
+        trained = checkpoint.load(out / "draft", loaded)
+        meta = dataclasses.replace(trained.meta, storage="int8")
+        checkpoint.save(ship, trained.step, meta, trained.draft)
+        console.print(f"saved {ship}")
+
+
+def bench(
+    prompts: Path,
+    decoding: Shared = Decoding(),
+    num_prompts: int = 50,
+    modes: str = "autoregressive,static,learned",
+    learner: str = "gradient",
+    learn_budget: float | None = None,
+    learning_rate: float | None = None,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    plot: Path | None = None,
+) -> None:
+    """Measures decoding modes, interleaved on the same prompts.
+
+    Args:
+      prompts: A JSONL file.
+      num_prompts: Prompts taken from its beginning.
+      modes: Comma-separated: autoregressive, static, learned.
+      learner: gradient, or a Python file with `get_config() -> LearnerConfig`.
+      learn_budget: Share of the learned mode's time for learning.
+      json_file: Write one row a mode.
+      plot: Draw acceptance over the stream into this PNG.
+    """
+    from ospec_jax.bench.harness import BenchConfig
+    from ospec_jax.bench.report import plot_stream
+
+    rows = read_prompts(prompts)[:num_prompts]
+    target, draft = decoding.load()
+    config = BenchConfig(
+        modes=tuple(m for m in modes.split(",") if m), tree=decoding.tree_config,
+        max_new_tokens=decoding.max_new_tokens,
+        learner=learner_config(
+            learner, learning_rate=learning_rate, budget=learn_budget
+        ),
+        sampling=decoding.sampling, is_raw=decoding.raw,
+    )  # fmt: skip
+    run, table = run_with_progress(target, draft, rows, config)
+    _write_json(json_file, table, is_list=True)
+    if plot is not None:
+        console.print(f"plot: {plot_stream(run, plot)}")
+
+
+def run_with_progress(target, draft, prompts, config):
+    """Runs a benchmark behind a live bar and prints its table."""
+    from ospec_jax.bench.harness import run_bench, to_rows
+    from ospec_jax.bench.report import terminal_table
+
+    with Interrupt() as interrupt, progress_bar() as bar:
+        task = bar.add_task("compiling", total=len(prompts))
+
+        def show(number, name, mode):
+            bar.update(
+                task, completed=number + 1,
+                description=f"{name}: {_live(mode.results[-1], mode.results)}",
+            )  # fmt: skip
+
+        run = run_bench(target, draft, prompts, config, show, lambda: bool(interrupt))
+    table = to_rows(run)
+    console.print(terminal_table(table, f"{target.name}, {target.numerics.precision}"))
+    return run, table
+
+
+def demo(
+    out: Path = Path("demo-output"),
+    num_prompts_per_domain: int = 20,
+    max_new_tokens: int = 64,
+    num_speculative_tokens: int = 3,
+    learner: str = "gradient",
+    learn_budget: float | None = None,
+    learning_rate: float | None = None,
+) -> None:
+    """The main job: a draft that learns while its stream moves through three domains.
+
+    Args:
+      out: Folder of the plot, the table and the learned draft's checkpoint.
+      learner: gradient, or a Python file with `get_config() -> LearnerConfig`.
+    """
+    from ospec_jax.demo import run_demo
+
+    run_demo(
+        out, num_prompts_per_domain, max_new_tokens, num_speculative_tokens,
+        learner_config(learner, budget=learn_budget, learning_rate=learning_rate),
+    )  # fmt: skip
+
+
+def _write_json(file: Path | None, rows: list, is_list: bool) -> None:
+    if file is None:
+        return
+    text = json.dumps(rows if is_list else rows[0], indent=1, ensure_ascii=False)
+    if str(file) == "-":
+        print(text)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n", "utf-8")
+
+
+def main() -> None:
+    """Entry point of `ospec`."""
+    commands = {"generate": generate, "learn": learn, "distill": distill,
+                "bench": bench, "demo": demo}  # fmt: skip
+    warnings.showwarning = lambda message, *_: console.print(f"[yellow]{message}")
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="ospec")
+    except _USER_ERRORS as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        with contextlib.suppress(Exception):
+            console.print("interrupted")
+        sys.exit(130)

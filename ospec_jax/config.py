@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen configurations. Builders take plain arguments; these are for borders.
+
+Every `from_dict` refuses keys that it does not know, and names the nearest known one.
+"""
+
+import dataclasses
+import difflib
+from typing import Any, Literal
+
+Precision = Literal["float32", "bfloat16", "int8"]
+ChildrenKind = Literal["topk", "sampled", "without_replacement"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work, with the value found and the remedy."""
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Builds the frozen dataclass `cls`, refusing keys that it does not have."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {known}"
+            raise ConfigError(f"{cls.__name__} has no key {key!r}{hint}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's frequency scaling of rotary embeddings."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a Llama-family target."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    max_position: int = 2048
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads {self.num_heads} is not a multiple of "
+                f"num_kv_heads {self.num_kv_heads}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """Architecture of an EAGLE-3 draft head.
+
+    Attributes:
+      taps: Target layers whose *input* hidden states are fused; EAGLE-3's default is
+        layers 2, n // 2 and n - 3.
+      draft_vocab_size: Tokens that can be drafted; 0 stands for the target's full
+        vocabulary with its frozen head.
+    """
+
+    vocab_size: int
+    target_hidden_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    taps: tuple[int, ...]
+    draft_vocab_size: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the draft predicts its own reduced vocabulary with its own head."""
+        return self.draft_vocab_size > 0
+
+    @property
+    def num_draft_ids(self) -> int:
+        """Width of the draft's logits."""
+        return self.draft_vocab_size or self.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeConfig:
+    """How much is drafted in one step, and in which shape.
+
+    Attributes:
+      kind: `chain` drafts one path; `static` the full tree of `branching`; `dynamic`
+        expands the `topk` most probable nodes at each depth and keeps the best
+        `num_draft_tokens` of all (EAGLE-2).
+      num_steps: Depth of the tree, K for a chain; 0 decodes without drafting.
+      topk: Width of the dynamic tree's frontier.
+      num_draft_tokens: Nodes of a dynamic tree, without the root.
+      branching: Children of every node, by depth, of a static tree.
+      children: How children are drawn. `topk`: the most probable ones; `sampled`:
+        independent draws; `without_replacement`: distinct draws.
+    """
+
+    kind: Literal["chain", "static", "dynamic"] = "chain"
+    num_steps: int = 3
+    topk: int = 1
+    num_draft_tokens: int = 0
+    branching: tuple[int, ...] = ()
+    children: ChildrenKind = "topk"
+
+    def __post_init__(self):
+        if self.num_steps < 0:
+            raise ConfigError(f"num_steps is {self.num_steps}; it must be at least 0")
+        if self.kind == "static" and len(self.branching) != self.num_steps:
+            raise ConfigError(
+                f"a static tree needs one branching number for each of its "
+                f"{self.num_steps} depths, not {self.branching}"
+            )
+        if self.kind == "dynamic":
+            self._check_dynamic()
+
+    def _check_dynamic(self):
+        if self.children != "topk":
+            raise ConfigError(
+                f"a dynamic tree keeps its most probable nodes, which is exact only "
+                f"for children='topk', not {self.children!r}; use a static tree"
+            )
+        pool = self.topk + (self.num_steps - 1) * self.topk**2
+        if not 0 < self.num_draft_tokens <= pool:
+            raise ConfigError(
+                f"num_draft_tokens is {self.num_draft_tokens}; a dynamic tree of topk "
+                f"{self.topk} and depth {self.num_steps} has 1 to {pool}"
+            )
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes verified in one target pass, the root included."""
+        if self.kind == "dynamic":
+            return 1 + self.num_draft_tokens
+        if self.kind == "static":
+            widths, width = 1, 1
+            for branches in self.branching:
+                width *= branches
+                widths += width
+            return widths
+        return 1 + self.num_steps
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether node i's only child is node i + 1."""
+        return self.kind == "chain"
+
+
+def parse_tree(text: str, num_steps: int, children: ChildrenKind = "topk"):
+    """Reads the command line's `--tree`.
+
+    `chain`; `static:3,2,1` (children of each node by depth); `dynamic:4,12` (topk and
+    number of draft tokens, with depth `num_steps`).
+    """
+    kind, _, numbers = text.partition(":")
+    try:
+        values = tuple(int(x) for x in numbers.split(",")) if numbers else ()
+    except ValueError:
+        values = None
+    if kind == "chain" and values == ():
+        return TreeConfig("chain", num_steps, children=children)
+    if kind == "static" and values:
+        return TreeConfig("static", len(values), branching=values, children=children)
+    if kind == "dynamic" and values and len(values) == 2:
+        topk, nodes = values
+        return TreeConfig("dynamic", num_steps, topk, nodes, children=children)
+    raise ConfigError(
+        f"unknown tree {text!r}; use chain, static:3,2,1 or dynamic:TOPK,NUM_TOKENS"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the target's tokens are chosen; temperature 0 is greedy.
+
+    Attributes:
+      top_k: Tokens kept, 0 for all.
+      top_p: Probability mass kept, 1.0 for all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}; use 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it lies in (0, 1]")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}; use 0 (all) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+    """How a draft learns from the traffic it serves.
+
+    Attributes:
+      optimizer: Any optax optimizer that takes a learning rate.
+      update_interval: Answer tokens between two updates; 0 derives it from `budget`.
+      budget: Share of wall-clock time that learning may take, turned into an interval
+        by a measurement at the start and then kept.
+      batch_size: Windows in one update.
+      window: Pairs trained in a window.
+      num_context: Pairs before each window that are attended to.
+      num_steps: Unrolled draft steps.
+      num_epochs: Updates done at each interval.
+      replay_share: Part of each batch drawn from older windows.
+      promotion: `always` serves each iterate; `guarded` only proven ones.
+      min_windows: Compared windows before a guarded promotion.
+      ring_capacity: Windows remembered.
+    """
+
+    name: Literal["gradient"] = "gradient"
+    optimizer: str = "adam"
+    learning_rate: float = 3e-4
+    loss: str = "forward_kl"
+    decay: float = 0.8
+    update_interval: int = 0
+    budget: float = 0.05
+    batch_size: int = 4
+    window: int = 64
+    num_context: int = 64
+    num_steps: int = 3
+    num_epochs: int = 1
+    replay_share: float = 0.0
+    promotion: Literal["always", "guarded"] = "always"
+    min_windows: int = 8
+    ring_capacity: int = 64
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.budget < 1:
+            raise ConfigError(f"the learning budget is {self.budget}; use 0 to 1")
+        if not 0 <= self.replay_share < 1:
+            raise ConfigError(f"replay_share is {self.replay_share}; use 0 to below 1")
+        if self.batch_size > self.ring_capacity:
+            raise ConfigError(
+                f"batch_size {self.batch_size} exceeds ring_capacity "
+                f"{self.ring_capacity}"
+            )
+        if self.num_context < 64:
+            raise ConfigError(
+                f"num_context is {self.num_context}; at least 64 pairs of context are "
+                f"needed for a window's first pairs to see what they saw when serving"
+            )

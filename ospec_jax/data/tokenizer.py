@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers and chat templates, through transformers."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ospec_jax.config import ConfigError
+from ospec_jax.models.gguf import GGUFFile
+
+# How llama.cpp's named pre-tokenizers split text before byte-level BPE; the patterns
+# are those of the models' own `tokenizer.json`.
+_SPLIT_PATTERNS = {
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+# transformers announces at import that it found no PyTorch, which nobody misses here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+_CONTROL_TOKEN = 3
+"""GGUF's token type for special tokens."""
+
+
+def tokenizer_from_folder(folder: Path):
+    """Loads a Hugging Face tokenizer from a local folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def tokenizer_from_gguf(file: GGUFFile):
+    """Builds a byte-level BPE tokenizer from a GGUF file's own tables.
+
+    transformers reads GGUF tokenizers only where torch is installed; the tables map
+    onto the `tokenizers` library directly.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    kind, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre not in (*_SPLIT_PATTERNS, "smollm"):
+        raise ConfigError(
+            f"{file.path} has tokenizer {kind}/{pre}; byte-level BPE of the kinds "
+            f"smollm, {', '.join(_SPLIT_PATTERNS)} is supported: use a Hugging Face "
+            f"folder instead"
+        )
+    tokens = file["tokenizer.ggml.tokens"]
+    merges = [tuple(m.split(" ", 1)) for m in file["tokenizer.ggml.merges"]]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    if pre == "smollm":
+        split: Any = pre_tokenizers.Digits(individual_digits=True)
+    else:
+        pattern = tokenizers.Regex(_SPLIT_PATTERNS[pre])
+        split = pre_tokenizers.Split(pattern, behavior="isolated")
+    use_regex = pre == "smollm"
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    types = file["tokenizer.ggml.token_type"]
+    special = [
+        t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN
+    ]
+    tokenizer.add_special_tokens(special)
+    named = {
+        name: tokens[index]
+        for name, key in (("bos_token", "bos"), ("eos_token", "eos"))
+        if (index := file.get(f"tokenizer.ggml.{key}_token_id")) is not None
+    }
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named
+    )
+    fast.chat_template = file.get("tokenizer.chat_template")
+    return fast
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """A hash of the vocabulary, to tell whether two models share a tokenizer."""
+    pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+
+
+def stop_token_ids(tokenizer, extra: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """Ids that end an answer: end of sequence, end of turn, and `extra`."""
+    ends = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>")
+    vocab = tokenizer.get_vocab()
+    ids = {vocab[token] for token in ends if token in vocab}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids | set(extra)))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft, verify, commit: `step.py` is the page to read first."""

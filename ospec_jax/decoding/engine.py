@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's side of decoding: prompts in, tokens out, one device read a step.
+
+`Engine` holds compiled functions and nothing that changes. A batch is served by
+prefilling each request alone and inserting its row into the running state, so a row's
+tokens cannot depend on its neighbours.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
+from ospec_jax.drafters.base import Drafter
+from ospec_jax.metrics import DecodingStats
+from ospec_jax.types import DecodeState, Draft, Feedback, SamplingParams, StepOutput
+from ospec_jax.typing import Params
+
+PREFILL_CHUNK = 64
+CAPACITIES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+"""Cache sizes that are compiled for; a request takes the smallest that holds it."""
+
+
+class PromptTooLongError(ValueError):
+    """A prompt and its answer do not fit the model's context or the cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt to answer.
+
+    Attributes:
+      prompt_ids: Token ids, chat template already applied.
+      find_stop: Given the answer's ids, the number of ids to keep when a stop string
+        occurs in their text, else None.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int = 128
+    sampling: SamplingConfig = SamplingConfig()
+    find_stop: Callable[[list[int]], int | None] | None = None
+
+
+@dataclasses.dataclass
+class Completion:
+    """An answered request.
+
+    Attributes:
+      finish_reason: `stop` or `length`.
+      seconds: Wall-clock time from prefill to the last token.
+      feedback: The row's recorded features, `[1, capacity, ...]`, or None.
+      num_recorded: Positions of `feedback` that are real.
+    """
+
+    request: Request
+    token_ids: list[int]
+    finish_reason: str
+    stats: DecodingStats
+    log_probs: list[float]
+    seconds: float
+    feedback: Feedback | None = None
+    num_recorded: int = 0
+
+
+def fetch(output: Any) -> Any:
+    """The only place where the host waits for the device while decoding."""
+    return jax.device_get(output)
+
+
+def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
+    """Puts a single-row state into a slot of a batch."""
+    place = lambda batch, one: jax.lax.dynamic_update_slice_in_dim(batch, one, slot, 0)
+    return jax.tree.map(place, state, row)
+
+
+def _take_row(feedback: Feedback, slot) -> Feedback:
+    take = lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0)
+    return jax.tree.map(take, feedback)
+
+
+def _finish(state: DecodeState, slot) -> DecodeState:
+    return state.replace(is_finished=state.is_finished.at[slot].set(True))
+
+
+@dataclasses.dataclass
+class _Slot:
+    """A request being decoded."""
+
+    request: Request
+    started: float
+    stats: DecodingStats
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+    is_done: bool = False
+    finish_reason: str = "length"
+
+
+class Engine:
+    """Compiled prefill and step functions for one target, drafter and tree."""
+
+    def __init__(
+        self,
+        config: StepConfig,
+        target_params: Params,
+        drafter: Drafter | None = None,
+        is_recording: bool = False,
+    ):
+        if drafter is None and config.tree.num_steps:
+            raise ConfigError(
+                f"a tree of depth {config.tree.num_steps} needs a drafter; attach a "
+                f"draft or set num_speculative_tokens to 0"
+            )
+        if is_recording and not config.taps:
+            raise ConfigError("recording feedback needs the draft's taps")
+        self.config, self.drafter = config, drafter
+        self.target_params, self.is_recording = target_params, is_recording
+        self._functions = {}
+        for is_greedy in (True, False):
+            special = dataclasses.replace(config, is_greedy=is_greedy)
+            for name, build in (("step", build_step), ("prefill", build_prefill)):
+                function = jax.jit(build(special, drafter), donate_argnums=2)
+                self._functions[name, is_greedy] = function
+        self._insert = jax.jit(_insert, donate_argnums=0)
+        self._take_row = jax.jit(_take_row)
+        self._finish = jax.jit(_finish, donate_argnums=0)
+
+    def compiled(self, name: str, is_greedy: bool) -> Callable:
+        """The jitted `step` or `prefill`, for greedy or sampled rows."""
+        return self._functions[name, is_greedy]
+
+    @property
+    def num_extra_slots(self) -> int:
+        """Cache slots needed beyond a request's tokens."""
+        scratch = self.drafter.num_scratch if self.drafter else 0
+        return max(self.config.tree.num_nodes, scratch) + 2
+
+    def capacity_for(self, requests: Iterable[Request]) -> int:
+        """The smallest compiled capacity that holds every request.
+
+        Raises:
+          PromptTooLongError: One of them fits no cache.
+        """
+        largest = CAPACITIES[-1] - self.num_extra_slots
+        limit = min(self.config.model.max_position, largest)
+        needed = 0
+        for request in requests:
+            length = len(request.prompt_ids) + request.max_new_tokens
+            if not request.prompt_ids:
+                raise ConfigError(f"request {request.id} has an empty prompt")
+            if length > limit:
+                raise PromptTooLongError(
+                    f"request {request.id}: {len(request.prompt_ids)} prompt tokens "
+                    f"and {request.max_new_tokens} new ones exceed the limit of "
+                    f"{limit} tokens; shorten the prompt or lower max_new_tokens"
+                )
+            needed = max(needed, length)
+        return next(c for c in CAPACITIES if c >= needed + self.num_extra_slots)
+
+    def prefill(
+        self, draft: Draft | None, request: Request, capacity: int
+    ) -> tuple[DecodeState, StepOutput]:
+        """Runs the prompt, chunk by chunk, and chooses the answer's first token."""
+        is_greedy = request.sampling.temperature == 0
+        state = self._initial_state(request, capacity)
+        ids = np.asarray(request.prompt_ids, np.int32)
+        run = self.compiled("prefill", is_greedy)
+        output = None
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            chunk = ids[start : start + PREFILL_CHUNK]
+            is_last = start + PREFILL_CHUNK >= len(ids)
+            following = 0 if is_last else ids[start + PREFILL_CHUNK]
+            padded = np.zeros((1, PREFILL_CHUNK), np.int32)
+            padded[0, : len(chunk)] = chunk
+            state, output = run(
+                self.target_params, draft, state, padded,
+                np.full(1, following, np.int32), np.full(1, len(chunk), np.int32),
+                np.bool_(is_last),
+            )  # fmt: skip
+        assert output is not None, "an empty prompt is refused by capacity_for"
+        return state, output
+
+    def _initial_state(self, request: Request, capacity: int) -> DecodeState:
+        sampling = request.sampling
+        state = self._empty_row(capacity)
+        return state.replace(
+            request_keys=jax.random.key(sampling.seed)[None],
+            sampling=SamplingParams(
+                temperature=jnp.full((1,), sampling.temperature, jnp.float32),
+                top_k=jnp.full((1,), sampling.top_k, jnp.int32),
+                top_p=jnp.full((1,), sampling.top_p, jnp.float32),
+            ),
+            num_remaining=jnp.full((1,), request.max_new_tokens, jnp.int32),
+        )
+
+    def _empty_row(self, capacity: int) -> DecodeState:
+        return empty_state(self.config, self.drafter, 1, capacity, self.is_recording)
+
+    def serve(
+        self,
+        requests: Iterable[Request],
+        draft_fn: Callable[[], Draft | None] = lambda: None,
+        batch_size: int = 1,
+        capacity: int | None = None,
+        on_tokens: Callable[[Request, list[int]], None] | None = None,
+        lag: int | None = None,
+    ) -> Iterator[Completion]:
+        """Answers requests as rows become free; yields them in order of completion.
+
+        Args:
+          draft_fn: Gives the draft to use, asked before every step, so that a learner
+            may swap it between two completions. The tree of a step is verified with
+            the draft that drew it, whatever it is.
+          capacity: Cache slots of a row; by default the smallest for all requests, or
+            for each of them when `batch_size` is 1.
+          on_tokens: Called with each request's new tokens as they come.
+          lag: Steps dispatched before the oldest one is read; 1 on accelerators, where
+            reading would leave the device idle, and 0 on the CPU.
+        """
+        if lag is None:
+            lag = 0 if jax.default_backend() == "cpu" else 1
+        if batch_size == 1:
+            for request in requests:
+                slots = self._checked_capacity([request], capacity)
+                yield from self._serve_batch(
+                    iter([request]), draft_fn, 1, slots, on_tokens, lag
+                )
+            return
+        requests = list(requests)
+        slots = self._checked_capacity(requests, capacity)
+        yield from self._serve_batch(
+            iter(requests), draft_fn, batch_size, slots, on_tokens, lag
+        )
+
+    def _checked_capacity(self, requests, capacity: int | None) -> int:
+        """The capacity to use; a chosen one in whole prefill chunks."""
+        needed = max(
+            len(request.prompt_ids) + request.max_new_tokens + self.num_extra_slots
+            for request in requests
+        )
+        fitting = self.capacity_for(requests)
+        if capacity is None:
+            return fitting
+        if capacity < needed:
+            raise PromptTooLongError(
+                f"the cache has {capacity} slots a row, the longest request needs "
+                f"{needed}; raise the capacity or lower max_new_tokens"
+            )
+        return -(-capacity // PREFILL_CHUNK) * PREFILL_CHUNK
+
+    def _serve_batch(self, pending, draft_fn, batch_size, capacity, on_tokens, lag):
+        slots: list[_Slot | None] = [None] * batch_size
+        state = None
+        in_flight: deque = deque()
+        while True:
+            for i in range(batch_size):
+                if slots[i] is None and (request := next(pending, None)) is not None:
+                    slots[i] = _Slot(request, time.perf_counter(), self._new_stats())
+                    row, output = self.prefill(draft_fn(), request, capacity)
+                    state = self._place(state, row, i, batch_size, capacity)
+                    in_flight.append((False, [(i, 0, slots[i])], output))
+            active = [(i, i, slot) for i, slot in enumerate(slots) if slot]
+            if not active and not in_flight:
+                return
+            if any(not slot.is_done for _, _, slot in active):
+                is_greedy = all(s.request.sampling.temperature == 0 for *_, s in active)
+                step = self.compiled("step", is_greedy)
+                state, output = step(self.target_params, draft_fn(), state)
+                in_flight.append((True, active, output))
+            while len(in_flight) > lag or (in_flight and not active):
+                is_step, rows, output = in_flight.popleft()
+                for i, slot in self._read(is_step, rows, fetch(output), on_tokens):
+                    state = self._finish(state, np.int32(i))
+                    slots[i] = None
+                    yield self._complete(slot, state, i)
+
+    def _place(self, state, row, slot, batch_size, capacity):
+        if batch_size == 1:
+            return row
+        if state is None:
+            state = empty_state(
+                self.config, self.drafter, batch_size, capacity, self.is_recording
+            )
+        return self._insert(state, row, np.int32(slot))
+
+    def _new_stats(self) -> DecodingStats:
+        return DecodingStats(num_spec_tokens=self.config.tree.num_steps)
+
+    def _read(self, is_step, rows, output: StepOutput, on_tokens):
+        """Books one pass's tokens; yields the slots that are done."""
+        for i, row, slot in rows:
+            if slot.is_done:
+                continue
+            count = int(output.num_emitted[row])
+            tokens = output.tokens[row, :count].tolist()
+            if output.log_probs is not None:
+                slot.log_probs += output.log_probs[row, :count].tolist()
+            slot.token_ids += tokens
+            drafted = int(output.num_drafted[row])
+            accepted = int(output.num_accepted[row])
+            cut = self._cut_at_stop_string(slot, count)
+            if is_step and count:
+                slot.stats.add_step(drafted, min(accepted, count - cut))
+            if cut < count and on_tokens is not None:
+                on_tokens(slot.request, tokens[: count - cut])
+            if output.is_finished[row] or slot.is_done:
+                if not slot.is_done and slot.token_ids[-1] in self.config.stop_ids:
+                    slot.finish_reason = "stop"
+                slot.is_done = True
+                yield i, slot
+
+    def _cut_at_stop_string(self, slot: _Slot, count: int) -> int:
+        """Drops tokens behind a stop string; returns how many of the newest."""
+        if slot.request.find_stop is None:
+            return 0
+        keep = slot.request.find_stop(slot.token_ids)
+        if keep is None:
+            return 0
+        cut = len(slot.token_ids) - keep
+        slot.token_ids = slot.token_ids[:keep]
+        slot.log_probs = slot.log_probs[:keep]
+        slot.is_done, slot.finish_reason = True, "stop"
+        return min(cut, count)
+
+    def _complete(self, slot: _Slot, state: DecodeState, row: int) -> Completion:
+        feedback, num_recorded = None, 0
+        if state.feedback is not None:
+            feedback = self._take_row(state.feedback, np.int32(row))
+            # The last emitted token was never a root: nothing was verified after it.
+            num_recorded = len(slot.request.prompt_ids) + len(slot.token_ids) - 1
+        return Completion(
+            request=slot.request,
+            token_ids=slot.token_ids,
+            finish_reason=slot.finish_reason,
+            stats=slot.stats,
+            log_probs=slot.log_probs,
+            seconds=time.perf_counter() - slot.started,
+            feedback=feedback,
+            num_recorded=num_recorded,
+        )

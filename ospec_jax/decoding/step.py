@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of speculative decoding: propose, score, verify, commit, feedback.
+
+With a tree of depth 0 the same code is plain autoregressive decoding: the oracle of the
+tests and the baseline of the benchmarks.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ospec_jax import tree as topology
+from ospec_jax.config import ModelConfig, TreeConfig
+from ospec_jax.decoding.verify import verify_greedy, verify_sampled
+from ospec_jax.drafters.base import Drafter, take_row
+from ospec_jax.models import cache as kv
+from ospec_jax.models import llama
+from ospec_jax.models.layers import Numerics
+from ospec_jax.sampling import is_any_of, processed_probs, sample
+from ospec_jax.types import (
+    DecodeState,
+    Draft,
+    DraftTree,
+    Feedback,
+    SamplingParams,
+    SharedTables,
+    StepOutput,
+    Verdict,
+)
+from ospec_jax.typing import Params
+
+_FLOAT16_MAX = 65504.0
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What one compiled step is specialised to.
+
+    Attributes:
+      taps: Target layers whose inputs the draft reads.
+      stop_ids: Tokens that end a request.
+      is_greedy: All rows are greedy; else rows follow their `SamplingParams`.
+      has_log_probs: Report the emitted tokens' log-probabilities.
+    """
+
+    model: ModelConfig
+    numerics: Numerics
+    tree: TreeConfig
+    taps: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    is_greedy: bool = True
+    has_log_probs: bool = False
+
+    @property
+    def max_emitted(self) -> int:
+        """Tokens that one step can emit."""
+        return self.tree.num_steps + 1
+
+
+def shared_tables(target_params: Params) -> SharedTables:
+    """The target's embedding and head, which drafts read and never change."""
+    return SharedTables(
+        embedding=llama.embedding_table(target_params),
+        head=llama.head_table(target_params),
+    )
+
+
+def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
+    """Builds `(target_params, draft, state) -> (state, StepOutput)`, to be jitted.
+
+    Args:
+      drafter: None decodes plainly; its tree must have depth 0 then.
+    """
+    target = llama.build(config.model, config.numerics, config.taps)
+
+    def speculative_step(
+        target_params: Params, draft: Draft | None, state: DecodeState
+    ) -> tuple[DecodeState, StepOutput]:
+        shared = shared_tables(target_params)
+        keys = jax.vmap(jax.random.fold_in)(state.request_keys, state.lengths)
+        key_draft, key_verify = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+
+        tree, state = _propose(config, drafter, draft, shared, state, key_draft)
+        hidden, taps, cache = _score(target, target_params, tree, state)
+        logits = llama.target_logits(target_params, hidden, config.numerics)
+        verdict = _verify(config, tree, logits, state, key_verify)
+        state = state.replace(cache=_keep_accepted(config, cache, state, verdict))
+        emitted, num_emitted, is_finished = _emit(config, tree, verdict, state)
+
+        gather = jax.vmap(lambda values, path: values[path])
+        taps = gather(taps, verdict.path)
+        if state.feedback is not None or config.has_log_probs:
+            logsumexp = jax.nn.logsumexp(logits, axis=-1)
+        if state.feedback is not None:
+            scored = Feedback(
+                tokens=gather(tree.tokens, verdict.path),
+                taps=taps,
+                hidden=gather(hidden, verdict.path),
+                logsumexp=gather(logsumexp, verdict.path),
+            )
+            state = state.replace(
+                feedback=record(state.feedback, scored, state.lengths)
+            )
+        if drafter is not None:
+            draft_cache, context = drafter.extend(
+                draft, shared, state.draft_cache, emitted, taps, state.lengths,
+                num_emitted,
+            )  # fmt: skip
+            state = state.replace(draft_cache=draft_cache, draft_context=context)
+        log_probs = None
+        if config.has_log_probs:
+            chosen = jax.vmap(lambda row, path, token: row[path, token])
+            log_probs = chosen(logits - logsumexp[..., None], verdict.path, emitted)
+        was_active = ~state.is_finished
+        output = StepOutput(
+            tokens=emitted,
+            num_emitted=num_emitted,
+            num_accepted=jnp.minimum(verdict.num_accepted, num_emitted),
+            num_drafted=jnp.where(was_active, jnp.sum(tree.is_valid, axis=1) - 1, 0),
+            is_finished=is_finished,
+            log_probs=log_probs,
+        )
+        newest = take_row(emitted, jnp.maximum(num_emitted - 1, 0))
+        state = state.replace(
+            lengths=state.lengths + num_emitted,
+            last_token=jnp.where(was_active, newest, state.last_token),
+            num_remaining=state.num_remaining - num_emitted,
+            is_finished=is_finished,
+        )
+        return state, output
+
+    return speculative_step
+
+
+def _propose(config, drafter, draft, shared, state, keys):
+    """The tree to verify; the root alone when nothing is drafted."""
+    root = state.last_token
+    if drafter is None or config.tree.num_steps == 0:
+        one = lambda value: jnp.full((root.shape[0], 1), value)
+        tree = DraftTree(
+            tokens=root[:, None], parents=one(np.int32(topology.NO_PARENT)),
+            depths=one(np.int32(0)), is_valid=one(True), log_probs=one(0.0),
+            ancestor_mask=one(True)[:, :, None], is_chain=True,
+        )  # fmt: skip
+        return tree, state
+    tree, draft_cache = drafter.propose(
+        draft, shared, state.draft_cache, state.draft_context, root, state.lengths,
+        keys, state.sampling,
+    )  # fmt: skip
+    return tree, state.replace(draft_cache=draft_cache)
+
+
+def _score(target, target_params, tree: DraftTree, state: DecodeState):
+    """The target's one pass over all nodes."""
+    positions = state.lengths[:, None] + tree.depths
+    capacity = state.cache.capacity
+    if tree.is_chain:
+        bias = kv.causal_bias(state.lengths, tree.tokens.shape[1], capacity)
+    else:
+        bias = kv.tree_bias(state.lengths, tree.ancestor_mask, capacity)
+    return target(
+        target_params, tree.tokens, positions, bias, state.cache,
+        state.lengths,
+    )  # fmt: skip
+
+
+def _verify(config, tree, logits, state, keys) -> Verdict:
+    if config.is_greedy:
+        return verify_greedy(tree, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    b, n, v = logits.shape
+    params = jax.tree.map(lambda x: jnp.repeat(x, n), state.sampling)
+    probs = processed_probs(
+        logits.reshape(b * n, v), params, config.numerics.is_row_invariant
+    )
+    return verify_sampled(keys, tree, probs.reshape(b, n, v))
+
+
+def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:
+    """In a chain the accepted entries lie in place already."""
+    if config.tree.is_chain:
+        return cache
+    return kv.keep_path(cache, state.lengths, verdict.path)
+
+
+def _emit(config, tree, verdict: Verdict, state):
+    """Accepted tokens and the next one, cut at stop tokens and at the limit."""
+    depth = jnp.arange(config.max_emitted)
+    accepted = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
+    accepted = jnp.pad(accepted[:, 1:], ((0, 0), (0, 1)))
+    is_accepted = depth < verdict.num_accepted[:, None]
+    emitted = jnp.where(is_accepted, accepted, verdict.next_token[:, None])
+    is_stop = is_any_of(emitted, config.stop_ids)
+    is_stop &= depth <= verdict.num_accepted[:, None]
+    until_stop = jnp.where(
+        jnp.any(is_stop, axis=1), jnp.argmax(is_stop, axis=1) + 1, config.max_emitted
+    )
+    num_emitted = jnp.minimum(verdict.num_accepted + 1, until_stop)
+    has_stopped = jnp.any(is_stop, axis=1) & (until_stop <= state.num_remaining)
+    num_emitted = jnp.minimum(num_emitted, state.num_remaining)
+    num_emitted = jnp.where(state.is_finished, 0, num_emitted).astype(jnp.int32)
+    is_spent = state.num_remaining - num_emitted <= 0
+    return emitted, num_emitted, state.is_finished | has_stopped | is_spent
+
+
+def record(feedback: Feedback, scored: Feedback, starts) -> Feedback:
+    """Writes verified tokens into the slots of their positions."""
+    narrow = lambda x: jnp.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX).astype(jnp.float16)
+    column = lambda old, new: kv.write_rows(old[..., None], new[..., None], starts)[
+        ..., 0
+    ]
+    return Feedback(
+        tokens=column(feedback.tokens, scored.tokens),
+        taps=kv.write_rows(feedback.taps, narrow(scored.taps), starts),
+        hidden=kv.write_rows(feedback.hidden, narrow(scored.hidden), starts),
+        logsumexp=column(feedback.logsumexp, scored.logsumexp),
+    )
+
+
+def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
+    """Builds the pass over one chunk of one prompt.
+
+    The function maps `(target_params, draft, state, tokens [1, t], following [1],
+    num_valid [1], is_last)` to `(state, StepOutput)`. `following` is the first token of
+    the next chunk; the last chunk emits the first token of the answer instead.
+    """
+    target = llama.build(config.model, config.numerics, config.taps)
+
+    def prefill(target_params, draft, state, tokens, following, num_valid, is_last):
+        shared = shared_tables(target_params)
+        starts, chunk = state.lengths, tokens.shape[1]
+        bias = kv.causal_bias(starts, chunk, state.cache.capacity)
+        positions = starts[:, None] + jnp.arange(chunk)
+        hidden, taps, cache = target(
+            target_params, tokens, positions, bias, state.cache, starts
+        )
+        last_hidden = take_row(hidden, num_valid - 1)
+        logits = llama.target_logits(
+            target_params, last_hidden[:, None], config.numerics
+        )
+        first = _first_token(config, logits[:, 0], state, starts + num_valid - 1)
+        following = jnp.where(is_last, first, following)
+        state = state.replace(cache=cache)
+        is_end = jnp.arange(chunk) == num_valid - 1
+        logsumexp = jax.nn.logsumexp(logits[:, 0], axis=-1)
+        if state.feedback is not None:
+            at_end = jnp.where(is_end & is_last, logsumexp[:, None], 0.0)
+            scored = Feedback(tokens=tokens, taps=taps, hidden=hidden, logsumexp=at_end)
+            state = state.replace(feedback=record(state.feedback, scored, starts))
+        if drafter is not None:
+            successors = jnp.where(is_end, following[:, None], jnp.roll(tokens, -1, 1))
+            draft_cache, context = drafter.extend(
+                draft, shared, state.draft_cache, successors, taps, starts, num_valid
+            )
+            state = state.replace(draft_cache=draft_cache, draft_context=context)
+        num_emitted = jnp.where(is_last, 1, 0) * jnp.ones_like(starts)
+        num_remaining = state.num_remaining - num_emitted
+        has_stopped = is_any_of(first[:, None], config.stop_ids)[:, 0]
+        is_finished = is_last & (has_stopped | (num_remaining <= 0))
+        log_probs = None
+        if config.has_log_probs:
+            log_probs = take_row(logits[:, 0], first)[:, None] - logsumexp[:, None]
+        state = state.replace(
+            lengths=starts + num_valid,
+            last_token=first,
+            num_remaining=num_remaining,
+            is_finished=is_finished,
+        )
+        zero = jnp.zeros_like(starts)
+        return state, StepOutput(
+            tokens=first[:, None], num_emitted=num_emitted, num_accepted=zero,
+            num_drafted=zero, is_finished=is_finished, log_probs=log_probs,
+        )  # fmt: skip
+
+    return prefill
+
+
+def _first_token(config, logits, state, positions):
+    if config.is_greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    keys = jax.vmap(jax.random.fold_in)(state.request_keys, positions)
+    probs = processed_probs(logits, state.sampling, config.numerics.is_row_invariant)
+    return sample(keys, probs)
+
+
+def empty_state(
+    config: StepConfig,
+    drafter: Drafter | None,
+    batch_size: int,
+    capacity: int,
+    has_feedback: bool,
+) -> DecodeState:
+    """A state whose rows are all finished, with caches of `capacity` slots."""
+    c, b = config.model, batch_size
+    feedback = None
+    if has_feedback:
+        feedback = Feedback(
+            tokens=jnp.zeros((b, capacity), jnp.int32),
+            taps=jnp.zeros(
+                (b, capacity, len(config.taps) * c.hidden_size), jnp.float16
+            ),
+            hidden=jnp.zeros((b, capacity, c.hidden_size), jnp.float16),
+            logsumexp=jnp.zeros((b, capacity)),
+        )
+    draft_cache = draft_context = None
+    if drafter is not None:
+        draft_cache = drafter.init_cache(b, capacity)
+        draft_context = drafter.init_context(b)
+    ints = lambda: jnp.zeros((b,), jnp.int32)
+    return DecodeState(
+        cache=kv.init_cache(
+            c.num_layers, b, c.num_kv_heads, capacity, c.head_dim,
+            config.numerics.cache_dtype,
+        ),
+        draft_cache=draft_cache,
+        draft_context=draft_context,
+        lengths=ints(),
+        last_token=ints(),
+        request_keys=jax.random.split(jax.random.key(0), b),
+        sampling=SamplingParams(
+            temperature=jnp.zeros((b,)), top_k=ints(), top_p=jnp.ones((b,))
+        ),
+        num_remaining=ints(),
+        is_finished=jnp.ones((b,), bool),
+        feedback=feedback,
+    )  # fmt: skip

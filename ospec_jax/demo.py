@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demonstration: three domains, three decoding modes, one learning draft."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from ospec_jax.bench.harness import BenchConfig
+from ospec_jax.bench.report import markdown_table, plot_stream
+from ospec_jax.config import LearnerConfig, TreeConfig
+from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
+from ospec_jax.models.hub import load_target
+from ospec_jax.session import load_draft
+
+
+def run_demo(
+    out: Path,
+    num_prompts_per_domain: int,
+    max_new_tokens: int,
+    num_speculative_tokens: int,
+    learner: LearnerConfig,
+) -> list[dict]:
+    """Runs the stream and writes `acceptance.png`, `results.json`, `results.md` and
+    the `checkpoint` of the learned draft into `out`; returns the table's rows.
+    """
+    from ospec_jax.cli import run_with_progress
+
+    console = Console(stderr=True)
+    target = load_target("smollm2-135m")
+    draft = load_draft("shipped", target)
+    stream = [
+        prompt
+        for domain in DEMO_DOMAINS
+        for prompt in demo_prompts(domain)[:num_prompts_per_domain]
+    ]
+    config = BenchConfig(
+        max_new_tokens=max_new_tokens,
+        tree=TreeConfig(num_steps=num_speculative_tokens),
+        learner=learner,
+    )
+    run, rows = run_with_progress(target, draft, stream, config)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (out / "results.md").write_text(markdown_table(rows) + "\n")
+    plot = plot_stream(run, out / "acceptance.png")
+    saved = run.modes["learned"].session.save(out / "checkpoint")
+    console.print(f"plot        {plot}\ncheckpoint  {saved}")
+    return rows

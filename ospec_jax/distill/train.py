@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training an EAGLE-3 draft on recorded outputs of its target."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ospec_jax import checkpoint
+from ospec_jax.config import DraftConfig, ModelConfig, TreeConfig
+from ospec_jax.decoding.step import shared_tables
+from ospec_jax.distill.store import FeedbackStore
+from ospec_jax.drafters.base import dequantized
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState
+from ospec_jax.learners.gradient import gradient
+from ospec_jax.models.hub import Target
+from ospec_jax.models.llama import head_table
+from ospec_jax.progress import Interrupt, progress_bar
+from ospec_jax.types import Draft
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """How a draft is trained offline.
+
+    Attributes:
+      num_updates: Optimizer steps in all; the learning rate falls to zero over the
+        last `decay_share` of them, so a run may be resumed with more.
+      num_context: Pairs before each window that are attended to.
+      window: Pairs trained in a window.
+      num_steps: Unrolled draft steps (training-time test).
+    """
+
+    num_updates: int = 1200
+    batch_size: int = 16
+    num_context: int = 128
+    window: int = 64
+    num_steps: int = 3
+    learning_rate: float = 1e-3
+    warm_up: int = 20
+    decay_share: float = 0.4
+    holdout_share: float = 0.05
+    save_every: int = 100
+    evaluate_every: int = 100
+    seed: int = 0
+
+
+def default_draft_config(
+    model: ModelConfig, draft_vocab_size: int = 8192
+) -> DraftConfig:
+    """The draft that EAGLE-3 would pair with a target: one layer of its own shape."""
+    n = model.num_layers
+    return DraftConfig(
+        vocab_size=model.vocab_size,
+        target_hidden_size=model.hidden_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        taps=(2, n // 2, n - 3) if n >= 6 else tuple(range(min(n, 3))),
+        draft_vocab_size=draft_vocab_size,
+        rope_theta=model.rope_theta,
+        rms_norm_eps=model.rms_norm_eps,
+    )
+
+
+def frequent_tokens(store: FeedbackStore, vocab_size: int, count: int) -> np.ndarray:
+    """The most frequent tokens of the answers, ascending.
+
+    Tokens that never occurred tie; the lower ids win, which byte-pair vocabularies give
+    to the more frequent merges.
+    """
+    counts = np.zeros(vocab_size, np.int64)
+    for i in range(len(store.entries)):
+        np.add.at(counts, store.answer(i), 1)
+    order = np.argsort(-counts, kind="stable")
+    return np.sort(order[:count]).astype(np.int32)
+
+
+def coverage_by_domain(store: FeedbackStore, token_ids: np.ndarray) -> dict[str, float]:
+    """Share of answer tokens that can be drafted, by domain."""
+    seen: dict[str, list[int]] = {}
+    for i, entry in enumerate(store.entries):
+        answer = store.answer(i)
+        total = seen.setdefault(entry.domain, [0, 0])
+        total[0] += int(np.isin(answer, token_ids).sum())
+        total[1] += len(answer)
+    return {domain: inside / total for domain, (inside, total) in seen.items()}
+
+
+def warm_start(params, target: Target, token_ids):
+    """Starts a draft of the target's own shape from the target's last layer.
+
+    The newest tap passes through, the block is the target's last one, reading features
+    where it read its residual stream, and the head is the target's.
+    """
+    last = target.params[f"layers_{target.config.num_layers - 1}"]
+    wide = lambda table: {"kernel": dequantized(table)}
+    attention, mlp = last["self_attn"], last["mlp"]
+    fused = params["fc"]["kernel"]
+    width, num_features = fused.shape
+    newest = jnp.eye(width, num_features, num_features - width)
+    qkv = dequantized(attention["qkv_proj"])
+    small = 0.01 * jax.random.normal(jax.random.key(0), qkv.shape)
+    started = {
+        "fc": {"kernel": newest + 0.01 * fused},
+        "qkv_proj": {"kernel": jnp.concatenate([small, qkv], axis=1)},
+        "o_proj": wide(attention["o_proj"]),
+        "mlp": {name: wide(table) for name, table in mlp.items()},
+        "hidden_norm": last["input_layernorm"],
+        "post_attention_layernorm": last["post_attention_layernorm"],
+        "norm": target.params["norm"],
+    }
+    if token_ids is not None:
+        started["lm_head"] = {
+            "kernel": dequantized(head_table(target.params))[token_ids]
+        }
+    same = jax.tree.map(jnp.shape, started) == jax.tree.map(
+        jnp.shape, {name: params[name] for name in started}
+    )
+    return params | started if same else params
+
+
+def distill_learner(config: DistillConfig, unroll) -> Learner:
+    """The learner that offline training runs."""
+    decay_steps = max(1, int(config.num_updates * config.decay_share))
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.learning_rate, config.warm_up),
+            optax.constant_schedule(config.learning_rate),
+            optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
+        ],
+        [config.warm_up, config.num_updates - decay_steps],
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95)
+    )
+    return gradient(unroll, optimizer, config.num_context, config.num_steps)
+
+
+def is_held_out(request_id: str, share: float) -> bool:
+    """A request's side of the split; by its id, so that it never changes sides."""
+    number = int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:4])
+    return number < share * 2**32
+
+
+def _batches(store_folder: Path, config: DistillConfig, first: int) -> Iterator:
+    """Endless batches; the order is a function of seed and position alone."""
+    epoch, position = 0, 0
+    while True:
+        # Read again each epoch: collection may still be adding shards.
+        store = FeedbackStore(store_folder)
+        train = [
+            i for i, e in enumerate(store.entries)
+            if not is_held_out(e.id, config.holdout_share)
+        ]  # fmt: skip
+        windows = store.windows(train, config.window)
+        np.random.default_rng((config.seed, epoch)).shuffle(windows)
+        num_batches = max(1, len(windows) // config.batch_size)
+        for i in range(num_batches):
+            if position >= first:
+                chosen = windows[i * config.batch_size : (i + 1) * config.batch_size]
+                chosen += windows[: config.batch_size - len(chosen)]
+                yield store.segments(
+                    chosen, config.num_context, config.window, config.num_steps
+                )
+            position += 1
+        epoch += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutScore:
+    """Greedy drafting on held-out answers, teacher-forced.
+
+    Attributes:
+      mean_acceptance_length: By domain, for a chain of `num_steps` tokens.
+    """
+
+    loss: float
+    mean_acceptance_length: dict[str, float]
+
+
+def evaluate_held_out(
+    learner: Learner, params, store: FeedbackStore, config: DistillConfig, shared,
+    token_ids, max_windows: int = 32,
+) -> HeldOutScore:  # fmt: skip
+    """Scores at most `max_windows` held-out windows of each domain."""
+    evaluate = jax.jit(learner.evaluate)
+    domains: dict[str, list] = {}
+    for i, entry in enumerate(store.entries):
+        if is_held_out(entry.id, config.holdout_share):
+            windows = store.windows([i], config.window)
+            domains.setdefault(entry.domain, []).extend(windows)
+    losses, lengths = [], {}
+    for domain, windows in sorted(domains.items()):
+        infos = [
+            evaluate(
+                params,
+                store.segments(
+                    windows[i : i + config.batch_size], config.num_context,
+                    config.window, config.num_steps,
+                ),
+                shared, token_ids,
+            )[0]
+            for i in range(0, min(len(windows), max_windows), config.batch_size)
+            if len(windows) >= i + config.batch_size
+        ]  # fmt: skip
+        if not infos:
+            continue
+        losses += [float(info.loss) for info in infos]
+        agreement = np.mean([info.agreement for info in infos], axis=0)
+        lengths[domain] = float(1 + np.cumprod(agreement).sum())
+    return HeldOutScore(float(np.mean(losses)) if losses else float("nan"), lengths)
+
+
+def train(
+    target: Target,
+    store_folder: Path,
+    out: Path,
+    config: DistillConfig = DistillConfig(),
+    draft_config: DraftConfig | None = None,
+) -> list[dict]:
+    """Trains, or goes on training, the draft in `out`; returns the history.
+
+    Ctrl-C saves and returns.
+    """
+    store = FeedbackStore(store_folder)
+    draft_config = draft_config or default_draft_config(target.config)
+    drafter = eagle3(draft_config, TreeConfig(num_steps=1))
+    learner = distill_learner(config, drafter.unroll)
+    shared = shared_tables(target.params)
+    if checkpoint.steps(out):
+        like = lambda _, draft: jax.eval_shape(learner.init, draft.params)
+        restored = checkpoint.load(out, target, learner_like=like)
+        draft, state = restored.draft, restored.learner
+        history = restored.meta.card.get("history", [])
+    else:
+        token_ids = None
+        if draft_config.has_own_head:
+            size = draft_config.draft_vocab_size
+            token_ids = jnp.asarray(
+                frequent_tokens(store, target.config.vocab_size, size)
+            )
+        params = drafter.init_params(jax.random.key(config.seed))
+        draft = Draft(warm_start(params, target, token_ids), token_ids)
+        state, history = learner.init(draft.params), []
+    run = _Run(target, store_folder, out, config, draft_config, learner, draft, shared)
+    run.loop(state, history)
+    return history
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    target: Target
+    store_folder: Path
+    out: Path
+    config: DistillConfig
+    draft_config: DraftConfig
+    learner: Learner
+    draft: Draft
+    shared: object
+
+    def loop(self, state: LearnerState, history: list[dict]) -> None:
+        config, token_ids = self.config, self.draft.token_ids
+        update = jax.jit(self.learner.update, donate_argnums=0)
+        step = int(state.num_updates)
+        batches = _batches(self.store_folder, config, step)
+        with Interrupt() as interrupt, progress_bar() as bar:
+            task = bar.add_task("distill", total=config.num_updates, completed=step)
+            while step < config.num_updates and not interrupt:
+                state, info = update(state, next(batches), self.shared, token_ids)
+                step += 1
+                bar.update(task, completed=step, description=_describe(info))
+                if not np.isfinite(info.loss):
+                    raise FloatingPointError(
+                        f"the loss is {info.loss} at update {step}; the last "
+                        f"checkpoint in {self.out} is kept: lower learning_rate"
+                    )
+                is_last = step == config.num_updates
+                if step % config.evaluate_every == 0 or is_last:
+                    history.append(self._score(state, step, info))
+                    bar.console.print(history[-1])
+                if step % config.save_every == 0 or is_last:
+                    self._save(state, step, history)
+            if interrupt:
+                self._save(state, step, history)
+
+    def _score(self, state, step, info: LearnerInfo) -> dict:
+        store = FeedbackStore(self.store_folder)
+        score = evaluate_held_out(
+            self.learner, state.params, store, self.config, self.shared,
+            self.draft.token_ids,
+        )  # fmt: skip
+        return {
+            "step": step,
+            "train_loss": round(float(info.loss), 4),
+            "held_out_loss": round(score.loss, 4),
+            "mean_acceptance_length": {
+                k: round(v, 3) for k, v in score.mean_acceptance_length.items()
+            },
+            "num_answer_tokens": store.num_answer_tokens,
+        }
+
+    def _save(self, state, step, history) -> None:
+        card = {"history": history, "config": dataclasses.asdict(self.config)}
+        if self.draft.token_ids is not None:
+            store, ids = (
+                FeedbackStore(self.store_folder),
+                np.asarray(self.draft.token_ids),
+            )
+            card["coverage"] = coverage_by_domain(store, ids)
+        meta = checkpoint.Meta.create(self.target, self.draft_config, card=card)
+        draft = Draft(state.params, self.draft.token_ids)
+        checkpoint.save(self.out, step, meta, draft, learner=state)
+
+
+def _describe(info: LearnerInfo) -> str:
+    length = 1 + float(np.cumprod(info.agreement).sum())
+    return f"loss {float(info.loss):.3f}, acceptance length {length:.2f}"

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a drafter is: a bundle of pure functions over a `Draft`.
+
+Laws, held by the conformance test: cached logits equal uncached ones after partial and
+full acceptance; `unroll` reproduces what `propose` computed; rows are independent.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ospec_jax.types import SharedTables
+
+
+class Drafter(NamedTuple):
+    """A drafting algorithm for one target and one tree.
+
+    Attributes:
+      init_params: `key -> params`, freshly initialised.
+      init_cache: `(batch_size, capacity) -> cache`.
+      init_context: `batch_size -> context`, of the shapes that `extend` returns.
+      extend: `(draft, shared, cache, tokens, taps, starts, num_valid) -> (cache,
+        context)`. Runs over verified tokens: `tokens[b, t]` follow the positions whose
+        target features are `taps[b, t, f]`; `starts[b]` is the first such position and
+        `num_valid[b]` how many of the t are real.
+      propose: `(draft, shared, cache, context, root, starts, keys, sampling) -> (tree,
+        cache)`. `starts[b]` is the root's position.
+      unroll: `(params, token_ids, shared, feedback, start, num_context, num_steps) ->
+        [draft logits]`, the training forward pass; see `learners.losses`.
+      num_scratch: Cache slots that `propose` uses beyond the committed ones.
+    """
+
+    init_params: Callable
+    init_cache: Callable
+    init_context: Callable
+    extend: Callable
+    propose: Callable
+    unroll: Callable
+    num_scratch: int
+
+
+def frozen_head(shared: SharedTables, token_ids) -> dict:
+    """The target's head on the draft vocabulary, in its own precision."""
+    if token_ids is None:
+        return shared.head
+    return {name: rows[token_ids] for name, rows in shared.head.items()}
+
+
+def dequantized(table: dict) -> Float[Array, "v d"]:
+    """A table in float32, for training."""
+    kernel = table["kernel"].astype(jnp.float32)
+    return kernel * table["scale"][:, None] if "scale" in table else kernel
+
+
+def take_row(values: jax.Array, index: jax.Array) -> jax.Array:
+    """`values[b, index[b]]` for every row."""
+    shape = (-1, 1) + (1,) * (values.ndim - 2)
+    return jnp.take_along_axis(values, index.reshape(shape), axis=1)[:, 0]

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Growing draft trees depth by depth, for drafters that step with a cache.
+
+A drafter supplies `step(cache, hidden, tokens, positions, bias, starts) -> (hidden,
+logits, cache)`; what is expanded at depth d lies in scratch slots behind the committed
+ones and is dropped afterwards.
+
+How much is drafted may depend on the past and on tokens that will be verified. A
+*drawn* token is never dropped after a look at its value: with p = (.5, .5) and
+q = (.9, .1), dropping improbable drafts would emit (.55, .45).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ospec_jax import tree as topology
+from ospec_jax.config import TreeConfig
+from ospec_jax.models import cache as kv
+from ospec_jax.sampling import processed_probs, sample, sample_without_replacement
+from ospec_jax.types import DraftTree
+
+StopFn = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(depth, log_probs [b, w] of the newest nodes' paths) -> is_stopped [b]`."""
+
+
+def _to_target(ids, token_ids):
+    return ids if token_ids is None else token_ids[ids]
+
+
+def _log_softmax_top(logits, count):
+    """The `count` most probable entries of each row with their log-probabilities."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    if count == 1:
+        best = jnp.argmax(logits, axis=-1, keepdims=True)
+        return jnp.max(logits, axis=-1, keepdims=True) - total, best.astype(jnp.int32)
+    values, ids = jax.lax.top_k(logits, count)
+    return values - total, ids.astype(jnp.int32)
+
+
+def _fold(keys, data):
+    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+
+
+def _flat_params(sampling, width):
+    """Repeats each row's sampling parameters for `width` nodes."""
+    return jax.tree.map(lambda x: jnp.repeat(x, width), sampling)
+
+
+def _draw(keys, logits, count, children, sampling, is_row_invariant):
+    """Draws children of `[b, w]` nodes: ids and log-probabilities `[b, w, count]`.
+
+    Also returns the distributions drawn from, `[b, w, q]`, or None for `topk`.
+    """
+    b, w, q = logits.shape
+    if children == "topk":
+        log_probs, ids = _log_softmax_top(logits, count)
+        return ids, log_probs, None
+    probs = processed_probs(
+        logits.reshape(b * w, q), _flat_params(sampling, w), is_row_invariant
+    ).reshape(b, w, q)
+    split = jax.vmap(lambda key: jax.random.split(key, (w, count)))(keys)
+    if children == "without_replacement":
+        flat = split[:, :, 0].reshape(b * w)
+        ids = sample_without_replacement(flat, probs.reshape(b * w, q), count)
+    else:
+        repeated = jnp.repeat(probs.reshape(b * w, q), count, axis=0)
+        ids = sample(split.reshape(b * w * count), repeated)
+    ids = ids.reshape(b, w, count)
+    return ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs
+
+
+def propose_static(
+    step, config: TreeConfig, cache, context, root, starts, keys, sampling, token_ids,
+    is_row_invariant,
+):  # fmt: skip
+    """Fills a fixed tree of `config.branching`."""
+    parents = topology.static_parents(config)
+    depths = topology.static_depths(parents)
+    mask = topology.static_ancestor_mask(parents)
+    b = root.shape[0]
+    tokens, log_probs = [root[:, None]], [jnp.zeros((b, 1))]
+    # Level 0 is the root, whose logits verification left in the context.
+    hidden, logits = context.hidden[:, None], context.logits[:, None]
+    drawn_from, first = [], 0
+    for depth, branches in enumerate(config.branching):
+        width = int(np.sum(depths == depth))
+        if depth:
+            level = slice(first, first + width)
+            # Node n lies in scratch slot n - 1: the root is part of the context.
+            visible = jnp.broadcast_to(mask[level, 1:], (b, width, len(parents) - 1))
+            positions = jnp.repeat(starts[:, None] + depth - 1, width, axis=1)
+            hidden, logits, cache = step(
+                cache, hidden, tokens[-1], positions,
+                kv.tree_bias(starts, visible, cache.capacity), starts + first - 1,
+            )  # fmt: skip
+        ids, chosen, probs = _draw(
+            _fold(keys, depth), logits, branches, config.children, sampling,
+            is_row_invariant,
+        )  # fmt: skip
+        drawn_from.append(probs)
+        tokens.append(_to_target(ids, token_ids).reshape(b, -1))
+        log_probs.append(chosen.reshape(b, -1))
+        hidden = jnp.repeat(hidden, branches, axis=1)
+        first += width
+    leaves = tokens[-1].shape[1]
+    draft_probs = None
+    if config.children != "topk":
+        unused = jnp.zeros((b, leaves, drawn_from[0].shape[-1]))
+        draft_probs = jnp.concatenate([*drawn_from, unused], axis=1)
+    spread = lambda x: jnp.broadcast_to(x, (b, *x.shape))
+    tree = DraftTree(
+        tokens=jnp.concatenate(tokens, axis=1),
+        parents=spread(parents),
+        depths=spread(depths),
+        is_valid=spread(np.ones(len(parents), bool)),
+        log_probs=jnp.concatenate(log_probs, axis=1),
+        ancestor_mask=spread(mask),
+        draft_probs=draft_probs,
+        token_ids=token_ids,
+        children=config.children,
+        max_depth=config.num_steps,
+        max_children=max(config.branching),
+    )
+    return tree, cache
+
+
+def propose_uniform(
+    step, config: TreeConfig, cache, context, root, starts, keys, sampling, token_ids,
+    is_row_invariant, stop_fn: StopFn | None = None,
+):  # fmt: skip
+    """Chains, and EAGLE-2's dynamic trees (arXiv 2406.16858).
+
+    Each depth expands a frontier of `topk` nodes into `topk` children each, of which
+    the best `topk`, by the probability of their path, are the next frontier. A dynamic
+    tree keeps the best `num_draft_tokens` of all nodes seen; since a child is never
+    more probable than its parent, the kept ones are connected.
+    """
+    b, width, num_steps = root.shape[0], config.topk, config.num_steps
+    num_pool = width + (num_steps - 1) * width**2
+    num_scratch = max(num_steps - 1, 1) * width
+    ids, log_probs, probs = _draw(
+        _fold(keys, 0), context.logits[:, None], width, config.children, sampling,
+        is_row_invariant,
+    )  # fmt: skip
+    first = _to_target(ids[:, 0], token_ids)
+    pool = {
+        "tokens": _place(jnp.zeros((b, num_pool), jnp.int32), first, 0),
+        "scores": _place(jnp.full((b, num_pool), -jnp.inf), log_probs[:, 0], 0),
+        "log_probs": _place(jnp.zeros((b, num_pool)), log_probs[:, 0], 0),
+        "parents": jnp.full((b, num_pool), topology.NO_PARENT, jnp.int32),
+    }
+    if probs is not None:
+        all_probs = jnp.zeros((b, num_steps + 1, probs.shape[-1]))
+        pool["probs"] = jax.lax.dynamic_update_slice(all_probs, probs, (0, 0, 0))
+    frontier = {
+        "tokens": first,
+        "scores": log_probs[:, 0],
+        "index": jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (b, width)),
+        "hidden": jnp.repeat(context.hidden[:, None], width, axis=1),
+        "visible": jnp.zeros((b, width, num_scratch), bool),
+    }
+    stopped = lambda depth, front: (
+        jnp.zeros((b,), bool) if stop_fn is None else stop_fn(depth, front["scores"])
+    )
+
+    def deeper(carry):
+        depth, cache, pool, front, is_stopped = carry
+        own = (
+            jnp.arange(num_scratch) == (depth - 1) * width + jnp.arange(width)[:, None]
+        )
+        visible = front["visible"] | own
+        positions = jnp.broadcast_to(starts[:, None] + depth - 1, (b, width))
+        hidden, logits, cache = step(
+            cache, front["hidden"], front["tokens"], positions,
+            kv.tree_bias(starts, visible, cache.capacity), starts + (depth - 1) * width,
+        )  # fmt: skip
+        ids, log_probs, probs = _draw(
+            _fold(keys, depth), logits, width, config.children, sampling,
+            is_row_invariant,
+        )  # fmt: skip
+        scores = front["scores"][..., None] + log_probs
+        scores = jnp.where(is_stopped[:, None, None], -jnp.inf, scores)
+        offset = width + (depth - 1) * width**2
+        flat = lambda x: x.reshape(b, width * width)
+        tokens = flat(_to_target(ids, token_ids))
+        parents = flat(jnp.repeat(front["index"][..., None], width, axis=-1))
+        new = {
+            "tokens": tokens, "scores": flat(scores), "log_probs": flat(log_probs),
+            "parents": parents,
+        }  # fmt: skip
+        pool = pool | {name: _place(pool[name], new[name], offset) for name in new}
+        if probs is not None:
+            pool["probs"] = jax.lax.dynamic_update_slice(
+                pool["probs"], probs, (0, depth, 0)
+            )
+        best, slot = jax.lax.top_k(flat(scores), width)
+        pick = lambda x: jnp.take_along_axis(x, slot, axis=1)
+        parent = slot // width
+        pick_parent = jax.vmap(lambda x, i: x[i])
+        front = {
+            "tokens": pick(tokens),
+            "scores": best,
+            "index": offset + slot.astype(jnp.int32),
+            "hidden": pick_parent(hidden, parent),
+            "visible": pick_parent(visible, parent),
+        }
+        is_stopped = is_stopped | stopped(depth + 1, front)
+        return depth + 1, cache, pool, front, is_stopped
+
+    start = (jnp.int32(1), cache, pool, frontier, stopped(1, frontier))
+    is_going = lambda carry: (carry[0] < num_steps) & ~jnp.all(carry[4])
+    _, cache, pool, _, _ = jax.lax.while_loop(is_going, deeper, start)
+    return _assemble(config, pool, root, token_ids), cache
+
+
+def _place(buffer, new, offset):
+    return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (0, offset))
+
+
+def _assemble(config: TreeConfig, pool, root, token_ids) -> DraftTree:
+    """The tree of the pool's best nodes, in depth order."""
+    b, num_pool = pool["tokens"].shape
+    kept = config.num_nodes - 1
+    is_reranked = kept < num_pool
+    if is_reranked:
+        # top_k is stable, so parents win over children that tie with them.
+        index = jnp.sort(jax.lax.top_k(pool["scores"], kept)[1], axis=1)
+        take = lambda x: jnp.take_along_axis(x, index, axis=1)
+        above = take(pool["parents"])
+        is_parent = index[:, None, :] == above[:, :, None]
+        parents = jnp.where(above < 0, 0, jnp.argmax(is_parent, axis=-1) + 1)
+    else:
+        take = lambda x: x
+        parents = pool["parents"] + 1
+    join = lambda first, rest: jnp.concatenate([first, rest], axis=1)
+    column = lambda value, dtype: jnp.full((b, 1), value, dtype)
+    parents = join(column(topology.NO_PARENT, jnp.int32), parents.astype(jnp.int32))
+    if config.is_chain:
+        static = topology.static_ancestor_mask(topology.static_parents(config))
+        mask = jnp.broadcast_to(static, (b, *static.shape))
+    else:
+        mask = topology.ancestor_mask(parents, config.num_steps)
+    return DraftTree(
+        tokens=join(root[:, None], take(pool["tokens"])),
+        parents=parents,
+        depths=(jnp.sum(mask, axis=-1) - 1).astype(jnp.int32),
+        is_valid=join(column(True, bool), take(pool["scores"]) > -jnp.inf),
+        log_probs=join(column(0.0, jnp.float32), take(pool["log_probs"])),
+        ancestor_mask=mask,
+        draft_probs=pool.get("probs"),
+        token_ids=token_ids,
+        children=config.children,
+        max_depth=config.num_steps,
+        max_children=config.topk,
+        is_chain=config.is_chain,
+        is_reranked=is_reranked,
+    )

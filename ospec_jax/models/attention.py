@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped-query attention over a cache, with an arbitrary bias."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ospec_jax.models.layers import WIDE, row_sum
+from ospec_jax.typing import typed
+
+
+@typed
+def attend(
+    queries: Float[Array, "b t heads e"],
+    keys: Float[Array, "b h s e"],
+    values: Float[Array, "b h s e"],
+    bias: Float[Array, "b t s"],
+    is_row_invariant: bool,
+) -> Float[Array, "b t heads_e"]:
+    """Softmax attention; query head i reads key-value head `i // group`.
+
+    The group and token axes are folded into one, so that each product has
+    `group * t` rows. The normaliser divides after the product with the values. Both
+    sums over slots are products of at least `WIDE` columns, so that the exact zeros of
+    masked slots, behind a token's own or between a tree's, keep each row's bits.
+    """
+    b, t, heads, e = queries.shape
+    h = keys.shape[1]
+    q = queries.reshape(b, t, h, heads // h, e).transpose(0, 2, 3, 1, 4)
+    q = (q * e**-0.5).reshape(b, h, heads // h * t, e).astype(keys.dtype)
+    scores = jnp.einsum("bhqe,bhse->bhqs", q, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, h, heads // h, t, -1) + bias[:, None, None]
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top).reshape(b, h, heads // h * t, -1)
+    total = row_sum(weights, is_row_invariant, WIDE)
+    if is_row_invariant:
+        values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, -e % WIDE)))
+    out = jnp.einsum(
+        "bhqs,bhse->bhqe", weights.astype(values.dtype), values,
+        preferred_element_type=jnp.float32,
+    )[..., :e] / total  # fmt: skip
+    out = out.reshape(b, h, heads // h, t, e).transpose(0, 3, 1, 2, 4)
+    return out.reshape(b, t, heads * e)

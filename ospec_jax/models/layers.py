@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers shared by targets and drafts.
+
+**Row invariance.** Speculative decoding computes the same token's logits in passes of
+different shapes (one row, K + 1 rows, a prefill chunk), and greedy equality holds bit
+for bit only if a row's value does not depend on how many rows stand beside it. On
+XLA:CPU matrix products have this property when the weights are stored `[out, in]` and
+there are at least two rows; vectorised reductions have not. So with
+`Numerics.is_row_invariant` every sum over a row is itself a product with ones.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ospec_jax.config import Precision, RopeScaling
+from ospec_jax.typing import typed
+
+_ONES = 8
+"""Columns of ones in `row_sum`: fewer than two take another code path on XLA:CPU."""
+
+WIDE = 64
+"""Columns from which a product adds its terms strictly one after the other.
+
+Narrower products keep several partial sums, so that zeros *between* the terms, as a
+tree's other branches put them, change the last bit. Measured with AVX-512.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """How a model computes, as opposed to what.
+
+    Attributes:
+      precision: Of weights and products. `int8` quantises weights by output channel
+        and activations by row, and accumulates in int32.
+      is_row_invariant: Keep a row's bits independent of the other rows (for the CPU).
+    """
+
+    precision: Precision = "float32"
+    is_row_invariant: bool = True
+
+    @property
+    def cache_dtype(self):
+        """Type of cached keys and values."""
+        return jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
+
+
+@typed
+def row_sum(
+    x: Float[Array, "*rows n"], is_row_invariant: bool, num_columns: int = _ONES
+) -> Float[Array, "*rows 1"]:
+    """Sums over the last axis; see the module's text for why as a product.
+
+    Args:
+      num_columns: `WIDE` where zeros between the terms must not change the sum.
+    """
+    if not is_row_invariant:
+        return jnp.sum(x, axis=-1, keepdims=True)
+    ones = jnp.ones((num_columns, x.shape[-1]), x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    return _contract_last(flat, ones, jnp.float32)[:, :1].reshape(*x.shape[:-1], 1)
+
+
+def quantize_rows(x):
+    """Rounds each row to int8 and returns it with its scale, `x ~ q * scale`."""
+    amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = jnp.maximum(amax, 1e-12) / 127.0
+    return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+def _contract_last(x, kernel, dtype):
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
+
+
+def linear(x, params, precision: Precision):
+    """`x @ kernel.T` for `params = {kernel, [scale], [bias]}`, in float32.
+
+    The kernel's own type says how it is multiplied, so one tree of parameters may mix
+    int8 and floating-point layers.
+    """
+    kernel = params["kernel"]
+    if kernel.dtype == jnp.int8:
+        quantized, scale = quantize_rows(x)
+        y = _contract_last(quantized, kernel, jnp.int32).astype(jnp.float32)
+        y = y * scale * params["scale"]
+    elif precision == "bfloat16":
+        y = _contract_last(
+            x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), jnp.float32
+        )
+    else:
+        y = _contract_last(x, kernel.astype(x.dtype), jnp.float32)
+    return y + params["bias"].astype(y.dtype) if "bias" in params else y
+
+
+class Linear(nn.Module):
+    """A projection with its kernel stored `[out, in]`."""
+
+    features: int
+    numerics: Numerics
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal(x.shape[-1] ** -0.5)
+        shape = (self.features, x.shape[-1])
+        params = {"kernel": self.param("kernel", init, shape, jnp.float32)}
+        if params["kernel"].dtype == jnp.int8:
+            params["scale"] = self.get_variable("params", "scale")
+        if self.use_bias:
+            zeros = nn.initializers.zeros
+            params["bias"] = self.param("bias", zeros, (self.features,), jnp.float32)
+        return linear(x, params, self.numerics.precision)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned gain."""
+
+    eps: float
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x):
+        gain = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        mean = row_sum(x * x, self.numerics.is_row_invariant) / x.shape[-1]
+        return x * jax.lax.rsqrt(mean + self.eps) * gain.astype(jnp.float32)
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward block; gate and up are one product."""
+
+    intermediate_size: int
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x):
+        both = Linear(2 * self.intermediate_size, self.numerics, name="gate_up_proj")(x)
+        gate, up = jnp.split(both, 2, axis=-1)
+        return Linear(x.shape[-1], self.numerics, name="down_proj")(nn.silu(gate) * up)
+
+
+def at_least_two_rows(*arrays, is_grouped: bool = True):
+    """Repeats the token axis of `[b, 1, ...]` arrays where a product has a single row.
+
+    Such a product takes another path on XLA:CPU: its bits differ, and int8 or bfloat16
+    weights are widened at every call.
+
+    Args:
+      is_grouped: Several query heads share each key-value head; else attention's
+        products have one row for a lone token, however many requests there are.
+    """
+    num_rows, num_tokens = arrays[0].shape[:2]
+    if num_tokens > 1 or (num_rows > 1 and is_grouped):
+        return arrays
+    return tuple(jnp.concatenate([array, array], axis=1) for array in arrays)
+
+
+def embed(tokens: Int[Array, "b t"], table: dict) -> Float[Array, "b t d"]:
+    """Looks tokens up in an embedding table `{kernel, [scale]}` of any precision."""
+    rows = table["kernel"][tokens].astype(jnp.float32)
+    return rows * table["scale"][tokens][..., None] if "scale" in table else rows
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None
+) -> np.ndarray:
+    """Angular frequencies of rotary embeddings, `[head_dim // 2]` radians a token."""
+    freqs = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return freqs.astype(np.float32)
+    # Llama 3: long wavelengths are stretched by `factor`, short ones kept, and those
+    # between the two limits are interpolated.
+    wavelength = 2 * np.pi / freqs
+    ratio = scaling.original_max_position / wavelength
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = np.clip((ratio - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return (keep * freqs + (1 - keep) * freqs / scaling.factor).astype(np.float32)
+
+
+@typed
+def rope_angles(
+    positions: Int[Array, "b t"], frequencies: np.ndarray
+) -> tuple[Float[Array, "b t 1 e"], Float[Array, "b t 1 e"]]:
+    """Cosines and sines for `rotate`, computed once for all layers."""
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "b t heads e"], angles) -> Float[Array, "b t heads e"]:
+    """Applies rotary embedding in the half-split layout of Hugging Face."""
+    cos, sin = angles
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Llama family: RMSNorm, rotary embedding, grouped-query attention, SwiGLU."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ospec_jax.config import ModelConfig
+from ospec_jax.models import cache as kv
+from ospec_jax.models.attention import attend
+from ospec_jax.models.layers import (
+    Linear,
+    Numerics,
+    RMSNorm,
+    SwiGLU,
+    at_least_two_rows,
+    embed,
+    linear,
+    rope_angles,
+    rope_frequencies,
+    rotate,
+)
+
+
+class SelfAttention(nn.Module):
+    """Projects, rotates, appends to the cache and attends; q, k, v are one product."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    out_features: int
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x, angles, bias, keys, values, starts):
+        b, t, _ = x.shape
+        heads, kv_heads, e = self.num_heads, self.num_kv_heads, self.head_dim
+        qkv = Linear((heads + 2 * kv_heads) * e, self.numerics, name="qkv_proj")(x)
+        qkv = qkv.reshape(b, t, heads + 2 * kv_heads, e)
+        rotated = rotate(qkv[:, :, : heads + kv_heads], angles)
+        new_keys = rotated[:, :, heads:].transpose(0, 2, 1, 3)
+        new_values = qkv[:, :, heads + kv_heads :].transpose(0, 2, 1, 3)
+        keys = kv.write_rows(keys, new_keys.astype(keys.dtype), starts)
+        values = kv.write_rows(values, new_values.astype(values.dtype), starts)
+        out = attend(
+            rotated[:, :, :heads], keys, values, bias, self.numerics.is_row_invariant
+        )
+        out = Linear(self.out_features, self.numerics, name="o_proj")(out)
+        return out, keys, values
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm transformer block."""
+
+    config: ModelConfig
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x, angles, bias, keys, values, starts):
+        c = self.config
+        norm = lambda name: RMSNorm(c.rms_norm_eps, self.numerics, name=name)
+        attention = SelfAttention(
+            c.num_heads, c.num_kv_heads, c.head_dim, c.hidden_size, self.numerics,
+            name="self_attn",
+        )  # fmt: skip
+        out, keys, values = attention(
+            norm("input_layernorm")(x), angles, bias, keys, values, starts
+        )
+        x = x + out
+        mlp = SwiGLU(c.intermediate_size, self.numerics, name="mlp")
+        return x + mlp(norm("post_attention_layernorm")(x)), keys, values
+
+
+class Llama(nn.Module):
+    """A decoder-only target with hidden-state taps.
+
+    Attributes:
+      taps: Layers whose input hidden state is returned, concatenated, for the draft.
+    """
+
+    config: ModelConfig
+    numerics: Numerics
+    taps: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        bias: Float[Array, "b t s"],
+        cache: kv.KVCache,
+        starts: Int[Array, " b"],
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t f"], kv.KVCache]:
+        """Returns final (normed) hidden states, tapped features and the new cache.
+
+        Args:
+          positions: For the rotary embedding; in a tree, by depth.
+          bias: What each token attends to, its own slot included.
+          starts: First slot that each row's tokens are written to.
+        """
+        c = self.config
+        num_tokens = tokens.shape[1]
+        if self.numerics.is_row_invariant:
+            tokens, positions, bias = at_least_two_rows(
+                tokens, positions, bias, is_grouped=c.num_heads > c.num_kv_heads
+            )
+        table = self._table("embed_tokens")
+        x = embed(tokens, table)
+        angles = rope_angles(
+            positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        )
+        keys, values, taps = [], [], {}
+        for i in range(c.num_layers):
+            if i in self.taps:
+                taps[i] = x
+            layer = DecoderLayer(c, self.numerics, name=f"layers_{i}")
+            x, k, v = layer(x, angles, bias, cache.keys[i], cache.values[i], starts)
+            keys.append(k)
+            values.append(v)
+        x = RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
+        if not c.tie_embeddings:
+            self._table("lm_head")
+        features = [taps[i] for i in self.taps] or [x[..., :0]]
+        return (
+            x[:, :num_tokens],
+            jnp.concatenate(features, axis=-1)[:, :num_tokens],
+            kv.KVCache(keys=tuple(keys), values=tuple(values)),
+        )
+
+    def _table(self, name: str) -> dict:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        init = nn.initializers.normal(self.config.hidden_size**-0.5)
+        params = {"kernel": self.param(f"{name}_kernel", init, shape, jnp.float32)}
+        if params["kernel"].dtype == jnp.int8:
+            params["scale"] = self.get_variable("params", f"{name}_scale")
+        return params
+
+
+def build(
+    config: ModelConfig, numerics: Numerics, taps: tuple[int, ...] = ()
+) -> Callable:
+    """`Llama` as `(params, tokens, positions, bias, cache, starts) -> ...`."""
+    module = Llama(config, numerics, taps)
+    return lambda params, *args: module.apply({"params": params}, *args)
+
+
+def embedding_table(params) -> dict:
+    """The target's token embedding, as `embed` reads it."""
+    return _table_of(params, "embed_tokens")
+
+
+def head_table(params) -> dict:
+    """The target's output projection, as `linear` reads it."""
+    has_own = "lm_head_kernel" in params
+    return _table_of(params, "lm_head" if has_own else "embed_tokens")
+
+
+def _table_of(params, name):
+    table = {"kernel": params[f"{name}_kernel"]}
+    if f"{name}_scale" in params:
+        table["scale"] = params[f"{name}_scale"]
+    return table
+
+
+def target_logits(
+    params, hidden: Float[Array, "b t d"], numerics: Numerics
+) -> Float[Array, "b t v"]:
+    """Logits of final hidden states; at least two rows on the CPU, as `Llama` does."""
+    b, t, d = hidden.shape
+    rows = hidden.reshape(b * t, d)
+    if numerics.is_row_invariant and b * t == 1:
+        rows = jnp.concatenate([rows, rows])
+    logits = linear(rows, head_table(params), numerics.precision)
+    return logits[: b * t].reshape(b, t, -1)

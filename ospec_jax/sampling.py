@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From logits to the probabilities that tokens are drawn from.
+
+Target, draft and plain decoding share these functions: exactness holds for the
+*processed* distributions, so a temperature on one side only would be a silent error.
+The vocabulary is never sorted (121 ms for 8 x 49,152 on two cores): a top-k prefix
+answers nearly always, and an exact bisection of the threshold answers the rest.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ospec_jax.models.layers import row_sum
+from ospec_jax.types import SamplingParams
+from ospec_jax.typing import typed
+
+_PREFIX = 64
+"""Largest logits looked at before bisecting; top-p's mass nearly always lies there."""
+
+
+@typed
+def processed_probs(
+    logits: Float[Array, "b v"], params: SamplingParams, is_row_invariant: bool = True
+) -> Float[Array, "b v"]:
+    """Temperature, then top-k, then top-p of what is left; temperature 0 is one-hot.
+
+    Tokens that tie with the last kept one are kept too, so that the result does not
+    depend on their order.
+    """
+    is_greedy = params.temperature == 0
+    safe = jnp.where(is_greedy, 1.0, params.temperature)[:, None]
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / safe
+    top, _ = jax.lax.top_k(scaled, min(_PREFIX, scaled.shape[-1]))
+    kept = scaled >= _top_k_threshold(scaled, top, params.top_k)[:, None]
+    weights = jnp.where(kept, jnp.exp(scaled), 0.0)
+    total = row_sum(weights, is_row_invariant)[:, 0]
+    threshold = _top_p_threshold(scaled, weights, top, params.top_p, total)
+    weights = jnp.where(scaled >= threshold[:, None], weights, 0.0)
+    probs = weights / row_sum(weights, is_row_invariant)
+    best = jnp.argmax(logits, axis=-1)[:, None] == jnp.arange(logits.shape[-1])
+    return jnp.where(is_greedy[:, None], best.astype(probs.dtype), probs)
+
+
+def _top_k_threshold(scaled, top, top_k):
+    """The top_k-th largest value of each row, -inf for top_k = 0."""
+    width = top.shape[-1]
+    is_in_prefix = top_k <= width
+    threshold = jnp.take_along_axis(
+        top, jnp.clip(top_k - 1, 0, width - 1)[:, None], axis=-1
+    )[:, 0]
+    threshold = jax.lax.cond(
+        jnp.all(is_in_prefix),
+        lambda: threshold,
+        lambda: jnp.where(
+            is_in_prefix, threshold, _bisect(scaled, jnp.ones_like(scaled), top_k)
+        ),
+    )
+    return jnp.where(top_k > 0, threshold, -jnp.inf)
+
+
+def _top_p_threshold(scaled, weights, top, top_p, total):
+    """Value of the last token needed for a mass of top_p, -inf for top_p = 1."""
+    goal = top_p * total
+    mass = jnp.cumsum(jnp.exp(top), axis=-1)
+    is_enough = mass >= goal[:, None]
+    is_in_prefix = jnp.any(is_enough, axis=-1) | (top_p >= 1)
+    threshold = jnp.take_along_axis(
+        top, jnp.argmax(is_enough, axis=-1)[:, None], axis=-1
+    )[:, 0]
+    threshold = jax.lax.cond(
+        jnp.all(is_in_prefix),
+        lambda: threshold,
+        lambda: jnp.where(is_in_prefix, threshold, _bisect(scaled, weights, goal)),
+    )
+    return jnp.where(top_p < 1, threshold, -jnp.inf)
+
+
+def _bisect(scaled, weights, goal):
+    """Largest value t of each row with `sum(weights where scaled >= t) >= goal`.
+
+    Values are at most 0, so their bit patterns, as unsigned integers, grow as they
+    fall: 32 halvings of that range find the exact float.
+    """
+
+    def halve(_, bounds):
+        low, high = bounds  # low keeps too little mass, high enough
+        middle = low + (high - low) // 2
+        value = -jax.lax.bitcast_convert_type(middle, jnp.float32)
+        mass = jnp.sum(jnp.where(scaled >= value[:, None], weights, 0.0), axis=-1)
+        is_enough = mass >= goal
+        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
+
+    rows = scaled.shape[0]
+    low = jnp.full((rows,), -1, jnp.int32)
+    high = jnp.full((rows,), 0x7F800000, jnp.int32)  # bits of +inf
+    _, high = jax.lax.fori_loop(0, 32, halve, (low, high))
+    return -jax.lax.bitcast_convert_type(high, jnp.float32)
+
+
+@typed
+def sample(
+    keys: Key[Array, " b"], probs: Float[Array, "b v"]
+) -> Int[Array, " b"]:  # fmt: skip
+    """Draws one token a row, each row with its own key."""
+    draw = lambda key, p: jax.random.categorical(key, jnp.log(p))
+    return jax.vmap(draw)(keys, probs).astype(jnp.int32)
+
+
+@typed
+def sample_without_replacement(
+    keys: Key[Array, " b"], probs: Float[Array, "b v"], num_samples: int
+) -> Int[Array, "b c"]:
+    """Distinct draws, in order: the largest Gumbel-perturbed log-probabilities."""
+
+    def draw(key, p):
+        noise = jax.random.gumbel(key, p.shape)
+        return jax.lax.top_k(jnp.log(p) + noise, num_samples)[1]
+
+    return jax.vmap(draw)(keys, probs).astype(jnp.int32)
+
+
+@typed
+def is_any_of(
+    tokens: Int[Array, "b m"], ids: tuple[int, ...]
+) -> Bool[Array, "b m"]:  # fmt: skip
+    """Whether each token is one of a few ids."""
+    found = jnp.zeros(tokens.shape, bool)
+    for i in ids:
+        found |= tokens == i
+    return found

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target, its draft and what the draft has learned: the library's front door.
+
+A `Session` is the one mutable object: it owns the current state, and moves it on by the
+pure transitions of `decoding` and `adaptation`, which meet only here.
+"""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+
+from ospec_jax import checkpoint
+from ospec_jax.adaptation import Adaptation, AdaptationState, UpdateReport
+from ospec_jax.checkpoint import Meta
+from ospec_jax.config import (
+    DraftConfig,
+    LearnerConfig,
+    SamplingConfig,
+    TreeConfig,
+    from_dict,
+)
+from ospec_jax.data.prompts import Prompt, encode, parse_prompt
+from ospec_jax.data.tokenizer import stop_token_ids
+from ospec_jax.decoding.engine import Completion, Engine, Request
+from ospec_jax.decoding.step import StepConfig, shared_tables
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.learners.buffer import FeedbackRing
+from ospec_jax.metrics import DecodingStats
+from ospec_jax.models.hub import Target
+from ospec_jax.models.quantization import cast_params
+from ospec_jax.types import Draft
+
+SHIPPED = Path(__file__).parent / "shipped" / "smollm2-135m-eagle3"
+"""The draft that comes with the package."""
+_COLLAPSE_STEPS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedDraft:
+    """Draft parameters with the record of what they belong to."""
+
+    draft: Draft
+    meta: Meta
+
+    @property
+    def config(self) -> DraftConfig:
+        """The draft's architecture."""
+        return self.meta.draft
+
+
+def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
+    """Loads `shipped`, or the draft of a checkpoint folder.
+
+    Raises:
+      CheckpointError: Nothing readable is there, or it is for another target.
+    """
+    folder = SHIPPED if name_or_folder == "shipped" else name_or_folder
+    restored = checkpoint.load(folder, target)
+    return LoadedDraft(restored.draft, restored.meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An answer.
+
+    Attributes:
+      stats: Of this request; see `ospec_jax.metrics`.
+      seconds: Decoding time, learning not included.
+      learning_seconds: Time that learning took after this answer.
+      version: Of the draft that was served when the answer ended.
+    """
+
+    prompt: Prompt
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: DecodingStats
+    log_probs: list[float]
+    seconds: float
+    learning_seconds: float = 0.0
+    version: int = 0
+
+    def to_json(self) -> dict:
+        """The command line's JSON object."""
+        return {
+            "id": self.prompt.id,
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "metrics": {"speculative_decoding": self.stats.to_json()},
+        } | ({"logprobs": self.log_probs} if self.log_probs else {})
+
+
+class Session:
+    """Decodes, and learns from what it decodes.
+
+    Args:
+      target: From `load_target`.
+      draft: From `load_draft`; None decodes plainly.
+      learner: How to learn; None serves the draft as it is.
+      tree: How much to draft; a chain of three by default.
+      batch_size: Requests decoded together.
+      stop: Strings that end an answer.
+      has_log_probs: Report log-probabilities.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        draft: LoadedDraft | None = None,
+        *,
+        learner: LearnerConfig | None = None,
+        tree: TreeConfig | None = None,
+        batch_size: int = 1,
+        stop: tuple[str, ...] = (),
+        has_log_probs: bool = False,
+    ):
+        tree = tree or TreeConfig(num_steps=3 if draft else 0)
+        self.target, self.batch_size, self.stop = target, batch_size, stop
+        self.tree = tree
+        drafter = eagle3(draft.config, tree, target.numerics) if draft else None
+        config = StepConfig(
+            model=target.config, numerics=target.numerics, tree=tree,
+            taps=draft.config.taps if draft else (),
+            stop_ids=stop_token_ids(target.tokenizer), has_log_probs=has_log_probs,
+        )  # fmt: skip
+        is_learning = draft is not None and learner is not None
+        self.engine = Engine(config, target.params, drafter, is_recording=is_learning)
+        self.learning: Learning | None = None
+        self.meta = draft.meta if draft else None
+        self._cast = jax.jit(lambda p: cast_params(p, target.numerics.precision))
+        self.stats = DecodingStats(num_spec_tokens=tree.num_steps)
+        self.reports: list[UpdateReport] = []
+        self.answered: list[str] = []
+        if draft is not None:
+            self._serve(draft.draft)
+        if draft is not None and drafter is not None and learner is not None:
+            adaptation = Adaptation(
+                learner, drafter.unroll, shared_tables(target.params),
+                len(draft.config.taps) * target.config.hidden_size,
+                target.config.hidden_size,
+            )  # fmt: skip
+            self.learning = Learning(learner, adaptation, *adaptation.init(draft.draft))
+
+    def _serve(self, draft: Draft) -> None:
+        """Makes `draft` the served one; in the target's precision, for speed."""
+        self.draft = draft
+        self._served = draft.replace(params=self._cast(draft.params))
+
+    @property
+    def version(self) -> int:
+        """Version of the served draft."""
+        return int(self.learning.state.version) if self.learning else 0
+
+    def warm_up(self, max_new_tokens: int = 24) -> float:
+        """Compiles what decoding and learning need; returns the seconds it took.
+
+        Also turns a learning budget into an interval of tokens.
+        """
+        start = time.perf_counter()
+        request = self.probe_request(max_new_tokens)
+        completions = []
+        for _ in range(2):
+            completions += self.engine.serve([request], lambda: self.served_draft)
+        last = completions[-1]
+        if self.learning is not None:
+            self.learning.calibrate(
+                self.draft, last.seconds / max(len(last.token_ids), 1)
+            )
+        return time.perf_counter() - start
+
+    def probe_request(self, max_new_tokens: int = 128) -> Request:
+        """A request for warming up and timing."""
+        prompt = parse_prompt({"prompt": "Tell me about the sea."}, "probe")
+        ids = encode(prompt, self.target.tokenizer)
+        return Request("probe", ids, max_new_tokens)
+
+    @property
+    def served_draft(self) -> Draft | None:
+        """The draft in use, in serving precision; None when decoding plainly."""
+        return self._served if self.meta is not None else None
+
+    def requests(
+        self, prompts: Iterable[Prompt], max_new_tokens: int, sampling: SamplingConfig,
+        is_raw: bool = False,
+    ) -> Iterator[tuple[Prompt, Request]]:  # fmt: skip
+        """Tokenises prompts."""
+        for prompt in prompts:
+            ids = encode(prompt, self.target.tokenizer, is_raw)
+            find_stop = self._find_stop if self.stop else None
+            yield prompt, Request(prompt.id, ids, max_new_tokens, sampling, find_stop)
+
+    def _find_stop(self, token_ids: list[int]) -> int | None:
+        """Tokens to keep when the answer's text holds a stop string."""
+        decode = self.target.tokenizer.decode
+        if not any(s in decode(token_ids) for s in self.stop):
+            return None
+        keep = len(token_ids)
+        while keep and any(s in decode(token_ids[:keep]) for s in self.stop):
+            keep -= 1
+        return keep
+
+    def generate(
+        self,
+        prompts: Iterable[Prompt | str | dict],
+        max_new_tokens: int = 128,
+        sampling: SamplingConfig = SamplingConfig(),
+        *,
+        is_raw: bool = False,
+        on_text: Callable[[Prompt, str], None] | None = None,
+    ) -> Iterator[Result]:
+        """Answers prompts, in order of completion, learning in between.
+
+        Args:
+          prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s.
+          on_text: Called with new text as it comes.
+        """
+        parsed = [_as_prompt(p, i) for i, p in enumerate(prompts)]
+        pairs = list(self.requests(parsed, max_new_tokens, sampling, is_raw))
+        # Refuse what does not fit before anything is decoded.
+        self.engine.capacity_for(request for _, request in pairs)
+        prompt_of = {id(request): prompt for prompt, request in pairs}
+        streams: dict[int, _TextStream] = {}
+
+        def on_tokens(request, tokens):
+            stream = streams.setdefault(id(request), _TextStream(self._decode))
+            if text := stream.add(tokens):
+                assert on_text is not None
+                on_text(prompt_of[id(request)], text)
+
+        completions = self.engine.serve(
+            (request for _, request in pairs), lambda: self.served_draft,
+            self.batch_size, on_tokens=on_tokens if on_text else None,
+        )  # fmt: skip
+        for completion in completions:
+            stream = streams.pop(id(completion.request), None)
+            if stream and on_text and (rest := stream.flush()):
+                on_text(prompt_of[id(completion.request)], rest)
+            version = self.version
+            learning_seconds = self._learn_from(completion)
+            self.answered.append(completion.request.id)
+            self.stats = self.stats + completion.stats
+            self._warn_of_collapse()
+            yield Result(
+                prompt=prompt_of[id(completion.request)],
+                text=self._decode(completion.token_ids),
+                token_ids=completion.token_ids,
+                finish_reason=completion.finish_reason,
+                stats=completion.stats,
+                log_probs=completion.log_probs,
+                seconds=completion.seconds,
+                learning_seconds=learning_seconds,
+                version=version,
+            )
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _learn_from(self, completion: Completion) -> float:
+        """Remembers the answer and updates the draft when it is time."""
+        if self.learning is None:
+            return 0.0
+        start = time.perf_counter()
+        self.learning.observe(completion)
+        if self.learning.is_due:
+            draft, report = self.learning.update(self.draft)
+            self.reports.append(report)
+            if report.decision == "promote":
+                self._serve(draft)
+        # The learner is drained here, so that its time is nobody else's.
+        jax.block_until_ready((self.learning.state, self.learning.ring, self._served))
+        return time.perf_counter() - start
+
+    def _warn_of_collapse(self) -> None:
+        stats = self.stats
+        if stats.num_draft_tokens and stats.num_drafts >= _COLLAPSE_STEPS:
+            if stats.mean_acceptance_length < 1.05:
+                warnings.warn(
+                    f"the mean acceptance length is {stats.mean_acceptance_length:.2f} "
+                    f"over {stats.num_drafts} steps: the draft hardly ever predicts "
+                    f"this target; check that it was trained for it (taps, "
+                    f"vocabulary), or decode with --draft none",
+                    stacklevel=3,
+                )
+            self.stats = DecodingStats(num_spec_tokens=self.tree.num_steps)
+
+    def save(self, folder: str | Path, with_feedback: bool = True) -> Path:
+        """Writes a checkpoint of the draft and of what learning needs to go on.
+
+        Args:
+          with_feedback: Also store the ring, from which users' prompts and answers can
+            be read back; without it a resumed run starts with an empty one.
+        """
+        if self.meta is None:
+            raise checkpoint.CheckpointError("there is no draft to save")
+        meta = dataclasses.replace(self.meta, storage="float32")
+        if self.learning is None:
+            return checkpoint.save(folder, 0, meta, self.draft)
+        meta = dataclasses.replace(
+            meta, draft_version=meta.draft_version + self.version,
+            learner=dataclasses.asdict(self.learning.config),
+            answered=tuple(self.answered),
+        )  # fmt: skip
+        state = self.learning.state
+        ring = self.learning.ring if with_feedback else None
+        step = int(state.num_prompts)
+        return checkpoint.save(folder, step, meta, self.draft, state, ring)
+
+    def resume(self, folder: str | Path) -> list[str]:
+        """Goes on from a checkpoint; returns the ids of the prompts it had answered.
+
+        Raises:
+          CheckpointError: It holds no state of the same learner.
+        """
+        learning = self.learning
+        if learning is None:
+            raise checkpoint.CheckpointError("this session does not learn")
+
+        def learner_like(meta: Meta, draft: Draft):
+            if not meta.learner:
+                raise checkpoint.CheckpointError(
+                    f"{folder} holds a draft but no learner; start from it with --draft"
+                )
+            saved = from_dict(LearnerConfig, meta.learner)
+            if saved != learning.config:
+                raise checkpoint.CheckpointError(
+                    f"{folder} was learned with {saved}, not {learning.config}; "
+                    f"resume with the same settings"
+                )
+            return jax.eval_shape(lambda: learning.adaptation.init(draft)[0])
+
+        restored = checkpoint.load(folder, self.target, learner_like=learner_like)
+        learning.state = restored.learner
+        try:
+            found = checkpoint.load(folder, feedback_like=learning.ring)
+            learning.ring = found.feedback
+        except checkpoint.CheckpointError:
+            warnings.warn(
+                f"{folder} holds no feedback; learning goes on with an empty ring",
+                stacklevel=2,
+            )
+        version = restored.meta.draft_version - self.version
+        self.meta = dataclasses.replace(restored.meta, draft_version=version)
+        self._serve(restored.draft)
+        self.answered = list(restored.meta.answered)
+        return self.answered
+
+
+@dataclasses.dataclass
+class Learning:
+    """A session's learner: what to run and where it stands."""
+
+    config: LearnerConfig
+    adaptation: Adaptation
+    state: AdaptationState
+    ring: FeedbackRing
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough tokens have come since the last update."""
+        return self.adaptation.is_due(self.state)
+
+    def calibrate(self, draft: Draft, seconds_per_token: float) -> None:
+        """Compiles, and fixes the interval between updates."""
+        self.state = self.adaptation.calibrate(
+            self.state, self.ring, draft, seconds_per_token
+        )
+
+    def observe(self, completion: Completion) -> None:
+        """Remembers an answer."""
+        self.state, self.ring = self.adaptation.observe(
+            self.state, self.ring, completion
+        )
+
+    def update(self, draft: Draft) -> tuple[Draft, UpdateReport]:
+        """Learns; returns the draft to serve."""
+        self.state, draft, report = self.adaptation.update(self.state, self.ring, draft)
+        return draft, report
+
+
+class _TextStream:
+    """Decodes tokens into text as they come, holding back incomplete characters."""
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode, self._ids, self._shown = decode, [], 0
+
+    def add(self, token_ids: list[int]) -> str:
+        """The text that these tokens add."""
+        self._ids += token_ids
+        text = self._decode(self._ids)
+        return "" if text.endswith("\ufffd") else self._show(text)
+
+    def flush(self) -> str:
+        """What was held back, at the end of the answer."""
+        return self._show(self._decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        new, self._shown = text[self._shown :], len(text)
+        return new
+
+
+def _as_prompt(prompt: Prompt | str | dict, number: int) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
+    row = {"prompt": prompt} if isinstance(prompt, str) else prompt
+    return parse_prompt(row, f"prompt-{number}")

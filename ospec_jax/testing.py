@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models for tests, notebooks and examples: random weights, no downloads."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ospec_jax.config import DraftConfig, ModelConfig, Precision
+from ospec_jax.models import cache as kv
+from ospec_jax.models.hub import Target
+from ospec_jax.models.layers import Numerics
+from ospec_jax.models.llama import Llama
+from ospec_jax.models.quantization import cast_params
+from ospec_jax.types import Draft
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_model_config(vocab_size: int = 16, **changes) -> ModelConfig:
+    """A four-layer model with grouped-query attention."""
+    values: dict[str, Any] = dict(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position=512,
+        # A tied head would mostly repeat the last token.
+        tie_embeddings=False,
+    )
+    return ModelConfig(**(values | changes))
+
+
+def byte_tokenizer():
+    """A transformers tokenizer of one token a byte, with a chat template."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(special + alphabet)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def random_model_params(config: ModelConfig, seed: int = 0):
+    """Float32 parameters whose logits are peaked enough to be interesting."""
+    model = Llama(config, Numerics())
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    cache = kv.init_cache(
+        config.num_layers, 1, config.num_kv_heads, 8, config.head_dim, jnp.float32
+    )
+    bias = kv.causal_bias(jnp.zeros(1, jnp.int32), 2, 8)
+    init = jax.jit(model.init)
+    params = init(jax.random.key(seed), tokens, tokens, bias, cache, tokens[:, 0])
+    params = params["params"]
+    name = "embed_tokens_kernel" if config.tie_embeddings else "lm_head_kernel"
+    return params | {name: params[name] * 3.0}
+
+
+def tiny_target(
+    vocab_size: int = 259, precision: Precision = "float32", seed: int = 0, **changes
+) -> Target:
+    """A random target with a byte tokenizer (259 tokens) of its own."""
+    config = tiny_model_config(vocab_size, **changes)
+    return Target(
+        name=f"tiny-{vocab_size}-{seed}",
+        config=config,
+        numerics=Numerics(precision, is_row_invariant=True),
+        params=cast_params(random_model_params(config, seed), precision),
+        tokenizer=byte_tokenizer(),
+        fingerprint=f"tiny-{seed}",
+    )
+
+
+def tiny_draft_config(model: ModelConfig, draft_vocab_size: int = 12) -> DraftConfig:
+    """An EAGLE-3 head for a tiny target."""
+    return DraftConfig(
+        vocab_size=model.vocab_size,
+        target_hidden_size=model.hidden_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=40,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        taps=(1, 2, 3),
+        draft_vocab_size=draft_vocab_size,
+    )
+
+
+def tiny_draft(drafter, config: DraftConfig, seed: int = 0) -> Draft:
+    """A random draft; its vocabulary leaves out some of the target's first tokens."""
+    params = drafter.init_params(jax.random.key(seed))
+    if not config.has_own_head:
+        return Draft(params)
+    rng = np.random.default_rng(seed)
+    ids = rng.choice(config.vocab_size, config.draft_vocab_size, replace=False)
+    return Draft(params, jnp.asarray(np.sort(ids), jnp.int32))

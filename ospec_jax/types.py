@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nouns that flow between the parts: data only, no algorithms.
+
+Letters are explained in `ospec_jax.typing`.
+"""
+
+from typing import Any
+
+import flax.struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ospec_jax.config import ChildrenKind
+from ospec_jax.models.cache import KVCache
+from ospec_jax.typing import Params
+
+
+@flax.struct.dataclass
+class Draft:
+    """What a drafter needs to draft for one target.
+
+    Attributes:
+      params: Trained floating-point parameters.
+      token_ids: `[q]` target ids of the draft vocabulary, ascending (EAGLE-3's `d2t`,
+        as ids instead of offsets); None when the draft predicts all target tokens.
+    """
+
+    params: Params
+    token_ids: Int[Array, " q"] | None = None
+
+
+@flax.struct.dataclass
+class SharedTables:
+    """The frozen parts of the target that a draft reads.
+
+    Attributes:
+      embedding: `{kernel: [v, d], [scale: [v]]}`.
+      head: Likewise, the output projection.
+    """
+
+    embedding: dict
+    head: dict
+
+
+@flax.struct.dataclass
+class DraftTree:
+    """Proposed tokens. Node 0 is the root: the last committed token, already emitted.
+
+    Nodes stand in depth order, parents before children.
+
+    Attributes:
+      tokens: `[b, n]` target ids.
+      parents: `[b, n]` node numbers; -1 for the root.
+      depths: `[b, n]`; 0 for the root.
+      is_valid: `[b, n]` whether the node was drafted at all.
+      log_probs: `[b, n]` the draft's log-probability of each token given its parent.
+      ancestor_mask: `[b, n, n]` whether node j is node i or one of its ancestors.
+      draft_probs: `[b, n, q]` what node i's children were drawn from; None for `topk`.
+      token_ids: `[q]` target ids of the draft vocabulary, None for the full one.
+      children: How children were drawn; the exact acceptance rule depends on it.
+      max_depth: Static depth, the root's being 0.
+      max_children: Static bound of a node's children.
+      is_chain: Whether node i + 1 is node i's only child.
+      is_reranked: Whether nodes were dropped after their values were looked at.
+    """
+
+    tokens: Int[Array, "b n"]
+    parents: Int[Array, "b n"]
+    depths: Int[Array, "b n"]
+    is_valid: Bool[Array, "b n"]
+    log_probs: Float[Array, "b n"]
+    ancestor_mask: Bool[Array, "b n n"]
+    draft_probs: Float[Array, "b n q"] | None = None
+    token_ids: Int[Array, " q"] | None = None
+    children: ChildrenKind = flax.struct.field(pytree_node=False, default="topk")
+    max_depth: int = flax.struct.field(pytree_node=False, default=0)
+    max_children: int = flax.struct.field(pytree_node=False, default=1)
+    is_chain: bool = flax.struct.field(pytree_node=False, default=False)
+    is_reranked: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@flax.struct.dataclass
+class Verdict:
+    """The result of verification.
+
+    Attributes:
+      path: `[b, m]` accepted nodes from the root on; entries beyond `num_accepted`
+        repeat the last one.
+      num_accepted: `[b]` accepted draft tokens, the root not counted.
+      next_token: `[b]` the target's own token after the path: recovered after a
+        rejection, a bonus otherwise.
+    """
+
+    path: Int[Array, "b m"]
+    num_accepted: Int[Array, " b"]
+    next_token: Int[Array, " b"]
+
+
+@flax.struct.dataclass
+class DraftContext:
+    """Where the next proposal begins: the draft after the last emitted token.
+
+    Attributes:
+      hidden: `[b, d]` the draft's own state.
+      logits: `[b, q]` its prediction of the token after the root.
+    """
+
+    hidden: Float[Array, "b d"]
+    logits: Float[Array, "b q"]
+
+
+@flax.struct.dataclass
+class SamplingParams:
+    """Per-row sampling; temperature 0 is greedy, top_k 0 and top_p 1 keep all."""
+
+    temperature: Float[Array, " b"]
+    top_k: Int[Array, " b"]
+    top_p: Float[Array, " b"]
+
+
+@flax.struct.dataclass
+class Feedback:
+    """What verification said about consecutive tokens: the training signal.
+
+    Slot i belongs to the token at position i of its row. `logsumexp` lets the target's
+    exact probability of any token be recovered from `hidden` and the frozen head,
+    without a softmax over all of them. It is 0 for prompt tokens but the last, whose
+    distributions no draft is trained on.
+
+    Attributes:
+      tokens: `[b, s]`.
+      taps: `[b, s, f]` tapped hidden states, float16.
+      hidden: `[b, s, d]` final normed hidden states, float16.
+      logsumexp: `[b, s]` of the target's raw logits.
+    """
+
+    tokens: Int[Array, "b s"]
+    taps: Float[Array, "b s f"]
+    hidden: Float[Array, "b s d"]
+    logsumexp: Float[Array, "b s"]
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """All that one step hands to the next, one request a row.
+
+    Attributes:
+      lengths: `[b]` committed tokens, whose keys and values lie in the cache.
+      last_token: `[b]` the newest emitted token, root of the next tree; not yet cached.
+      request_keys: `[b]` a row's randomness is its key folded with the position.
+      num_remaining: `[b]` tokens that may still be emitted.
+      feedback: Verified features by position, or None when nothing is recorded.
+    """
+
+    cache: KVCache
+    draft_cache: Any
+    draft_context: DraftContext | None
+    lengths: Int[Array, " b"]
+    last_token: Int[Array, " b"]
+    request_keys: Key[Array, " b"]
+    sampling: SamplingParams
+    num_remaining: Int[Array, " b"]
+    is_finished: Bool[Array, " b"]
+    feedback: Feedback | None
+
+
+@flax.struct.dataclass
+class StepOutput:
+    """The only thing the host reads.
+
+    Attributes:
+      tokens: `[b, m]` emitted tokens, valid up to `num_emitted`.
+      num_emitted: `[b]`; 0 for rows that had finished before.
+      num_accepted: `[b]` accepted draft tokens that were emitted.
+      num_drafted: `[b]` valid draft tokens.
+      is_finished: `[b]`.
+      log_probs: `[b, m]` the target's log-probabilities of the tokens, or None.
+    """
+
+    tokens: Int[Array, "b m"]
+    num_emitted: Int[Array, " b"]
+    num_accepted: Int[Array, " b"]
+    num_drafted: Int[Array, " b"]
+    is_finished: Bool[Array, " b"]
+    log_probs: Float[Array, "b m"] | None

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's side: an oracle for the plain path, stops, capacities, one read a step."""
+
+import jax
+import numpy as np
+import pytest
+from reference import forward, random_params
+
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.decoding import engine as engines
+from ospec_jax.decoding.engine import Engine, PromptTooLongError, Request
+from ospec_jax.decoding.step import StepConfig
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.models.layers import Numerics
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
+
+VOCAB = 16
+PLAIN = TreeConfig(num_steps=0)
+# Wide enough that a random draft is often right.
+WIDE = TreeConfig("static", 2, branching=(8, 4))
+CONFIG = tiny_model_config(VOCAB, tie_embeddings=False)
+PROMPTS = [(1, 2, 3), (7,), tuple(np.random.default_rng(0).integers(0, VOCAB, 70))]
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Large matrices make the output depend on more than the last token.
+    return random_params(CONFIG, gain=2.5)
+
+
+def engine_for(params, tree, stop_ids=()):
+    config = tiny_draft_config(CONFIG, draft_vocab_size=0)
+    drafter = eagle3(config, tree) if tree.num_steps else None
+    step = StepConfig(CONFIG, Numerics(), tree, config.taps, stop_ids)
+    return Engine(step, params, drafter), tiny_draft(
+        drafter, config
+    ) if drafter else None
+
+
+@pytest.fixture(scope="module")
+def plain(params):
+    return engine_for(params, PLAIN)[0]
+
+
+def requests(count=24, **changes):
+    ids = enumerate(PROMPTS)
+    return [Request(str(i), tuple(map(int, p)), count, **changes) for i, p in ids]
+
+
+def answers(engine, draft=None, batch_size=1, count=24, **kwargs):
+    done = engine.serve(requests(count), lambda: draft, batch_size, **kwargs)
+    return [c.token_ids for c in sorted(done, key=lambda c: c.request.id)]
+
+
+@pytest.fixture(scope="module")
+def expected(plain):
+    return answers(plain)
+
+
+def test_plain_decoding_equals_a_numpy_loop(params, expected):
+    for prompt, found in zip(PROMPTS, expected, strict=True):
+        ids = [int(i) for i in prompt]
+        for _ in range(24):
+            ids.append(int(np.argmax(forward(params, CONFIG, ids)[0][-1])))
+        assert found == ids[len(prompt) :]
+    assert min(len(set(found)) for found in expected) > 4, "too dull to prove much"
+
+
+def test_a_stop_token_inside_an_accepted_run(params, expected):
+    """Found by looking for a draft that was accepted with more tokens behind it."""
+    engine, draft = engine_for(params, WIDE)
+    runs = []  # (request, tokens before the run, the run)
+    so_far = {request.id: [] for request in requests()}
+
+    def on_tokens(request, tokens):
+        runs.append((request.id, list(so_far[request.id]), tokens))
+        so_far[request.id] += tokens
+
+    list(engine.serve(requests(), lambda: draft, on_tokens=on_tokens))
+    assert list(so_far.values()) == expected
+    inside = [
+        (request, before, token, position)
+        for request, before, run in runs
+        for position, token in enumerate(run[:-1])
+        if token not in before + run[:position]
+    ]
+    assert inside, "no new token was accepted with others behind it"
+    request, before, stop, position = inside[-1]
+    stopping, _ = engine_for(params, WIDE, stop_ids=(stop,))
+    cut = lambda ids: ids[: ids.index(stop) + 1] if stop in ids else ids
+    for batch_size in (1, 3):
+        assert answers(stopping, draft, batch_size) == [cut(ids) for ids in expected]
+    done = {c.request.id: c for c in stopping.serve(requests(), lambda: draft)}
+    assert done[request].finish_reason == "stop"
+    assert len(done[request].token_ids) == len(before) + position + 1
+
+
+def test_the_last_run_is_cut_at_the_limit(params, expected):
+    engine, draft = engine_for(params, WIDE)
+    for count in (1, 2, 3, 11):
+        assert answers(engine, draft, 3, count) == [ids[:count] for ids in expected]
+
+
+def test_stop_strings_cut_the_answer(plain, expected):
+    find_stop = lambda ids: 5 if len(ids) >= 7 else None
+    done = list(plain.serve(requests(find_stop=find_stop)))
+    assert [c.token_ids for c in done] == [ids[:5] for ids in expected]
+    assert {c.finish_reason for c in done} == {"stop"}
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_lag_changes_nothing(plain, expected, lag):
+    assert answers(plain, batch_size=2, lag=lag) == expected
+
+
+def test_one_read_a_step(plain, monkeypatch):
+    reads, original = [], engines.fetch
+    monkeypatch.setattr(engines, "fetch", lambda x: reads.append(1) or original(x))
+    list(plain.serve(requests(10)[:1]))
+    assert len(reads) == 10  # the prefill's and nine steps'
+
+
+def test_one_trace_for_each_shape(params):
+    engine = engine_for(params, PLAIN)[0]
+    for _ in range(2):
+        for count in (3, 9):
+            answers(engine, count=count)
+    for name in ("prefill", "step"):
+        assert engine.compiled(name, True)._cache_size() == 1
+        assert engine.compiled(name, False)._cache_size() == 0
+
+
+def test_recorded_feedback_is_what_one_pass_says(params, expected):
+    config = tiny_draft_config(CONFIG, 0)
+    step = StepConfig(CONFIG, Numerics(), PLAIN, config.taps)
+    done = next(Engine(step, params, is_recording=True).serve(requests()[:1]))
+    num_prompt, num_recorded = len(PROMPTS[0]), done.num_recorded
+    ids = [*PROMPTS[0], *expected[0]]
+    assert num_recorded == len(ids) - 1
+    feedback = jax.tree.map(lambda x: np.asarray(x[0, :num_recorded]), done.feedback)
+    assert feedback.tokens.tolist() == ids[:-1]
+    logits, taps = forward(params, CONFIG, ids[:-1], config.taps)
+    np.testing.assert_allclose(feedback.taps, taps, rtol=2e-3, atol=2e-3)
+    total = np.log(np.sum(np.exp(logits), axis=-1))
+    known = slice(num_prompt - 1, None)
+    np.testing.assert_allclose(feedback.logsumexp[known], total[known], atol=1e-3)
+    assert not feedback.logsumexp[: num_prompt - 1].any()
+    head = np.asarray(params["lm_head_kernel"])
+    np.testing.assert_allclose(feedback.hidden @ head.T, logits, atol=0.1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_cache_that_is_too_small_is_refused(plain, batch_size):
+    with pytest.raises(PromptTooLongError):
+        answers(plain, batch_size=batch_size, capacity=64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_cache_of_any_size_that_fits_will_do(plain, expected, batch_size):
+    """Even if prefill's last chunk reaches beyond it."""
+    try:
+        found = answers(plain, batch_size=batch_size, capacity=100)
+    except PromptTooLongError:
+        return
+    assert found == expected
+
+
+def test_prompts_beyond_the_context_are_refused(plain):
+    long = Request("long", (1,) * CONFIG.max_position, 1)
+    with pytest.raises(PromptTooLongError, match="long"):
+        list(plain.serve([long]))
+    with pytest.raises(ConfigError, match="empty"):
+        list(plain.serve([Request("none", (), 1)]))

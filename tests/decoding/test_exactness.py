@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever is drafted, greedy output is plain decoding's, and batches do not matter."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
+from ospec_jax.decoding.engine import Engine, Request
+from ospec_jax.decoding.step import StepConfig
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+
+VOCAB = 16
+TREES = {
+    "chain-5": TreeConfig(num_steps=5),
+    "chain-sampled": TreeConfig(num_steps=3, children="sampled"),
+    "static-drawn": TreeConfig(
+        "static", 2, branching=(3, 2), children="without_replacement"
+    ),
+    "dynamic": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=12),
+}
+PROMPTS = [(1, 2, 3), tuple(np.arange(70) % VOCAB), (5, 4), (9, 9, 9, 1, 0, 2)]
+LENGTHS = (40, 23, 57, 31)
+
+
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def target(request):
+    return tiny_target(VOCAB, request.param)
+
+
+def engine_for(target, tree, draft_vocab_size=12, stop_ids=()):
+    """An engine with a random draft; small vocabularies make it lucky at times."""
+    config = tiny_draft_config(target.config, draft_vocab_size)
+    drafter = eagle3(config, tree, target.numerics) if tree.num_steps else None
+    step = StepConfig(target.config, target.numerics, tree, config.taps, stop_ids)
+    engine = Engine(step, target.params, drafter)
+    return engine, tiny_draft(drafter, config) if drafter else None
+
+
+def requests(sampling=None):
+    kinds = sampling or [SamplingConfig()] * len(PROMPTS)
+    return [
+        Request(str(i), ids, count, kind)
+        for i, (ids, count, kind) in enumerate(
+            zip(PROMPTS, LENGTHS, kinds, strict=True)
+        )
+    ]
+
+
+def answers(engine, draft, batch_size=1, sampling=None):
+    done = engine.serve(requests(sampling), lambda: draft, batch_size)
+    return sorted(done, key=lambda completion: completion.request.id)
+
+
+def tokens(completions):
+    return [c.token_ids for c in completions]
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return tokens(answers(*engine_for(target, TreeConfig(num_steps=0))))
+
+
+@pytest.mark.parametrize("draft_vocab_size", [12, 0])
+@pytest.mark.parametrize("name", list(TREES))
+def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
+    if draft_vocab_size == 0 and name != "chain-5":
+        pytest.skip("one tree suffices for the full head")
+    engine, draft = engine_for(target, TREES[name], draft_vocab_size)
+    for batch_size in (1, 3):
+        done = answers(engine, draft, batch_size)
+        assert tokens(done) == plain
+        assert sum(c.stats.num_accepted_tokens for c in done) > 0
+    # One executable for single requests and one for the batch of each capacity.
+    assert engine.compiled("step", True)._cache_size() == 2
+
+
+def test_stop_tokens_inside_an_accepted_run(target, plain):
+    """The stop token is chosen so that it stands where drafts were accepted."""
+    engine, draft = engine_for(target, TREES["dynamic"])
+    stop = plain[2][20]
+    cut = lambda ids: ids[: ids.index(stop) + 1] if stop in ids else ids
+    engine, draft = engine_for(target, TREES["dynamic"], stop_ids=(stop,))
+    for batch_size in (1, 3):
+        done = answers(engine, draft, batch_size)
+        assert tokens(done) == [cut(ids) for ids in plain]
+        for completion in done:
+            reason = "stop" if stop in completion.token_ids else "length"
+            assert completion.finish_reason == reason
+
+
+@pytest.mark.parametrize("name", ["chain-sampled", "static-drawn"])
+def test_sampled_tokens_depend_on_the_seed_alone(target, name):
+    engine, draft = engine_for(target, TREES[name])
+    seeded = lambda seed: [SamplingConfig(0.9, 0, 0.95, seed)] * len(PROMPTS)
+    alone = tokens(answers(engine, draft, 1, seeded(1)))
+    assert tokens(answers(engine, draft, 3, seeded(1))) == alone
+    assert tokens(answers(engine, draft, 1, seeded(2))) != alone
+
+
+def test_greedy_and_sampled_rows_share_a_batch(target, plain):
+    engine, draft = engine_for(target, TREES["chain-sampled"])
+    hot = SamplingConfig(1.0, seed=3)
+    mixed = [SamplingConfig(), hot, SamplingConfig(), hot]
+    done = tokens(answers(engine, draft, 4, mixed))
+    assert [done[0], done[2]] == [plain[0], plain[2]]
+    alone = tokens(answers(engine, draft, 1, mixed))
+    assert [done[1], done[3]] == [alone[1], alone[3]]
+
+
+def test_finished_rows_stay_as_they_are(target):
+    engine, draft = engine_for(target, TREES["chain-5"])
+    request = Request("0", PROMPTS[0], 3)
+    state, _ = engine.prefill(draft, request, 256)
+    step = engine.compiled("step", True)
+    for _ in range(4):
+        state, _ = step(target.params, draft, state)
+    assert bool(state.is_finished[0])
+    lengths, last = int(state.lengths[0]), int(state.last_token[0])
+    keys = np.asarray(state.cache.keys[0][:, :, :lengths])
+    state, output = step(target.params, draft, state)
+    assert int(output.num_emitted[0]) == int(output.num_accepted[0]) == 0
+    assert (int(state.lengths[0]), int(state.last_token[0])) == (lengths, last)
+    np.testing.assert_array_equal(state.cache.keys[0][:, :, :lengths], keys)
+
+
+def test_corrupt_draft_is_harmless(target, plain):
+    engine, draft = engine_for(target, TREES["chain-5"])
+    broken = jax.tree.map(lambda x: x * jnp.nan, draft.params)
+    assert tokens(answers(engine, draft.replace(params=broken))) == plain
+
+
+def test_log_probs_are_the_targets(target):
+    engine, draft = engine_for(target, TREES["dynamic"])
+    config = dataclasses.replace(engine.config, has_log_probs=True)
+    drafted = Engine(config, target.params, engine.drafter)
+    config = dataclasses.replace(config, tree=TreeConfig(num_steps=0))
+    alone = Engine(config, target.params)
+    for a, b in zip(answers(drafted, draft), answers(alone, None), strict=True):
+        assert len(a.log_probs) == len(a.token_ids)
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+
+
+def test_tree_without_drafter_is_refused(target):
+    config = StepConfig(target.config, target.numerics, TREES["chain-5"])
+    with pytest.raises(ConfigError, match="needs a drafter"):
+        Engine(config, target.params)

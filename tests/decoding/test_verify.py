@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification is exact: what it emits follows the target's law, whatever the draft.
+
+A toy target is a table p[next | last], a toy draft another one. Trees are grown by the
+functions that real drafters use. The tokens that a verification emits, completed by the
+target itself to a fixed length, must follow the product law of the table.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ospec_jax import tree as topology
+from ospec_jax.config import TreeConfig
+from ospec_jax.decoding.verify import verify_greedy, verify_sampled
+from ospec_jax.drafters.expand import propose_static, propose_uniform
+from ospec_jax.models import cache as kv
+from ospec_jax.types import DraftContext, DraftTree, SamplingParams
+
+VOCAB, ROOT = 5, 0
+NUM_CHUNKS, CHUNK = 2, 20_000
+NUM_SAMPLES = NUM_CHUNKS * CHUNK
+
+CHAIN = TreeConfig("chain", 3)
+WIDE = TreeConfig("static", 2, branching=(3, 2))
+DYNAMIC = TreeConfig("dynamic", 3, topk=3, num_draft_tokens=8)
+
+
+def with_children(config, children):
+    return dataclasses.replace(config, children=children)
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def target_table(seed=0):
+    """`p[last, next]`, with some zeros."""
+    rng = np.random.default_rng(seed)
+    probs = softmax(rng.normal(size=(VOCAB, VOCAB)))
+    probs[1, 2] = probs[3, 0] = 0.0
+    return np.float32(probs / probs.sum(axis=-1, keepdims=True))
+
+
+def draft_logits(kind, target):
+    """Logits `[last, draft vocabulary]` and the ids of the draft vocabulary."""
+    rng = np.random.default_rng(7)
+    if kind == "equal":
+        return np.log(np.maximum(target, 1e-30)), None
+    if kind == "far":  # confident in what the target finds unlikely
+        return -2.0 * np.log(np.maximum(target, 1e-3)), None
+    if kind == "narrow":  # two possible tokens, fewer than some nodes have children
+        logits = np.full((VOCAB, VOCAB), -np.inf)
+        logits[:, [1, 4]] = [0.0, 1.0]
+        return logits, None
+    assert kind == "reduced"
+    return 2 * rng.normal(size=(VOCAB, 3)), np.asarray([1, 2, 4], np.int32)
+
+
+def sampling_params(rows, temperature=1.0):
+    return SamplingParams(
+        temperature=jnp.full((rows,), temperature),
+        top_k=jnp.zeros((rows,), jnp.int32),
+        top_p=jnp.ones((rows,)),
+    )
+
+
+def grow(config, logits, token_ids, keys):
+    """A tree for each key, drafted by a table of logits, from the root `ROOT`."""
+    rows = len(keys)
+    root = jnp.full((rows,), ROOT, jnp.int32)
+
+    def step(cache, hidden, tokens, positions, bias, starts):
+        return hidden, logits[tokens], cache
+
+    propose = propose_static if config.kind == "static" else propose_uniform
+    tree, _ = propose(
+        step, config, kv.init_cache(1, rows, 1, 1, 1, jnp.float32),
+        DraftContext(hidden=jnp.zeros((rows, 1)), logits=logits[root]), root,
+        jnp.zeros((rows,), jnp.int32), keys, sampling_params(rows), token_ids, False,
+    )  # fmt: skip
+    return tree
+
+
+def as_drawn(tree, children, logits):
+    """Claims that a tree's children were drawn from the draft's distributions."""
+    probs = jax.nn.softmax(logits, axis=-1)[tree.tokens]
+    return tree.replace(children=children, draft_probs=probs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def emitted(config, target, logits, token_ids, claimed=None):
+    """Counts of each sequence of depth + 1 tokens, and of accepted tokens."""
+    length = config.num_steps + 1
+
+    def one_chunk(key):
+        key_draft, key_verify, key_rest = (
+            jax.random.split(k, CHUNK) for k in jax.random.split(key, 3)
+        )
+        tree = grow(config, logits, token_ids, key_draft)
+        if claimed is not None:
+            tree = as_drawn(tree, claimed, logits)
+        verdict = verify_sampled(key_verify, tree, target[tree.tokens])
+        tokens = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
+        last, sequence = tokens[:, 0], jnp.zeros((CHUNK,), jnp.int32)
+        for i in range(length):
+            own = jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(key_rest)
+            drawn = jax.vmap(jax.random.categorical)(own, jnp.log(target[last]))
+            accepted = tokens[:, min(i + 1, length - 1)]
+            last = jnp.where(
+                i < verdict.num_accepted, accepted,
+                jnp.where(i == verdict.num_accepted, verdict.next_token, drawn),
+            )  # fmt: skip
+            sequence = sequence * VOCAB + last
+        return jnp.bincount(sequence, length=VOCAB**length), verdict.num_accepted.sum()
+
+    keys = jax.random.split(jax.random.key(3), NUM_CHUNKS)
+    counts, accepted = jax.lax.map(one_chunk, keys)
+    return jnp.sum(counts, axis=0).reshape((VOCAB,) * length), jnp.sum(accepted)
+
+
+def emitted_counts(config, kind, claimed=None):
+    """How often each sequence came out, its law, and the number of accepted tokens."""
+    target = target_table()
+    logits, token_ids = draft_logits(kind, target)
+    if token_ids is not None:
+        token_ids = jnp.asarray(token_ids)
+    logits = jnp.asarray(logits, jnp.float32)
+    counts, accepted = emitted(config, jnp.asarray(target), logits, token_ids, claimed)
+    counts, law = np.asarray(counts), product_law(target, config.num_steps + 1)
+    assert counts.sum() == NUM_SAMPLES
+    return counts, law, int(accepted)
+
+
+def product_law(target, length):
+    """The target's own law of `length` tokens after the root."""
+    law = target[ROOT].astype(np.float64)
+    for _ in range(length - 1):
+        law = law[..., None] * target.astype(np.float64)
+    return law
+
+
+def largest_deviation(counts, law):
+    """In standard deviations of a count, over the laws of all prefixes."""
+    worst = 0.0
+    while law.ndim:
+        sigma = np.sqrt(NUM_SAMPLES * law * (1 - law)) + 1.0
+        worst = max(worst, np.max(np.abs(counts - NUM_SAMPLES * law) / sigma))
+        counts, law = counts.sum(axis=-1), law.sum(axis=-1)
+    return worst
+
+
+# Rare sequences are counted by a Poisson law, whose tails are longer than a normal
+# law's: 5 sigma hold for single tokens and pairs, 6.5 for some 600 sequences.
+_TOLERANCE = 6.5
+
+
+CASES = [
+    *((CHAIN, children) for children in ("topk", "sampled", "without_replacement")),
+    *((WIDE, children) for children in ("topk", "sampled", "without_replacement")),
+    (DYNAMIC, "topk"),
+]
+
+
+@pytest.mark.parametrize("kind", ["far", "narrow", "reduced"])
+@pytest.mark.parametrize(
+    ("config", "children"), CASES, ids=[f"{c.kind}-{children}" for c, children in CASES]
+)
+def test_emitted_law_is_the_targets(config, children, kind):
+    counts, law, accepted = emitted_counts(with_children(config, children), kind)
+    assert np.all(counts[law == 0] == 0), "a token of probability zero came out"
+    assert largest_deviation(counts, law) < _TOLERANCE
+    assert accepted > 0.01 * NUM_SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("config", "children", "claimed"),
+    [
+        (CHAIN, "topk", "sampled"),
+        (WIDE, "topk", "without_replacement"),
+        (WIDE, "without_replacement", "sampled"),
+    ],
+)
+def test_wrong_rules_are_noticed(config, children, claimed):
+    """The acceptance rule must be that of how children were drawn.
+
+    (The rule for `topk` would be right for all: it takes the tree as given.)
+    """
+    counts, law, _ = emitted_counts(with_children(config, children), "far", claimed)
+    assert largest_deviation(counts, law) > 2 * _TOLERANCE
+
+
+@pytest.mark.parametrize("children", ["sampled", "without_replacement"])
+def test_equal_draft_is_always_accepted(children):
+    counts, law, accepted = emitted_counts(with_children(CHAIN, children), "equal")
+    assert accepted > 0.999 * NUM_SAMPLES * CHAIN.num_steps
+    assert largest_deviation(counts, law) < _TOLERANCE
+
+
+def hand_made(parents, tokens, **changes):
+    """A batch of one tree."""
+    parents = np.asarray(parents, np.int32)
+    depths = topology.static_depths(parents)
+    values = dict(
+        tokens=jnp.asarray(tokens, jnp.int32)[None],
+        parents=jnp.asarray(parents)[None],
+        depths=jnp.asarray(depths)[None],
+        is_valid=jnp.ones((1, len(parents)), bool),
+        log_probs=jnp.zeros((1, len(parents))),
+        ancestor_mask=jnp.asarray(topology.static_ancestor_mask(parents))[None],
+        max_depth=int(depths.max()),
+        max_children=int(np.bincount(parents + 1)[1:].max(initial=1)),
+    )
+    return DraftTree(**(values | changes))
+
+
+@pytest.mark.parametrize("token", range(3))
+def test_rounding_that_leaves_no_residual(token):
+    """p below q everywhere, as rounding may have it: the next token follows p."""
+    q = jnp.asarray([0.5, 0.3, 0.2, 0.0], jnp.float32)
+    tree = hand_made(
+        [-1, 0], [0, token], children="sampled",
+        draft_probs=jnp.stack([q, jnp.zeros(4)])[None],
+    )  # fmt: skip
+    probs = jnp.stack([0.7 * q, jnp.full((4,), 0.25)])[None]
+    keys = jax.random.split(jax.random.key(0), 2000)
+    one = lambda key: verify_sampled(key[None], tree, probs)
+    verdict = jax.jit(jax.vmap(one))(keys)
+    is_rejected = np.asarray(verdict.num_accepted[:, 0] == 0)
+    found = np.bincount(np.asarray(verdict.next_token[:, 0])[is_rejected], minlength=4)
+    assert 400 < is_rejected.sum() < 800
+    np.testing.assert_allclose(found / is_rejected.sum(), q, atol=0.1)
+    assert found[3] == 0
+
+
+# Node:     0  1  2  3  4  5  6   tokens below, the root's token is 9
+PARENTS = [-1, 0, 0, 1, 1, 2, 4]
+TOKENS = [9, 1, 2, 3, 4, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("best", "path", "next_token"),
+    [
+        # argmax after each node; -1 marks those that are never looked at
+        ([7, -1, -1, -1, -1, -1, -1], [0, 0, 0, 0], 7),
+        ([2, -1, 8, -1, -1, -1, -1], [0, 2, 2, 2], 8),
+        ([2, -1, 3, -1, -1, 6, -1], [0, 2, 5, 5], 6),
+        ([1, 4, -1, -1, 5, -1, 0], [0, 1, 4, 6], 0),
+        ([1, 3, -1, 7, -1, -1, -1], [0, 1, 3, 3], 7),
+        # a match below a mismatch does not count
+        ([7, 4, 3, 7, 5, 7, 7], [0, 0, 0, 0], 7),
+    ],
+)
+def test_greedy_by_hand(best, path, next_token):
+    tree = hand_made(PARENTS, TOKENS)
+    verdict = verify_greedy(tree, jnp.asarray(best, jnp.int32)[None])
+    assert verdict.path[0].tolist() == path
+    assert int(verdict.num_accepted[0]) == len(set(path)) - 1
+    assert int(verdict.next_token[0]) == next_token
+
+
+def test_greedy_skips_invalid_nodes():
+    is_valid = jnp.asarray([[True, False, True, True, True, True, True]])
+    tree = hand_made(PARENTS, TOKENS, is_valid=is_valid)
+    best = jnp.asarray([[1, 4, 0, 0, 5, 0, 0]], jnp.int32)
+    verdict = verify_greedy(tree, best)
+    assert int(verdict.num_accepted[0]) == 0
+    assert int(verdict.next_token[0]) == 1
+
+
+def test_greedy_with_equal_siblings():
+    """Independent draws may repeat a token."""
+    tree = hand_made([-1, 0, 0, 1, 2], [9, 1, 1, 2, 3], children="sampled")
+    best = jnp.asarray([[1, 3, 3, 0, 4]], jnp.int32)
+    verdict = verify_greedy(tree, best)
+    assert verdict.path[0].tolist() == [0, 2, 4]
+    assert int(verdict.next_token[0]) == 4
+
+
+def test_sampled_equals_greedy_for_one_hot_targets():
+    tree = hand_made(PARENTS, TOKENS)
+    best = jnp.asarray([[1, 4, 0, 0, 5, 0, 0]], jnp.int32)
+    probs = jax.nn.one_hot(best, 10)
+    keys = jax.random.split(jax.random.key(0), 1)
+    greedy, sampled = verify_greedy(tree, best), verify_sampled(keys, tree, probs)
+    for x, y in zip(jax.tree.leaves(greedy), jax.tree.leaves(sampled), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("children", ["sampled", "without_replacement"])
+def test_reranked_draws_are_refused(children):
+    tree = hand_made(
+        PARENTS, TOKENS, children=children, is_reranked=True,
+        draft_probs=jnp.full((1, 7, 10), 0.1),
+    )  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), 1)
+    with pytest.raises(ValueError, match="reranked"):
+        verify_sampled(keys, tree, jnp.full((1, 7, 10), 0.1))

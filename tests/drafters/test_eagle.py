@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EAGLE-3: its cache changes nothing, and it is trained as it is used."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import random_params
+
+from ospec_jax.config import TreeConfig
+from ospec_jax.decoding.step import shared_tables
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
+from ospec_jax.types import Feedback, SamplingParams
+
+VOCAB, CAPACITY, LENGTH, STEPS = 16, 64, 24, 4
+TREES = {
+    "chain": TreeConfig("chain", STEPS),
+    "static": TreeConfig("static", 3, branching=(3, 2, 1)),
+    "dynamic": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=12),
+}
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return shared_tables(random_params(tiny_model_config(VOCAB)))
+
+
+def greedy(rows):
+    zeros = jnp.zeros((rows,))
+    return SamplingParams(
+        temperature=zeros, top_k=zeros.astype(jnp.int32), top_p=zeros + 1
+    )
+
+
+class Rig:
+    """A random draft, compiled, and random target features for it."""
+
+    def __init__(self, tree, draft_vocab_size, rows=1):
+        self.config = tiny_draft_config(tiny_model_config(VOCAB), draft_vocab_size)
+        self.drafter = eagle3(self.config, tree)
+        self.draft = tiny_draft(self.drafter, self.config)
+        self.extend = jax.jit(self.drafter.extend)
+        self.propose = jax.jit(self.drafter.propose)
+        self.unroll = jax.jit(self.drafter.unroll, static_argnums=(5, 6))
+        rng, width = np.random.default_rng(0), 3 * self.config.target_hidden_size
+        self.tokens = jnp.asarray(rng.integers(0, VOCAB, (rows, LENGTH)), jnp.int32)
+        self.taps = jnp.asarray(rng.normal(size=(rows, LENGTH, width)), jnp.float32)
+        self.rows = rows
+
+    def fed(self, shared, cache, start, count, width):
+        """Feeds `count` pairs from `start` on in a pass of `width`; junk beyond."""
+        pairs = slice(start, start + count)
+        junk = ((0, 0), (0, width - count))
+        tokens = jnp.pad(
+            self.tokens[:, start + 1 : start + 1 + count], junk, constant_values=3
+        )
+        taps = jnp.pad(self.taps[:, pairs], (*junk, (0, 0)), constant_values=7.0)
+        fill = lambda value: jnp.full((self.rows,), value, jnp.int32)
+        return self.extend(
+            self.draft, shared, cache, tokens, taps, fill(start), fill(count)
+        )
+
+    def proposed(self, shared, cache, context, start, sampling=None):
+        keys = jax.random.split(jax.random.key(5), self.rows)
+        return self.propose(
+            self.draft, shared, cache, context, self.tokens[:, start],
+            jnp.full((self.rows,), start, jnp.int32), keys,
+            sampling or greedy(self.rows),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[12, 0], ids=["reduced", "full"])
+def draft_vocab_size(request):
+    return request.param
+
+
+@pytest.mark.parametrize("name", list(TREES))
+def test_cached_logits_equal_uncached_ones(shared, draft_vocab_size, name):
+    """However many tokens were accepted, and whatever was drafted in between."""
+    rig = Rig(TREES[name], draft_vocab_size)
+    width = TREES[name].num_steps + 1
+    cache, context = rig.fed(shared, rig.drafter.init_cache(1, CAPACITY), 0, 4, 4)
+    start = 4
+    for count in (2, 1, width, 1, width, 3):  # 1 rejects all, `width` accepts all
+        _, cache = rig.proposed(shared, cache, context, start)
+        cache, context = rig.fed(shared, cache, start, count, width)
+        start += count
+        fresh = rig.drafter.init_cache(1, CAPACITY)
+        _, expected = rig.fed(shared, fresh, 0, start, LENGTH - 1)
+        np.testing.assert_allclose(context.logits, expected.logits, atol=1e-5)
+        np.testing.assert_allclose(context.hidden, expected.hidden, atol=1e-5)
+    assert start == 4 + 7 + 2 * width
+
+
+def test_idle_extension_keeps_committed_entries(shared):
+    """A row with nothing to add, being finished, must not touch what it has."""
+    rig = Rig(TREES["chain"], 12)
+    cache, _ = rig.fed(shared, rig.drafter.init_cache(1, CAPACITY), 0, 6, 6)
+    later, _ = rig.fed(shared, cache, 6, 0, STEPS + 1)
+    np.testing.assert_array_equal(cache.keys[0][:, :, :6], later.keys[0][:, :, :6])
+    np.testing.assert_array_equal(cache.values[0][:, :, :6], later.values[0][:, :, :6])
+
+
+@pytest.mark.parametrize("children", ["topk", "sampled"])
+def test_unroll_reproduces_what_propose_computed(shared, draft_vocab_size, children):
+    tree = dataclasses.replace(TREES["chain"], children=children)
+    rig, start = Rig(tree, draft_vocab_size), 12
+    cache, context = rig.fed(shared, rig.drafter.init_cache(1, CAPACITY), 0, start, 12)
+    hot = greedy(1).replace(temperature=jnp.ones((1,)))
+    proposal, _ = rig.proposed(shared, cache, context, start, hot)
+    drafted = proposal.tokens[:, 1:]
+    feedback = Feedback(
+        tokens=jnp.concatenate([rig.tokens[:, : start + 1], drafted[:, :-1]], axis=1),
+        taps=rig.taps[:, : start + STEPS],  # those of drafted tokens must not matter
+        hidden=jnp.zeros((1, start + STEPS, 32)),
+        logsumexp=jnp.zeros((1, start + STEPS)),
+    )
+    for num_context in (0, start - 1):
+        unrolled = rig.unroll(
+            rig.draft.params, rig.draft.token_ids, shared, feedback,
+            jnp.zeros((1,), jnp.int32), num_context, STEPS,
+        )  # fmt: skip
+        assert len(unrolled) == STEPS
+        for depth, logits in enumerate(unrolled):
+            log_probs = jax.nn.log_softmax(logits[0, -1])
+            if children == "sampled":
+                found = proposal.draft_probs[0, depth]
+                np.testing.assert_allclose(jnp.exp(log_probs), found, atol=1e-4)
+            ids = jnp.arange(VOCAB) if draft_vocab_size == 0 else rig.draft.token_ids
+            column = int(jnp.argmax(ids == drafted[0, depth]))
+            np.testing.assert_allclose(
+                log_probs[column], proposal.log_probs[0, depth + 1], atol=1e-4
+            )
+            if children == "topk":
+                assert int(jnp.argmax(log_probs)) == column
+    np.testing.assert_allclose(context.logits[0], unrolled[0][0, -1], atol=1e-4)
+
+
+def test_padding_before_the_first_token_is_not_seen(shared):
+    rig = Rig(TREES["chain"], 12)
+    num_pairs, pad = 10, 3
+    feedback = Feedback(
+        tokens=rig.tokens[:, : num_pairs + STEPS],
+        taps=rig.taps[:, : num_pairs + STEPS],
+        hidden=jnp.zeros((1, num_pairs + STEPS, 32)),
+        logsumexp=jnp.zeros((1, num_pairs + STEPS)),
+    )
+    junk = lambda x: jnp.pad(
+        x, ((0, 0), (pad, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=5
+    )
+    args = rig.draft.params, rig.draft.token_ids, shared
+    zero = jnp.zeros((1,), jnp.int32)
+    expected = rig.unroll(*args, feedback, zero, 4, STEPS)
+    padded = rig.unroll(*args, jax.tree.map(junk, feedback), zero - pad, 4 + pad, STEPS)
+    for x, y in zip(padded, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(TREES))
+def test_rows_are_independent(shared, name):
+    rig = Rig(TREES[name], 12, rows=3)
+    cache, context = rig.fed(shared, rig.drafter.init_cache(3, CAPACITY), 0, 8, 8)
+    tree, _ = rig.proposed(shared, cache, context, 8)
+    other = Rig(TREES[name], 12, rows=3)
+    other.tokens = other.tokens.at[0].set(1).at[2].set(2)
+    other.taps = other.taps.at[0].mul(-1.0).at[2].add(1.0)
+    cache, changed = other.fed(shared, other.drafter.init_cache(3, CAPACITY), 0, 8, 8)
+    other_tree, _ = other.proposed(shared, cache, changed, 8)
+    np.testing.assert_array_equal(context.logits[1], changed.logits[1])
+    np.testing.assert_array_equal(tree.tokens[1], other_tree.tokens[1])
+    np.testing.assert_array_equal(tree.log_probs[1], other_tree.log_probs[1])
+    assert not np.array_equal(context.logits[0], changed.logits[0])
+
+
+@pytest.mark.parametrize("name", list(TREES))
+def test_proposals_keep_to_the_draft_vocabulary(shared, name):
+    rig = Rig(TREES[name], 12, rows=3)
+    cache, context = rig.fed(shared, rig.drafter.init_cache(3, CAPACITY), 0, 8, 8)
+    tree, _ = rig.proposed(shared, cache, context, 8)
+    assert tree.tokens.shape[1] == TREES[name].num_nodes
+    assert set(np.unique(tree.tokens[:, 1:])) <= set(rig.draft.token_ids.tolist())
+    np.testing.assert_array_equal(tree.tokens[:, 0], rig.tokens[:, 8])
+    parents, depths = np.asarray(tree.parents), np.asarray(tree.depths)
+    for row in range(3):
+        assert np.all(parents[row, 1:] < np.arange(1, parents.shape[1]))
+        assert np.all(depths[row, 1:] == depths[row, parents[row, 1:]] + 1)
+        siblings = list(zip(parents[row, 1:], np.asarray(tree.tokens)[row, 1:],
+                            strict=True))  # fmt: skip
+        assert len(set(siblings)) == len(siblings)
+    assert np.all(np.diff(depths, axis=1) >= 0)

@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights arrive unchanged from both kinds of file, and broken files say so."""
+
+import json
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import random_params
+from safetensors.flax import save_file
+from tokenizers import pre_tokenizers
+
+from ospec_jax.config import ConfigError, RopeScaling
+from ospec_jax.models import hub
+from ospec_jax.models.hub import load_target
+from ospec_jax.models.quantization import cast_params
+from ospec_jax.models.weights import WeightsError
+from ospec_jax.testing import CHAT_TEMPLATE, byte_tokenizer, tiny_model_config
+
+VOCAB = 261
+HF_NAMES = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+
+
+def model_config(**changes):
+    """Widths that Q8_0's blocks of 32 divide."""
+    sizes = dict(intermediate_size=64, num_layers=2, head_dim=16)
+    return tiny_model_config(VOCAB, **sizes | changes)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def source(request):
+    config = model_config(tie_embeddings=request.param)
+    return config, random_params(config)
+
+
+def layer_tensors(config, layer):
+    """One layer's separate tensors, by short name."""
+    c = config
+    heads = np.cumsum([c.num_heads, c.num_kv_heads]) * c.head_dim
+    qkv = np.asarray(layer["self_attn"]["qkv_proj"]["kernel"])
+    q, k, v = np.split(qkv, heads)
+    gate, up = np.split(np.asarray(layer["mlp"]["gate_up_proj"]["kernel"]), 2)
+    return {
+        "input_layernorm": np.asarray(layer["input_layernorm"]["scale"]),
+        "post_attention_layernorm": np.asarray(
+            layer["post_attention_layernorm"]["scale"]
+        ),
+        "q_proj": q, "k_proj": k, "v_proj": v,
+        "o_proj": np.asarray(layer["self_attn"]["o_proj"]["kernel"]),
+        "gate_proj": gate, "up_proj": up,
+        "down_proj": np.asarray(layer["mlp"]["down_proj"]["kernel"]),
+    }  # fmt: skip
+
+
+def hf_tensors(config, params):
+    tensors = {
+        "model.embed_tokens.weight": params["embed_tokens_kernel"],
+        "model.norm.weight": params["norm"]["scale"],
+    }
+    if not config.tie_embeddings:
+        tensors["lm_head.weight"] = params["lm_head_kernel"]
+    for i in range(config.num_layers):
+        for name, value in layer_tensors(config, params[f"layers_{i}"]).items():
+            tensors[f"model.layers.{i}.{HF_NAMES[name]}.weight"] = jnp.asarray(value)
+    return tensors
+
+
+def hf_config(config):
+    c = config
+    values = {
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "max_position_embeddings": c.max_position,
+        "tie_word_embeddings": c.tie_embeddings,
+    }
+    if c.rope_scaling is not None:
+        values["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": c.rope_scaling.factor,
+            "low_freq_factor": c.rope_scaling.low_freq_factor,
+            "high_freq_factor": c.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": c.rope_scaling.original_max_position,
+        }
+    return values
+
+
+def write_folder(folder, config, tensors, dtype=jnp.float32, **changes):
+    """A Hugging Face folder in two shards."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(config) | changes))
+    cast = {name: value.astype(dtype) for name, value in tensors.items()}
+    first = {name: cast.pop(name) for name in list(cast)[: len(cast) // 2]}
+    save_file(first, folder / "model-00001-of-00002.safetensors")
+    save_file(cast, folder / "model-00002-of-00002.safetensors")
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_folder(tmp_path, source, dtype):
+    config, params = source
+    name = write_folder(tmp_path / "tiny", config, hf_tensors(config, params), dtype)
+    target = load_target(name, "float32")
+    assert target.config == config
+    assert_same(
+        target.params, jax.tree.map(lambda x: x.astype(dtype).astype("float32"), params)
+    )
+    ids = target.tokenizer.encode("hello")
+    assert target.tokenizer.decode(ids) == "hello"
+
+
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_precisions(tmp_path, precision):
+    config = model_config()
+    params = random_params(config)
+    name = write_folder(tmp_path / "tiny", config, hf_tensors(config, params))
+    expected = cast_params(jax.tree.map(np.asarray, params), precision)
+    assert_same(load_target(name, precision).params, expected)
+
+
+def test_llama3_rope_scaling_and_new_names(tmp_path):
+    scaling = RopeScaling(8.0, 1.0, 4.0, 64)
+    config = model_config(rope_scaling=scaling, rope_theta=5e5)
+    tensors = hf_tensors(config, random_params(config))
+    name = write_folder(tmp_path / "old", config, tensors)
+    assert load_target(name, "float32").config == config
+    file = tmp_path / "old" / "config.json"
+    values = json.loads(file.read_text())
+    rope = values.pop("rope_scaling") | {"rope_theta": values.pop("rope_theta")}
+    file.write_text(json.dumps(values | {"rope_parameters": rope}))
+    assert load_target(name, "float32").config == config
+
+
+def test_fingerprints_tell_weights_apart(tmp_path):
+    config = model_config()
+    names = [
+        write_folder(tmp_path / str(seed), config, hf_tensors(config, params))
+        for seed, params in enumerate((random_params(config), random_params(config, 1)))
+    ]
+    first, second = (load_target(name, "float32") for name in names)
+    assert first.fingerprint != second.fingerprint
+    assert first.fingerprint == load_target(names[0], "int8").fingerprint
+
+
+def permute_rotary(kernel, num_heads):
+    """llama.cpp's order of q and k rows, as its converter writes it."""
+    out, fan_in = kernel.shape
+    halves = kernel.reshape(num_heads, 2, out // num_heads // 2, fan_in)
+    return halves.swapaxes(1, 2).reshape(out, fan_in)
+
+
+def gguf_tensors(config, params):
+    tensors = {
+        "token_embd.weight": params["embed_tokens_kernel"],
+        "output_norm.weight": params["norm"]["scale"],
+    }
+    if not config.tie_embeddings:
+        tensors["output.weight"] = params["lm_head_kernel"]
+    for i in range(config.num_layers):
+        layer = layer_tensors(config, params[f"layers_{i}"])
+        layer["q_proj"] = permute_rotary(layer["q_proj"], config.num_heads)
+        layer["k_proj"] = permute_rotary(layer["k_proj"], config.num_kv_heads)
+        for name, value in layer.items():
+            tensors[f"blk.{i}.{GGUF_NAMES[name]}.weight"] = value
+    return {name: np.asarray(value) for name, value in tensors.items()}
+
+
+def write_gguf(file, config, tensors, is_quantized=False, architecture="llama"):
+    c, writer = config, gguf.GGUFWriter(file, architecture)
+    writer.add_context_length(c.max_position)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_heads)
+    writer.add_head_count_kv(c.num_kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["th", "the"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(special) + [1] * (len(tokens) - len(special)))
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, value in tensors.items():
+        if is_quantized and value.ndim == 2:
+            quantized = gguf.quants.quantize(value, kind)
+            writer.add_tensor(name, quantized, raw_dtype=kind)
+        else:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(file)
+
+
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["f32", "q8_0"])
+def test_gguf(tmp_path, source, is_quantized):
+    config, params = source
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, config, gguf_tensors(config, params), is_quantized)
+    target = load_target(str(file), "float32")
+    # Scalars are stored in float32.
+    assert target.config.rms_norm_eps == pytest.approx(config.rms_norm_eps)
+    values = {"rms_norm_eps": config.rms_norm_eps}
+    assert type(config)(**vars(target.config) | values) == config
+    if not is_quantized:
+        assert_same(target.params, params)
+        return
+
+    def close(found, expected):
+        # Half a step of each block of 32, whose largest value is 127 steps.
+        blocks = np.asarray(expected).reshape(-1, 32)
+        step = np.abs(blocks).max(axis=1, keepdims=True) / 127
+        error = np.abs(np.asarray(found).reshape(-1, 32) - blocks)
+        assert np.all(error <= 0.51 * step + 1e-3 * np.abs(blocks))
+
+    jax.tree.map(close, target.params, params)
+
+
+def test_gguf_tokenizer(tmp_path):
+    config = model_config()
+    tensors = gguf_tensors(config, random_params(config))
+    file = write_gguf(tmp_path / "tiny.gguf", config, tensors)
+    tokenizer = load_target(file, "float32").tokenizer
+    text = "<|im_start|>the thé 12<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert tokens[:2] == ["<|im_start|>", "the"]
+    assert tokens[-1] == "<|im_end|>"
+    assert tokens[-3:-1] == ["1", "2"]
+    assert tokenizer.eos_token_id == 2
+    chat = [{"role": "user", "content": "hi"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert rendered == "<|im_start|>user\nhi<|im_end|>\n"
+
+
+def test_gguf_rope_factors_are_not_ignored(tmp_path):
+    """llama.cpp stores Llama-3's rope scaling as a tensor of divisors."""
+    config = model_config()
+    tensors = gguf_tensors(config, random_params(config))
+    tensors["rope_freqs.weight"] = np.float32([1, 1, 2, 4, 8, 8, 8, 8])
+    file = write_gguf(tmp_path / "tiny.gguf", config, tensors)
+    with pytest.raises(ConfigError, match="rope"):
+        load_target(file, "float32")
+
+
+def truncate(file, share):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.95])
+def test_truncated_gguf(tmp_path, share):
+    config = model_config()
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, config, gguf_tensors(config, random_params(config)))
+    truncate(file, share)
+    with pytest.raises(WeightsError, match="tiny.gguf"):
+        load_target(str(file), "float32")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_truncated_safetensors(tmp_path, share):
+    config = model_config()
+    name = write_folder(
+        tmp_path / "tiny", config, hf_tensors(config, random_params(config))
+    )
+    truncate(tmp_path / "tiny" / "model-00002-of-00002.safetensors", share)
+    with pytest.raises(WeightsError, match="model-00002-of-00002"):
+        load_target(name, "float32")
+
+
+@pytest.mark.parametrize(
+    "missing", ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
+)
+def test_missing_tensor_in_a_folder(tmp_path, missing):
+    config = model_config()
+    tensors = hf_tensors(config, random_params(config))
+    del tensors[missing]
+    name = write_folder(tmp_path / "tiny", config, tensors)
+    with pytest.raises(WeightsError, match=missing):
+        load_target(name, "float32")
+
+
+def test_missing_tensor_in_gguf(tmp_path):
+    config = model_config()
+    tensors = gguf_tensors(config, random_params(config))
+    del tensors["blk.1.ffn_up.weight"]
+    file = write_gguf(tmp_path / "tiny.gguf", config, tensors)
+    with pytest.raises(WeightsError, match=r"blk\.1\.ffn_up\.weight"):
+        load_target(file, "float32")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape"),
+    [
+        ("model.embed_tokens.weight", (VOCAB - 1, 32)),
+        ("model.layers.1.mlp.down_proj.weight", (32, 32)),
+        ("model.layers.0.self_attn.v_proj.weight", (32, 16)),
+        ("model.layers.0.mlp.gate_proj.weight", (60, 32)),
+        ("model.layers.1.input_layernorm.weight", (31,)),
+    ],
+)
+def test_wrong_shapes_are_named(tmp_path, tensor, shape):
+    config = model_config()
+    tensors = hf_tensors(config, random_params(config))
+    tensors[tensor] = jnp.zeros(shape)
+    name = write_folder(tmp_path / "tiny", config, tensors)
+    with pytest.raises(WeightsError) as caught:
+        load_target(name, "float32")
+    short = tensor.removesuffix(".weight").split(".")[-1]
+    assert short in str(caught.value)
+    assert str(shape[0]) in str(caught.value)
+
+
+def test_misplaced_rows_are_noticed(tmp_path):
+    """q and k of the wrong heights whose sum is right."""
+    config = model_config()
+    tensors = hf_tensors(config, random_params(config))
+    q, k = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qk")
+    tensors[q], tensors[k] = tensors[k], tensors[q]
+    name = write_folder(tmp_path / "tiny", config, tensors)
+    with pytest.raises(WeightsError):
+        load_target(name, "float32")
+
+
+def test_unknown_architecture_in_a_folder(tmp_path):
+    config = model_config()
+    tensors = hf_tensors(config, random_params(config))
+    name = write_folder(tmp_path / "tiny", config, tensors, model_type="mamba")
+    with pytest.raises(ConfigError, match="mamba"):
+        load_target(name, "float32")
+
+
+def test_unknown_architecture_in_gguf(tmp_path):
+    config = model_config()
+    tensors = gguf_tensors(config, random_params(config))
+    file = write_gguf(tmp_path / "tiny.gguf", config, tensors, architecture="gpt2")
+    with pytest.raises(ConfigError, match="gpt2"):
+        load_target(file, "float32")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_unsupported_variants_are_refused(tmp_path, changes):
+    """Rather than computed without what they need."""
+    config = model_config()
+    tensors = hf_tensors(config, random_params(config))
+    name = write_folder(tmp_path / "tiny", config, tensors, **changes)
+    with pytest.raises(ConfigError):
+        load_target(name, "float32")
+
+
+@pytest.mark.parametrize("name", ["smollm3-9b", "nowhere/at/all", "missing.gguf"])
+def test_unknown_names(name):
+    with pytest.raises(FileNotFoundError, match=name) as caught:
+        load_target(name, "float32")
+    assert "smollm2-135m" in str(caught.value)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_target(str(tmp_path), "float32")
+
+
+def test_folder_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model_config())))
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        load_target(str(tmp_path), "float32")
+
+
+def test_known_models_pin_their_digest():
+    for model in hub.KNOWN_MODELS.values():
+        assert len(model.sha256) == 64

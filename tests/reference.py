@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Independent oracles for the tests, written from the papers in plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def forward(params, config, tokens, taps=()):
+    """The Llama architecture in float64, one sequence, without a cache.
+
+    Follows Touvron et al. (arXiv 2302.13971) token by token and head by head; shares
+    no code with the package but the layout of `params`.
+
+    Returns:
+      Logits `[t, v]`, and the inputs of the layers `taps`, concatenated, `[t, f]`.
+    """
+    c, wide = config, lambda array: np.asarray(array, np.float64)
+    x = wide(params["embed_tokens_kernel"])[np.asarray(tokens)]
+    tapped = {}
+    for number in range(c.num_layers):
+        layer = params[f"layers_{number}"]
+        tapped[number] = x
+        normed = _norm(x, wide(layer["input_layernorm"]["scale"]), c.rms_norm_eps)
+        x = x + _attention(c, layer["self_attn"], normed)
+        gain = wide(layer["post_attention_layernorm"]["scale"])
+        normed = _norm(x, gain, c.rms_norm_eps)
+        fused = wide(layer["mlp"]["gate_up_proj"]["kernel"])
+        gate, up = fused[: c.intermediate_size], fused[c.intermediate_size :]
+        gated = normed @ gate.T
+        gated = gated / (1.0 + np.exp(-gated))
+        x = x + (gated * (normed @ up.T)) @ wide(layer["mlp"]["down_proj"]["kernel"]).T
+    x = _norm(x, wide(params["norm"]["scale"]), c.rms_norm_eps)
+    head = "embed_tokens_kernel" if c.tie_embeddings else "lm_head_kernel"
+    features = [tapped[number] for number in taps] or [x[:, :0]]
+    return x @ wide(params[head]).T, np.concatenate(features, axis=1)
+
+
+def _norm(x, gain, eps):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * gain
+
+
+def _attention(c, layer, x):
+    fused = np.asarray(layer["qkv_proj"]["kernel"], np.float64)
+    num_tokens, group = len(x), c.num_heads // c.num_kv_heads
+    rows = fused.reshape(c.num_heads + 2 * c.num_kv_heads, c.head_dim, c.hidden_size)
+    query_rows = rows[: c.num_heads]
+    key_rows = rows[c.num_heads : c.num_heads + c.num_kv_heads]
+    value_rows = rows[c.num_heads + c.num_kv_heads :]
+    heads = []
+    for head in range(c.num_heads):
+        queries = _rotated(c, x @ query_rows[head].T)
+        keys = _rotated(c, x @ key_rows[head // group].T)
+        values = x @ value_rows[head // group].T
+        out = np.empty_like(values)
+        for i in range(num_tokens):
+            scores = keys[: i + 1] @ queries[i] / np.sqrt(c.head_dim)
+            weights = np.exp(scores - scores.max())
+            out[i] = weights @ values[: i + 1] / weights.sum()
+        heads.append(out)
+    return np.concatenate(heads, axis=1) @ np.asarray(layer["o_proj"]["kernel"]).T
+
+
+def _rotated(c, x):
+    """Rotates dimension i against dimension i + e / 2 by position times frequency."""
+    half = c.head_dim // 2
+    out = np.empty_like(x)
+    for i in range(half):
+        angle = np.arange(len(x)) * _frequency(c, i)
+        cos, sin = np.cos(angle), np.sin(angle)
+        out[:, i] = x[:, i] * cos - x[:, i + half] * sin
+        out[:, i + half] = x[:, i + half] * cos + x[:, i] * sin
+    return out
+
+
+def _frequency(c, i):
+    """Angular frequency of rotary pair i, as Meta's Llama 3 reference scales it."""
+    frequency = c.rope_theta ** (-2.0 * i / c.head_dim)
+    scaling = c.rope_scaling
+    if scaling is None:
+        return frequency
+    wavelength = 2 * np.pi / frequency
+    longest = scaling.original_max_position / scaling.low_freq_factor
+    shortest = scaling.original_max_position / scaling.high_freq_factor
+    if wavelength < shortest:
+        return frequency
+    if wavelength > longest:
+        return frequency / scaling.factor
+    smooth = scaling.original_max_position / wavelength - scaling.low_freq_factor
+    smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def random_params(config, seed=0, gain=1.0):
+    """Random float32 parameters of a `Llama`, its matrices scaled by `gain`."""
+    c, rng = config, np.random.default_rng(seed)
+
+    def kernel(out, fan_in, scale=1.0):
+        values = rng.normal(size=(out, fan_in)) * scale / np.sqrt(fan_in)
+        return np.float32(values)
+
+    def norm():
+        return {"scale": np.float32(1 + 0.2 * rng.normal(size=c.hidden_size))}
+
+    params = {"embed_tokens_kernel": kernel(c.vocab_size, c.hidden_size, 3.0)}
+    for i in range(c.num_layers):
+        qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        params[f"layers_{i}"] = {
+            "input_layernorm": norm(),
+            "self_attn": {
+                "qkv_proj": {"kernel": kernel(qkv, c.hidden_size, gain)},
+                "o_proj": {
+                    "kernel": kernel(c.hidden_size, c.num_heads * c.head_dim, gain)
+                },
+            },
+            "post_attention_layernorm": norm(),
+            "mlp": {
+                "gate_up_proj": {
+                    "kernel": kernel(2 * c.intermediate_size, c.hidden_size, gain)
+                },
+                "down_proj": {
+                    "kernel": kernel(c.hidden_size, c.intermediate_size, gain)
+                },
+            },
+        }
+    params["norm"] = norm()
+    if not c.tie_embeddings:
+        params["lm_head_kernel"] = kernel(c.vocab_size, c.hidden_size, 3.0)
+    return jax.tree.map(jnp.asarray, params)

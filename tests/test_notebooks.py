@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every notebook runs from top to bottom, and is in step with its text form."""
+
+from pathlib import Path
+
+import jupytext
+import nbclient
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+SOURCES = sorted(FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+@pytest.mark.filterwarnings("ignore")
+def test_notebook_runs(source):
+    notebook = jupytext.read(source)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_notebook_is_paired(source):
+    cells = lambda path: [
+        (cell.cell_type, cell.source) for cell in jupytext.read(path).cells
+    ]
+    assert cells(source) == cells(source.with_suffix(".ipynb"))

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning while serving: exact output, exact resume, no second target pass."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ospec_jax import LearnerConfig, Session, TreeConfig, checkpoint
+from ospec_jax.checkpoint import CheckpointError, Meta
+from ospec_jax.config import TreeConfig as Tree
+from ospec_jax.decoding.engine import PromptTooLongError
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.session import LoadedDraft
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+LEARNER = LearnerConfig(
+    update_interval=60, batch_size=2, window=32, num_context=64, ring_capacity=8,
+    learning_rate=3e-3,
+)  # fmt: skip
+PROMPTS = [f"What is {i} plus {i * 7}, and why is {'it ' * i}so?" for i in range(8)]
+NEW_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    config = tiny_draft_config(target.config, draft_vocab_size=200)
+    params = tiny_draft(eagle3(config, Tree(num_steps=1)), config)
+    return LoadedDraft(params, Meta.create(target, config))
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return [r.token_ids for r in Session(target).generate(PROMPTS, NEW_TOKENS)]
+
+
+def answers(session, prompts=PROMPTS):
+    return [r.token_ids for r in session.generate(prompts, NEW_TOKENS)]
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("promotion", ["always", "guarded"])
+def test_learning_never_changes_the_output(target, draft, plain, promotion):
+    learner = dataclasses.replace(LEARNER, promotion=promotion, min_windows=2)
+    session = Session(target, draft, learner=learner)
+    assert answers(session) == plain
+    assert int(session.learning.state.learner.num_updates) > 0
+    if promotion == "always":
+        assert session.version == len(session.reports)
+
+
+def test_learning_raises_acceptance_on_repeated_traffic(target, draft):
+    session = Session(target, draft, learner=LEARNER)
+    results = list(session.generate(PROMPTS[:2] * 12, NEW_TOKENS))
+    accepted = lambda part: sum(r.stats.num_accepted_tokens for r in part)
+    assert accepted(results[-6:]) > 2 * accepted(results[:6])
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path):
+    straight = Session(target, draft, learner=LEARNER)
+    expected = answers(straight)
+
+    first = Session(target, draft, learner=LEARNER)
+    head = answers(first, PROMPTS[:5])
+    first.save(tmp_path)
+    second = Session(target, draft, learner=LEARNER)
+    assert second.resume(tmp_path) == [f"prompt-{i}" for i in range(5)]
+    tail = answers(second, PROMPTS[5:])
+
+    assert head + tail == expected
+    assert_same(second.learning.state, straight.learning.state)
+    assert_same(second.learning.ring, straight.learning.ring)
+    assert_same(second.draft, straight.draft)
+
+
+def test_resume_without_feedback_warns_and_starts_an_empty_ring(
+    target, draft, tmp_path
+):
+    session = Session(target, draft, learner=LEARNER)
+    answers(session, PROMPTS[:2])
+    session.save(tmp_path, with_feedback=False)
+    assert not list(tmp_path.glob("*/feedback"))
+    resumed = Session(target, draft, learner=LEARNER)
+    with pytest.warns(UserWarning, match="holds no feedback"):
+        resumed.resume(tmp_path)
+    assert int(resumed.learning.ring.num_added) == 0
+
+
+def test_resume_with_other_settings_is_refused(target, draft, tmp_path):
+    session = Session(target, draft, learner=LEARNER)
+    answers(session, PROMPTS[:1])
+    session.save(tmp_path)
+    other = dataclasses.replace(LEARNER, learning_rate=1.0)
+    with pytest.raises(CheckpointError, match="resume with the same settings"):
+        Session(target, draft, learner=other).resume(tmp_path)
+
+
+def test_one_target_pass_a_step_whether_learning_or_not(target, draft, monkeypatch):
+    """Every target pass is a prefill chunk or a verification; learning adds none."""
+
+    def count(learner):
+        session = Session(target, draft, learner=learner)
+        passes = []
+        compiled = session.engine.compiled
+
+        def counted(name, is_greedy):
+            function = compiled(name, is_greedy)
+            return lambda *args: (passes.append(name), function(*args))[1]
+
+        monkeypatch.setattr(session.engine, "compiled", counted)
+        results = list(session.generate(PROMPTS[:3], NEW_TOKENS))
+        steps = sum(r.stats.num_drafts for r in results)
+        assert passes.count("step") == steps
+        return len(passes)
+
+    slow = dataclasses.replace(LEARNER, update_interval=10**6)
+    assert count(None) == count(slow)
+
+
+def test_too_long_a_prompt_is_refused_before_anything_is_decoded(target):
+    session = Session(target)
+    with pytest.raises(PromptTooLongError, match="lower max_new_tokens"):
+        next(session.generate(["short", "long " * 200], NEW_TOKENS))
+
+
+def test_stop_string_ends_and_trims_the_answer(target, draft):
+    session = Session(target, draft, learner=LEARNER)
+    whole = next(session.generate(PROMPTS[:1], NEW_TOKENS))
+    text = whole.text
+    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    stopped = Session(target, draft, learner=LEARNER, stop=(stop,))
+    result = next(stopped.generate(PROMPTS[:1], NEW_TOKENS))
+    assert result.finish_reason == "stop"
+    assert stop not in result.text
+    assert text.startswith(result.text)
+    assert whole.token_ids[: len(result.token_ids)] == result.token_ids
+    # What was trimmed is not learned from either.
+    assert int(stopped.learning.state.num_tokens) == len(result.token_ids)
+
+
+def test_streamed_text_adds_up(target, draft):
+    session = Session(target, draft, tree=TreeConfig(num_steps=3))
+    pieces = []
+    results = list(
+        session.generate(PROMPTS[:1], NEW_TOKENS, on_text=lambda _, t: pieces.append(t))
+    )
+    assert "".join(pieces) == results[0].text
+
+
+def test_collapsed_acceptance_warns(target, draft, plain, monkeypatch):
+    # Random weights may end most answers early: how early differs between machines.
+    monkeypatch.setattr("ospec_jax.session._COLLAPSE_STEPS", 40)
+    never = max(set(range(target.config.vocab_size)) - set(sum(plain, [])))
+    wrong = np.full_like(draft.draft.token_ids, never)
+    session = Session(
+        target, LoadedDraft(draft.draft.replace(token_ids=wrong), draft.meta)
+    )
+    with pytest.warns(UserWarning, match="mean acceptance length is 1.0"):
+        list(session.generate(PROMPTS, NEW_TOKENS))
+
+
+def test_session_without_draft_has_nothing_to_save(target, tmp_path):
+    with pytest.raises(CheckpointError, match="no draft"):
+        Session(target).save(tmp_path)
+    assert checkpoint.steps(tmp_path) == []
