@@ -19,7 +19,7 @@ from ospec_jax.drafters.base import Drafter, take_row
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics
-from ospec_jax.sampling import is_any_of, processed_probs, sample
+from ospec_jax.sampling import argmax, is_any_of, processed_probs, sample
 from ospec_jax.types import (
     DecodeState,
     Draft,
@@ -169,7 +169,7 @@ def _score(target, target_params, tree: DraftTree, state: DecodeState):
 
 def _verify(config, tree, logits, state, keys) -> Verdict:
     if config.is_greedy:
-        return verify_greedy(tree, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        return verify_greedy(tree, argmax(logits))
     b, n, v = logits.shape
     params = jax.tree.map(lambda x: jnp.repeat(x, n), state.sampling)
     probs = processed_probs(
@@ -279,7 +279,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
 
 def _first_token(config, logits, state, positions):
     if config.is_greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return argmax(logits)
     keys = jax.vmap(jax.random.fold_in)(state.request_keys, positions)
     probs = processed_probs(logits, state.sampling, config.numerics.is_row_invariant)
     return sample(keys, probs)

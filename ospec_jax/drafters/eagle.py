@@ -57,7 +57,7 @@ class EagleHead(nn.Module):
         """Target features to the draft's width."""
         return self.fc(taps)
 
-    def _project(self, features, embeddings, positions):
+    def _project(self, features, embeddings, positions, num_positions=None):
         c = self.config
         joint = jnp.concatenate(
             [self.input_layernorm(embeddings), self.hidden_norm(features)], axis=-1
@@ -65,10 +65,11 @@ class EagleHead(nn.Module):
         qkv = self.qkv_proj(joint)
         heads, kv_heads = c.num_heads, c.num_kv_heads
         qkv = qkv.reshape(*qkv.shape[:2], heads + 2 * kv_heads, c.head_dim)
-        angles = rope_angles(
-            positions, rope_frequencies(c.head_dim, c.rope_theta, None)
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, None)
+        angles = rope_angles(positions, frequencies, num_positions)
+        rotated = rotate(
+            qkv[:, :, : heads + kv_heads], angles, self.numerics.is_row_invariant
         )
-        rotated = rotate(qkv[:, :, : heads + kv_heads], angles)
         return (
             rotated[:, :, :heads],
             rotated[:, :, heads:],
@@ -81,9 +82,9 @@ class EagleHead(nn.Module):
 
     def step(self, features, embeddings, positions, bias, cache, starts):
         """Runs pairs against the cache; returns their outputs and the cache."""
-        q, k, v = self._project(features, embeddings, positions)
-        write = lambda old, new: kv.write_rows(old, new.transpose(0, 2, 1, 3), starts)
-        keys, values = write(cache.keys[0], k), write(cache.values[0], v)
+        num_positions = cache.capacity if self.numerics.is_row_invariant else None
+        q, k, v = self._project(features, embeddings, positions, num_positions)
+        keys, values = kv.append(cache.keys[0], cache.values[0], k, v, starts)
         out = attend(q, keys, values, bias, self.numerics.is_row_invariant)
         return self._finish(features, out), kv.KVCache(keys=(keys,), values=(values,))
 

@@ -19,7 +19,12 @@ import numpy as np
 from ospec_jax import tree as topology
 from ospec_jax.config import TreeConfig
 from ospec_jax.models import cache as kv
-from ospec_jax.sampling import processed_probs, sample, sample_without_replacement
+from ospec_jax.sampling import (
+    argmax,
+    processed_probs,
+    sample,
+    sample_without_replacement,
+)
 from ospec_jax.types import DraftTree
 
 StopFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -34,8 +39,8 @@ def _log_softmax_top(logits, count):
     """The `count` most probable entries of each row with their log-probabilities."""
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     if count == 1:
-        best = jnp.argmax(logits, axis=-1, keepdims=True)
-        return jnp.max(logits, axis=-1, keepdims=True) - total, best.astype(jnp.int32)
+        best = argmax(logits)[..., None]
+        return jnp.max(logits, axis=-1, keepdims=True) - total, best
     values, ids = jax.lax.top_k(logits, count)
     return values - total, ids.astype(jnp.int32)
 

@@ -12,7 +12,7 @@ from ospec_jax.typing import typed
 @typed
 def attend(
     queries: Float[Array, "b t heads e"],
-    keys: Float[Array, "b h s e"],
+    keys: Float[Array, "b h e s"],
     values: Float[Array, "b h s e"],
     bias: Float[Array, "b t s"],
     is_row_invariant: bool,
@@ -28,7 +28,7 @@ def attend(
     h = keys.shape[1]
     q = queries.reshape(b, t, h, heads // h, e).transpose(0, 2, 3, 1, 4)
     q = (q * e**-0.5).reshape(b, h, heads // h * t, e).astype(keys.dtype)
-    scores = jnp.einsum("bhqe,bhse->bhqs", q, keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bhqe,bhes->bhqs", q, keys, preferred_element_type=jnp.float32)
     scores = scores.reshape(b, h, heads // h, t, -1) + bias[:, None, None]
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top).reshape(b, h, heads // h * t, -1)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Key-value caches as values: one array per layer, rows of unequal length.
 
-A layer's keys and values are `[b, h, s, e]`. Slots at or beyond a row's length hold
-rubbish that no query attends to and that later writes replace, so nothing is cleared.
+A layer's values are `[b, h, s, e]` and its keys `[b, h, e, s]`: both products of
+attention then read the cache in the order in which it lies. Slots at or beyond a row's
+length hold rubbish that no query attends to and that later writes replace, so nothing
+is cleared.
 """
 
 import flax.struct
@@ -21,8 +23,8 @@ class KVCache:
     """Keys and values of all layers.
 
     Attributes:
-      keys: One `[b, h, s, e]` array for each layer.
-      values: Likewise.
+      keys: One `[b, h, e, s]` array for each layer.
+      values: One `[b, h, s, e]` array for each layer.
     """
 
     keys: tuple
@@ -31,7 +33,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Slots of each row."""
-        return self.keys[0].shape[2]
+        return self.values[0].shape[2]
 
 
 def init_cache(
@@ -39,25 +41,22 @@ def init_cache(
     dtype,
 ) -> KVCache:  # fmt: skip
     """An empty cache."""
-    shape = (batch_size, num_kv_heads, capacity, head_dim)
-    zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
-    return KVCache(keys=zeros(), values=zeros())
+    outer = (batch_size, num_kv_heads)
+    zeros = lambda *shape: tuple(
+        jnp.zeros((*outer, *shape), dtype) for _ in range(num_layers)
+    )
+    return KVCache(keys=zeros(head_dim, capacity), values=zeros(capacity, head_dim))
 
 
-@typed
-def write_rows(
-    buffer: Float[Array, "b *outer s e"] | Int[Array, "b *outer s e"],
-    new: Float[Array, "b *outer t e"] | Int[Array, "b *outer t e"],
-    starts: Int[Array, " b"],
-):
-    """Writes `t` entries into the slots from `starts` on, row by row.
+def write_rows(buffer, new, starts: Int[Array, " b"], axis: int = -2):
+    """Writes entries into the slots of `axis` from `starts` on, row by row.
 
     One in-place slice a row: XLA:CPU runs a batched scatter one index at a time.
     """
     zero = jnp.zeros((), starts.dtype)
     for row in range(buffer.shape[0]):
         indices = [zero] * buffer.ndim
-        indices[0], indices[-2] = jnp.full((), row, starts.dtype), starts[row]
+        indices[0], indices[axis] = jnp.full((), row, starts.dtype), starts[row]
         buffer = jax.lax.dynamic_update_slice(
             buffer, new[row : row + 1].astype(buffer.dtype), indices
         )
@@ -65,11 +64,23 @@ def write_rows(
 
 
 @typed
-def gather_slots(
-    buffer: Float[Array, "b *outer s e"], slots: Int[Array, "b m"]
-) -> Float[Array, "b *outer m e"]:
-    """Reads the given slots of each row."""
-    take = lambda row, index: jnp.take(row, index, axis=-2, mode="clip")
+def append(
+    keys: Float[Array, "b h e s"],
+    values: Float[Array, "b h s e"],
+    new_keys: Float[Array, "b t h e"],
+    new_values: Float[Array, "b t h e"],
+    starts: Int[Array, " b"],
+):
+    """Writes a layer's new keys and values into the slots from `starts` on."""
+    return (
+        write_rows(keys, new_keys.transpose(0, 2, 3, 1), starts, axis=-1),
+        write_rows(values, new_values.transpose(0, 2, 1, 3), starts),
+    )
+
+
+def gather_slots(buffer, slots: Int[Array, "b m"], axis: int = -2):
+    """Reads the given slots, along `axis`, of each row."""
+    take = lambda row, index: jnp.take(row, index, axis=axis, mode="clip")
     return jax.vmap(take)(buffer, slots)
 
 
@@ -84,9 +95,12 @@ def keep_path(
       path: Tree nodes to keep, in order; node i lies in slot `starts + i`.
     """
     slots = starts[:, None] + path
-    move = lambda buffer: write_rows(buffer, gather_slots(buffer, slots), starts)
+    move = lambda buffer, axis: write_rows(
+        buffer, gather_slots(buffer, slots, axis), starts, axis
+    )
     return KVCache(
-        keys=tuple(map(move, cache.keys)), values=tuple(map(move, cache.values))
+        keys=tuple(move(keys, -1) for keys in cache.keys),
+        values=tuple(move(values, -2) for values in cache.values),
     )
 
 

@@ -184,16 +184,41 @@ def rope_frequencies(
 
 @typed
 def rope_angles(
-    positions: Int[Array, "b t"], frequencies: np.ndarray
+    positions: Int[Array, "b t"],
+    frequencies: np.ndarray,
+    num_positions: int | None = None,
 ) -> tuple[Float[Array, "b t 1 e"], Float[Array, "b t 1 e"]]:
-    """Cosines and sines for `rotate`, computed once for all layers."""
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosines and sines for `rotate`, computed once for all layers.
+
+    Args:
+      num_positions: Bound of the positions. With it they are looked up in a table: a
+        cosine's last bit depends on how the loop around it is vectorised. The lookup is
+        a product with one-hot rows, which no loop is fused with and recomputes.
+    """
+    if num_positions is None:
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        halves = jnp.cos(angles), jnp.sin(angles)
+    else:
+        table = np.outer(np.arange(num_positions), frequencies.astype(np.float64))
+        table = np.concatenate([np.cos(table), np.sin(table)], axis=1)
+        found = jax.nn.one_hot(positions, num_positions) @ table.astype(np.float32)
+        halves = jnp.split(found, 2, axis=-1)
+    spread = lambda half: jnp.concatenate([half, half], axis=-1)[:, :, None, :]
+    return spread(halves[0]), spread(halves[1])
 
 
-def rotate(x: Float[Array, "b t heads e"], angles) -> Float[Array, "b t heads e"]:
-    """Applies rotary embedding in the half-split layout of Hugging Face."""
+def rotate(
+    x: Float[Array, "b t heads e"], angles, is_row_invariant: bool
+) -> Float[Array, "b t heads e"]:
+    """Applies rotary embedding in the half-split layout of Hugging Face.
+
+    A compiler may contract the sum with either of its products, and takes another one
+    in another loop; clipping them at the largest number leaves it neither.
+    """
     cos, sin = angles
     first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+    products = x * cos, jnp.concatenate([-second, first], axis=-1) * sin
+    if is_row_invariant:
+        largest = float(np.finfo(np.float32).max)
+        products = tuple(jnp.clip(p, -largest, largest) for p in products)
+    return products[0] + products[1]

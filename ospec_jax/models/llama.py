@@ -39,11 +39,12 @@ class SelfAttention(nn.Module):
         heads, kv_heads, e = self.num_heads, self.num_kv_heads, self.head_dim
         qkv = Linear((heads + 2 * kv_heads) * e, self.numerics, name="qkv_proj")(x)
         qkv = qkv.reshape(b, t, heads + 2 * kv_heads, e)
-        rotated = rotate(qkv[:, :, : heads + kv_heads], angles)
-        new_keys = rotated[:, :, heads:].transpose(0, 2, 1, 3)
-        new_values = qkv[:, :, heads + kv_heads :].transpose(0, 2, 1, 3)
-        keys = kv.write_rows(keys, new_keys.astype(keys.dtype), starts)
-        values = kv.write_rows(values, new_values.astype(values.dtype), starts)
+        rotated = rotate(
+            qkv[:, :, : heads + kv_heads], angles, self.numerics.is_row_invariant
+        )
+        keys, values = kv.append(
+            keys, values, rotated[:, :, heads:], qkv[:, :, heads + kv_heads :], starts
+        )
         out = attend(
             rotated[:, :, :heads], keys, values, bias, self.numerics.is_row_invariant
         )
@@ -108,9 +109,9 @@ class Llama(nn.Module):
             )
         table = self._table("embed_tokens")
         x = embed(tokens, table)
-        angles = rope_angles(
-            positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        )
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        num_positions = cache.capacity if self.numerics.is_row_invariant else None
+        angles = rope_angles(positions, frequencies, num_positions)
         keys, values, taps = [], [], {}
         for i in range(c.num_layers):
             if i in self.taps:

@@ -121,11 +121,11 @@ def test_finished_rows_stay_as_they_are(target):
         state, _ = step(target.params, draft, state)
     assert bool(state.is_finished[0])
     lengths, last = int(state.lengths[0]), int(state.last_token[0])
-    keys = np.asarray(state.cache.keys[0][:, :, :lengths])
+    keys = np.asarray(state.cache.keys[0][..., :lengths])
     state, output = step(target.params, draft, state)
     assert int(output.num_emitted[0]) == int(output.num_accepted[0]) == 0
     assert (int(state.lengths[0]), int(state.last_token[0])) == (lengths, last)
-    np.testing.assert_array_equal(state.cache.keys[0][:, :, :lengths], keys)
+    np.testing.assert_array_equal(state.cache.keys[0][..., :lengths], keys)
 
 
 def test_corrupt_draft_is_harmless(target, plain):

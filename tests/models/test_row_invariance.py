@@ -90,8 +90,8 @@ class Passes:
 
 def entries(cache, row, length):
     """A row's committed keys and values, `[layers, h, length, e]`."""
-    take = lambda layers: np.stack([np.asarray(x[row, :, :length]) for x in layers])
-    return take(cache.keys), take(cache.values)
+    take = lambda layers: np.stack([np.asarray(x)[row, :, :length] for x in layers])
+    return take([k.swapaxes(2, 3) for k in cache.keys]), take(cache.values)
 
 
 def assert_same_bits(found, expected):
