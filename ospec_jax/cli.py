@@ -83,7 +83,8 @@ class Decoding:
         )
 
     def load(self):
-        """The target and its draft."""
+        """The target and its draft; bad arguments are refused before the loading."""
+        _ = self.tree_config, self.sampling
         target = load_target(self.target, _precision(self.precision))
         draft = None if self.draft == "none" else load_draft(self.draft, target)
         return target, draft
@@ -185,11 +186,11 @@ def learn(
         raise ConfigError("--resume needs --checkpoint")
     if decoding.draft == "none":
         raise ConfigError("learning needs a draft: --draft shipped or a folder")
-    target, draft = decoding.load()
     config = learner_config(
         learner, optimizer=optimizer, learning_rate=learning_rate,
         budget=learn_budget, update_interval=update_interval, promotion=promotion,
     )  # fmt: skip
+    target, draft = decoding.load()
     session = decoding.open(target, draft, config)
     if resume and checkpoint_dir is not None:
         answered = set(session.resume(checkpoint_dir))
@@ -258,6 +259,7 @@ def distill(
     out: Path,
     target: str = "smollm2-135m",
     precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    draft: str = "none",
     data: Path | None = None,
     draft_vocab_size: int = 8192,
     num_updates: int = 1200,
@@ -274,7 +276,8 @@ def distill(
 
     Args:
       prompts: A JSONL file.
-      out: Checkpoint folder of the draft.
+      out: Folder of the recorded answers and of the draft's checkpoints.
+      draft: A trained draft to start from: none, shipped, or a checkpoint folder.
       data: Where outputs and features are recorded; by default `OUT/data`.
       draft_vocab_size: Tokens that can be drafted, the most frequent ones; 0 for all,
         with the target's frozen head.
@@ -288,6 +291,10 @@ def distill(
     rows = read_prompts(prompts)
     loaded = load_target(target, _precision(precision))
     draft_config = default_draft_config(loaded.config, draft_vocab_size)
+    initial = None
+    if draft != "none":
+        start = load_draft(draft, loaded)
+        draft_config, initial = start.config, (start.draft, start.meta)
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
     count = collect(
@@ -301,7 +308,7 @@ def distill(
         num_updates=num_updates, batch_size=batch_size, learning_rate=learning_rate,
         seed=seed,
     )  # fmt: skip
-    history = train(loaded, folder, out / "draft", config, draft_config)
+    history = train(loaded, folder, out / "draft", config, draft_config, initial)
     console.print(f"saved {out / 'draft'}")
     if history:
         console.print(history[-1])
@@ -338,7 +345,6 @@ def bench(
     from ospec_jax.bench.report import plot_stream
 
     rows = read_prompts(prompts)[:num_prompts]
-    target, draft = decoding.load()
     config = BenchConfig(
         modes=tuple(m for m in modes.split(",") if m), tree=decoding.tree_config,
         max_new_tokens=decoding.max_new_tokens,
@@ -347,6 +353,7 @@ def bench(
         ),
         sampling=decoding.sampling, is_raw=decoding.raw,
     )  # fmt: skip
+    target, draft = decoding.load()
     run, table = run_with_progress(target, draft, rows, config)
     _write_json(json_file, table, is_list=True)
     if plot is not None:

@@ -128,6 +128,7 @@ class Engine:
             for name, build in (("step", build_step), ("prefill", build_prefill)):
                 function = jax.jit(build(special, drafter), donate_argnums=2)
                 self._functions[name, is_greedy] = function
+        self._start_row = jax.jit(self._new_row, static_argnums=0)
         self._insert = jax.jit(_insert, donate_argnums=0)
         self._take_row = jax.jit(_take_row)
         self._finish = jax.jit(_finish, donate_argnums=0)
@@ -189,19 +190,26 @@ class Engine:
 
     def _initial_state(self, request: Request, capacity: int) -> DecodeState:
         sampling = request.sampling
-        state = self._empty_row(capacity)
-        return state.replace(
-            request_keys=jax.random.key(sampling.seed)[None],
-            sampling=SamplingParams(
-                temperature=jnp.full((1,), sampling.temperature, jnp.float32),
-                top_k=jnp.full((1,), sampling.top_k, jnp.int32),
-                top_p=jnp.full((1,), sampling.top_p, jnp.float32),
-            ),
-            num_remaining=jnp.full((1,), request.max_new_tokens, jnp.int32),
+        values = (sampling.temperature, sampling.top_k, sampling.top_p)
+        key = jax.random.key(sampling.seed)
+        return self._start_row(
+            capacity, key, SamplingParams(*values), request.max_new_tokens
         )
 
-    def _empty_row(self, capacity: int) -> DecodeState:
-        return empty_state(self.config, self.drafter, 1, capacity, self.is_recording)
+    def _empty_rows(self, batch_size: int, capacity: int) -> DecodeState:
+        return empty_state(
+            self.config, self.drafter, batch_size, capacity, self.is_recording
+        )
+
+    def _new_row(self, capacity, key, sampling: SamplingParams, num_remaining):
+        """The state of one request before its prefill."""
+        state = self._empty_rows(1, capacity)
+        fill = lambda old, value: jnp.full_like(old, value)
+        return state.replace(
+            request_keys=key[None],
+            sampling=jax.tree.map(fill, state.sampling, sampling),
+            num_remaining=fill(state.num_remaining, num_remaining),
+        )
 
     def serve(
         self,
@@ -285,9 +293,7 @@ class Engine:
         if batch_size == 1:
             return row
         if state is None:
-            state = empty_state(
-                self.config, self.drafter, batch_size, capacity, self.is_recording
-            )
+            state = self._empty_rows(batch_size, capacity)
         return self._insert(state, row, np.int32(slot))
 
     def _new_stats(self) -> DecodingStats:

@@ -84,7 +84,7 @@ def _record(completion: Completion, domain: str) -> Recording:
     assert feedback is not None, "the engine records"
     n = completion.num_recorded
     arrays = {
-        name: np.asarray(getattr(feedback, name)[0, :n])
+        name: np.asarray(getattr(feedback, name))[0, :n]
         for name in ("tokens", "taps", "hidden", "logsumexp")
     }
     num_prompt = len(completion.request.prompt_ids)

@@ -180,10 +180,11 @@ class HeldOutScore:
     """Greedy drafting on held-out answers, teacher-forced.
 
     Attributes:
+      loss: Mean over domains; None when there are too few held-out windows.
       mean_acceptance_length: By domain, for a chain of `num_steps` tokens.
     """
 
-    loss: float
+    loss: float | None
     mean_acceptance_length: dict[str, float]
 
 
@@ -217,7 +218,7 @@ def evaluate_held_out(
         losses += [float(info.loss) for info in infos]
         agreement = np.mean([info.agreement for info in infos], axis=0)
         lengths[domain] = float(1 + np.cumprod(agreement).sum())
-    return HeldOutScore(float(np.mean(losses)) if losses else float("nan"), lengths)
+    return HeldOutScore(float(np.mean(losses)) if losses else None, lengths)
 
 
 def train(
@@ -226,12 +227,19 @@ def train(
     out: Path,
     config: DistillConfig = DistillConfig(),
     draft_config: DraftConfig | None = None,
+    initial: tuple[Draft, checkpoint.Meta] | None = None,
 ) -> list[dict]:
     """Trains, or goes on training, the draft in `out`; returns the history.
 
     Ctrl-C saves and returns.
+
+    Args:
+      initial: A trained draft to start from, with its record; it brings its own
+        architecture and draft vocabulary.
     """
     store = FeedbackStore(store_folder)
+    if initial is not None:
+        draft_config = initial[1].draft
     draft_config = draft_config or default_draft_config(target.config)
     drafter = eagle3(draft_config, TreeConfig(num_steps=1))
     learner = distill_learner(config, drafter.unroll)
@@ -239,8 +247,10 @@ def train(
     if checkpoint.steps(out):
         like = lambda _, draft: jax.eval_shape(learner.init, draft.params)
         restored = checkpoint.load(out, target, learner_like=like)
-        draft, state = restored.draft, restored.learner
-        history = restored.meta.card.get("history", [])
+        draft, state, card = restored.draft, restored.learner, restored.meta.card
+    elif initial is not None:
+        draft, card = initial[0], {"started_from": initial[1].card}
+        state = learner.init(draft.params)
     else:
         token_ids = None
         if draft_config.has_own_head:
@@ -250,10 +260,9 @@ def train(
             )
         params = drafter.init_params(jax.random.key(config.seed))
         draft = Draft(warm_start(params, target, token_ids), token_ids)
-        state, history = learner.init(draft.params), []
+        state, card = learner.init(draft.params), {}
     run = _Run(target, store_folder, out, config, draft_config, learner, draft, shared)
-    run.loop(state, history)
-    return history
+    return run.loop(state, card)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,8 +276,10 @@ class _Run:
     draft: Draft
     shared: object
 
-    def loop(self, state: LearnerState, history: list[dict]) -> None:
+    def loop(self, state: LearnerState, card: dict) -> list[dict]:
         config, token_ids = self.config, self.draft.token_ids
+        history = list(card.get("history", []))
+        save = lambda: self._save(state, step, card | {"history": history})
         update = jax.jit(self.learner.update, donate_argnums=0)
         step = int(state.num_updates)
         batches = _batches(self.store_folder, config, step)
@@ -288,9 +299,10 @@ class _Run:
                     history.append(self._score(state, step, info))
                     bar.console.print(history[-1])
                 if step % config.save_every == 0 or is_last:
-                    self._save(state, step, history)
+                    save()
             if interrupt:
-                self._save(state, step, history)
+                save()
+        return history
 
     def _score(self, state, step, info: LearnerInfo) -> dict:
         store = FeedbackStore(self.store_folder)
@@ -301,20 +313,23 @@ class _Run:
         return {
             "step": step,
             "train_loss": round(float(info.loss), 4),
-            "held_out_loss": round(score.loss, 4),
+            "held_out_loss": None if score.loss is None else round(score.loss, 4),
             "mean_acceptance_length": {
                 k: round(v, 3) for k, v in score.mean_acceptance_length.items()
             },
             "num_answer_tokens": store.num_answer_tokens,
         }
 
-    def _save(self, state, step, history) -> None:
-        card = {"history": history, "config": dataclasses.asdict(self.config)}
+    def _save(self, state, step, card: dict) -> None:
+        store = FeedbackStore(self.store_folder)
+        card = card | {
+            "num_answers": len(store.entries),
+            "num_answer_tokens": store.num_answer_tokens,
+            "num_updates": step,
+            "config": dataclasses.asdict(self.config),
+        }
         if self.draft.token_ids is not None:
-            store, ids = (
-                FeedbackStore(self.store_folder),
-                np.asarray(self.draft.token_ids),
-            )
+            ids = np.asarray(self.draft.token_ids)
             card["coverage"] = coverage_by_domain(store, ids)
         meta = checkpoint.Meta.create(self.target, self.draft_config, card=card)
         draft = Draft(state.params, self.draft.token_ids)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recording a target's answers and training a draft on them."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ospec_jax import Session, checkpoint
+from ospec_jax.config import ConfigError
+from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.distill.collect import collect
+from ospec_jax.distill.store import FeedbackStore, recorded_ids
+from ospec_jax.distill.train import DistillConfig, default_draft_config, train
+from ospec_jax.testing import tiny_target
+
+NEW_TOKENS = 24
+CONFIG = DistillConfig(
+    num_updates=12, batch_size=2, num_context=64, window=16, learning_rate=3e-3,
+    warm_up=2, decay_share=0.2, holdout_share=0.3, save_every=6, evaluate_every=12,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    row = lambda i: {"prompt": f"count to {i}", "id": f"p{i}", "domain": "ab"[i % 2]}
+    return [parse_prompt(row(i), "unnamed") for i in range(14)]
+
+
+@pytest.fixture(scope="module")
+def draft_config(target):
+    return default_draft_config(target.config, draft_vocab_size=128)
+
+
+@pytest.fixture(scope="module")
+def folder(target, prompts, draft_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    collected = lambda rows: collect(
+        target, rows, folder, draft_config.taps, max_new_tokens=NEW_TOKENS,
+        batch_size=4, shard_size=4,
+    )  # fmt: skip
+    assert collected(prompts[:6]) == 6
+    assert collected(prompts) == 8  # the first six are not answered again
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(target, folder, draft_config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("draft")
+    return out, train(target, folder, out, CONFIG, draft_config)
+
+
+def test_store_holds_what_decoding_gives(target, prompts, folder):
+    store = FeedbackStore(folder)
+    assert recorded_ids(folder) == {p.id for p in prompts}
+    expected = {
+        r.prompt.id: r.token_ids for r in Session(target).generate(prompts, NEW_TOKENS)
+    }
+    for i, entry in enumerate(store.entries):
+        # Nothing was verified after the last token, which is therefore not recorded.
+        assert store.answer(i).tolist() == expected[entry.id][:-1]
+
+
+def test_windows_cover_each_answer_once(folder):
+    store = FeedbackStore(folder)
+    everything = range(len(store.entries))
+    windows = store.windows(everything, CONFIG.window)
+    segments = store.segments(windows, CONFIG.num_context, CONFIG.window, num_steps=1)
+    first = CONFIG.num_context + 1  # the row whose distribution the first pair learns
+    trained = segments.weight[:, first : first + CONFIG.window]
+    # Each answer's last token was verified but is not stored.
+    assert trained.sum() == store.num_answer_tokens + len(store.entries)
+
+
+def test_training_improves_the_held_out_score(trained, folder, draft_config):
+    _, history = trained
+    assert history[-1]["step"] == CONFIG.num_updates
+    assert set(history[-1]["mean_acceptance_length"]) <= {"a", "b"}
+    assert np.isfinite(history[-1]["held_out_loss"])
+    assert history[-1]["num_answer_tokens"] == FeedbackStore(folder).num_answer_tokens
+
+
+def test_interrupted_training_resumes_bitwise(
+    target, folder, draft_config, trained, tmp_path
+):
+    out, _ = trained
+    whole = checkpoint.load(out, target)
+    assert checkpoint.steps(out) == [6, 12]
+    shutil.copytree(out / "6", tmp_path / "6")
+    train(target, folder, tmp_path, CONFIG, draft_config)
+    resumed = checkpoint.load(tmp_path, target)
+    assert resumed.step == whole.step == 12
+    jax.tree.map(np.testing.assert_array_equal, whole.draft, resumed.draft)
+
+
+def test_training_goes_on_from_a_draft(target, folder, trained, tmp_path):
+    out, history = trained
+    start = checkpoint.load(out, target)
+    longer = dataclasses.replace(CONFIG, num_updates=4, save_every=4, evaluate_every=4)
+    again = train(
+        target, folder, tmp_path, longer, initial=(start.draft, start.meta)
+    )  # fmt: skip
+    result = checkpoint.load(tmp_path, target)
+    np.testing.assert_array_equal(result.draft.token_ids, start.draft.token_ids)
+    assert result.meta.card["started_from"]["num_updates"] == CONFIG.num_updates
+    assert again[-1]["train_loss"] < history[0]["train_loss"] + 0.5
+
+
+def test_an_empty_store_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="collect some first"):
+        FeedbackStore(tmp_path)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models as Hugging Face folders."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.flax import save_file
+
+from ospec_jax.testing import byte_tokenizer, tiny_model_config
+
+VOCAB = 261
+HF_NAMES = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+
+
+def model_config(**changes):
+    """Widths that Q8_0's blocks of 32 divide."""
+    sizes = dict(intermediate_size=64, num_layers=2, head_dim=16)
+    return tiny_model_config(VOCAB, **sizes | changes)
+
+
+def layer_tensors(config, layer):
+    """One layer's separate tensors, by short name."""
+    c = config
+    heads = np.cumsum([c.num_heads, c.num_kv_heads]) * c.head_dim
+    qkv = np.asarray(layer["self_attn"]["qkv_proj"]["kernel"])
+    q, k, v = np.split(qkv, heads)
+    gate, up = np.split(np.asarray(layer["mlp"]["gate_up_proj"]["kernel"]), 2)
+    return {
+        "input_layernorm": np.asarray(layer["input_layernorm"]["scale"]),
+        "post_attention_layernorm": np.asarray(
+            layer["post_attention_layernorm"]["scale"]
+        ),
+        "q_proj": q, "k_proj": k, "v_proj": v,
+        "o_proj": np.asarray(layer["self_attn"]["o_proj"]["kernel"]),
+        "gate_proj": gate, "up_proj": up,
+        "down_proj": np.asarray(layer["mlp"]["down_proj"]["kernel"]),
+    }  # fmt: skip
+
+
+def hf_tensors(config, params):
+    tensors = {
+        "model.embed_tokens.weight": params["embed_tokens_kernel"],
+        "model.norm.weight": params["norm"]["scale"],
+    }
+    if not config.tie_embeddings:
+        tensors["lm_head.weight"] = params["lm_head_kernel"]
+    for i in range(config.num_layers):
+        for name, value in layer_tensors(config, params[f"layers_{i}"]).items():
+            tensors[f"model.layers.{i}.{HF_NAMES[name]}.weight"] = jnp.asarray(value)
+    return tensors
+
+
+def hf_config(config):
+    c = config
+    values = {
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "max_position_embeddings": c.max_position,
+        "tie_word_embeddings": c.tie_embeddings,
+    }
+    if c.rope_scaling is not None:
+        values["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": c.rope_scaling.factor,
+            "low_freq_factor": c.rope_scaling.low_freq_factor,
+            "high_freq_factor": c.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": c.rope_scaling.original_max_position,
+        }
+    return values
+
+
+def write_folder(folder, config, tensors, dtype=jnp.float32, **changes):
+    """A Hugging Face folder in two shards."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(config) | changes))
+    cast = {name: value.astype(dtype) for name, value in tensors.items()}
+    first = {name: cast.pop(name) for name in list(cast)[: len(cast) // 2]}
+    save_file(first, folder / "model-00001-of-00002.safetensors")
+    save_file(cast, folder / "model-00002-of-00002.safetensors")
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)

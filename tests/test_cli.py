@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands, on files as a user has them."""
+
+import json
+import sys
+import warnings
+
+import pytest
+from model_files import hf_tensors, model_config, write_folder
+from reference import random_params
+
+from ospec_jax import checkpoint, cli
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+BENCH_KEYS = {
+    "mode", "num_prompts", "num_tokens", "tokens_per_second",
+    "tokens_per_second_with_learning", "predicted_speedup", "mean_acceptance_length",
+    "draft_acceptance_rate", "acceptance_per_position", "num_mismatched_outputs",
+    "num_tie_flips", "repeated_token_share", "num_updates", "num_promotions",
+    "learning_seconds", "compile_seconds", "peak_rss_mb", "target", "precision",
+    "num_speculative_tokens", "device", "jax_version", "git_commit", "date",
+}  # fmt: skip
+
+
+class CommandLine:
+    """Runs `ospec` in this process, on a tiny model and a draft distilled for it."""
+
+    def __init__(self, folder):
+        config = model_config(tie_embeddings=False, num_layers=3)
+        tensors = hf_tensors(config, random_params(config))
+        self.folder = folder
+        self.target = write_folder(folder / "model", config, tensors)
+        rows = [{"id": f"q{i}", "prompt": f"What is {i} + {i}?"} for i in range(8)]
+        self.rows = [json.dumps(row) for row in rows]
+        self.prompts = self.write_prompts("prompts", self.rows)
+        self.draft = str(folder / "run" / "draft")
+
+    def write_prompts(self, name, lines):
+        file = self.folder / f"{name}.jsonl"
+        file.write_text("\n".join(lines) + "\n")
+        return str(file)
+
+    def __call__(self, command, *args):
+        """Exit code of `ospec COMMAND --target TINY ...`."""
+        before = sys.argv, warnings.showwarning
+        sys.argv = ["ospec", command, *map(str, args), "--target", self.target]
+        sys.argv += ["--precision", "float32", "--max-new-tokens", "20"]
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            sys.argv, warnings.showwarning = before
+        return 0
+
+    def json(self, command, *args):
+        file = self.folder / "result.json"
+        assert self(command, *args, "--json", file) == 0
+        return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def ospec(tmp_path_factory):
+    run = CommandLine(tmp_path_factory.mktemp("cli"))
+    assert run(
+        "distill", "--prompts", run.prompts, "--out", run.folder / "run",
+        "--num-updates", 2, "--batch-size", 2, "--draft-vocab-size", 100,
+        "--collect-batch-size", 2, "--ship", run.folder / "shipped",
+    ) == 0  # fmt: skip
+    return run
+
+
+def test_generate_writes_one_object(ospec, capsys):
+    args = ("--prompt", "Hello there", "--logprobs", "--stream")
+    plain = ospec.json("generate", *args, "--draft", "none")
+    assert capsys.readouterr().out.strip() == plain["text"].strip()
+    drafted = ospec.json("generate", *args, "--draft", ospec.draft)
+    assert set(plain) == {
+        "id",
+        "text",
+        "token_ids",
+        "finish_reason",
+        "metrics",
+        "logprobs",
+    }
+    assert drafted["token_ids"] == plain["token_ids"]
+    assert len(plain["logprobs"]) == len(plain["token_ids"])
+    metrics = drafted["metrics"]["speculative_decoding"]
+    assert metrics["num_draft_tokens"] > 0
+    assert plain["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
+
+
+@pytest.mark.parametrize("tree", ["chain", "static:2,1", "dynamic:2,4"])
+def test_generate_answers_a_file(ospec, tree):
+    args = ("--prompts", ospec.prompts, "--batch-size", 2)
+    plain = ospec.json("generate", *args, "--draft", "none")
+    drafted = ospec.json(
+        "generate", *args, "--draft", ospec.folder / "shipped", "--tree", tree
+    )
+    answers = lambda rows: {row["id"]: row["token_ids"] for row in rows}
+    assert answers(plain) == answers(drafted)
+    assert len(plain) == 8
+
+
+def test_learn_resumes_where_it_stopped(ospec, tmp_path):
+    few = ospec.write_prompts("few", ospec.rows[:5])
+    args = ("--draft", ospec.draft, "--update-interval", 30, "--checkpoint", tmp_path)
+    assert len(ospec.json("learn", *args, "--prompts", few)) == 5
+    saved = checkpoint.load(tmp_path).meta
+    assert saved.answered == tuple(f"q{i}" for i in range(5))
+    assert saved.draft_version > 0
+    rest = ospec.json("learn", *args, "--prompts", ospec.prompts, "--resume")
+    assert {row["id"] for row in rest} == {"q5", "q6", "q7"}
+    assert len(checkpoint.load(tmp_path).meta.answered) == 8
+
+
+def test_bench_reports_every_mode(ospec, tmp_path):
+    plot = tmp_path / "plot.png"
+    rows = ospec.json(
+        "bench", "--draft", ospec.draft, "--prompts", ospec.prompts,
+        "--num-prompts", 3, "--plot", plot,
+    )  # fmt: skip
+    assert [row["mode"] for row in rows] == ["autoregressive", "static", "learned"]
+    for row in rows:
+        assert set(row) == BENCH_KEYS
+        assert row["num_mismatched_outputs"] == 0
+        assert row["num_prompts"] == 3
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("command", "args", "message"), [
+    ("generate", [], "give either --prompt or --prompts"),
+    ("generate", ["--prompt", "x", "--draft", "nowhere"], "holds no checkpoint"),
+    ("generate", ["--prompt", "x", "--draft", "shipped"], "made for smollm2-135m"),
+    ("generate", ["--prompt", "x", "--tree", "bush"], "unknown tree 'bush'"),
+    ("generate", ["--prompt", "x " * 600, "--draft", "none"], "shorten the prompt"),
+    ("generate", ["--prompts", "nowhere.jsonl"], "no prompt file nowhere.jsonl"),
+    ("learn", ["--prompts", "{prompts}", "--draft", "none"], "learning needs a draft"),
+    ("learn", ["--prompts", "{prompts}", "--resume"], "--resume needs --checkpoint"),
+    ("learn", ["--prompts", "{prompts}", "--learner", "magic"], "unknown learner"),
+    ("learn", ["--prompts", "{bad}"], "line 2"),
+    ("bench", ["--prompts", "{empty}"], "holds no prompts"),
+    ("bench", ["--prompts", "{prompts}", "--modes", "fast"], "unknown modes"),
+])  # fmt: skip
+def test_errors_name_value_and_remedy(ospec, capsys, command, args, message):
+    files = {
+        "prompts": ospec.prompts,
+        "bad": ospec.write_prompts("bad", ['{"prompt": "a"}', "{prompt"]),
+        "empty": ospec.write_prompts("empty", [""]),
+    }
+    filled = [files.get(arg.strip("{}"), arg) for arg in args]
+    assert ospec(command, *filled) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "error:" in printed
+    assert message in printed
+
+
+def test_unknown_flags_are_refused(ospec, capsys):
+    assert ospec("generate", "--promt", "x") == 2
+    assert "--promt" in capsys.readouterr().err
