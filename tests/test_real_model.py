@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmolLM2-135M-Instruct: real weights, the shipped draft, real prompts."""
 
+import itertools
+import json
 import os
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ospec_jax import Session, TreeConfig, load_draft, load_target
+from ospec_jax.config import SamplingConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts, read_prompts
+from ospec_jax.models import cache as kv
+from ospec_jax.models import llama
 
 pytestmark = pytest.mark.slow
 
@@ -19,8 +27,8 @@ TREES = {
     "chain": TreeConfig(num_steps=3),
     "dynamic": TreeConfig("dynamic", num_steps=4, topk=4, num_draft_tokens=10),
 }
-NUM_PROMPTS = {"int8": 50, "float32": 6}
 NEW_TOKENS = 24
+TEXT_LENGTH = 96
 
 
 def open_target(precision):
@@ -48,8 +56,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def plain(target, prompts):
-    count = NUM_PROMPTS[target.numerics.precision]
-    return list(Session(target).generate(prompts[:count], NEW_TOKENS))
+    return list(Session(target).generate(prompts, NEW_TOKENS))
 
 
 @pytest.mark.parametrize(("tree", "batch_size", "num_prompts"), [
@@ -60,8 +67,75 @@ def test_greedy_equals_plain_decoding(
 ):
     draft = load_draft("shipped", target)
     session = Session(target, draft, tree=TREES[tree], batch_size=batch_size)
-    results = list(session.generate(prompts[: len(plain)][:num_prompts], NEW_TOKENS))
+    results = list(session.generate(prompts[:num_prompts], NEW_TOKENS))
     answers = {r.prompt.id: r.token_ids for r in results}
     assert answers == {r.prompt.id: r.token_ids for r in plain[:num_prompts]}
     accepted = sum(r.stats.num_accepted_tokens for r in results)
     assert accepted > 0.2 * sum(r.stats.num_drafts for r in results)
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch(prompts):
+    target = open_target("int8")
+    draft = load_draft("shipped", target)
+    sampling = SamplingConfig(temperature=0.8, top_p=0.95, seed=3)
+
+    def answers(batch_size):
+        session = Session(target, draft, batch_size=batch_size)
+        results = session.generate(prompts[:8], NEW_TOKENS, sampling)
+        return {r.prompt.id: r.token_ids for r in results}
+
+    alone = answers(1)
+    assert answers(3) == alone
+    assert len(set(map(tuple, alone.values()))) == len(alone)
+
+
+def log_probs(target, texts):
+    """`[text, position, token]` log-probabilities after every token but the last."""
+    c = target.config
+    run = llama.build(c, target.numerics)
+
+    @jax.jit
+    def score(params, tokens):
+        start = jnp.zeros(1, jnp.int32)
+        cache = kv.init_cache(
+            c.num_layers, 1, c.num_kv_heads, TEXT_LENGTH, c.head_dim, jnp.float32
+        )
+        bias = kv.causal_bias(start, TEXT_LENGTH, TEXT_LENGTH)
+        positions = jnp.arange(TEXT_LENGTH)[None]
+        hidden = run(params, tokens, positions, bias, cache, start)[0]
+        logits = llama.target_logits(params, hidden, target.numerics)
+        return jax.nn.log_softmax(logits[0, :-1])
+
+    return [np.asarray(score(target.params, jnp.asarray(t)[None])) for t in texts]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """A hundred questions with their references, `TEXT_LENGTH` tokens of each."""
+    folder = Path(os.environ.get("OSPEC_PROMPTS_DIR", "nowhere"))
+    if not folder.is_dir():
+        pytest.skip("OSPEC_PROMPTS_DIR names no folder of prompt sets")
+    tokenizer, found = open_target("int8").tokenizer, []
+    for name in SETS[:5]:
+        lines = (folder / f"{name}.jsonl").read_text("utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+        whole = (f"{row['prompt']}\n{row.get('reference') or ''}" for row in rows)
+        long = (t for t in map(tokenizer.encode, whole) if len(t) >= TEXT_LENGTH)
+        found += [t[:TEXT_LENGTH] for t in itertools.islice(long, 20)]
+    assert len(found) == 100
+    return found
+
+
+def test_int8_is_still_a_good_model(texts):
+    """Perplexity within 2% of float32's, and nine of ten of its choices."""
+    int8, exact = (log_probs(open_target(p), texts) for p in ("int8", "float32"))
+    chosen = lambda rows: np.mean(
+        [np.mean(r[np.arange(TEXT_LENGTH - 1), t[1:]])
+         for r, t in zip(rows, texts, strict=True)]
+    )  # fmt: skip
+    ratio = np.exp(chosen(exact) - chosen(int8))
+    same = [
+        np.mean(a.argmax(-1) == b.argmax(-1)) for a, b in zip(int8, exact, strict=True)
+    ]
+    assert abs(ratio - 1) < 0.02, ratio
+    assert np.mean(same) >= 0.9, np.mean(same)

@@ -192,18 +192,16 @@ class Engine:
         sampling = request.sampling
         values = (sampling.temperature, sampling.top_k, sampling.top_p)
         key = jax.random.key(sampling.seed)
-        return self._start_row(
-            capacity, key, SamplingParams(*values), request.max_new_tokens
-        )
+        return self._start_row(capacity, key, values, request.max_new_tokens)
 
     def _empty_rows(self, batch_size: int, capacity: int) -> DecodeState:
         return empty_state(
             self.config, self.drafter, batch_size, capacity, self.is_recording
         )
 
-    def _new_row(self, capacity, key, sampling: SamplingParams, num_remaining):
+    def _new_row(self, capacity, key, values, num_remaining) -> DecodeState:
         """The state of one request before its prefill."""
-        state = self._empty_rows(1, capacity)
+        state, sampling = self._empty_rows(1, capacity), SamplingParams(*values)
         fill = lambda old, value: jnp.full_like(old, value)
         return state.replace(
             request_keys=key[None],
@@ -242,6 +240,8 @@ class Engine:
                 )
             return
         requests = list(requests)
+        if not requests:
+            return
         slots = self._checked_capacity(requests, capacity)
         yield from self._serve_batch(
             iter(requests), draft_fn, batch_size, slots, on_tokens, lag

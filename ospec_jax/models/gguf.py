@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ospec_jax.config import ConfigError, ModelConfig, Precision
+from ospec_jax.models.smoothing import LayerRanges
 from ospec_jax.models.weights import LayerWeights, WeightsError, assemble
 
 _LAYER_TENSORS = {
@@ -98,7 +99,12 @@ def unpermute_rotary(kernel: np.ndarray, num_heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(out, fan_in)
 
 
-def load_params(file: GGUFFile, config: ModelConfig, precision: Precision) -> dict:
+def load_params(
+    file: GGUFFile,
+    config: ModelConfig,
+    precision: Precision,
+    ranges: list[LayerRanges] | None = None,
+) -> dict:
     """Reads the target's parameters, dequantising and casting tensor by tensor."""
 
     def layer(i: int) -> LayerWeights:
@@ -119,4 +125,4 @@ def load_params(file: GGUFFile, config: ModelConfig, precision: Precision) -> di
         }
         return file.tensor(names[name])
 
-    return assemble(config, precision, top, layer)
+    return assemble(config, precision, top, layer, ranges)

@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from ospec_jax.config import ConfigError, ModelConfig, Precision
+from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.data.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from ospec_jax.models import gguf, weights
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.quantization import calibrated_precision
+from ospec_jax.models.smoothing import measure_ranges
 from ospec_jax.typing import Params
 
 _MIB = 1 << 20
+_RANGE_TOKENS = 96
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +102,47 @@ def load_target(name_or_path: str, precision: Precision | None = None) -> Target
     numerics = Numerics(precision, is_row_invariant=jax.default_backend() == "cpu")
     if path.is_dir():
         config = weights.read_hf_config(path)
-        params = weights.load_hf_params(path, config, precision)
-        tokenizer = tokenizer_from_folder(path)
+        read = functools.partial(weights.load_hf_params, path, config, precision)
+        read_tokenizer = functools.partial(tokenizer_from_folder, path)
     else:
         file = gguf.GGUFFile(path)
         config = gguf.read_config(file)
-        params = gguf.load_params(file, config, precision)
-        tokenizer = tokenizer_from_gguf(file)
+        read = functools.partial(gguf.load_params, file, config, precision)
+        read_tokenizer = functools.partial(tokenizer_from_gguf, file)
+    if precision == "int8":
+        params = read(_activation_ranges(path, config, numerics, read_tokenizer, read))
+    else:
+        params = read()
     return Target(
         name=name_or_path if name_or_path in KNOWN_MODELS else path.name,
         config=config,
         numerics=numerics,
         params=params,
-        tokenizer=tokenizer,
+        tokenizer=read_tokenizer(),
         fingerprint=fingerprint(path),
     )
+
+
+def _activation_ranges(path, config, numerics, read_tokenizer, read):
+    """Ranges to smooth by, measured on the package's own prompts once and cached."""
+    file = cache_folder() / "ranges" / f"{fingerprint(path)}.npz"
+    names = ("qkv_proj", "gate_up_proj", "down_proj")
+    if not file.exists():
+        params = read()
+        prompts = (p.text for d in DEMO_DOMAINS for p in demo_prompts(d)[:8])
+        ids = read_tokenizer().encode("\n".join(prompts))
+        length = min(_RANGE_TOKENS, config.max_position, len(ids))
+        rows = len(ids) // length
+        texts = np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
+        found = measure_ranges(config, numerics, params, texts)
+        file.parent.mkdir(exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part.npz")
+        columns: Any = {n: np.stack([r[n] for r in found]) for n in names}
+        np.savez(part, **columns)
+        part.rename(file)
+    with np.load(file) as stored:
+        columns = {name: stored[name] for name in names}
+    return [{n: columns[n][i] for n in names} for i in range(config.num_layers)]
 
 
 def resolve(name_or_path: str) -> Path:

@@ -99,7 +99,10 @@ def linear(x, params, precision: Precision):
 
 
 class Linear(nn.Module):
-    """A projection with its kernel stored `[out, in]`."""
+    """A projection with its kernel stored `[out, in]`.
+
+    Its input's range by channel goes into the collection `ranges` if that is mutable.
+    """
 
     features: int
     numerics: Numerics
@@ -107,6 +110,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        largest = jnp.max(jnp.abs(x), axis=tuple(range(x.ndim - 1)))
+        self.sow("ranges", "input", largest, reduce_fn=jnp.maximum, init_fn=lambda: 0.0)
         init = nn.initializers.normal(x.shape[-1] ** -0.5)
         shape = (self.features, x.shape[-1])
         params = {"kernel": self.param("kernel", init, shape, jnp.float32)}

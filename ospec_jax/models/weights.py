@@ -9,6 +9,7 @@ import numpy as np
 
 from ospec_jax.config import ConfigError, ModelConfig, Precision, RopeScaling
 from ospec_jax.models.quantization import cast_leaf
+from ospec_jax.models.smoothing import LayerRanges, smooth
 
 LayerWeights = dict[str, np.ndarray]
 """One layer's tensors by Hugging Face's short names, `[out, in]` for matrices."""
@@ -27,12 +28,14 @@ def assemble(
     precision: Precision,
     top: Callable[[str], np.ndarray],
     layer: Callable[[int], LayerWeights],
+    ranges: list[LayerRanges] | None = None,
 ) -> dict:
     """Builds `Llama`'s parameters, fusing q, k, v and gate, up.
 
     Args:
       top: Gives `embed_tokens`, `norm` or (when untied) `lm_head`.
       layer: Gives one layer's tensors; only one layer is held in float32 at a time.
+      ranges: Of each layer's activations, to smooth before quantising.
 
     Raises:
       WeightsError: A tensor's shape contradicts the configuration.
@@ -42,7 +45,11 @@ def assemble(
     _put(params, "embed_tokens_kernel", top("embed_tokens"),
          (c.vocab_size, c.hidden_size), precision)  # fmt: skip
     for i in range(c.num_layers):
-        params[f"layers_{i}"] = _assemble_layer(c, precision, layer(i), i)
+        tensors = layer(i)
+        _check_layer(c, tensors, i)
+        if ranges is not None:
+            tensors = smooth(tensors, ranges[i])
+        params[f"layers_{i}"] = _assemble_layer(precision, tensors)
     params["norm"] = {}
     _put(params["norm"], "scale", top("norm"), (c.hidden_size,), precision)
     if not c.tie_embeddings:
@@ -51,7 +58,7 @@ def assemble(
     return params
 
 
-def _assemble_layer(c: ModelConfig, precision, tensors: LayerWeights, i: int) -> dict:
+def _check_layer(c: ModelConfig, tensors: LayerWeights, i: int) -> None:
     d, f, e = c.hidden_size, c.intermediate_size, c.head_dim
     q_rows, kv_rows = c.num_heads * e, c.num_kv_heads * e
     expected = {
@@ -62,6 +69,9 @@ def _assemble_layer(c: ModelConfig, precision, tensors: LayerWeights, i: int) ->
     }  # fmt: skip
     for name, shape in expected.items():
         _check_shape(name, tensors[name], shape, f"layer {i}")
+
+
+def _assemble_layer(precision: Precision, tensors: LayerWeights) -> dict:
     join = lambda *names: np.concatenate([tensors[name] for name in names])
     kernel = lambda value: cast_leaf("kernel", value, precision)
     norm = lambda name: cast_leaf("scale", tensors[name], precision)
@@ -137,7 +147,12 @@ def read_hf_config(folder: Path) -> ModelConfig:
     )
 
 
-def load_hf_params(folder: Path, config: ModelConfig, precision: Precision) -> dict:
+def load_hf_params(
+    folder: Path,
+    config: ModelConfig,
+    precision: Precision,
+    ranges: list[LayerRanges] | None = None,
+) -> dict:
     """Reads `*.safetensors` shards (bfloat16, float16 or float32) tensor by tensor."""
     from safetensors import safe_open
 
@@ -176,4 +191,4 @@ def load_hf_params(folder: Path, config: ModelConfig, precision: Precision) -> d
             for name, path in paths.items()
         }
 
-    return assemble(config, precision, top, layer)
+    return assemble(config, precision, top, layer, ranges)

@@ -48,6 +48,7 @@ def folder(target, prompts, draft_config, tmp_path_factory):
     )  # fmt: skip
     assert collected(prompts[:6]) == 6
     assert collected(prompts) == 8  # the first six are not answered again
+    assert collected(prompts) == 0
     return folder
 
 
