@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from ospec_jax import checkpoint
 from ospec_jax.adaptation import Adaptation, AdaptationState, UpdateReport
@@ -60,7 +61,16 @@ def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
     """
     folder = SHIPPED if name_or_folder == "shipped" else name_or_folder
     restored = checkpoint.load(folder, target)
-    return LoadedDraft(restored.draft, restored.meta)
+    return LoadedDraft(_freely_placed(restored.draft), restored.meta)
+
+
+def _freely_placed(tree):
+    """Copies of restored arrays that are not committed to a device.
+
+    A committed one commits all that is computed from it, and `jit` compiles a function
+    anew for its committed and uncommitted arguments.
+    """
+    return jax.tree.map(jnp.asarray, jax.device_get(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,10 +344,10 @@ class Session:
             return jax.eval_shape(lambda: learning.adaptation.init(draft)[0])
 
         restored = checkpoint.load(folder, self.target, learner_like=learner_like)
-        learning.state = restored.learner
+        learning.state = _freely_placed(restored.learner)
         try:
             found = checkpoint.load(folder, feedback_like=learning.ring)
-            learning.ring = found.feedback
+            learning.ring = _freely_placed(found.feedback)
         except checkpoint.CheckpointError:
             warnings.warn(
                 f"{folder} holds no feedback; learning goes on with an empty ring",
@@ -345,7 +355,7 @@ class Session:
             )
         version = restored.meta.draft_version - self.version
         self.meta = dataclasses.replace(restored.meta, draft_version=version)
-        self._serve(restored.draft)
+        self._serve(_freely_placed(restored.draft))
         self.answered = list(restored.meta.answered)
         return self.answered
 
