@@ -98,7 +98,7 @@ class Adaptation:
         )
         self.learner: Learner = gradient(
             unroll, make_optimizer(config), config.num_context, config.num_steps,
-            LOSSES[config.loss], config.decay,
+            LOSSES[config.loss], config.decay, config.num_candidates,
         )  # fmt: skip
         # The iterate may be what is being served: it is never donated.
         self._update = jax.jit(self.learner.update)

@@ -222,6 +222,8 @@ class LearnerConfig:
       window: Pairs trained in a window.
       num_context: Pairs before each window that are attended to.
       num_steps: Unrolled draft steps.
+      num_candidates: Draft tokens that an update looks at, the likeliest ones; 0 for
+        all, at twice the cost.
       num_epochs: Updates done at each interval.
       replay_share: Part of each batch drawn from older windows.
       promotion: `always` serves each iterate; `guarded` only proven ones.
@@ -240,6 +242,7 @@ class LearnerConfig:
     window: int = 64
     num_context: int = 64
     num_steps: int = 3
+    num_candidates: int = 1024
     num_epochs: int = 1
     replay_share: float = 0.0
     promotion: Literal["always", "guarded"] = "always"

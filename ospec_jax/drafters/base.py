@@ -28,8 +28,10 @@ class Drafter(NamedTuple):
         `num_valid[b]` how many of the t are real.
       propose: `(draft, shared, cache, context, root, starts, keys, sampling) -> (tree,
         cache)`. `starts[b]` is the root's position.
-      unroll: `(params, token_ids, shared, feedback, start, num_context, num_steps) ->
-        [draft logits]`, the training forward pass; see `learners.losses`.
+      unroll: `(params, token_ids, shared, feedback, start, num_context, num_steps,
+        candidates=None) -> [draft logits]`, the training forward pass; see
+        `learners.losses`. `candidates[c]` are the entries of the draft vocabulary
+        whose logits are wanted, None all.
       num_scratch: Cache slots that `propose` uses beyond the committed ones.
     """
 

@@ -89,9 +89,9 @@ class EagleHead(nn.Module):
         return self._finish(features, out), kv.KVCache(keys=(keys,), values=(values,))
 
     def logits(self, outputs, head):
-        """Draft logits; `head` is the target's own when the draft has none."""
+        """Draft logits over the rows of `head`, or of the draft's own for None."""
         normed = self.norm(outputs)
-        if self.config.has_own_head:
+        if head is None:
             return self.lm_head(normed)
         return linear(normed, head, self.numerics.precision)
 
@@ -174,7 +174,9 @@ def eagle3(
         args = (
             zeros(len(config.taps) * config.target_hidden_size),
             zeros(config.target_hidden_size),
-            {"kernel": jnp.zeros((2, config.hidden_size))},
+            None
+            if config.has_own_head
+            else {"kernel": jnp.zeros((2, config.hidden_size))},
         )
         return trainer.init(key, *args, method=EagleHead.init_all)["params"]
 
@@ -230,13 +232,20 @@ def eagle3(
             numerics.is_row_invariant,
         )  # fmt: skip
 
-    def unroll(params, token_ids, shared, feedback, start, num_context, num_steps):
+    def unroll(
+        params, token_ids, shared, feedback, start, num_context, num_steps,
+        candidates=None,
+    ):  # fmt: skip
         num_pairs = feedback.tokens.shape[1] - num_steps
         taps = feedback.taps[:, :num_pairs].astype(jnp.float32)
         embeddings = embed(feedback.tokens[:, 1:], shared.embedding)
         head = None
         if not config.has_own_head:
-            head = {"kernel": dequantized(frozen_head(shared, token_ids))}
+            head = dequantized(frozen_head(shared, token_ids))
+        elif candidates is not None:
+            head = params["lm_head"]["kernel"]
+        if head is not None:
+            head = {"kernel": head if candidates is None else head[candidates]}
         return trainer.apply(
             {"params": params}, taps, embeddings, start, num_context, num_steps, head,
             method=EagleHead.unroll,

@@ -24,6 +24,7 @@ def gradient(
     num_steps: int = 3,
     loss_fn: Callable = forward_kl,
     decay: float = 0.8,
+    num_candidates: int = 0,
 ) -> Learner:
     """Builds the learner `w <- w - optimizer(grad f(w))`.
 
@@ -33,23 +34,36 @@ def gradient(
       num_steps: Depths to unroll; a draft trained one step deep gets worse at depth.
       loss_fn: One of `learners.losses`.
       decay: Weight of each depth relative to the one before.
+      num_candidates: Tokens that an update looks at: those to which the target gives
+        most probability in its segments. 0 looks at the whole draft vocabulary, whose
+        products are most of an update's cost.
     """
 
-    def forward(params, segments: Segments, shared, token_ids):
+    def targets(segments: Segments, shared, token_ids):
+        """The target's probabilities, and their weight, after each trained pair."""
         feedback = segments.feedback
-        logits = unroll(
-            params, token_ids, shared, feedback, segments.start, num_context, num_steps
-        )
         # Pair i predicts the token after i + 1.
         rows = slice(num_context + 1, None)
         head = dequantized(frozen_head(shared, token_ids))
         hidden = feedback.hidden[:, rows].astype(jnp.float32)
         probs = target_probs(head, hidden, feedback.logsumexp[:, rows])
-        return logits, probs, segments.weight[:, rows]
+        return probs, segments.weight[:, rows]
+
+    def forward(params, segments, shared, token_ids, candidates=None):
+        return unroll(
+            params, token_ids, shared, segments.feedback, segments.start, num_context,
+            num_steps, candidates,
+        )  # fmt: skip
 
     def loss(params, segments: Segments, shared, token_ids):
-        scored = forward(params, segments, shared, token_ids)
-        return unrolled_loss(*scored, loss_fn, decay)
+        probs, weight = targets(segments, shared, token_ids)
+        candidates = None
+        if 0 < num_candidates < probs.shape[-1]:
+            mass = jnp.einsum("btq,bt->q", probs, weight)
+            candidates = jax.lax.top_k(mass, num_candidates)[1]
+            probs = probs[..., candidates]
+        logits = forward(params, segments, shared, token_ids, candidates)
+        return unrolled_loss(logits, probs, weight, loss_fn, decay)
 
     def init(params):
         return LearnerState(
@@ -65,18 +79,18 @@ def gradient(
         # Without any verified token there is nothing to learn, and an optimizer with
         # momentum or weight decay must not move either.
         has_signal = jnp.sum(segments.weight) > 0
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jnp.where(has_signal, new, old)
-        new = LearnerState(
-            params=jax.tree.map(keep, params, state.params),
-            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-            num_updates=state.num_updates + has_signal,
-        )
+
+        def move(state: LearnerState):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return LearnerState(params, opt_state, state.num_updates + 1)
+
+        new = jax.lax.cond(has_signal, move, lambda state: state, state)
         return new, info._replace(grad_norm=optax.global_norm(grads))
 
     def evaluate(params, segments, shared, token_ids):
-        scored = forward(params, segments, shared, token_ids)
+        logits = forward(params, segments, shared, token_ids)
+        scored = logits, *targets(segments, shared, token_ids)
         return unrolled_loss(*scored, loss_fn, decay)[1], accepted_lengths(*scored)
 
     return Learner(init=init, update=update, evaluate=evaluate)

@@ -58,8 +58,11 @@ def segments(shared):
     )
 
 
-def built(drafter, optimizer, loss="forward_kl"):
-    learner = gradient(drafter.unroll, optimizer, CONTEXT, STEPS, loss_fn=LOSSES[loss])
+def built(drafter, optimizer, loss="forward_kl", num_candidates=0):
+    learner = gradient(
+        drafter.unroll, optimizer, CONTEXT, STEPS, LOSSES[loss],
+        num_candidates=num_candidates,
+    )  # fmt: skip
     return learner._replace(
         update=jax.jit(learner.update), evaluate=jax.jit(learner.evaluate)
     )
@@ -97,6 +100,37 @@ def test_total_variation_falls_too(drafted, segments, shared):
     learner = built(drafted[0], optax.adam(3e-3), "total_variation")
     _, losses, _ = trained(learner, drafted[1], segments, shared, 40)
     assert losses[-1] < losses[0] - 0.02
+
+
+def test_candidates_are_the_likeliest_tokens(drafted, segments, shared):
+    """Looking at the six likeliest tokens only, an update still learns all of them."""
+    drafter, draft = drafted
+    num_ids = VOCAB if draft.token_ids is None else len(draft.token_ids)
+    whole = built(drafter, optax.sgd(0.1))
+    few = built(drafter, optax.sgd(0.1), num_candidates=6)
+    all_of_them = built(drafter, optax.sgd(0.1), num_candidates=num_ids)
+    step = lambda learner: (
+        learner.update(learner.init(draft.params), segments, shared, draft.token_ids)[
+            0
+        ].params
+    )
+    assert same_bits(step(all_of_them), step(whole))
+
+    ids = np.arange(VOCAB) if draft.token_ids is None else np.asarray(draft.token_ids)
+    feedback = segments.feedback
+    logits = feedback.hidden[:, CONTEXT + 1 :] @ shared.head["kernel"][ids].T
+    probs = np.exp(logits - feedback.logsumexp[:, CONTEXT + 1 :, None])
+    likeliest = np.argsort(-probs.sum((0, 1)))[:6]
+    if draft.token_ids is not None:
+        moved = np.any(
+            step(few)["lm_head"]["kernel"] != draft.params["lm_head"]["kernel"], 1
+        )
+        assert set(np.flatnonzero(moved)) == set(likeliest)
+    score = lambda params: whole.evaluate(params, segments, shared, draft.token_ids)[0]
+    state, _, _ = trained(
+        built(drafter, optax.adam(3e-3), num_candidates=6), draft, segments, shared, 40
+    )  # fmt: skip
+    assert score(state.params).acceptance[0] > score(draft.params).acceptance[0]
 
 
 def same_bits(first, second):
