@@ -18,11 +18,15 @@ from jaxtyping import Array, Int
 
 from ospec_jax.config import ConfigError, LearnerConfig
 from ospec_jax.decoding.engine import Completion
+from ospec_jax.drafters import ngram
 from ospec_jax.learners import buffer, promotion
 from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState, Segments
 from ospec_jax.learners.gradient import gradient
 from ospec_jax.learners.losses import LOSSES
-from ospec_jax.types import Draft, SharedTables
+from ospec_jax.types import Draft, NgramMemory, SharedTables
+
+_SHORTEST = 256
+"""Requests are padded to this length, or to a higher power of two."""
 
 
 @flax.struct.dataclass
@@ -50,6 +54,19 @@ class AdaptationState:
     version: Int[Array, ""]
     num_rollbacks: Int[Array, ""]
     update_interval: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class Traffic:
+    """What is kept of users' prompts and answers; both can be read back from it.
+
+    Attributes:
+      ring: Recent windows to train on, or None.
+      memory: n-grams, or None.
+    """
+
+    ring: buffer.FeedbackRing | None
+    memory: NgramMemory | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +100,14 @@ class Adaptation:
 
     def __init__(
         self, config: LearnerConfig, unroll, shared: SharedTables, tap_width: int,
-        hidden_size: int,
+        hidden_size: int, has_memory: bool = True,
     ):  # fmt: skip
         if config.loss not in LOSSES:
             raise ConfigError(
                 f"unknown loss {config.loss!r}; one of {', '.join(LOSSES)} is needed"
             )
         self.config, self.shared = config, shared
+        self.has_memory = has_memory and config.memory_slots > 0
         self._ring_shape = (
             config.ring_capacity,
             config.num_context + config.window + config.num_steps,
@@ -104,28 +122,48 @@ class Adaptation:
         self._update = jax.jit(self.learner.update)
         self._evaluate = jax.jit(self.learner.evaluate)
         self._add = jax.jit(buffer.add_window, donate_argnums=0)
+        self._remember = jax.jit(ngram.remember)
         self._batch = jax.jit(self._make_batch)
 
-    def init(self, draft: Draft) -> tuple[AdaptationState, buffer.FeedbackRing]:
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the draft is trained."""
+        return self.config.name == "gradient"
+
+    def init(self, draft: Draft) -> tuple[AdaptationState, Traffic]:
         """A state that has seen nothing."""
         zero = jnp.zeros((), jnp.int32)
+        learner = LearnerState(params={}, opt_state=(), num_updates=zero)
+        if self.has_gradient:
+            learner = self.learner.init(draft.params)
         state = AdaptationState(
-            learner=self.learner.init(draft.params), guard=promotion.init_guard(),
+            learner=learner, guard=promotion.init_guard(),
             num_prompts=zero, num_tokens=zero, num_waiting=zero, num_fresh=zero,
             version=zero, num_rollbacks=zero,
             update_interval=jnp.asarray(self.config.update_interval, jnp.int32),
         )  # fmt: skip
-        return state, buffer.init_ring(*self._ring_shape)
+        ring = buffer.init_ring(*self._ring_shape) if self.has_gradient else None
+        slots = self.config.memory_slots
+        memory = ngram.init_memory(slots) if self.has_memory else None
+        return state, Traffic(ring, memory)
 
     def calibrate(
-        self, state: AdaptationState, ring, draft: Draft, seconds_per_token: float
-    ) -> AdaptationState:
+        self, state: AdaptationState, traffic: Traffic, draft: Draft,
+        seconds_per_token: float,
+    ) -> AdaptationState:  # fmt: skip
         """Compiles everything, and turns the budget into an interval if there is none.
 
         Args:
           seconds_per_token: Of decoding, on this machine.
         """
-        batch = self._batch(ring, jnp.int32(0), jnp.int32(0))  # weighs nothing
+        if traffic.memory is not None:
+            nothing = np.zeros(_SHORTEST, np.int32)
+            self._remember(traffic.memory, nothing, np.int32(0), np.int32(0))
+        if not self.has_gradient:
+            return state
+        batch = self._batch(traffic.ring, jnp.int32(0), jnp.int32(0))
+        # An empty ring weighs nothing, and an update of nothing would cost less.
+        batch = batch.replace(weight=jnp.ones_like(batch.weight))
         times = []
         for _ in range(3):
             start = time.perf_counter()
@@ -139,14 +177,16 @@ class Adaptation:
         return state.replace(update_interval=jnp.asarray(interval, jnp.int32))
 
     def observe(
-        self, state: AdaptationState, ring: buffer.FeedbackRing, completion: Completion
-    ) -> tuple[AdaptationState, buffer.FeedbackRing]:
-        """Adds an answered request to the ring."""
+        self, state: AdaptationState, traffic: Traffic, completion: Completion
+    ) -> tuple[AdaptationState, Traffic]:
+        """Keeps what an answered request taught."""
         num_prompt = len(completion.request.prompt_ids)
-        starts = buffer.window_starts(
-            num_prompt, completion.num_recorded, self.config.num_context,
-            self.config.window,
-        )  # fmt: skip
+        ring, starts = traffic.ring, []
+        if self.has_gradient:
+            starts = buffer.window_starts(
+                num_prompt, completion.num_recorded, self.config.num_context,
+                self.config.window,
+            )  # fmt: skip
         for start in starts:
             ring = self._add(
                 ring, completion.feedback, np.int32(start), np.int32(num_prompt),
@@ -158,20 +198,35 @@ class Adaptation:
             num_tokens=state.num_tokens + count,
             num_waiting=state.num_waiting + count,
             num_fresh=state.num_fresh + len(starts),
-        ), ring
+        ), Traffic(ring, self._remembered(traffic.memory, completion))
+
+    def _remembered(self, memory: NgramMemory | None, completion: Completion):
+        if memory is None:
+            return None
+        ids = [*completion.request.prompt_ids, *completion.token_ids]
+        # Few lengths, few executables.
+        padded = np.zeros(max(_SHORTEST, 1 << (len(ids) - 1).bit_length()), np.int32)
+        padded[: len(ids)] = ids
+        num_prompt = len(completion.request.prompt_ids)
+        return self._remember(
+            memory, padded, np.int32(num_prompt), np.int32(len(ids))
+        )  # fmt: skip
 
     def is_due(self, state: AdaptationState) -> bool:
         """Whether enough tokens have come since the last update."""
-        return int(state.num_waiting) >= int(state.update_interval)
+        is_waiting = int(state.num_waiting) >= int(state.update_interval)
+        return self.has_gradient and is_waiting
 
     def update(
-        self, state: AdaptationState, ring: buffer.FeedbackRing, served: Draft
+        self, state: AdaptationState, traffic: Traffic, served: Draft
     ) -> tuple[AdaptationState, Draft, UpdateReport]:
         """One interval's learning; returns the draft to serve from now on."""
         start = time.perf_counter()
         info = None
         for epoch in range(self.config.num_epochs):
-            batch = self._batch(ring, state.num_fresh, state.learner.num_updates)
+            batch = self._batch(
+                traffic.ring, state.num_fresh, state.learner.num_updates
+            )
             if epoch == 0 and self.config.promotion == "guarded":
                 state = state.replace(guard=self._compare(state, served, batch))
             learner, info = self._learn(state, served, batch)

@@ -51,6 +51,7 @@ class Decoding:
       draft_sample_method: How children are drawn when sampling.
       stop: Strings that end an answer.
       raw: Skip the chat template.
+      ngrams: Let n-grams of the request, and of learned traffic, suggest tokens.
     """
 
     target: str = "smollm2-135m"
@@ -62,6 +63,7 @@ class Decoding:
     draft_sample_method: ChildrenKind = "topk"
     stop: tuple[str, ...] = ()
     raw: bool = False
+    ngrams: bool = True
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
@@ -96,6 +98,7 @@ class Decoding:
         return Session(
             target, draft, learner=learner, tree=self.tree_config,
             batch_size=self.batch_size, stop=self.stop, has_log_probs=has_log_probs,
+            ngrams=self.ngrams,
         )  # fmt: skip
 
 
@@ -170,7 +173,7 @@ def learn(
 
     Args:
       prompts: A JSONL file.
-      learner: gradient, or a Python file with `get_config() -> LearnerConfig`.
+      learner: gradient, memory, or a Python file with `get_config() -> LearnerConfig`.
       optimizer: Any optax optimizer.
       learn_budget: Share of wall-clock time for learning.
       update_interval: Tokens between updates; 0 derives it from the budget.
@@ -225,12 +228,12 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
     Raises:
       ConfigError: There is no such learner or file, or the file gives something else.
     """
-    if name_or_file == "gradient":
-        config = LearnerConfig()
+    if name_or_file in ("gradient", "memory"):
+        config = LearnerConfig(name=name_or_file)  # type: ignore[arg-type]
     elif not Path(name_or_file).is_file():
         raise ConfigError(
-            f"unknown learner {name_or_file!r}: use gradient, or a Python file with "
-            f"get_config()"
+            f"unknown learner {name_or_file!r}: use gradient, memory, or a Python file "
+            f"with get_config()"
         )
     else:
         get_config = runpy.run_path(name_or_file).get("get_config")
@@ -336,7 +339,7 @@ def bench(
       prompts: A JSONL file.
       num_prompts: Prompts taken from its beginning.
       modes: Comma-separated: autoregressive, static, learned.
-      learner: gradient, or a Python file with `get_config() -> LearnerConfig`.
+      learner: gradient, memory, or a Python file with `get_config() -> LearnerConfig`.
       learn_budget: Share of the learned mode's time for learning.
       json_file: Write one row a mode.
       plot: Draw acceptance over the stream into this PNG.
@@ -351,7 +354,7 @@ def bench(
         learner=learner_config(
             learner, learning_rate=learning_rate, budget=learn_budget
         ),
-        sampling=decoding.sampling, is_raw=decoding.raw,
+        sampling=decoding.sampling, is_raw=decoding.raw, ngrams=decoding.ngrams,
     )  # fmt: skip
     target, draft = decoding.load()
     run, table = run_with_progress(target, draft, rows, config)
@@ -393,7 +396,7 @@ def demo(
 
     Args:
       out: Folder of the plot, the table and the learned draft's checkpoint.
-      learner: gradient, or a Python file with `get_config() -> LearnerConfig`.
+      learner: gradient, memory, or a Python file with `get_config() -> LearnerConfig`.
     """
     from ospec_jax.demo import run_demo
 

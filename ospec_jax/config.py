@@ -214,6 +214,8 @@ class LearnerConfig:
     """How a draft learns from the traffic it serves.
 
     Attributes:
+      name: `gradient` trains the draft and remembers n-grams; `memory` only remembers.
+      memory_slots: n-grams of each order that are remembered; 0 for none.
       optimizer: Any optax optimizer that takes a learning rate.
       update_interval: Answer tokens between two updates; 0 derives it from `budget`.
       budget: Share of wall-clock time that learning may take, turned into an interval
@@ -231,7 +233,8 @@ class LearnerConfig:
       ring_capacity: Windows remembered.
     """
 
-    name: Literal["gradient"] = "gradient"
+    name: Literal["gradient", "memory"] = "gradient"
+    memory_slots: int = 65536
     optimizer: str = "adam"
     learning_rate: float = 3e-4
     loss: str = "forward_kl"
@@ -251,6 +254,10 @@ class LearnerConfig:
     seed: int = 0
 
     def __post_init__(self):
+        if self.memory_slots < 0:
+            raise ConfigError(
+                f"memory_slots is {self.memory_slots}; use 0 (no memory) or more"
+            )
         if not 0 < self.budget < 1:
             raise ConfigError(f"the learning budget is {self.budget}; use 0 to 1")
         if not 0 <= self.replay_share < 1:

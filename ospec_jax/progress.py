@@ -2,6 +2,7 @@
 """Progress bars, and interruption that loses nothing."""
 
 import signal
+import time
 
 from rich.console import Console
 from rich.progress import (
@@ -13,10 +14,30 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+LOG_SECONDS = 20.0
+
+
+class _Progress(Progress):
+    """A bar on a terminal; elsewhere, such as in a log file, now and then a line."""
+
+    _last_line = -LOG_SECONDS
+
+    def update(self, task_id, **changes) -> None:
+        super().update(task_id, **changes)
+        now = time.monotonic()
+        if self.console.is_terminal or now - self._last_line < LOG_SECONDS:
+            return
+        self._last_line = now
+        task = next(task for task in self.tasks if task.id == task_id)
+        self.console.print(
+            f"{task.completed:.0f}/{task.total or 0:.0f} {task.description}",
+            markup=False, highlight=False,
+        )  # fmt: skip
+
 
 def progress_bar() -> Progress:
-    """A bar on standard error, so that standard output stays data."""
-    return Progress(
+    """Progress on standard error, so that standard output stays data."""
+    return _Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ospec_jax import checkpoint
-from ospec_jax.adaptation import Adaptation, AdaptationState, UpdateReport
+from ospec_jax.adaptation import Adaptation, AdaptationState, Traffic, UpdateReport
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import (
     DraftConfig,
@@ -29,11 +29,11 @@ from ospec_jax.data.tokenizer import stop_token_ids
 from ospec_jax.decoding.engine import Completion, Engine, Request
 from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.eagle import eagle3
-from ospec_jax.learners.buffer import FeedbackRing
+from ospec_jax.drafters.ngram import init_memory, with_ngrams
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
-from ospec_jax.types import Draft
+from ospec_jax.types import Draft, NgramMemory
 
 SHIPPED = Path(__file__).parent / "shipped" / "smollm2-135m-eagle3"
 """The draft that comes with the package."""
@@ -116,6 +116,8 @@ class Session:
       batch_size: Requests decoded together.
       stop: Strings that end an answer.
       has_log_probs: Report log-probabilities.
+      ngrams: Let n-grams of the request, and of learned traffic, suggest tokens. Drawn
+        children (`tree.children` other than `topk`) leave no room for them.
     """
 
     def __init__(
@@ -128,38 +130,55 @@ class Session:
         batch_size: int = 1,
         stop: tuple[str, ...] = (),
         has_log_probs: bool = False,
+        ngrams: bool = True,
     ):
         tree = tree or TreeConfig(num_steps=3 if draft else 0)
         self.target, self.batch_size, self.stop = target, batch_size, stop
         self.tree = tree
         drafter = eagle3(draft.config, tree, target.numerics) if draft else None
+        has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
+        if drafter is not None and has_ngrams:
+            drafter = with_ngrams(drafter, tree)
         config = StepConfig(
             model=target.config, numerics=target.numerics, tree=tree,
             taps=draft.config.taps if draft else (),
             stop_ids=stop_token_ids(target.tokenizer), has_log_probs=has_log_probs,
         )  # fmt: skip
-        is_learning = draft is not None and learner is not None
-        self.engine = Engine(config, target.params, drafter, is_recording=is_learning)
+        is_recording = draft is not None and bool(
+            learner and learner.name == "gradient"
+        )
+        self.engine = Engine(config, target.params, drafter, is_recording)
         self.learning: Learning | None = None
         self.meta = draft.meta if draft else None
         self._cast = jax.jit(lambda p: cast_params(p, target.numerics.precision))
         self.stats = DecodingStats(num_spec_tokens=tree.num_steps)
         self.reports: list[UpdateReport] = []
         self.answered: list[str] = []
+        # Without learning there is nothing to remember but the rates.
+        self._memory = init_memory(1)
         if draft is not None:
             self._serve(draft.draft)
         if draft is not None and drafter is not None and learner is not None:
             adaptation = Adaptation(
                 learner, drafter.unroll, shared_tables(target.params),
                 len(draft.config.taps) * target.config.hidden_size,
-                target.config.hidden_size,
+                target.config.hidden_size, has_ngrams,
             )  # fmt: skip
             self.learning = Learning(learner, adaptation, *adaptation.init(draft.draft))
+            self._serve(draft.draft)
 
     def _serve(self, draft: Draft) -> None:
         """Makes `draft` the served one; in the target's precision, for speed."""
         self.draft = draft
-        self._served = draft.replace(params=self._cast(draft.params))
+        self._served = draft.replace(
+            params=self._cast(draft.params), memory=self.memory
+        )
+
+    @property
+    def memory(self) -> NgramMemory:
+        """The n-grams in use."""
+        learned = self.learning.traffic.memory if self.learning else None
+        return self._memory if learned is None else learned
 
     @property
     def version(self) -> int:
@@ -276,13 +295,16 @@ class Session:
             return 0.0
         start = time.perf_counter()
         self.learning.observe(completion)
+        self._served = self._served.replace(memory=self.memory)
         if self.learning.is_due:
             draft, report = self.learning.update(self.draft)
             self.reports.append(report)
             if report.decision == "promote":
                 self._serve(draft)
         # The learner is drained here, so that its time is nobody else's.
-        jax.block_until_ready((self.learning.state, self.learning.ring, self._served))
+        jax.block_until_ready(
+            (self.learning.state, self.learning.traffic, self._served)
+        )
         return time.perf_counter() - start
 
     def _warn_of_collapse(self) -> None:
@@ -302,8 +324,9 @@ class Session:
         """Writes a checkpoint of the draft and of what learning needs to go on.
 
         Args:
-          with_feedback: Also store the ring, from which users' prompts and answers can
-            be read back; without it a resumed run starts with an empty one.
+          with_feedback: Also store recent traffic and remembered n-grams, from which
+            users' prompts and answers can be read back; without them a resumed run
+            starts with none.
         """
         if self.meta is None:
             raise checkpoint.CheckpointError("there is no draft to save")
@@ -316,9 +339,9 @@ class Session:
             answered=tuple(self.answered),
         )  # fmt: skip
         state = self.learning.state
-        ring = self.learning.ring if with_feedback else None
+        traffic = self.learning.traffic if with_feedback else None
         step = int(state.num_prompts)
-        return checkpoint.save(folder, step, meta, self.draft, state, ring)
+        return checkpoint.save(folder, step, meta, self.draft, state, traffic)
 
     def resume(self, folder: str | Path) -> list[str]:
         """Goes on from a checkpoint; returns the ids of the prompts it had answered.
@@ -346,11 +369,11 @@ class Session:
         restored = checkpoint.load(folder, self.target, learner_like=learner_like)
         learning.state = _freely_placed(restored.learner)
         try:
-            found = checkpoint.load(folder, feedback_like=learning.ring)
-            learning.ring = _freely_placed(found.feedback)
+            found = checkpoint.load(folder, feedback_like=learning.traffic)
+            learning.traffic = _freely_placed(found.feedback)
         except checkpoint.CheckpointError:
             warnings.warn(
-                f"{folder} holds no feedback; learning goes on with an empty ring",
+                f"{folder} holds no feedback; learning goes on without past traffic",
                 stacklevel=2,
             )
         version = restored.meta.draft_version - self.version
@@ -367,7 +390,7 @@ class Learning:
     config: LearnerConfig
     adaptation: Adaptation
     state: AdaptationState
-    ring: FeedbackRing
+    traffic: Traffic
 
     @property
     def is_due(self) -> bool:
@@ -377,18 +400,20 @@ class Learning:
     def calibrate(self, draft: Draft, seconds_per_token: float) -> None:
         """Compiles, and fixes the interval between updates."""
         self.state = self.adaptation.calibrate(
-            self.state, self.ring, draft, seconds_per_token
+            self.state, self.traffic, draft, seconds_per_token
         )
 
     def observe(self, completion: Completion) -> None:
         """Remembers an answer."""
-        self.state, self.ring = self.adaptation.observe(
-            self.state, self.ring, completion
+        self.state, self.traffic = self.adaptation.observe(
+            self.state, self.traffic, completion
         )
 
     def update(self, draft: Draft) -> tuple[Draft, UpdateReport]:
         """Learns; returns the draft to serve."""
-        self.state, draft, report = self.adaptation.update(self.state, self.ring, draft)
+        self.state, draft, report = self.adaptation.update(
+            self.state, self.traffic, draft
+        )
         return draft, report
 
 

@@ -7,11 +7,35 @@ Letters are explained in `ospec_jax.typing`.
 from typing import Any
 
 import flax.struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from ospec_jax.config import ChildrenKind
 from ospec_jax.models.cache import KVCache
 from ospec_jax.typing import Params
+
+
+@flax.struct.dataclass
+class NgramMemory:
+    """What followed which tokens in earlier requests; see `drafters.ngram`.
+
+    Attributes:
+      fingerprints: `[o, m]` hashes of the n-grams of each order.
+      tokens: `[o, m]` what mostly followed them.
+      counts: `[o, m]` majority of that token over all others, 0 for an empty slot.
+      hits: `[l]` suggestions of each kind that were right.
+      trials: `[l]` suggestions of each kind.
+    """
+
+    fingerprints: UInt32[Array, "o m"]
+    tokens: Int[Array, "o m"]
+    counts: Int[Array, "o m"]
+    hits: Float[Array, " l"]
+    trials: Float[Array, " l"]
+
+    @property
+    def num_slots(self) -> int:
+        """n-grams of each order that it can hold."""
+        return self.tokens.shape[1]
 
 
 @flax.struct.dataclass
@@ -22,10 +46,12 @@ class Draft:
       params: Trained floating-point parameters.
       token_ids: `[q]` target ids of the draft vocabulary, ascending (EAGLE-3's `d2t`,
         as ids instead of offsets); None when the draft predicts all target tokens.
+      memory: n-grams of earlier traffic, for drafters that use them.
     """
 
     params: Params
     token_ids: Int[Array, " q"] | None = None
+    memory: NgramMemory | None = None
 
 
 @flax.struct.dataclass

@@ -12,6 +12,7 @@ from ospec_jax.checkpoint import CheckpointError, Meta
 from ospec_jax.config import TreeConfig as Tree
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.metrics import DecodingStats
 from ospec_jax.session import LoadedDraft
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
@@ -63,10 +64,24 @@ def test_learning_never_changes_the_output(target, draft, plain, promotion):
 
 
 def test_learning_raises_acceptance_on_repeated_traffic(target, draft):
-    session = Session(target, draft, learner=LEARNER)
+    session = Session(target, draft, learner=LEARNER, ngrams=False)
     results = list(session.generate(PROMPTS[:2] * 12, NEW_TOKENS))
     accepted = lambda part: sum(r.stats.num_accepted_tokens for r in part)
     assert accepted(results[-6:]) > 2 * accepted(results[:6])
+
+
+def test_memory_alone_raises_acceptance_on_repeated_traffic(target, draft, plain):
+    learner = LearnerConfig(name="memory")
+    session = Session(target, draft, learner=learner)
+    assert answers(session) == plain
+    first = session.stats.mean_acceptance_length
+    session.stats = DecodingStats(num_spec_tokens=3)
+    assert answers(session) == plain
+    assert session.stats.mean_acceptance_length > 1.5 * first
+    assert session.version == 0  # the draft itself is as it was
+    np.testing.assert_array_equal(
+        session.draft.params["fc"]["kernel"], draft.draft.params["fc"]["kernel"]
+    )
 
 
 def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path):
@@ -82,7 +97,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path
 
     assert head + tail == expected
     assert_same(second.learning.state, straight.learning.state)
-    assert_same(second.learning.ring, straight.learning.ring)
+    assert_same(second.learning.traffic, straight.learning.traffic)
     assert_same(second.draft, straight.draft)
 
 
@@ -96,7 +111,7 @@ def test_resume_without_feedback_warns_and_starts_an_empty_ring(
     resumed = Session(target, draft, learner=LEARNER)
     with pytest.warns(UserWarning, match="holds no feedback"):
         resumed.resume(tmp_path)
-    assert int(resumed.learning.ring.num_added) == 0
+    assert int(resumed.learning.traffic.ring.num_added) == 0
 
 
 def test_resume_with_other_settings_is_refused(target, draft, tmp_path):
@@ -165,9 +180,8 @@ def test_collapsed_acceptance_warns(target, draft, plain, monkeypatch):
     monkeypatch.setattr("ospec_jax.session._COLLAPSE_STEPS", 40)
     never = max(set(range(target.config.vocab_size)) - set(sum(plain, [])))
     wrong = np.full_like(draft.draft.token_ids, never)
-    session = Session(
-        target, LoadedDraft(draft.draft.replace(token_ids=wrong), draft.meta)
-    )
+    useless = LoadedDraft(draft.draft.replace(token_ids=wrong), draft.meta)
+    session = Session(target, useless, ngrams=False)
     with pytest.warns(UserWarning, match="mean acceptance length is 1.0"):
         list(session.generate(PROMPTS, NEW_TOKENS))
 

@@ -36,6 +36,7 @@ class BenchConfig:
     Attributes:
       modes: Some of `MODES`.
       max_new_tokens: Of each answer.
+      ngrams: Let n-grams suggest tokens, in the static and learned modes.
     """
 
     modes: tuple[str, ...] = MODES
@@ -44,6 +45,7 @@ class BenchConfig:
     learner: LearnerConfig = LearnerConfig()
     sampling: SamplingConfig = SamplingConfig()
     is_raw: bool = False
+    ngrams: bool = True
 
     def __post_init__(self):
         unknown = set(self.modes) - set(MODES)
@@ -146,7 +148,9 @@ def _open_mode(name, target, draft, config: BenchConfig) -> ModeRun:
         session = Session(target)
     else:
         learner = config.learner if name == "learned" else None
-        session = Session(target, draft, learner=learner, tree=config.tree)
+        session = Session(
+            target, draft, learner=learner, tree=config.tree, ngrams=config.ngrams
+        )  # fmt: skip
     return ModeRun(session, compile_seconds=session.warm_up())
 
 

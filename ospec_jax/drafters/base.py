@@ -15,6 +15,19 @@ from jaxtyping import Array, Float
 from ospec_jax.types import SharedTables
 
 
+class Hints(NamedTuple):
+    """Suggestions that a drafter considers while it grows a tree.
+
+    Attributes:
+      recent: `[b, m]` the last tokens up to the root, -1 before the first.
+      suggest: `recent [b, w, m] -> (tokens [b, w], log_probs [b, w])`: a likely next
+        token of each of `w` paths; -inf for none.
+    """
+
+    recent: jax.Array
+    suggest: Callable
+
+
 class Drafter(NamedTuple):
     """A drafting algorithm for one target and one tree.
 
@@ -26,8 +39,8 @@ class Drafter(NamedTuple):
         context)`. Runs over verified tokens: `tokens[b, t]` follow the positions whose
         target features are `taps[b, t, f]`; `starts[b]` is the first such position and
         `num_valid[b]` how many of the t are real.
-      propose: `(draft, shared, cache, context, root, starts, keys, sampling) -> (tree,
-        cache)`. `starts[b]` is the root's position.
+      propose: `(draft, shared, cache, context, root, starts, keys, sampling,
+        hints=None) -> (tree, cache)`. `starts[b]` is the root's position.
       unroll: `(params, token_ids, shared, feedback, start, num_context, num_steps,
         candidates=None) -> [draft logits]`, the training forward pass; see
         `learners.losses`. `candidates[c]` are the entries of the draft vocabulary

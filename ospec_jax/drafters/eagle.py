@@ -225,11 +225,13 @@ def eagle3(
 
     propose_tree = propose_static if tree.kind == "static" else propose_uniform
 
-    def propose(draft, shared, cache, context, root, starts, keys, sampling):
+    def propose(
+        draft, shared, cache, context, root, starts, keys, sampling, hints=None
+    ):
         step = lambda *args: run(draft, shared, *args)
         return propose_tree(
             step, tree, cache, context, root, starts, keys, sampling, draft.token_ids,
-            numerics.is_row_invariant,
+            numerics.is_row_invariant, hints,
         )  # fmt: skip
 
     def unroll(

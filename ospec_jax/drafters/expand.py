@@ -18,6 +18,7 @@ import numpy as np
 
 from ospec_jax import tree as topology
 from ospec_jax.config import TreeConfig
+from ospec_jax.drafters.base import Hints
 from ospec_jax.models import cache as kv
 from ospec_jax.sampling import (
     argmax,
@@ -77,9 +78,33 @@ def _draw(keys, logits, count, children, sampling, is_row_invariant):
     return ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs
 
 
+def _consider(hints: Hints | None, recent, tokens, log_probs):
+    """Puts likelier suggestions in the place of the least probable children.
+
+    Args:
+      recent: `[b, w, m]` the last tokens of the nodes' paths, None without hints.
+      tokens: `[b, w, count]` the nodes' children; likewise `log_probs`.
+    """
+    if hints is None:
+        return tokens, log_probs
+    hint, rate = hints.suggest(recent)
+    hint, rate = hint[..., None], rate[..., None]
+    is_drafted = tokens == hint
+    is_taken = (rate > log_probs[..., -1:]) & ~jnp.any(is_drafted, -1, keepdims=True)
+    is_last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
+    tokens = jnp.where(is_taken & is_last, hint, tokens)
+    log_probs = jnp.where(is_taken & is_last, rate, log_probs)
+    return tokens, jnp.where(is_drafted, jnp.maximum(log_probs, rate), log_probs)
+
+
+def _append(recent, tokens):
+    """The last tokens of the children's paths, `[b, w, m]`."""
+    return jnp.concatenate([recent[..., 1:], tokens[..., None]], axis=-1)
+
+
 def propose_static(
     step, config: TreeConfig, cache, context, root, starts, keys, sampling, token_ids,
-    is_row_invariant,
+    is_row_invariant, hints: Hints | None = None,
 ):  # fmt: skip
     """Fills a fixed tree of `config.branching`."""
     parents = topology.static_parents(config)
@@ -89,6 +114,7 @@ def propose_static(
     tokens, log_probs = [root[:, None]], [jnp.zeros((b, 1))]
     # Level 0 is the root, whose logits verification left in the context.
     hidden, logits = context.hidden[:, None], context.logits[:, None]
+    recent = None if hints is None else hints.recent[:, None]
     drawn_from, first = [], 0
     for depth, branches in enumerate(config.branching):
         width = int(np.sum(depths == depth))
@@ -106,9 +132,13 @@ def propose_static(
             is_row_invariant,
         )  # fmt: skip
         drawn_from.append(probs)
-        tokens.append(_to_target(ids, token_ids).reshape(b, -1))
+        children = _to_target(ids, token_ids)
+        children, chosen = _consider(hints, recent, children, chosen)
+        tokens.append(children.reshape(b, -1))
         log_probs.append(chosen.reshape(b, -1))
         hidden = jnp.repeat(hidden, branches, axis=1)
+        if recent is not None:
+            recent = _append(jnp.repeat(recent, branches, axis=1), tokens[-1])
         first += width
     leaves = tokens[-1].shape[1]
     draft_probs = None
@@ -134,7 +164,7 @@ def propose_static(
 
 def propose_uniform(
     step, config: TreeConfig, cache, context, root, starts, keys, sampling, token_ids,
-    is_row_invariant, stop_fn: StopFn | None = None,
+    is_row_invariant, hints: Hints | None = None, stop_fn: StopFn | None = None,
 ):  # fmt: skip
     """Chains, and EAGLE-2's dynamic trees (arXiv 2406.16858).
 
@@ -150,11 +180,13 @@ def propose_uniform(
         _fold(keys, 0), context.logits[:, None], width, config.children, sampling,
         is_row_invariant,
     )  # fmt: skip
-    first = _to_target(ids[:, 0], token_ids)
+    recent = None if hints is None else hints.recent[:, None]
+    first, log_probs = _consider(hints, recent, _to_target(ids, token_ids), log_probs)
+    first, log_probs = first[:, 0], log_probs[:, 0]
     pool = {
         "tokens": _place(jnp.zeros((b, num_pool), jnp.int32), first, 0),
-        "scores": _place(jnp.full((b, num_pool), -jnp.inf), log_probs[:, 0], 0),
-        "log_probs": _place(jnp.zeros((b, num_pool)), log_probs[:, 0], 0),
+        "scores": _place(jnp.full((b, num_pool), -jnp.inf), log_probs, 0),
+        "log_probs": _place(jnp.zeros((b, num_pool)), log_probs, 0),
         "parents": jnp.full((b, num_pool), topology.NO_PARENT, jnp.int32),
     }
     if probs is not None:
@@ -162,11 +194,13 @@ def propose_uniform(
         pool["probs"] = jax.lax.dynamic_update_slice(all_probs, probs, (0, 0, 0))
     frontier = {
         "tokens": first,
-        "scores": log_probs[:, 0],
+        "scores": log_probs,
         "index": jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (b, width)),
         "hidden": jnp.repeat(context.hidden[:, None], width, axis=1),
         "visible": jnp.zeros((b, width, num_scratch), bool),
     }
+    if recent is not None:
+        frontier["recent"] = _append(jnp.repeat(recent, width, axis=1), first)
     stopped = lambda depth, front: (
         jnp.zeros((b,), bool) if stop_fn is None else stop_fn(depth, front["scores"])
     )
@@ -186,11 +220,13 @@ def propose_uniform(
             _fold(keys, depth), logits, width, config.children, sampling,
             is_row_invariant,
         )  # fmt: skip
+        tokens = _to_target(ids, token_ids)
+        tokens, log_probs = _consider(hints, front.get("recent"), tokens, log_probs)
         scores = front["scores"][..., None] + log_probs
         scores = jnp.where(is_stopped[:, None, None], -jnp.inf, scores)
         offset = width + (depth - 1) * width**2
         flat = lambda x: x.reshape(b, width * width)
-        tokens = flat(_to_target(ids, token_ids))
+        tokens = flat(tokens)
         parents = flat(jnp.repeat(front["index"][..., None], width, axis=-1))
         new = {
             "tokens": tokens, "scores": flat(scores), "log_probs": flat(log_probs),
@@ -205,8 +241,12 @@ def propose_uniform(
         pick = lambda x: jnp.take_along_axis(x, slot, axis=1)
         parent = slot // width
         pick_parent = jax.vmap(lambda x, i: x[i])
-        front = {
-            "tokens": pick(tokens),
+        newest = pick(tokens)
+        path = {}
+        if recent is not None:
+            path["recent"] = _append(pick_parent(front["recent"], parent), newest)
+        front = path | {
+            "tokens": newest,
             "scores": best,
             "index": offset + slot.astype(jnp.int32),
             "hidden": pick_parent(hidden, parent),

@@ -12,6 +12,7 @@ from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.decoding.engine import Engine, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.drafters.ngram import init_memory, with_ngrams
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
 VOCAB = 16
@@ -23,6 +24,11 @@ TREES = {
     ),
     "dynamic": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=12),
 }
+NGRAM_TREES = {
+    "chain": TreeConfig(num_steps=3),
+    "static": TreeConfig("static", 2, branching=(3, 2)),
+    "dynamic": TREES["dynamic"],
+}
 PROMPTS = [(1, 2, 3), tuple(np.arange(70) % VOCAB), (5, 4), (9, 9, 9, 1, 0, 2)]
 LENGTHS = (40, 23, 57, 31)
 
@@ -32,13 +38,16 @@ def target(request):
     return tiny_target(VOCAB, request.param)
 
 
-def engine_for(target, tree, draft_vocab_size=12, stop_ids=()):
+def engine_for(target, tree, draft_vocab_size=12, stop_ids=(), ngrams=False):
     """An engine with a random draft; small vocabularies make it lucky at times."""
     config = tiny_draft_config(target.config, draft_vocab_size)
     drafter = eagle3(config, tree, target.numerics) if tree.num_steps else None
+    draft = tiny_draft(drafter, config) if drafter else None
+    if drafter and ngrams:
+        drafter = with_ngrams(drafter, tree)
+        draft = draft.replace(memory=init_memory(64))
     step = StepConfig(target.config, target.numerics, tree, config.taps, stop_ids)
-    engine = Engine(step, target.params, drafter)
-    return engine, tiny_draft(drafter, config) if drafter else None
+    return Engine(step, target.params, drafter), draft
 
 
 def requests(sampling=None):
@@ -77,6 +86,24 @@ def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
         assert sum(c.stats.num_accepted_tokens for c in done) > 0
     # One executable for single requests and one for the batch of each capacity.
     assert engine.compiled("step", True)._cache_size() == 2
+
+
+@pytest.mark.parametrize("name", list(NGRAM_TREES))
+def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name):
+    engine, draft = engine_for(target, NGRAM_TREES[name], ngrams=True)
+    alone, _ = engine_for(target, NGRAM_TREES[name])
+    done = answers(engine, draft)
+    assert tokens(done) == tokens(answers(engine, draft, 3)) == plain
+    accepted = lambda completions: sum(c.stats.num_accepted_tokens for c in completions)
+    # Sixteen tokens repeat all the time: the suggestions must have been of use.
+    assert accepted(done) > 1.2 * accepted(answers(alone, draft))
+
+
+def test_sampled_tokens_with_ngrams_depend_on_the_seed_alone(target):
+    engine, draft = engine_for(target, NGRAM_TREES["chain"], ngrams=True)
+    hot = [SamplingConfig(0.9, 0, 0.95, 1)] * len(PROMPTS)
+    alone = answers(engine, draft, 1, hot)
+    assert tokens(answers(engine, draft, 3, hot)) == tokens(alone)
 
 
 def test_stop_tokens_inside_an_accepted_run(target, plain):

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""n-grams: tokens that followed the same few tokens before.
+
+Two sources suggest the next token of a path. The *context* is the request's own prompt
+and answer: what followed the latest occurrence of the longest suffix (prompt lookup).
+The *memory* is a table of bounded size over earlier requests: what mostly followed the
+last two or three tokens. Each kind of match has a *rate*, how often it was right so
+far, which is learned from every verified token, drafted or not (full information).
+
+`with_ngrams` lends the suggestions to a neural drafter: a suggestion takes the place of
+its least probable child wherever its rate exceeds the draft's own probability.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.drafters.base import Drafter, Hints
+from ospec_jax.models import cache as kv
+from ospec_jax.types import Draft, NgramMemory
+from ospec_jax.typing import typed
+
+MAX_MATCH = 4
+"""Longest suffix that is told apart from longer ones."""
+ORDERS = (2, 3)
+"""Tokens that the memory's keys are made of."""
+_MAX_COUNT = 8
+_NUM_SCORED = 256
+"""Newest tokens of a request that its rates are learned from."""
+_MAX_TRIALS = 1000.0
+"""Older trials fade, so that rates follow the traffic."""
+_PRIOR_TRIALS = 32.0
+# Measured with SmolLM2-135M on chat, markup and mathematics: by length of the match in
+# the context, then by count for each of the memory's orders.
+_PRIOR_RATES = (
+    *(0.20, 0.50, 0.62, 0.83),
+    *(0.28, 0.42, 0.51, 0.56, 0.60, 0.65, 0.70, 0.75),
+    *(0.52, 0.69, 0.76, 0.80, 0.82, 0.83, 0.84, 0.85),
+)
+_NO_TOKEN = -1
+
+
+def init_memory(num_slots: int) -> NgramMemory:
+    """A memory that has seen nothing.
+
+    Args:
+      num_slots: n-grams of each order that it can hold.
+    """
+    shape, rates = (len(ORDERS), num_slots), jnp.asarray(_PRIOR_RATES)
+    return NgramMemory(
+        fingerprints=jnp.zeros(shape, jnp.uint32),
+        tokens=jnp.zeros(shape, jnp.int32),
+        counts=jnp.zeros(shape, jnp.int32),
+        hits=rates * _PRIOR_TRIALS,
+        trials=jnp.full_like(rates, _PRIOR_TRIALS),
+    )
+
+
+def _fingerprint(context):
+    """A 32-bit hash of the last axis."""
+    code = jnp.full(context.shape[:-1], 0x811C9DC5, jnp.uint32)
+    for i in range(context.shape[-1]):
+        code = (code ^ context[..., i].astype(jnp.uint32)) * np.uint32(0x9E3779B1)
+        code = code ^ (code >> 15)
+    return code
+
+
+@typed
+def match_context(
+    history: Int[Array, "b s"],
+    num_known: Int[Array, "b w"],
+    recent: Int[Array, "b w m"],
+) -> tuple[Int[Array, "b w"], Int[Array, "b w"]]:
+    """What followed the latest occurrence of the longest suffix.
+
+    Args:
+      history: Tokens of each row, in order.
+      num_known: How many of them come before the token that is looked for.
+      recent: The last tokens before it; they need not be part of `history`.
+
+    Returns:
+      The token, and the number of its rate: one less than the length of the match,
+      -1 when there is none.
+    """
+    num_slots, num_recent = history.shape[1], recent.shape[-1]
+    index = jnp.arange(num_slots)
+    is_same = jnp.broadcast_to(
+        index < num_known[..., None], (*num_known.shape, num_slots)
+    )
+    length = jnp.zeros(is_same.shape, jnp.int32)
+    for back in range(num_recent):
+        before = jnp.roll(history, back + 1, axis=1)[:, None]
+        wanted = recent[..., num_recent - 1 - back, None]
+        is_same = is_same & (before == wanted) & (index > back)
+        length = length + is_same
+    score = jnp.max(length * num_slots + jnp.where(length > 0, index, 0), axis=-1)
+    found = jnp.take_along_axis(history, score % num_slots, axis=1)
+    return found, (score // num_slots - 1).astype(jnp.int32)
+
+
+@typed
+def match_memory(
+    memory: NgramMemory, recent: Int[Array, "b w m"]
+) -> tuple[Int[Array, "b w"], Int[Array, "b w"]]:
+    """What mostly followed the last tokens, those of the highest order first.
+
+    Returns:
+      The token and the number of its rate, -1 when nothing is remembered.
+    """
+    token = jnp.full(recent.shape[:2], _NO_TOKEN)
+    level = jnp.full(recent.shape[:2], -1)
+    for i, order in enumerate(ORDERS):
+        code = _fingerprint(recent[..., -order:])
+        slot = (code % memory.num_slots).astype(jnp.int32)
+        count = memory.counts[i, slot]
+        is_found = (memory.fingerprints[i, slot] == code) & (count > 0)
+        first = MAX_MATCH + i * _MAX_COUNT
+        token = jnp.where(is_found, memory.tokens[i, slot], token)
+        level = jnp.where(is_found, first + count - 1, level)
+    return token.astype(jnp.int32), level.astype(jnp.int32)
+
+
+def suggest(
+    memory: NgramMemory, history, num_known, recent
+) -> tuple[Int[Array, "b w"], Float[Array, "b w"]]:
+    """The likelier of both sources' tokens with its log-rate, -inf for none."""
+    rates = memory.hits / memory.trials
+    rate = lambda level: jnp.where(level >= 0, rates[level], 0.0)
+    near, near_level = match_context(history, num_known, recent)
+    far, far_level = match_memory(memory, recent)
+    is_near = rate(near_level) >= rate(far_level)
+    best = jnp.maximum(rate(near_level), rate(far_level))
+    return jnp.where(is_near, near, far), jnp.log(best)
+
+
+def remember(
+    memory: NgramMemory, tokens: Int[Array, " s"], num_prompt, num_tokens
+) -> NgramMemory:
+    """Learns from one answered request.
+
+    The rates are scored on the answer with the memory as it was; then every n-gram of
+    prompt and answer is entered. A slot keeps the token that mostly followed: other
+    followers, and other n-grams of the same slot, count it down until one takes over.
+
+    Args:
+      tokens: Of prompt and answer, junk beyond `num_tokens`.
+      num_prompt: How many belong to the prompt.
+    """
+    return _enter(_score(memory, tokens, num_prompt, num_tokens), tokens, num_tokens)
+
+
+def _recent_at(tokens, positions):
+    """The `MAX_MATCH` tokens before each position, -1 where there are none."""
+    index = positions[:, None] + jnp.arange(-MAX_MATCH, 0)
+    return jnp.where(index >= 0, tokens[jnp.maximum(index, 0)], _NO_TOKEN)
+
+
+def _score(memory: NgramMemory, tokens, num_prompt, num_tokens) -> NgramMemory:
+    """Books what each source would have said about the newest tokens."""
+    count = min(_NUM_SCORED, tokens.shape[0])
+    positions = num_tokens - 1 - jnp.arange(count)
+    # The answer's first token comes from prefill: it is never drafted.
+    is_scored = positions > num_prompt
+    recent = _recent_at(tokens, positions)[None]
+    near = match_context(tokens[None], positions[None], recent)
+    far = match_memory(memory, recent)
+    actual = tokens[jnp.maximum(positions, 0)]
+    hits, trials = memory.hits, memory.trials
+    for token, level in (near, far):
+        weight = (is_scored & (level[0] >= 0)).astype(hits.dtype)
+        trials = trials.at[level[0]].add(weight)
+        hits = hits.at[level[0]].add(weight * (token[0] == actual))
+    keep = jnp.minimum(1.0, _MAX_TRIALS / trials)
+    return memory.replace(hits=hits * keep, trials=trials * keep)
+
+
+def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
+    """Enters every n-gram, in order."""
+    positions = jnp.arange(tokens.shape[0])
+    recent = _recent_at(tokens, positions)
+    codes = jnp.stack([_fingerprint(recent[:, -n:]) for n in ORDERS], axis=1)
+    is_real = (positions[:, None] >= np.asarray(ORDERS)) & (positions < num_tokens)[
+        :, None
+    ]
+    rows = np.arange(len(ORDERS))
+
+    def enter(tables, entry):
+        fingerprints, followers, counts = tables
+        code, token, is_real = entry
+        slot = (code % memory.num_slots).astype(jnp.int32)
+        count = counts[rows, slot]
+        is_known = (fingerprints[rows, slot] == code) & (count > 0)
+        is_same = is_known & (followers[rows, slot] == token)
+        is_new = is_real & ~is_same & (count <= 1)
+        changed = jnp.where(is_same, jnp.minimum(count + 1, _MAX_COUNT), count - 1)
+        changed = jnp.where(is_new, 1, changed)
+        put = lambda table, value, where: table.at[rows, slot].set(
+            jnp.where(where, value, table[rows, slot])
+        )
+        return (
+            put(fingerprints, code, is_new),
+            put(followers, token, is_new),
+            put(counts, changed, is_real),
+        ), None
+
+    tables = memory.fingerprints, memory.tokens, memory.counts
+    (fingerprints, followers, counts), _ = jax.lax.scan(
+        enter, tables, (codes, tokens, is_real)
+    )
+    return memory.replace(fingerprints=fingerprints, tokens=followers, counts=counts)
+
+
+def with_ngrams(drafter: Drafter, tree: TreeConfig) -> Drafter:
+    """Lends n-gram suggestions to a drafter; its `Draft` must carry a memory.
+
+    Raises:
+      ConfigError: Children are drawn: a suggestion in place of a draw is not exact.
+    """
+    if tree.children != "topk":
+        raise ConfigError(
+            f"n-grams suggest tokens, which is exact only for children='topk', not "
+            f"{tree.children!r}; switch them off with prompt_lookup_max=0"
+        )
+
+    def init_cache(batch_size, capacity):
+        return {
+            "drafter": drafter.init_cache(batch_size, capacity),
+            # Slot i holds the token at position i + 1.
+            "history": jnp.zeros((batch_size, capacity), jnp.int32),
+        }
+
+    def extend(draft, shared, cache, tokens, taps, starts, num_valid):
+        inner, context = drafter.extend(
+            draft, shared, cache["drafter"], tokens, taps, starts, num_valid
+        )
+        history = kv.write_rows(
+            cache["history"][..., None], tokens[..., None], starts
+        )[..., 0]  # fmt: skip
+        return {"drafter": inner, "history": history}, context
+
+    def propose(draft: Draft, shared, cache, context, root, starts, keys, sampling):
+        memory, history = draft.memory, cache["history"]
+        if memory is None:
+            raise ConfigError("drafting with n-grams needs a draft with a memory")
+        index = starts[:, None] + jnp.arange(-MAX_MATCH, 0)
+        recent = jnp.take_along_axis(history, jnp.maximum(index, 0), axis=1)
+        recent = jnp.where(index >= 0, recent, _NO_TOKEN)
+
+        def suggest_after(recent):
+            num_known = jnp.broadcast_to(starts[:, None], recent.shape[:2])
+            return suggest(memory, history, num_known, recent)
+
+        hints = Hints(recent, suggest_after)
+        args = context, root, starts, keys, sampling, hints
+        proposed, inner = drafter.propose(draft, shared, cache["drafter"], *args)
+        return proposed, {"drafter": inner, "history": history}
+
+    return drafter._replace(init_cache=init_cache, extend=extend, propose=propose)
