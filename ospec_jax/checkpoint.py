@@ -2,10 +2,10 @@
 """Orbax checkpoints of drafts and of what learns them.
 
 A checkpoint folder holds numbered steps with up to four items. `draft` (parameters and
-draft vocabulary) and `meta` (what they belong to) are always there and can be loaded
-alone. `learner` is the state of online learning; `feedback` is the ring of recorded
-features, from which users' prompts and answers can be read back: it is kept apart so
-that a draft can be given away without it.
+draft vocabulary; an n-gram draft has none) and `meta` (what they belong to) can be
+loaded alone. `learner` is the state of online learning; `feedback` is the traffic it
+keeps (recorded features and n-grams), from which users' prompts and answers can be read
+back: it is kept apart so that a draft can be given away without it.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from ospec_jax.config import DraftConfig, Precision, from_dict
+from ospec_jax.config import DraftConfig, Precision, TreeConfig, from_dict
 from ospec_jax.data.tokenizer import tokenizer_hash
 from ospec_jax.drafters.base import dequantized
+from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.types import Draft
@@ -40,6 +41,8 @@ class Meta:
     """What a draft belongs to and how it came about.
 
     Attributes:
+      family: Of drafters, one of `drafters.registry.FAMILIES`.
+      draft: The architecture; None for a family without parameters.
       fingerprint: Of the target's weights.
       storage: Precision of the stored draft parameters.
       draft_version: Promotions so far.
@@ -49,7 +52,7 @@ class Meta:
     """
 
     family: str
-    draft: DraftConfig
+    draft: DraftConfig | None
     target: str
     fingerprint: str
     tokenizer_hash: str
@@ -61,11 +64,13 @@ class Meta:
     libraries: dict = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def create(cls, target: Target, draft: DraftConfig, **values) -> "Meta":
+    def create(
+        cls, target: Target, draft: DraftConfig | None, family: str = "eagle3", **values
+    ) -> "Meta":
         """Describes a draft for `target` made with the installed libraries."""
         libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
         return cls(
-            family="eagle3", draft=draft, target=target.name,
+            family=family, draft=draft, target=target.name,
             fingerprint=target.fingerprint,
             tokenizer_hash=tokenizer_hash(target.tokenizer), libraries=libraries,
             **values,
@@ -77,21 +82,23 @@ class Meta:
         Raises:
           CheckpointError: The vocabulary, tokenizer, width or taps do not fit.
         """
-        config = target.config
-        for what, ours, theirs in (
-            ("vocabulary size", self.draft.vocab_size, config.vocab_size),
-            ("hidden size", self.draft.target_hidden_size, config.hidden_size),
-            ("tokenizer", self.tokenizer_hash, tokenizer_hash(target.tokenizer)),
-        ):
+        config, draft = target.config, self.draft
+        found = [("tokenizer", self.tokenizer_hash, tokenizer_hash(target.tokenizer))]
+        if draft is not None:
+            found += [
+                ("vocabulary size", draft.vocab_size, config.vocab_size),
+                ("hidden size", draft.target_hidden_size, config.hidden_size),
+            ]
+        for what, ours, theirs in found:
             if ours != theirs:
                 raise CheckpointError(
                     f"this draft was made for {self.target} with {what} {ours}, but "
                     f"{target.name} has {theirs}; use a draft of this target or train "
                     f"one with `ospec distill`"
                 )
-        if max(self.draft.taps) >= config.num_layers:
+        if draft is not None and max(draft.taps) >= config.num_layers:
             raise CheckpointError(
-                f"this draft reads layers {self.draft.taps}, but {target.name} has "
+                f"this draft reads layers {draft.taps}, but {target.name} has "
                 f"only {config.num_layers}: it was made for {self.target}"
             )
         if self.fingerprint != target.fingerprint:
@@ -131,7 +138,9 @@ def save(
     stored: dict[str, Any] = {"params": cast_params(draft.params, meta.storage)}
     if draft.token_ids is not None:
         stored["token_ids"] = draft.token_ids
-    items = {"draft": stored, "meta": {"json": json.dumps(dataclasses.asdict(meta))}}
+    items: dict[str, Any] = {"meta": {"json": json.dumps(dataclasses.asdict(meta))}}
+    if draft.params:
+        items["draft"] = stored
     if learner is not None:
         items["learner"] = learner
     if feedback is not None:
@@ -211,10 +220,16 @@ def _load_step(path: Path, step: int, learner_like, feedback_like) -> Checkpoint
     with _open(path) as checkpointer:
         raw = checkpointer.load_checkpointables(step, {"meta": None})["meta"]
         meta = read_meta(json.loads(str(raw["json"])))
-        wanted = {"draft": _on_device(abstract_draft(meta))}
-        draft = _restore(checkpointer, step, wanted)["draft"]
-        token_ids = draft.get("token_ids")
-        draft = Draft(params=_widen(draft["params"]), token_ids=token_ids)
+        draft = Draft(params={})
+        if meta.draft is not None:
+            wanted = {
+                "draft": _on_device(
+                    abstract_draft(meta.family, meta.draft, meta.storage)
+                )
+            }
+            stored = _restore(checkpointer, step, wanted)["draft"]
+            token_ids = stored.get("token_ids")
+            draft = Draft(params=_widen(stored["params"]), token_ids=token_ids)
         rest = {}
         for name, like in (("learner", learner_like), ("feedback", feedback_like)):
             if like is not None:
@@ -233,24 +248,21 @@ def _restore(checkpointer, step, wanted):
 
 def read_meta(values: dict) -> Meta:
     """Rebuilds `Meta` from its stored form, refusing unknown keys."""
-    draft = from_dict(DraftConfig, values["draft"])
+    draft = values["draft"]
+    if draft is not None:
+        draft = from_dict(DraftConfig, draft)
     return from_dict(Meta, values | {"draft": draft})
 
 
-def abstract_draft(meta: Meta) -> dict:
+def abstract_draft(family: str, config: DraftConfig, storage: Precision) -> dict:
     """Shapes of the stored draft."""
-    from ospec_jax.config import TreeConfig
-    from ospec_jax.drafters.eagle import eagle3
 
     def make():
-        drafter = eagle3(meta.draft, TreeConfig(num_steps=1))
-        params = cast_params(drafter.init_params(jax.random.key(0)), meta.storage)
-        if not meta.draft.has_own_head:
+        drafter = build_drafter(family, config, TreeConfig(num_steps=1))
+        params = cast_params(drafter.init_params(jax.random.key(0)), storage)
+        if not config.has_own_head:
             return {"params": params}
-        return {
-            "params": params,
-            "token_ids": jnp.zeros(meta.draft.draft_vocab_size, int),
-        }
+        return {"params": params, "token_ids": jnp.zeros(config.draft_vocab_size, int)}
 
     return jax.eval_shape(make)
 

@@ -25,6 +25,7 @@ from ospec_jax.config import (
 )
 from ospec_jax.data.prompts import parse_prompt, read_prompts
 from ospec_jax.decoding.engine import PromptTooLongError
+from ospec_jax.drafters.registry import FAMILIES
 from ospec_jax.models.hub import load_target
 from ospec_jax.models.weights import WeightsError
 from ospec_jax.progress import Interrupt, progress_bar
@@ -43,7 +44,7 @@ class Decoding:
 
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
-      draft: none, shipped, or a checkpoint folder.
+      draft: none, shipped, ngram, or a checkpoint folder.
       precision: Of weights and products; auto measures what is fastest here.
       batch_size: Requests decoded together.
       num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.
@@ -297,7 +298,9 @@ def distill(
     initial = None
     if draft != "none":
         start = load_draft(draft, loaded)
-        draft_config, initial = start.config, (start.draft, start.meta)
+        if start.meta.draft is None:
+            raise ConfigError(f"the draft {draft!r} has no parameters to train")
+        draft_config, initial = start.meta.draft, (start.draft, start.meta)
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
     count = collect(
@@ -326,7 +329,7 @@ def bench(
     prompts: Path,
     decoding: Shared = Decoding(),
     num_prompts: int = 50,
-    modes: str = "autoregressive,static,learned",
+    modes: str = "autoregressive,static,ngrams,learned",
     learner: str = "gradient",
     learn_budget: float | None = None,
     learning_rate: float | None = None,
@@ -338,7 +341,8 @@ def bench(
     Args:
       prompts: A JSONL file.
       num_prompts: Prompts taken from its beginning.
-      modes: Comma-separated: autoregressive, static, learned.
+      modes: Comma-separated: autoregressive, static (the draft as it is), ngrams (and
+        n-grams of the request), learned (and of earlier ones; the draft is trained).
       learner: gradient, memory, or a Python file with `get_config() -> LearnerConfig`.
       learn_budget: Share of the learned mode's time for learning.
       json_file: Write one row a mode.
@@ -383,6 +387,12 @@ def run_with_progress(target, draft, prompts, config):
     return run, table
 
 
+def drafters() -> None:
+    """Lists the families of drafters."""
+    for name, description in FAMILIES.items():
+        print(f"{name:10} {description}")
+
+
 def demo(
     out: Path = Path("demo-output"),
     num_prompts_per_domain: int = 20,
@@ -420,7 +430,7 @@ def _write_json(file: Path | None, rows: list, is_list: bool) -> None:
 def main() -> None:
     """Entry point of `ospec`."""
     commands = {"generate": generate, "learn": learn, "distill": distill,
-                "bench": bench, "demo": demo}  # fmt: skip
+                "bench": bench, "drafters": drafters, "demo": demo}  # fmt: skip
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]{message}")
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="ospec")

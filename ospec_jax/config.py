@@ -240,7 +240,7 @@ class LearnerConfig:
     loss: str = "forward_kl"
     decay: float = 0.8
     update_interval: int = 0
-    budget: float = 0.05
+    budget: float = 0.02
     batch_size: int = 4
     window: int = 64
     num_context: int = 64

@@ -18,7 +18,6 @@ from ospec_jax import checkpoint
 from ospec_jax.adaptation import Adaptation, AdaptationState, Traffic, UpdateReport
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import (
-    DraftConfig,
     LearnerConfig,
     SamplingConfig,
     TreeConfig,
@@ -28,8 +27,8 @@ from ospec_jax.data.prompts import Prompt, encode, parse_prompt
 from ospec_jax.data.tokenizer import stop_token_ids
 from ospec_jax.decoding.engine import Completion, Engine, Request
 from ospec_jax.decoding.step import StepConfig, shared_tables
-from ospec_jax.drafters.eagle import eagle3
-from ospec_jax.drafters.ngram import init_memory, with_ngrams
+from ospec_jax.drafters.ngram import init_memory
+from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
@@ -48,17 +47,19 @@ class LoadedDraft:
     meta: Meta
 
     @property
-    def config(self) -> DraftConfig:
-        """The draft's architecture."""
-        return self.meta.draft
+    def taps(self) -> tuple[int, ...]:
+        """Target layers whose inputs the draft reads."""
+        return self.meta.draft.taps if self.meta.draft else ()
 
 
 def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
-    """Loads `shipped`, or the draft of a checkpoint folder.
+    """Loads `shipped`, `ngram`, or the draft of a checkpoint folder.
 
     Raises:
       CheckpointError: Nothing readable is there, or it is for another target.
     """
+    if name_or_folder == "ngram":
+        return LoadedDraft(Draft(params={}), Meta.create(target, None, "ngram"))
     folder = SHIPPED if name_or_folder == "shipped" else name_or_folder
     restored = checkpoint.load(folder, target)
     return LoadedDraft(_freely_placed(restored.draft), restored.meta)
@@ -111,7 +112,8 @@ class Session:
     Args:
       target: From `load_target`.
       draft: From `load_draft`; None decodes plainly.
-      learner: How to learn; None serves the draft as it is.
+      learner: How to learn; None serves the draft as it is. A draft without
+        parameters only remembers.
       tree: How much to draft; a chain of three by default.
       batch_size: Requests decoded together.
       stop: Strings that end an answer.
@@ -135,13 +137,18 @@ class Session:
         tree = tree or TreeConfig(num_steps=3 if draft else 0)
         self.target, self.batch_size, self.stop = target, batch_size, stop
         self.tree = tree
-        drafter = eagle3(draft.config, tree, target.numerics) if draft else None
         has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
-        if drafter is not None and has_ngrams:
-            drafter = with_ngrams(drafter, tree)
+        drafter = None
+        if draft is not None:
+            meta = draft.meta
+            drafter = build_drafter(
+                meta.family, meta.draft, tree, target.numerics, has_ngrams
+            )
+            if learner is not None and not draft.draft.params:
+                learner = dataclasses.replace(learner, name="memory")
         config = StepConfig(
             model=target.config, numerics=target.numerics, tree=tree,
-            taps=draft.config.taps if draft else (),
+            taps=draft.taps if draft else (),
             stop_ids=stop_token_ids(target.tokenizer), has_log_probs=has_log_probs,
         )  # fmt: skip
         is_recording = draft is not None and bool(
@@ -161,7 +168,7 @@ class Session:
         if draft is not None and drafter is not None and learner is not None:
             adaptation = Adaptation(
                 learner, drafter.unroll, shared_tables(target.params),
-                len(draft.config.taps) * target.config.hidden_size,
+                len(draft.taps) * target.config.hidden_size,
                 target.config.hidden_size, has_ngrams,
             )  # fmt: skip
             self.learning = Learning(learner, adaptation, *adaptation.init(draft.draft))

@@ -10,6 +10,7 @@ from model_files import hf_tensors, model_config, write_folder
 from reference import random_params
 
 from ospec_jax import checkpoint, cli
+from ospec_jax.bench.harness import MODES
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -121,7 +122,7 @@ def test_bench_reports_every_mode(ospec, tmp_path):
         "bench", "--draft", ospec.draft, "--prompts", ospec.prompts,
         "--num-prompts", 3, "--plot", plot,
     )  # fmt: skip
-    assert [row["mode"] for row in rows] == ["autoregressive", "static", "learned"]
+    assert [row["mode"] for row in rows] == list(MODES)
     for row in rows:
         assert set(row) == BENCH_KEYS
         assert row["num_mismatched_outputs"] == 0

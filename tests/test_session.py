@@ -13,7 +13,7 @@ from ospec_jax.config import TreeConfig as Tree
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.metrics import DecodingStats
-from ospec_jax.session import LoadedDraft
+from ospec_jax.session import LoadedDraft, load_draft
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
@@ -99,6 +99,21 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path
     assert_same(second.learning.state, straight.learning.state)
     assert_same(second.learning.traffic, straight.learning.traffic)
     assert_same(second.draft, straight.draft)
+
+
+def test_an_ngram_draft_learns_and_resumes_without_parameters(target, plain, tmp_path):
+    draft = load_draft("ngram", target)
+    straight = Session(target, draft, learner=LearnerConfig())
+    assert answers(straight) == plain
+    first = Session(target, draft, learner=LearnerConfig())
+    assert answers(first, PROMPTS[:5]) == plain[:5]
+    first.save(tmp_path)
+    second = Session(target, load_draft(tmp_path, target), learner=LearnerConfig())
+    assert second.resume(tmp_path) == [f"prompt-{i}" for i in range(5)]
+    assert_same(second.memory, first.memory)
+    assert answers(second, PROMPTS[5:]) == plain[5:]
+    assert_same(second.memory, straight.memory)
+    assert_same(second.learning.state, straight.learning.state)
 
 
 def test_resume_without_feedback_warns_and_starts_an_empty_ring(

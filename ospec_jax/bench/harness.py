@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain, static and learned decoding of the same prompts, interleaved in one run.
+"""Plain, drafted and learning decoding of the same prompts, interleaved in one run.
 
 Every prompt is answered by every mode in turn, in rotating order, so that drifts of the
 machine hit all alike. Learning happens inside the learned mode's turn and is drained
@@ -26,7 +26,9 @@ from ospec_jax.metrics import DecodingStats, repeated_token_share
 from ospec_jax.models.hub import Target
 from ospec_jax.session import LoadedDraft, Result, Session
 
-MODES = ("autoregressive", "static", "learned")
+MODES = ("autoregressive", "static", "ngrams", "learned")
+"""Without a draft; with the draft as it is; that with n-grams of the request; that with
+learning from earlier requests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class BenchConfig:
     Attributes:
       modes: Some of `MODES`.
       max_new_tokens: Of each answer.
-      ngrams: Let n-grams suggest tokens, in the static and learned modes.
+      ngrams: Let n-grams suggest tokens in the learned mode, too.
     """
 
     modes: tuple[str, ...] = MODES
@@ -119,7 +121,7 @@ def run_bench(
       should_stop: Asked before each prompt.
     """
     if draft is None and set(config.modes) != {"autoregressive"}:
-        raise ConfigError("static and learned modes need a draft")
+        raise ConfigError("all modes but autoregressive need a draft")
     modes = {name: _open_mode(name, target, draft, config) for name in config.modes}
     pass_seconds = measure_passes(modes)
     # Mismatches are against plain decoding, which runs unscored if nobody asked for it.
@@ -148,8 +150,9 @@ def _open_mode(name, target, draft, config: BenchConfig) -> ModeRun:
         session = Session(target)
     else:
         learner = config.learner if name == "learned" else None
+        ngrams = name == "ngrams" or (name == "learned" and config.ngrams)
         session = Session(
-            target, draft, learner=learner, tree=config.tree, ngrams=config.ngrams
+            target, draft, learner=learner, tree=config.tree, ngrams=ngrams
         )  # fmt: skip
     return ModeRun(session, compile_seconds=session.warm_up())
 

@@ -80,7 +80,8 @@ def plot_stream(run: BenchRun, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     styles = {
         "static": ("#8a8f98", "static draft"),
-        "learned": ("#1f6feb", "learned draft"),
+        "ngrams": ("#bf8700", "and n-grams of the request"),
+        "learned": ("#1f6feb", "and learning from earlier ones"),
     }
     for mode, (color, label) in styles.items():
         if mode in run.modes:

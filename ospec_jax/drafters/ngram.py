@@ -8,7 +8,8 @@ last two or three tokens. Each kind of match has a *rate*, how often it was righ
 far, which is learned from every verified token, drafted or not (full information).
 
 `with_ngrams` lends the suggestions to a neural drafter: a suggestion takes the place of
-its least probable child wherever its rate exceeds the draft's own probability.
+its least probable child wherever its rate exceeds the draft's own probability. Without
+one (`ngram_chain`) they are all there is: a drafter for any target, nothing to train.
 """
 
 import jax
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ospec_jax import tree as topology
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.base import Drafter, Hints
 from ospec_jax.models import cache as kv
-from ospec_jax.types import Draft, NgramMemory
+from ospec_jax.types import Draft, DraftContext, DraftTree, NgramMemory
 from ospec_jax.typing import typed
 
 MAX_MATCH = 4
@@ -210,6 +212,61 @@ def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
         enter, tables, (codes, tokens, is_real)
     )
     return memory.replace(fingerprints=fingerprints, tokens=followers, counts=counts)
+
+
+def ngram_chain(tree: TreeConfig) -> Drafter:
+    """A drafter with no opinion of its own: `with_ngrams` makes chains of suggestions.
+
+    Raises:
+      ConfigError: The tree is not a chain.
+    """
+    if not tree.is_chain:
+        raise ConfigError(
+            f"n-grams alone draft chains, not a {tree.kind} tree; use --tree chain"
+        )
+    parents = topology.static_parents(tree)
+    depths = topology.static_depths(parents)
+    mask = topology.static_ancestor_mask(parents)
+
+    def propose(draft, shared, cache, context, root, starts, keys, sampling, hints):
+        recent, tokens, rates = hints.recent[:, None], [root], [jnp.zeros(root.shape)]
+        for _ in range(tree.num_steps):
+            token, rate = hints.suggest(recent)
+            recent = jnp.concatenate([recent[..., 1:], token[..., None]], axis=-1)
+            tokens.append(token[:, 0])
+            rates.append(rate[:, 0])
+        spread = lambda x: jnp.broadcast_to(x, (root.shape[0], *x.shape))
+        log_probs = jnp.stack(rates, axis=1)
+        return DraftTree(
+            tokens=jnp.stack(tokens, axis=1),
+            parents=spread(parents),
+            depths=spread(depths),
+            is_valid=jnp.cumsum(log_probs, axis=1) > -jnp.inf,
+            log_probs=log_probs,
+            ancestor_mask=spread(mask),
+            max_depth=tree.num_steps,
+            is_chain=True,
+        ), cache
+
+    def init_context(batch_size):
+        nothing = lambda: jnp.zeros((batch_size, 1))  # state is donated: no sharing
+        return DraftContext(hidden=nothing(), logits=nothing())
+
+    def unroll(*_, **__):
+        raise ConfigError("n-grams have no parameters to train")
+
+    return Drafter(
+        init_params=lambda key: {},
+        init_cache=lambda batch_size, capacity: (),
+        init_context=init_context,
+        extend=lambda draft, shared, cache, tokens, taps, starts, num_valid: (
+            cache,
+            init_context(tokens.shape[0]),
+        ),
+        propose=propose,
+        unroll=unroll,
+        num_scratch=0,
+    )
 
 
 def with_ngrams(drafter: Drafter, tree: TreeConfig) -> Drafter:

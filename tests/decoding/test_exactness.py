@@ -13,7 +13,10 @@ from ospec_jax.decoding.engine import Engine, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.metrics import DecodingStats
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.types import Draft
 
 VOCAB = 16
 TREES = {
@@ -97,6 +100,20 @@ def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name):
     accepted = lambda completions: sum(c.stats.num_accepted_tokens for c in completions)
     # Sixteen tokens repeat all the time: the suggestions must have been of use.
     assert accepted(done) > 1.2 * accepted(answers(alone, draft))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_ngrams_alone_draft_exactly(target, plain, batch_size):
+    tree = NGRAM_TREES["chain"]
+    drafter = build_drafter("ngram", None, tree)
+    config = StepConfig(target.config, target.numerics, tree)
+    draft = Draft(params={}, memory=init_memory(64))
+    done = answers(Engine(config, target.params, drafter), draft, batch_size)
+    assert tokens(done) == plain
+    stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=3))
+    assert stats.num_accepted_tokens > 0
+    # Where nothing matched, nothing was drafted.
+    assert stats.num_draft_tokens < 3 * stats.num_drafts
 
 
 def test_sampled_tokens_with_ngrams_depend_on_the_seed_alone(target):
