@@ -25,9 +25,6 @@ from ospec_jax.learners.gradient import gradient
 from ospec_jax.learners.losses import LOSSES
 from ospec_jax.types import Draft, NgramMemory, SharedTables
 
-_SHORTEST = 256
-"""Requests are padded to this length, or to a higher power of two."""
-
 
 @flax.struct.dataclass
 class AdaptationState:
@@ -156,9 +153,6 @@ class Adaptation:
         Args:
           seconds_per_token: Of decoding, on this machine.
         """
-        if traffic.memory is not None:
-            nothing = np.zeros(_SHORTEST, np.int32)
-            self._remember(traffic.memory, nothing, np.int32(0), np.int32(0))
         if not self.has_gradient:
             return state
         batch = self._batch(traffic.ring, jnp.int32(0), jnp.int32(0))
@@ -204,8 +198,7 @@ class Adaptation:
         if memory is None:
             return None
         ids = [*completion.request.prompt_ids, *completion.token_ids]
-        # Few lengths, few executables.
-        padded = np.zeros(max(_SHORTEST, 1 << (len(ids) - 1).bit_length()), np.int32)
+        padded = np.zeros(completion.capacity, np.int32)  # few lengths, few executables
         padded[: len(ids)] = ids
         num_prompt = len(completion.request.prompt_ids)
         return self._remember(

@@ -203,7 +203,7 @@ def learn(
             f"{len(answered)} prompts were answered before, {len(rows)} are left; "
             f"draft version {session.version}"
         )
-    session.warm_up()
+    session.warm_up(sampling=decoding.sampling)
     results = []
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("learn", total=len(rows))
@@ -359,6 +359,7 @@ def bench(
             learner, learning_rate=learning_rate, budget=learn_budget
         ),
         sampling=decoding.sampling, is_raw=decoding.raw, ngrams=decoding.ngrams,
+        batch_size=decoding.batch_size,
     )  # fmt: skip
     target, draft = decoding.load()
     run, table = run_with_progress(target, draft, rows, config)
@@ -377,7 +378,7 @@ def run_with_progress(target, draft, prompts, config):
 
         def show(number, name, mode):
             bar.update(
-                task, completed=number + 1,
+                task, completed=number,
                 description=f"{name}: {_live(mode.results[-1], mode.results)}",
             )  # fmt: skip
 

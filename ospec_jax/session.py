@@ -192,28 +192,43 @@ class Session:
         """Version of the served draft."""
         return int(self.learning.state.version) if self.learning else 0
 
-    def warm_up(self, max_new_tokens: int = 24) -> float:
+    def warm_up(
+        self, capacities: Iterable[int | None] = (None,),
+        sampling: SamplingConfig = SamplingConfig(),
+    ) -> float:  # fmt: skip
         """Compiles what decoding and learning need; returns the seconds it took.
 
         Also turns a learning budget into an interval of tokens.
+
+        Args:
+          capacities: Of the caches to compile for; None is the smallest one.
         """
         start = time.perf_counter()
-        request = self.probe_request(max_new_tokens)
+        requests = [self.probe_request(24, sampling)] * self.batch_size
         completions = []
-        for _ in range(2):
-            completions += self.engine.serve([request], lambda: self.served_draft)
-        last = completions[-1]
+        for capacity in capacities:
+            for _ in range(2):
+                completions = list(
+                    self.engine.serve(
+                        requests, lambda: self.served_draft, self.batch_size, capacity
+                    )
+                )
+            if self.learning is not None:
+                self.learning.rehearse(completions[-1])
         if self.learning is not None:
+            last = completions[-1]
             self.learning.calibrate(
                 self.draft, last.seconds / max(len(last.token_ids), 1)
             )
         return time.perf_counter() - start
 
-    def probe_request(self, max_new_tokens: int = 128) -> Request:
+    def probe_request(
+        self, max_new_tokens: int = 128, sampling: SamplingConfig = SamplingConfig()
+    ) -> Request:
         """A request for warming up and timing."""
         prompt = parse_prompt({"prompt": "Tell me about the sea."}, "probe")
         ids = encode(prompt, self.target.tokenizer)
-        return Request("probe", ids, max_new_tokens)
+        return Request("probe", ids, max_new_tokens, sampling)
 
     @property
     def served_draft(self) -> Draft | None:
@@ -409,6 +424,11 @@ class Learning:
         self.state = self.adaptation.calibrate(
             self.state, self.traffic, draft, seconds_per_token
         )
+
+    def rehearse(self, completion: Completion) -> None:
+        """Compiles what an answer of this cache's size needs; remembers nothing."""
+        traffic = jax.tree.map(jnp.copy, self.traffic)  # observing donates it
+        jax.block_until_ready(self.adaptation.observe(self.state, traffic, completion))
 
     def observe(self, completion: Completion) -> None:
         """Remembers an answer."""

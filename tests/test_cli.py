@@ -116,6 +116,17 @@ def test_learn_resumes_where_it_stopped(ospec, tmp_path):
     assert len(checkpoint.load(tmp_path).meta.answered) == 8
 
 
+def test_bench_of_batches(ospec):
+    rows = ospec.json(
+        "bench", "--draft", ospec.draft, "--prompts", ospec.prompts,
+        "--num-prompts", 5, "--batch-size", 2, "--modes", "ngrams,learned",
+    )  # fmt: skip
+    for row in rows:
+        assert row["num_prompts"] == 5
+        assert row["num_mismatched_outputs"] == 0
+        assert row["predicted_speedup"] is None
+
+
 def test_bench_reports_every_mode(ospec, tmp_path):
     plot = tmp_path / "plot.png"
     rows = ospec.json(

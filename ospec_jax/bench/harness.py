@@ -20,7 +20,7 @@ import numpy as np
 
 from ospec_jax.config import ConfigError, LearnerConfig, SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import Prompt, encode
-from ospec_jax.decoding.engine import fetch
+from ospec_jax.decoding.engine import PREFILL_CHUNK, fetch
 from ospec_jax.decoding.reference import is_tie
 from ospec_jax.metrics import DecodingStats, repeated_token_share
 from ospec_jax.models.hub import Target
@@ -39,6 +39,7 @@ class BenchConfig:
       modes: Some of `MODES`.
       max_new_tokens: Of each answer.
       ngrams: Let n-grams suggest tokens in the learned mode, too.
+      batch_size: Prompts decoded together.
     """
 
     modes: tuple[str, ...] = MODES
@@ -48,6 +49,7 @@ class BenchConfig:
     sampling: SamplingConfig = SamplingConfig()
     is_raw: bool = False
     ngrams: bool = True
+    batch_size: int = 1
 
     def __post_init__(self):
         unknown = set(self.modes) - set(MODES)
@@ -62,6 +64,7 @@ class ModeRun:
     session: Session
     results: list[Result] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
+    total_seconds: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -76,8 +79,8 @@ class ModeRun:
 
     @property
     def seconds(self) -> float:
-        """Decoding time."""
-        return sum(r.seconds for r in self.results)
+        """All wall-clock time of the mode's turns but learning."""
+        return self.total_seconds - self.learning_seconds
 
     @property
     def learning_seconds(self) -> float:
@@ -92,7 +95,7 @@ class ModeRun:
     @property
     def tokens_per_second_with_learning(self) -> float:
         """All wall-clock time of the mode's turns."""
-        return self.num_tokens / max(self.seconds + self.learning_seconds, 1e-9)
+        return self.num_tokens / max(self.total_seconds, 1e-9)
 
 
 @dataclasses.dataclass
@@ -103,7 +106,7 @@ class BenchRun:
     prompts: list[Prompt]
     modes: dict[str, ModeRun]
     reference: list[list[int]]
-    pass_seconds: dict[str, float]
+    pass_seconds: dict[str, "PassSeconds"]
 
 
 def run_bench(
@@ -117,80 +120,127 @@ def run_bench(
     """Measures all modes on all prompts.
 
     Args:
-      on_result: Called after each answer with the prompt's number and the mode.
-      should_stop: Asked before each prompt.
+      on_result: Called after each turn with the number of prompts begun, the mode's
+        name and its run.
+      should_stop: Asked before each round of turns.
     """
     if draft is None and set(config.modes) != {"autoregressive"}:
         raise ConfigError("all modes but autoregressive need a draft")
-    modes = {name: _open_mode(name, target, draft, config) for name in config.modes}
+    size = config.batch_size
+    groups = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+    open_mode = lambda name: _open_mode(name, target, draft, config, groups)
+    modes = {name: open_mode(name) for name in config.modes}
     pass_seconds = measure_passes(modes)
     # Mismatches are against plain decoding, which runs unscored if nobody asked for it.
-    plain = modes.get("autoregressive") or _open_mode(
-        "autoregressive", target, draft, config
-    )
-    reference, done = [], []
-    for number, prompt in enumerate(prompts):
+    plain = modes.get("autoregressive") or open_mode("autoregressive")
+    done: list[Prompt] = []
+    for number, group in enumerate(groups):
         if should_stop():
             break
+        done += group
         order = list(modes)[number % len(modes) :] + list(modes)[: number % len(modes)]
         for name in order:
-            modes[name].results.append(_answer(modes[name].session, prompt, config))
+            _answer(modes[name], group, config)
             if on_result is not None:
-                on_result(number, name, modes[name])
-        if "autoregressive" in modes:
-            reference.append(modes["autoregressive"].results[-1].token_ids)
-        else:
-            reference.append(_answer(plain.session, prompt, config).token_ids)
-        done.append(prompt)
+                on_result(len(done), name, modes[name])
+        if "autoregressive" not in modes:
+            _answer(plain, group, config)
+    reference = [result.token_ids for result in plain.results]
     return BenchRun(config, done, modes, reference, pass_seconds)
 
 
-def _open_mode(name, target, draft, config: BenchConfig) -> ModeRun:
+def _open_mode(name, target, draft, config: BenchConfig, groups) -> ModeRun:
     if name == "autoregressive":
-        session = Session(target)
+        session = Session(target, batch_size=config.batch_size)
     else:
         learner = config.learner if name == "learned" else None
         ngrams = name == "ngrams" or (name == "learned" and config.ngrams)
         session = Session(
-            target, draft, learner=learner, tree=config.tree, ngrams=ngrams
+            target, draft, learner=learner, tree=config.tree, ngrams=ngrams,
+            batch_size=config.batch_size,
         )  # fmt: skip
-    return ModeRun(session, compile_seconds=session.warm_up())
+    capacities = set()
+    for group in groups:
+        pairs = session.requests(
+            group, config.max_new_tokens, config.sampling, config.is_raw
+        )
+        capacities.add(session.engine.capacity_for(request for _, request in pairs))
+    seconds = session.warm_up(sorted(capacities), config.sampling)
+    return ModeRun(session, compile_seconds=seconds)
 
 
-def _answer(session: Session, prompt: Prompt, config: BenchConfig) -> Result:
-    results = session.generate(
-        [prompt], config.max_new_tokens, config.sampling, is_raw=config.is_raw
+def _answer(mode: ModeRun, group: list[Prompt], config: BenchConfig) -> None:
+    """Answers a group of prompts in a mode's turn, and books its time."""
+    start = time.perf_counter()
+    results = list(
+        mode.session.generate(
+            group, config.max_new_tokens, config.sampling, is_raw=config.is_raw
+        )
     )
-    return list(results)[0]
+    mode.total_seconds += time.perf_counter() - start
+    place = {id(prompt): i for i, prompt in enumerate(group)}
+    mode.results += sorted(results, key=lambda result: place[id(result.prompt)])
 
 
-def measure_passes(modes: dict[str, ModeRun], num_rounds: int = 12) -> dict[str, float]:
-    """Seconds of one step of each mode alone, for the predicted speed-up.
+@dataclasses.dataclass(frozen=True)
+class PassSeconds:
+    """What single passes of a mode take, alone.
 
-    Steps are timed round robin on a prompt of the cache's usual filling; the median
-    counts.
+    Attributes:
+      prefill: One chunk of a prompt.
+      step: One step of decoding.
     """
-    runs = {}
-    for name, mode in modes.items():
-        session = mode.session
-        request = session.probe_request()
-        draft = session.served_draft
-        capacity = session.engine.capacity_for([request])
-        state, _ = session.engine.prefill(draft, request, capacity)
-        runs[name] = (session, draft, state)
-    times: dict[str, list[float]] = {name: [] for name in modes}
+
+    prefill: float
+    step: float
+
+
+def measure_passes(
+    modes: dict[str, ModeRun], num_rounds: int = 12
+) -> dict[str, PassSeconds]:
+    """Times the passes of each mode on a single request, for the predicted speed-up.
+
+    The modes take turns, on a cache of their usual filling; medians count.
+    """
+    runs, times = {}, {name: ([], []) for name in modes}
     for _ in range(num_rounds):
-        for name, (session, draft, state) in runs.items():
-            step = session.engine.compiled("step", True)
+        for name, mode in modes.items():
+            engine, draft = mode.session.engine, mode.session.served_draft
+            request = mode.session.probe_request()
+            start = time.perf_counter()
+            state, output = engine.prefill(
+                draft, request, engine.capacity_for([request])
+            )
+            fetch(output)
+            times[name][0].append(time.perf_counter() - start)
+            runs.setdefault(name, state)
+    for _ in range(num_rounds):
+        for name, mode in modes.items():
+            step, state = mode.session.engine.compiled("step", True), runs[name]
             # Rewinding keeps the cache's filling the same in every round.
             lengths, remaining = state.lengths + 0, state.num_remaining + 0
             start = time.perf_counter()
-            state, output = step(session.target.params, draft, state)
+            state, output = step(
+                mode.session.target.params, mode.session.served_draft, state
+            )
             fetch(output)
-            times[name].append(time.perf_counter() - start)
-            state = state.replace(lengths=lengths, num_remaining=remaining)
-            runs[name] = (session, draft, state)
-    return {name: statistics.median(seconds[2:]) for name, seconds in times.items()}
+            times[name][1].append(time.perf_counter() - start)
+            runs[name] = state.replace(lengths=lengths, num_remaining=remaining)
+    return {
+        name: PassSeconds(*(statistics.median(seconds[2:]) for seconds in pair))
+        for name, pair in times.items()
+    }
+
+
+def predicted_seconds(run: BenchRun, name: str) -> float:
+    """What a mode's passes should take in all, by their number and single cost."""
+    mode, cost = run.modes[name], run.pass_seconds[name]
+    lengths = [
+        len(encode(prompt, mode.session.target.tokenizer, run.config.is_raw))
+        for prompt in run.prompts
+    ]
+    num_chunks = sum(-(-length // PREFILL_CHUNK) for length in lengths)
+    return num_chunks * cost.prefill + mode.stats.num_drafts * cost.step
 
 
 def to_rows(run: BenchRun) -> list[dict]:
@@ -202,9 +252,9 @@ def _row(run: BenchRun, name: str) -> dict:
     mode, stats = run.modes[name], run.modes[name].stats
     session, learning = mode.session, mode.session.learning
     predicted = None
-    if "autoregressive" in run.pass_seconds:
-        ratio = run.pass_seconds["autoregressive"] / run.pass_seconds[name]
-        predicted = stats.mean_acceptance_length * ratio
+    if "autoregressive" in run.modes and run.config.batch_size == 1:
+        plain = predicted_seconds(run, "autoregressive")
+        predicted = plain / max(predicted_seconds(run, name), 1e-9)
     mismatched, ties = count_mismatches(run, mode)
     shares = [repeated_token_share(r.token_ids) for r in mode.results]
     weights = [len(r.token_ids) for r in mode.results]

@@ -58,6 +58,7 @@ class Completion:
       seconds: Wall-clock time from prefill to the last token.
       feedback: The row's recorded features, `[1, capacity, ...]`, or None.
       num_recorded: Positions of `feedback` that are real.
+      capacity: Slots of the cache it was decoded in.
     """
 
     request: Request
@@ -68,6 +69,7 @@ class Completion:
     seconds: float
     feedback: Feedback | None = None
     num_recorded: int = 0
+    capacity: int = 0
 
 
 def fetch(output: Any) -> Any:
@@ -350,4 +352,5 @@ class Engine:
             seconds=time.perf_counter() - slot.started,
             feedback=feedback,
             num_recorded=num_recorded,
+            capacity=state.cache.capacity,
         )
