@@ -165,7 +165,7 @@ class Adaptation:
             times.append(time.perf_counter() - start)
         if int(state.update_interval) > 0:
             return state
-        seconds = min(times[1:]) * self.config.num_epochs
+        seconds = sum(times[1:]) / len(times[1:]) * self.config.num_epochs
         share = self.config.budget / (1 - self.config.budget)
         interval = max(1, round(seconds / (share * seconds_per_token)))
         return state.replace(update_interval=jnp.asarray(interval, jnp.int32))

@@ -26,10 +26,10 @@ from ospec_jax.config import (
 from ospec_jax.data.prompts import parse_prompt, read_prompts
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.registry import FAMILIES
-from ospec_jax.models.hub import load_target
+from ospec_jax.models.hub import load_config, load_target
 from ospec_jax.models.weights import WeightsError
 from ospec_jax.progress import Interrupt, progress_bar
-from ospec_jax.session import LoadedDraft, Session, load_draft
+from ospec_jax.session import SHIPPED, LoadedDraft, Session, load_draft
 
 _USER_ERRORS = (
     ConfigError, PromptTooLongError, WeightsError, checkpoint.CheckpointError,
@@ -388,6 +388,42 @@ def run_with_progress(target, draft, prompts, config):
     return run, table
 
 
+def lower(
+    out: Path,
+    target: str = "smollm2-135m",
+    draft: str = "shipped",
+    platforms: str = "tpu,cuda",
+    precision: Precision = "bfloat16",
+    num_speculative_tokens: int = 3,
+    tree: str = "chain",
+    batch_size: int = 1,
+    capacity: int = 1024,
+) -> None:
+    """Lowers the decoding functions for accelerators that need not be here.
+
+    Args:
+      out: Folder of the artefacts, which `jax.export.deserialize` reads.
+      target: Only its architecture is read.
+      draft: none, shipped, or a checkpoint folder; likewise.
+      platforms: Comma-separated: cpu, cuda, rocm, tpu.
+      capacity: Slots of each row's cache.
+    """
+    from ospec_jax import lowering
+
+    config = lowering.LoweringConfig(
+        parse_tree(tree, num_speculative_tokens), precision, batch_size, capacity
+    )
+    head = None
+    if draft != "none":
+        head = checkpoint.load(SHIPPED if draft == "shipped" else draft).meta.draft
+    with console.status(f"lowering for {platforms}"):
+        lowered = lowering.lower(
+            load_config(target), head, config, platforms.split(",")
+        )  # fmt: skip
+    for path in lowering.write(lowered, out):
+        console.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+
+
 def drafters() -> None:
     """Lists the families of drafters."""
     for name, description in FAMILIES.items():
@@ -430,8 +466,8 @@ def _write_json(file: Path | None, rows: list, is_list: bool) -> None:
 
 def main() -> None:
     """Entry point of `ospec`."""
-    commands = {"generate": generate, "learn": learn, "distill": distill,
-                "bench": bench, "drafters": drafters, "demo": demo}  # fmt: skip
+    functions = (generate, learn, distill, bench, lower, drafters, demo)
+    commands = {function.__name__: function for function in functions}
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]{message}")
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="ospec")

@@ -40,7 +40,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a Llama-family target."""
+    """Architecture of a target of the Llama, Qwen2 or Qwen3 family.
+
+    Attributes:
+      has_qkv_bias: Queries, keys and values have a bias (Qwen2).
+      has_qk_norm: Queries and keys are normalised by head (Qwen3).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -54,6 +59,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     max_position: int = 2048
     tie_embeddings: bool = True
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

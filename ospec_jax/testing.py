@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax.config import DraftConfig, ModelConfig, Precision
-from ospec_jax.models import cache as kv
 from ospec_jax.models.hub import Target
 from ospec_jax.models.layers import Numerics
-from ospec_jax.models.llama import Llama
+from ospec_jax.models.llama import init_params
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.types import Draft
 
@@ -63,15 +62,7 @@ def byte_tokenizer():
 
 def random_model_params(config: ModelConfig, seed: int = 0):
     """Float32 parameters whose logits are peaked enough to be interesting."""
-    model = Llama(config, Numerics())
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    cache = kv.init_cache(
-        config.num_layers, 1, config.num_kv_heads, 8, config.head_dim, jnp.float32
-    )
-    bias = kv.causal_bias(jnp.zeros(1, jnp.int32), 2, 8)
-    init = jax.jit(model.init)
-    params = init(jax.random.key(seed), tokens, tokens, bias, cache, tokens[:, 0])
-    params = params["params"]
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
     name = "embed_tokens_kernel" if config.tie_embeddings else "lm_head_kernel"
     return params | {name: params[name] * 3.0}
 

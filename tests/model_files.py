@@ -11,15 +11,20 @@ from ospec_jax.testing import byte_tokenizer, tiny_model_config
 
 VOCAB = 261
 HF_NAMES = {
-    "input_layernorm": "input_layernorm",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
+    "input_layernorm": "input_layernorm.weight",
+    "post_attention_layernorm": "post_attention_layernorm.weight",
+    "q_proj": "self_attn.q_proj.weight",
+    "k_proj": "self_attn.k_proj.weight",
+    "v_proj": "self_attn.v_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "o_proj": "self_attn.o_proj.weight",
+    "gate_proj": "mlp.gate_proj.weight",
+    "up_proj": "mlp.up_proj.weight",
+    "down_proj": "mlp.down_proj.weight",
 }
 
 
@@ -36,7 +41,14 @@ def layer_tensors(config, layer):
     qkv = np.asarray(layer["self_attn"]["qkv_proj"]["kernel"])
     q, k, v = np.split(qkv, heads)
     gate, up = np.split(np.asarray(layer["mlp"]["gate_up_proj"]["kernel"]), 2)
-    return {
+    extra = {}
+    if c.has_qkv_bias:
+        biases = np.split(np.asarray(layer["self_attn"]["qkv_proj"]["bias"]), heads)
+        extra = dict(zip(("q_bias", "k_bias", "v_bias"), biases, strict=True))
+    if c.has_qk_norm:
+        norms = ("q_norm", "k_norm")
+        extra = {n: np.asarray(layer["self_attn"][n]["scale"]) for n in norms}
+    return extra | {
         "input_layernorm": np.asarray(layer["input_layernorm"]["scale"]),
         "post_attention_layernorm": np.asarray(
             layer["post_attention_layernorm"]["scale"]
@@ -57,14 +69,21 @@ def hf_tensors(config, params):
         tensors["lm_head.weight"] = params["lm_head_kernel"]
     for i in range(config.num_layers):
         for name, value in layer_tensors(config, params[f"layers_{i}"]).items():
-            tensors[f"model.layers.{i}.{HF_NAMES[name]}.weight"] = jnp.asarray(value)
+            tensors[f"model.layers.{i}.{HF_NAMES[name]}"] = jnp.asarray(value)
     return tensors
+
+
+def family_of(config):
+    """The name of a configuration's family in both file formats."""
+    if config.has_qkv_bias:
+        return "qwen2"
+    return "qwen3" if config.has_qk_norm else "llama"
 
 
 def hf_config(config):
     c = config
     values = {
-        "model_type": "llama",
+        "model_type": family_of(config),
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
         "intermediate_size": c.intermediate_size,

@@ -7,10 +7,11 @@ import numpy as np
 
 
 def forward(params, config, tokens, taps=()):
-    """The Llama architecture in float64, one sequence, without a cache.
+    """Llama, Qwen2 and Qwen3 in float64, one sequence, without a cache.
 
-    Follows Touvron et al. (arXiv 2302.13971) token by token and head by head; shares
-    no code with the package but the layout of `params`.
+    Follows Touvron et al. (arXiv 2302.13971), with Qwen2's bias (2407.10671) and
+    Qwen3's normalisation of queries and keys (2505.09388), token by token and head by
+    head; shares no code with the package but the layout of `params`.
 
     Returns:
       Logits `[t, v]`, and the inputs of the layers `taps`, concatenated, `[t, f]`.
@@ -47,11 +48,20 @@ def _attention(c, layer, x):
     query_rows = rows[: c.num_heads]
     key_rows = rows[c.num_heads : c.num_heads + c.num_kv_heads]
     value_rows = rows[c.num_heads + c.num_kv_heads :]
+    bias = np.zeros(len(fused))
+    if c.has_qkv_bias:
+        bias = np.asarray(layer["qkv_proj"]["bias"], np.float64)
+    bias = bias.reshape(-1, c.head_dim)
     heads = []
     for head in range(c.num_heads):
-        queries = _rotated(c, x @ query_rows[head].T)
-        keys = _rotated(c, x @ key_rows[head // group].T)
-        values = x @ value_rows[head // group].T
+        own = c.num_heads + head // group
+        queries = x @ query_rows[head].T + bias[head]
+        keys = x @ key_rows[head // group].T + bias[own]
+        values = x @ value_rows[head // group].T + bias[own + c.num_kv_heads]
+        if c.has_qk_norm:
+            queries = _norm(queries, layer["q_norm"]["scale"], c.rms_norm_eps)
+            keys = _norm(keys, layer["k_norm"]["scale"], c.rms_norm_eps)
+        queries, keys = _rotated(c, queries), _rotated(c, keys)
         out = np.empty_like(values)
         for i in range(num_tokens):
             scores = keys[: i + 1] @ queries[i] / np.sqrt(c.head_dim)
@@ -99,8 +109,8 @@ def random_params(config, seed=0, gain=1.0):
         values = rng.normal(size=(out, fan_in)) * scale / np.sqrt(fan_in)
         return np.float32(values)
 
-    def norm():
-        return {"scale": np.float32(1 + 0.2 * rng.normal(size=c.hidden_size))}
+    def norm(width=c.hidden_size):
+        return {"scale": np.float32(1 + 0.2 * rng.normal(size=width))}
 
     params = {"embed_tokens_kernel": kernel(c.vocab_size, c.hidden_size, 3.0)}
     for i in range(c.num_layers):
@@ -123,6 +133,11 @@ def random_params(config, seed=0, gain=1.0):
                 },
             },
         }
+        attention = params[f"layers_{i}"]["self_attn"]
+        if c.has_qkv_bias:
+            attention["qkv_proj"]["bias"] = np.float32(0.5 * rng.normal(size=qkv))
+        if c.has_qk_norm:
+            attention |= {"q_norm": norm(c.head_dim), "k_norm": norm(c.head_dim)}
     params["norm"] = norm()
     if not c.tie_embeddings:
         params["lm_head_kernel"] = kernel(c.vocab_size, c.hidden_size, 3.0)

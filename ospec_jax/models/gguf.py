@@ -8,7 +8,14 @@ import numpy as np
 
 from ospec_jax.config import ConfigError, ModelConfig, Precision
 from ospec_jax.models.smoothing import LayerRanges
-from ospec_jax.models.weights import LayerWeights, WeightsError, assemble
+from ospec_jax.models.weights import (
+    FAMILIES,
+    QK_NORMS,
+    QKV_BIASES,
+    LayerWeights,
+    WeightsError,
+    assemble,
+)
 
 _LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -63,9 +70,10 @@ class GGUFFile:
 def read_config(file: GGUFFile) -> ModelConfig:
     """The architecture that a GGUF file describes."""
     family = file.get("general.architecture")
-    if family != "llama":
+    if family not in FAMILIES:
         raise ConfigError(
-            f"{file.path} holds a {family!r} model; the llama architecture is supported"
+            f"{file.path} holds a {family!r} model; supported architectures: "
+            f"{', '.join(FAMILIES)}"
         )
     if "rope_freqs.weight" in file:
         raise ConfigError(
@@ -74,7 +82,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         )
 
     def get(key: str, default: Any = None) -> Any:
-        return file.get(f"llama.{key}", default)
+        return file.get(f"{family}.{key}", default)
 
     heads, hidden = get("attention.head_count"), get("embedding_length")
     return ModelConfig(
@@ -89,6 +97,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
         max_position=get("context_length"),
         tie_embeddings="output.weight" not in file,
+        **FAMILIES[family],
     )
 
 
@@ -108,13 +117,16 @@ def load_params(
     """Reads the target's parameters, dequantising and casting tensor by tensor."""
 
     def layer(i: int) -> LayerWeights:
-        weights = {
-            ours: file.tensor(f"blk.{i}.{theirs}.weight")
-            for theirs, ours in _LAYER_TENSORS.items()
-        }
-        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-        for name, count in heads.items():
-            weights[name] = unpermute_rotary(weights[name], count)
+        names = {ours: f"{theirs}.weight" for theirs, ours in _LAYER_TENSORS.items()}
+        if config.has_qkv_bias:
+            names |= {n: f"attn_{n[0]}.bias" for n in QKV_BIASES}
+        if config.has_qk_norm:
+            names |= {n: f"attn_{n}.weight" for n in QK_NORMS}
+        weights = {ours: file.tensor(f"blk.{i}.{n}") for ours, n in names.items()}
+        if file["general.architecture"] == "llama":
+            heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+            for name, count in heads.items():
+                weights[name] = unpermute_rotary(weights[name], count)
         return weights
 
     def top(name: str) -> np.ndarray:

@@ -123,6 +123,14 @@ def load_target(name_or_path: str, precision: Precision | None = None) -> Target
     )
 
 
+def load_config(name_or_path: str) -> ModelConfig:
+    """A target's architecture, without its weights."""
+    path = resolve(name_or_path)
+    if path.is_dir():
+        return weights.read_hf_config(path)
+    return gguf.read_config(gguf.GGUFFile(path))
+
+
 def _activation_ranges(path, config, numerics, read_tokenizer, read):
     """Ranges to smooth by, measured on the package's own prompts once and cached."""
     file = cache_folder() / "ranges" / f"{fingerprint(path)}.npz"
@@ -256,5 +264,5 @@ def fingerprint(path: Path) -> str:
 
 __all__ = [
     "KNOWN_MODELS", "ConfigError", "Target", "cache_folder", "enable_compilation_cache",
-    "fingerprint", "load_target", "resolve",
+    "fingerprint", "load_config", "load_target", "resolve",
 ]  # fmt: skip

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Llama family: RMSNorm, rotary embedding, grouped-query attention, SwiGLU."""
+"""The Llama family: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+
+Qwen2 adds a bias to queries, keys and values; Qwen3 normalises queries and keys.
+"""
 
 from collections.abc import Callable
 
@@ -22,33 +25,36 @@ from ospec_jax.models.layers import (
     rope_frequencies,
     rotate,
 )
+from ospec_jax.typing import Params
 
 
 class SelfAttention(nn.Module):
     """Projects, rotates, appends to the cache and attends; q, k, v are one product."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    out_features: int
+    config: ModelConfig
     numerics: Numerics
 
     @nn.compact
     def __call__(self, x, angles, bias, keys, values, starts):
-        b, t, _ = x.shape
-        heads, kv_heads, e = self.num_heads, self.num_kv_heads, self.head_dim
-        qkv = Linear((heads + 2 * kv_heads) * e, self.numerics, name="qkv_proj")(x)
-        qkv = qkv.reshape(b, t, heads + 2 * kv_heads, e)
-        rotated = rotate(
-            qkv[:, :, : heads + kv_heads], angles, self.numerics.is_row_invariant
-        )
+        (b, t, _), c = x.shape, self.config
+        heads, kv_heads, e = c.num_heads, c.num_kv_heads, c.head_dim
+        qkv = Linear(
+            (heads + 2 * kv_heads) * e, self.numerics, c.has_qkv_bias, name="qkv_proj"
+        )(x).reshape(b, t, heads + 2 * kv_heads, e)
+        rotated = qkv[:, :, : heads + kv_heads]
+        if c.has_qk_norm:
+            norm = lambda name: RMSNorm(c.rms_norm_eps, self.numerics, name=name)
+            queries, new_keys = jnp.split(rotated, [heads], axis=2)
+            parts = norm("q_norm")(queries), norm("k_norm")(new_keys)
+            rotated = jnp.concatenate(parts, axis=2)
+        rotated = rotate(rotated, angles, self.numerics.is_row_invariant)
         keys, values = kv.append(
             keys, values, rotated[:, :, heads:], qkv[:, :, heads + kv_heads :], starts
         )
         out = attend(
             rotated[:, :, :heads], keys, values, bias, self.numerics.is_row_invariant
         )
-        out = Linear(self.out_features, self.numerics, name="o_proj")(out)
+        out = Linear(c.hidden_size, self.numerics, name="o_proj")(out)
         return out, keys, values
 
 
@@ -62,10 +68,7 @@ class DecoderLayer(nn.Module):
     def __call__(self, x, angles, bias, keys, values, starts):
         c = self.config
         norm = lambda name: RMSNorm(c.rms_norm_eps, self.numerics, name=name)
-        attention = SelfAttention(
-            c.num_heads, c.num_kv_heads, c.head_dim, c.hidden_size, self.numerics,
-            name="self_attn",
-        )  # fmt: skip
+        attention = SelfAttention(c, self.numerics, name="self_attn")
         out, keys, values = attention(
             norm("input_layernorm")(x), angles, bias, keys, values, starts
         )
@@ -145,6 +148,17 @@ def build(
     """`Llama` as `(params, tokens, positions, bias, cache, starts) -> ...`."""
     module = Llama(config, numerics, taps)
     return lambda params, *args: module.apply({"params": params}, *args)
+
+
+def init_params(config: ModelConfig, key) -> Params:
+    """Freshly initialised float32 parameters."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    cache = kv.init_cache(
+        config.num_layers, 1, config.num_kv_heads, 8, config.head_dim, jnp.float32
+    )
+    bias = kv.causal_bias(jnp.zeros(1, jnp.int32), 2, 8)
+    model = Llama(config, Numerics())
+    return model.init(key, tokens, tokens, bias, cache, tokens[:, 0])["params"]
 
 
 def embedding_table(params) -> dict:

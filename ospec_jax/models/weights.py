@@ -15,8 +15,21 @@ LayerWeights = dict[str, np.ndarray]
 """One layer's tensors by Hugging Face's short names, `[out, in]` for matrices."""
 
 
-_FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"has_qkv_bias": True},
+    "qwen3": {"has_qk_norm": True},
+}
+"""What sets each family apart, by the name that both file formats use."""
+
+_FIXED = {
+    "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+    "use_sliding_window": False,
+}  # fmt: skip
 """Settings of a Hugging Face configuration that only have one supported value."""
+
+QKV_BIASES = ("q_bias", "k_bias", "v_bias")
+QK_NORMS = ("q_norm", "k_norm")
 
 
 class WeightsError(ValueError):
@@ -49,7 +62,7 @@ def assemble(
         _check_layer(c, tensors, i)
         if ranges is not None:
             tensors = smooth(tensors, ranges[i])
-        params[f"layers_{i}"] = _assemble_layer(precision, tensors)
+        params[f"layers_{i}"] = _assemble_layer(c, precision, tensors)
     params["norm"] = {}
     _put(params["norm"], "scale", top("norm"), (c.hidden_size,), precision)
     if not c.tie_embeddings:
@@ -67,21 +80,32 @@ def _check_layer(c: ModelConfig, tensors: LayerWeights, i: int) -> None:
         "o_proj": (d, q_rows), "gate_proj": (f, d), "up_proj": (f, d),
         "down_proj": (d, f),
     }  # fmt: skip
+    if c.has_qkv_bias:
+        expected |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
+    if c.has_qk_norm:
+        expected |= dict.fromkeys(QK_NORMS, (e,))
     for name, shape in expected.items():
         _check_shape(name, tensors[name], shape, f"layer {i}")
 
 
-def _assemble_layer(precision: Precision, tensors: LayerWeights) -> dict:
+def _assemble_layer(
+    config: ModelConfig, precision: Precision, tensors: LayerWeights
+) -> dict:
     join = lambda *names: np.concatenate([tensors[name] for name in names])
     kernel = lambda value: cast_leaf("kernel", value, precision)
     norm = lambda name: cast_leaf("scale", tensors[name], precision)
+    attention = {
+        "qkv_proj": kernel(join("q_proj", "k_proj", "v_proj")),
+        "o_proj": kernel(tensors["o_proj"]),
+    }
+    if config.has_qkv_bias:
+        attention["qkv_proj"] |= cast_leaf("bias", join(*QKV_BIASES), precision)
+    if config.has_qk_norm:
+        attention |= {name: norm(name) for name in QK_NORMS}
     return {
         "input_layernorm": norm("input_layernorm"),
         "post_attention_layernorm": norm("post_attention_layernorm"),
-        "self_attn": {
-            "qkv_proj": kernel(join("q_proj", "k_proj", "v_proj")),
-            "o_proj": kernel(tensors["o_proj"]),
-        },
+        "self_attn": attention,
         "mlp": {
             "gate_up_proj": kernel(join("gate_proj", "up_proj")),
             "down_proj": kernel(tensors["down_proj"]),
@@ -108,10 +132,11 @@ def read_hf_config(folder: Path) -> ModelConfig:
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no config.json: not a model folder")
     raw = json.loads(file.read_text())
-    if raw.get("model_type") != "llama":
+    family = raw.get("model_type")
+    if family not in FAMILIES:
         raise ConfigError(
-            f"{file} describes a {raw.get('model_type')!r} model; "
-            f"the llama family is supported"
+            f"{file} describes a {family!r} model; supported families: "
+            f"{', '.join(FAMILIES)}"
         )
     for key, supported in _FIXED.items():
         if raw.get(key, supported) != supported:
@@ -144,6 +169,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         max_position=raw.get("max_position_embeddings", 2048),
         tie_embeddings=raw.get("tie_word_embeddings", False),
+        **FAMILIES[family],
     )
 
 
@@ -186,9 +212,11 @@ def load_hf_params(
         paths = {n: f"{block}.{n}" for block, names in parts.items() for n in names}
         norms = ("input_layernorm", "post_attention_layernorm")
         paths |= {name: name for name in norms}
-        return {
-            name: tensor(f"model.layers.{i}.{path}.weight")
-            for name, path in paths.items()
-        }
+        names = {name: f"{path}.weight" for name, path in paths.items()}
+        if config.has_qkv_bias:
+            names |= {n: f"self_attn.{n[0]}_proj.bias" for n in QKV_BIASES}
+        if config.has_qk_norm:
+            names |= {n: f"self_attn.{n}.weight" for n in QK_NORMS}
+        return {name: tensor(f"model.layers.{i}.{n}") for name, n in names.items()}
 
     return assemble(config, precision, top, layer, ranges)

@@ -64,6 +64,20 @@ def test_forward_equals_numpy(tied, num_kv_heads, scaling):
         assert np.ptp(expected) > 1.0
 
 
+@pytest.mark.parametrize("family", [{"has_qkv_bias": True}, {"has_qk_norm": True}])
+def test_qwen_forward_equals_numpy(family):
+    config = tiny_model_config(vocab_size=23, num_layers=3, head_dim=16, **family)
+    params = random_params(config)
+    tokens = np.random.default_rng(1).integers(0, 23, (1, 40)).astype(np.int32)
+    starts = jnp.zeros(1, jnp.int32)
+    logits, taps, _ = build(config, params)(tokens, empty_cache(config), starts)
+    expected, expected_taps = forward(params, config, tokens[0], TAPS)
+    np.testing.assert_allclose(logits[0], expected, atol=1e-4)
+    np.testing.assert_allclose(taps[0], expected_taps, atol=1e-4)
+    plain = tiny_model_config(vocab_size=23, num_layers=3, head_dim=16)
+    assert np.abs(forward(params, plain, tokens[0])[0] - expected).max() > 0.1
+
+
 def test_rope_scaling_changes_the_result():
     plain = tiny_model_config(num_layers=1)
     scaled = tiny_model_config(num_layers=1, rope_scaling=SCALING)

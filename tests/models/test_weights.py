@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from model_files import (
     VOCAB,
+    family_of,
     hf_config,
     hf_tensors,
     layer_tensors,
@@ -27,21 +28,34 @@ from ospec_jax.models.weights import WeightsError
 from ospec_jax.testing import CHAT_TEMPLATE
 
 GGUF_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
+    "input_layernorm": "attn_norm.weight",
+    "post_attention_layernorm": "ffn_norm.weight",
+    "q_proj": "attn_q.weight",
+    "k_proj": "attn_k.weight",
+    "v_proj": "attn_v.weight",
+    "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias",
+    "v_bias": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "o_proj": "attn_output.weight",
+    "gate_proj": "ffn_gate.weight",
+    "up_proj": "ffn_up.weight",
+    "down_proj": "ffn_down.weight",
 }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+MODELS = {
+    "tied": {"tie_embeddings": True},
+    "untied": {},
+    "qwen2": {"has_qkv_bias": True},
+    "qwen3": {"has_qk_norm": True},
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
 def source(request):
-    config = model_config(tie_embeddings=request.param)
+    config = model_config(**MODELS[request.param])
     return config, random_params(config)
 
 
@@ -111,15 +125,17 @@ def gguf_tensors(config, params):
         tensors["output.weight"] = params["lm_head_kernel"]
     for i in range(config.num_layers):
         layer = layer_tensors(config, params[f"layers_{i}"])
-        layer["q_proj"] = permute_rotary(layer["q_proj"], config.num_heads)
-        layer["k_proj"] = permute_rotary(layer["k_proj"], config.num_kv_heads)
+        if family_of(config) == "llama":
+            layer["q_proj"] = permute_rotary(layer["q_proj"], config.num_heads)
+            layer["k_proj"] = permute_rotary(layer["k_proj"], config.num_kv_heads)
         for name, value in layer.items():
-            tensors[f"blk.{i}.{GGUF_NAMES[name]}.weight"] = value
+            tensors[f"blk.{i}.{GGUF_NAMES[name]}"] = value
     return {name: np.asarray(value) for name, value in tensors.items()}
 
 
-def write_gguf(file, config, tensors, is_quantized=False, architecture="llama"):
-    c, writer = config, gguf.GGUFWriter(file, architecture)
+def write_gguf(file, config, tensors, is_quantized=False, architecture=None):
+    c = config
+    writer = gguf.GGUFWriter(file, architecture or family_of(config))
     writer.add_context_length(c.max_position)
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(c.num_layers)
@@ -168,6 +184,9 @@ def test_gguf(tmp_path, source, is_quantized):
         return
 
     def close(found, expected):
+        if expected.ndim == 1:  # norms and biases are not quantised
+            np.testing.assert_array_equal(found, expected)
+            return
         # Half a step of each block of 32, whose largest value is 127 steps.
         blocks = np.asarray(expected).reshape(-1, 32)
         step = np.abs(blocks).max(axis=1, keepdims=True) / 127

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoding functions as portable artefacts for accelerators, made on any machine.
+
+`jax.export` lowers a function for platforms that are not there. What it writes is
+StableHLO with the weights as inputs: it can be deserialised and called wherever JAX
+runs on one of its platforms. That a function lowers also proves that it holds nothing
+that only the CPU can do.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from ospec_jax.config import (
+    ConfigError,
+    DraftConfig,
+    ModelConfig,
+    Precision,
+    TreeConfig,
+)
+from ospec_jax.decoding.engine import PREFILL_CHUNK
+from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
+from ospec_jax.drafters.ngram import init_memory
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.models.layers import Numerics
+from ospec_jax.models.llama import init_params
+from ospec_jax.models.quantization import cast_params
+from ospec_jax.types import Draft
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_MEMORY_SLOTS = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweringConfig:
+    """Shapes that the artefacts are specialised to.
+
+    Attributes:
+      precision: Of weights and products.
+      capacity: Slots of each row's cache.
+    """
+
+    tree: TreeConfig = TreeConfig(num_steps=3)
+    precision: Precision = "bfloat16"
+    batch_size: int = 1
+    capacity: int = 1024
+    stop_ids: tuple[int, ...] = ()
+
+
+def lower(
+    model: ModelConfig, draft: DraftConfig | None, config: LoweringConfig,
+    platforms: Sequence[str],
+) -> dict[str, export.Exported]:  # fmt: skip
+    """Lowers `prefill`, `plain_step` and, given a draft, `speculative_step`.
+
+    The functions are `build_prefill`'s and `build_step`'s with flat arguments and
+    results, in the form that `as_data` gives them.
+
+    Raises:
+      ConfigError: A platform is unknown.
+    """
+    unknown = set(platforms) - set(PLATFORMS)
+    if unknown or not platforms:
+        raise ConfigError(f"unknown platforms {sorted(unknown)}; use {PLATFORMS}")
+    numerics = Numerics(config.precision, is_row_invariant=False)
+    cast = lambda params: cast_params(params, config.precision)
+    target = jax.eval_shape(lambda: cast(init_params(model, jax.random.key(0))))
+    plain = StepConfig(
+        model, numerics, TreeConfig(num_steps=0), stop_ids=config.stop_ids
+    )
+    lowered = {}
+
+    def add(name: str, function: Callable, *args):
+        lowered[name] = _export(function, args, platforms)
+
+    def state_of(step: StepConfig, drafter, batch_size: int):
+        return jax.eval_shape(
+            lambda: empty_state(step, drafter, batch_size, config.capacity, False)
+        )
+
+    batch = config.batch_size
+    state = state_of(plain, None, batch)
+    add("plain_step", build_step(plain, None), target, None, state)
+    step, drafter, drafts = plain, None, None
+    if draft is not None:
+        drafter = build_drafter("eagle3", draft, config.tree, numerics, has_ngrams=True)
+        step = dataclasses.replace(plain, tree=config.tree, taps=draft.taps)
+        drafts = jax.eval_shape(lambda: _empty_draft(drafter, draft, cast))
+        state = state_of(step, drafter, batch)
+        add("speculative_step", build_step(step, drafter), target, drafts, state)
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    is_last = jax.ShapeDtypeStruct((), jnp.bool_)
+    add(
+        "prefill", build_prefill(step, drafter), target, drafts,
+        state_of(step, drafter, 1), ints(1, PREFILL_CHUNK), ints(1), ints(1), is_last,
+    )  # fmt: skip
+    return lowered
+
+
+def _empty_draft(drafter, config: DraftConfig, cast) -> Draft:
+    ids = jnp.zeros(config.draft_vocab_size, jnp.int32) if config.has_own_head else None
+    params = cast(drafter.init_params(jax.random.key(0)))
+    return Draft(params, ids, init_memory(_MEMORY_SLOTS))
+
+
+def _export(function: Callable, args: tuple, platforms) -> export.Exported:
+    leaves, treedef = jax.tree.flatten(args)
+
+    def flattened(*values):
+        pairs = zip(values, leaves, strict=True)
+        values = [jax.random.wrap_key_data(x) if is_key(old) else x for x, old in pairs]
+        return tuple(as_data(function(*jax.tree.unflatten(treedef, values))))
+
+    flat = jax.eval_shape(as_data, leaves)
+    return export.export(jax.jit(flattened), platforms=platforms)(*flat)
+
+
+def is_key(leaf) -> bool:
+    """Whether an array holds typed random keys."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def as_data(tree) -> list:
+    """The leaves of a tree as an artefact takes and returns them."""
+    leaves = jax.tree.leaves(tree)
+    return [jax.random.key_data(x) if is_key(x) else x for x in leaves]
+
+
+def write(lowered: dict[str, export.Exported], folder: Path) -> list[Path]:
+    """Writes each artefact as `NAME.jax_export`, and `artefacts.json` about them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, facts = [], {}
+    for name, exported in lowered.items():
+        path = folder / f"{name}.jax_export"
+        path.write_bytes(exported.serialize())
+        paths.append(path)
+        facts[name] = describe(exported) | {"bytes": path.stat().st_size}
+    (folder / "artefacts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return paths
+
+
+def describe(exported: export.Exported) -> dict[str, Any]:
+    """Platforms, and shapes of inputs and outputs."""
+    shapes = lambda avals: [f"{a.dtype}{list(a.shape)}" for a in avals]
+    return {
+        "platforms": list(exported.platforms),
+        "inputs": shapes(exported.in_avals),
+        "outputs": shapes(exported.out_avals),
+    }
