@@ -49,6 +49,7 @@ class Decoding:
       batch_size: Requests decoded together.
       num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.
       tree: chain, static:3,2,1 (children by depth) or dynamic:TOPK,NUM_TOKENS.
+      min_path_probability: Draft no deeper once the draft gives its best path less.
       draft_sample_method: How children are drawn when sampling.
       stop: Strings that end an answer.
       raw: Skip the chat template.
@@ -61,6 +62,7 @@ class Decoding:
     batch_size: int = 1
     num_speculative_tokens: int = 3
     tree: str = "chain"
+    min_path_probability: float = 0.0
     draft_sample_method: ChildrenKind = "topk"
     stop: tuple[str, ...] = ()
     raw: bool = False
@@ -82,8 +84,9 @@ class Decoding:
         if self.draft == "none":
             return TreeConfig(num_steps=0)
         return parse_tree(
-            self.tree, self.num_speculative_tokens, self.draft_sample_method
-        )
+            self.tree, self.num_speculative_tokens, self.draft_sample_method,
+            self.min_path_probability,
+        )  # fmt: skip
 
     def load(self):
         """The target and its draft; bad arguments are refused before the loading."""
@@ -371,7 +374,7 @@ def bench(
 def run_with_progress(target, draft, prompts, config):
     """Runs a benchmark behind a live bar and prints its table."""
     from ospec_jax.bench.harness import run_bench, to_rows
-    from ospec_jax.bench.report import terminal_table
+    from ospec_jax.bench.report import markdown_table, terminal_table
 
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("compiling", total=len(prompts))
@@ -384,7 +387,11 @@ def run_with_progress(target, draft, prompts, config):
 
         run = run_bench(target, draft, prompts, config, show, lambda: bool(interrupt))
     table = to_rows(run)
-    console.print(terminal_table(table, f"{target.name}, {target.numerics.precision}"))
+    if console.is_terminal:
+        title = f"{target.name}, {target.numerics.precision}"
+        console.print(terminal_table(table, title))
+    else:
+        console.print(markdown_table(table), soft_wrap=True, markup=False)
     return run, table
 
 

@@ -118,6 +118,8 @@ class TreeConfig:
       branching: Children of every node, by depth, of a static tree.
       children: How children are drawn. `topk`: the most probable ones; `sampled`:
         independent draws; `without_replacement`: distinct draws.
+      min_path_probability: A chain or dynamic tree grows no deeper once the draft gives
+        its most probable path less than this.
     """
 
     kind: Literal["chain", "static", "dynamic"] = "chain"
@@ -126,8 +128,19 @@ class TreeConfig:
     num_draft_tokens: int = 0
     branching: tuple[int, ...] = ()
     children: ChildrenKind = "topk"
+    min_path_probability: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.min_path_probability < 1:
+            raise ConfigError(
+                f"min_path_probability is {self.min_path_probability}; use 0 (always "
+                f"the full depth) to below 1"
+            )
+        if self.kind == "static" and self.min_path_probability:
+            raise ConfigError(
+                "a static tree always has its full depth; min_path_probability is for "
+                "chains and dynamic trees"
+            )
         if self.num_steps < 0:
             raise ConfigError(f"num_steps is {self.num_steps}; it must be at least 0")
         if self.kind == "static" and len(self.branching) != self.num_steps:
@@ -170,11 +183,17 @@ class TreeConfig:
         return self.kind == "chain"
 
 
-def parse_tree(text: str, num_steps: int, children: ChildrenKind = "topk"):
+def parse_tree(
+    text: str,
+    num_steps: int,
+    children: ChildrenKind = "topk",
+    min_path_probability: float = 0.0,
+):
     """Reads the command line's `--tree`.
 
     `chain`; `static:3,2,1` (children of each node by depth); `dynamic:4,12` (topk and
-    number of draft tokens, with depth `num_steps`).
+    number of draft tokens, with depth `num_steps`). A static tree has its full depth
+    whatever `min_path_probability`.
     """
     kind, _, numbers = text.partition(":")
     try:
@@ -182,12 +201,18 @@ def parse_tree(text: str, num_steps: int, children: ChildrenKind = "topk"):
     except ValueError:
         values = None
     if kind == "chain" and values == ():
-        return TreeConfig("chain", num_steps, children=children)
+        return TreeConfig(
+            "chain", num_steps, children=children,
+            min_path_probability=min_path_probability,
+        )  # fmt: skip
     if kind == "static" and values:
         return TreeConfig("static", len(values), branching=values, children=children)
     if kind == "dynamic" and values and len(values) == 2:
         topk, nodes = values
-        return TreeConfig("dynamic", num_steps, topk, nodes, children=children)
+        return TreeConfig(
+            "dynamic", num_steps, topk, nodes, children=children,
+            min_path_probability=min_path_probability,
+        )  # fmt: skip
     raise ConfigError(
         f"unknown tree {text!r}; use chain, static:3,2,1 or dynamic:TOPK,NUM_TOKENS"
     )

@@ -32,6 +32,14 @@ StopFn = Callable[[jax.Array, jax.Array], jax.Array]
 """`(depth, log_probs [b, w] of the newest nodes' paths) -> is_stopped [b]`."""
 
 
+def stop_below(min_path_probability: float) -> StopFn | None:
+    """Stops rows whose most probable path falls below a probability; None for 0."""
+    if not min_path_probability:
+        return None
+    lowest = float(np.log(min_path_probability))
+    return lambda depth, log_probs: jnp.max(log_probs, axis=-1) < lowest
+
+
 def _to_target(ids, token_ids):
     return ids if token_ids is None else token_ids[ids]
 
@@ -172,7 +180,12 @@ def propose_uniform(
     the best `topk`, by the probability of their path, are the next frontier. A dynamic
     tree keeps the best `num_draft_tokens` of all nodes seen; since a child is never
     more probable than its parent, the kept ones are connected.
+
+    Args:
+      stop_fn: When a row grows no deeper; by default `config.min_path_probability`.
     """
+    if stop_fn is None:
+        stop_fn = stop_below(config.min_path_probability)
     b, width, num_steps = root.shape[0], config.topk, config.num_steps
     num_pool = width + (num_steps - 1) * width**2
     num_scratch = max(num_steps - 1, 1) * width

@@ -21,6 +21,7 @@ from ospec_jax.types import Draft
 VOCAB = 16
 TREES = {
     "chain-5": TreeConfig(num_steps=5),
+    "chain-shy": TreeConfig(num_steps=3, min_path_probability=0.2),
     "chain-sampled": TreeConfig(num_steps=3, children="sampled"),
     "static-drawn": TreeConfig(
         "static", 2, branching=(3, 2), children="without_replacement"

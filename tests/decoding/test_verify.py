@@ -28,6 +28,8 @@ NUM_SAMPLES = NUM_CHUNKS * CHUNK
 CHAIN = TreeConfig("chain", 3)
 WIDE = TreeConfig("static", 2, branching=(3, 2))
 DYNAMIC = TreeConfig("dynamic", 3, topk=3, num_draft_tokens=8)
+SHY = {"chain": 0.3, "dynamic": 0.2}
+"""Path probabilities below which these trees grow no deeper, in some of the tests."""
 
 
 def with_children(config, children):
@@ -164,18 +166,42 @@ CASES = [
     *((CHAIN, children) for children in ("topk", "sampled", "without_replacement")),
     *((WIDE, children) for children in ("topk", "sampled", "without_replacement")),
     (DYNAMIC, "topk"),
+    (dataclasses.replace(CHAIN, min_path_probability=SHY["chain"]), "topk"),
+    (dataclasses.replace(CHAIN, min_path_probability=SHY["chain"]), "sampled"),
+    (dataclasses.replace(DYNAMIC, min_path_probability=SHY["dynamic"]), "topk"),
+]
+IDS = [
+    f"{'shy-' if c.min_path_probability else ''}{c.kind}-{children}"
+    for c, children in CASES
 ]
 
 
 @pytest.mark.parametrize("kind", ["far", "narrow", "reduced"])
-@pytest.mark.parametrize(
-    ("config", "children"), CASES, ids=[f"{c.kind}-{children}" for c, children in CASES]
-)
+@pytest.mark.parametrize(("config", "children"), CASES, ids=IDS)
 def test_emitted_law_is_the_targets(config, children, kind):
     counts, law, accepted = emitted_counts(with_children(config, children), kind)
     assert np.all(counts[law == 0] == 0), "a token of probability zero came out"
     assert largest_deviation(counts, law) < _TOLERANCE
     assert accepted > 0.01 * NUM_SAMPLES
+
+
+@pytest.mark.parametrize(("children", "lowest"), [("topk", 0.7), ("sampled", 0.3)])
+def test_improbable_paths_are_not_continued(children, lowest):
+    target, keys = target_table(), jax.random.split(jax.random.key(0), 500)
+    logits = jnp.asarray(draft_logits("far", target)[0], jnp.float32)
+    config = with_children(CHAIN, children)
+    whole = grow(config, logits, None, keys)
+    shy = dataclasses.replace(config, min_path_probability=lowest)
+    shy = grow(shy, logits, None, keys)
+    path = np.exp(np.cumsum(np.asarray(whole.log_probs), axis=1))
+    # The root and its child are there in any case.
+    is_kept = np.concatenate([np.full((500, 2), True), path[:, 1:-1] >= lowest], 1)
+    kept = np.cumprod(is_kept, axis=1).astype(bool)
+    np.testing.assert_array_equal(shy.is_valid, kept)
+    assert kept.sum() < kept.size
+    np.testing.assert_array_equal(
+        np.asarray(shy.tokens)[kept], np.asarray(whole.tokens)[kept]
+    )
 
 
 @pytest.mark.parametrize(
