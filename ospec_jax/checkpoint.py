@@ -2,7 +2,7 @@
 """Orbax checkpoints of drafts and of what learns them.
 
 A checkpoint folder holds numbered steps with up to four items. `draft` (parameters and
-draft vocabulary; an n-gram draft has none) and `meta` (what they belong to) can be
+draft vocabulary, of families that are trained) and `meta` (what they belong to) can be
 loaded alone. `learner` is the state of online learning; `feedback` is the traffic it
 keeps (recorded features and n-grams), from which users' prompts and answers can be read
 back: it is kept apart so that a draft can be given away without it.
@@ -135,11 +135,11 @@ def save(
     Keys cannot be stored by Orbax, so state holds none: randomness derives from seeds
     and counters. The step appears only once it is complete.
     """
-    stored: dict[str, Any] = {"params": cast_params(draft.params, meta.storage)}
-    if draft.token_ids is not None:
-        stored["token_ids"] = draft.token_ids
     items: dict[str, Any] = {"meta": {"json": json.dumps(dataclasses.asdict(meta))}}
-    if draft.params:
+    if meta.draft is not None:
+        stored: dict[str, Any] = {"params": cast_params(draft.params, meta.storage)}
+        if draft.token_ids is not None:
+            stored["token_ids"] = draft.token_ids
         items["draft"] = stored
     if learner is not None:
         items["learner"] = learner

@@ -24,13 +24,13 @@ from ospec_jax.config import (
     from_dict,
 )
 from ospec_jax.data.prompts import Prompt, encode, parse_prompt
-from ospec_jax.data.tokenizer import stop_token_ids
+from ospec_jax.data.tokenizer import stop_token_ids, tokenizer_hash
 from ospec_jax.decoding.engine import Completion, Engine, Request
 from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.metrics import DecodingStats
-from ospec_jax.models.hub import Target
+from ospec_jax.models.hub import Target, load_target
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.types import Draft, NgramMemory
 
@@ -41,10 +41,15 @@ _COLLAPSE_STEPS = 200
 
 @dataclasses.dataclass(frozen=True)
 class LoadedDraft:
-    """Draft parameters with the record of what they belong to."""
+    """Draft parameters with the record of what they belong to.
+
+    Attributes:
+      model: The language model that drafts, for the family `model`.
+    """
 
     draft: Draft
     meta: Meta
+    model: Target | None = None
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -53,16 +58,43 @@ class LoadedDraft:
 
 
 def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
-    """Loads `shipped`, `ngram`, or the draft of a checkpoint folder.
+    """Loads `shipped`, `ngram`, `model:TARGET` or the draft of a checkpoint folder.
 
     Raises:
       CheckpointError: Nothing readable is there, or it is for another target.
     """
     if name_or_folder == "ngram":
         return LoadedDraft(Draft(params={}), Meta.create(target, None, "ngram"))
+    if str(name_or_folder).startswith("model:"):
+        return model_draft(str(name_or_folder).removeprefix("model:"), target)
     folder = SHIPPED if name_or_folder == "shipped" else name_or_folder
     restored = checkpoint.load(folder, target)
+    if restored.meta.family == "model":
+        name = restored.meta.card["model"]
+        raise checkpoint.CheckpointError(
+            f"{folder} was learned beside the drafting model {name!r}, which it does "
+            f"not hold; pass --draft model:{name}"
+        )
     return LoadedDraft(_freely_placed(restored.draft), restored.meta)
+
+
+def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
+    """Loads a smaller language model to draft for a target, in its precision.
+
+    Raises:
+      CheckpointError: The two have different tokenizers.
+    """
+    model = load_target(name_or_path, target.numerics.precision)
+    meta = Meta.create(target, None, "model", card={"model": name_or_path})
+    if tokenizer_hash(model.tokenizer) != meta.tokenizer_hash:
+        raise checkpoint.CheckpointError(
+            f"{name_or_path!r} has another tokenizer than {target.name}: its tokens "
+            f"would mean something else; use a model of the same family"
+        )
+    token_ids = None
+    if model.config.vocab_size < target.config.vocab_size:
+        token_ids = jnp.arange(model.config.vocab_size, dtype=jnp.int32)
+    return LoadedDraft(Draft(model.params, token_ids), meta, model)
 
 
 def _freely_placed(tree):
@@ -112,8 +144,8 @@ class Session:
     Args:
       target: From `load_target`.
       draft: From `load_draft`; None decodes plainly.
-      learner: How to learn; None serves the draft as it is. A draft without
-        parameters only remembers.
+      learner: How to learn; None serves the draft as it is. Of drafts that are not
+        trained (`ngram`, `model`) only n-grams are learned.
       tree: How much to draft; a chain of three by default.
       batch_size: Requests decoded together.
       stop: Strings that end an answer.
@@ -141,10 +173,12 @@ class Session:
         drafter = None
         if draft is not None:
             meta = draft.meta
+            model = draft.model
             drafter = build_drafter(
-                meta.family, meta.draft, tree, target.numerics, has_ngrams
-            )
-            if learner is not None and not draft.draft.params:
+                meta.family, model.config if model else meta.draft, tree,
+                target.numerics, has_ngrams, target.config.vocab_size,
+            )  # fmt: skip
+            if learner is not None and meta.draft is None:
                 learner = dataclasses.replace(learner, name="memory")
         config = StepConfig(
             model=target.config, numerics=target.numerics, tree=tree,
@@ -177,9 +211,9 @@ class Session:
     def _serve(self, draft: Draft) -> None:
         """Makes `draft` the served one; in the target's precision, for speed."""
         self.draft = draft
-        self._served = draft.replace(
-            params=self._cast(draft.params), memory=self.memory
-        )
+        is_trained = self.meta is not None and self.meta.draft is not None
+        params = self._cast(draft.params) if is_trained else draft.params
+        self._served = draft.replace(params=params, memory=self.memory)
 
     @property
     def memory(self) -> NgramMemory:

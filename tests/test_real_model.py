@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import forward
 
 from ospec_jax import Session, TreeConfig, load_draft, load_target
 from ospec_jax.config import SamplingConfig
@@ -107,6 +108,26 @@ def log_probs(target, texts):
         return jax.nn.log_softmax(logits[0, :-1])
 
     return [np.asarray(score(target.params, jnp.asarray(t)[None])) for t in texts]
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b"])
+def test_forward_equals_an_independent_one(name):
+    """Weights, permutations, biases and rotary embedding, against numpy in float64."""
+    if name == "smollm2-135m":
+        target = open_target("float32")
+    else:
+        file = Path(os.environ.get("OSPEC_MODELS_DIR", "nowhere")) / f"{name}.gguf"
+        if not file.exists():
+            pytest.skip(f"OSPEC_MODELS_DIR holds no {file.name}")
+        target = load_target(str(file), "float32")
+    tokens = target.tokenizer.encode("def area(radius):\n    return 3.14159 * radius")
+    padded = (tokens + [0] * TEXT_LENGTH)[:TEXT_LENGTH]
+    found = log_probs(target, [padded])[0][: len(tokens)]
+    logits, _ = forward(target.params, target.config, tokens)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    expected = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(found, expected, atol=5e-3)
+    assert np.array_equal(found.argmax(1), expected.argmax(1))
 
 
 @pytest.fixture(scope="module")

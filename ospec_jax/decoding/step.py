@@ -91,12 +91,12 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         emitted, num_emitted, is_finished = _emit(config, tree, verdict, state)
 
         gather = jax.vmap(lambda values, path: values[path])
-        taps = gather(taps, verdict.path)
+        taps, inputs = gather(taps, verdict.path), gather(tree.tokens, verdict.path)
         if state.feedback is not None or config.has_log_probs:
             logsumexp = jax.nn.logsumexp(logits, axis=-1)
         if state.feedback is not None:
             scored = Feedback(
-                tokens=gather(tree.tokens, verdict.path),
+                tokens=inputs,
                 taps=taps,
                 hidden=gather(hidden, verdict.path),
                 logsumexp=gather(logsumexp, verdict.path),
@@ -106,8 +106,8 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             )
         if drafter is not None:
             draft_cache, context = drafter.extend(
-                draft, shared, state.draft_cache, emitted, taps, state.lengths,
-                num_emitted,
+                draft, shared, state.draft_cache, inputs, emitted, taps,
+                state.lengths, num_emitted,
             )  # fmt: skip
             state = state.replace(draft_cache=draft_cache, draft_context=context)
         log_probs = None
@@ -252,8 +252,9 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         if drafter is not None:
             successors = jnp.where(is_end, following[:, None], jnp.roll(tokens, -1, 1))
             draft_cache, context = drafter.extend(
-                draft, shared, state.draft_cache, successors, taps, starts, num_valid
-            )
+                draft, shared, state.draft_cache, tokens, successors, taps, starts,
+                num_valid,
+            )  # fmt: skip
             state = state.replace(draft_cache=draft_cache, draft_context=context)
         num_emitted = jnp.where(is_last, 1, 0) * jnp.ones_like(starts)
         num_remaining = state.num_remaining - num_emitted

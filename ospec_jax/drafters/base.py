@@ -35,10 +35,11 @@ class Drafter(NamedTuple):
       init_params: `key -> params`, freshly initialised.
       init_cache: `(batch_size, capacity) -> cache`.
       init_context: `batch_size -> context`, of the shapes that `extend` returns.
-      extend: `(draft, shared, cache, tokens, taps, starts, num_valid) -> (cache,
-        context)`. Runs over verified tokens: `tokens[b, t]` follow the positions whose
-        target features are `taps[b, t, f]`; `starts[b]` is the first such position and
-        `num_valid[b]` how many of the t are real.
+      extend: `(draft, shared, cache, inputs, tokens, taps, starts, num_valid) ->
+        (cache, context)`. Runs over verified tokens: `inputs[b, t]` are those whose
+        target features are `taps[b, t, f]`, `tokens[b, t]` those that follow them;
+        `starts[b]` is the first input's position and `num_valid[b]` how many of the t
+        are real.
       propose: `(draft, shared, cache, context, root, starts, keys, sampling,
         hints=None) -> (tree, cache)`. `starts[b]` is the root's position.
       unroll: `(params, token_ids, shared, feedback, start, num_context, num_steps,

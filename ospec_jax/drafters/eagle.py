@@ -208,7 +208,7 @@ def eagle3(
         logits = logits_of(draft, shared, outputs)
         return outputs[:, :num_tokens], logits[:, :num_tokens], cache
 
-    def extend(draft, shared, cache, tokens, taps, starts, num_valid):
+    def extend(draft, shared, cache, inputs, tokens, taps, starts, num_valid):
         if numerics.is_row_invariant:
             tokens, taps = at_least_two_rows(tokens, taps)
         num_tokens = tokens.shape[1]

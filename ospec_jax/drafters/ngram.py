@@ -259,9 +259,9 @@ def ngram_chain(tree: TreeConfig) -> Drafter:
         init_params=lambda key: {},
         init_cache=lambda batch_size, capacity: (),
         init_context=init_context,
-        extend=lambda draft, shared, cache, tokens, taps, starts, num_valid: (
+        extend=lambda draft, shared, cache, inputs, *_: (
             cache,
-            init_context(tokens.shape[0]),
+            init_context(inputs.shape[0]),
         ),
         propose=propose,
         unroll=unroll,
@@ -288,9 +288,9 @@ def with_ngrams(drafter: Drafter, tree: TreeConfig) -> Drafter:
             "history": jnp.zeros((batch_size, capacity), jnp.int32),
         }
 
-    def extend(draft, shared, cache, tokens, taps, starts, num_valid):
+    def extend(draft, shared, cache, inputs, tokens, taps, starts, num_valid):
         inner, context = drafter.extend(
-            draft, shared, cache["drafter"], tokens, taps, starts, num_valid
+            draft, shared, cache["drafter"], inputs, tokens, taps, starts, num_valid
         )
         history = kv.write_rows(
             cache["history"][..., None], tokens[..., None], starts

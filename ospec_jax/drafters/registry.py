@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Families of drafters by name."""
 
-from ospec_jax.config import ConfigError, DraftConfig, TreeConfig
+from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.ngram import ngram_chain, with_ngrams
+from ospec_jax.drafters.small_lm import small_lm
 from ospec_jax.models.layers import Numerics
 
 FAMILIES = {
     "eagle3": "one decoder layer over three of the target's hidden states (EAGLE-3)",
+    "model": "a smaller language model with the same tokenizer",
     "ngram": "no parameters: what followed the same tokens before (prompt lookup)",
 }
 
 
 def build_drafter(
-    family: str, config: DraftConfig | None, tree: TreeConfig,
-    numerics: Numerics | None = None, has_ngrams: bool = False,
+    family: str, config: DraftConfig | ModelConfig | None, tree: TreeConfig,
+    numerics: Numerics | None = None, has_ngrams: bool = False, vocab_size: int = 0,
 ) -> Drafter:  # fmt: skip
     """Builds the drafter of a family.
 
     Args:
       config: The draft's architecture, for families that have one.
+      vocab_size: The target's.
       has_ngrams: Let n-grams suggest tokens to a neural drafter; the `ngram` family
         always does.
 
@@ -29,9 +32,12 @@ def build_drafter(
     """
     if family == "ngram":
         return with_ngrams(ngram_chain(tree), tree)
-    if family != "eagle3" or config is None:
+    if family == "eagle3" and isinstance(config, DraftConfig):
+        drafter = eagle3(config, tree, numerics)
+    elif family == "model" and isinstance(config, ModelConfig):
+        drafter = small_lm(config, tree, numerics or Numerics(), vocab_size)
+    else:
         raise ConfigError(
             f"unknown family of drafters {family!r}; known: {', '.join(FAMILIES)}"
         )
-    drafter = eagle3(config, tree, numerics)
     return with_ngrams(drafter, tree) if has_ngrams else drafter

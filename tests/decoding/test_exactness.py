@@ -15,6 +15,7 @@ from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.metrics import DecodingStats
+from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 from ospec_jax.types import Draft
 
@@ -78,6 +79,12 @@ def plain(target):
     return tokens(answers(*engine_for(target, TreeConfig(num_steps=0))))
 
 
+def only_one_tree_in_int8(target, name):
+    """Compilation takes most of these tests' time, and trees know no precision."""
+    if target.numerics.precision == "int8" and name != "chain":
+        pytest.skip("one tree suffices in int8")
+
+
 @pytest.mark.parametrize("draft_vocab_size", [12, 0])
 @pytest.mark.parametrize("name", list(TREES))
 def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
@@ -94,6 +101,7 @@ def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
 
 @pytest.mark.parametrize("name", list(NGRAM_TREES))
 def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name):
+    only_one_tree_in_int8(target, name)
     engine, draft = engine_for(target, NGRAM_TREES[name], ngrams=True)
     alone, _ = engine_for(target, NGRAM_TREES[name])
     done = answers(engine, draft)
@@ -115,6 +123,39 @@ def test_ngrams_alone_draft_exactly(target, plain, batch_size):
     assert stats.num_accepted_tokens > 0
     # Where nothing matched, nothing was drafted.
     assert stats.num_draft_tokens < 3 * stats.num_drafts
+
+
+@pytest.mark.parametrize("name", list(NGRAM_TREES))
+def test_a_small_model_drafts_exactly(target, plain, name):
+    only_one_tree_in_int8(target, name)
+    tree, small = NGRAM_TREES[name], tiny_target(VOCAB, seed=1, num_layers=1)
+    precision = target.numerics.precision
+    drafter = build_drafter(
+        "model", small.config, tree, target.numerics, has_ngrams=False, vocab_size=VOCAB
+    )
+    config = StepConfig(target.config, target.numerics, tree)
+    draft = Draft(cast_params(small.params, precision))
+    engine = Engine(config, target.params, drafter)
+    assert tokens(answers(engine, draft)) == tokens(answers(engine, draft, 3)) == plain
+
+
+@pytest.mark.parametrize("children", ["topk", "sampled"])
+def test_a_model_that_drafts_for_itself_is_always_right(target, plain, children):
+    """Any slip of its cache or positions would show in what it drafts."""
+    tree = TreeConfig(num_steps=3, children=children)
+    drafter = build_drafter(
+        "model", target.config, tree, target.numerics, vocab_size=VOCAB
+    )
+    config = StepConfig(target.config, target.numerics, tree)
+    engine = Engine(config, target.params, drafter)
+    kinds = [SamplingConfig(1.0, seed=3)] * 4 if children == "sampled" else None
+    done = answers(engine, Draft(target.params), 1, kinds)
+    if children == "topk":
+        assert tokens(done) == plain
+    for completion in done:
+        # All but the steps that the limit cut short accept every token.
+        stats = completion.stats
+        assert stats.num_accepted_tokens >= 3 * (stats.num_drafts - 1)
 
 
 def test_sampled_tokens_with_ngrams_depend_on_the_seed_alone(target):

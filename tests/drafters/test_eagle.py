@@ -60,7 +60,7 @@ class Rig:
         taps = jnp.pad(self.taps[:, pairs], (*junk, (0, 0)), constant_values=7.0)
         fill = lambda value: jnp.full((self.rows,), value, jnp.int32)
         return self.extend(
-            self.draft, shared, cache, tokens, taps, fill(start), fill(count)
+            self.draft, shared, cache, tokens, tokens, taps, fill(start), fill(count)
         )
 
     def proposed(self, shared, cache, context, start, sampling=None):

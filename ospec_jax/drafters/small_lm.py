@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An independent, smaller language model of the same vocabulary as the draft.
+
+It sees tokens only: the classic form of speculative decoding (Leviathan et al.,
+arXiv 2211.17192), for any pair of targets that share a tokenizer.
+"""
+
+import jax.numpy as jnp
+
+from ospec_jax.config import ConfigError, ModelConfig, TreeConfig
+from ospec_jax.drafters.base import Drafter, take_row
+from ospec_jax.drafters.expand import propose_static, propose_uniform
+from ospec_jax.models import cache as kv
+from ospec_jax.models import llama
+from ospec_jax.models.layers import Numerics
+from ospec_jax.types import DraftContext
+
+_SPARE_SLOTS = 64
+"""A pass over a prompt's chunk writes one entry more than the chunk has."""
+
+
+def small_lm(
+    config: ModelConfig, tree: TreeConfig, numerics: Numerics, vocab_size: int
+) -> Drafter:
+    """Builds the drafter; a `Draft`'s parameters are the model's, ready to run.
+
+    Args:
+      config: The drafting model's architecture.
+      vocab_size: The target's; padding rows of the draft's head beyond it are cut.
+    """
+    model = llama.build(config, numerics)
+    num_ids = min(config.vocab_size, vocab_size)
+
+    def run(draft, cache, tokens, positions, bias, starts):
+        hidden, _, cache = model(draft.params, tokens, positions, bias, cache, starts)
+        return hidden, cache
+
+    def logits_of(draft, hidden):
+        return llama.target_logits(draft.params, hidden, numerics)[..., :num_ids]
+
+    def init_cache(batch_size, capacity):
+        return kv.init_cache(
+            config.num_layers, batch_size, config.num_kv_heads,
+            capacity + _SPARE_SLOTS, config.head_dim, numerics.cache_dtype,
+        )  # fmt: skip
+
+    def init_context(batch_size):
+        return DraftContext(
+            hidden=jnp.zeros((batch_size, 1)), logits=jnp.zeros((batch_size, num_ids))
+        )
+
+    def extend(draft, shared, cache, inputs, tokens, taps, starts, num_valid):
+        # The entry before the first new one is written again: a prompt's first token
+        # is nobody's successor.
+        tokens = jnp.concatenate([inputs[:, :1], tokens], axis=1)
+        num_tokens = tokens.shape[1]
+        positions = starts[:, None] + jnp.arange(num_tokens)
+        bias = kv.causal_bias(starts, num_tokens, cache.capacity)
+        hidden, cache = run(draft, cache, tokens, positions, bias, starts)
+        last = logits_of(draft, take_row(hidden, num_valid)[:, None])[:, 0]
+        nothing = jnp.zeros((tokens.shape[0], 1))
+        return cache, DraftContext(hidden=nothing, logits=last)
+
+    propose_tree = propose_static if tree.kind == "static" else propose_uniform
+
+    def propose(
+        draft, shared, cache, context, root, starts, keys, sampling, hints=None
+    ):
+        def step(cache, hidden, tokens, positions, bias, starts):
+            out, cache = run(draft, cache, tokens, positions, bias, starts)
+            return hidden, logits_of(draft, out), cache
+
+        # A token lies in the slot of its position, the root's included.
+        return propose_tree(
+            step, tree, cache, context, root, starts + 1, keys, sampling,
+            draft.token_ids, numerics.is_row_invariant, hints,
+        )  # fmt: skip
+
+    def unroll(*_, **__):
+        raise ConfigError("drafting models are not trained")
+
+    return Drafter(
+        init_params=lambda key: llama.init_params(config, key),
+        init_cache=init_cache,
+        init_context=init_context,
+        extend=extend,
+        propose=propose,
+        unroll=unroll,
+        num_scratch=max(tree.num_steps - 1, 0) * max(tree.topk, tree.num_nodes) + 2,
+    )
