@@ -6,6 +6,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from model_files import hf_tensors, model_config, write_folder
+from reference import random_params
 
 from ospec_jax import LearnerConfig, Session, TreeConfig, checkpoint
 from ospec_jax.checkpoint import CheckpointError, Meta
@@ -13,8 +15,14 @@ from ospec_jax.config import TreeConfig as Tree
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.metrics import DecodingStats
+from ospec_jax.models.hub import load_target
 from ospec_jax.session import LoadedDraft, load_draft
-from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.testing import (
+    byte_tokenizer,
+    tiny_draft,
+    tiny_draft_config,
+    tiny_target,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -114,6 +122,39 @@ def test_an_ngram_draft_learns_and_resumes_without_parameters(target, plain, tmp
     assert answers(second, PROMPTS[5:]) == plain[5:]
     assert_same(second.memory, straight.memory)
     assert_same(second.learning.state, straight.learning.state)
+
+
+@pytest.fixture(scope="module")
+def model_folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    config = model_config()
+    return [
+        write_folder(folder / str(seed), config, hf_tensors(config, params))
+        for seed, params in enumerate((random_params(config), random_params(config, 1)))
+    ]
+
+
+def test_a_model_drafts_and_its_memory_resumes(model_folders, tmp_path):
+    target = load_target(model_folders[0], "float32")
+    draft = load_draft(f"model:{model_folders[1]}", target)
+    expected = answers(Session(target), PROMPTS[:4])
+    session = Session(target, draft, learner=LearnerConfig())
+    assert answers(session, PROMPTS[:4]) == expected
+    session.save(tmp_path)
+    with pytest.raises(CheckpointError, match="pass --draft model:"):
+        load_draft(tmp_path, target)
+    resumed = Session(target, draft, learner=LearnerConfig())
+    resumed.resume(tmp_path)
+    assert_same(resumed.memory, session.memory)
+
+
+def test_a_model_with_another_tokenizer_is_refused(model_folders):
+    target = load_target(model_folders[0], "float32")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|another|>"])
+    tokenizer.save_pretrained(model_folders[1])
+    with pytest.raises(CheckpointError, match="another tokenizer than"):
+        load_draft(f"model:{model_folders[1]}", target)
 
 
 def test_resume_without_feedback_warns_and_starts_an_empty_ring(
