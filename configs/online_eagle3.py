@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online-EAGLE-3 with plain gradient descent, as the paper's baseline runs it.
+"""Online-EAGLE-3 with gradient steps and nothing else, as the paper runs it.
 
-    ospec learn --prompts FILE.jsonl --learner configs/online_eagle3.py --checkpoint DIR
+    ospec learn --prompts FILE.jsonl --learner configs/online_eagle3.py --no-ngrams
 
 A learner is a frozen `LearnerConfig`; flags given beside it win over its values.
 """
@@ -19,4 +19,5 @@ def get_config() -> LearnerConfig:
         window=64,
         budget=0.05,
         promotion="always",
+        memory_slots=0,
     )

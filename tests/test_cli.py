@@ -4,16 +4,18 @@
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from model_files import hf_tensors, model_config, write_folder
 from reference import random_params
 
-from ospec_jax import checkpoint, cli
+from ospec_jax import LearnerConfig, checkpoint, cli
 from ospec_jax.bench.harness import MODES
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 BENCH_KEYS = {
     "mode", "num_prompts", "num_tokens", "tokens_per_second",
     "tokens_per_second_with_learning", "predicted_speedup", "mean_acceptance_length",
@@ -171,3 +173,9 @@ def test_errors_name_value_and_remedy(ospec, capsys, command, args, message):
 def test_unknown_flags_are_refused(ospec, capsys):
     assert ospec("generate", "--promt", "x") == 2
     assert "--promt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem)
+def test_shipped_configurations_are_learners(file):
+    assert isinstance(cli.learner_config(str(file)), LearnerConfig)
+    assert cli.learner_config(str(file), learning_rate=0.5).learning_rate == 0.5
