@@ -256,8 +256,8 @@ class LearnerConfig:
       window: Pairs trained in a window.
       num_context: Pairs before each window that are attended to.
       num_steps: Unrolled draft steps.
-      num_candidates: Draft tokens that an update looks at, the likeliest ones; 0 for
-        all, at twice the cost.
+      num_candidates: Draft tokens that an update looks at, the likeliest ones; its loss
+        knows no others. 0 for all, at twice the cost.
       num_epochs: Updates done at each interval.
       replay_share: Part of each batch drawn from older windows.
       promotion: `always` serves each iterate; `guarded` only proven ones.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ospec_jax.config import DraftConfig, TreeConfig
 from ospec_jax.drafters.base import Drafter, dequantized, frozen_head, take_row
-from ospec_jax.drafters.expand import propose_static, propose_uniform
+from ospec_jax.drafters.expand import num_scratch, propose_static, propose_uniform
 from ospec_jax.models import cache as kv
 from ospec_jax.models.attention import attend
 from ospec_jax.models.layers import (
@@ -260,5 +260,5 @@ def eagle3(
         extend=extend,
         propose=propose,
         unroll=unroll,
-        num_scratch=max(tree.num_steps - 1, 0) * max(tree.topk, tree.num_nodes) + 1,
+        num_scratch=num_scratch(tree),
     )

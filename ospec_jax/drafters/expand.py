@@ -32,6 +32,11 @@ StopFn = Callable[[jax.Array, jax.Array], jax.Array]
 """`(depth, log_probs [b, w] of the newest nodes' paths) -> is_stopped [b]`."""
 
 
+def num_scratch(tree: TreeConfig) -> int:
+    """Cache slots that growing a tree uses behind the committed ones."""
+    return max(tree.num_steps - 1, 0) * max(tree.topk, tree.num_nodes) + 1
+
+
 def stop_below(min_path_probability: float) -> StopFn | None:
     """Stops rows whose most probable path falls below a probability; None for 0."""
     if not min_path_probability:
@@ -105,7 +110,7 @@ def _consider(hints: Hints | None, recent, tokens, log_probs):
     return tokens, jnp.where(is_drafted, jnp.maximum(log_probs, rate), log_probs)
 
 
-def _append(recent, tokens):
+def extend_path(recent, tokens):
     """The last tokens of the children's paths, `[b, w, m]`."""
     return jnp.concatenate([recent[..., 1:], tokens[..., None]], axis=-1)
 
@@ -146,7 +151,7 @@ def propose_static(
         log_probs.append(chosen.reshape(b, -1))
         hidden = jnp.repeat(hidden, branches, axis=1)
         if recent is not None:
-            recent = _append(jnp.repeat(recent, branches, axis=1), tokens[-1])
+            recent = extend_path(jnp.repeat(recent, branches, axis=1), tokens[-1])
         first += width
     leaves = tokens[-1].shape[1]
     draft_probs = None
@@ -213,7 +218,7 @@ def propose_uniform(
         "visible": jnp.zeros((b, width, num_scratch), bool),
     }
     if recent is not None:
-        frontier["recent"] = _append(jnp.repeat(recent, width, axis=1), first)
+        frontier["recent"] = extend_path(jnp.repeat(recent, width, axis=1), first)
     stopped = lambda depth, front: (
         jnp.zeros((b,), bool) if stop_fn is None else stop_fn(depth, front["scores"])
     )
@@ -257,7 +262,7 @@ def propose_uniform(
         newest = pick(tokens)
         path = {}
         if recent is not None:
-            path["recent"] = _append(pick_parent(front["recent"], parent), newest)
+            path["recent"] = extend_path(pick_parent(front["recent"], parent), newest)
         front = path | {
             "tokens": newest,
             "scores": best,

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from ospec_jax import tree as topology
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.base import Drafter, Hints
+from ospec_jax.drafters.expand import extend_path
 from ospec_jax.models import cache as kv
 from ospec_jax.types import Draft, DraftContext, DraftTree, NgramMemory
 from ospec_jax.typing import typed
@@ -232,16 +233,21 @@ def ngram_chain(tree: TreeConfig) -> Drafter:
         recent, tokens, rates = hints.recent[:, None], [root], [jnp.zeros(root.shape)]
         for _ in range(tree.num_steps):
             token, rate = hints.suggest(recent)
-            recent = jnp.concatenate([recent[..., 1:], token[..., None]], axis=-1)
+            recent = extend_path(recent, token)
             tokens.append(token[:, 0])
             rates.append(rate[:, 0])
         spread = lambda x: jnp.broadcast_to(x, (root.shape[0], *x.shape))
         log_probs = jnp.stack(rates, axis=1)
+        path = jnp.cumsum(log_probs, axis=1)
+        # A node needs a suggestion, and a parent that is probable enough.
+        shy = tree.min_path_probability
+        lowest = float(np.log(shy)) if shy else -np.inf
+        above = jnp.pad(path[:, 1:-1], ((0, 0), (2, 0)))
         return DraftTree(
             tokens=jnp.stack(tokens, axis=1),
             parents=spread(parents),
             depths=spread(depths),
-            is_valid=jnp.cumsum(log_probs, axis=1) > -jnp.inf,
+            is_valid=(path > -jnp.inf) & (above >= lowest),
             log_probs=log_probs,
             ancestor_mask=spread(mask),
             max_depth=tree.num_steps,
@@ -278,7 +284,7 @@ def with_ngrams(drafter: Drafter, tree: TreeConfig) -> Drafter:
     if tree.children != "topk":
         raise ConfigError(
             f"n-grams suggest tokens, which is exact only for children='topk', not "
-            f"{tree.children!r}; switch them off with prompt_lookup_max=0"
+            f"{tree.children!r}; switch them off with ngrams=False"
         )
 
     def init_cache(batch_size, capacity):

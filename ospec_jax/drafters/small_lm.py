@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ospec_jax.config import ConfigError, ModelConfig, TreeConfig
 from ospec_jax.drafters.base import Drafter, take_row
-from ospec_jax.drafters.expand import propose_static, propose_uniform
+from ospec_jax.drafters.expand import num_scratch, propose_static, propose_uniform
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics
@@ -86,5 +86,5 @@ def small_lm(
         extend=extend,
         propose=propose,
         unroll=unroll,
-        num_scratch=max(tree.num_steps - 1, 0) * max(tree.topk, tree.num_nodes) + 2,
+        num_scratch=num_scratch(tree) + 1,  # the root has a slot, too
     )

@@ -35,8 +35,10 @@ def gradient(
       loss_fn: One of `learners.losses`.
       decay: Weight of each depth relative to the one before.
       num_candidates: Tokens that an update looks at: those to which the target gives
-        most probability in its segments. 0 looks at the whole draft vocabulary, whose
-        products are most of an update's cost.
+        most probability in its segments. The loss is then that of a draft with these
+        tokens alone, its softmax included: an approximation that leaves the rows of
+        all other tokens as they are. 0 looks at the whole draft vocabulary, at twice
+        the cost.
     """
 
     def targets(segments: Segments, shared, token_ids):

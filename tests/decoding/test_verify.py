@@ -17,6 +17,7 @@ import pytest
 from ospec_jax import tree as topology
 from ospec_jax.config import TreeConfig
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
+from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.expand import propose_static, propose_uniform
 from ospec_jax.models import cache as kv
 from ospec_jax.types import DraftContext, DraftTree, SamplingParams
@@ -72,7 +73,13 @@ def sampling_params(rows, temperature=1.0):
     )
 
 
-def grow(config, logits, token_ids, keys):
+def suggest(recent):
+    """Tokens that the reduced draft vocabulary lacks; none after token 2."""
+    last = recent[..., -1]
+    return jnp.where(last == 3, 0, 3), jnp.where(last == 2, -jnp.inf, jnp.log(0.6))
+
+
+def grow(config, logits, token_ids, keys, hints=None):
     """A tree for each key, drafted by a table of logits, from the root `ROOT`."""
     rows = len(keys)
     root = jnp.full((rows,), ROOT, jnp.int32)
@@ -85,6 +92,7 @@ def grow(config, logits, token_ids, keys):
         step, config, kv.init_cache(1, rows, 1, 1, 1, jnp.float32),
         DraftContext(hidden=jnp.zeros((rows, 1)), logits=logits[root]), root,
         jnp.zeros((rows,), jnp.int32), keys, sampling_params(rows), token_ids, False,
+        hints and Hints(root[:, None], hints),
     )  # fmt: skip
     return tree
 
@@ -95,8 +103,8 @@ def as_drawn(tree, children, logits):
     return tree.replace(children=children, draft_probs=probs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def emitted(config, target, logits, token_ids, claimed=None):
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def emitted(config, target, logits, token_ids, claimed=None, hints=None):
     """Counts of each sequence of depth + 1 tokens, and of accepted tokens."""
     length = config.num_steps + 1
 
@@ -104,7 +112,7 @@ def emitted(config, target, logits, token_ids, claimed=None):
         key_draft, key_verify, key_rest = (
             jax.random.split(k, CHUNK) for k in jax.random.split(key, 3)
         )
-        tree = grow(config, logits, token_ids, key_draft)
+        tree = grow(config, logits, token_ids, key_draft, hints)
         if claimed is not None:
             tree = as_drawn(tree, claimed, logits)
         verdict = verify_sampled(key_verify, tree, target[tree.tokens])
@@ -126,14 +134,16 @@ def emitted(config, target, logits, token_ids, claimed=None):
     return jnp.sum(counts, axis=0).reshape((VOCAB,) * length), jnp.sum(accepted)
 
 
-def emitted_counts(config, kind, claimed=None):
+def emitted_counts(config, kind, claimed=None, hints=None):
     """How often each sequence came out, its law, and the number of accepted tokens."""
     target = target_table()
     logits, token_ids = draft_logits(kind, target)
     if token_ids is not None:
         token_ids = jnp.asarray(token_ids)
     logits = jnp.asarray(logits, jnp.float32)
-    counts, accepted = emitted(config, jnp.asarray(target), logits, token_ids, claimed)
+    counts, accepted = emitted(
+        config, jnp.asarray(target), logits, token_ids, claimed, hints
+    )
     counts, law = np.asarray(counts), product_law(target, config.num_steps + 1)
     assert counts.sum() == NUM_SAMPLES
     return counts, law, int(accepted)
@@ -183,6 +193,21 @@ def test_emitted_law_is_the_targets(config, children, kind):
     assert np.all(counts[law == 0] == 0), "a token of probability zero came out"
     assert largest_deviation(counts, law) < _TOLERANCE
     assert accepted > 0.01 * NUM_SAMPLES
+
+
+@pytest.mark.parametrize("config", [CHAIN, WIDE, DYNAMIC], ids=lambda c: c.kind)
+def test_suggestions_leave_the_law_as_it_is(config):
+    counts, law, _ = emitted_counts(config, "reduced", hints=suggest)
+    assert np.all(counts[law == 0] == 0), "a token of probability zero came out"
+    assert largest_deviation(counts, law) < _TOLERANCE
+    logits, token_ids = draft_logits("reduced", target_table())
+    args = (
+        jnp.asarray(logits),
+        jnp.asarray(token_ids),
+        jax.random.split(jax.random.key(0)),
+    )
+    suggested = grow(config, *args, hints=suggest).tokens
+    assert not np.array_equal(suggested, grow(config, *args).tokens)
 
 
 @pytest.mark.parametrize(("children", "lowest"), [("topk", 0.7), ("sampled", 0.3)])
