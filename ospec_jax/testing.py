@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax.config import DraftConfig, ModelConfig, Precision
-from ospec_jax.models.hub import Target
-from ospec_jax.models.layers import Numerics
+from ospec_jax.models.hub import Target, cache_folder
 from ospec_jax.models.llama import init_params
-from ospec_jax.models.quantization import cast_params
+from ospec_jax.models.quantization import calibrated_numerics, cast_params
 from ospec_jax.types import Draft
 
 CHAT_TEMPLATE = (
@@ -75,7 +74,7 @@ def tiny_target(
     return Target(
         name=f"tiny-{vocab_size}-{seed}",
         config=config,
-        numerics=Numerics(precision, is_row_invariant=True),
+        numerics=calibrated_numerics(cache_folder(), precision),
         params=cast_params(random_model_params(config, seed), precision),
         tokenizer=byte_tokenizer(),
         fingerprint=f"tiny-{seed}",

@@ -13,7 +13,8 @@ NOUNS = {"typing", "types", "config"}
 ALLOWED = {
     "typing": set(),
     "config": set(),
-    "models": NOUNS | {"models", "data"},
+    "kernels": set(),
+    "models": NOUNS | {"models", "data", "kernels"},
     "types": NOUNS | {"models"},
     "sampling": NOUNS | {"models"},
     "tree": NOUNS,

@@ -104,6 +104,11 @@ class _Slot:
     is_done: bool = False
     finish_reason: str = "length"
 
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that the host knows to be still wanted."""
+        return self.request.max_new_tokens - len(self.token_ids)
+
 
 class Engine:
     """Compiled prefill and step functions for one target, drafter and tree."""
@@ -218,7 +223,7 @@ class Engine:
         batch_size: int = 1,
         capacity: int | None = None,
         on_tokens: Callable[[Request, list[int]], None] | None = None,
-        lag: int | None = None,
+        lag: int = 1,
     ) -> Iterator[Completion]:
         """Answers requests as rows become free; yields them in order of completion.
 
@@ -229,11 +234,9 @@ class Engine:
           capacity: Cache slots of a row; by default the smallest for all requests, or
             for each of them when `batch_size` is 1.
           on_tokens: Called with each request's new tokens as they come.
-          lag: Steps dispatched before the oldest one is read; 1 on accelerators, where
-            reading would leave the device idle, and 0 on the CPU.
+          lag: Steps dispatched before the oldest one is read: with one, the device
+            computes while the host reads and dispatches.
         """
-        if lag is None:
-            lag = 0 if jax.default_backend() == "cpu" else 1
         if batch_size == 1:
             for request in requests:
                 slots = self._checked_capacity([request], capacity)
@@ -279,12 +282,17 @@ class Engine:
             active = [(i, i, slot) for i, slot in enumerate(slots) if slot]
             if not active and not in_flight:
                 return
-            if any(not slot.is_done for _, _, slot in active):
+            # No step is sent ahead that would find all rows at their limit.
+            unread = sum(output.tokens.shape[1] for _, _, output in in_flight)
+            if any(slot.num_remaining > unread for _, _, slot in active):
                 is_greedy = all(s.request.sampling.temperature == 0 for *_, s in active)
                 step = self.compiled("step", is_greedy)
                 state, output = step(self.target_params, draft_fn(), state)
                 in_flight.append((True, active, output))
-            while len(in_flight) > lag or (in_flight and not active):
+                num_ahead = lag
+            else:
+                num_ahead = 0
+            while len(in_flight) > num_ahead:
                 is_step, rows, output = in_flight.popleft()
                 for i, slot in self._read(is_step, rows, fetch(output), on_tokens):
                     state = self._finish(state, np.int32(i))

@@ -93,7 +93,7 @@ class EagleHead(nn.Module):
         normed = self.norm(outputs)
         if head is None:
             return self.lm_head(normed)
-        return linear(normed, head, self.numerics.precision)
+        return linear(normed, head, self.numerics)
 
     def unroll(self, taps, embeddings, start, num_context, num_steps, head):
         """Training-time test: draft logits `num_steps` deep at every pair.

@@ -22,7 +22,7 @@ from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.data.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from ospec_jax.models import gguf, weights
 from ospec_jax.models.layers import Numerics
-from ospec_jax.models.quantization import calibrated_precision
+from ospec_jax.models.quantization import calibrated_numerics
 from ospec_jax.models.smoothing import measure_ranges
 from ospec_jax.typing import Params
 
@@ -97,9 +97,8 @@ def load_target(name_or_path: str, precision: Precision | None = None) -> Target
     """
     enable_compilation_cache()
     path = resolve(name_or_path)
-    if precision is None:
-        precision = calibrated_precision(cache_folder())
-    numerics = Numerics(precision, is_row_invariant=jax.default_backend() == "cpu")
+    numerics = calibrated_numerics(cache_folder(), precision)
+    precision = numerics.precision
     if path.is_dir():
         config = weights.read_hf_config(path)
         read = functools.partial(weights.load_hf_params, path, config, precision)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ospec_jax.config import Precision, RopeScaling
+from ospec_jax.kernels.native import int8_linear
 from ospec_jax.typing import typed
 
 _ONES = 8
@@ -39,10 +40,12 @@ class Numerics:
       precision: Of weights and products. `int8` quantises weights by output channel
         and activations by row, and accumulates in int32.
       is_row_invariant: Keep a row's bits independent of the other rows (for the CPU).
+      has_native_int8: int8 products are those of `ospec_jax.kernels`, not XLA's.
     """
 
     precision: Precision = "float32"
     is_row_invariant: bool = True
+    has_native_int8: bool = False
 
     @property
     def cache_dtype(self):
@@ -69,7 +72,8 @@ def row_sum(
 def quantize_rows(x):
     """Rounds each row to int8 and returns it with its scale, `x ~ q * scale`."""
     amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.maximum(amax, 1e-12) / 127.0
+    # XLA may turn a division by a constant into this product, which rounds otherwise.
+    scale = jnp.maximum(amax, 1e-12) * np.float32(1 / 127)
     return jnp.round(x / scale).astype(jnp.int8), scale
 
 
@@ -78,18 +82,20 @@ def _contract_last(x, kernel, dtype):
     return jax.lax.dot_general(x, kernel, dims, preferred_element_type=dtype)
 
 
-def linear(x, params, precision: Precision):
+def linear(x, params, numerics: Numerics):
     """`x @ kernel.T` for `params = {kernel, [scale], [bias]}`, in float32.
 
     The kernel's own type says how it is multiplied, so one tree of parameters may mix
     int8 and floating-point layers.
     """
     kernel = params["kernel"]
-    if kernel.dtype == jnp.int8:
+    if kernel.dtype == jnp.int8 and numerics.has_native_int8:
+        y = int8_linear(x.astype(jnp.float32), kernel, params["scale"])
+    elif kernel.dtype == jnp.int8:
         quantized, scale = quantize_rows(x)
         y = _contract_last(quantized, kernel, jnp.int32).astype(jnp.float32)
         y = y * scale * params["scale"]
-    elif precision == "bfloat16":
+    elif numerics.precision == "bfloat16":
         y = _contract_last(
             x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), jnp.float32
         )
@@ -120,7 +126,7 @@ class Linear(nn.Module):
         if self.use_bias:
             zeros = nn.initializers.zeros
             params["bias"] = self.param("bias", zeros, (self.features,), jnp.float32)
-        return linear(x, params, self.numerics.precision)
+        return linear(x, params, self.numerics)
 
 
 class RMSNorm(nn.Module):

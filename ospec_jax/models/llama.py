@@ -187,5 +187,5 @@ def target_logits(
     rows = hidden.reshape(b * t, d)
     if numerics.is_row_invariant and b * t == 1:
         rows = jnp.concatenate([rows, rows])
-    logits = linear(rows, head_table(params), numerics.precision)
+    logits = linear(rows, head_table(params), numerics)
     return logits[: b * t].reshape(b, t, -1)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax.config import Precision
-from ospec_jax.models.layers import linear
+from ospec_jax.kernels import native
+from ospec_jax.models.layers import Numerics, linear
 
 
 def quantize_kernel(kernel):
@@ -56,47 +57,59 @@ def cast_params(params, precision: Precision):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _products(x, kernels, precision):
+def _products(x, kernels, numerics):
     for kernel in kernels:
-        x = linear(x, kernel, precision)
+        x = linear(x, kernel, numerics)
     return x
 
 
-def _time_precision(precision: Precision, rows: int, features: int = 1024) -> float:
+def _time_products(numerics: Numerics, rows: int, features: int = 1024) -> float:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(rows, features)), jnp.float32)
     kernels = [
-        cast_leaf("kernel", rng.normal(size=(features, features)) / 32, precision)
+        cast_leaf(
+            "kernel", rng.normal(size=(features, features)) / 32, numerics.precision
+        )
         for _ in range(16)
     ]
     times = []
     for _ in range(6):
         start = time.perf_counter()
-        jax.block_until_ready(_products(x, kernels, precision))
+        jax.block_until_ready(_products(x, kernels, numerics))
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
 
-def calibrated_precision(cache_folder: Path) -> Precision:
-    """The fastest precision for decoding on this machine, measured once and cached.
+def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Numerics:
+    """How to compute on this machine.
 
-    Accelerators get bfloat16. A CPU is timed on products of 2 and 8 rows, the shapes
-    of plain decoding and of a verification.
+    Accelerators get bfloat16. A CPU is timed on products of 2 and 8 rows, the shapes of
+    plain decoding and of a verification, once; the result is kept.
+
+    Args:
+      precision: None chooses the fastest.
     """
     if jax.default_backend() != "cpu":
-        return "bfloat16"
+        return Numerics(precision or "bfloat16", is_row_invariant=False)
+    has_native_int8 = native.is_available(cache_folder)
+    of = lambda precision: Numerics(
+        precision, has_native_int8=has_native_int8 and precision == "int8"
+    )
+    if precision is not None:
+        return of(precision)
     file = cache_folder / "calibration.json"
-    key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__}"
+    kind = "native" if has_native_int8 else "xla"
+    key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__} int8 {kind}"
     known = json.loads(file.read_text()) if file.exists() else {}
     if key not in known:
         times = {
-            precision: _time_precision(precision, 2) + _time_precision(precision, 8)
+            precision: sum(_time_products(of(precision), rows) for rows in (2, 8))
             for precision in ("int8", "float32")
         }
         known[key] = min(times, key=times.__getitem__)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(known, indent=1))
-    return known[key]
+    return of(known[key])
 
 
 def _cpu_name() -> str:

@@ -11,7 +11,9 @@ from reference import random_params
 
 from ospec_jax import tree as topology
 from ospec_jax.config import TreeConfig
+from ospec_jax.kernels import native
 from ospec_jax.models import cache as kv
+from ospec_jax.models.hub import cache_folder
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.llama import Llama, target_logits
 from ospec_jax.models.quantization import cast_params
@@ -46,9 +48,9 @@ TREES = {
 class Passes:
     """Compiled passes of one model, and a sequence with its one-pass numbers."""
 
-    def __init__(self, config, params, precision, taps, seed=0):
+    def __init__(self, config, params, numerics, taps, seed=0):
         self.config, self.params = config, params
-        self.numerics = Numerics(precision, is_row_invariant=True)
+        self.numerics = numerics
         self.model = Llama(config, self.numerics, taps)
         rng = np.random.default_rng(seed)
         self.tokens = rng.integers(0, config.vocab_size, LENGTH).astype(np.int32)
@@ -100,16 +102,20 @@ def assert_same_bits(found, expected):
         np.testing.assert_array_equal(x, y, err_msg=name)
 
 
-@pytest.fixture(scope="module", params=["float32", "int8"])
-def precision(request):
-    return request.param
+@pytest.fixture(scope="module", params=["float32", "int8", "native"])
+def numerics(request):
+    if request.param != "native":
+        return Numerics(request.param)
+    if not native.is_available(cache_folder()):
+        pytest.skip("no C++ compiler")
+    return Numerics("int8", has_native_int8=True)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def passes(request, precision):
+def passes(request, numerics):
     config = tiny_model_config(**{"num_layers": 2} | MODELS[request.param])
-    params = cast_params(random_params(config), precision)
-    return Passes(config, params, precision, taps=(0, 1))
+    params = cast_params(random_params(config), numerics.precision)
+    return Passes(config, params, numerics, taps=(0, 1))
 
 
 CUTS = {
@@ -209,6 +215,7 @@ def tree_pass(passes, parents, path, start, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_real_weights(precision):
     from ospec_jax.models.hub import load_target
 
@@ -217,7 +224,9 @@ def test_real_weights(precision):
     except FileNotFoundError as error:
         pytest.skip(f"SmolLM2 is neither here nor to be downloaded: {error}")
     layers = target.config.num_layers
-    real = Passes(target.config, target.params, precision, (2, layers // 2, layers - 3))
+    real = Passes(
+        target.config, target.params, target.numerics, (2, layers // 2, layers - 3)
+    )
     eights = real.in_passes(CUTS["eights"])
     assert_same_bits(eights, real.expected)
     assert_same_bits(real.in_passes(CUTS["ones"]), real.expected)
