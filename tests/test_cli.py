@@ -18,7 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 CONFIGS = Path(__file__).parents[1] / "configs"
 BENCH_KEYS = {
     "mode", "num_prompts", "num_tokens", "tokens_per_second",
-    "tokens_per_second_with_learning", "predicted_speedup", "mean_acceptance_length",
+    "tokens_per_second_with_learning", "paired_speedup_quartiles",
+    "predicted_speedup", "mean_acceptance_length",
     "draft_acceptance_rate", "acceptance_per_position", "num_mismatched_outputs",
     "num_tie_flips", "repeated_token_share", "num_updates", "num_promotions",
     "learning_seconds", "compile_seconds", "peak_rss_mb", "target", "precision",

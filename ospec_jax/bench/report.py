@@ -8,12 +8,14 @@ import numpy as np
 from rich.table import Table
 
 from ospec_jax.bench.harness import BenchRun
+from ospec_jax.bench.passes import Machine, PassCost
 
 _COLUMNS = (
     ("mode", "mode", "{}"),
     ("tokens/s", "tokens_per_second", "{:.1f}"),
     ("with learning", "tokens_per_second_with_learning", "{:.1f}"),
     ("speed-up", "speedup", "{:.2f}"),
+    ("quartiles", "quartiles", "{}"),
     ("predicted", "predicted_speedup", "{:.2f}"),
     ("acceptance length", "mean_acceptance_length", "{:.2f}"),
     ("acceptance rate", "draft_acceptance_rate", "{:.0%}"),
@@ -29,14 +31,17 @@ def with_ratios(rows: Sequence[dict]) -> list[dict]:
     for row in rows:
         speed = row["tokens_per_second_with_learning"]
         extra = {"speedup": speed / plain["tokens_per_second"] if plain else None}
-        is_identical = row["num_mismatched_outputs"] == 0
-        extra["identical"] = "yes" if is_identical else "NO"
+        spread = row["paired_speedup_quartiles"]
+        extra["quartiles"] = f"{spread[0]:.2f} - {spread[2]:.2f}" if spread else None
+        if "num_mismatched_outputs" in row:
+            is_identical = row["num_mismatched_outputs"] == 0
+            extra["identical"] = "yes" if is_identical else "NO"
         extended.append(row | extra)
     return extended
 
 
 def _cell(row: dict, key: str, form: str) -> str:
-    return "-" if row[key] is None else form.format(row[key])
+    return "-" if row.get(key) is None else form.format(row[key])
 
 
 def terminal_table(rows: Sequence[dict], title: str) -> Table:
@@ -59,6 +64,35 @@ def markdown_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def plot_modes(rows: Sequence[dict], path: Path) -> Path:
+    """Draws tokens a second, learning time included, as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained"
+    )
+    speeds = [row["tokens_per_second_with_learning"] for row in rows]
+    colors = ["#1f6feb" if "target" in row else "#8a8f98" for row in rows]
+    bars = axes.barh([row["mode"] for row in rows], speeds, color=colors)
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.invert_yaxis()
+    axes.set(xlabel="tokens/s, learning time included")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def _save(figure, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return path
+
+
 def acceptance_series(run: BenchRun, mode: str, window: int = 8) -> np.ndarray:
     """Mean acceptance length over the last `window` prompts, `[num_prompts]`."""
     results = run.modes[mode].results
@@ -68,6 +102,25 @@ def acceptance_series(run: BenchRun, mode: str, window: int = 8) -> np.ndarray:
         [x[max(0, i - window + 1) : i + 1].sum() for i in range(len(x))]
     )
     return 1 + sums(accepted) / np.maximum(sums(drafts), 1)
+
+
+def roofline_table(costs: Sequence[PassCost], machine: Machine) -> str:
+    """Markdown: each pass against what memory and arithmetic allow."""
+    lines = [
+        f"Memory gives {machine.bytes_per_second / 1e9:.1f} GB/s, products "
+        f"{machine.operations_per_second / 1e9:.0f} billion operations/s.",
+        "",
+        "| rows | ms | GB/s | billion operations/s | bound, ms | of the bound |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cost in costs:
+        lines.append(
+            f"| {cost.num_rows} | {1e3 * cost.seconds:.1f} "
+            f"| {cost.num_bytes / cost.seconds / 1e9:.1f} "
+            f"| {cost.num_operations / cost.seconds / 1e9:.0f} "
+            f"| {1e3 * cost.bound:.1f} | {cost.fraction:.0%} |"
+        )
+    return "\n".join(lines)
 
 
 def plot_stream(run: BenchRun, path: Path) -> Path:
@@ -97,10 +150,7 @@ def plot_stream(run: BenchRun, path: Path) -> Path:
     axes.set_xlim(1, max(2, len(run.prompts)))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="upper right", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
-    return path
+    return _save(figure, path)
 
 
 def _shade_domains(axes, domains: list[str]) -> None:

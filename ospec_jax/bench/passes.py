@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What single passes cost: for predicted speed-ups and for the roofline."""
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ospec_jax.decoding.engine import fetch
+from ospec_jax.models import cache as kv
+from ospec_jax.models import llama
+from ospec_jax.models.hub import Target
+from ospec_jax.models.layers import linear
+from ospec_jax.models.quantization import cast_leaf
+from ospec_jax.session import Session
+
+_PROBE_BYTES = 1 << 28
+_PROBE_FEATURES = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class PassSeconds:
+    """What single passes of a mode take, alone.
+
+    Attributes:
+      prefill: One chunk of a prompt.
+      step: One step of decoding.
+    """
+
+    prefill: float
+    step: float
+
+
+def measure_passes(
+    sessions: dict[str, Session], num_rounds: int = 12
+) -> dict[str, PassSeconds]:
+    """Times the passes of each session on a single request.
+
+    They take turns, on a cache of its usual filling; medians count. Steps are timed as
+    the engine runs them, the next one sent before the last is read.
+    """
+    runs, times = {}, {name: ([], []) for name in sessions}
+    for _ in range(num_rounds):
+        for name, session in sessions.items():
+            engine, draft = session.engine, session.served_draft
+            request = session.probe_request()
+            start = time.perf_counter()
+            state, output = engine.prefill(
+                draft, request, engine.capacity_for([request])
+            )
+            fetch(output)
+            times[name][0].append(time.perf_counter() - start)
+            runs.setdefault(name, state)
+    for _ in range(num_rounds):
+        for name, session in sessions.items():
+            seconds, runs[name] = _time_steps(session, runs[name])
+            times[name][1].append(seconds)
+    return {
+        name: PassSeconds(*(statistics.median(seconds[2:]) for seconds in pair))
+        for name, pair in times.items()
+    }
+
+
+def _time_steps(session: Session, state, num_steps: int = 4) -> tuple[float, Any]:
+    """Seconds a step, one ahead; and the state, rewound to where it was."""
+    step = session.engine.compiled("step", True)
+    lengths, remaining = state.lengths + 0, state.num_remaining + 0
+    advance = lambda state: step(session.target.params, session.served_draft, state)
+    state, unread = advance(state)
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        state, output = advance(state)
+        fetch(unread)
+        unread = output
+    fetch(unread)
+    seconds = (time.perf_counter() - start) / num_steps
+    return seconds, state.replace(lengths=lengths, num_remaining=remaining)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What this machine can do at best.
+
+    Attributes:
+      bytes_per_second: Reading memory, with all cores.
+      operations_per_second: Multiplications and additions of the target's products.
+    """
+
+    bytes_per_second: float
+    operations_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PassCost:
+    """A target pass over some rows, against what the machine could do.
+
+    Attributes:
+      num_bytes: Weights and cache, read once.
+      num_operations: Multiplications and additions of the products.
+      bound: Seconds that the slower of memory and arithmetic needs at best.
+      seconds: Measured.
+    """
+
+    num_rows: int
+    num_bytes: int
+    num_operations: int
+    bound: float
+    seconds: float
+
+    @property
+    def fraction(self) -> float:
+        """Of the bound that was reached; 1 is perfect."""
+        return self.bound / self.seconds
+
+
+def _best_seconds(function: Callable[[], Any], num_rounds: int = 6) -> float:
+    times = []
+    for _ in range(num_rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def measure_machine(target: Target) -> Machine:
+    """Measures memory by folding a large array, arithmetic by a large product."""
+    parts = np.array_split(np.ones(_PROBE_BYTES // 8, np.int64), 16)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        read = lambda: list(pool.map(np.bitwise_xor.reduce, parts))
+        bytes_per_second = _PROBE_BYTES / _best_seconds(read)
+    rng, n = np.random.default_rng(0), _PROBE_FEATURES
+    params = cast_leaf("kernel", rng.normal(size=(n, n)), target.numerics.precision)
+    x = jnp.asarray(rng.normal(size=(512, n)), jnp.float32)
+    multiply = jax.jit(lambda x: linear(x, params, target.numerics))
+    operations_per_second = 2 * 512 * n * n / _best_seconds(lambda: multiply(x))
+    return Machine(bytes_per_second, operations_per_second)
+
+
+def roofline(
+    target: Target,
+    machine: Machine,
+    rows: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+    capacity: int = 256,
+) -> list[PassCost]:
+    """Times passes of the target over so many rows, logits included."""
+    config = target.config
+    forward = llama.build(config, target.numerics)
+    dtype = target.numerics.cache_dtype
+
+    @jax.jit
+    def run(params, tokens, cache):
+        starts = jnp.full(1, capacity - tokens.shape[1], jnp.int32)
+        positions = starts[:, None] + jnp.arange(tokens.shape[1])
+        bias = kv.causal_bias(starts, tokens.shape[1], capacity)
+        hidden, _, _ = forward(params, tokens, positions, bias, cache, starts)
+        return llama.target_logits(params, hidden, target.numerics)
+
+    cache = kv.init_cache(
+        config.num_layers, 1, config.num_kv_heads, capacity, config.head_dim, dtype
+    )
+    looked_up = None if config.tie_embeddings else target.params["embed_tokens_kernel"]
+    kernels = [
+        x for x in jax.tree.leaves(target.params) if x.ndim == 2 and x is not looked_up
+    ]
+    num_bytes = sum(x.nbytes for x in [*kernels, *jax.tree.leaves(cache)])
+    costs = []
+    for num_rows in rows:
+        tokens = jnp.ones((1, num_rows), jnp.int32)
+        seconds = _best_seconds(lambda t=tokens: run(target.params, t, cache), 12)
+        num_operations = 2 * num_rows * sum(x.size for x in kernels)
+        bound = max(
+            num_bytes / machine.bytes_per_second,
+            num_operations / machine.operations_per_second,
+        )
+        costs.append(PassCost(num_rows, num_bytes, num_operations, bound, seconds))
+    return costs

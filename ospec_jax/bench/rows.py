@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A finished benchmark as JSON rows."""
+
+import datetime
+import resource
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ospec_jax.bench.harness import BenchRun, ModeRun, Turns
+from ospec_jax.data.prompts import encode
+from ospec_jax.decoding.engine import PREFILL_CHUNK
+from ospec_jax.decoding.reference import is_tie
+from ospec_jax.metrics import repeated_token_share
+
+
+def predicted_seconds(run: BenchRun, name: str) -> float:
+    """What a mode's passes should take in all, by their number and single cost."""
+    mode, cost = run.modes[name], run.pass_seconds[name]
+    lengths = [
+        len(encode(prompt, mode.session.target.tokenizer, run.config.is_raw))
+        for prompt in run.prompts
+    ]
+    num_chunks = sum(-(-length // PREFILL_CHUNK) for length in lengths)
+    return num_chunks * cost.prefill + mode.stats.num_drafts * cost.step
+
+
+def to_rows(run: BenchRun) -> list[dict]:
+    """The benchmark's JSON: one row a mode, then one a peer."""
+    rows = [_row(run, name) for name in run.modes]
+    return rows + [_peer_row(run, name) for name in run.peers]
+
+
+def _shared(run: BenchRun, name: str, turns: Turns) -> dict:
+    """Of modes and peers alike; ratios are to plain decoding, turn by turn."""
+    quartiles = None
+    plain = run.modes.get("autoregressive")
+    if plain is not None and turns.turn_seconds:
+        pace = lambda t: np.divide(t.turn_seconds, np.maximum(t.turn_tokens, 1))
+        ratios = pace(plain) / pace(turns)
+        quartiles = [float(q) for q in np.percentile(ratios, (25, 50, 75))]
+    return {
+        "mode": name,
+        "num_prompts": len(run.prompts),
+        "num_tokens": turns.num_tokens,
+        "tokens_per_second_with_learning": turns.tokens_per_second_with_learning,
+        "paired_speedup_quartiles": quartiles,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "device": str(jax.devices()[0].device_kind),
+        "jax_version": jax.__version__,
+        "git_commit": _git_commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _peer_row(run: BenchRun, name: str) -> dict:
+    shared = _shared(run, name, run.peers[name])
+    speed = shared["tokens_per_second_with_learning"]
+    return shared | {"tokens_per_second": speed}
+
+
+def _row(run: BenchRun, name: str) -> dict:
+    mode, stats = run.modes[name], run.modes[name].stats
+    session, learning = mode.session, mode.session.learning
+    predicted = None
+    if "autoregressive" in run.modes and run.config.batch_size == 1:
+        plain = predicted_seconds(run, "autoregressive")
+        predicted = plain / max(predicted_seconds(run, name), 1e-9)
+    mismatched, ties = count_mismatches(run, mode)
+    shares = [repeated_token_share(r.token_ids) for r in mode.results]
+    weights = [len(r.token_ids) for r in mode.results]
+    return _shared(run, name, mode) | {
+        "tokens_per_second": mode.tokens_per_second,
+        "predicted_speedup": predicted,
+        "mean_acceptance_length": stats.mean_acceptance_length,
+        "draft_acceptance_rate": stats.draft_acceptance_rate,
+        "acceptance_per_position": stats.acceptance_per_position,
+        "num_mismatched_outputs": mismatched,
+        "num_tie_flips": ties,
+        "repeated_token_share": float(np.dot(shares, weights) / max(sum(weights), 1)),
+        "num_updates": int(learning.state.learner.num_updates) if learning else 0,
+        "num_promotions": session.version,
+        "learning_seconds": mode.learning_seconds,
+        "compile_seconds": mode.compile_seconds,
+        "target": session.target.name,
+        "precision": session.target.numerics.precision,
+        "num_speculative_tokens": session.tree.num_steps,
+    }
+
+
+def count_mismatches(run: BenchRun, mode: ModeRun) -> tuple[int, int]:
+    """Outputs that differ from plain decoding, and how many of them are mere ties.
+
+    Sampled outputs follow the same law, not the same draws: they are not compared.
+    """
+    if run.config.sampling.temperature > 0:
+        return 0, 0
+    mismatched = ties = 0
+    session = mode.session
+    for result, expected in zip(mode.results, run.reference, strict=True):
+        if result.token_ids == expected:
+            continue
+        mismatched += 1
+        pairs = enumerate(zip(result.token_ids, expected, strict=False))
+        first = next((i for i, (a, b) in pairs if a != b), None)
+        if first is None:
+            continue  # one output is longer: no tie
+        ids = encode(result.prompt, session.target.tokenizer, run.config.is_raw)
+        prefix = [*ids, *expected[:first]]
+        ties += is_tie(session.engine.config, session.target.params, prefix)
+    return mismatched, ties
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
