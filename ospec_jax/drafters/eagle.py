@@ -85,7 +85,7 @@ class EagleHead(nn.Module):
         num_positions = cache.capacity if self.numerics.is_row_invariant else None
         q, k, v = self._project(features, embeddings, positions, num_positions)
         keys, values = kv.append(cache.keys[0], cache.values[0], k, v, starts)
-        out = attend(q, keys, values, bias, self.numerics.is_row_invariant)
+        out = attend(q, keys, values, bias, self.numerics)
         return self._finish(features, out), kv.KVCache(keys=(keys,), values=(values,))
 
     def logits(self, outputs, head):

@@ -11,20 +11,13 @@
 // again. All sums are of integers, hence exact in any order: a row's result depends
 // neither on the rows beside it nor on the number of threads.
 
+#include <immintrin.h>
+
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
 #include <vector>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define HAS_VNNI 1
-#endif
-
+#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -36,25 +29,22 @@ constexpr int64_t kMaxRows = 4;   // rows of x in one block; the sums stay in re
 constexpr int64_t kAlign = 64;    // bytes in a vector
 // Blocks read several short runs of memory, which no hardware prefetcher follows.
 constexpr int64_t kPrefetchBytes = 4096;
-constexpr int64_t kChunkBytes = 64 * 1024;  // of kernel, claimed by a thread at a time
+// Bytes of the kernel that a thread claims at a time. They stay in the first cache while
+// one block of rows after the other passes over them; a single block needs no such care.
+constexpr int64_t kChunkBytes = 16 * 1024;
+constexpr int64_t kSingleChunkBytes = 64 * 1024;
 constexpr int64_t kMinParallel = 1500000;   // multiplications worth waking a thread for
 
-// A product, shared by the threads that work on it.
 struct Product {
   const int8_t* x;         // [m, padded_k], zeros in the padding
   const int8_t* kernel;    // [n, k]
   const float* scale;      // [n]
   float* y;                // [m, n]
   int64_t m, n, k, padded_k;
-  int64_t num_chunks, channels_per_chunk;
   std::vector<int8_t> x_storage;
   std::vector<float> row_scale;  // [m]
   std::vector<int32_t> row_sum;  // [m]
-  std::atomic<int64_t> next_chunk{0};
-  std::atomic<int64_t> num_done{0};
 };
-
-#if HAS_VNNI
 
 // Sums the lanes of four vectors: {sum a, sum b, sum c, sum d}.
 inline __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
@@ -138,44 +128,13 @@ void block_of(int64_t rows, const Product& p, int64_t row, int64_t channel) {
     case 1: return block<1, kFirst>(p, row, channel);
     case 2: return block<2, kFirst>(p, row, channel);
     case 3: return block<3, kFirst>(p, row, channel);
-    case 4: return block<4, kFirst>(p, row, channel);
-    case 5: return block<5, kFirst>(p, row, channel);
-    default: return block<6, kFirst>(p, row, channel);
+    default: return block<4, kFirst>(p, row, channel);
   }
 }
 
-#else
-
-float largest_magnitude(const float* x, int64_t k) {
-  float largest = 0.0f;
-  for (int64_t i = 0; i < k; ++i) largest = std::max(largest, std::fabs(x[i]));
-  return largest;
-}
-
-int32_t round_row(const float* x, int64_t k, float scale, int8_t* out) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < k; ++i) {
-    out[i] = static_cast<int8_t>(std::nearbyint(x[i] / scale));
-    sum += out[i];
-  }
-  return sum;
-}
-
-#endif
-
-void channels(const Product& p, int64_t begin, int64_t end) {
-  int64_t channel = begin;
-#if HAS_VNNI
-  int64_t num_blocks = (p.m + kMaxRows - 1) / kMaxRows;
-  for (; channel + kChannels <= end; channel += kChannels) {
-    block_of<true>(p.m / num_blocks, p, 0, channel);
-    for (int64_t b = 1; b < num_blocks; ++b) {
-      int64_t row = p.m * b / num_blocks, next = p.m * (b + 1) / num_blocks;
-      block_of<false>(next - row, p, row, channel);
-    }
-  }
-#endif
-  for (; channel < end; ++channel)
+// The kernel's rows that are no whole block.
+void channels_left(const Product& p, int64_t begin, int64_t end) {
+  for (int64_t channel = begin; channel < end; ++channel)
     for (int64_t row = 0; row < p.m; ++row) {
       const int8_t *x = p.x + row * p.padded_k, *w = p.kernel + channel * p.k;
       int32_t sum = 0;
@@ -185,14 +144,15 @@ void channels(const Product& p, int64_t begin, int64_t end) {
     }
 }
 
-void work(Product& p) {
-  for (;;) {
-    int64_t chunk = p.next_chunk.fetch_add(1);
-    if (chunk >= p.num_chunks) return;
-    int64_t begin = chunk * p.channels_per_chunk;
-    channels(p, begin, std::min(begin + p.channels_per_chunk, p.n));
-    p.num_done.fetch_add(1, std::memory_order_release);
+void channels(const Product& p, int64_t begin, int64_t end) {
+  int64_t num_blocks = (p.m + kMaxRows - 1) / kMaxRows;
+  int64_t whole = begin + (end - begin) / kChannels * kChannels;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    int64_t row = p.m * i / num_blocks, count = p.m * (i + 1) / num_blocks - row;
+    for (int64_t channel = begin; channel < whole; channel += kChannels)
+      i ? block_of<false>(count, p, row, channel) : block_of<true>(count, p, row, channel);
   }
+  channels_left(p, whole, end);
 }
 
 void quantize(Product& p, const float* x) {
@@ -213,25 +173,22 @@ void quantize(Product& p, const float* x) {
 ffi::Error Int8Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                       ffi::Buffer<ffi::S8> kernel, ffi::Buffer<ffi::F32> scale,
                       ffi::ResultBuffer<ffi::F32> y) {
-  auto p = std::make_shared<Product>();
-  p->m = x.dimensions()[0];
-  p->k = x.dimensions()[1];
-  p->n = kernel.dimensions()[0];
-  p->padded_k = (p->k + kAlign - 1) / kAlign * kAlign;
-  p->kernel = kernel.typed_data();
-  p->scale = scale.typed_data();
-  p->y = y->typed_data();
-  int64_t per_chunk = std::max<int64_t>(1, kChunkBytes / p->k / kChannels) * kChannels;
-  p->channels_per_chunk = per_chunk;
-  p->num_chunks = (p->n + per_chunk - 1) / per_chunk;
-  quantize(*p, x.typed_data());
-  // Helpers hold the product alive: one that starts late finds nothing left to do.
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), p->num_chunks) - 1;
-  if (p->m * p->n * p->k < kMinParallel) helpers = 0;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([p] { work(*p); });
-  work(*p);
-  for (int spin = 0; p->num_done.load(std::memory_order_acquire) < p->num_chunks; ++spin)
-    if (spin > 1000) std::this_thread::yield();
+  Product p;
+  p.m = x.dimensions()[0];
+  p.k = x.dimensions()[1];
+  p.n = kernel.dimensions()[0];
+  p.padded_k = (p.k + kAlign - 1) / kAlign * kAlign;
+  p.kernel = kernel.typed_data();
+  p.scale = scale.typed_data();
+  p.y = y->typed_data();
+  quantize(p, x.typed_data());
+  int64_t bytes = p.m > kMaxRows ? kChunkBytes : kSingleChunkBytes;
+  int64_t per_chunk = std::max<int64_t>(1, bytes / p.k / kChannels) * kChannels;
+  auto run = [&p, per_chunk](int64_t chunk) {
+    channels(p, chunk * per_chunk, std::min((chunk + 1) * per_chunk, p.n));
+  };
+  bool is_parallel = p.m * p.n * p.k >= kMinParallel;
+  ospec::share(pool, (p.n + per_chunk - 1) / per_chunk, is_parallel, run);
   return ffi::Error::Success();
 }
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8 products in C++, built with the machine's compiler at first use.
+"""int8 products and attention in C++, built with the machine's compiler at first use.
 
 XLA:CPU packs the kernel of an int8 product at every call, which costs more than the
-product itself when there are few rows. `int8_linear.cc` reads it in place. Both find
-the same integers; XLA may round what it scales them by together with what follows, so
-a machine without a compiler is slower and differs in last bits.
+product itself when there are few rows, and makes five calls of an attention that a loop
+does in one. Both are for CPUs with AVX-512 VNNI. Elsewhere, and without a compiler,
+XLA's own code does the same, slower, and differing in last bits.
 """
 
 import ctypes
@@ -22,8 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SOURCE = Path(__file__).with_name("int8_linear.cc")
-_TARGET = "ospec_int8_linear"
+_FOLDER = Path(__file__).parent
+_SOURCES = ("int8_linear.cc", "attention.cc")
+_HANDLERS = {
+    "ospec_int8_linear": "OspecInt8Linear", "ospec_attention": "OspecAttention",
+}  # fmt: skip
+_SUFFIXES = (".cc", ".h")
+_LANES = 16
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno",
     "-shared", "-fPIC", "-w",
@@ -40,38 +45,64 @@ def int8_linear(x, kernel, scale):
     """
     rows = x.reshape(-1, x.shape[-1])
     out = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
-    y = jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")(rows, kernel, scale)
-    return y.reshape(*x.shape[:-1], -1)
+    call = jax.ffi.ffi_call("ospec_int8_linear", out, vmap_method="sequential")
+    return call(rows, kernel, scale).reshape(*x.shape[:-1], -1)
+
+
+def can_attend(queries, keys) -> bool:
+    """Whether `attention` takes these shapes and types."""
+    is_float32 = queries.dtype == keys.dtype == jnp.float32
+    return is_float32 and not queries.shape[-1] % _LANES and not keys.shape[-1] % _LANES
+
+
+def attention(queries, keys, values, bias):
+    """Softmax attention; query head i reads key-value head `i // group`.
+
+    Args:
+      queries: `[b, t, heads, e]`, all in float32.
+      keys: `[b, h, e, s]`.
+      values: `[b, h, s, e]`.
+      bias: `[b, t, s]`.
+
+    Returns:
+      `[b, t, heads * e]`.
+    """
+    out = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
+    call = jax.ffi.ffi_call("ospec_attention", out, vmap_method="sequential")
+    return call(queries, keys, values, bias).reshape(*queries.shape[:2], -1)
 
 
 @functools.cache
 def is_available(folder: Path) -> bool:
-    """Builds and registers the products, unless that was done before.
+    """Builds and registers the functions, unless that was done before.
 
-    False, with a warning that says why, where they cannot be used: no compiler, or one
-    whose code fails the check against numpy. `OSPEC_NATIVE=0` turns them off.
+    False where they cannot be used: on accelerators and other CPUs, and, with a warning
+    that says why, without a compiler or where its code fails the check against numpy.
+    `OSPEC_NATIVE=0` turns them off.
 
     Args:
       folder: Where the compiled library is kept.
     """
-    if os.environ.get("OSPEC_NATIVE") == "0" or jax.default_backend() != "cpu":
+    is_off = os.environ.get("OSPEC_NATIVE") == "0" or jax.default_backend() != "cpu"
+    if is_off or "avx512_vnni" not in _cpu_features():
         return False
     try:
         library = ctypes.cdll.LoadLibrary(str(_build(folder)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(
-            f"int8 products fall back to XLA's, at about half the speed: {detail}. "
-            f"Install a C++ compiler, or set OSPEC_NATIVE=0 to silence this.",
+            f"int8 decoding falls back to XLA's products, at about half the speed: "
+            f"{detail}. Install a C++ compiler, or set OSPEC_NATIVE=0 to silence this.",
             stacklevel=2,
         )
         return False
-    handler = jax.ffi.pycapsule(library.OspecInt8Linear)
-    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+    for target, handler in _HANDLERS.items():
+        capsule = jax.ffi.pycapsule(getattr(library, handler))
+        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
     if not _is_correct():
         warnings.warn(
-            "int8 products fall back to XLA's: this machine's compiler built them "
-            "wrongly. Set CXX to another one, or OSPEC_NATIVE=0 to silence this.",
+            "int8 decoding falls back to XLA's products: this machine's compiler built "
+            "ours wrongly. Set CXX to another one, or OSPEC_NATIVE=0 to silence this.",
             stacklevel=2,
         )
         return False
@@ -85,20 +116,17 @@ def _build(folder: Path) -> Path:
     if compiler is None:
         raise FileNotFoundError("no C++ compiler was found")
     version = _run(compiler, "--version").splitlines()[0]
-    key = (
-        version,
-        _cpu_features(),
-        importlib.metadata.version("jaxlib"),
-        *_FLAGS,
-        _SOURCE.read_text(),
-    )
-    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
-    library = folder / "native" / f"int8_linear-{digest}.so"
+    jaxlib = importlib.metadata.version("jaxlib")
+    texts = [p.read_text() for p in sorted(_FOLDER.iterdir()) if p.suffix in _SUFFIXES]
+    key = "\n".join((version, _cpu_features(), jaxlib, *_FLAGS, *texts))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    library = folder / "native" / f"kernels-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         part = library.with_suffix(f".{os.getpid()}.part")
+        sources = [str(_FOLDER / name) for name in _SOURCES]
         include = f"-I{jax.ffi.include_dir()}"
-        _run(compiler, *_FLAGS, include, str(_SOURCE), "-o", str(part))
+        _run(compiler, *_FLAGS, include, *sources, "-o", str(part))
         part.rename(library)
     return library
 
@@ -120,7 +148,7 @@ def _cpu_features() -> str:
 
 
 def _is_correct() -> bool:
-    """Compares products of odd shapes with numpy's, bit for bit."""
+    """Compares results of odd shapes with numpy's."""
     rng = np.random.default_rng(0)
     for rows, features, columns in ((1, 5, 7), (2, 64, 64), (9, 70, 100), (16, 33, 63)):
         x = rng.normal(size=(rows, columns)).astype(np.float32)
@@ -132,4 +160,12 @@ def _is_correct() -> bool:
         expected = expected * row_scale * scale
         if not np.array_equal(expected, np.asarray(int8_linear(x, kernel, scale))):
             return False
-    return True
+    q, k, v = (
+        rng.normal(size=s) for s in ((1, 3, 2, 16), (1, 1, 16, 32), (1, 1, 32, 16))
+    )
+    scores = np.einsum("bthe,bes->bths", q, k[:, 0]) / 4
+    weights = np.exp(scores) / np.sum(np.exp(scores), axis=-1, keepdims=True)
+    expected = np.einsum("bths,bse->bthe", weights, v[:, 0]).reshape(1, 3, 32)
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    found = attention(q, k, v, np.zeros((1, 3, 32), np.float32))
+    return np.allclose(found, expected, rtol=1e-4, atol=1e-5)

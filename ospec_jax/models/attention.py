@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ospec_jax.models.layers import WIDE, row_sum
+from ospec_jax.kernels import native
+from ospec_jax.models.layers import WIDE, Numerics, row_sum
 from ospec_jax.typing import typed
 
 
@@ -15,7 +16,7 @@ def attend(
     keys: Float[Array, "b h e s"],
     values: Float[Array, "b h s e"],
     bias: Float[Array, "b t s"],
-    is_row_invariant: bool,
+    numerics: Numerics,
 ) -> Float[Array, "b t heads_e"]:
     """Softmax attention; query head i reads key-value head `i // group`.
 
@@ -24,6 +25,9 @@ def attend(
     sums over slots are products of at least `WIDE` columns, so that the exact zeros of
     masked slots, behind a token's own or between a tree's, keep each row's bits.
     """
+    if numerics.is_native and native.can_attend(queries, keys):
+        return native.attention(queries, keys, values, bias)
+    is_row_invariant = numerics.is_row_invariant
     b, t, heads, e = queries.shape
     h = keys.shape[1]
     q = queries.reshape(b, t, h, heads // h, e).transpose(0, 2, 3, 1, 4)

@@ -40,12 +40,12 @@ class Numerics:
       precision: Of weights and products. `int8` quantises weights by output channel
         and activations by row, and accumulates in int32.
       is_row_invariant: Keep a row's bits independent of the other rows (for the CPU).
-      has_native_int8: int8 products are those of `ospec_jax.kernels`, not XLA's.
+      is_native: int8 products and attention are those of `ospec_jax.kernels`.
     """
 
     precision: Precision = "float32"
     is_row_invariant: bool = True
-    has_native_int8: bool = False
+    is_native: bool = False
 
     @property
     def cache_dtype(self):
@@ -89,7 +89,7 @@ def linear(x, params, numerics: Numerics):
     int8 and floating-point layers.
     """
     kernel = params["kernel"]
-    if kernel.dtype == jnp.int8 and numerics.has_native_int8:
+    if kernel.dtype == jnp.int8 and numerics.is_native:
         y = int8_linear(x.astype(jnp.float32), kernel, params["scale"])
     elif kernel.dtype == jnp.int8:
         quantized, scale = quantize_rows(x)

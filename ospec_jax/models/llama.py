@@ -51,9 +51,7 @@ class SelfAttention(nn.Module):
         keys, values = kv.append(
             keys, values, rotated[:, :, heads:], qkv[:, :, heads + kv_heads :], starts
         )
-        out = attend(
-            rotated[:, :, :heads], keys, values, bias, self.numerics.is_row_invariant
-        )
+        out = attend(rotated[:, :, :heads], keys, values, bias, self.numerics)
         out = Linear(c.hidden_size, self.numerics, name="o_proj")(out)
         return out, keys, values
 

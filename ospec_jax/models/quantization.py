@@ -91,14 +91,12 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
     """
     if jax.default_backend() != "cpu":
         return Numerics(precision or "bfloat16", is_row_invariant=False)
-    has_native_int8 = native.is_available(cache_folder)
-    of = lambda precision: Numerics(
-        precision, has_native_int8=has_native_int8 and precision == "int8"
-    )
+    is_native = native.is_available(cache_folder)
+    of = lambda precision: Numerics(precision, is_native=is_native)
     if precision is not None:
         return of(precision)
     file = cache_folder / "calibration.json"
-    kind = "native" if has_native_int8 else "xla"
+    kind = "native" if is_native else "xla"
     key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__} int8 {kind}"
     known = json.loads(file.read_text()) if file.exists() else {}
     if key not in known:

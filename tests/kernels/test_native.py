@@ -9,7 +9,7 @@ from ospec_jax.kernels import native
 from ospec_jax.models.hub import cache_folder
 from ospec_jax.models.layers import Numerics, linear
 
-NATIVE = Numerics("int8", has_native_int8=True)
+NATIVE = Numerics("int8", is_native=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,3 +104,78 @@ def test_a_failing_compiler_warns_with_its_words(tmp_path, monkeypatch):
 def test_it_can_be_turned_off(tmp_path, monkeypatch):
     monkeypatch.setenv("OSPEC_NATIVE", "0")
     assert not native.is_available.__wrapped__(tmp_path)
+
+
+def random_attention(seed=0, b=2, t=5, heads=6, kv_heads=2, e=32, s=80):
+    """Queries, keys, values and a bias that masks some slots, as a tree's would."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    bias = np.where(rng.random((b, t, s)) < 0.6, 0.0, -1e30).astype(np.float32)
+    bias[:, :, 0] = 0.0
+    bias[:, :, s - 20 :] = -1e30
+    return (
+        normal(b, t, heads, e), normal(b, kv_heads, e, s), normal(b, kv_heads, s, e),
+        bias,
+    )  # fmt: skip
+
+
+def exact_attention(queries, keys, values, bias):
+    """In float64."""
+    group = queries.shape[2] // keys.shape[1]
+    k, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (keys, values))
+    scores = np.einsum("bthe,bhes->bths", queries, k) / queries.shape[-1] ** 0.5
+    scores = scores + bias[:, :, None]
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out = np.einsum("bths,bhse->bthe", weights / weights.sum(-1, keepdims=True), v)
+    return out.reshape(*queries.shape[:2], -1)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"e": 64, "s": 256}, {"e": 16, "t": 1, "s": 16}, {"e": 144, "t": 64, "b": 1}],
+)
+def test_attention_equals_the_exact_one(shape):
+    args = random_attention(**shape)
+    found = native.attention(*args)
+    np.testing.assert_allclose(found, exact_attention(*args), rtol=3e-5, atol=3e-6)
+
+
+def test_large_scores_do_not_overflow():
+    queries, keys, values, bias = random_attention()
+    args = (1e3 * queries, keys, values, bias)
+    np.testing.assert_allclose(
+        native.attention(*args), exact_attention(*args), rtol=1e-2, atol=1e-3
+    )
+
+
+def test_masked_slots_leave_no_trace():
+    """Rubbish behind the mask, and where the attended slots lie, changes no bit."""
+    queries, keys, values, bias = random_attention(b=1, t=1)
+    before = np.asarray(native.attention(queries, keys, values, bias))
+    is_masked = bias[0, 0] < -1e29
+    rubbish = keys.copy(), values.copy()
+    rubbish[0][..., is_masked], rubbish[1][:, :, is_masked] = 1e20, -1e20
+    np.testing.assert_array_equal(native.attention(queries, *rubbish, bias), before)
+    order = np.argsort(is_masked, kind="stable")
+    moved = native.attention(
+        queries, keys[..., order], values[:, :, order], bias[:, :, order]
+    )
+    np.testing.assert_array_equal(moved, before)
+
+
+def test_queries_do_not_depend_on_their_neighbours():
+    queries, keys, values, bias = random_attention(t=13)
+    together = np.asarray(native.attention(queries, keys, values, bias))
+    for i in range(13):
+        alone = native.attention(
+            queries[:, i : i + 1], keys, values, bias[:, i : i + 1]
+        )
+        np.testing.assert_array_equal(alone, together[:, i : i + 1])
+
+
+def test_only_whole_vectors_of_float32_are_attended_to():
+    queries, keys, *_ = random_attention()
+    assert native.can_attend(queries, keys)
+    assert not native.can_attend(queries, keys[..., :70])
+    assert not native.can_attend(queries[..., :24], keys)
+    assert not native.can_attend(queries, keys.astype(np.float16))

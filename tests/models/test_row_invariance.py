@@ -108,7 +108,7 @@ def numerics(request):
         return Numerics(request.param)
     if not native.is_available(cache_folder()):
         pytest.skip("no C++ compiler")
-    return Numerics("int8", has_native_int8=True)
+    return Numerics("int8", is_native=True)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
