@@ -39,7 +39,7 @@ class PassSeconds:
 
 
 def measure_passes(
-    sessions: dict[str, Session], num_rounds: int = 12
+    sessions: dict[str, Session], num_rounds: int = 16
 ) -> dict[str, PassSeconds]:
     """Times the passes of each session on a single request.
 
@@ -68,7 +68,7 @@ def measure_passes(
     }
 
 
-def _time_steps(session: Session, state, num_steps: int = 4) -> tuple[float, Any]:
+def _time_steps(session: Session, state, num_steps: int = 8) -> tuple[float, Any]:
     """Seconds a step, one ahead; and the state, rewound to where it was."""
     step = session.engine.compiled("step", True)
     lengths, remaining = state.lengths + 0, state.num_remaining + 0

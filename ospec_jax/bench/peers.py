@@ -7,6 +7,7 @@ differently, so only its speed is compared.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,7 @@ def _llama_cpp(path: Path, has_lookup: bool):
     lookup = LlamaPromptLookupDecoding(num_pred_tokens=_LOOKUP_TOKENS)
     model = Llama(
         str(path), n_ctx=_CONTEXT, verbose=False, logits_all=has_lookup,
+        n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(),
         draft_model=lookup if has_lookup else None,
     )  # fmt: skip
 
