@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from ospec_jax import checkpoint
+from ospec_jax import checkpoint, sharding
 from ospec_jax.config import (
     ChildrenKind,
     ConfigError,
@@ -55,6 +55,7 @@ class Decoding:
       stop: Strings that end an answer.
       raw: Skip the chat template.
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens.
+      mesh: Devices to split over, like data=2,model=4; empty for a single one.
     """
 
     target: str = "smollm2-135m"
@@ -73,6 +74,7 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    mesh: str = ""
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -92,7 +94,9 @@ class Decoding:
     def load(self):
         """The target and its draft; bad arguments are refused before the loading."""
         _ = self.tree_config, self.sampling
-        target = load_target(self.target, _precision(self.precision))
+        mesh = sharding.make_mesh(self.mesh) if self.mesh else None
+        sharding.check_batch(mesh, self.batch_size)
+        target = load_target(self.target, _precision(self.precision), mesh)
         draft = None if self.draft == "none" else load_draft(self.draft, target)
         return target, draft
 

@@ -13,13 +13,14 @@ NOUNS = {"typing", "types", "config"}
 ALLOWED = {
     "typing": set(),
     "config": set(),
-    "models": NOUNS | {"models", "data"},
+    "sharding": {"config"},
+    "models": NOUNS | {"models", "data", "sharding"},
     "types": NOUNS | {"models"},
     "sampling": NOUNS | {"models"},
     "tree": NOUNS,
     "drafters": NOUNS | {"models", "sampling", "tree", "drafters"},
     "decoding": NOUNS
-    | {"models", "sampling", "tree", "drafters", "decoding", "metrics"},
+    | {"models", "sampling", "sharding", "tree", "drafters", "decoding", "metrics"},
     "learners": NOUNS | {"drafters", "learners"},
     "metrics": set(),
 }

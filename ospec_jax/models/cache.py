@@ -48,11 +48,20 @@ def init_cache(
     return KVCache(keys=zeros(head_dim, capacity), values=zeros(capacity, head_dim))
 
 
-def write_rows(buffer, new, starts: Int[Array, " b"], axis: int = -2):
-    """Writes entries into the slots of `axis` from `starts` on, row by row.
+def write_rows(
+    buffer, new, starts: Int[Array, " b"], axis: int = -2, is_batched: bool = False
+):
+    """Writes entries into the slots of `axis` from `starts` on.
 
-    One in-place slice a row: XLA:CPU runs a batched scatter one index at a time.
+    Args:
+      is_batched: In one scatter, instead of one in-place slice a row; see
+        `Numerics.has_batched_writes`.
     """
+    if is_batched:
+        put = lambda row, entries, start: jax.lax.dynamic_update_slice_in_dim(
+            row, entries.astype(row.dtype), start, axis
+        )
+        return jax.vmap(put)(buffer, new, starts)
     zero = jnp.zeros((), starts.dtype)
     for row in range(buffer.shape[0]):
         indices = [zero] * buffer.ndim
@@ -70,11 +79,12 @@ def append(
     new_keys: Float[Array, "b t h e"],
     new_values: Float[Array, "b t h e"],
     starts: Int[Array, " b"],
+    is_batched: bool = False,
 ):
     """Writes a layer's new keys and values into the slots from `starts` on."""
     return (
-        write_rows(keys, new_keys.transpose(0, 2, 3, 1), starts, axis=-1),
-        write_rows(values, new_values.transpose(0, 2, 1, 3), starts),
+        write_rows(keys, new_keys.transpose(0, 2, 3, 1), starts, -1, is_batched),
+        write_rows(values, new_values.transpose(0, 2, 1, 3), starts, -2, is_batched),
     )
 
 
@@ -86,7 +96,10 @@ def gather_slots(buffer, slots: Int[Array, "b m"], axis: int = -2):
 
 @typed
 def keep_path(
-    cache: KVCache, starts: Int[Array, " b"], path: Int[Array, "b m"]
+    cache: KVCache,
+    starts: Int[Array, " b"],
+    path: Int[Array, "b m"],
+    is_batched: bool = False,
 ) -> KVCache:
     """Moves an accepted path's entries to the slots behind the committed ones.
 
@@ -96,7 +109,7 @@ def keep_path(
     """
     slots = starts[:, None] + path
     move = lambda buffer, axis: write_rows(
-        buffer, gather_slots(buffer, slots, axis), starts, axis
+        buffer, gather_slots(buffer, slots, axis), starts, axis, is_batched
     )
     return KVCache(
         keys=tuple(move(keys, -1) for keys in cache.keys),

@@ -39,15 +39,26 @@ class Numerics:
       precision: Of weights and products. `int8` quantises weights by output channel
         and activations by row, and accumulates in int32.
       is_row_invariant: Keep a row's bits independent of the other rows (for the CPU).
+      num_groups: Groups in which rows of fused products lie; see `sharding`.
     """
 
     precision: Precision = "float32"
     is_row_invariant: bool = True
+    num_groups: int = 1
 
     @property
     def cache_dtype(self):
         """Type of cached keys and values."""
         return jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
+
+    @property
+    def has_batched_writes(self) -> bool:
+        """Whether one scatter writes the cache entries of all rows.
+
+        It stays local where rows are split over devices, and small in programs of many
+        rows; XLA:CPU would run it one index at a time.
+        """
+        return not self.is_row_invariant
 
 
 @typed
@@ -145,8 +156,25 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x):
         both = Linear(2 * self.intermediate_size, self.numerics, name="gate_up_proj")(x)
-        gate, up = jnp.split(both, 2, axis=-1)
+        sizes = (self.intermediate_size,) * 2
+        gate, up = split_groups(both, sizes, self.numerics.num_groups, axis=-1)
         return Linear(x.shape[-1], self.numerics, name="down_proj")(nn.silu(gate) * up)
+
+
+def split_groups(x, sizes: tuple[int, ...], num_groups: int, axis: int) -> list:
+    """Takes a fused product's result apart; with groups, device by device.
+
+    Args:
+      sizes: Entries of each part along `axis`, over all groups.
+    """
+    if num_groups == 1:
+        return jnp.split(x, np.cumsum(sizes)[:-1], axis=axis)
+    axis %= x.ndim
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    grouped = x.reshape(*before, num_groups, -1, *after)
+    ends = np.cumsum(sizes)[:-1] // num_groups
+    pieces = jnp.split(grouped, ends, axis=axis + 1)
+    return [piece.reshape(*before, -1, *after) for piece in pieces]
 
 
 def at_least_two_rows(*arrays, is_grouped: bool = True):

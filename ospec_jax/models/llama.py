@@ -24,6 +24,7 @@ from ospec_jax.models.layers import (
     rope_angles,
     rope_frequencies,
     rotate,
+    split_groups,
 )
 from ospec_jax.typing import Params
 
@@ -36,25 +37,27 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, angles, bias, keys, values, starts):
-        (b, t, _), c = x.shape, self.config
+        (b, t, _), c, n = x.shape, self.config, self.numerics
+        norm = lambda name: RMSNorm(c.rms_norm_eps, n, name=name)
         heads, kv_heads, e = c.num_heads, c.num_kv_heads, c.head_dim
-        qkv = Linear(
-            (heads + 2 * kv_heads) * e, self.numerics, c.has_qkv_bias, name="qkv_proj"
-        )(x).reshape(b, t, heads + 2 * kv_heads, e)
-        rotated = qkv[:, :, : heads + kv_heads]
+        qkv = Linear((heads + 2 * kv_heads) * e, n, c.has_qkv_bias, name="qkv_proj")(
+            x
+        ).reshape(b, t, heads + 2 * kv_heads, e)
+        split = lambda x, *counts: split_groups(x, counts, n.num_groups, axis=2)
+        rotated, new_values = split(qkv, heads + kv_heads, kv_heads)
         if c.has_qk_norm:
-            norm = lambda name: RMSNorm(c.rms_norm_eps, self.numerics, name=name)
-            queries, new_keys = jnp.split(rotated, [heads], axis=2)
-            parts = norm("q_norm")(queries), norm("k_norm")(new_keys)
-            rotated = jnp.concatenate(parts, axis=2)
-        rotated = rotate(rotated, angles, self.numerics.is_row_invariant)
+            queries, new_keys = split(rotated, heads, kv_heads)
+            queries = rotate(norm("q_norm")(queries), angles, n.is_row_invariant)
+            new_keys = rotate(norm("k_norm")(new_keys), angles, n.is_row_invariant)
+        else:
+            # One rotation of both.
+            rotated = rotate(rotated, angles, n.is_row_invariant)
+            queries, new_keys = split(rotated, heads, kv_heads)
         keys, values = kv.append(
-            keys, values, rotated[:, :, heads:], qkv[:, :, heads + kv_heads :], starts
+            keys, values, new_keys, new_values, starts, n.has_batched_writes
         )
-        out = attend(
-            rotated[:, :, :heads], keys, values, bias, self.numerics.is_row_invariant
-        )
-        out = Linear(c.hidden_size, self.numerics, name="o_proj")(out)
+        out = attend(queries, keys, values, bias, n.is_row_invariant)
+        out = Linear(c.hidden_size, n, name="o_proj")(out)
         return out, keys, values
 
 
