@@ -29,7 +29,7 @@ from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.models.layers import Numerics
-from ospec_jax.models.llama import init_params
+from ospec_jax.models.llama import init_params, stack_layers
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.types import Draft
 
@@ -44,6 +44,7 @@ class LoweringConfig:
     Attributes:
       precision: Of weights and products.
       capacity: Slots of each row's cache.
+      is_scanned: Lower one layer, run over stacked weights, instead of each.
     """
 
     tree: TreeConfig = TreeConfig(num_steps=3)
@@ -51,6 +52,7 @@ class LoweringConfig:
     batch_size: int = 1
     capacity: int = 1024
     stop_ids: tuple[int, ...] = ()
+    is_scanned: bool = True
 
 
 def lower(
@@ -68,9 +70,12 @@ def lower(
     unknown = set(platforms) - set(PLATFORMS)
     if unknown or not platforms:
         raise ConfigError(f"unknown platforms {sorted(unknown)}; use {PLATFORMS}")
-    numerics = Numerics(config.precision, is_row_invariant=False)
+    numerics = Numerics(
+        config.precision, is_row_invariant=False, is_scanned=config.is_scanned
+    )
     cast = lambda params: cast_params(params, config.precision)
-    target = jax.eval_shape(lambda: cast(init_params(model, jax.random.key(0))))
+    stack = stack_layers if config.is_scanned else lambda params: params
+    target = jax.eval_shape(lambda: stack(cast(init_params(model, jax.random.key(0)))))
     plain = StepConfig(
         model, numerics, TreeConfig(num_steps=0), stop_ids=config.stop_ids
     )

@@ -84,7 +84,8 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
     Raises:
       CheckpointError: The two have different tokenizers.
     """
-    model = load_target(name_or_path, target.numerics.precision, target.mesh)
+    how = target.numerics
+    model = load_target(name_or_path, how.precision, target.mesh, how.is_scanned)
     meta = Meta.create(target, None, "model", card={"model": name_or_path})
     if tokenizer_hash(model.tokenizer) != meta.tokenizer_hash:
         raise checkpoint.CheckpointError(

@@ -180,7 +180,7 @@ def regroup(
     """Puts the rows of fused products into groups, or back into the files' order.
 
     Args:
-      tree: Parameters, or anything with their names, layers not stacked.
+      tree: Parameters, or anything with their names.
     """
     heads, kv_heads = config.num_heads, config.num_kv_heads
     parts = {"qkv_proj": (heads, kv_heads, kv_heads), "gate_up_proj": (1, 1)}
@@ -189,7 +189,11 @@ def regroup(
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for product, sizes in parts.items():
             if re.search(rf"{product}/(kernel|scale|bias)$", name):
-                return _regroup_rows(x, sizes, groups, is_inverse)
+                rows = lambda x, sizes=sizes: _regroup_rows(
+                    x, sizes, groups, is_inverse
+                )
+                is_stacked = x.ndim > (2 if name.endswith("kernel") else 1)
+                return jax.vmap(rows)(x) if is_stacked else rows(x)
         return x
 
     return tree if groups == 1 else jax.tree_util.tree_map_with_path(move, tree)

@@ -21,6 +21,7 @@ from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.metrics import DecodingStats
+from ospec_jax.models.cache import KVCache
 from ospec_jax.types import DecodeState, Draft, Feedback, SamplingParams, StepOutput
 from ospec_jax.typing import Params
 
@@ -80,8 +81,15 @@ def fetch(output: Any) -> Any:
 
 def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
     """Puts a single-row state into a slot of a batch."""
-    place = lambda batch, one: jax.lax.dynamic_update_slice_in_dim(batch, one, slot, 0)
-    return jax.tree.map(place, state, row)
+
+    def place(batch, one, axis=0):
+        if isinstance(batch, KVCache):
+            within = lambda x, y: place(x, y, batch.batch_axis)
+            return jax.tree.map(within, batch, one)
+        return jax.lax.dynamic_update_slice_in_dim(batch, one, slot, axis)
+
+    is_cache = lambda node: isinstance(node, KVCache)
+    return jax.tree.map(place, state, row, is_leaf=is_cache)
 
 
 def _take_row(feedback: Feedback, slot) -> Feedback:

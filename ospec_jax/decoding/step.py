@@ -327,7 +327,7 @@ def empty_state(
     return DecodeState(
         cache=kv.init_cache(
             c.num_layers, b, c.num_kv_heads, capacity, c.head_dim,
-            config.numerics.cache_dtype,
+            config.numerics.cache_dtype, config.numerics.is_scanned,
         ),
         draft_cache=draft_cache,
         draft_context=draft_context,

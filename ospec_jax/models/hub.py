@@ -24,6 +24,7 @@ from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.data.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from ospec_jax.models import gguf, weights
 from ospec_jax.models.layers import Numerics
+from ospec_jax.models.llama import stack_layers
 from ospec_jax.models.quantization import calibrated_precision
 from ospec_jax.models.smoothing import measure_ranges
 from ospec_jax.typing import Params
@@ -91,6 +92,7 @@ def load_target(
     name_or_path: str,
     precision: Precision | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    is_scanned: bool = False,
 ) -> Target:
     """Loads a target model and its tokenizer.
 
@@ -100,6 +102,7 @@ def load_target(
       precision: None chooses the fastest on this machine, by a short calibration.
       mesh: Devices to split the model over; see `sharding.make_mesh`. Sessions of this
         target use it, too.
+      is_scanned: Stack the layers; see `layers.Numerics`.
 
     Raises:
       FileNotFoundError: Nothing of that name exists.
@@ -122,7 +125,8 @@ def load_target(
         read = functools.partial(gguf.load_params, file, config, precision)
         read_tokenizer = functools.partial(tokenizer_from_gguf, file)
     sharding.check_model(mesh, config, str(name_or_path))
-    with _on_host() if mesh is not None else contextlib.nullcontext():
+    is_moved = mesh is not None or is_scanned
+    with _on_host() if is_moved else contextlib.nullcontext():
         ranges = None
         if precision == "int8":
             ranges = _activation_ranges(path, config, numerics, read_tokenizer, read)
@@ -135,7 +139,17 @@ def load_target(
         tokenizer=read_tokenizer(),
         fingerprint=fingerprint(path),
     )
+    if is_scanned:
+        with _on_host():
+            target = scan_target(target)
     return target if mesh is None else split_target(target, mesh)
+
+
+def scan_target(target: Target) -> Target:
+    """A target whose layers are stacked, to be compiled as one."""
+    numerics = dataclasses.replace(target.numerics, is_scanned=True)
+    params = stack_layers(target.params)
+    return dataclasses.replace(target, params=params, numerics=numerics)
 
 
 def split_target(target: Target, mesh: jax.sharding.Mesh) -> Target:
@@ -304,5 +318,6 @@ def fingerprint(path: Path) -> str:
 
 __all__ = [
     "KNOWN_MODELS", "ConfigError", "Target", "cache_folder", "enable_compilation_cache",
-    "fingerprint", "load_config", "load_target", "resolve", "split_target",
+    "fingerprint", "load_config", "load_target", "resolve", "scan_target",
+    "split_target",
 ]  # fmt: skip

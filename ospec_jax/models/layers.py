@@ -40,11 +40,15 @@ class Numerics:
         and activations by row, and accumulates in int32.
       is_row_invariant: Keep a row's bits independent of the other rows (for the CPU).
       num_groups: Groups in which rows of fused products lie; see `sharding`.
+      is_scanned: Trace one layer and run it over stacked weights and caches, so that
+        compiling takes no longer for more layers (for accelerators: XLA:CPU would copy
+        each layer's weights at every step). See `llama.stack_layers`.
     """
 
     precision: Precision = "float32"
     is_row_invariant: bool = True
     num_groups: int = 1
+    is_scanned: bool = False
 
     @property
     def cache_dtype(self):
@@ -58,7 +62,7 @@ class Numerics:
         It stays local where rows are split over devices, and small in programs of many
         rows; XLA:CPU would run it one index at a time.
         """
-        return not self.is_row_invariant
+        return self.is_scanned or not self.is_row_invariant
 
 
 @typed
