@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ospec_jax import checkpoint, sharding
 from ospec_jax.config import (
+    AttentionKind,
     ChildrenKind,
     ConfigError,
     LearnerConfig,
@@ -410,6 +411,8 @@ def lower(
     tree: str = "chain",
     batch_size: int = 1,
     capacity: int = 1024,
+    scan: bool = True,
+    attention: AttentionKind = "xla",
 ) -> None:
     """Lowers the decoding functions for accelerators that need not be here.
 
@@ -419,12 +422,15 @@ def lower(
       draft: none, shipped, or a checkpoint folder; likewise.
       platforms: Comma-separated: cpu, cuda, rocm, tpu.
       capacity: Slots of each row's cache.
+      scan: Lower one layer, run over stacked weights, instead of each.
+      attention: cudnn for cuda alone, on a machine that has the library.
     """
     from ospec_jax import lowering
 
     config = lowering.LoweringConfig(
-        parse_tree(tree, num_speculative_tokens), precision, batch_size, capacity
-    )
+        parse_tree(tree, num_speculative_tokens), precision, batch_size, capacity,
+        is_scanned=scan, attention=attention,
+    )  # fmt: skip
     head = None
     if draft != "none":
         head = checkpoint.load(SHIPPED if draft == "shipped" else draft).meta.draft

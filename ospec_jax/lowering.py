@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import export
 
 from ospec_jax.config import (
+    AttentionKind,
     ConfigError,
     DraftConfig,
     ModelConfig,
@@ -35,6 +36,8 @@ from ospec_jax.types import Draft
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _MEMORY_SLOTS = 65536
+_CUDNN_ATTENTION = "__cudnn$fmhaScaleBiasSoftmax"
+"""No stability is promised for this call: an artefact with it belongs to one jaxlib."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class LoweringConfig:
       precision: Of weights and products.
       capacity: Slots of each row's cache.
       is_scanned: Lower one layer, run over stacked weights, instead of each.
+      attention: `cudnn` for CUDA alone, on a machine that has the library.
     """
 
     tree: TreeConfig = TreeConfig(num_steps=3)
@@ -53,6 +57,7 @@ class LoweringConfig:
     capacity: int = 1024
     stop_ids: tuple[int, ...] = ()
     is_scanned: bool = True
+    attention: AttentionKind = "xla"
 
 
 def lower(
@@ -65,14 +70,19 @@ def lower(
     results, in the form that `as_data` gives them.
 
     Raises:
-      ConfigError: A platform is unknown.
+      ConfigError: A platform is unknown, or lacks the attention asked for.
     """
     unknown = set(platforms) - set(PLATFORMS)
     if unknown or not platforms:
         raise ConfigError(f"unknown platforms {sorted(unknown)}; use {PLATFORMS}")
+    if config.attention == "cudnn" and tuple(platforms) != ("cuda",):
+        raise ConfigError(
+            f"cuDNN's attention is for the platform cuda alone, not {platforms}"
+        )
     numerics = Numerics(
-        config.precision, is_row_invariant=False, is_scanned=config.is_scanned
-    )
+        config.precision, is_row_invariant=False, is_scanned=config.is_scanned,
+        attention=config.attention,
+    )  # fmt: skip
     cast = lambda params: cast_params(params, config.precision)
     stack = stack_layers if config.is_scanned else lambda params: params
     target = jax.eval_shape(lambda: stack(cast(init_params(model, jax.random.key(0)))))
@@ -123,7 +133,19 @@ def _export(function: Callable, args: tuple, platforms) -> export.Exported:
         return tuple(as_data(function(*jax.tree.unflatten(treedef, values))))
 
     flat = jax.eval_shape(as_data, leaves)
-    return export.export(jax.jit(flattened), platforms=platforms)(*flat)
+    checks = [export.DisabledSafetyCheck.custom_call(_CUDNN_ATTENTION)]
+    lower = export.export(
+        jax.jit(flattened), platforms=platforms, disabled_checks=checks
+    )
+    try:
+        return lower(*flat)
+    except RuntimeError as error:
+        if "cuDNN is not detected" not in str(error):
+            raise
+        raise ConfigError(
+            "cuDNN is not on this machine; install ospec-jax[cuda], or lower with "
+            "attention 'xla'"
+        ) from error
 
 
 def is_key(leaf) -> bool:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules of meshes, and all of `on_devices.py` on eight virtual devices."""
 
-import functools
+import contextlib
 import json
 import os
 import socket
@@ -38,7 +38,8 @@ def test_on_eight_virtual_devices():
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def test_two_processes_decode_learn_and_save_together(tmp_path):
+@pytest.mark.parametrize("mesh", ["data=2", "model=2"])
+def test_two_processes_decode_learn_and_save_together(tmp_path, mesh):
     """A mesh over both; the checkpoint they write restores on one process."""
     target = tiny_target(**SIZES)
     config = draft_config(target)
@@ -49,20 +50,21 @@ def test_two_processes_decode_learn_and_save_together(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    flags = "--xla_force_host_platform_device_count=2"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     program = Path(__file__).with_name("one_of_two.py")
-    command = lambda i: [sys.executable, str(program), str(i), port, str(tmp_path)]
-    start = functools.partial(
-        subprocess.Popen, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    processes = [start(command(i)) for i in range(2)]
-    try:
-        errors = [process.communicate(timeout=600)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    rest = [port, mesh, str(tmp_path)]
+    command = lambda i: [sys.executable, str(program), str(i), *rest]
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for i, log in enumerate(logs):
+            out = stack.enter_context(log.open("w"))
+            processes.append(
+                subprocess.Popen(command(i), env=environment, stdout=out, stderr=out)
+            )
+            stack.callback(processes[-1].kill)
+        codes = [process.wait(timeout=600) for process in processes]
+    assert codes == [0, 0], [log.read_text()[-4000:] for log in logs]
     found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     session, tokens = learned(target, loaded)
     expected = {"tokens": tokens, "version": session.version, "interval": 7}

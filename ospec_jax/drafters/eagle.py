@@ -80,13 +80,13 @@ class EagleHead(nn.Module):
 
     def step(self, features, embeddings, positions, bias, cache, starts):
         """Runs pairs against the cache; returns their outputs and the cache."""
-        num_positions = cache.capacity if self.numerics.is_row_invariant else None
+        n = self.numerics
+        num_positions = cache.capacity if n.is_row_invariant else None
         q, k, v = self._project(features, embeddings, positions, num_positions)
         keys, values = kv.append(
-            cache.keys[0], cache.values[0], k, v, starts,
-            self.numerics.has_batched_writes,
-        )  # fmt: skip
-        out = attend(q, keys, values, bias, self.numerics.is_row_invariant)
+            cache.keys[0], cache.values[0], k, v, starts, n.has_batched_writes
+        )
+        out = attend(q, keys, values, bias, n.is_row_invariant, n.attention)
         return self._finish(features, out), kv.KVCache(keys=(keys,), values=(values,))
 
     def logits(self, outputs, head):

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped-query attention over a cache, with an arbitrary bias."""
+"""Grouped-query attention over a cache, with an arbitrary bias.
+
+`xla` is the reference, and what every platform has. `cudnn` is the fused kernel that
+`jax.nn.dot_product_attention` reaches on NVIDIA's devices, for bfloat16; it reads keys
+by slot, so each layer's are transposed for it.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ospec_jax.config import AttentionKind
 from ospec_jax.models.layers import WIDE, row_sum
 from ospec_jax.typing import typed
 
@@ -16,6 +22,7 @@ def attend(
     values: Float[Array, "b h s e"],
     bias: Float[Array, "b t s"],
     is_row_invariant: bool,
+    kind: AttentionKind = "xla",
 ) -> Float[Array, "b t heads_e"]:
     """Softmax attention; query head i reads key-value head `i // group`.
 
@@ -24,6 +31,8 @@ def attend(
     sums over slots are products of at least `WIDE` columns, so that the exact zeros of
     masked slots, behind a token's own or between a tree's, keep each row's bits.
     """
+    if kind == "cudnn":
+        return by_library(queries, keys, values, bias, kind)
     b, t, heads, e = queries.shape
     h = keys.shape[1]
     q = queries.reshape(b, t, h, heads // h, e).transpose(0, 2, 3, 1, 4)
@@ -41,3 +50,16 @@ def attend(
     )[..., :e] / total  # fmt: skip
     out = out.reshape(b, h, heads // h, t, e).transpose(0, 3, 1, 2, 4)
     return out.reshape(b, t, heads * e)
+
+
+def by_library(queries, keys, values, bias, kind: AttentionKind):
+    """`attend` by JAX's own function, in the type of the cache."""
+    b, t, heads, e = queries.shape
+    out = jax.nn.dot_product_attention(
+        queries.astype(keys.dtype),
+        keys.transpose(0, 3, 1, 2),
+        values.transpose(0, 2, 1, 3),
+        bias[:, None].astype(keys.dtype),
+        implementation=kind,
+    )
+    return out.reshape(b, t, heads * e).astype(jnp.float32)

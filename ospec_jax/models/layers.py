@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ospec_jax.config import Precision, RopeScaling
+from ospec_jax.config import AttentionKind, ConfigError, Precision, RopeScaling
 from ospec_jax.typing import typed
 
 _ONES = 8
@@ -43,12 +43,21 @@ class Numerics:
       is_scanned: Trace one layer and run it over stacked weights and caches, so that
         compiling takes no longer for more layers (for accelerators: XLA:CPU would copy
         each layer's weights at every step). See `llama.stack_layers`.
+      attention: Who computes it; see `models.attention`.
     """
 
     precision: Precision = "float32"
     is_row_invariant: bool = True
     num_groups: int = 1
     is_scanned: bool = False
+    attention: AttentionKind = "xla"
+
+    def __post_init__(self):
+        if self.attention == "cudnn" and self.precision != "bfloat16":
+            raise ConfigError(
+                f"cuDNN's attention reads bfloat16, but the precision is "
+                f"{self.precision}; use bfloat16, or attention='xla'"
+            )
 
     @property
     def cache_dtype(self):

@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
             keys, values, new_keys, new_values, starts, n.has_batched_writes, layer
         )
         own = (keys, values) if layer is None else (keys[layer], values[layer])
-        out = attend(queries, *own, bias, n.is_row_invariant)
+        out = attend(queries, *own, bias, n.is_row_invariant, n.attention)
         out = Linear(c.hidden_size, n, name="o_proj")(out)
         return out, keys, values
 
