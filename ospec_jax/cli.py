@@ -413,6 +413,7 @@ def lower(
     capacity: int = 1024,
     scan: bool = True,
     attention: AttentionKind = "xla",
+    mesh: str = "",
 ) -> None:
     """Lowers the decoding functions for accelerators that need not be here.
 
@@ -424,12 +425,14 @@ def lower(
       capacity: Slots of each row's cache.
       scan: Lower one layer, run over stacked weights, instead of each.
       attention: cudnn for cuda alone, on a machine that has the library.
+      mesh: Devices to split over, like data=2,model=4; empty for a single one.
     """
     from ospec_jax import lowering
 
     config = lowering.LoweringConfig(
         parse_tree(tree, num_speculative_tokens), precision, batch_size, capacity,
         is_scanned=scan, attention=attention,
+        mesh=sharding.abstract_mesh(mesh) if mesh else None,
     )  # fmt: skip
     head = None
     if draft != "none":

@@ -24,12 +24,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ospec_jax.config import ConfigError, DraftConfig, ModelConfig
 
 P = PartitionSpec
 AXES = ("data", "model")
+_AUTO = (AxisType.Auto,) * len(AXES)
+AnyMesh = Mesh | AbstractMesh
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
 PARAM_RULES: Rules = (
@@ -54,6 +56,20 @@ def make_mesh(text: str) -> Mesh:
     Raises:
       ConfigError: It cannot be read, or there are fewer devices.
     """
+    shape, count = abstract_mesh(text).axis_sizes, jax.device_count()
+    if np.prod(shape) > count:
+        raise ConfigError(
+            f"the mesh {text} takes {np.prod(shape)} devices, but there are {count}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=_AUTO)
+
+
+def abstract_mesh(text: str) -> AbstractMesh:
+    """As `make_mesh`, of devices that need not be here: for lowering.
+
+    Raises:
+      ConfigError: It cannot be read.
+    """
     sizes = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         name, _, size = part.partition("=")
@@ -62,20 +78,17 @@ def make_mesh(text: str) -> Mesh:
                 f"cannot read {part!r} of the mesh {text!r}; write data=2,model=4"
             )
         sizes[name] = int(size)
-    shape, count = tuple(sizes[name] for name in AXES), jax.device_count()
-    if np.prod(shape) > count:
-        raise ConfigError(
-            f"the mesh {text} takes {np.prod(shape)} devices, but there are {count}"
-        )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=_AUTO)
 
 
-def num_groups(mesh: Mesh | None) -> int:
+def num_groups(mesh: AnyMesh | None) -> int:
     """Groups in which rows of fused products lie: the size of the `model` axis."""
     return mesh.shape["model"] if mesh is not None else 1
 
 
-def check_model(mesh: Mesh | None, config: ModelConfig | DraftConfig, who: str) -> None:
+def check_model(
+    mesh: AnyMesh | None, config: ModelConfig | DraftConfig, who: str
+) -> None:
     """Refuses a model that the `model` axis does not divide.
 
     Raises:
@@ -98,7 +111,7 @@ def check_model(mesh: Mesh | None, config: ModelConfig | DraftConfig, who: str) 
             )
 
 
-def check_batch(mesh: Mesh | None, batch_size: int) -> None:
+def check_batch(mesh: AnyMesh | None, batch_size: int) -> None:
     """Refuses a batch that the `data` axis does not divide.
 
     Raises:
@@ -111,7 +124,9 @@ def check_batch(mesh: Mesh | None, batch_size: int) -> None:
         )
 
 
-def _spec(path, x, mesh: Mesh, rules: Rules, default: PartitionSpec) -> PartitionSpec:
+def _spec(
+    path, x, mesh: AnyMesh, rules: Rules, default: PartitionSpec
+) -> PartitionSpec:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     spec = default
     for pattern, found in rules:
@@ -125,13 +140,13 @@ def _spec(path, x, mesh: Mesh, rules: Rules, default: PartitionSpec) -> Partitio
     ))  # fmt: skip
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Any, mesh: AnyMesh) -> Any:
     """Where parameters, or a learner's state, belong."""
     place = lambda path, x: NamedSharding(mesh, _spec(path, x, mesh, PARAM_RULES, P()))
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def row_shardings(tree: Any, mesh: Mesh) -> Any:
+def row_shardings(tree: Any, mesh: AnyMesh) -> Any:
     """Where decoding state, or a batch to learn from, belongs: rows over `data`."""
     place = lambda path, x: NamedSharding(
         mesh, _spec(path, x, mesh, STATE_RULES, P("data"))
@@ -139,7 +154,7 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def replicated(tree: Any, mesh: Mesh) -> Any:
+def replicated(tree: Any, mesh: AnyMesh) -> Any:
     """Everything on every device: what a host reads, on any process."""
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)
 
@@ -151,7 +166,7 @@ def put_params(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(jax.device_put, tree, param_shardings(tree, mesh))
 
 
-def pinned(function: Callable, mesh: Mesh | None, *places: Callable) -> Callable:
+def pinned(function: Callable, mesh: AnyMesh | None, *places: Callable) -> Callable:
     """A function whose results lie where they belong, to be jitted.
 
     Args:

@@ -20,7 +20,7 @@ from ospec_jax.decoding.engine import Engine, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.models.hub import split_target
+from ospec_jax.models.hub import scan_target, split_target
 from ospec_jax.session import LoadedDraft, Session, load_draft
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
@@ -68,18 +68,21 @@ def expected(precision, **changes):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "tree", "batch_size", "precision", "changes"),
+    ("mesh", "tree", "batch_size", "precision", "changes", "is_scanned"),
     [
-        ("data=8", "plain", 8, "float32", {}),
-        ("data=2,model=4", "chain", 4, "float32", {}),
-        ("data=2,model=4", "chain", 4, "int8", {}),
-        ("data=4,model=2", "dynamic", 4, "float32", {}),
-        ("model=2", "dynamic", 1, "float32", {}),
-        ("model=2", "plain", 1, "float32", ODD),
+        ("data=8", "plain", 8, "float32", {}, False),
+        ("data=2,model=4", "chain", 4, "float32", {}, False),
+        ("data=2,model=4", "chain", 4, "int8", {}, False),
+        ("data=4,model=2", "dynamic", 4, "float32", {}, True),
+        ("model=2", "dynamic", 1, "float32", {}, False),
+        ("model=2", "plain", 1, "float32", ODD, True),
     ],
 )
-def test_tokens_are_those_of_one_device(mesh, tree, batch_size, precision, changes):
+def test_tokens_are_those_of_one_device(
+    mesh, tree, batch_size, precision, changes, is_scanned
+):
     target, tokens = expected(precision, **changes)
+    target = scan_target(target) if is_scanned else target
     target = split_target(target, sharding.make_mesh(mesh))
     engine, draft = engine_for(target, TREES[tree])
     found, done = answers(engine, draft, batch_size)
@@ -100,14 +103,17 @@ def shapes_of_weights(params):
     """Sizes above one, in any order, of whole matrices and of their shards."""
     shapes = set()
     for leaf in jax.tree.leaves(params):
-        if leaf.ndim == 2:
-            shapes |= {leaf.shape, leaf.sharding.shard_shape(leaf.shape)}
+        if leaf.ndim > 1:
+            whole, shard = leaf.shape, leaf.sharding.shard_shape(leaf.shape)
+            shapes |= {whole, shard, whole[-2:], shard[-2:]}
     return {tuple(sorted(n for n in shape if n > 1)) for shape in shapes}
 
 
+@pytest.mark.parametrize("is_scanned", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_no_weight_moves(precision):
+def test_no_weight_moves(precision, is_scanned):
     target, _ = expected(precision)
+    target = scan_target(target) if is_scanned else target
     target = split_target(target, sharding.make_mesh("data=2,model=4"))
     engine, draft = engine_for(target, TREES["chain"])
     row, _ = engine.prefill(draft, Request("0", (1, 2, 3)), 256)
@@ -120,7 +126,8 @@ def test_no_weight_moves(precision):
     assert not moved
     # Two all-reduces of a layer's rows, in target and draft; one for the embedding.
     rows = [s for kind, s in found if kind == "all-reduce" and s == (2, 4, 40)]
-    assert len(rows) == 2 * target.config.num_layers + 1 + 4
+    num_layers = 1 if is_scanned else target.config.num_layers
+    assert len(rows) == 2 * num_layers + 1 + 4
 
 
 def test_state_is_split_by_rows_and_heads():

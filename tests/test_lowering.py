@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoding functions lower for accelerators, with their weights as inputs."""
 
+import dataclasses
 import math
 import re
 
@@ -17,6 +18,7 @@ from ospec_jax.lowering import LoweringConfig, as_data, lower, write
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.llama import stack_layers
 from ospec_jax.models.quantization import cast_params
+from ospec_jax.sharding import abstract_mesh
 from ospec_jax.testing import (
     random_model_params,
     tiny_draft_config,
@@ -97,6 +99,29 @@ def test_scanned_artefacts_do_not_grow_with_layers():
         exported = lower(model, None, config, ("tpu", "cuda"))["plain_step"]
         sizes.append(len(exported.mlir_module_serialized))
     assert sizes[1] < 1.01 * sizes[0]
+
+
+def test_artefacts_of_a_mesh_say_where_their_inputs_lie(tmp_path):
+    """Of four devices, of which none is here."""
+    model, mesh = tiny_model_config(64), abstract_mesh("data=2,model=2")
+    config = LoweringConfig(TREES["chain"], batch_size=2, capacity=128, mesh=mesh)
+    lowered = lower(model, tiny_draft_config(model), config, ("tpu", "cuda"))
+    for path in write(lowered, tmp_path):
+        exported = export.deserialize(path.read_bytes())
+        assert exported.nr_devices == 4
+        split = {
+            aval.shape: str(where)
+            for aval, where in zip(
+                exported.in_avals, exported.in_shardings_hlo, strict=True
+            )
+        }
+        # [layers, q + k + v, d] by rows; caches of a batch by rows and heads.
+        assert split[4, 64, 32].startswith("{devices=[1,2,1,2]")
+        if path.stem != "prefill":
+            assert split[4, 2, 2, 128, 8].startswith("{devices=[1,2,2,1,1]")
+    config = dataclasses.replace(config, mesh=abstract_mesh("model=4"))
+    with pytest.raises(ConfigError, match="2 key-value heads.*model=4"):
+        lower(model, None, config, ("tpu",))
 
 
 def test_cudnn_attention_lowers_for_cuda(monkeypatch):

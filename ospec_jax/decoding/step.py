@@ -55,7 +55,7 @@ class StepConfig:
     stop_ids: tuple[int, ...] = ()
     is_greedy: bool = True
     has_log_probs: bool = False
-    mesh: jax.sharding.Mesh | None = None
+    mesh: sharding.AnyMesh | None = None
 
     @property
     def max_emitted(self) -> int:
