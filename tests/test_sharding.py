@@ -38,7 +38,9 @@ def test_on_eight_virtual_devices():
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "model=2"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("data=2", marks=pytest.mark.slow), "model=2"]
+)
 def test_two_processes_decode_learn_and_save_together(tmp_path, mesh):
     """A mesh over both; the checkpoint they write restores on one process."""
     target = tiny_target(**SIZES)
