@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
+from ospec_jax import sharding
 from ospec_jax.config import ConfigError, LearnerConfig
 from ospec_jax.decoding.engine import Completion
 from ospec_jax.drafters import ngram
@@ -98,6 +99,7 @@ class Adaptation:
     def __init__(
         self, config: LearnerConfig, unroll, shared: SharedTables, tap_width: int,
         hidden_size: int, has_memory: bool = True,
+        mesh: jax.sharding.Mesh | None = None,
     ):  # fmt: skip
         if config.loss not in LOSSES:
             raise ConfigError(
@@ -116,11 +118,18 @@ class Adaptation:
             LOSSES[config.loss], config.decay, config.num_candidates,
         )  # fmt: skip
         # The iterate may be what is being served: it is never donated.
-        self._update = jax.jit(self.learner.update)
-        self._evaluate = jax.jit(self.learner.evaluate)
-        self._add = jax.jit(buffer.add_window, donate_argnums=0)
-        self._remember = jax.jit(ngram.remember)
-        self._batch = jax.jit(self._make_batch)
+        pinned = lambda function, *places: jax.jit(
+            sharding.pinned(function, mesh, *places)
+        )
+        everywhere, params = sharding.replicated, sharding.param_shardings
+        self._update = pinned(self.learner.update, params, everywhere)
+        self._evaluate = pinned(self.learner.evaluate, everywhere, everywhere)
+        add = sharding.pinned(buffer.add_window, mesh, everywhere)
+        self._add = jax.jit(add, donate_argnums=0)
+        self._remember = pinned(ngram.remember, everywhere)
+        # Windows are split over devices, as rows of a batch are.
+        self._batch = pinned(self._make_batch, sharding.row_shardings)
+        self.mesh = mesh
 
     @property
     def has_gradient(self) -> bool:
@@ -142,7 +151,7 @@ class Adaptation:
         ring = buffer.init_ring(*self._ring_shape) if self.has_gradient else None
         slots = self.config.memory_slots
         memory = ngram.init_memory(slots) if self.has_memory else None
-        return state, Traffic(ring, memory)
+        return sharding.put_params((state, Traffic(ring, memory)), self.mesh)
 
     def calibrate(
         self, state: AdaptationState, traffic: Traffic, draft: Draft,
@@ -168,6 +177,7 @@ class Adaptation:
         seconds = sum(times[1:]) / len(times[1:]) * self.config.num_epochs
         share = self.config.budget / (1 - self.config.budget)
         interval = max(1, round(seconds / (share * seconds_per_token)))
+        interval = sharding.agreed(interval)
         return state.replace(update_interval=jnp.asarray(interval, jnp.int32))
 
     def observe(

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from ospec_jax import sharding
 from ospec_jax.config import DraftConfig, Precision, TreeConfig, from_dict
 from ospec_jax.data.tokenizer import tokenizer_hash
 from ospec_jax.drafters.base import dequantized
@@ -176,14 +177,19 @@ def load(
     target: Target | None = None,
     learner_like: Any = None,
     feedback_like: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Checkpoint:
     """Restores the newest readable step onto this machine's devices.
+
+    Whatever mesh a checkpoint was written under, its arrays are in the files' order
+    (see `sharding`) and restore under any other, or none.
 
     Args:
       target: Checked against the draft's record, unless None.
       learner_like: Arrays or shapes of the learner state to restore, or a function
         from `Meta` and the restored `Draft` to them; None leaves it.
       feedback_like: Likewise.
+      mesh: Devices to restore onto; the first one without a mesh.
 
     Raises:
       CheckpointError: There is no readable step, or the draft is for another target.
@@ -198,7 +204,7 @@ def load(
     failures = []
     for step in reversed(found):
         try:
-            checkpoint = _load_step(path, step, learner_like, feedback_like)
+            checkpoint = _load_step(path, step, learner_like, feedback_like, mesh)
         except CheckpointError:
             raise  # readable, but not what was asked for
         except Exception as error:
@@ -216,24 +222,22 @@ def load(
     raise CheckpointError(f"{folder}: no step can be read ({'; '.join(failures)})")
 
 
-def _load_step(path: Path, step: int, learner_like, feedback_like) -> Checkpoint:
+def _load_step(path: Path, step: int, learner_like, feedback_like, mesh) -> Checkpoint:
     with _open(path) as checkpointer:
         raw = checkpointer.load_checkpointables(step, {"meta": None})["meta"]
         meta = read_meta(json.loads(str(raw["json"])))
         draft = Draft(params={})
         if meta.draft is not None:
-            wanted = {
-                "draft": _on_device(
-                    abstract_draft(meta.family, meta.draft, meta.storage)
-                )
-            }
+            like = abstract_draft(meta.family, meta.draft, meta.storage)
+            wanted = {"draft": _on_devices(like, mesh)}
             stored = _restore(checkpointer, step, wanted)["draft"]
             token_ids = stored.get("token_ids")
             draft = Draft(params=_widen(stored["params"]), token_ids=token_ids)
         rest = {}
         for name, like in (("learner", learner_like), ("feedback", feedback_like)):
             if like is not None:
-                rest[name] = _on_device(like(meta, draft) if callable(like) else like)
+                like = like(meta, draft) if callable(like) else like
+                rest[name] = _on_devices(like, mesh)
         restored = _restore(checkpointer, step, rest) if rest else {}
     return Checkpoint(
         step, meta, draft, restored.get("learner"), restored.get("feedback")
@@ -267,11 +271,14 @@ def abstract_draft(family: str, config: DraftConfig, storage: Precision) -> dict
     return jax.eval_shape(make)
 
 
-def _on_device(tree):
-    """Puts every leaf of an abstract tree on this process's default device."""
+def _on_devices(tree, mesh):
+    """Gives every leaf of an abstract tree its place: the mesh, or one device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-    return jax.tree.map(place, tree)
+    places = jax.tree.map(lambda _: device, tree)
+    if mesh is not None:
+        places = sharding.param_shardings(tree, mesh)
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(place, tree, places)
 
 
 def _widen(params):

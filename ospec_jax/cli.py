@@ -13,8 +13,9 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from ospec_jax import checkpoint
+from ospec_jax import checkpoint, sharding
 from ospec_jax.config import (
+    AttentionKind,
     ChildrenKind,
     ConfigError,
     LearnerConfig,
@@ -55,6 +56,7 @@ class Decoding:
       stop: Strings that end an answer.
       raw: Skip the chat template.
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens.
+      mesh: Devices to split over, like data=2,model=4; empty for a single one.
     """
 
     target: str = "smollm2-135m"
@@ -73,6 +75,7 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    mesh: str = ""
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -92,7 +95,9 @@ class Decoding:
     def load(self):
         """The target and its draft; bad arguments are refused before the loading."""
         _ = self.tree_config, self.sampling
-        target = load_target(self.target, _precision(self.precision))
+        mesh = sharding.make_mesh(self.mesh) if self.mesh else None
+        sharding.check_batch(mesh, self.batch_size)
+        target = load_target(self.target, _precision(self.precision), mesh)
         draft = None if self.draft == "none" else load_draft(self.draft, target)
         return target, draft
 
@@ -445,6 +450,9 @@ def lower(
     tree: str = "chain",
     batch_size: int = 1,
     capacity: int = 1024,
+    scan: bool = True,
+    attention: AttentionKind = "xla",
+    mesh: str = "",
 ) -> None:
     """Lowers the decoding functions for accelerators that need not be here.
 
@@ -454,12 +462,17 @@ def lower(
       draft: none, shipped, or a checkpoint folder; likewise.
       platforms: Comma-separated: cpu, cuda, rocm, tpu.
       capacity: Slots of each row's cache.
+      scan: Lower one layer, run over stacked weights, instead of each.
+      attention: cudnn for cuda alone, on a machine that has the library.
+      mesh: Devices to split over, like data=2,model=4; empty for a single one.
     """
     from ospec_jax import lowering
 
     config = lowering.LoweringConfig(
-        parse_tree(tree, num_speculative_tokens), precision, batch_size, capacity
-    )
+        parse_tree(tree, num_speculative_tokens), precision, batch_size, capacity,
+        is_scanned=scan, attention=attention,
+        mesh=sharding.abstract_mesh(mesh) if mesh else None,
+    )  # fmt: skip
     head = None
     if draft != "none":
         head = checkpoint.load(SHIPPED if draft == "shipped" else draft).meta.draft

@@ -9,6 +9,7 @@ import difflib
 from typing import Any, Literal
 
 Precision = Literal["float32", "bfloat16", "int8"]
+AttentionKind = Literal["xla", "cudnn"]
 ChildrenKind = Literal["topk", "sampled", "without_replacement"]
 
 

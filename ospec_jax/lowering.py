@@ -8,6 +8,7 @@ that only the CPU can do.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import export
+from jax.sharding import AbstractMesh
 
+from ospec_jax import sharding
 from ospec_jax.config import (
+    AttentionKind,
     ConfigError,
     DraftConfig,
     ModelConfig,
@@ -29,12 +33,14 @@ from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.models.layers import Numerics
-from ospec_jax.models.llama import init_params
+from ospec_jax.models.llama import init_params, stack_layers
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.types import Draft
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _MEMORY_SLOTS = 65536
+_CUDNN_ATTENTION = "__cudnn$fmhaScaleBiasSoftmax"
+"""No stability is promised for this call: an artefact with it belongs to one jaxlib."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,10 @@ class LoweringConfig:
     Attributes:
       precision: Of weights and products.
       capacity: Slots of each row's cache.
+      is_scanned: Lower one layer, run over stacked weights, instead of each.
+      attention: `cudnn` for CUDA alone, on a machine that has the library.
+      mesh: Devices to split over. The artefacts then take parameters whose fused
+        products are grouped; see `sharding`.
     """
 
     tree: TreeConfig = TreeConfig(num_steps=3)
@@ -51,6 +61,9 @@ class LoweringConfig:
     batch_size: int = 1
     capacity: int = 1024
     stop_ids: tuple[int, ...] = ()
+    is_scanned: bool = True
+    attention: AttentionKind = "xla"
+    mesh: AbstractMesh | None = None
 
 
 def lower(
@@ -63,26 +76,43 @@ def lower(
     results, in the form that `as_data` gives them.
 
     Raises:
-      ConfigError: A platform is unknown.
+      ConfigError: A platform is unknown, or lacks the attention asked for.
     """
     unknown = set(platforms) - set(PLATFORMS)
     if unknown or not platforms:
         raise ConfigError(f"unknown platforms {sorted(unknown)}; use {PLATFORMS}")
-    numerics = Numerics(config.precision, is_row_invariant=False)
+    if config.attention == "cudnn" and tuple(platforms) != ("cuda",):
+        raise ConfigError(
+            f"cuDNN's attention is for the platform cuda alone, not {platforms}"
+        )
+    numerics = Numerics(
+        config.precision, is_row_invariant=False, is_scanned=config.is_scanned,
+        attention=config.attention, num_groups=sharding.num_groups(config.mesh),
+    )  # fmt: skip
+    sharding.check_batch(config.mesh, config.batch_size)
+    sharding.check_model(config.mesh, model, "the target")
+    if draft is not None:
+        sharding.check_model(config.mesh, draft, "the draft")
     cast = lambda params: cast_params(params, config.precision)
-    target = jax.eval_shape(lambda: cast(init_params(model, jax.random.key(0))))
+    stack = stack_layers if config.is_scanned else lambda params: params
+    params, rows = sharding.param_shardings, sharding.row_shardings
+    placed = functools.partial(_placed, config.mesh)
+    target = jax.eval_shape(lambda: stack(cast(init_params(model, jax.random.key(0)))))
+    target = placed(target, params)
     plain = StepConfig(
-        model, numerics, TreeConfig(num_steps=0), stop_ids=config.stop_ids
-    )
+        model, numerics, TreeConfig(num_steps=0), stop_ids=config.stop_ids,
+        mesh=config.mesh,
+    )  # fmt: skip
     lowered = {}
 
     def add(name: str, function: Callable, *args):
+        results = rows, sharding.replicated
+        function = sharding.pinned(function, config.mesh, *results)
         lowered[name] = _export(function, args, platforms)
 
     def state_of(step: StepConfig, drafter, batch_size: int):
-        return jax.eval_shape(
-            lambda: empty_state(step, drafter, batch_size, config.capacity, False)
-        )
+        make = lambda: empty_state(step, drafter, batch_size, config.capacity, False)
+        return placed(jax.eval_shape(make), rows)
 
     batch = config.batch_size
     state = state_of(plain, None, batch)
@@ -92,6 +122,7 @@ def lower(
         drafter = build_drafter("eagle3", draft, config.tree, numerics, has_ngrams=True)
         step = dataclasses.replace(plain, tree=config.tree, taps=draft.taps)
         drafts = jax.eval_shape(lambda: _empty_draft(drafter, draft, cast))
+        drafts = placed(drafts, params)
         state = state_of(step, drafter, batch)
         add("speculative_step", build_step(step, drafter), target, drafts, state)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -101,6 +132,14 @@ def lower(
         state_of(step, drafter, 1), ints(1, PREFILL_CHUNK), ints(1), ints(1), is_last,
     )  # fmt: skip
     return lowered
+
+
+def _placed(mesh: AbstractMesh | None, tree, place: Callable):
+    """Shapes that say where their arrays lie."""
+    if mesh is None:
+        return tree
+    at = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(at, tree, place(tree, mesh))
 
 
 def _empty_draft(drafter, config: DraftConfig, cast) -> Draft:
@@ -117,8 +156,21 @@ def _export(function: Callable, args: tuple, platforms) -> export.Exported:
         values = [jax.random.wrap_key_data(x) if is_key(old) else x for x, old in pairs]
         return tuple(as_data(function(*jax.tree.unflatten(treedef, values))))
 
-    flat = jax.eval_shape(as_data, leaves)
-    return export.export(jax.jit(flattened), platforms=platforms)(*flat)
+    at = lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding)
+    flat = list(map(at, jax.eval_shape(as_data, leaves), leaves))
+    checks = [export.DisabledSafetyCheck.custom_call(_CUDNN_ATTENTION)]
+    lower = export.export(
+        jax.jit(flattened), platforms=platforms, disabled_checks=checks
+    )
+    try:
+        return lower(*flat)
+    except RuntimeError as error:
+        if "cuDNN is not detected" not in str(error):
+            raise
+        raise ConfigError(
+            "cuDNN is not on this machine; install ospec-jax[cuda], or lower with "
+            "attention 'xla'"
+        ) from error
 
 
 def is_key(leaf) -> bool:
@@ -146,10 +198,11 @@ def write(lowered: dict[str, export.Exported], folder: Path) -> list[Path]:
 
 
 def describe(exported: export.Exported) -> dict[str, Any]:
-    """Platforms, and shapes of inputs and outputs."""
+    """Platforms, number of devices, and shapes of inputs and outputs."""
     shapes = lambda avals: [f"{a.dtype}{list(a.shape)}" for a in avals]
     return {
         "platforms": list(exported.platforms),
+        "devices": exported.nr_devices,
         "inputs": shapes(exported.in_avals),
         "outputs": shapes(exported.out_avals),
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ospec_jax import checkpoint
+from ospec_jax import checkpoint, sharding
 from ospec_jax.adaptation import Adaptation, AdaptationState, Traffic, UpdateReport
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import (
@@ -68,14 +68,14 @@ def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
     if str(name_or_folder).startswith("model:"):
         return model_draft(str(name_or_folder).removeprefix("model:"), target)
     folder = SHIPPED if name_or_folder == "shipped" else name_or_folder
-    restored = checkpoint.load(folder, target)
+    restored = checkpoint.load(folder, target, mesh=target.mesh)
     if restored.meta.family == "model":
         name = restored.meta.card["model"]
         raise checkpoint.CheckpointError(
             f"{folder} was learned beside the drafting model {name!r}, which it does "
             f"not hold; pass --draft model:{name}"
         )
-    return LoadedDraft(_freely_placed(restored.draft), restored.meta)
+    return LoadedDraft(_freely_placed(restored.draft, target.mesh), restored.meta)
 
 
 def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
@@ -84,7 +84,8 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
     Raises:
       CheckpointError: The two have different tokenizers.
     """
-    model = load_target(name_or_path, target.numerics.precision)
+    how = target.numerics
+    model = load_target(name_or_path, how.precision, target.mesh, how.is_scanned)
     meta = Meta.create(target, None, "model", card={"model": name_or_path})
     if tokenizer_hash(model.tokenizer) != meta.tokenizer_hash:
         raise checkpoint.CheckpointError(
@@ -97,12 +98,14 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
     return LoadedDraft(Draft(model.params, token_ids), meta, model)
 
 
-def _freely_placed(tree):
-    """Copies of restored arrays that are not committed to a device.
+def _freely_placed(tree, mesh):
+    """Copies of restored arrays that are not committed to a device; on a mesh, all are.
 
     A committed one commits all that is computed from it, and `jit` compiles a function
     anew for its committed and uncommitted arguments.
     """
+    if mesh is not None:
+        return tree
     return jax.tree.map(jnp.asarray, jax.device_get(tree))
 
 
@@ -168,7 +171,8 @@ class Session:
     ):
         tree = tree or TreeConfig(num_steps=3 if draft else 0)
         self.target, self.batch_size, self.stop = target, batch_size, stop
-        self.tree = tree
+        self.tree, mesh = tree, target.mesh
+        sharding.check_batch(mesh, batch_size)
         has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
         drafter = None
         if draft is not None:
@@ -184,6 +188,7 @@ class Session:
             model=target.config, numerics=target.numerics, tree=tree,
             taps=draft.taps if draft else (),
             stop_ids=stop_token_ids(target.tokenizer), has_log_probs=has_log_probs,
+            mesh=mesh,
         )  # fmt: skip
         is_recording = draft is not None and bool(
             learner and learner.name == "gradient"
@@ -191,22 +196,23 @@ class Session:
         self.engine = Engine(config, target.params, drafter, is_recording)
         self.learning: Learning | None = None
         self.meta = draft.meta if draft else None
-        self._cast = jax.jit(lambda p: cast_params(p, target.numerics.precision))
+        cast = lambda params: cast_params(params, target.numerics.precision)
+        self._cast = jax.jit(sharding.pinned(cast, mesh, sharding.param_shardings))
         self.stats = DecodingStats(num_spec_tokens=tree.num_steps)
         self.reports: list[UpdateReport] = []
         self.answered: list[str] = []
         # Without learning there is nothing to remember but the rates.
-        self._memory = init_memory(1)
+        self._memory = sharding.put_params(init_memory(1), mesh)
         if draft is not None:
-            self._serve(draft.draft)
+            self._serve(self._grouped(draft.draft))
         if draft is not None and drafter is not None and learner is not None:
             adaptation = Adaptation(
                 learner, drafter.unroll, shared_tables(target.params),
                 len(draft.taps) * target.config.hidden_size,
-                target.config.hidden_size, has_ngrams,
+                target.config.hidden_size, has_ngrams, mesh,
             )  # fmt: skip
-            self.learning = Learning(learner, adaptation, *adaptation.init(draft.draft))
-            self._serve(draft.draft)
+            self.learning = Learning(learner, adaptation, *adaptation.init(self.draft))
+            self._serve(self.draft)
 
     def _serve(self, draft: Draft) -> None:
         """Makes `draft` the served one; in the target's precision, for speed."""
@@ -214,6 +220,19 @@ class Session:
         is_trained = self.meta is not None and self.meta.draft is not None
         params = self._cast(draft.params) if is_trained else draft.params
         self._served = draft.replace(params=params, memory=self.memory)
+
+    def _grouped(self, tree, is_inverse: bool = False):
+        """A draft or learner in the mesh's order of rows, or back in the files'."""
+        mesh, config = self.target.mesh, self.meta.draft if self.meta else None
+        if mesh is None or config is None:
+            return sharding.put_params(tree, mesh)
+        sharding.check_model(mesh, config, "the draft")
+        move = lambda tree: sharding.regroup(
+            tree, config, sharding.num_groups(mesh), is_inverse
+        )
+        return jax.jit(sharding.pinned(move, mesh, sharding.param_shardings))(
+            sharding.put_params(tree, mesh)
+        )
 
     @property
     def memory(self) -> NgramMemory:
@@ -387,17 +406,18 @@ class Session:
         if self.meta is None:
             raise checkpoint.CheckpointError("there is no draft to save")
         meta = dataclasses.replace(self.meta, storage="float32")
+        draft = self._grouped(self.draft, is_inverse=True)
         if self.learning is None:
-            return checkpoint.save(folder, 0, meta, self.draft)
+            return checkpoint.save(folder, 0, meta, draft)
         meta = dataclasses.replace(
             meta, draft_version=meta.draft_version + self.version,
             learner=dataclasses.asdict(self.learning.config),
             answered=tuple(self.answered),
         )  # fmt: skip
-        state = self.learning.state
+        state = self._grouped(self.learning.state, is_inverse=True)
         traffic = self.learning.traffic if with_feedback else None
         step = int(state.num_prompts)
-        return checkpoint.save(folder, step, meta, self.draft, state, traffic)
+        return checkpoint.save(folder, step, meta, draft, state, traffic)
 
     def resume(self, folder: str | Path) -> list[str]:
         """Goes on from a checkpoint; returns the ids of the prompts it had answered.
@@ -422,11 +442,15 @@ class Session:
                 )
             return jax.eval_shape(lambda: learning.adaptation.init(draft)[0])
 
-        restored = checkpoint.load(folder, self.target, learner_like=learner_like)
-        learning.state = _freely_placed(restored.learner)
+        mesh = self.target.mesh
+        restored = checkpoint.load(
+            folder, self.target, learner_like=learner_like, mesh=mesh
+        )
+        learning.state = self._grouped(_freely_placed(restored.learner, mesh))
         try:
-            found = checkpoint.load(folder, feedback_like=learning.traffic)
-            learning.traffic = _freely_placed(found.feedback)
+            traffic = learning.traffic
+            found = checkpoint.load(folder, feedback_like=traffic, mesh=mesh)
+            learning.traffic = _freely_placed(found.feedback, mesh)
         except checkpoint.CheckpointError:
             warnings.warn(
                 f"{folder} holds no feedback; learning goes on without past traffic",
@@ -434,7 +458,7 @@ class Session:
             )
         version = restored.meta.draft_version - self.version
         self.meta = dataclasses.replace(restored.meta, draft_version=version)
-        self._serve(_freely_placed(restored.draft))
+        self._serve(self._grouped(_freely_placed(restored.draft, mesh)))
         self.answered = list(restored.meta.answered)
         return self.answered
 

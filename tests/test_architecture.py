@@ -14,13 +14,14 @@ ALLOWED = {
     "typing": set(),
     "config": set(),
     "kernels": set(),
-    "models": NOUNS | {"models", "data", "kernels"},
+    "sharding": {"config"},
+    "models": NOUNS | {"models", "data", "kernels", "sharding"},
     "types": NOUNS | {"models"},
     "sampling": NOUNS | {"models"},
     "tree": NOUNS,
     "drafters": NOUNS | {"models", "sampling", "tree", "drafters"},
     "decoding": NOUNS
-    | {"models", "sampling", "tree", "drafters", "decoding", "metrics"},
+    | {"models", "sampling", "sharding", "tree", "drafters", "decoding", "metrics"},
     "learners": NOUNS | {"drafters", "learners"},
     "metrics": set(),
 }

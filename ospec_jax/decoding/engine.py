@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ospec_jax import sharding
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.metrics import DecodingStats
+from ospec_jax.models.cache import KVCache
 from ospec_jax.types import DecodeState, Draft, Feedback, SamplingParams, StepOutput
 from ospec_jax.typing import Params
 
@@ -79,17 +81,25 @@ def fetch(output: Any) -> Any:
 
 def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
     """Puts a single-row state into a slot of a batch."""
-    place = lambda batch, one: jax.lax.dynamic_update_slice_in_dim(batch, one, slot, 0)
-    return jax.tree.map(place, state, row)
+
+    def place(batch, one, axis=0):
+        if isinstance(batch, KVCache):
+            within = lambda x, y: place(x, y, batch.batch_axis)
+            return jax.tree.map(within, batch, one)
+        return jax.lax.dynamic_update_slice_in_dim(batch, one, slot, axis)
+
+    is_cache = lambda node: isinstance(node, KVCache)
+    return jax.tree.map(place, state, row, is_leaf=is_cache)
 
 
 def _take_row(feedback: Feedback, slot) -> Feedback:
-    take = lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0)
+    # A gather, which, unlike a slice, fetches one row from split ones.
+    take = lambda x: jnp.take(x, slot[None], axis=0, mode="clip")
     return jax.tree.map(take, feedback)
 
 
-def _finish(state: DecodeState, slot) -> DecodeState:
-    return state.replace(is_finished=state.is_finished.at[slot].set(True))
+def _finish(is_finished, slot):
+    return is_finished.at[slot].set(True)
 
 
 @dataclasses.dataclass
@@ -129,16 +139,22 @@ class Engine:
             raise ConfigError("recording feedback needs the draft's taps")
         self.config, self.drafter = config, drafter
         self.target_params, self.is_recording = target_params, is_recording
+        mesh, rows = config.mesh, sharding.row_shardings
+        # The host reads outputs, and learning keeps feedback, whatever its process.
+        pinned = lambda function, *places: sharding.pinned(function, mesh, *places)
         self._functions = {}
         for is_greedy in (True, False):
             special = dataclasses.replace(config, is_greedy=is_greedy)
             for name, build in (("step", build_step), ("prefill", build_prefill)):
-                function = jax.jit(build(special, drafter), donate_argnums=2)
-                self._functions[name, is_greedy] = function
-        self._start_row = jax.jit(self._new_row, static_argnums=0)
-        self._insert = jax.jit(_insert, donate_argnums=0)
-        self._take_row = jax.jit(_take_row)
-        self._finish = jax.jit(_finish, donate_argnums=0)
+                function = pinned(build(special, drafter), rows, sharding.replicated)
+                self._functions[name, is_greedy] = jax.jit(function, donate_argnums=2)
+        self._start_row = jax.jit(pinned(self._new_row, rows), static_argnums=0)
+        self._start_batch = jax.jit(
+            pinned(self._empty_rows, rows), static_argnums=(0, 1)
+        )
+        self._insert = jax.jit(pinned(_insert, rows), donate_argnums=0)
+        self._take_row = jax.jit(pinned(_take_row, sharding.replicated))
+        self._finish = jax.jit(pinned(_finish, rows), donate_argnums=0)
 
     def compiled(self, name: str, is_greedy: bool) -> Callable:
         """The jitted `step` or `prefill`, for greedy or sampled rows."""
@@ -237,6 +253,7 @@ class Engine:
           lag: Steps dispatched before the oldest one is read: with one, the device
             computes while the host reads and dispatches.
         """
+        sharding.check_batch(self.config.mesh, batch_size)
         if batch_size == 1:
             for request in requests:
                 slots = self._checked_capacity([request], capacity)
@@ -295,7 +312,7 @@ class Engine:
             while len(in_flight) > num_ahead:
                 is_step, rows, output = in_flight.popleft()
                 for i, slot in self._read(is_step, rows, fetch(output), on_tokens):
-                    state = self._finish(state, np.int32(i))
+                    state = self._without(state, i)
                     slots[i] = None
                     yield self._complete(slot, state, i)
 
@@ -303,8 +320,12 @@ class Engine:
         if batch_size == 1:
             return row
         if state is None:
-            state = self._empty_rows(batch_size, capacity)
+            state = self._start_batch(batch_size, capacity)
         return self._insert(state, row, np.int32(slot))
+
+    def _without(self, state, row: int):
+        is_finished = self._finish(state.is_finished, np.int32(row))
+        return state.replace(is_finished=is_finished)
 
     def _new_stats(self) -> DecodingStats:
         return DecodingStats(num_spec_tokens=self.config.tree.num_steps)

@@ -26,7 +26,13 @@ def teacher_forced_logits(
     target = llama.build(c, numerics)
     capacity = next(size for size in CAPACITIES if size > len(token_ids) + 1)
     cache = kv.init_cache(
-        c.num_layers, 1, c.num_kv_heads, capacity, c.head_dim, numerics.cache_dtype
+        c.num_layers,
+        1,
+        c.num_kv_heads,
+        capacity,
+        c.head_dim,
+        numerics.cache_dtype,
+        numerics.is_scanned,
     )
 
     @jax.jit

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ospec_jax import sharding
 from ospec_jax import tree as topology
 from ospec_jax.config import ModelConfig, TreeConfig
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
@@ -44,6 +45,7 @@ class StepConfig:
       stop_ids: Tokens that end a request.
       is_greedy: All rows are greedy; else rows follow their `SamplingParams`.
       has_log_probs: Report the emitted tokens' log-probabilities.
+      mesh: Devices that the state is split over; see `sharding`.
     """
 
     model: ModelConfig
@@ -53,6 +55,7 @@ class StepConfig:
     stop_ids: tuple[int, ...] = ()
     is_greedy: bool = True
     has_log_probs: bool = False
+    mesh: sharding.AnyMesh | None = None
 
     @property
     def max_emitted(self) -> int:
@@ -68,13 +71,20 @@ def shared_tables(target_params: Params) -> SharedTables:
     )
 
 
+def _target(config: StepConfig) -> Callable:
+    """The target's pass; what it hands on is split by rows alone."""
+    run = llama.build(config.model, config.numerics, config.taps)
+    return sharding.pinned(run, config.mesh, *[sharding.row_shardings] * 3)
+
+
 def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
     """Builds `(target_params, draft, state) -> (state, StepOutput)`, to be jitted.
 
     Args:
       drafter: None decodes plainly; its tree must have depth 0 then.
     """
-    target = llama.build(config.model, config.numerics, config.taps)
+    target = _target(config)
+    is_batched = config.numerics.has_batched_writes
 
     def speculative_step(
         target_params: Params, draft: Draft | None, state: DecodeState
@@ -102,7 +112,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
                 logsumexp=gather(logsumexp, verdict.path),
             )
             state = state.replace(
-                feedback=record(state.feedback, scored, state.lengths)
+                feedback=record(state.feedback, scored, state.lengths, is_batched)
             )
         if drafter is not None:
             draft_cache, context = drafter.extend(
@@ -182,7 +192,8 @@ def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:
     """In a chain the accepted entries lie in place already."""
     if config.tree.is_chain:
         return cache
-    return kv.keep_path(cache, state.lengths, verdict.path)
+    is_batched = config.numerics.has_batched_writes
+    return kv.keep_path(cache, state.lengths, verdict.path, is_batched)
 
 
 def _emit(config, tree, verdict: Verdict, state):
@@ -205,16 +216,17 @@ def _emit(config, tree, verdict: Verdict, state):
     return emitted, num_emitted, state.is_finished | has_stopped | is_spent
 
 
-def record(feedback: Feedback, scored: Feedback, starts) -> Feedback:
+def record(
+    feedback: Feedback, scored: Feedback, starts, is_batched: bool = False
+) -> Feedback:
     """Writes verified tokens into the slots of their positions."""
     narrow = lambda x: jnp.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX).astype(jnp.float16)
-    column = lambda old, new: kv.write_rows(old[..., None], new[..., None], starts)[
-        ..., 0
-    ]
+    write = lambda old, new: kv.write_rows(old, new, starts, is_batched=is_batched)
+    column = lambda old, new: write(old[..., None], new[..., None])[..., 0]
     return Feedback(
         tokens=column(feedback.tokens, scored.tokens),
-        taps=kv.write_rows(feedback.taps, narrow(scored.taps), starts),
-        hidden=kv.write_rows(feedback.hidden, narrow(scored.hidden), starts),
+        taps=write(feedback.taps, narrow(scored.taps)),
+        hidden=write(feedback.hidden, narrow(scored.hidden)),
         logsumexp=column(feedback.logsumexp, scored.logsumexp),
     )
 
@@ -226,7 +238,8 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
     num_valid [1], is_last)` to `(state, StepOutput)`. `following` is the first token of
     the next chunk; the last chunk emits the first token of the answer instead.
     """
-    target = llama.build(config.model, config.numerics, config.taps)
+    target = _target(config)
+    is_batched = config.numerics.has_batched_writes
 
     def prefill(target_params, draft, state, tokens, following, num_valid, is_last):
         shared = shared_tables(target_params)
@@ -248,7 +261,8 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         if state.feedback is not None:
             at_end = jnp.where(is_end & is_last, logsumexp[:, None], 0.0)
             scored = Feedback(tokens=tokens, taps=taps, hidden=hidden, logsumexp=at_end)
-            state = state.replace(feedback=record(state.feedback, scored, starts))
+            recorded = record(state.feedback, scored, starts, is_batched)
+            state = state.replace(feedback=recorded)
         if drafter is not None:
             successors = jnp.where(is_end, following[:, None], jnp.roll(tokens, -1, 1))
             draft_cache, context = drafter.extend(
@@ -313,7 +327,7 @@ def empty_state(
     return DecodeState(
         cache=kv.init_cache(
             c.num_layers, b, c.num_kv_heads, capacity, c.head_dim,
-            config.numerics.cache_dtype,
+            config.numerics.cache_dtype, config.numerics.is_scanned,
         ),
         draft_cache=draft_cache,
         draft_context=draft_context,

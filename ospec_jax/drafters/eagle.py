@@ -7,6 +7,7 @@ are the draft's own output of the step before. The head is trained as it is used
 unrolling those steps (*training-time test*).
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,7 @@ from ospec_jax.models.layers import (
     rope_angles,
     rope_frequencies,
     rotate,
+    split_groups,
 )
 from ospec_jax.types import DraftContext
 
@@ -58,7 +60,7 @@ class EagleHead(nn.Module):
         return self.fc(taps)
 
     def _project(self, features, embeddings, positions, num_positions=None):
-        c = self.config
+        c, n = self.config, self.numerics
         joint = jnp.concatenate(
             [self.input_layernorm(embeddings), self.hidden_norm(features)], axis=-1
         )
@@ -67,14 +69,10 @@ class EagleHead(nn.Module):
         qkv = qkv.reshape(*qkv.shape[:2], heads + 2 * kv_heads, c.head_dim)
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, None)
         angles = rope_angles(positions, frequencies, num_positions)
-        rotated = rotate(
-            qkv[:, :, : heads + kv_heads], angles, self.numerics.is_row_invariant
-        )
-        return (
-            rotated[:, :, :heads],
-            rotated[:, :, heads:],
-            qkv[:, :, heads + kv_heads :],
-        )
+        split = lambda x, *sizes: split_groups(x, sizes, n.num_groups, axis=2)
+        rotated, values = split(qkv, heads + kv_heads, kv_heads)
+        rotated = rotate(rotated, angles, n.is_row_invariant)
+        return *split(rotated, heads, kv_heads), values
 
     def _finish(self, features, attended):
         features = features + self.o_proj(attended)
@@ -82,10 +80,13 @@ class EagleHead(nn.Module):
 
     def step(self, features, embeddings, positions, bias, cache, starts):
         """Runs pairs against the cache; returns their outputs and the cache."""
-        num_positions = cache.capacity if self.numerics.is_row_invariant else None
+        n = self.numerics
+        num_positions = cache.capacity if n.is_row_invariant else None
         q, k, v = self._project(features, embeddings, positions, num_positions)
-        keys, values = kv.append(cache.keys[0], cache.values[0], k, v, starts)
-        out = attend(q, keys, values, bias, self.numerics)
+        keys, values = kv.append(
+            cache.keys[0], cache.values[0], k, v, starts, n.has_batched_writes
+        )
+        out = attend(q, keys, values, bias, n)
         return self._finish(features, out), kv.KVCache(keys=(keys,), values=(values,))
 
     def logits(self, outputs, head):
@@ -164,7 +165,8 @@ def eagle3(
     """
     numerics = numerics or Numerics()
     module = EagleHead(config, numerics)
-    trainer = EagleHead(config, _TRAINING)
+    training = dataclasses.replace(_TRAINING, num_groups=numerics.num_groups)
+    trainer = EagleHead(config, training)
 
     def apply(draft, method, *args) -> Any:
         return module.apply({"params": draft.params}, *args, method=method)

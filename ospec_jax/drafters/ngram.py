@@ -275,8 +275,13 @@ def ngram_chain(tree: TreeConfig) -> Drafter:
     )
 
 
-def with_ngrams(drafter: Drafter, tree: TreeConfig) -> Drafter:
+def with_ngrams(
+    drafter: Drafter, tree: TreeConfig, has_batched_writes: bool = False
+) -> Drafter:
     """Lends n-gram suggestions to a drafter; its `Draft` must carry a memory.
+
+    Args:
+      has_batched_writes: As in `Numerics`.
 
     Raises:
       ConfigError: Children are drawn: a suggestion in place of a draw is not exact.
@@ -299,7 +304,8 @@ def with_ngrams(drafter: Drafter, tree: TreeConfig) -> Drafter:
             draft, shared, cache["drafter"], inputs, tokens, taps, starts, num_valid
         )
         history = kv.write_rows(
-            cache["history"][..., None], tokens[..., None], starts
+            cache["history"][..., None], tokens[..., None], starts,
+            is_batched=has_batched_writes,
         )[..., 0]  # fmt: skip
         return {"drafter": inner, "history": history}, context
 

@@ -30,14 +30,16 @@ def build_drafter(
     Raises:
       ConfigError: There is no such family, or it cannot draft such a tree.
     """
+    numerics = numerics or Numerics()
+    lend = lambda drafter: with_ngrams(drafter, tree, numerics.has_batched_writes)
     if family == "ngram":
-        return with_ngrams(ngram_chain(tree), tree)
+        return lend(ngram_chain(tree))
     if family == "eagle3" and isinstance(config, DraftConfig):
         drafter = eagle3(config, tree, numerics)
     elif family == "model" and isinstance(config, ModelConfig):
-        drafter = small_lm(config, tree, numerics or Numerics(), vocab_size)
+        drafter = small_lm(config, tree, numerics, vocab_size)
     else:
         raise ConfigError(
             f"unknown family of drafters {family!r}; known: {', '.join(FAMILIES)}"
         )
-    return with_ngrams(drafter, tree) if has_ngrams else drafter
+    return lend(drafter) if has_ngrams else drafter

@@ -42,6 +42,7 @@ def small_lm(
         return kv.init_cache(
             config.num_layers, batch_size, config.num_kv_heads,
             capacity + _SPARE_SLOTS, config.head_dim, numerics.cache_dtype,
+            numerics.is_scanned,
         )  # fmt: skip
 
     def init_context(batch_size):

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped-query attention over a cache, with an arbitrary bias."""
+"""Grouped-query attention over a cache, with an arbitrary bias.
+
+`xla` is the reference, and what every platform has. `cudnn` is the fused kernel that
+`jax.nn.dot_product_attention` reaches on NVIDIA's devices, for bfloat16; it reads keys
+by slot, so each layer's are transposed for it.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ospec_jax.config import AttentionKind
 from ospec_jax.kernels import native
 from ospec_jax.models.layers import WIDE, Numerics, row_sum
 from ospec_jax.typing import typed
@@ -27,6 +33,8 @@ def attend(
     """
     if numerics.is_native and native.can_attend(queries, keys):
         return native.attention(queries, keys, values, bias)
+    if numerics.attention == "cudnn":
+        return by_library(queries, keys, values, bias, numerics.attention)
     is_row_invariant = numerics.is_row_invariant
     b, t, heads, e = queries.shape
     h = keys.shape[1]
@@ -45,3 +53,16 @@ def attend(
     )[..., :e] / total  # fmt: skip
     out = out.reshape(b, h, heads // h, t, e).transpose(0, 3, 1, 2, 4)
     return out.reshape(b, t, heads * e)
+
+
+def by_library(queries, keys, values, bias, kind: AttentionKind):
+    """`attend` by JAX's own function, in the type of the cache."""
+    b, t, heads, e = queries.shape
+    out = jax.nn.dot_product_attention(
+        queries.astype(keys.dtype),
+        keys.transpose(0, 3, 1, 2),
+        values.transpose(0, 2, 1, 3),
+        bias[:, None].astype(keys.dtype),
+        implementation=kind,
+    )
+    return out.reshape(b, t, heads * e).astype(jnp.float32)

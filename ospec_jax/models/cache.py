@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key-value caches as values: one array per layer, rows of unequal length.
+"""Key-value caches as values: an array per layer, or all stacked; unequal rows.
 
 A layer's values are `[b, h, s, e]` and its keys `[b, h, e, s]`: both products of
 attention then read the cache in the order in which it lies. Slots at or beyond a row's
 length hold rubbish that no query attends to and that later writes replace, so nothing
 is cleared.
 """
+
+from typing import Any
 
 import flax.struct
 import jax
@@ -23,36 +25,71 @@ class KVCache:
     """Keys and values of all layers.
 
     Attributes:
-      keys: One `[b, h, e, s]` array for each layer.
-      values: One `[b, h, s, e]` array for each layer.
+      keys: One `[b, h, e, s]` array for each layer, or one `[layers, b, h, e, s]`.
+      values: One `[b, h, s, e]` array for each layer, or one `[layers, b, h, s, e]`.
     """
 
-    keys: tuple
-    values: tuple
+    keys: Any
+    values: Any
 
     @property
     def capacity(self) -> int:
         """Slots of each row."""
-        return self.values[0].shape[2]
+        return jax.tree.leaves(self.values)[0].shape[-2]
+
+    @property
+    def batch_axis(self) -> int:
+        """Axis of the rows: behind that of the layers when they are stacked."""
+        return 0 if isinstance(self.values, tuple) else 1
 
 
 def init_cache(
     num_layers: int, batch_size: int, num_kv_heads: int, capacity: int, head_dim: int,
-    dtype,
+    dtype, is_stacked: bool = False,
 ) -> KVCache:  # fmt: skip
-    """An empty cache."""
+    """An empty cache; stacked for `Numerics.is_scanned`."""
     outer = (batch_size, num_kv_heads)
+    if is_stacked:
+        outer = (num_layers, *outer)
+        return KVCache(
+            keys=jnp.zeros((*outer, head_dim, capacity), dtype),
+            values=jnp.zeros((*outer, capacity, head_dim), dtype),
+        )
     zeros = lambda *shape: tuple(
         jnp.zeros((*outer, *shape), dtype) for _ in range(num_layers)
     )
     return KVCache(keys=zeros(head_dim, capacity), values=zeros(capacity, head_dim))
 
 
-def write_rows(buffer, new, starts: Int[Array, " b"], axis: int = -2):
-    """Writes entries into the slots of `axis` from `starts` on, row by row.
+def write_rows(
+    buffer,
+    new,
+    starts: Int[Array, " b"],
+    axis: int = -2,
+    is_batched: bool = False,
+    layer=None,
+):
+    """Writes entries into the slots of `axis` from `starts` on.
 
-    One in-place slice a row: XLA:CPU runs a batched scatter one index at a time.
+    Args:
+      is_batched: In one scatter, instead of one in-place slice a row; see
+        `Numerics.has_batched_writes`.
+      layer: Which of the stacked layers of `buffer` to write, if it has such.
     """
+    if layer is not None:
+
+        def put_layer(layers, entries, start):
+            indices = [jnp.zeros_like(start)] * layers.ndim
+            indices[0], indices[axis] = jnp.asarray(layer, start.dtype), start
+            entries = entries[None].astype(layers.dtype)
+            return jax.lax.dynamic_update_slice(layers, entries, indices)
+
+        return jax.vmap(put_layer, (1, 0, 0), 1)(buffer, new, starts)
+    if is_batched:
+        put = lambda row, entries, start: jax.lax.dynamic_update_slice_in_dim(
+            row, entries.astype(row.dtype), start, axis
+        )
+        return jax.vmap(put)(buffer, new, starts)
     zero = jnp.zeros((), starts.dtype)
     for row in range(buffer.shape[0]):
         indices = [zero] * buffer.ndim
@@ -65,16 +102,23 @@ def write_rows(buffer, new, starts: Int[Array, " b"], axis: int = -2):
 
 @typed
 def append(
-    keys: Float[Array, "b h e s"],
-    values: Float[Array, "b h s e"],
+    keys: Float[Array, "*layers b h e s"],
+    values: Float[Array, "*layers b h s e"],
     new_keys: Float[Array, "b t h e"],
     new_values: Float[Array, "b t h e"],
     starts: Int[Array, " b"],
+    is_batched: bool = False,
+    layer: Int[Array, ""] | None = None,
 ):
-    """Writes a layer's new keys and values into the slots from `starts` on."""
+    """Writes a layer's new keys and values into the slots from `starts` on.
+
+    Args:
+      layer: Its number, when the caches of all layers are stacked.
+    """
+    how = is_batched, layer
     return (
-        write_rows(keys, new_keys.transpose(0, 2, 3, 1), starts, axis=-1),
-        write_rows(values, new_values.transpose(0, 2, 1, 3), starts),
+        write_rows(keys, new_keys.transpose(0, 2, 3, 1), starts, -1, *how),
+        write_rows(values, new_values.transpose(0, 2, 1, 3), starts, -2, *how),
     )
 
 
@@ -86,7 +130,10 @@ def gather_slots(buffer, slots: Int[Array, "b m"], axis: int = -2):
 
 @typed
 def keep_path(
-    cache: KVCache, starts: Int[Array, " b"], path: Int[Array, "b m"]
+    cache: KVCache,
+    starts: Int[Array, " b"],
+    path: Int[Array, "b m"],
+    is_batched: bool = False,
 ) -> KVCache:
     """Moves an accepted path's entries to the slots behind the committed ones.
 
@@ -96,11 +143,16 @@ def keep_path(
     """
     slots = starts[:, None] + path
     move = lambda buffer, axis: write_rows(
-        buffer, gather_slots(buffer, slots, axis), starts, axis
+        buffer, gather_slots(buffer, slots, axis), starts, axis, is_batched
     )
+    each = lambda axis: lambda buffer: move(buffer, axis)
+    if cache.batch_axis:
+        return KVCache(
+            keys=jax.vmap(each(-1))(cache.keys), values=jax.vmap(each(-2))(cache.values)
+        )
     return KVCache(
-        keys=tuple(move(keys, -1) for keys in cache.keys),
-        values=tuple(move(values, -2) for values in cache.values),
+        keys=jax.tree.map(each(-1), cache.keys),
+        values=jax.tree.map(each(-2), cache.values),
     )
 
 

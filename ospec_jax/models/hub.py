@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding a target: by known name, GGUF file, local folder or hub id."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,17 +18,20 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from ospec_jax import sharding
 from ospec_jax.config import ConfigError, ModelConfig, Precision
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.data.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from ospec_jax.models import gguf, weights
 from ospec_jax.models.layers import Numerics
+from ospec_jax.models.llama import stack_layers
 from ospec_jax.models.quantization import calibrated_numerics
 from ospec_jax.models.smoothing import measure_ranges
 from ospec_jax.typing import Params
 
 _MIB = 1 << 20
 _RANGE_TOKENS = 96
+_PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Target:
 
     Attributes:
       fingerprint: Identifies the weights; a draft remembers its target's.
+      mesh: Devices that the parameters are split over; None for a single one.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Target:
     params: Params
     tokenizer: Any
     fingerprint: str
+    mesh: jax.sharding.Mesh | None = None
 
 
 def cache_folder() -> Path:
@@ -82,23 +88,33 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def load_target(name_or_path: str, precision: Precision | None = None) -> Target:
+def load_target(
+    name_or_path: str,
+    precision: Precision | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    is_scanned: bool = False,
+) -> Target:
     """Loads a target model and its tokenizer.
 
     Args:
       name_or_path: A known name (`smollm2-135m`), a GGUF file, a local Hugging Face
         folder or a hub id.
       precision: None chooses the fastest on this machine, by a short calibration.
+      mesh: Devices to split the model over; see `sharding.make_mesh`. Sessions of this
+        target use it, too.
+      is_scanned: Stack the layers; see `layers.Numerics`.
 
     Raises:
       FileNotFoundError: Nothing of that name exists.
-      ConfigError: The architecture is not supported.
+      ConfigError: The architecture is not supported, or the mesh does not divide it.
       WeightsError: The weights are truncated, incomplete or contradict their config.
     """
     enable_compilation_cache()
     path = resolve(name_or_path)
+    if precision is None:
+        found = calibrated_numerics(cache_folder(), None).precision
+        precision = _PRECISIONS[int(sharding.agreed(_PRECISIONS.index(found)))]
     numerics = calibrated_numerics(cache_folder(), precision)
-    precision = numerics.precision
     if path.is_dir():
         config = weights.read_hf_config(path)
         read = functools.partial(weights.load_hf_params, path, config, precision)
@@ -108,11 +124,14 @@ def load_target(name_or_path: str, precision: Precision | None = None) -> Target
         config = gguf.read_config(file)
         read = functools.partial(gguf.load_params, file, config, precision)
         read_tokenizer = functools.partial(tokenizer_from_gguf, file)
-    if precision == "int8":
-        params = read(_activation_ranges(path, config, numerics, read_tokenizer, read))
-    else:
-        params = read()
-    return Target(
+    sharding.check_model(mesh, config, str(name_or_path))
+    is_moved = mesh is not None or is_scanned
+    with _on_host() if is_moved else contextlib.nullcontext():
+        ranges = None
+        if precision == "int8":
+            ranges = _activation_ranges(path, config, numerics, read_tokenizer, read)
+        params = read(ranges)
+    target = Target(
         name=name_or_path if name_or_path in KNOWN_MODELS else path.name,
         config=config,
         numerics=numerics,
@@ -120,6 +139,42 @@ def load_target(name_or_path: str, precision: Precision | None = None) -> Target
         tokenizer=read_tokenizer(),
         fingerprint=fingerprint(path),
     )
+    if is_scanned:
+        with _on_host():
+            target = scan_target(target)
+    return target if mesh is None else split_target(target, mesh)
+
+
+def scan_target(target: Target) -> Target:
+    """A target whose layers are stacked, to be compiled as one."""
+    numerics = dataclasses.replace(target.numerics, is_scanned=True)
+    params = stack_layers(target.params)
+    return dataclasses.replace(target, params=params, numerics=numerics)
+
+
+def split_target(target: Target, mesh: jax.sharding.Mesh) -> Target:
+    """A target whose parameters are split over the devices of a mesh.
+
+    Its rows are no longer bitwise independent of each other: what makes them so on a
+    CPU works on whole rows, and would gather them.
+
+    Raises:
+      ConfigError: The mesh does not divide the model.
+    """
+    sharding.check_model(mesh, target.config, target.name)
+    groups = sharding.num_groups(mesh)
+    params = sharding.regroup(target.params, target.config, groups)
+    numerics = dataclasses.replace(
+        target.numerics, is_row_invariant=False, is_native=False, num_groups=groups
+    )
+    return dataclasses.replace(
+        target, params=sharding.put_params(params, mesh), numerics=numerics, mesh=mesh
+    )
+
+
+def _on_host():
+    """Loads into the host's memory: one device may be too small for all weights."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def load_config(name_or_path: str) -> ModelConfig:
@@ -263,5 +318,6 @@ def fingerprint(path: Path) -> str:
 
 __all__ = [
     "KNOWN_MODELS", "ConfigError", "Target", "cache_folder", "enable_compilation_cache",
-    "fingerprint", "load_config", "load_target", "resolve",
+    "fingerprint", "load_config", "load_target", "resolve", "scan_target",
+    "split_target",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ospec_jax.config import Precision, RopeScaling
+from ospec_jax.config import AttentionKind, ConfigError, Precision, RopeScaling
 from ospec_jax.kernels.native import int8_linear
 from ospec_jax.typing import typed
 
@@ -41,16 +41,40 @@ class Numerics:
         and activations by row, and accumulates in int32.
       is_row_invariant: Keep a row's bits independent of the other rows (for the CPU).
       is_native: int8 products and attention are those of `ospec_jax.kernels`.
+      num_groups: Groups in which rows of fused products lie; see `sharding`.
+      is_scanned: Trace one layer and run it over stacked weights and caches, so that
+        compiling takes no longer for more layers (for accelerators: XLA:CPU would copy
+        each layer's weights at every step). See `llama.stack_layers`.
+      attention: Who computes it; see `models.attention`.
     """
 
     precision: Precision = "float32"
     is_row_invariant: bool = True
     is_native: bool = False
+    num_groups: int = 1
+    is_scanned: bool = False
+    attention: AttentionKind = "xla"
+
+    def __post_init__(self):
+        if self.attention == "cudnn" and self.precision != "bfloat16":
+            raise ConfigError(
+                f"cuDNN's attention reads bfloat16, but the precision is "
+                f"{self.precision}; use bfloat16, or attention='xla'"
+            )
 
     @property
     def cache_dtype(self):
         """Type of cached keys and values."""
         return jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
+
+    @property
+    def has_batched_writes(self) -> bool:
+        """Whether one scatter writes the cache entries of all rows.
+
+        It stays local where rows are split over devices, and small in programs of many
+        rows; XLA:CPU would run it one index at a time.
+        """
+        return self.is_scanned or not self.is_row_invariant
 
 
 @typed
@@ -151,8 +175,25 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x):
         both = Linear(2 * self.intermediate_size, self.numerics, name="gate_up_proj")(x)
-        gate, up = jnp.split(both, 2, axis=-1)
+        sizes = (self.intermediate_size,) * 2
+        gate, up = split_groups(both, sizes, self.numerics.num_groups, axis=-1)
         return Linear(x.shape[-1], self.numerics, name="down_proj")(nn.silu(gate) * up)
+
+
+def split_groups(x, sizes: tuple[int, ...], num_groups: int, axis: int) -> list:
+    """Takes a fused product's result apart; with groups, device by device.
+
+    Args:
+      sizes: Entries of each part along `axis`, over all groups.
+    """
+    if num_groups == 1:
+        return jnp.split(x, np.cumsum(sizes)[:-1], axis=axis)
+    axis %= x.ndim
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    grouped = x.reshape(*before, num_groups, -1, *after)
+    ends = np.cumsum(sizes)[:-1] // num_groups
+    pieces = jnp.split(grouped, ends, axis=axis + 1)
+    return [piece.reshape(*before, -1, *after) for piece in pieces]
 
 
 def at_least_two_rows(*arrays, is_grouped: bool = True):

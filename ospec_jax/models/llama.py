@@ -7,7 +7,9 @@ Qwen2 adds a bias to queries, keys and values; Qwen3 normalises queries and keys
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ospec_jax.config import ModelConfig
@@ -24,6 +26,7 @@ from ospec_jax.models.layers import (
     rope_angles,
     rope_frequencies,
     rotate,
+    split_groups,
 )
 from ospec_jax.typing import Params
 
@@ -35,40 +38,48 @@ class SelfAttention(nn.Module):
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, x, angles, bias, keys, values, starts):
-        (b, t, _), c = x.shape, self.config
+    def __call__(self, x, angles, bias, keys, values, starts, layer=None):
+        (b, t, _), c, n = x.shape, self.config, self.numerics
+        norm = lambda name: RMSNorm(c.rms_norm_eps, n, name=name)
         heads, kv_heads, e = c.num_heads, c.num_kv_heads, c.head_dim
-        qkv = Linear(
-            (heads + 2 * kv_heads) * e, self.numerics, c.has_qkv_bias, name="qkv_proj"
-        )(x).reshape(b, t, heads + 2 * kv_heads, e)
-        rotated = qkv[:, :, : heads + kv_heads]
+        qkv = Linear((heads + 2 * kv_heads) * e, n, c.has_qkv_bias, name="qkv_proj")(
+            x
+        ).reshape(b, t, heads + 2 * kv_heads, e)
+        split = lambda x, *counts: split_groups(x, counts, n.num_groups, axis=2)
+        rotated, new_values = split(qkv, heads + kv_heads, kv_heads)
         if c.has_qk_norm:
-            norm = lambda name: RMSNorm(c.rms_norm_eps, self.numerics, name=name)
-            queries, new_keys = jnp.split(rotated, [heads], axis=2)
-            parts = norm("q_norm")(queries), norm("k_norm")(new_keys)
-            rotated = jnp.concatenate(parts, axis=2)
-        rotated = rotate(rotated, angles, self.numerics.is_row_invariant)
+            queries, new_keys = split(rotated, heads, kv_heads)
+            queries = rotate(norm("q_norm")(queries), angles, n.is_row_invariant)
+            new_keys = rotate(norm("k_norm")(new_keys), angles, n.is_row_invariant)
+        else:
+            # One rotation of both.
+            rotated = rotate(rotated, angles, n.is_row_invariant)
+            queries, new_keys = split(rotated, heads, kv_heads)
         keys, values = kv.append(
-            keys, values, rotated[:, :, heads:], qkv[:, :, heads + kv_heads :], starts
+            keys, values, new_keys, new_values, starts, n.has_batched_writes, layer
         )
-        out = attend(rotated[:, :, :heads], keys, values, bias, self.numerics)
-        out = Linear(c.hidden_size, self.numerics, name="o_proj")(out)
+        own = (keys, values) if layer is None else (keys[layer], values[layer])
+        out = attend(queries, *own, bias, n)
+        out = Linear(c.hidden_size, n, name="o_proj")(out)
         return out, keys, values
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block.
+
+    With `layer`, the block's number, `keys` and `values` are those of all layers.
+    """
 
     config: ModelConfig
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, x, angles, bias, keys, values, starts):
+    def __call__(self, x, angles, bias, keys, values, starts, layer=None):
         c = self.config
         norm = lambda name: RMSNorm(c.rms_norm_eps, self.numerics, name=name)
         attention = SelfAttention(c, self.numerics, name="self_attn")
         out, keys, values = attention(
-            norm("input_layernorm")(x), angles, bias, keys, values, starts
+            norm("input_layernorm")(x), angles, bias, keys, values, starts, layer
         )
         x = x + out
         mlp = SwiGLU(c.intermediate_size, self.numerics, name="mlp")
@@ -113,23 +124,50 @@ class Llama(nn.Module):
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         num_positions = cache.capacity if self.numerics.is_row_invariant else None
         angles = rope_angles(positions, frequencies, num_positions)
-        keys, values, taps = [], [], {}
-        for i in range(c.num_layers):
-            if i in self.taps:
-                taps[i] = x
-            layer = DecoderLayer(c, self.numerics, name=f"layers_{i}")
-            x, k, v = layer(x, angles, bias, cache.keys[i], cache.values[i], starts)
-            keys.append(k)
-            values.append(v)
+        run = self._scan_layers if self.numerics.is_scanned else self._run_layers
+        x, taps, cache = run(x, angles, bias, cache, starts)
         x = RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
         if not c.tie_embeddings:
             self._table("lm_head")
-        features = [taps[i] for i in self.taps] or [x[..., :0]]
-        return (
-            x[:, :num_tokens],
-            jnp.concatenate(features, axis=-1)[:, :num_tokens],
-            kv.KVCache(keys=tuple(keys), values=tuple(values)),
-        )
+        features = jnp.concatenate([*taps, x[..., :0]], axis=-1)
+        return x[:, :num_tokens], features[:, :num_tokens], cache
+
+    def _run_layers(self, x, angles, bias, cache: kv.KVCache, starts):
+        """Each layer with its own weights and cache."""
+        keys, values, taps = [], [], {}
+        for i in range(self.config.num_layers):
+            if i in self.taps:
+                taps[i] = x
+            layer = DecoderLayer(self.config, self.numerics, name=f"layers_{i}")
+            x, k, v = layer(x, angles, bias, cache.keys[i], cache.values[i], starts)
+            keys.append(k)
+            values.append(v)
+        cache = kv.KVCache(keys=tuple(keys), values=tuple(values))
+        return x, [taps[i] for i in self.taps], cache
+
+    def _scan_layers(self, x, angles, bias, cache: kv.KVCache, starts):
+        """One layer over stacked weights.
+
+        Caches and taps are carried, where they are written in place; as a scan's
+        inputs and outputs, whole layers of them would be copied.
+        """
+        tapped = np.asarray(self.taps, np.int32)
+
+        def one(layer, carry, i):
+            x, keys, values, taps = carry
+            taps = jnp.where((tapped == i)[:, None, None, None], x, taps)
+            x, keys, values = layer(x, angles, bias, keys, values, starts, i)
+            return (x, keys, values, taps), None
+
+        scan = nn.scan(
+            one, variable_axes={"params": 0}, split_rngs={"params": True},
+            length=self.config.num_layers,
+        )  # fmt: skip
+        layer = DecoderLayer(self.config, self.numerics, name="layers")
+        carry = x, cache.keys, cache.values, jnp.zeros((len(tapped), *x.shape))
+        carry, _ = scan(layer, carry, jnp.arange(self.config.num_layers))
+        x, keys, values, taps = carry
+        return x, list(taps), kv.KVCache(keys=keys, values=values)
 
     def _table(self, name: str) -> dict:
         shape = (self.config.vocab_size, self.config.hidden_size)
@@ -157,6 +195,24 @@ def init_params(config: ModelConfig, key) -> Params:
     bias = kv.causal_bias(jnp.zeros(1, jnp.int32), 2, 8)
     model = Llama(config, Numerics())
     return model.init(key, tokens, tokens, bias, cache, tokens[:, 0])["params"]
+
+
+def stack_layers(params: Params) -> Params:
+    """Parameters for `Numerics.is_scanned`: all layers' in one tree, `layers`.
+
+    Each of its arrays is `[layers, ...]`.
+    """
+    rest = {k: v for k, v in params.items() if not k.startswith("layers_")}
+    layers = [params[f"layers_{i}"] for i in range(len(params) - len(rest))]
+    return rest | {"layers": jax.tree.map(lambda *each: jnp.stack(each), *layers)}
+
+
+def unstack_layers(params: Params) -> Params:
+    """The inverse of `stack_layers`."""
+    rest = {k: v for k, v in params.items() if k != "layers"}
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    layer = lambda i: jax.tree.map(lambda each: each[i], params["layers"])
+    return rest | {f"layers_{i}": layer(i) for i in range(count)}
 
 
 def embedding_table(params) -> dict:

@@ -120,6 +120,31 @@ def test_one_read_a_step(plain, monkeypatch):
     assert len(reads) == 10  # the prefill's and nine steps'
 
 
+@pytest.mark.parametrize(("batch_size", "lag"), [(1, 0), (3, 1)])
+def test_one_read_a_speculative_step(params, monkeypatch, batch_size, lag):
+    """However many tokens it drafts and emits, and however many rows it has."""
+    engine, draft = engine_for(params, WIDE)
+    reads, steps, original = [], [], engines.fetch
+    monkeypatch.setattr(engines, "fetch", lambda x: reads.append(1) or original(x))
+    step = engine.compiled("step", True)
+    monkeypatch.setitem(
+        engine._functions, ("step", True), lambda *args: steps.append(1) or step(*args)
+    )
+    found = answers(engine, draft, batch_size, lag=lag)
+    assert len(reads) == len(steps) + len(PROMPTS)
+    assert len(steps) < sum(map(len, found)) - len(PROMPTS)
+
+
+@pytest.mark.gpu
+def test_nothing_else_is_read(params):
+    """`fetch` reads explicitly; on the CPU the guard sees nothing."""
+    assert jax.default_backend() != "cpu"
+    engine, draft = engine_for(params, WIDE)
+    before = answers(engine, draft, 3)
+    with jax.transfer_guard_device_to_host("disallow"):
+        assert answers(engine, draft, 3) == before
+
+
 def test_one_trace_for_each_shape(params):
     engine = engine_for(params, PLAIN)[0]
     for _ in range(2):

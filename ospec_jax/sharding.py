@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meshes: which axis of which array is split over which devices, by name rules.
+
+`data` splits rows of a batch, `model` splits heads and feed-forward columns (tensor
+parallelism as in Megatron-LM, arXiv 1909.08053): products that widen are split by
+output, products that narrow by input, so that a layer communicates twice, with one
+all-reduce of activations each. Embedding and head are split over the vocabulary: with
+tied tables they are one array, the largest of small models, and a looked-up row or a
+row's maximum is far smaller than the table.
+
+**Groups.** q, k and v are one product, and so are gate and up. A device must hold its
+own heads' rows of each part, but a plain split of `[q; k; v]` would give one device
+queries and another one keys. So under a mesh the rows of fused products lie in groups,
+`[q_0; k_0; v_0; q_1; k_1; v_1; ...]`, one group for each device of the `model` axis,
+and layers take them apart by group (`Numerics.num_groups`): no weight ever moves. Only
+arrays in memory are grouped; files are not, whatever mesh wrote them.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ospec_jax.config import ConfigError, DraftConfig, ModelConfig
+
+P = PartitionSpec
+AXES = ("data", "model")
+_AUTO = (AxisType.Auto,) * len(AXES)
+AnyMesh = Mesh | AbstractMesh
+Rules = tuple[tuple[str, PartitionSpec], ...]
+
+PARAM_RULES: Rules = (
+    (r"(qkv_proj|gate_up_proj|lm_head)/kernel$", P("model", None)),
+    (r"(qkv_proj|gate_up_proj|lm_head)/(scale|bias)$", P("model")),
+    (r"(o_proj|down_proj|fc)/kernel$", P(None, "model")),
+    (r"(embed_tokens|lm_head)_kernel$", P("model", None)),
+    (r"(embed_tokens|lm_head)_scale$", P("model")),
+)
+"""Of parameters, and of whatever has their names, such as an optimizer's moments.
+
+They describe the last axes: stacked layers have one more in front. What no rule names
+(norms, vocabularies, n-grams, counters, the ring) is on every device.
+"""
+STATE_RULES: Rules = ((r"(keys|values)(/\d+)?$", P("data", "model", None, None)),)
+"""Of decoding state; what they do not name is split by rows."""
+
+
+def make_mesh(text: str) -> Mesh:
+    """Reads `data=2,model=4`; an axis that is not named has one device.
+
+    Raises:
+      ConfigError: It cannot be read, or there are fewer devices.
+    """
+    shape, count = abstract_mesh(text).axis_sizes, jax.device_count()
+    if np.prod(shape) > count:
+        raise ConfigError(
+            f"the mesh {text} takes {np.prod(shape)} devices, but there are {count}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=_AUTO)
+
+
+def abstract_mesh(text: str) -> AbstractMesh:
+    """As `make_mesh`, of devices that need not be here: for lowering.
+
+    Raises:
+      ConfigError: It cannot be read.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES or not size.isdecimal() or int(size) < 1:
+            raise ConfigError(
+                f"cannot read {part!r} of the mesh {text!r}; write data=2,model=4"
+            )
+        sizes[name] = int(size)
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=_AUTO)
+
+
+def num_groups(mesh: AnyMesh | None) -> int:
+    """Groups in which rows of fused products lie: the size of the `model` axis."""
+    return mesh.shape["model"] if mesh is not None else 1
+
+
+def check_model(
+    mesh: AnyMesh | None, config: ModelConfig | DraftConfig, who: str
+) -> None:
+    """Refuses a model that the `model` axis does not divide.
+
+    Raises:
+      ConfigError: Heads or feed-forward columns cannot be split evenly.
+    """
+    size = num_groups(mesh)
+    counts = {
+        "key-value heads": config.num_kv_heads,
+        "heads": config.num_heads,
+        "feed-forward columns": config.intermediate_size,
+    }
+    for what, count in counts.items():
+        if count % size:
+            fitting = int(np.gcd.reduce(list(counts.values())))
+            fitting = [n for n in range(1, fitting + 1) if fitting % n == 0]
+            raise ConfigError(
+                f"{who} has {count} {what}, which model={size} does not divide; use a "
+                f"model axis of {' or '.join(map(str, fitting))} and give the other "
+                f"devices to the data axis"
+            )
+
+
+def check_batch(mesh: AnyMesh | None, batch_size: int) -> None:
+    """Refuses a batch that the `data` axis does not divide.
+
+    Raises:
+      ConfigError: Some devices would repeat what others do.
+    """
+    if mesh is not None and batch_size % mesh.shape["data"]:
+        raise ConfigError(
+            f"batch_size is {batch_size}, which data={mesh.shape['data']} does not "
+            f"divide; use a multiple of it, or give these devices to the model axis"
+        )
+
+
+def _spec(
+    path, x, mesh: AnyMesh, rules: Rules, default: PartitionSpec
+) -> PartitionSpec:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    spec = default
+    for pattern, found in rules:
+        if re.search(pattern, name):
+            spec = P(*(None,) * (x.ndim - len(found)), *found)
+            break
+    # One request's prefill, or an odd vocabulary, is on every device.
+    return P(*(
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(spec, x.shape, strict=False)
+    ))  # fmt: skip
+
+
+def param_shardings(tree: Any, mesh: AnyMesh) -> Any:
+    """Where parameters, or a learner's state, belong."""
+    place = lambda path, x: NamedSharding(mesh, _spec(path, x, mesh, PARAM_RULES, P()))
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def row_shardings(tree: Any, mesh: AnyMesh) -> Any:
+    """Where decoding state, or a batch to learn from, belongs: rows over `data`."""
+    place = lambda path, x: NamedSharding(
+        mesh, _spec(path, x, mesh, STATE_RULES, P("data"))
+    )
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated(tree: Any, mesh: AnyMesh) -> Any:
+    """Everything on every device: what a host reads, on any process."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)
+
+
+def put_params(tree: Any, mesh: Mesh | None) -> Any:
+    """Places parameters, or a learner's state; without a mesh, leaves them alone."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(jax.device_put, tree, param_shardings(tree, mesh))
+
+
+def pinned(function: Callable, mesh: AnyMesh | None, *places: Callable) -> Callable:
+    """A function whose results lie where they belong, to be jitted.
+
+    Args:
+      places: `param_shardings`, `row_shardings` or `replicated`, one for each of the
+        function's results. What goes into the next call as it came out of the last one
+        is compiled for once, and may be donated.
+    """
+    if mesh is None:
+        return function
+    pin = lambda tree, place: jax.lax.with_sharding_constraint(tree, place(tree, mesh))
+
+    @functools.wraps(function)
+    def run(*args):
+        results = function(*args)
+        if len(places) == 1:
+            return pin(results, places[0])
+        pairs = zip(results, places, strict=True)
+        return tuple(pin(result, place) for result, place in pairs)
+
+    return run
+
+
+def regroup(
+    tree: Any, config: ModelConfig | DraftConfig, groups: int, is_inverse: bool = False
+) -> Any:
+    """Puts the rows of fused products into groups, or back into the files' order.
+
+    Args:
+      tree: Parameters, or anything with their names.
+    """
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    parts = {"qkv_proj": (heads, kv_heads, kv_heads), "gate_up_proj": (1, 1)}
+
+    def move(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for product, sizes in parts.items():
+            if re.search(rf"{product}/(kernel|scale|bias)$", name):
+                rows = lambda x, sizes=sizes: _regroup_rows(
+                    x, sizes, groups, is_inverse
+                )
+                is_stacked = x.ndim > (2 if name.endswith("kernel") else 1)
+                return jax.vmap(rows)(x) if is_stacked else rows(x)
+        return x
+
+    return tree if groups == 1 else jax.tree_util.tree_map_with_path(move, tree)
+
+
+def _regroup_rows(x, sizes: tuple[int, ...], groups: int, is_inverse: bool):
+    unit = x.shape[0] // sum(sizes)
+    rows = [size * unit for size in sizes]
+    if is_inverse:
+        rows = [size // groups for size in rows]
+        x = x.reshape(groups, -1, *x.shape[1:])
+        pieces = jnp.split(x, np.cumsum(rows)[:-1], axis=1)
+        return jnp.concatenate([p.reshape(-1, *p.shape[2:]) for p in pieces])
+    pieces = jnp.split(x, np.cumsum(rows)[:-1])
+    pieces = [p.reshape(groups, -1, *p.shape[1:]) for p in pieces]
+    return jnp.concatenate(pieces, axis=1).reshape(x.shape)
+
+
+def agreed(value: Any) -> Any:
+    """Process 0's value, on all processes: for what a clock or a user decides."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(value)

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is true on a mesh of eight devices; `test_sharding.py` runs it on virtual ones.
+
+The sizes are odd, so that no activation has the shape of a weight.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ospec_jax import checkpoint, sharding
+from ospec_jax.checkpoint import Meta
+from ospec_jax.config import ConfigError, LearnerConfig, TreeConfig
+from ospec_jax.decoding.engine import Engine, Request
+from ospec_jax.decoding.step import StepConfig
+from ospec_jax.drafters.ngram import init_memory
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.models.hub import scan_target, split_target
+from ospec_jax.session import LoadedDraft, Session, load_draft
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+
+VOCAB = 24
+SIZES = dict(hidden_size=40, num_layers=2, num_heads=8, num_kv_heads=4)
+PROMPTS = [(1, 2, 3), tuple(np.arange(70) % VOCAB), (5, 4), (9, 9, 9, 1, 0, 2)]
+ODD = dict(has_qk_norm=True, has_qkv_bias=True, tie_embeddings=True)
+TREES = {
+    "plain": TreeConfig(num_steps=0),
+    "chain": TreeConfig(num_steps=3),
+    "dynamic": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=12),
+}
+
+
+def draft_config(target):
+    config = tiny_draft_config(target.config, draft_vocab_size=20)
+    return dataclasses.replace(config, num_kv_heads=4, taps=(0, 1))
+
+
+def engine_for(target, tree):
+    config, mesh = draft_config(target), target.mesh
+    step = StepConfig(target.config, target.numerics, tree, config.taps, mesh=mesh)
+    if not tree.num_steps:
+        return Engine(step, target.params), None
+    drafter = build_drafter("eagle3", config, tree, target.numerics, has_ngrams=True)
+    draft = tiny_draft(drafter, config).replace(memory=init_memory(64))
+    params = sharding.regroup(draft.params, config, sharding.num_groups(mesh))
+    engine = Engine(step, target.params, drafter, is_recording=True)
+    return engine, sharding.put_params(draft.replace(params=params), mesh)
+
+
+def answers(engine, draft, batch_size):
+    requests = [
+        Request(str(i), tuple(map(int, PROMPTS[i % 4])), 16 + 3 * i) for i in range(9)
+    ]
+    done = list(engine.serve(requests, lambda: draft, batch_size))
+    done.sort(key=lambda completion: completion.request.id)
+    return [completion.token_ids for completion in done], done
+
+
+@functools.cache
+def expected(precision, **changes):
+    target = tiny_target(VOCAB, precision, **SIZES | changes)
+    return target, answers(*engine_for(target, TREES["plain"]), 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "tree", "batch_size", "precision", "changes", "is_scanned"),
+    [
+        ("data=8", "plain", 8, "float32", {}, False),
+        ("data=2,model=4", "chain", 4, "float32", {}, False),
+        ("data=2,model=4", "chain", 4, "int8", {}, False),
+        ("data=4,model=2", "dynamic", 4, "float32", {}, True),
+        ("model=2", "dynamic", 1, "float32", {}, False),
+        ("model=2", "plain", 1, "float32", ODD, True),
+    ],
+)
+def test_tokens_are_those_of_one_device(
+    mesh, tree, batch_size, precision, changes, is_scanned
+):
+    target, tokens = expected(precision, **changes)
+    target = scan_target(target) if is_scanned else target
+    target = split_target(target, sharding.make_mesh(mesh))
+    engine, draft = engine_for(target, TREES[tree])
+    found, done = answers(engine, draft, batch_size)
+    assert found == tokens
+    assert tree == "plain" or sum(c.stats.num_accepted_tokens for c in done) > 10
+
+
+def collectives(compiled):
+    """Kind and shape of whatever a program sends between devices."""
+    kinds = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
+    for line in compiled.as_text().splitlines():
+        if found := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+            for shape in re.findall(r"\w+\[([\d,]*)\]", found[1]):
+                yield found[2], tuple(int(n) for n in shape.split(",") if n)
+
+
+def shapes_of_weights(params):
+    """Sizes above one, in any order, of whole matrices and of their shards."""
+    shapes = set()
+    for leaf in jax.tree.leaves(params):
+        if leaf.ndim > 1:
+            whole, shard = leaf.shape, leaf.sharding.shard_shape(leaf.shape)
+            shapes |= {whole, shard, whole[-2:], shard[-2:]}
+    return {tuple(sorted(n for n in shape if n > 1)) for shape in shapes}
+
+
+@pytest.mark.parametrize("is_scanned", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_no_weight_moves(precision, is_scanned):
+    target, _ = expected(precision)
+    target = scan_target(target) if is_scanned else target
+    target = split_target(target, sharding.make_mesh("data=2,model=4"))
+    engine, draft = engine_for(target, TREES["chain"])
+    row, _ = engine.prefill(draft, Request("0", (1, 2, 3)), 256)
+    state = engine._place(None, row, 0, 4, 256)
+    step = engine.compiled("step", True).lower(target.params, draft, state).compile()
+    weights = shapes_of_weights((target.params, draft.params))
+    assert len(weights) > 8
+    found = list(collectives(step))
+    moved = [shape for _, shape in found if tuple(sorted(shape)) in weights]
+    assert not moved
+    # Two all-reduces of a layer's rows, in target and draft; one for the embedding.
+    rows = [s for kind, s in found if kind == "all-reduce" and s == (2, 4, 40)]
+    num_layers = 1 if is_scanned else target.config.num_layers
+    assert len(rows) == 2 * num_layers + 1 + 4
+
+
+def test_state_is_split_by_rows_and_heads():
+    target, _ = expected("float32")
+    target = split_target(target, sharding.make_mesh("data=2,model=4"))
+    engine, draft = engine_for(target, TREES["chain"])
+    row, _ = engine.prefill(draft, Request("0", (1, 2, 3)), 256)
+    state = engine._place(None, row, 0, 4, 256)
+    state, output = engine.compiled("step", True)(target.params, draft, state)
+    shard = lambda x: x.sharding.shard_shape(x.shape)
+    assert shard(state.cache.keys[0]) == (2, 1, 8, 256)
+    assert shard(state.draft_cache["drafter"].values[0]) == (2, 1, 256, 8)
+    assert shard(state.feedback.taps) == (2, 256, 80)
+    assert shard(state.lengths) == (2,)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(output))
+    attention = target.params["layers_0"]["self_attn"]
+    assert shard(attention["qkv_proj"]["kernel"]) == (32, 40)
+    assert shard(attention["o_proj"]["kernel"]) == (40, 16)
+    assert shard(target.params["embed_tokens_kernel"]) == (6, 40)
+
+
+LEARNER = LearnerConfig(
+    optimizer="sgd", learning_rate=0.3, update_interval=20, memory_slots=64,
+    ring_capacity=8, num_candidates=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def session_target():
+    return tiny_target(**SIZES)
+
+
+@pytest.fixture(scope="module")
+def loaded(session_target):
+    config = draft_config(session_target)
+    drafter = build_drafter("eagle3", config, TreeConfig(num_steps=1))
+    meta = Meta.create(session_target, config)
+    return LoadedDraft(tiny_draft(drafter, config), meta)
+
+
+def learned(target, loaded, prompts=("abc", "a longer one", "xyz", "abc"), **kwargs):
+    session = Session(target, loaded, learner=LEARNER, batch_size=4, **kwargs)
+    results = list(session.generate(prompts, 20))
+    results.sort(key=lambda result: result.prompt.id)
+    return session, [result.token_ids for result in results]
+
+
+def same(left, right, **tolerance):
+    close = functools.partial(np.testing.assert_allclose, **tolerance)
+    jax.tree.map(close, left, right)
+
+
+def test_learning_and_its_checkpoints(session_target, loaded, tmp_path):
+    alone, tokens = learned(session_target, loaded)
+    mesh = sharding.make_mesh("data=2,model=4")
+    split = split_target(session_target, mesh)
+    session, found = learned(split, loaded)
+    assert found == tokens
+    assert session.version == alone.version > 0
+    moments = jax.tree.leaves(session.learning.state.learner.params)
+    assert any(not x.sharding.is_fully_replicated for x in moments)
+
+    # Written under a mesh, read without one.
+    session.save(tmp_path / "mesh")
+    restored = load_draft(tmp_path / "mesh", session_target)
+    kernel = lambda draft: draft.params["qkv_proj"]["kernel"]
+    assert len(kernel(restored.draft).sharding.device_set) == 1
+    same(restored.draft.params, alone.draft.params, atol=1e-5)
+    change = jnp.abs(kernel(restored.draft) - kernel(loaded.draft)).max()
+    assert change > 1e-3, "nothing was learned"
+    resumed = Session(session_target, loaded, learner=LEARNER, batch_size=4)
+    assert resumed.resume(tmp_path / "mesh") == alone.answered
+    same(resumed.learning.state, alone.learning.state, atol=1e-5)
+    same(resumed.learning.traffic, alone.learning.traffic, atol=1e-2)
+
+    # And the reverse, to go on from.
+    alone.save(tmp_path / "one")
+    back = Session(split, loaded, learner=LEARNER, batch_size=4)
+    back.resume(tmp_path / "one")
+    same(back.draft.params, session.draft.params, atol=1e-5)
+    same(back.learning.state, session.learning.state, atol=1e-5)
+    assert kernel(back.draft).sharding == kernel(session.draft).sharding
+    list(back.generate(["more", "of", "the", "same"], 20))
+    assert back.version > session.version
+
+
+def test_an_update_gathers_no_weight(session_target, loaded):
+    split = split_target(session_target, sharding.make_mesh("data=2,model=4"))
+    session, _ = learned(split, loaded)
+    adaptation, learning = session.learning.adaptation, session.learning
+    batch = adaptation._batch(learning.traffic.ring, np.int32(4), np.int32(0))
+    assert batch.start.sharding.shard_shape(batch.start.shape) == (2,)
+    args = learning.state.learner, batch, adaptation.shared, session.draft.token_ids
+    compiled = adaptation._update.lower(*args).compile()
+    weights = shapes_of_weights((split.params, session.draft.params))
+    for kind, shape in collectives(compiled):
+        # Gradients are summed over `data`: those all-reduces are due.
+        assert kind == "all-reduce" or tuple(sorted(shape)) not in weights
+
+
+def test_what_a_mesh_does_not_divide_is_refused(session_target, loaded):
+    mesh = sharding.make_mesh("data=2,model=4")
+    with pytest.raises(ConfigError, match="2 key-value heads.*model=4"):
+        split_target(tiny_target(), mesh)
+    split = split_target(session_target, mesh)
+    with pytest.raises(ConfigError, match="batch_size is 3.*data=2"):
+        Session(split, loaded, batch_size=3)
+    config = dataclasses.replace(loaded.meta.draft, num_kv_heads=2)
+    meta = dataclasses.replace(loaded.meta, draft=config)
+    with pytest.raises(ConfigError, match="the draft has 2 key-value heads"):
+        Session(split, dataclasses.replace(loaded, meta=meta), batch_size=2)
+
+
+def test_files_hold_no_groups(session_target, loaded, tmp_path):
+    """A draft that was only served comes back bit for bit."""
+    split = split_target(session_target, sharding.make_mesh("model=4"))
+    Session(split, loaded).save(tmp_path)
+    restored = checkpoint.load(tmp_path, session_target)
+    jax.tree.map(
+        np.testing.assert_array_equal, restored.draft.params, loaded.draft.params
+    )
