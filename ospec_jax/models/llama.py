@@ -81,7 +81,8 @@ class Llama(nn.Module):
     """A decoder-only target with hidden-state taps.
 
     Attributes:
-      taps: Layers whose input hidden state is returned, concatenated, for the draft.
+      taps: Layers whose input hidden state is returned, concatenated, for the draft;
+        the number of layers stands for the input of the head, the final normed state.
     """
 
     config: ModelConfig
@@ -123,7 +124,7 @@ class Llama(nn.Module):
             x, k, v = layer(x, angles, bias, cache.keys[i], cache.values[i], starts)
             keys.append(k)
             values.append(v)
-        x = RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
+        taps[c.num_layers] = x = RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
         if not c.tie_embeddings:
             self._table("lm_head")
         features = [taps[i] for i in self.taps] or [x[..., :0]]
