@@ -217,6 +217,76 @@ def test_proposals_keep_to_the_draft_vocabulary(shared, family, name):
     assert np.all(np.diff(depths, axis=1) >= 0)
 
 
+def unrolled_logits(rig, shared, num_pairs=1):
+    """Logits at the last of the first pairs, by depth, and what they were made of."""
+    feedback = rig.feedback(num_pairs + STEPS)
+    logits = rig.unroll(
+        rig.draft.params, rig.draft.token_ids, shared, feedback,
+        jnp.zeros((1,), jnp.int32), num_pairs - 1, STEPS,
+    )  # fmt: skip
+    table = np.asarray(shared.embedding["kernel"], np.float64)
+    state = np.asarray(feedback.hidden[0, num_pairs - 1], np.float64)
+    return [x[0, -1] for x in logits], state, table[feedback.tokens[0, num_pairs:]]
+
+
+def wide(params, *names):
+    """A parameter in float64."""
+    for name in names:
+        params = params[name]
+    return np.asarray(params, np.float64)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def test_hydra_heads_are_the_papers(shared):
+    """`R x + silu(W x)` of the state and all tokens so far, one after the other."""
+    rig = Rig("hydra", TREES["chain"], 12)
+    logits, state, tokens = unrolled_logits(rig, shared)
+    for depth in range(STEPS):
+        head = rig.draft.params[f"heads_{depth}"]
+        x = np.concatenate([state, *tokens[: depth + 1]])
+        dense = lambda name, x, head=head: (
+            wide(head, name, "kernel") @ x + wide(head, name, "bias")
+        )
+        x = dense("residual", x) + silu(dense("first", x))
+        expected = wide(rig.draft.params, "lm_head", "kernel") @ x
+        np.testing.assert_allclose(logits[depth], expected, atol=1e-4)
+
+
+def test_blocks_of_a_hydra_head_share_weights(shared):
+    config = tiny_draft_config(tiny_model_config(VOCAB), family="hydra", num_blocks=4)
+    params = build_drafter("hydra", config, TREES["chain"]).init_params(
+        jax.random.key(0)
+    )
+    assert set(params["heads_0"]) == {"residual", "first", "block"}
+    assert set(params["prefix"]) == {
+        "input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm", "mlp",
+        "norm",
+    }  # fmt: skip
+
+
+def test_an_eagle1_head_is_the_papers(shared):
+    """One projection of embedding and state, a layer without norm, the frozen head."""
+    rig = Rig("eagle1", TREES["chain"], 0)
+    logits, state, tokens = unrolled_logits(rig, shared)
+    params, c = rig.draft.params, rig.config
+    x = wide(params, "fc", "kernel") @ np.concatenate([tokens[0], state])
+    x = x + wide(params, "fc", "bias")
+    qkv = wide(params, "qkv_proj", "kernel") @ x
+    # A lone pair attends to itself: its output is its value.
+    values = qkv[-c.num_kv_heads * c.head_dim :].reshape(c.num_kv_heads, -1)
+    spread = np.repeat(values, c.num_heads // c.num_kv_heads, axis=0).reshape(-1)
+    x = x + wide(params, "o_proj", "kernel") @ spread
+    gain = wide(params, "post_attention_layernorm", "scale")
+    normed = x / np.sqrt(np.mean(x * x) + c.rms_norm_eps) * gain
+    gate, up = np.split(wide(params, "mlp", "gate_up_proj", "kernel") @ normed, 2)
+    x = x + wide(params, "mlp", "down_proj", "kernel") @ (silu(gate) * up)
+    expected = wide(shared.head, "kernel") @ x
+    np.testing.assert_allclose(logits[0], expected, atol=1e-4)
+
+
 def test_heads_draft_no_deeper_than_there_are_heads(shared):
     rig = Rig("hydra-prefix", TREES["chain"], 12)
     with pytest.raises(ConfigError, match="5 heads, .* too few for 6"):
