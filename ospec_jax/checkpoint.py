@@ -21,7 +21,13 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from ospec_jax import sharding
-from ospec_jax.config import DraftConfig, Precision, TreeConfig, from_dict
+from ospec_jax.config import (
+    DraftConfig,
+    Precision,
+    TreeConfig,
+    draft_config_from,
+    from_dict,
+)
 from ospec_jax.data.tokenizer import tokenizer_hash
 from ospec_jax.drafters.base import dequantized
 from ospec_jax.drafters.registry import build_drafter
@@ -44,7 +50,8 @@ class Meta:
     Attributes:
       family: Of drafters, one of `drafters.registry.FAMILIES`.
       draft: The architecture; None for a family without parameters.
-      fingerprint: Of the target's weights.
+      fingerprint: Of the target's weights; empty, like `tokenizer_hash`, for a draft
+        that was imported without its target.
       storage: Precision of the stored draft parameters.
       draft_version: Promotions so far.
       learner: Name and hyper-parameters of the learner, or empty.
@@ -66,15 +73,27 @@ class Meta:
 
     @classmethod
     def create(
-        cls, target: Target, draft: DraftConfig | None, family: str = "eagle3", **values
+        cls,
+        target: Target | None,
+        draft: DraftConfig | None,
+        family: str = "eagle3",
+        **values,
     ) -> "Meta":
         """Describes a draft for `target` made with the installed libraries."""
         libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        facts: dict[str, Any] = {
+            "target": "unknown",
+            "fingerprint": "",
+            "tokenizer_hash": "",
+        }
+        if target is not None:
+            facts = {
+                "target": target.name,
+                "fingerprint": target.fingerprint,
+                "tokenizer_hash": tokenizer_hash(target.tokenizer),
+            }
         return cls(
-            family=family, draft=draft, target=target.name,
-            fingerprint=target.fingerprint,
-            tokenizer_hash=tokenizer_hash(target.tokenizer), libraries=libraries,
-            **values,
+            family=family, draft=draft, libraries=libraries, **(facts | values)
         )  # fmt: skip
 
     def check(self, target: Target) -> None:
@@ -84,7 +103,10 @@ class Meta:
           CheckpointError: The vocabulary, tokenizer, width or taps do not fit.
         """
         config, draft = target.config, self.draft
-        found = [("tokenizer", self.tokenizer_hash, tokenizer_hash(target.tokenizer))]
+        found = []
+        if self.tokenizer_hash:
+            known = tokenizer_hash(target.tokenizer)
+            found.append(("tokenizer", self.tokenizer_hash, known))
         if draft is not None:
             found += [
                 ("vocabulary size", draft.vocab_size, config.vocab_size),
@@ -97,12 +119,12 @@ class Meta:
                     f"{target.name} has {theirs}; use a draft of this target or train "
                     f"one with `ospec distill`"
                 )
-        if draft is not None and max(draft.taps) >= config.num_layers:
+        if draft is not None and max(draft.taps) > config.num_layers:
             raise CheckpointError(
                 f"this draft reads layers {draft.taps}, but {target.name} has "
                 f"only {config.num_layers}: it was made for {self.target}"
             )
-        if self.fingerprint != target.fingerprint:
+        if self.fingerprint not in ("", target.fingerprint):
             warnings.warn(
                 f"this draft was made for other weights of {self.target} (fingerprint "
                 f"{self.fingerprint}, not {target.fingerprint}); output stays exact, "
@@ -254,7 +276,7 @@ def read_meta(values: dict) -> Meta:
     """Rebuilds `Meta` from its stored form, refusing unknown keys."""
     draft = values["draft"]
     if draft is not None:
-        draft = from_dict(DraftConfig, draft)
+        draft = draft_config_from(values["family"], draft)
     return from_dict(Meta, values | {"draft": draft})
 
 

@@ -45,8 +45,8 @@ class Decoding:
 
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
-      draft: none, shipped, ngram, model:TARGET (a smaller model), or a checkpoint
-        folder.
+      draft: none, shipped, ngram, model:TARGET (a smaller model), a checkpoint folder,
+        or the folder of a public EAGLE-3 head.
       precision: Of weights and products; auto measures what is fastest here.
       batch_size: Requests decoded together.
       num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.
@@ -273,11 +273,15 @@ def distill(
     target: str = "smollm2-135m",
     precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
     draft: str = "none",
+    family: Literal["eagle3", "eagle1", "hydra"] = "eagle3",
     data: Path | None = None,
     draft_vocab_size: int = 8192,
+    num_steps: int = 3,
     num_updates: int = 1200,
     batch_size: int = 16,
     learning_rate: float = 1e-3,
+    loss: str = "forward_kl",
+    feature_weight: float | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     collect_batch_size: int = 32,
@@ -290,30 +294,41 @@ def distill(
     Args:
       prompts: A JSONL file.
       out: Folder of the recorded answers and of the draft's checkpoints.
-      draft: A trained draft to start from: none, shipped, or a checkpoint folder.
+      draft: A trained draft to start from: none, shipped, or a folder; it brings its
+        own family.
+      family: What to train; one recording serves all of them.
       data: Where outputs and features are recorded; by default `OUT/data`.
       draft_vocab_size: Tokens that can be drafted, the most frequent ones; 0 for all,
         with the target's frozen head.
+      num_steps: Drafted tokens that training looks ahead; Hydra gets as many heads.
+      loss: On tokens: forward_kl or total_variation.
+      feature_weight: Of the loss on predicted states (eagle1); by default the
+        published one.
       temperature: Of the recorded outputs.
       collect_only: Stop after recording.
       ship: Also save the draft alone, in int8, into this folder.
     """
     from ospec_jax.distill.collect import collect
-    from ospec_jax.distill.train import DistillConfig, default_draft_config, train
+    from ospec_jax.distill.families import default_draft_config, eagle3_taps
+    from ospec_jax.distill.train import DistillConfig, train
 
     rows = read_prompts(prompts)
     loaded = load_target(target, _precision(precision))
-    draft_config = default_draft_config(loaded.config, draft_vocab_size)
-    initial = None
+    draft_config = default_draft_config(
+        loaded.config, draft_vocab_size, family, num_steps
+    )
+    taps, initial = eagle3_taps(loaded.config), None
     if draft != "none":
         start = load_draft(draft, loaded)
         if start.meta.draft is None:
             raise ConfigError(f"the draft {draft!r} has no parameters to train")
         draft_config, initial = start.meta.draft, (start.draft, start.meta)
+        if start.meta.family == "eagle3":
+            taps = draft_config.taps
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
     count = collect(
-        loaded, rows, folder, draft_config.taps, max_new_tokens=max_new_tokens,
+        loaded, rows, folder, taps, max_new_tokens=max_new_tokens,
         sampling=sampling, batch_size=collect_batch_size,
     )  # fmt: skip
     console.print(f"recorded {count} answers in {folder}")
@@ -321,17 +336,81 @@ def distill(
         return
     config = DistillConfig(
         num_updates=num_updates, batch_size=batch_size, learning_rate=learning_rate,
-        seed=seed,
+        num_steps=num_steps, loss=loss, feature_weight=feature_weight, seed=seed,
     )  # fmt: skip
-    history = train(loaded, folder, out / "draft", config, draft_config, initial)
-    console.print(f"saved {out / 'draft'}")
+    trained = out / "draft"
+    history = train(loaded, folder, trained, config, draft_config, initial, family)
+    console.print(f"saved {trained}, and its course as {trained / 'training.png'}")
     if history:
         console.print(history[-1])
     if ship is not None:
-        trained = checkpoint.load(out / "draft", loaded)
-        meta = dataclasses.replace(trained.meta, storage="int8")
-        checkpoint.save(ship, trained.step, meta, trained.draft)
+        newest = checkpoint.load(trained, loaded)
+        meta = dataclasses.replace(newest.meta, storage="int8")
+        checkpoint.save(ship, newest.step, meta, newest.draft)
         console.print(f"saved {ship}")
+
+
+def import_draft(
+    src: tyro.conf.Positional[Path],
+    out: Path,
+    target: str | None = None,
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    taps: tuple[int, ...] = (),
+    check: bool = True,
+) -> None:
+    """Turns a public EAGLE-3 head into a checkpoint.
+
+    Args:
+      src: Folder with config.json and *.safetensors, or *.bin where torch is installed.
+      out: Folder of the checkpoint.
+      target: What the head was trained for. Without it only the head's own files are
+        checked.
+      taps: Target layers whose input the head reads, if its files say it wrongly.
+      check: Decode a few prompts, and refuse a head that is never right.
+    """
+    from ospec_jax.formats.check import self_check
+    from ospec_jax.formats.importing import load_folder
+
+    loaded = load_target(target, _precision(precision)) if target else None
+    draft, meta = load_folder(src, loaded, taps or None)
+    if loaded is not None and check:
+        with console.status("decoding a few prompts"):
+            length = self_check(loaded, LoadedDraft(draft, meta))
+        console.print(f"self-check: mean acceptance length {length:.2f}")
+    else:
+        console.print("not checked against a target")
+    console.print(f"saved {checkpoint.save(out, 0, meta, draft)}")
+
+
+def export_draft(
+    draft: tyro.conf.Positional[str],
+    out: Path,
+    format: Literal["eagle3", "speculators"] = "eagle3",
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    target: str | None = None,
+) -> None:
+    """Writes a draft as a public EAGLE-3 head that other servers load.
+
+    Args:
+      draft: shipped, or a checkpoint folder.
+      out: Folder of config.json and model.safetensors.
+      format: eagle3 (SGLang, vLLM, the reference code) or speculators (vLLM).
+      dtype: Of the weights; auto is what they were imported in, else float32.
+      target: Its name or path for the reader of the head; by default the recorded one.
+    """
+    from ospec_jax.formats import exporting
+
+    found = checkpoint.load(SHIPPED if draft == "shipped" else draft)
+    meta, card = found.meta, found.meta.card
+    if meta.family != "eagle3" or meta.draft is None:
+        raise ConfigError(
+            f"{draft} is a draft of the family {meta.family!r}; only EAGLE-3 heads "
+            f"have a public format here"
+        )
+    chosen = card.get("dtype", "float32") if dtype == "auto" else dtype
+    verifier = target or card.get("verifier") or meta.target
+    exporting.write(out, found.draft, meta.draft, format, chosen, verifier)
+    console.print(f"saved {out} ({chosen})")
 
 
 def bench(
@@ -473,12 +552,13 @@ def lower(
         is_scanned=scan, attention=attention,
         mesh=sharding.abstract_mesh(mesh) if mesh else None,
     )  # fmt: skip
-    head = None
+    head, family = None, ""
     if draft != "none":
-        head = checkpoint.load(SHIPPED if draft == "shipped" else draft).meta.draft
+        meta = checkpoint.load(SHIPPED if draft == "shipped" else draft).meta
+        head, family = meta.draft, meta.family
     with console.status(f"lowering for {platforms}"):
         lowered = lowering.lower(
-            load_config(target), head, config, platforms.split(",")
+            load_config(target), head, config, platforms.split(","), family
         )  # fmt: skip
     for path in lowering.write(lowered, out):
         console.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
@@ -528,6 +608,7 @@ def main() -> None:
     """Entry point of `ospec`."""
     functions = (generate, learn, distill, bench, roofline, lower, drafters, demo)
     commands = {function.__name__: function for function in functions}
+    commands |= {"import": import_draft, "export": export_draft}
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]{message}")
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="ospec")

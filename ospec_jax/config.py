@@ -73,13 +73,19 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """Architecture of an EAGLE-3 draft head.
+    """Architecture of an EAGLE draft head; `HydraConfig` adds to it.
 
     Attributes:
-      taps: Target layers whose *input* hidden states are fused; EAGLE-3's default is
-        layers 2, n // 2 and n - 3.
+      taps: Target layers whose *input* hidden states the draft reads, joined; the
+        number of layers itself stands for the input of the target's head, its final
+        normed state. EAGLE-3's default is layers 2, n // 2 and n - 3.
       draft_vocab_size: Tokens that can be drafted; 0 stands for the target's full
         vocabulary with its frozen head.
+      rope_scaling: Of the draft's own rotary embedding.
+      has_norm_before_residual: The residual stream begins at the normed feature, not
+        at the feature itself (EAGLE-3 heads of the `speculators` project).
+      has_own_embedding: The draft does not share the target's embedding.
+      has_fc_bias: The joining projection has a bias (most EAGLE-1 heads).
     """
 
     vocab_size: int
@@ -93,6 +99,10 @@ class DraftConfig:
     draft_vocab_size: int
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
+    rope_scaling: RopeScaling | None = None
+    has_norm_before_residual: bool = False
+    has_own_embedding: bool = False
+    has_fc_bias: bool = False
 
     @property
     def has_own_head(self) -> bool:
@@ -103,6 +113,36 @@ class DraftConfig:
     def num_draft_ids(self) -> int:
         """Width of the draft's logits."""
         return self.draft_vocab_size or self.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class HydraConfig(DraftConfig):
+    """Architecture of Hydra heads (arXiv 2402.05109).
+
+    Attributes:
+      depth: Heads, one for each token of the longest draft.
+      num_blocks: Residual blocks of each head; those after the first share weights, as
+        in the published heads.
+      has_prefix: A decoder layer runs over the target's final states before the heads
+        read them (Hydra++).
+    """
+
+    depth: int = 3
+    num_blocks: int = 2
+    has_prefix: bool = True
+
+    def __post_init__(self):
+        for name in ("depth", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
+
+
+def draft_config_from(family: str, values: dict[str, Any]) -> DraftConfig:
+    """Rebuilds a draft's architecture from its stored form."""
+    scaling = values.get("rope_scaling")
+    if isinstance(scaling, dict):
+        values = values | {"rope_scaling": from_dict(RopeScaling, scaling)}
+    return from_dict(HydraConfig if family == "hydra" else DraftConfig, values)
 
 
 @dataclasses.dataclass(frozen=True)

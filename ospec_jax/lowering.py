@@ -68,12 +68,15 @@ class LoweringConfig:
 
 def lower(
     model: ModelConfig, draft: DraftConfig | None, config: LoweringConfig,
-    platforms: Sequence[str],
+    platforms: Sequence[str], family: str = "eagle3",
 ) -> dict[str, export.Exported]:  # fmt: skip
     """Lowers `prefill`, `plain_step` and, given a draft, `speculative_step`.
 
     The functions are `build_prefill`'s and `build_step`'s with flat arguments and
     results, in the form that `as_data` gives them.
+
+    Args:
+      family: The draft's.
 
     Raises:
       ConfigError: A platform is unknown, or lacks the attention asked for.
@@ -119,7 +122,7 @@ def lower(
     add("plain_step", build_step(plain, None), target, None, state)
     step, drafter, drafts = plain, None, None
     if draft is not None:
-        drafter = build_drafter("eagle3", draft, config.tree, numerics, has_ngrams=True)
+        drafter = build_drafter(family, draft, config.tree, numerics, has_ngrams=True)
         step = dataclasses.replace(plain, tree=config.tree, taps=draft.taps)
         drafts = jax.eval_shape(lambda: _empty_draft(drafter, draft, cast))
         drafts = placed(drafts, params)

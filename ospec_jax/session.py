@@ -29,6 +29,8 @@ from ospec_jax.decoding.engine import Completion, Engine, Request
 from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.formats.eagle3 import is_eagle3_folder
+from ospec_jax.formats.importing import load_folder
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import Target, load_target
 from ospec_jax.models.quantization import cast_params
@@ -58,16 +60,22 @@ class LoadedDraft:
 
 
 def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
-    """Loads `shipped`, `ngram`, `model:TARGET` or the draft of a checkpoint folder.
+    """Loads `shipped`, `ngram`, `model:TARGET` or the draft of a folder.
+
+    A folder is a checkpoint, or a public EAGLE-3 head with its `config.json`.
 
     Raises:
       CheckpointError: Nothing readable is there, or it is for another target.
+      ConfigError: A public head has an architecture that is not supported.
+      WeightsError: A public head lacks tensors.
     """
     if name_or_folder == "ngram":
         return LoadedDraft(Draft(params={}), Meta.create(target, None, "ngram"))
     if str(name_or_folder).startswith("model:"):
         return model_draft(str(name_or_folder).removeprefix("model:"), target)
-    folder = SHIPPED if name_or_folder == "shipped" else name_or_folder
+    folder = SHIPPED if name_or_folder == "shipped" else Path(name_or_folder)
+    if is_eagle3_folder(folder):
+        return LoadedDraft(*load_folder(folder, target))
     restored = checkpoint.load(folder, target, mesh=target.mesh)
     if restored.meta.family == "model":
         name = restored.meta.card["model"]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ospec_jax.config import DraftConfig, ModelConfig, Precision
+from ospec_jax.config import DraftConfig, HydraConfig, ModelConfig, Precision
 from ospec_jax.models.hub import Target, cache_folder
 from ospec_jax.models.llama import init_params
 from ospec_jax.models.quantization import calibrated_numerics, cast_params
@@ -81,9 +81,12 @@ def tiny_target(
     )
 
 
-def tiny_draft_config(model: ModelConfig, draft_vocab_size: int = 12) -> DraftConfig:
-    """An EAGLE-3 head for a tiny target."""
-    return DraftConfig(
+def tiny_draft_config(
+    model: ModelConfig, draft_vocab_size: int = 12, family: str = "eagle3", **changes
+) -> DraftConfig:
+    """A trainable draft's architecture for a tiny target."""
+    taps = (1, 2, 3) if family == "eagle3" else (model.num_layers,)
+    values: dict[str, Any] = dict(
         vocab_size=model.vocab_size,
         target_hidden_size=model.hidden_size,
         hidden_size=model.hidden_size,
@@ -91,9 +94,13 @@ def tiny_draft_config(model: ModelConfig, draft_vocab_size: int = 12) -> DraftCo
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
-        taps=(1, 2, 3),
+        taps=taps,
         draft_vocab_size=draft_vocab_size,
     )
+    values |= changes
+    if family == "hydra":
+        return HydraConfig(**{"depth": 5, **values})
+    return DraftConfig(**values)
 
 
 def tiny_draft(drafter, config: DraftConfig, seed: int = 0) -> Draft:

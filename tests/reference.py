@@ -14,7 +14,8 @@ def forward(params, config, tokens, taps=()):
     head; shares no code with the package but the layout of `params`.
 
     Returns:
-      Logits `[t, v]`, and the inputs of the layers `taps`, concatenated, `[t, f]`.
+      Logits `[t, v]`, and the inputs of the layers `taps`, concatenated, `[t, f]`;
+      the number of layers stands for the head.
     """
     c, wide = config, lambda array: np.asarray(array, np.float64)
     x = wide(params["embed_tokens_kernel"])[np.asarray(tokens)]
@@ -32,6 +33,7 @@ def forward(params, config, tokens, taps=()):
         gated = gated / (1.0 + np.exp(-gated))
         x = x + (gated * (normed @ up.T)) @ wide(layer["mlp"]["down_proj"]["kernel"]).T
     x = _norm(x, wide(params["norm"]["scale"]), c.rms_norm_eps)
+    tapped[c.num_layers] = x
     head = "embed_tokens_kernel" if c.tie_embeddings else "lm_head_kernel"
     features = [tapped[number] for number in taps] or [x[:, :0]]
     return x @ wide(params[head]).T, np.concatenate(features, axis=1)

@@ -47,9 +47,13 @@ class CommandLine:
 
     def __call__(self, command, *args):
         """Exit code of `ospec COMMAND --target TINY ...`."""
+        limits = "--precision", "float32", "--max-new-tokens", 20
+        return self.run(command, *args, "--target", self.target, *limits)
+
+    def run(self, *args):
+        """Exit code of `ospec` with these arguments alone."""
         before = sys.argv, warnings.showwarning
-        sys.argv = ["ospec", command, *map(str, args), "--target", self.target]
-        sys.argv += ["--precision", "float32", "--max-new-tokens", "20"]
+        sys.argv = ["ospec", *map(str, args)]
         try:
             cli.main()
         except SystemExit as stop:
@@ -105,6 +109,52 @@ def test_generate_answers_a_file(ospec, tree):
     answers = lambda rows: {row["id"]: row["token_ids"] for row in rows}
     assert answers(plain) == answers(drafted)
     assert len(plain) == 8
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators"])
+def test_drafts_move_out_and_back_in(ospec, layout, tmp_path):
+    public, again = tmp_path / "public", tmp_path / "again"
+    to = ("--format", layout, "--out")
+    assert ospec.run("export", ospec.draft, *to, public) == 0
+    assert ospec.run(
+        "import", public, "--out", tmp_path / "draft", "--target", ospec.target,
+        "--precision", "float32", "--no-check",
+    ) == 0  # fmt: skip
+    assert ospec.run("export", tmp_path / "draft", *to, again) == 0
+    weights = [(f / "model.safetensors").read_bytes() for f in (public, again)]
+    assert weights[0] == weights[1]
+    prompt = ("--prompt", "Hello there")
+    drafted = ospec.json("generate", *prompt, "--draft", public)
+    plain = ospec.json("generate", *prompt, "--draft", "none")
+    assert drafted["token_ids"] == plain["token_ids"]
+    ours = ospec.json("generate", *prompt, "--draft", ospec.draft)
+    assert drafted["metrics"] == ours["metrics"]
+
+
+def test_imports_name_what_is_wrong(ospec, tmp_path, capsys):
+    assert ospec.run("export", ospec.draft, "--out", tmp_path) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 262}))
+    out = tmp_path / "draft"
+    assert ospec.run("import", tmp_path, "--out", out, "--target", ospec.target) == 2
+    assert "t2d of" in capsys.readouterr().err
+    assert ospec.run("import", tmp_path / "nowhere", "--out", out) == 2
+    assert "no config.json" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_only_heads_with_a_public_format_are_exported(ospec, tmp_path, capsys):
+    assert ospec(
+        "distill", "--prompts", ospec.prompts, "--out", tmp_path, "--family", "hydra",
+        "--data", ospec.folder / "run" / "data", "--num-updates", 1, "--batch-size", 2,
+        "--draft-vocab-size", 100, "--collect-batch-size", 2,
+    ) == 0  # fmt: skip
+    draft = tmp_path / "draft"
+    assert checkpoint.load(draft).meta.family == "hydra"
+    assert (draft / "training.png").exists()
+    assert ospec.run("export", draft, "--out", tmp_path / "public") == 2
+    assert "of the family 'hydra'" in capsys.readouterr().err
+    assert len(ospec.json("generate", "--prompt", "Hi", "--draft", draft)) > 0
 
 
 def test_learn_resumes_where_it_stopped(ospec, tmp_path):

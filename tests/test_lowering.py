@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from ospec_jax.config import ConfigError, ModelConfig, TreeConfig
 from ospec_jax.decoding.step import StepConfig, build_step, empty_state
-from ospec_jax.distill.train import default_draft_config
+from ospec_jax.distill.families import default_draft_config
 from ospec_jax.lowering import LoweringConfig, as_data, lower, write
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.llama import stack_layers
@@ -54,6 +54,14 @@ def test_all_functions_lower_for_tpu_and_cuda(tmp_path, tree, precision):
         assert exported.platforms == ("tpu", "cuda")
         assert "callback" not in exported.mlir_module()
         assert 0 < largest_constant(exported) < 1000
+
+
+@pytest.mark.parametrize("family", ["eagle1", "hydra"])
+def test_other_families_lower_too(family):
+    model = tiny_model_config(64)
+    draft = tiny_draft_config(model, family=family)
+    config = LoweringConfig(TREES["dynamic"], batch_size=2, capacity=128)
+    assert len(lower(model, draft, config, ("tpu", "cuda"), family)) == 3
 
 
 @pytest.mark.slow

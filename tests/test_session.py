@@ -14,6 +14,7 @@ from ospec_jax.checkpoint import CheckpointError, Meta
 from ospec_jax.config import TreeConfig as Tree
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import LoadedDraft, load_draft
@@ -76,6 +77,24 @@ def test_learning_raises_acceptance_on_repeated_traffic(target, draft):
     results = list(session.generate(PROMPTS[:2] * 12, NEW_TOKENS))
     accepted = lambda part: sum(r.stats.num_accepted_tokens for r in part)
     assert accepted(results[-6:]) > 2 * accepted(results[:6])
+
+
+@pytest.mark.parametrize("family", ["eagle1", "hydra"])
+def test_every_trained_family_learns_while_serving(target, plain, family, tmp_path):
+    config = tiny_draft_config(target.config, 200, family)
+    drafter = build_drafter(family, config, Tree(num_steps=1))
+    made = LoadedDraft(tiny_draft(drafter, config), Meta.create(target, config, family))
+    eager = dataclasses.replace(LEARNER, update_interval=20, learning_rate=1e-2)
+    session = Session(target, made, learner=eager, ngrams=False)
+    longest = max(range(len(plain)), key=lambda i: len(plain[i]))
+    results = list(session.generate([PROMPTS[longest]] * 10, NEW_TOKENS))
+    assert [r.token_ids for r in results] == [plain[longest]] * 10
+    accepted = lambda part: sum(r.stats.num_accepted_tokens for r in part)
+    assert accepted(results[-3:]) > 2 * accepted(results[:3])
+    session.save(tmp_path)
+    restored = load_draft(tmp_path, target)
+    assert (restored.meta.family, restored.meta.draft) == (family, config)
+    assert_same(restored.draft.params, session.draft.params)
 
 
 def test_memory_alone_raises_acceptance_on_repeated_traffic(target, draft, plain):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training an EAGLE-3 draft on recorded outputs of its target."""
+"""Training a draft of any trained family on recorded outputs of its target."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,15 +11,21 @@ import numpy as np
 import optax
 
 from ospec_jax import checkpoint
-from ospec_jax.config import DraftConfig, ModelConfig, TreeConfig
+from ospec_jax.config import ConfigError, DraftConfig, TreeConfig
 from ospec_jax.decoding.step import shared_tables
+from ospec_jax.distill.evaluate import evaluate_held_out, is_held_out, plot_history
+from ospec_jax.distill.families import (
+    FEATURE_WEIGHTS,
+    default_draft_config,
+    warm_start,
+)
 from ospec_jax.distill.store import FeedbackStore
-from ospec_jax.drafters.base import dequantized
-from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.drafters.base import Drafter
+from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState
 from ospec_jax.learners.gradient import gradient
+from ospec_jax.learners.losses import LOSSES
 from ospec_jax.models.hub import Target
-from ospec_jax.models.llama import head_table
 from ospec_jax.progress import Interrupt, progress_bar
 from ospec_jax.types import Draft
 
@@ -34,7 +39,10 @@ class DistillConfig:
         last `decay_share` of them, so a run may be resumed with more.
       num_context: Pairs before each window that are attended to.
       window: Pairs trained in a window.
-      num_steps: Unrolled draft steps (training-time test).
+      num_steps: Unrolled draft steps (training-time test), or Hydra's heads.
+      loss: One of `learners.losses.LOSSES`, on tokens.
+      feature_weight: Of the loss on predicted states, for families that predict them;
+        None stands for the family's published one.
     """
 
     num_updates: int = 1200
@@ -42,6 +50,8 @@ class DistillConfig:
     num_context: int = 128
     window: int = 64
     num_steps: int = 3
+    loss: str = "forward_kl"
+    feature_weight: float | None = None
     learning_rate: float = 1e-3
     warm_up: int = 20
     decay_share: float = 0.4
@@ -49,26 +59,6 @@ class DistillConfig:
     save_every: int = 100
     evaluate_every: int = 100
     seed: int = 0
-
-
-def default_draft_config(
-    model: ModelConfig, draft_vocab_size: int = 8192
-) -> DraftConfig:
-    """The draft that EAGLE-3 would pair with a target: one layer of its own shape."""
-    n = model.num_layers
-    return DraftConfig(
-        vocab_size=model.vocab_size,
-        target_hidden_size=model.hidden_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        taps=(2, n // 2, n - 3) if n >= 6 else tuple(range(min(n, 3))),
-        draft_vocab_size=draft_vocab_size,
-        rope_theta=model.rope_theta,
-        rms_norm_eps=model.rms_norm_eps,
-    )
 
 
 def frequent_tokens(store: FeedbackStore, vocab_size: int, count: int) -> np.ndarray:
@@ -95,41 +85,13 @@ def coverage_by_domain(store: FeedbackStore, token_ids: np.ndarray) -> dict[str,
     return {domain: inside / total for domain, (inside, total) in seen.items()}
 
 
-def warm_start(params, target: Target, token_ids):
-    """Starts a draft of the target's own shape from the target's last layer.
-
-    The newest tap passes through, the block is the target's last one, reading features
-    where it read its residual stream, and the head is the target's.
-    """
-    last = target.params[f"layers_{target.config.num_layers - 1}"]
-    wide = lambda table: {"kernel": dequantized(table)}
-    attention, mlp = last["self_attn"], last["mlp"]
-    fused = params["fc"]["kernel"]
-    width, num_features = fused.shape
-    newest = jnp.eye(width, num_features, num_features - width)
-    qkv = dequantized(attention["qkv_proj"])
-    small = 0.01 * jax.random.normal(jax.random.key(0), qkv.shape)
-    started = {
-        "fc": {"kernel": newest + 0.01 * fused},
-        "qkv_proj": {"kernel": jnp.concatenate([small, qkv], axis=1)},
-        "o_proj": wide(attention["o_proj"]),
-        "mlp": {name: wide(table) for name, table in mlp.items()},
-        "hidden_norm": last["input_layernorm"],
-        "post_attention_layernorm": last["post_attention_layernorm"],
-        "norm": target.params["norm"],
-    }
-    if token_ids is not None:
-        started["lm_head"] = {
-            "kernel": dequantized(head_table(target.params))[token_ids]
-        }
-    same = jax.tree.map(jnp.shape, started) == jax.tree.map(
-        jnp.shape, {name: params[name] for name in started}
-    )
-    return params | started if same else params
-
-
-def distill_learner(config: DistillConfig, unroll) -> Learner:
+def distill_learner(config: DistillConfig, drafter: Drafter, family: str) -> Learner:
     """The learner that offline training runs."""
+    if config.loss not in LOSSES:
+        raise ConfigError(f"unknown loss {config.loss!r}; use one of {list(LOSSES)}")
+    feature_weight = config.feature_weight
+    if feature_weight is None:
+        feature_weight = FEATURE_WEIGHTS.get(family, 0.0)
     decay_steps = max(1, int(config.num_updates * config.decay_share))
     schedule = optax.join_schedules(
         [
@@ -142,13 +104,11 @@ def distill_learner(config: DistillConfig, unroll) -> Learner:
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95)
     )
-    return gradient(unroll, optimizer, config.num_context, config.num_steps)
-
-
-def is_held_out(request_id: str, share: float) -> bool:
-    """A request's side of the split; by its id, so that it never changes sides."""
-    number = int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:4])
-    return number < share * 2**32
+    return gradient(
+        drafter.unroll, optimizer, config.num_context, config.num_steps,
+        LOSSES[config.loss], unroll_features=drafter.unroll_features,
+        feature_weight=feature_weight,
+    )  # fmt: skip
 
 
 def _batches(store_folder: Path, config: DistillConfig, first: int) -> Iterator:
@@ -175,52 +135,6 @@ def _batches(store_folder: Path, config: DistillConfig, first: int) -> Iterator:
         epoch += 1
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOutScore:
-    """Greedy drafting on held-out answers, teacher-forced.
-
-    Attributes:
-      loss: Mean over domains; None when there are too few held-out windows.
-      mean_acceptance_length: By domain, for a chain of `num_steps` tokens.
-    """
-
-    loss: float | None
-    mean_acceptance_length: dict[str, float]
-
-
-def evaluate_held_out(
-    learner: Learner, params, store: FeedbackStore, config: DistillConfig, shared,
-    token_ids, max_windows: int = 32,
-) -> HeldOutScore:  # fmt: skip
-    """Scores at most `max_windows` held-out windows of each domain."""
-    evaluate = jax.jit(learner.evaluate)
-    domains: dict[str, list] = {}
-    for i, entry in enumerate(store.entries):
-        if is_held_out(entry.id, config.holdout_share):
-            windows = store.windows([i], config.window)
-            domains.setdefault(entry.domain, []).extend(windows)
-    losses, lengths = [], {}
-    for domain, windows in sorted(domains.items()):
-        infos = [
-            evaluate(
-                params,
-                store.segments(
-                    windows[i : i + config.batch_size], config.num_context,
-                    config.window, config.num_steps,
-                ),
-                shared, token_ids,
-            )[0]
-            for i in range(0, min(len(windows), max_windows), config.batch_size)
-            if len(windows) >= i + config.batch_size
-        ]  # fmt: skip
-        if not infos:
-            continue
-        losses += [float(info.loss) for info in infos]
-        agreement = np.mean([info.agreement for info in infos], axis=0)
-        lengths[domain] = float(1 + np.cumprod(agreement).sum())
-    return HeldOutScore(float(np.mean(losses)) if losses else None, lengths)
-
-
 def train(
     target: Target,
     store_folder: Path,
@@ -228,24 +142,41 @@ def train(
     config: DistillConfig = DistillConfig(),
     draft_config: DraftConfig | None = None,
     initial: tuple[Draft, checkpoint.Meta] | None = None,
+    family: str = "eagle3",
 ) -> list[dict]:
     """Trains, or goes on training, the draft in `out`; returns the history.
 
-    Ctrl-C saves and returns.
+    Beside its checkpoints lies `training.png`. Ctrl-C saves and returns.
 
     Args:
       initial: A trained draft to start from, with its record; it brings its own
-        architecture and draft vocabulary.
+        family, architecture and draft vocabulary.
+      family: One of `TRAINED`.
+
+    Raises:
+      ConfigError: The family is not trained, or the recorded features are not those
+        that it reads.
     """
     store = FeedbackStore(store_folder)
     if initial is not None:
-        draft_config = initial[1].draft
-    draft_config = draft_config or default_draft_config(target.config)
-    drafter = eagle3(draft_config, TreeConfig(num_steps=1))
-    learner = distill_learner(config, drafter.unroll)
+        family, draft_config = initial[1].family, initial[1].draft
+    draft_config = draft_config or default_draft_config(
+        target.config, family=family, depth=config.num_steps
+    )
+    _check_taps(family, draft_config, store)
+    drafter = build_drafter(family, draft_config, TreeConfig(num_steps=1))
+    learner = distill_learner(config, drafter, family)
     shared = shared_tables(target.params)
     if checkpoint.steps(out):
-        like = lambda _, draft: jax.eval_shape(learner.init, draft.params)
+
+        def like(meta, draft):
+            if meta.family != family:
+                raise checkpoint.CheckpointError(
+                    f"{out} holds a draft of the family {meta.family!r}, not "
+                    f"{family!r}; choose another folder"
+                )
+            return jax.eval_shape(learner.init, draft.params)
+
         restored = checkpoint.load(out, target, learner_like=like)
         draft, state, card = restored.draft, restored.learner, restored.meta.card
     elif initial is not None:
@@ -259,10 +190,23 @@ def train(
                 frequent_tokens(store, target.config.vocab_size, size)
             )
         params = drafter.init_params(jax.random.key(config.seed))
-        draft = Draft(warm_start(params, target, token_ids), token_ids)
+        draft = Draft(warm_start(family, params, target, token_ids), token_ids)
         state, card = learner.init(draft.params), {}
-    run = _Run(target, store_folder, out, config, draft_config, learner, draft, shared)
+    run = _Run(
+        target, store_folder, out, config, family, draft_config, learner, draft, shared
+    )
     return run.loop(state, card)
+
+
+def _check_taps(family: str, config: DraftConfig, store: FeedbackStore) -> None:
+    """Families other than EAGLE-3 read the final state, which is always recorded."""
+    found = store.entries[0].arrays["taps"].shape[-1]
+    needed = len(config.taps) * config.target_hidden_size
+    if family == "eagle3" and found != needed:
+        raise ConfigError(
+            f"the recorded features are {found} wide, but layers {config.taps} give "
+            f"{needed}: they were recorded for another draft; record into a new folder"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +215,7 @@ class _Run:
     store_folder: Path
     out: Path
     config: DistillConfig
+    family: str
     draft_config: DraftConfig
     learner: Learner
     draft: Draft
@@ -297,6 +242,7 @@ class _Run:
                 is_last = step == config.num_updates
                 if step % config.evaluate_every == 0 or is_last:
                     history.append(self._score(state, step, info))
+                    plot_history(history, self.out / "training.png")
                     bar.console.print(history[-1])
                 if step % config.save_every == 0 or is_last:
                     save()
@@ -331,7 +277,9 @@ class _Run:
         if self.draft.token_ids is not None:
             ids = np.asarray(self.draft.token_ids)
             card["coverage"] = coverage_by_domain(store, ids)
-        meta = checkpoint.Meta.create(self.target, self.draft_config, card=card)
+        meta = checkpoint.Meta.create(
+            self.target, self.draft_config, self.family, card=card
+        )
         draft = Draft(state.params, self.draft.token_ids)
         checkpoint.save(self.out, step, meta, draft, learner=state)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ospec_jax.config import DraftConfig
 from ospec_jax.types import SharedTables
 
 
@@ -47,6 +48,8 @@ class Drafter(NamedTuple):
         `learners.losses`. `candidates[c]` are the entries of the draft vocabulary
         whose logits are wanted, None all.
       num_scratch: Cache slots that `propose` uses beyond the committed ones.
+      unroll_features: As `unroll`, for drafts that predict the target's final states:
+        returns the logits and, by depth, the predicted states; else None.
     """
 
     init_params: Callable
@@ -56,6 +59,7 @@ class Drafter(NamedTuple):
     propose: Callable
     unroll: Callable
     num_scratch: int
+    unroll_features: Callable | None = None
 
 
 def frozen_head(shared: SharedTables, token_ids) -> dict:
@@ -63,6 +67,23 @@ def frozen_head(shared: SharedTables, token_ids) -> dict:
     if token_ids is None:
         return shared.head
     return {name: rows[token_ids] for name, rows in shared.head.items()}
+
+
+def embedding_table(config: DraftConfig, params, shared: SharedTables) -> dict:
+    """The embedding that a draft reads, its own or the target's."""
+    return params["embed_tokens"] if config.has_own_embedding else shared.embedding
+
+
+def training_head(
+    config: DraftConfig, params, token_ids, shared: SharedTables, candidates=None
+) -> dict | None:
+    """The float32 head rows of `candidates`; None stands for the draft's own, whole."""
+    if config.has_own_head and candidates is None:
+        return None
+    if config.has_own_head:
+        return {"kernel": params["lm_head"]["kernel"][candidates]}
+    kernel = dequantized(frozen_head(shared, token_ids))
+    return {"kernel": kernel if candidates is None else kernel[candidates]}
 
 
 def dequantized(table: dict) -> Float[Array, "v d"]:

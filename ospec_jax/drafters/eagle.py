@@ -1,24 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EAGLE-3: one decoder layer over fused target features (arXiv 2503.01840).
+"""EAGLE heads: one decoder layer over target features and tokens.
 
-The *pair* at position i joins the target's tapped features of token i with the
-embedding of token i + 1 and predicts token i + 2. Deeper in a proposal the features
-are the draft's own output of the step before. The head is trained as it is used, by
-unrolling those steps (*training-time test*).
+The *pair* at position i joins the target's feature of token i with the embedding of
+token i + 1 and predicts token i + 2. Deeper in a proposal the features are the draft's
+own output of the step before. The head is trained as it is used, by unrolling those
+steps (*training-time test*).
+
+- **EAGLE-3** (arXiv 2503.01840) fuses tapped features of three layers, norms feature
+  and embedding apart, and has a norm and mostly a head of its own.
+- **EAGLE-1** and EAGLE-2 (arXiv 2401.15077, 2406.16858; the same weights) read the
+  target's final state, join it with the embedding in one projection, norm neither, and
+  predict the next final state, of which the target's frozen head makes tokens.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ospec_jax.config import DraftConfig, TreeConfig
-from ospec_jax.drafters.base import Drafter, dequantized, frozen_head, take_row
+from ospec_jax.drafters.attention import (
+    attend_cached,
+    attend_unrolled,
+    seen_in_window,
+    split_heads,
+)
+from ospec_jax.drafters.base import (
+    Drafter,
+    embedding_table,
+    take_row,
+    training_head,
+)
 from ospec_jax.drafters.expand import num_scratch, propose_static, propose_uniform
 from ospec_jax.models import cache as kv
-from ospec_jax.models.attention import attend
 from ospec_jax.models.layers import (
     Linear,
     Numerics,
@@ -27,13 +43,10 @@ from ospec_jax.models.layers import (
     at_least_two_rows,
     embed,
     linear,
-    rope_angles,
-    rope_frequencies,
-    rotate,
-    split_groups,
 )
 from ospec_jax.types import DraftContext
 
+Version = Literal["eagle3", "eagle1"]
 _TRAINING = Numerics("float32", is_row_invariant=False)
 
 
@@ -42,13 +55,16 @@ class EagleHead(nn.Module):
 
     config: DraftConfig
     numerics: Numerics
+    version: Version = "eagle3"
 
     def setup(self):
         c, n = self.config, self.numerics
         norm = lambda: RMSNorm(c.rms_norm_eps, n)
-        self.fc = Linear(c.hidden_size, n)
-        self.input_layernorm, self.hidden_norm = norm(), norm()
-        self.post_attention_layernorm, self.norm = norm(), norm()
+        self.fc = Linear(c.hidden_size, n, c.has_fc_bias)
+        if self.version == "eagle3":
+            self.input_layernorm, self.hidden_norm = norm(), norm()
+            self.norm = norm()
+        self.post_attention_layernorm = norm()
         self.qkv_proj = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, n)
         self.o_proj = Linear(c.hidden_size, n)
         self.mlp = SwiGLU(c.intermediate_size, n)
@@ -57,41 +73,33 @@ class EagleHead(nn.Module):
 
     def fuse(self, taps):
         """Target features to the draft's width."""
-        return self.fc(taps)
+        return self.fc(taps) if self.version == "eagle3" else taps
 
-    def _project(self, features, embeddings, positions, num_positions=None):
-        c, n = self.config, self.numerics
-        joint = jnp.concatenate(
-            [self.input_layernorm(embeddings), self.hidden_norm(features)], axis=-1
-        )
-        qkv = self.qkv_proj(joint)
-        heads, kv_heads = c.num_heads, c.num_kv_heads
-        qkv = qkv.reshape(*qkv.shape[:2], heads + 2 * kv_heads, c.head_dim)
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, None)
-        angles = rope_angles(positions, frequencies, num_positions)
-        split = lambda x, *sizes: split_groups(x, sizes, n.num_groups, axis=2)
-        rotated, values = split(qkv, heads + kv_heads, kv_heads)
-        rotated = rotate(rotated, angles, n.is_row_invariant)
-        return *split(rotated, heads, kv_heads), values
+    def _join(self, features, embeddings):
+        """What attention reads of pairs, projected, and their residual stream."""
+        if self.version == "eagle1":
+            joint = self.fc(jnp.concatenate([embeddings, features], axis=-1))
+            return self.qkv_proj(joint), joint
+        normed = self.hidden_norm(features)
+        joint = jnp.concatenate([self.input_layernorm(embeddings), normed], axis=-1)
+        is_normed = self.config.has_norm_before_residual
+        return self.qkv_proj(joint), normed if is_normed else features
 
-    def _finish(self, features, attended):
-        features = features + self.o_proj(attended)
-        return features + self.mlp(self.post_attention_layernorm(features))
+    def _finish(self, residual, attended):
+        residual = residual + self.o_proj(attended)
+        return residual + self.mlp(self.post_attention_layernorm(residual))
 
     def step(self, features, embeddings, positions, bias, cache, starts):
         """Runs pairs against the cache; returns their outputs and the cache."""
-        n = self.numerics
-        num_positions = cache.capacity if n.is_row_invariant else None
-        q, k, v = self._project(features, embeddings, positions, num_positions)
-        keys, values = kv.append(
-            cache.keys[0], cache.values[0], k, v, starts, n.has_batched_writes
+        qkv, residual = self._join(features, embeddings)
+        out, cache = attend_cached(
+            qkv, self.config, self.numerics, positions, bias, cache, starts
         )
-        out = attend(q, keys, values, bias, n)
-        return self._finish(features, out), kv.KVCache(keys=(keys,), values=(values,))
+        return self._finish(residual, out), cache
 
     def logits(self, outputs, head):
         """Draft logits over the rows of `head`, or of the draft's own for None."""
-        normed = self.norm(outputs)
+        normed = self.norm(outputs) if self.version == "eagle3" else outputs
         if head is None:
             return self.lm_head(normed)
         return linear(normed, head, self.numerics)
@@ -106,51 +114,34 @@ class EagleHead(nn.Module):
           num_context: Leading pairs that only serve as keys, for the later ones.
 
         Returns:
-          For each depth j, `[b, t - num_context, q]` logits of token i + 2 + j.
+          For each depth j, `[b, t - num_context, q]` logits of token i + 2 + j, and
+          the outputs that they were made of.
         """
         num_pairs = taps.shape[1]
         positions = start[:, None] + jnp.arange(num_pairs)
-        features = self.fuse(taps)
-        q, k, v = self._project(features, embeddings[:, :num_pairs], positions)
+        qkv, residual = self._join(self.fuse(taps), embeddings[:, :num_pairs])
+        q, k, v = split_heads(qkv, self.config, self.numerics, positions)
         queries = slice(num_context, num_pairs)
-        order = jnp.arange(num_pairs)
-        is_seen = order <= order[queries, None]
-        is_seen = is_seen & (positions >= 0)[:, None, :]
-        features, q = features[:, queries], q[:, queries]
-        own_keys, own_values, logits = [], [], []
+        is_seen = seen_in_window(positions, num_context)
+        residual, q = residual[:, queries], q[:, queries]
+        own_keys, own_values, logits, outputs = [], [], [], []
         for depth in range(num_steps):
             if depth:
                 shifted = slice(num_context + depth, num_pairs + depth)
-                q, own_k, own_v = self._project(
-                    features, embeddings[:, shifted], positions[:, queries] + depth
+                qkv, residual = self._join(outputs[-1], embeddings[:, shifted])
+                q, own_k, own_v = split_heads(
+                    qkv, self.config, self.numerics, positions[:, queries] + depth
                 )
                 own_keys.append(own_k)
                 own_values.append(own_v)
-            out = _attend_unrolled(q, k, v, own_keys, own_values, is_seen)
-            features = self._finish(features, out)
-            logits.append(self.logits(features, head))
-        return logits
+            out = attend_unrolled(q, k, v, own_keys, own_values, is_seen)
+            outputs.append(self._finish(residual, out))
+            logits.append(self.logits(outputs[-1], head))
+        return logits, outputs
 
     def init_all(self, taps, embeddings, head):
         """Touches every parameter."""
         return self.unroll(taps, embeddings, jnp.zeros(1, jnp.int32), 0, 1, head)
-
-
-def _attend_unrolled(q, k, v, own_keys, own_values, is_seen):
-    """Attention of pair i to verified pairs up to i and to its own deeper drafts."""
-    b, t, heads, e = q.shape
-    h = k.shape[2]
-    q = q.reshape(b, t, h, heads // h, e) * e**-0.5
-    scores = jnp.einsum("bthge,bshe->bhgts", q, k)
-    scores = [jnp.where(is_seen[:, None, None], scores, -1e30)]
-    scores += [jnp.einsum("bthge,bthe->bhgt", q, own)[..., None] for own in own_keys]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    num_keys = k.shape[1]
-    out = jnp.einsum("bhgts,bshe->bthge", weights[..., :num_keys], v)
-    for i, own in enumerate(own_values):
-        share = weights[..., num_keys + i].transpose(0, 3, 1, 2)[..., None]
-        out = out + share * own[:, :, :, None, :]
-    return out.reshape(b, t, heads * e)
 
 
 def eagle3(
@@ -163,24 +154,40 @@ def eagle3(
       tree: How much to draft.
       numerics: For drafting; training is in float32.
     """
+    return _eagle("eagle3", config, tree, numerics)
+
+
+def eagle1(
+    config: DraftConfig, tree: TreeConfig, numerics: Numerics | None = None
+) -> Drafter:
+    """Builds the EAGLE-1 drafter; with a dynamic tree it is EAGLE-2's."""
+    return _eagle("eagle1", config, tree, numerics)
+
+
+def _eagle(
+    version: Version, config: DraftConfig, tree: TreeConfig, numerics: Numerics | None
+) -> Drafter:
     numerics = numerics or Numerics()
-    module = EagleHead(config, numerics)
+    module = EagleHead(config, numerics, version)
     training = dataclasses.replace(_TRAINING, num_groups=numerics.num_groups)
-    trainer = EagleHead(config, training)
+    trainer = EagleHead(config, training, version)
 
     def apply(draft, method, *args) -> Any:
         return module.apply({"params": draft.params}, *args, method=method)
 
     def init_params(key):
+        own = config.has_own_embedding
+        width = config.hidden_size if own else config.target_hidden_size
         zeros = lambda width: jnp.zeros((1, 1, width))
         args = (
-            zeros(len(config.taps) * config.target_hidden_size),
-            zeros(config.target_hidden_size),
-            None
-            if config.has_own_head
-            else {"kernel": jnp.zeros((2, config.hidden_size))},
-        )
-        return trainer.init(key, *args, method=EagleHead.init_all)["params"]
+            zeros(len(config.taps) * config.target_hidden_size), zeros(width),
+            None if config.has_own_head else {"kernel": jnp.zeros((2, width))},
+        )  # fmt: skip
+        params: Any = trainer.init(key, *args, method=EagleHead.init_all)["params"]
+        if own:
+            table = jax.random.normal(key, (config.vocab_size, width)) * width**-0.5
+            params = params | {"embed_tokens": {"kernel": table}}
+        return params
 
     def init_cache(batch_size, capacity):
         return kv.init_cache(
@@ -194,6 +201,9 @@ def eagle3(
             logits=jnp.zeros((batch_size, config.num_draft_ids)),
         )
 
+    def embedded(draft, shared, tokens):
+        return embed(tokens, embedding_table(config, draft.params, shared))
+
     def logits_of(draft, shared, outputs):
         head = None if config.has_own_head else shared.head
         return apply(draft, EagleHead.logits, outputs, head)
@@ -204,7 +214,7 @@ def eagle3(
             features, tokens, positions, bias = at_least_two_rows(
                 features, tokens, positions, bias
             )
-        embeddings = embed(tokens, shared.embedding)
+        embeddings = embedded(draft, shared, tokens)
         args = (features, embeddings, positions, bias, cache, starts)
         outputs, cache = apply(draft, EagleHead.step, *args)
         logits = logits_of(draft, shared, outputs)
@@ -217,7 +227,7 @@ def eagle3(
         positions = starts[:, None] + jnp.arange(num_tokens)
         bias = kv.causal_bias(starts, num_tokens, cache.capacity)
         features = apply(draft, EagleHead.fuse, taps)
-        embeddings = embed(tokens, shared.embedding)
+        embeddings = embedded(draft, shared, tokens)
         args = (features, embeddings, positions, bias, cache, starts)
         outputs, cache = apply(draft, EagleHead.step, *args)
         # Twice the last row: its logits are one product of at least two rows.
@@ -236,23 +246,20 @@ def eagle3(
             numerics.is_row_invariant, hints,
         )  # fmt: skip
 
-    def unroll(
+    def unroll_outputs(
         params, token_ids, shared, feedback, start, num_context, num_steps,
         candidates=None,
     ):  # fmt: skip
         num_pairs = feedback.tokens.shape[1] - num_steps
-        taps = feedback.taps[:, :num_pairs].astype(jnp.float32)
-        embeddings = embed(feedback.tokens[:, 1:], shared.embedding)
-        head = None
-        if not config.has_own_head:
-            head = dequantized(frozen_head(shared, token_ids))
-        elif candidates is not None:
-            head = params["lm_head"]["kernel"]
-        if head is not None:
-            head = {"kernel": head if candidates is None else head[candidates]}
+        features = feedback.taps if version == "eagle3" else feedback.hidden
+        features = features[:, :num_pairs].astype(jnp.float32)
+        table = embedding_table(config, params, shared)
+        # The embedding is frozen, the draft's own as well as the target's.
+        embeddings = jax.lax.stop_gradient(embed(feedback.tokens[:, 1:], table))
+        head = training_head(config, params, token_ids, shared, candidates)
         return trainer.apply(
-            {"params": params}, taps, embeddings, start, num_context, num_steps, head,
-            method=EagleHead.unroll,
+            {"params": params}, features, embeddings, start, num_context, num_steps,
+            head, method=EagleHead.unroll,
         )  # fmt: skip
 
     return Drafter(
@@ -261,6 +268,7 @@ def eagle3(
         init_context=init_context,
         extend=extend,
         propose=propose,
-        unroll=unroll,
+        unroll=lambda *args, **kwargs: unroll_outputs(*args, **kwargs)[0],
+        unroll_features=unroll_outputs if version == "eagle1" else None,
         num_scratch=num_scratch(tree),
     )

@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Families of drafters by name."""
 
-from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
+from ospec_jax.config import (
+    ConfigError,
+    DraftConfig,
+    HydraConfig,
+    ModelConfig,
+    TreeConfig,
+)
 from ospec_jax.drafters.base import Drafter
-from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.drafters.eagle import eagle1, eagle3
+from ospec_jax.drafters.hydra import hydra
 from ospec_jax.drafters.ngram import ngram_chain, with_ngrams
 from ospec_jax.drafters.small_lm import small_lm
 from ospec_jax.models.layers import Numerics
 
 FAMILIES = {
     "eagle3": "one decoder layer over three of the target's hidden states (EAGLE-3)",
+    "eagle1": "one decoder layer that predicts the target's final states (EAGLE-1/2)",
+    "hydra": "a head a token over the target's final state (Hydra, Hydra++)",
     "model": "a smaller language model with the same tokenizer",
     "ngram": "no parameters: what followed the same tokens before (prompt lookup)",
 }
@@ -34,8 +43,11 @@ def build_drafter(
     lend = lambda drafter: with_ngrams(drafter, tree, numerics.has_batched_writes)
     if family == "ngram":
         return lend(ngram_chain(tree))
-    if family == "eagle3" and isinstance(config, DraftConfig):
-        drafter = eagle3(config, tree, numerics)
+    trained = {"eagle3": eagle3, "eagle1": eagle1}
+    if family in trained and isinstance(config, DraftConfig):
+        drafter = trained[family](config, tree, numerics)
+    elif family == "hydra" and isinstance(config, HydraConfig):
+        drafter = hydra(config, tree, numerics)
     elif family == "model" and isinstance(config, ModelConfig):
         drafter = small_lm(config, tree, numerics, vocab_size)
     else:

@@ -11,6 +11,7 @@ from ospec_jax.drafters.base import dequantized, frozen_head
 from ospec_jax.learners.base import Learner, LearnerState, Segments
 from ospec_jax.learners.losses import (
     accepted_lengths,
+    feature_loss,
     forward_kl,
     target_probs,
     unrolled_loss,
@@ -25,6 +26,8 @@ def gradient(
     loss_fn: Callable = forward_kl,
     decay: float = 0.8,
     num_candidates: int = 0,
+    unroll_features: Callable | None = None,
+    feature_weight: float = 0.0,
 ) -> Learner:
     """Builds the learner `w <- w - optimizer(grad f(w))`.
 
@@ -39,6 +42,8 @@ def gradient(
         tokens alone, its softmax included: an approximation that leaves the rows of
         all other tokens as they are. 0 looks at the whole draft vocabulary, at twice
         the cost.
+      unroll_features: The drafter's, if it predicts the target's final states.
+      feature_weight: Of the loss of those predictions, beside the tokens' loss.
     """
 
     def targets(segments: Segments, shared, token_ids):
@@ -49,23 +54,29 @@ def gradient(
         head = dequantized(frozen_head(shared, token_ids))
         hidden = feedback.hidden[:, rows].astype(jnp.float32)
         probs = target_probs(head, hidden, feedback.logsumexp[:, rows])
-        return probs, segments.weight[:, rows]
+        return probs, segments.weight[:, rows], hidden
 
-    def forward(params, segments, shared, token_ids, candidates=None):
+    def forward(unroll, params, segments, shared, token_ids, candidates=None):
         return unroll(
             params, token_ids, shared, segments.feedback, segments.start, num_context,
             num_steps, candidates,
         )  # fmt: skip
 
     def loss(params, segments: Segments, shared, token_ids):
-        probs, weight = targets(segments, shared, token_ids)
+        probs, weight, hidden = targets(segments, shared, token_ids)
         candidates = None
         if 0 < num_candidates < probs.shape[-1]:
             mass = jnp.einsum("btq,bt->q", probs, weight)
             candidates = jax.lax.top_k(mass, num_candidates)[1]
             probs = probs[..., candidates]
-        logits = forward(params, segments, shared, token_ids, candidates)
-        return unrolled_loss(logits, probs, weight, loss_fn, decay)
+        args = params, segments, shared, token_ids, candidates
+        if unroll_features is None or not feature_weight:
+            logits = forward(unroll, *args)
+            return unrolled_loss(logits, probs, weight, loss_fn, decay)
+        logits, features = forward(unroll_features, *args)
+        of_tokens, info = unrolled_loss(logits, probs, weight, loss_fn, decay)
+        total = feature_loss(features, hidden, weight, decay) * feature_weight
+        return of_tokens + total, info
 
     def init(params):
         return LearnerState(
@@ -91,8 +102,8 @@ def gradient(
         return new, info._replace(grad_norm=optax.global_norm(grads))
 
     def evaluate(params, segments, shared, token_ids):
-        logits = forward(params, segments, shared, token_ids)
-        scored = logits, *targets(segments, shared, token_ids)
+        logits = forward(unroll, params, segments, shared, token_ids)
+        scored = logits, *targets(segments, shared, token_ids)[:2]
         return unrolled_loss(*scored, loss_fn, decay)[1], accepted_lengths(*scored)
 
     return Learner(init=init, update=update, evaluate=evaluate)

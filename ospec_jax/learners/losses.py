@@ -81,6 +81,30 @@ def unrolled_loss(
 
 
 @typed
+def feature_loss(
+    features: list[Float[Array, "b l d"]],
+    hidden: Float[Array, "b t d"],
+    weight: Float[Array, "b t"],
+    decay: float = 0.8,
+) -> Float[Array, ""]:
+    """Smooth L1 between predicted and true final states (EAGLE-1, section 4.2).
+
+    Args:
+      features: By depth; row i predicts the target's state at row i + depth.
+    """
+    length = features[0].shape[1]
+    total, scale = jnp.float32(0.0), 0.0
+    for depth, predicted in enumerate(features):
+        rows = slice(depth, depth + length)
+        gap = jnp.abs(predicted - hidden[:, rows])
+        by_row = jnp.mean(jnp.where(gap < 1, 0.5 * gap**2, gap - 0.5), axis=-1)
+        w = weight[:, rows]
+        total += decay**depth * jnp.sum(by_row * w) / jnp.maximum(jnp.sum(w), 1e-6)
+        scale += decay**depth
+    return total / scale
+
+
+@typed
 def is_agreed(
     probs: Float[Array, "b t q"], logits: Float[Array, "b t q"]
 ) -> Float[Array, "b t"]:

@@ -90,7 +90,8 @@ class Llama(nn.Module):
     """A decoder-only target with hidden-state taps.
 
     Attributes:
-      taps: Layers whose input hidden state is returned, concatenated, for the draft.
+      taps: Layers whose input hidden state is returned, concatenated, for the draft;
+        the number of layers stands for the input of the head, the final normed state.
     """
 
     config: ModelConfig
@@ -127,6 +128,10 @@ class Llama(nn.Module):
         run = self._scan_layers if self.numerics.is_scanned else self._run_layers
         x, taps, cache = run(x, angles, bias, cache, starts)
         x = RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
+        taps = [
+            x if i == c.num_layers else tap
+            for i, tap in zip(self.taps, taps, strict=True)
+        ]
         if not c.tie_embeddings:
             self._table("lm_head")
         features = jnp.concatenate([*taps, x[..., :0]], axis=-1)
@@ -143,7 +148,7 @@ class Llama(nn.Module):
             keys.append(k)
             values.append(v)
         cache = kv.KVCache(keys=tuple(keys), values=tuple(values))
-        return x, [taps[i] for i in self.taps], cache
+        return x, [taps.get(i, x) for i in self.taps], cache
 
     def _scan_layers(self, x, angles, bias, cache: kv.KVCache, starts):
         """One layer over stacked weights.

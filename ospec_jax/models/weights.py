@@ -143,18 +143,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
             raise ConfigError(
                 f"{file} has {key} {raw[key]!r}; only {supported!r} is supported"
             )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ConfigError(f"{file} uses rope type {kind!r}; default and llama3 work")
-    scaling = None
-    if kind == "llama3":
-        scaling = RopeScaling(
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_position=rope["original_max_position_embeddings"],
-        )
+    theta, scaling = read_rope(raw, str(file))
     heads = raw["num_attention_heads"]
     return ModelConfig(
         vocab_size=raw["vocab_size"],
@@ -164,12 +153,29 @@ def read_hf_config(folder: Path) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads", heads),
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 10000.0))),
+        rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         max_position=raw.get("max_position_embeddings", 2048),
         tie_embeddings=raw.get("tie_word_embeddings", False),
         **FAMILIES[family],
+    )
+
+
+def read_rope(raw: dict, where: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of rotary embeddings in a `config.json` (v4 or v5 names)."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ConfigError(f"{where} uses rope type {kind!r}; default and llama3 work")
+    theta = float(raw.get("rope_theta", rope.get("rope_theta", 10000.0)))
+    if kind == "default":
+        return theta, None
+    return theta, RopeScaling(
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_max_position=rope["original_max_position_embeddings"],
     )
 
 

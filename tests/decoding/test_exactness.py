@@ -11,7 +11,6 @@ import pytest
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.decoding.engine import Engine, Request
 from ospec_jax.decoding.step import StepConfig
-from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.metrics import DecodingStats
@@ -43,10 +42,14 @@ def target(request):
     return tiny_target(VOCAB, request.param)
 
 
-def engine_for(target, tree, draft_vocab_size=12, stop_ids=(), ngrams=False):
+def engine_for(
+    target, tree, draft_vocab_size=12, stop_ids=(), ngrams=False, family="eagle3"
+):
     """An engine with a random draft; small vocabularies make it lucky at times."""
-    config = tiny_draft_config(target.config, draft_vocab_size)
-    drafter = eagle3(config, tree, target.numerics) if tree.num_steps else None
+    config = tiny_draft_config(target.config, draft_vocab_size, family)
+    drafter = None
+    if tree.num_steps:
+        drafter = build_drafter(family, config, tree, target.numerics)
     draft = tiny_draft(drafter, config) if drafter else None
     if drafter and ngrams:
         drafter = with_ngrams(drafter, tree)
@@ -97,6 +100,22 @@ def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
         assert sum(c.stats.num_accepted_tokens for c in done) > 0
     # One executable for single requests and one for the batch of each capacity.
     assert engine.compiled("step", True)._cache_size() == 2
+
+
+@pytest.mark.parametrize("family", ["eagle1", "hydra"])
+@pytest.mark.parametrize("name", ["chain-5", "static-drawn", "dynamic"])
+def test_every_trained_family_drafts_exactly(target, plain, name, family):
+    only_one_tree_in_int8(target, name.replace("-5", ""))
+    engine, draft = engine_for(target, TREES[name], family=family)
+    for batch_size in (1, 3):
+        done = answers(engine, draft, batch_size)
+        assert tokens(done) == plain
+        assert sum(c.stats.num_accepted_tokens for c in done) > 0
+    if TREES[name].children != "topk":
+        seeded = lambda seed: [SamplingConfig(0.9, 0, 0.95, seed)] * len(PROMPTS)
+        alone = tokens(answers(engine, draft, 1, seeded(1)))
+        assert tokens(answers(engine, draft, 3, seeded(1))) == alone
+        assert tokens(answers(engine, draft, 1, seeded(2))) != alone
 
 
 @pytest.mark.parametrize("name", list(NGRAM_TREES))

@@ -8,12 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from ospec_jax import Session, checkpoint
-from ospec_jax.config import ConfigError
+from ospec_jax import Session, checkpoint, load_draft
+from ospec_jax.checkpoint import CheckpointError
+from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.distill.collect import collect
+from ospec_jax.distill.families import TRAINED, default_draft_config, warm_start
 from ospec_jax.distill.store import FeedbackStore, recorded_ids
-from ospec_jax.distill.train import DistillConfig, default_draft_config, train
+from ospec_jax.distill.train import DistillConfig, train
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.models.llama import head_table
 from ospec_jax.testing import tiny_target
 
 NEW_TOKENS = 24
@@ -112,6 +116,61 @@ def test_training_goes_on_from_a_draft(target, folder, trained, tmp_path):
     np.testing.assert_array_equal(result.draft.token_ids, start.draft.token_ids)
     assert result.meta.card["started_from"]["num_updates"] == CONFIG.num_updates
     assert again[-1]["train_loss"] < history[0]["train_loss"] + 0.5
+
+
+@pytest.mark.parametrize("family", ["eagle1", "hydra"])
+def test_one_recording_serves_every_family(target, folder, family, tmp_path):
+    """They train, resume bitwise, and load as what they are."""
+    config = dataclasses.replace(CONFIG, num_updates=4, save_every=2, evaluate_every=2)
+    head = default_draft_config(target.config, 128, family)
+    out = tmp_path / "whole"
+    history = train(target, folder, out, config, head, family=family)
+    assert [row["step"] for row in history] == [2, 4]
+    assert (out / "training.png").stat().st_size > 10_000
+    whole = checkpoint.load(out, target)
+    assert (whole.meta.family, whole.meta.draft) == (family, head)
+    shutil.copytree(out / "2", tmp_path / "part" / "2")
+    train(target, folder, tmp_path / "part", config, head, family=family)
+    resumed = checkpoint.load(tmp_path / "part", target)
+    jax.tree.map(np.testing.assert_array_equal, whole.draft, resumed.draft)
+    session = Session(target, load_draft(out, target))
+    assert next(session.generate(["hello"], 8)).stats.num_draft_tokens > 0
+    with pytest.raises(CheckpointError, match=f"family '{family}', not 'eagle3'"):
+        train(target, folder, out, config)
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_drafts_start_from_the_targets_last_layer(target, family):
+    """Where shapes allow: a draft of another width starts at random."""
+    config = default_draft_config(target.config, 128, family)
+    ids = np.arange(128)
+    drafter = build_drafter(family, config, TreeConfig(num_steps=1))
+    params = drafter.init_params(jax.random.key(0))
+    started = warm_start(family, params, target, ids)
+    layer = started["prefix"] if family == "hydra" else started
+    last = target.params[f"layers_{target.config.num_layers - 1}"]
+    kernel = layer["mlp"]["down_proj"]["kernel"]
+    np.testing.assert_array_equal(kernel, last["mlp"]["down_proj"]["kernel"])
+    head = head_table(target.params)["kernel"][ids]
+    np.testing.assert_array_equal(started["lm_head"]["kernel"], head)
+    narrow = dataclasses.replace(config, intermediate_size=16)
+    drafter = build_drafter(family, narrow, TreeConfig(num_steps=1))
+    params = drafter.init_params(jax.random.key(0))
+    assert warm_start(family, params, target, ids) is params
+
+
+def test_features_of_other_layers_are_refused(target, folder, tmp_path):
+    config = dataclasses.replace(default_draft_config(target.config, 128), taps=(1, 2))
+    with pytest.raises(ConfigError, match="recorded for another draft"):
+        train(target, folder, tmp_path, CONFIG, config)
+
+
+def test_unknown_families_and_losses_are_refused(target, folder, tmp_path):
+    with pytest.raises(ConfigError, match="are not trained; use eagle3"):
+        train(target, folder, tmp_path, CONFIG, family="ngram")
+    config = dataclasses.replace(CONFIG, loss="regret")
+    with pytest.raises(ConfigError, match="unknown loss 'regret'"):
+        train(target, folder, tmp_path, config)
 
 
 def test_an_empty_store_says_so(tmp_path):

@@ -13,10 +13,10 @@ from reference import random_params
 from ospec_jax.config import TreeConfig
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.drafters.base import dequantized, frozen_head
-from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.base import Segments
 from ospec_jax.learners.gradient import gradient
-from ospec_jax.learners.losses import LOSSES, target_probs
+from ospec_jax.learners.losses import LOSSES, feature_loss, target_probs
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
 from ospec_jax.types import Feedback
@@ -25,16 +25,15 @@ VOCAB, CONTEXT, WINDOW, STEPS, ROWS = 32, 6, 10, 3, 4
 LENGTH = CONTEXT + WINDOW + STEPS
 
 
-@pytest.fixture(scope="module", params=[12, 0], ids=["reduced", "full"])
-def draft_vocab_size(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def drafted(draft_vocab_size):
-    config = tiny_draft_config(tiny_model_config(VOCAB), draft_vocab_size)
-    drafter = eagle3(config, TreeConfig("chain", STEPS))
+def make_draft(family, draft_vocab_size=12):
+    config = tiny_draft_config(tiny_model_config(VOCAB), draft_vocab_size, family)
+    drafter = build_drafter(family, config, TreeConfig("chain", STEPS))
     return drafter, tiny_draft(drafter, config)
+
+
+@pytest.fixture(scope="module", params=[12, 0], ids=["reduced", "full"])
+def drafted(request):
+    return make_draft("eagle3", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +93,50 @@ def test_loss_falls_on_a_fixed_segment(learner, drafted, segments, shared):
     after = learner.evaluate(state.params, segments, shared, drafted[1].token_ids)[0]
     assert float(first.loss) == pytest.approx(losses[0], rel=1e-5)
     assert np.all(after.acceptance > first.acceptance)
+
+
+@pytest.mark.parametrize("family", ["eagle1", "hydra"])
+def test_other_families_learn_and_rest_without_signal(family, segments, shared):
+    drafter, draft = make_draft(family)
+    learner = built(drafter, optax.adamw(3e-3, weight_decay=1e-2))
+    state, losses, info = trained(learner, draft, segments, shared, 40)
+    assert losses[-1] < losses[0] - 0.3
+    assert info.agreement.shape == (STEPS,)
+    silent = segments.replace(weight=jnp.zeros_like(segments.weight))
+    after, _ = learner.update(state, silent, shared, draft.token_ids)
+    assert same_bits(after, state)
+
+
+def test_predicted_states_come_closer_to_the_targets(segments, shared):
+    """The loss on states is the formula's, and training on it lowers it."""
+    drafter, draft = make_draft("eagle1")
+    assert make_draft("hydra")[0].unroll_features is None
+
+    def gap(params):
+        args = draft.token_ids, shared, segments.feedback, segments.start
+        states = drafter.unroll_features(params, *args, CONTEXT, STEPS)[1]
+        hidden = segments.feedback.hidden[:, CONTEXT + 1 :]
+        found = feature_loss(states, hidden, segments.weight[:, CONTEXT + 1 :])
+        return float(found), states, hidden
+
+    before, states, hidden = gap(draft.params)
+    by_depth = []
+    for depth, predicted in enumerate(states):
+        x = np.abs(np.asarray(predicted - hidden[:, depth : depth + WINDOW]))
+        by_depth.append(np.where(x < 1, x**2 / 2, x - 0.5).mean())
+    weights = 0.8 ** np.arange(STEPS)
+    assert before == pytest.approx(np.average(by_depth, weights=weights), rel=1e-5)
+    after = {}
+    for feature_weight in (0.0, 10.0):
+        learner = gradient(
+            drafter.unroll, optax.adam(3e-3), CONTEXT, STEPS,
+            unroll_features=drafter.unroll_features, feature_weight=feature_weight,
+        )  # fmt: skip
+        learner = learner._replace(update=jax.jit(learner.update))
+        state, _, _ = trained(learner, draft, segments, shared, 40)
+        after[feature_weight] = gap(state.params)[0]
+    assert after[10.0] < 0.8 * before
+    assert after[10.0] < after[0.0]
 
 
 def test_total_variation_falls_too(drafted, segments, shared):

@@ -14,7 +14,7 @@ from ospec_jax.models.llama import Llama, target_logits
 from ospec_jax.testing import tiny_model_config
 
 CAPACITY = 64
-TAPS = (0, 2)
+TAPS = (0, 2, 3)
 SCALING = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64
 )

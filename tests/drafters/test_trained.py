@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EAGLE-3: its cache changes nothing, and it is trained as it is used."""
+"""Drafts with parameters: caches change nothing, and training is as they are used."""
 
 import dataclasses
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from reference import random_params
 
-from ospec_jax.config import TreeConfig
+from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding.step import shared_tables
-from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
 from ospec_jax.types import Feedback, SamplingParams
 
@@ -21,6 +21,14 @@ TREES = {
     "static": TreeConfig("static", 3, branching=(3, 2, 1)),
     "dynamic": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=12),
 }
+FAMILIES = {
+    "eagle3": {},
+    "eagle3-own": {"has_norm_before_residual": True, "has_own_embedding": True},
+    "eagle1": {"has_fc_bias": True},
+    "hydra": {"has_prefix": False, "num_blocks": 1},
+    "hydra-prefix": {},
+}
+"""Families, with what sets variants of them apart."""
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +46,31 @@ def greedy(rows):
 class Rig:
     """A random draft, compiled, and random target features for it."""
 
-    def __init__(self, tree, draft_vocab_size, rows=1):
-        self.config = tiny_draft_config(tiny_model_config(VOCAB), draft_vocab_size)
-        self.drafter = eagle3(self.config, tree)
+    def __init__(self, name, tree, draft_vocab_size, rows=1):
+        family = name.split("-")[0]
+        self.config = tiny_draft_config(
+            tiny_model_config(VOCAB), draft_vocab_size, family, **FAMILIES[name]
+        )
+        self.drafter = build_drafter(family, self.config, tree)
         self.draft = tiny_draft(self.drafter, self.config)
         self.extend = jax.jit(self.drafter.extend)
         self.propose = jax.jit(self.drafter.propose)
         self.unroll = jax.jit(self.drafter.unroll, static_argnums=(5, 6))
-        rng, width = np.random.default_rng(0), 3 * self.config.target_hidden_size
+        rng, taps = np.random.default_rng(0), len(self.config.taps)
+        width = taps * self.config.target_hidden_size
         self.tokens = jnp.asarray(rng.integers(0, VOCAB, (rows, LENGTH)), jnp.int32)
         self.taps = jnp.asarray(rng.normal(size=(rows, LENGTH, width)), jnp.float32)
         self.rows = rows
+
+    def feedback(self, num_tokens):
+        """Random features; those that read the final state find it in both places."""
+        taps = self.taps[:, :num_tokens]
+        return Feedback(
+            tokens=self.tokens[:, :num_tokens],
+            taps=taps,
+            hidden=taps[..., : self.config.target_hidden_size],
+            logsumexp=jnp.zeros((self.rows, num_tokens)),
+        )
 
     def fed(self, shared, cache, start, count, width):
         """Feeds `count` pairs from `start` on in a pass of `width`; junk beyond."""
@@ -72,15 +94,22 @@ class Rig:
         )  # fmt: skip
 
 
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request):
+    return request.param
+
+
 @pytest.fixture(scope="module", params=[12, 0], ids=["reduced", "full"])
 def draft_vocab_size(request):
     return request.param
 
 
 @pytest.mark.parametrize("name", list(TREES))
-def test_cached_logits_equal_uncached_ones(shared, draft_vocab_size, name):
+def test_cached_logits_equal_uncached_ones(shared, family, draft_vocab_size, name):
     """However many tokens were accepted, and whatever was drafted in between."""
-    rig = Rig(TREES[name], draft_vocab_size)
+    if draft_vocab_size == 0 and name != "chain":
+        pytest.skip("one tree suffices for the full head")
+    rig = Rig(family, TREES[name], draft_vocab_size)
     width = TREES[name].num_steps + 1
     cache, context = rig.fed(shared, rig.drafter.init_cache(1, CAPACITY), 0, 4, 4)
     start = 4
@@ -95,9 +124,9 @@ def test_cached_logits_equal_uncached_ones(shared, draft_vocab_size, name):
     assert start == 4 + 7 + 2 * width
 
 
-def test_idle_extension_keeps_committed_entries(shared):
+def test_idle_extension_keeps_committed_entries(shared, family):
     """A row with nothing to add, being finished, must not touch what it has."""
-    rig = Rig(TREES["chain"], 12)
+    rig = Rig(family, TREES["chain"], 12)
     cache, _ = rig.fed(shared, rig.drafter.init_cache(1, CAPACITY), 0, 6, 6)
     later, _ = rig.fed(shared, cache, 6, 0, STEPS + 1)
     np.testing.assert_array_equal(cache.keys[0][..., :6], later.keys[0][..., :6])
@@ -105,18 +134,18 @@ def test_idle_extension_keeps_committed_entries(shared):
 
 
 @pytest.mark.parametrize("children", ["topk", "sampled"])
-def test_unroll_reproduces_what_propose_computed(shared, draft_vocab_size, children):
+def test_unroll_reproduces_what_propose_computed(
+    shared, family, draft_vocab_size, children
+):
     tree = dataclasses.replace(TREES["chain"], children=children)
-    rig, start = Rig(tree, draft_vocab_size), 12
+    rig, start = Rig(family, tree, draft_vocab_size), 12
     cache, context = rig.fed(shared, rig.drafter.init_cache(1, CAPACITY), 0, start, 12)
     hot = greedy(1).replace(temperature=jnp.ones((1,)))
     proposal, _ = rig.proposed(shared, cache, context, start, hot)
     drafted = proposal.tokens[:, 1:]
-    feedback = Feedback(
-        tokens=jnp.concatenate([rig.tokens[:, : start + 1], drafted[:, :-1]], axis=1),
-        taps=rig.taps[:, : start + STEPS],  # those of drafted tokens must not matter
-        hidden=jnp.zeros((1, start + STEPS, 32)),
-        logsumexp=jnp.zeros((1, start + STEPS)),
+    # The features of drafted tokens must not matter.
+    feedback = rig.feedback(start + STEPS).replace(
+        tokens=jnp.concatenate([rig.tokens[:, : start + 1], drafted[:, :-1]], axis=1)
     )
     for num_context in (0, start - 1):
         unrolled = rig.unroll(
@@ -139,15 +168,10 @@ def test_unroll_reproduces_what_propose_computed(shared, draft_vocab_size, child
     np.testing.assert_allclose(context.logits[0], unrolled[0][0, -1], atol=1e-4)
 
 
-def test_padding_before_the_first_token_is_not_seen(shared):
-    rig = Rig(TREES["chain"], 12)
+def test_padding_before_the_first_token_is_not_seen(shared, family):
+    rig = Rig(family, TREES["chain"], 12)
     num_pairs, pad = 10, 3
-    feedback = Feedback(
-        tokens=rig.tokens[:, : num_pairs + STEPS],
-        taps=rig.taps[:, : num_pairs + STEPS],
-        hidden=jnp.zeros((1, num_pairs + STEPS, 32)),
-        logsumexp=jnp.zeros((1, num_pairs + STEPS)),
-    )
+    feedback = rig.feedback(num_pairs + STEPS)
     junk = lambda x: jnp.pad(
         x, ((0, 0), (pad, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=5
     )
@@ -160,11 +184,11 @@ def test_padding_before_the_first_token_is_not_seen(shared):
 
 
 @pytest.mark.parametrize("name", list(TREES))
-def test_rows_are_independent(shared, name):
-    rig = Rig(TREES[name], 12, rows=3)
+def test_rows_are_independent(shared, family, name):
+    rig = Rig(family, TREES[name], 12, rows=3)
     cache, context = rig.fed(shared, rig.drafter.init_cache(3, CAPACITY), 0, 8, 8)
     tree, _ = rig.proposed(shared, cache, context, 8)
-    other = Rig(TREES[name], 12, rows=3)
+    other = Rig(family, TREES[name], 12, rows=3)
     other.tokens = other.tokens.at[0].set(1).at[2].set(2)
     other.taps = other.taps.at[0].mul(-1.0).at[2].add(1.0)
     cache, changed = other.fed(shared, other.drafter.init_cache(3, CAPACITY), 0, 8, 8)
@@ -176,8 +200,8 @@ def test_rows_are_independent(shared, name):
 
 
 @pytest.mark.parametrize("name", list(TREES))
-def test_proposals_keep_to_the_draft_vocabulary(shared, name):
-    rig = Rig(TREES[name], 12, rows=3)
+def test_proposals_keep_to_the_draft_vocabulary(shared, family, name):
+    rig = Rig(family, TREES[name], 12, rows=3)
     cache, context = rig.fed(shared, rig.drafter.init_cache(3, CAPACITY), 0, 8, 8)
     tree, _ = rig.proposed(shared, cache, context, 8)
     assert tree.tokens.shape[1] == TREES[name].num_nodes
@@ -191,3 +215,84 @@ def test_proposals_keep_to_the_draft_vocabulary(shared, name):
                             strict=True))  # fmt: skip
         assert len(set(siblings)) == len(siblings)
     assert np.all(np.diff(depths, axis=1) >= 0)
+
+
+def unrolled_logits(rig, shared, num_pairs=1):
+    """Logits at the last of the first pairs, by depth, and what they were made of."""
+    feedback = rig.feedback(num_pairs + STEPS)
+    logits = rig.unroll(
+        rig.draft.params, rig.draft.token_ids, shared, feedback,
+        jnp.zeros((1,), jnp.int32), num_pairs - 1, STEPS,
+    )  # fmt: skip
+    table = np.asarray(shared.embedding["kernel"], np.float64)
+    state = np.asarray(feedback.hidden[0, num_pairs - 1], np.float64)
+    return [x[0, -1] for x in logits], state, table[feedback.tokens[0, num_pairs:]]
+
+
+def wide(params, *names):
+    """A parameter in float64."""
+    for name in names:
+        params = params[name]
+    return np.asarray(params, np.float64)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def test_hydra_heads_are_the_papers(shared):
+    """`R x + silu(W x)` of the state and all tokens so far, one after the other."""
+    rig = Rig("hydra", TREES["chain"], 12)
+    logits, state, tokens = unrolled_logits(rig, shared)
+    for depth in range(STEPS):
+        head = rig.draft.params[f"heads_{depth}"]
+        x = np.concatenate([state, *tokens[: depth + 1]])
+        dense = lambda name, x, head=head: (
+            wide(head, name, "kernel") @ x + wide(head, name, "bias")
+        )
+        x = dense("residual", x) + silu(dense("first", x))
+        expected = wide(rig.draft.params, "lm_head", "kernel") @ x
+        np.testing.assert_allclose(logits[depth], expected, atol=1e-4)
+
+
+def test_blocks_of_a_hydra_head_share_weights(shared):
+    config = tiny_draft_config(tiny_model_config(VOCAB), family="hydra", num_blocks=4)
+    params = build_drafter("hydra", config, TREES["chain"]).init_params(
+        jax.random.key(0)
+    )
+    assert set(params["heads_0"]) == {"residual", "first", "block"}
+    assert set(params["prefix"]) == {
+        "input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm", "mlp",
+        "norm",
+    }  # fmt: skip
+
+
+def test_an_eagle1_head_is_the_papers(shared):
+    """One projection of embedding and state, a layer without norm, the frozen head."""
+    rig = Rig("eagle1", TREES["chain"], 0)
+    logits, state, tokens = unrolled_logits(rig, shared)
+    params, c = rig.draft.params, rig.config
+    x = wide(params, "fc", "kernel") @ np.concatenate([tokens[0], state])
+    x = x + wide(params, "fc", "bias")
+    qkv = wide(params, "qkv_proj", "kernel") @ x
+    # A lone pair attends to itself: its output is its value.
+    values = qkv[-c.num_kv_heads * c.head_dim :].reshape(c.num_kv_heads, -1)
+    spread = np.repeat(values, c.num_heads // c.num_kv_heads, axis=0).reshape(-1)
+    x = x + wide(params, "o_proj", "kernel") @ spread
+    gain = wide(params, "post_attention_layernorm", "scale")
+    normed = x / np.sqrt(np.mean(x * x) + c.rms_norm_eps) * gain
+    gate, up = np.split(wide(params, "mlp", "gate_up_proj", "kernel") @ normed, 2)
+    x = x + wide(params, "mlp", "down_proj", "kernel") @ (silu(gate) * up)
+    expected = wide(shared.head, "kernel") @ x
+    np.testing.assert_allclose(logits[0], expected, atol=1e-4)
+
+
+def test_heads_draft_no_deeper_than_there_are_heads(shared):
+    rig = Rig("hydra-prefix", TREES["chain"], 12)
+    with pytest.raises(ConfigError, match="5 heads, .* too few for 6"):
+        build_drafter("hydra", rig.config, TreeConfig(num_steps=6))
+    with pytest.raises(ConfigError, match="cannot train 6 steps deep"):
+        rig.unroll(
+            rig.draft.params, rig.draft.token_ids, shared, rig.feedback(12),
+            jnp.zeros((1,), jnp.int32), 2, 6,
+        )  # fmt: skip

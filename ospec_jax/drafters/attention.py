@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How drafts attend: over a cache while drafting, over a window while training."""
+
+import jax
+import jax.numpy as jnp
+
+from ospec_jax.config import DraftConfig
+from ospec_jax.models import cache as kv
+from ospec_jax.models.attention import attend
+from ospec_jax.models.layers import (
+    Numerics,
+    rope_angles,
+    rope_frequencies,
+    rotate,
+    split_groups,
+)
+
+
+def split_heads(
+    qkv, config: DraftConfig, numerics: Numerics, positions, num_positions=None
+):
+    """Rotated queries and keys, and values, of a joint projection `[b, t, _]`."""
+    c, rest = config, config.num_heads + config.num_kv_heads
+    qkv = qkv.reshape(*qkv.shape[:2], rest + c.num_kv_heads, c.head_dim)
+    frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    angles = rope_angles(positions, frequencies, num_positions)
+    split = lambda x, *sizes: split_groups(x, sizes, numerics.num_groups, axis=2)
+    rotated, values = split(qkv, rest, c.num_kv_heads)
+    rotated = rotate(rotated, angles, numerics.is_row_invariant)
+    return *split(rotated, c.num_heads, c.num_kv_heads), values
+
+
+def attend_cached(qkv, config, numerics, positions, bias, cache: kv.KVCache, starts):
+    """Appends to a one-layer cache and attends to it; `[b, t, heads * e]`."""
+    num_positions = cache.capacity if numerics.is_row_invariant else None
+    q, k, v = split_heads(qkv, config, numerics, positions, num_positions)
+    keys, values = kv.append(
+        cache.keys[0], cache.values[0], k, v, starts, numerics.has_batched_writes
+    )
+    out = attend(q, keys, values, bias, numerics)
+    return out, kv.KVCache(keys=(keys,), values=(values,))
+
+
+def seen_in_window(positions, num_context: int):
+    """Which entries of a window each trained one attends to, `[b, t - c, t]`."""
+    order = jnp.arange(positions.shape[1])
+    is_before = order <= order[num_context:, None]
+    return is_before & (positions >= 0)[:, None, :]
+
+
+def attend_unrolled(q, k, v, own_keys, own_values, is_seen):
+    """Attention of entry i to the verified ones it sees and to its own deeper drafts.
+
+    Args:
+      own_keys: One `[b, t, h, e]` for each deeper draft, `own_values` likewise.
+    """
+    b, t, heads, e = q.shape
+    h = k.shape[2]
+    q = q.reshape(b, t, h, heads // h, e) * e**-0.5
+    scores = jnp.einsum("bthge,bshe->bhgts", q, k)
+    scores = [jnp.where(is_seen[:, None, None], scores, -1e30)]
+    scores += [jnp.einsum("bthge,bthe->bhgt", q, own)[..., None] for own in own_keys]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    num_keys = k.shape[1]
+    out = jnp.einsum("bhgts,bshe->bthge", weights[..., :num_keys], v)
+    for i, own in enumerate(own_values):
+        share = weights[..., num_keys + i].transpose(0, 3, 1, 2)[..., None]
+        out = out + share * own[:, :, :, None, :]
+    return out.reshape(b, t, heads * e)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hydra: sequentially dependent heads over the target's final state (2402.05109).
+
+Head i reads the state of token t and the embeddings of tokens t + 1 to t + 1 + i, the
+last i of them drafted, and predicts token t + 2 + i (section 3). In Hydra++ (section 4)
+a decoder layer with a cache of its own runs over the target's states first, so that the
+heads see more of the prefix than one state holds.
+
+As published, a head is a residual block that changes the width, `R x + silu(W x)`, and
+further blocks `x + silu(W x)` which share their weights. Unlike there, all heads share
+one output projection: the draft's own for a reduced vocabulary, or the target's.
+
+While drafting, a node's hidden state is the row of what the heads have read so far:
+the prefix' state and the embeddings of its path, zeros beyond.
+"""
+
+import functools
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ospec_jax.config import ConfigError, HydraConfig, TreeConfig
+from ospec_jax.drafters.attention import (
+    attend_cached,
+    attend_unrolled,
+    seen_in_window,
+    split_heads,
+)
+from ospec_jax.drafters.base import Drafter, take_row, training_head
+from ospec_jax.drafters.expand import num_scratch, propose_static, propose_uniform
+from ospec_jax.models import cache as kv
+from ospec_jax.models.layers import (
+    Linear,
+    Numerics,
+    RMSNorm,
+    SwiGLU,
+    at_least_two_rows,
+    embed,
+    linear,
+)
+from ospec_jax.types import DraftContext
+
+_TRAINING = Numerics("float32", is_row_invariant=False)
+
+
+class Prefix(nn.Module):
+    """Hydra++'s decoder layer and final norm over the target's states."""
+
+    config: HydraConfig
+    numerics: Numerics
+
+    def setup(self):
+        c, n = self.config, self.numerics
+        norm = lambda: RMSNorm(c.rms_norm_eps, n)
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        self.norm = norm()
+        self.qkv_proj = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, n)
+        self.o_proj = Linear(c.hidden_size, n)
+        self.mlp = SwiGLU(c.intermediate_size, n)
+
+    def _finish(self, states, attended):
+        states = states + self.o_proj(attended)
+        return self.norm(states + self.mlp(self.post_attention_layernorm(states)))
+
+    def cached(self, states, positions, bias, cache, starts):
+        """Runs over verified states; returns their prefix states and the cache."""
+        qkv = self.qkv_proj(self.input_layernorm(states))
+        out, cache = attend_cached(
+            qkv, self.config, self.numerics, positions, bias, cache, starts
+        )
+        return self._finish(states, out), cache
+
+    def windowed(self, states, positions, num_context):
+        """Without a cache: prefix states of all but the first `num_context`."""
+        qkv = self.qkv_proj(self.input_layernorm(states))
+        q, k, v = split_heads(qkv, self.config, self.numerics, positions)
+        is_seen = seen_in_window(positions, num_context)
+        out = attend_unrolled(q[:, num_context:], k, v, [], [], is_seen)
+        return self._finish(states[:, num_context:], out)
+
+
+class Head(nn.Module):
+    """One head: what it has read, joined, to what the output projection reads."""
+
+    config: HydraConfig
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, joined):
+        c = self.config
+        dense = lambda name: Linear(c.hidden_size, self.numerics, True, name=name)
+        x = dense("residual")(joined) + nn.silu(dense("first")(joined))
+        if c.num_blocks > 1:
+            block = dense("block")
+            for _ in range(c.num_blocks - 1):
+                x = x + nn.silu(block(x))
+        return x
+
+
+class HydraHeads(nn.Module):
+    """All parameters of a Hydra draft."""
+
+    config: HydraConfig
+    numerics: Numerics
+
+    def setup(self):
+        c, n = self.config, self.numerics
+        if c.has_prefix:
+            self.prefix = Prefix(c, n)
+        self.heads = [Head(c, n) for _ in range(c.depth)]
+        if c.has_own_head:
+            self.lm_head = Linear(c.draft_vocab_size, n)
+
+    def read(self, states, positions, bias, cache, starts):
+        """What the heads read of verified states, `[b, t, d]`, and the cache."""
+        if not self.config.has_prefix:
+            return states, cache
+        return self.prefix.cached(states, positions, bias, cache, starts)
+
+    def logits(self, read, depth: int, head):
+        """Head `depth`'s logits of `[b, t, >= (depth + 2) * d]` read so far."""
+        x = self.heads[depth](read[..., : (depth + 2) * self.config.hidden_size])
+        if head is None:
+            return self.lm_head(x)
+        return linear(x, head, self.numerics)
+
+    def unroll(self, states, embeddings, start, num_context, num_steps, head):
+        """Logits of the first `num_steps` heads at every pair, as `EagleHead.unroll`.
+
+        Args:
+          states: `[b, t, d]` final states of consecutive tokens.
+          embeddings: `[b, t + num_steps - 1, d]` of the tokens that follow them.
+        """
+        num_pairs = states.shape[1]
+        positions = start[:, None] + jnp.arange(num_pairs)
+        read = states[:, num_context:]
+        if self.config.has_prefix:
+            read = self.prefix.windowed(states, positions, num_context)
+        logits = []
+        for depth in range(num_steps):
+            shifted = slice(num_context + depth, num_pairs + depth)
+            read = jnp.concatenate([read, embeddings[:, shifted]], axis=-1)
+            logits.append(self.logits(read, depth, head))
+        return logits
+
+    def init_all(self, states, embeddings, head):
+        """Touches every parameter."""
+        start, depth = jnp.zeros(1, jnp.int32), self.config.depth
+        return self.unroll(states, embeddings, start, 0, depth, head)
+
+
+def hydra(
+    config: HydraConfig, tree: TreeConfig, numerics: Numerics | None = None
+) -> Drafter:
+    """Builds the drafter; Hydra++ with `config.has_prefix`.
+
+    Args:
+      numerics: For drafting; training is in float32.
+
+    Raises:
+      ConfigError: The tree is deeper than there are heads.
+    """
+    if tree.num_steps > config.depth:
+        raise ConfigError(
+            f"this draft has {config.depth} heads, one for each drafted token, which "
+            f"is too few for {tree.num_steps}; use --num-speculative-tokens "
+            f"{config.depth} or less"
+        )
+    numerics = numerics or Numerics()
+    training = dataclasses.replace(_TRAINING, num_groups=numerics.num_groups)
+    module, trainer = HydraHeads(config, numerics), HydraHeads(config, training)
+    width = config.hidden_size
+
+    def apply(draft, method, *args) -> Any:
+        return module.apply({"params": draft.params}, *args, method=method)
+
+    def init_params(key):
+        zeros = lambda count: jnp.zeros((1, count, width))
+        head = None if config.has_own_head else {"kernel": jnp.zeros((2, width))}
+        args = zeros(1), zeros(config.depth), head
+        return trainer.init(key, *args, method=HydraHeads.init_all)["params"]
+
+    def init_cache(batch_size, capacity):
+        heads, size = (1, 1)  # without a prefix layer only the capacity matters
+        if config.has_prefix:
+            heads, size = config.num_kv_heads, config.head_dim
+        return kv.init_cache(1, batch_size, heads, capacity, size, numerics.cache_dtype)
+
+    def init_context(batch_size):
+        return DraftContext(
+            hidden=jnp.zeros((batch_size, (config.depth + 1) * width)),
+            logits=jnp.zeros((batch_size, config.num_draft_ids)),
+        )
+
+    def logits_of(draft, shared, depth, read):
+        head = None if config.has_own_head else shared.head
+        return apply(draft, HydraHeads.logits, read, depth, head)
+
+    def extend(draft, shared, cache, inputs, tokens, taps, starts, num_valid):
+        if numerics.is_row_invariant:
+            tokens, taps = at_least_two_rows(tokens, taps)
+        positions = starts[:, None] + jnp.arange(tokens.shape[1])
+        bias = kv.causal_bias(starts, tokens.shape[1], cache.capacity)
+        args = (taps, positions, bias, cache, starts)
+        states, cache = apply(draft, HydraHeads.read, *args)
+        newest = jnp.maximum(num_valid - 1, 0)
+        follower = take_row(tokens, newest)
+        known = embed(follower[:, None], shared.embedding)[:, 0]
+        unread = jnp.zeros((tokens.shape[0], (config.depth - 1) * width))
+        hidden = jnp.concatenate([take_row(states, newest), known, unread], axis=-1)
+        # Twice the last row: its logits are one product of at least two rows.
+        twice = jnp.stack([hidden, hidden], axis=1)
+        logits = logits_of(draft, shared, 0, twice)
+        return cache, DraftContext(hidden=hidden, logits=logits[:, 0])
+
+    propose_tree = propose_static if tree.kind == "static" else propose_uniform
+
+    def propose(
+        draft, shared, cache, context, root, starts, keys, sampling, hints=None
+    ):
+        heads = [
+            functools.partial(logits_of, draft, shared, depth)
+            for depth in range(tree.num_steps)
+        ]
+
+        def step(cache, hidden, tokens, positions, bias, slots):
+            num_tokens = tokens.shape[1]
+            if numerics.is_row_invariant:
+                hidden, tokens = at_least_two_rows(hidden, tokens)
+            # Frontiers go one depth at a time; the root's children are at its position.
+            depth = positions[0, 0] - starts[0] + 1
+            own = embed(tokens, shared.embedding)
+            place = (0, 0, (depth + 1) * width)
+            hidden = jax.lax.dynamic_update_slice(hidden, own, place)
+            logits = jax.lax.switch(depth, heads, hidden)
+            return hidden[:, :num_tokens], logits[:, :num_tokens], cache
+
+        return propose_tree(
+            step, tree, cache, context, root, starts, keys, sampling, draft.token_ids,
+            numerics.is_row_invariant, hints,
+        )  # fmt: skip
+
+    def unroll(
+        params, token_ids, shared, feedback, start, num_context, num_steps,
+        candidates=None,
+    ):  # fmt: skip
+        if num_steps > config.depth:
+            raise ConfigError(
+                f"cannot train {num_steps} steps deep: this draft has {config.depth} "
+                f"heads"
+            )
+        num_pairs = feedback.tokens.shape[1] - num_steps
+        states = feedback.hidden[:, :num_pairs].astype(jnp.float32)
+        embeddings = embed(feedback.tokens[:, 1:], shared.embedding)
+        head = training_head(config, params, token_ids, shared, candidates)
+        return trainer.apply(
+            {"params": params}, states, embeddings, start, num_context, num_steps, head,
+            method=HydraHeads.unroll,
+        )  # fmt: skip
+
+    return Drafter(
+        init_params=init_params,
+        init_cache=init_cache,
+        init_context=init_context,
+        extend=extend,
+        propose=propose,
+        unroll=unroll,
+        num_scratch=num_scratch(tree),
+    )

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking a public head into use: with its target, or as it is."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from ospec_jax.checkpoint import CheckpointError, Meta
+from ospec_jax.drafters.base import dequantized
+from ospec_jax.formats import eagle3
+from ospec_jax.models.hub import Target
+from ospec_jax.models.llama import embedding_table
+from ospec_jax.types import Draft
+
+_SAME_TABLE = 0.02
+"""Relative distance of two embeddings that are one: int8 rounds by up to 1%."""
+
+
+def load_folder(
+    folder: Path, target: Target | None, taps: tuple[int, ...] | None = None
+) -> tuple[Draft, Meta]:
+    """Reads a public EAGLE-3 head for a target.
+
+    Args:
+      target: Checked against; None leaves that to whoever loads the draft later.
+      taps: Layers whose input the head reads, instead of what its files say.
+
+    Raises:
+      CheckpointError: It was made for another vocabulary, width or depth.
+      ConfigError: Its architecture is not supported.
+      WeightsError: Tensors are missing, surplus or of the wrong shape.
+    """
+    found = eagle3.read(folder, target.config.num_layers if target else None, taps)
+    facts = {"imported_from": folder.name, "format": found.layout, "dtype": found.dtype}
+    if found.verifier:
+        facts["verifier"] = found.verifier
+    meta = Meta.create(target, found.config, card=facts)
+    if target is not None:
+        meta.check(target)
+    elif found.verifier:
+        meta = dataclasses.replace(meta, target=found.verifier)
+    if found.embedding is None and _is_narrow(found):
+        raise CheckpointError(
+            f"{folder} is {found.config.hidden_size} wide and its target "
+            f"{found.config.target_hidden_size}, so that it needs an embedding of its "
+            f"own; embed_tokens.weight is missing"
+        )
+    if target is not None and _shares_embedding(found, target):
+        config = dataclasses.replace(found.config, has_own_embedding=False)
+        params = {k: v for k, v in found.draft.params.items() if k != "embed_tokens"}
+        return found.draft.replace(params=params), dataclasses.replace(
+            meta, draft=config
+        )
+    return found.draft, meta
+
+
+def _is_narrow(found: eagle3.Imported) -> bool:
+    return found.config.hidden_size != found.config.target_hidden_size
+
+
+def _shares_embedding(found: eagle3.Imported, target: Target) -> bool:
+    """Whether the table that came with the head is the target's."""
+    if found.embedding is None or _is_narrow(found):
+        return False
+    theirs = jnp.asarray(found.embedding, jnp.float32)
+    ours = dequantized(embedding_table(target.params))
+    distance = jnp.linalg.norm(theirs - ours)
+    return bool(distance <= _SAME_TABLE * jnp.linalg.norm(ours))

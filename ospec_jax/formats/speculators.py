@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json of the `speculators` project, which vLLM reads directly.
+
+Keys as in speculators' `Eagle3SpeculatorConfig` and `SpeculatorsConfig`. The layer's
+configuration is written as a difference to transformers' `LlamaConfig`, so a missing
+key means that class's default.
+"""
+
+from ospec_jax.config import DraftConfig
+
+_LLAMA_DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_attention_heads": 32, "num_hidden_layers": 32, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}  # fmt: skip
+_NUM_SPECULATIVE_TOKENS = 3
+
+
+def is_config(raw: dict) -> bool:
+    """Whether a config.json is of this project."""
+    return "speculators_model_type" in raw or "speculators_config" in raw
+
+
+def verifier_of(raw: dict) -> str | None:
+    """The target that a head was trained for."""
+    verifier = (raw.get("speculators_config") or {}).get("verifier") or {}
+    return verifier.get("name_or_path")
+
+
+def flatten(raw: dict) -> dict:
+    """The keys of a flat EAGLE-3 configuration."""
+    outer = {k: v for k, v in raw.items() if k != "transformer_layer_config"}
+    return _LLAMA_DEFAULTS | (raw.get("transformer_layer_config") or {}) | outer
+
+
+def layer_config(c: DraftConfig, max_position: int) -> dict:
+    """The decoder layer in the words of transformers' `LlamaConfig`."""
+    scaling = c.rope_scaling and {
+        "rope_type": "llama3",
+        "factor": c.rope_scaling.factor,
+        "low_freq_factor": c.rope_scaling.low_freq_factor,
+        "high_freq_factor": c.rope_scaling.high_freq_factor,
+        "original_max_position_embeddings": c.rope_scaling.original_max_position,
+    }
+    return {
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_position,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": scaling,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+def to_config(c: DraftConfig, dtype: str, verifier: str, max_position: int) -> dict:
+    """The config.json of an EAGLE-3 head."""
+    is_narrow = c.target_hidden_size != c.hidden_size
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": _NUM_SPECULATIVE_TOKENS,
+                    "accept_tolerance": 0.0,
+                    "verifier_accept_k": 1,
+                }
+            ],
+            "verifier": {
+                "name_or_path": verifier, "architectures": ["LlamaForCausalLM"],
+            },
+        },
+        "transformer_layer_config": layer_config(c, max_position),
+        "draft_vocab_size": c.draft_vocab_size,
+        "norm_before_residual": c.has_norm_before_residual,
+        "target_hidden_size": c.target_hidden_size if is_narrow else None,
+        "eagle_aux_hidden_state_layer_ids": list(c.taps),
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+    }  # fmt: skip

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of named tensors, as Hugging Face models come: config.json and weights."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from ospec_jax.models.weights import WeightsError
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Types that weights are stored in, by the name that config.json uses."""
+
+
+def read_config(folder: Path) -> dict:
+    """The folder's config.json.
+
+    Raises:
+      WeightsError: There is none, or it is not JSON.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise WeightsError(f"{folder} has no config.json: not a draft's folder")
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{file} is not JSON ({error})") from error
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder in their own types, from safetensors or else `.bin`.
+
+    Raises:
+      WeightsError: There are none, a file is corrupt, or a `.bin` is met without torch.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    read = _read_safetensors
+    if not files:
+        files, read = sorted(folder.glob("*.bin")), _read_bin
+    if not files:
+        raise WeightsError(f"{folder} has neither *.safetensors nor *.bin weights")
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        try:
+            tensors.update(read(file))
+        except WeightsError:
+            raise
+        except Exception as error:
+            raise WeightsError(
+                f"{file} cannot be read ({error}): it is truncated or corrupt"
+            ) from error
+    return tensors
+
+
+def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+
+
+def _read_bin(file: Path) -> dict[str, np.ndarray]:
+    """A pickled checkpoint; only tensors are unpickled, never code."""
+    try:
+        import torch  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise WeightsError(
+            f"{file} is a pickled PyTorch checkpoint, which needs torch to be read: "
+            f"pip install 'ospec-jax[torch]', or convert it to safetensors elsewhere"
+        ) from error
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    tensors = {}
+    for name, value in loaded.items():
+        # numpy knows no bfloat16 of torch's; float32 holds all of its values.
+        is_narrow = value.dtype == torch.bfloat16
+        array = (value.float() if is_narrow else value).numpy()
+        tensors[name] = array.astype(ml_dtypes.bfloat16) if is_narrow else array
+    return tensors
+
+
+def write_folder(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> None:
+    """Writes config.json and model.safetensors."""
+    from safetensors.numpy import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    # Not `save_file`, whose files nobody but their owner may read.
+    file = folder / "model.safetensors"
+    file.write_bytes(save(whole, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", "utf-8")

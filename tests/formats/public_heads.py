@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EAGLE-3 heads as they are published, at a tiny size, made without the package."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+D, INNER, HEADS, KV_HEADS, HEAD_DIM = 32, 40, 4, 2, 8
+NUM_DRAFT, TAPS = 20, (1, 2, 3)
+
+
+def draft_ids(vocab_size):
+    """Target ids of the draft vocabulary, ascending."""
+    rng = np.random.default_rng(1)
+    return np.sort(rng.choice(vocab_size, NUM_DRAFT, replace=False))
+
+
+def tensors(vocab_size, dtype="float32", layer="midlayer.", embedding=None):
+    """The tensors of the reference code's `Model.state_dict()`."""
+    rng, ids = np.random.default_rng(0), draft_ids(vocab_size)
+    shapes = {
+        "fc": (D, len(TAPS) * D),
+        f"{layer}self_attn.q_proj": (HEADS * HEAD_DIM, 2 * D),
+        f"{layer}self_attn.k_proj": (KV_HEADS * HEAD_DIM, 2 * D),
+        f"{layer}self_attn.v_proj": (KV_HEADS * HEAD_DIM, 2 * D),
+        f"{layer}self_attn.o_proj": (D, HEADS * HEAD_DIM),
+        f"{layer}mlp.gate_proj": (INNER, D),
+        f"{layer}mlp.up_proj": (INNER, D),
+        f"{layer}mlp.down_proj": (D, INNER),
+        f"{layer}hidden_norm": (D,),
+        f"{layer}input_layernorm": (D,),
+        f"{layer}post_attention_layernorm": (D,),
+        "norm": (D,),
+        "lm_head": (NUM_DRAFT, D),
+    }
+    made = {}
+    for name, shape in shapes.items():
+        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+        values = rng.normal(size=shape) * scale + (1.0 if len(shape) == 1 else 0.0)
+        made[f"{name}.weight"] = values.astype(DTYPES[dtype])
+    is_drafted = np.zeros(vocab_size, bool)
+    is_drafted[ids] = True
+    made |= {"d2t": ids - np.arange(NUM_DRAFT), "t2d": is_drafted}
+    if embedding is not None:
+        made["embed_tokens.weight"] = np.asarray(embedding).astype(DTYPES[dtype])
+    return made
+
+
+def flat_config(vocab_size, **changes):
+    """As in yuhuili/EAGLE3-LLaMA3.1-Instruct-8B and SpecForge's configurations."""
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "hidden_act": "silu",
+        "hidden_size": D,
+        "initializer_range": 0.02,
+        "intermediate_size": INNER,
+        "max_position_embeddings": 2048,
+        "model_type": "llama",
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "num_hidden_layers": 1,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.28.1",
+        "use_cache": True,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": NUM_DRAFT,
+    } | changes
+
+
+def speculators_config(vocab_size, layer_changes=None, **changes):
+    """As `Eagle3SpeculatorConfig` of the speculators project writes itself."""
+    layer = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+        "hidden_size": D,
+        "initializer_range": 0.02,
+        "intermediate_size": INNER,
+        "max_position_embeddings": 2048,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": KV_HEADS,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "use_cache": True,
+        "vocab_size": vocab_size,
+    }
+    return {
+        "architectures": ["Eagle3DraftModel"],
+        "draft_vocab_size": NUM_DRAFT,
+        "dtype": "float32",
+        "eagle_aux_hidden_state_layer_ids": list(TAPS),
+        "embed_requires_grad": False,
+        "norm_before_fc": False,
+        "norm_before_residual": True,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "accept_tolerance": 0.0,
+                    "proposal_type": "greedy",
+                    "speculative_tokens": 3,
+                    "verifier_accept_k": 1,
+                }
+            ],
+            "verifier": {
+                "architectures": ["LlamaForCausalLM"],
+                "name_or_path": "meta-llama/Llama-3.1-8B-Instruct",
+            },
+        },
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.5.0.dev5",
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": layer | (layer_changes or {}),
+    } | changes
+
+
+def write(folder, config, weights, file="model.safetensors"):
+    """Writes the folder as it lies on the hub."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / file)
+    return folder
