@@ -23,7 +23,12 @@ from ospec_jax.config import (
     TreeConfig,
     parse_tree,
 )
-from ospec_jax.data.prompts import parse_prompt, read_prompts
+from ospec_jax.data.prompts import (
+    add_predictions,
+    parse_prompt,
+    read_prediction,
+    read_prompts,
+)
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.registry import FAMILIES
 from ospec_jax.models.hub import load_config, load_target
@@ -44,8 +49,8 @@ class Decoding:
 
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
-      draft: none, shipped, ngram, model:TARGET (a smaller model), or a checkpoint
-        folder.
+      draft: none, shipped, ngram, prediction, model:TARGET (a smaller model), or a
+        checkpoint folder.
       precision: Of weights and products; auto measures what is fastest here.
       batch_size: Requests decoded together.
       num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.
@@ -55,6 +60,7 @@ class Decoding:
       stop: Strings that end an answer.
       raw: Skip the chat template.
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens.
+      num_predicted_tokens: Tokens verified at once while a prediction holds.
     """
 
     target: str = "smollm2-135m"
@@ -68,6 +74,7 @@ class Decoding:
     stop: tuple[str, ...] = ()
     raw: bool = False
     ngrams: bool = True
+    num_predicted_tokens: int = 12
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
@@ -103,7 +110,7 @@ class Decoding:
         return Session(
             target, draft, learner=learner, tree=self.tree_config,
             batch_size=self.batch_size, stop=self.stop, has_log_probs=has_log_probs,
-            ngrams=self.ngrams,
+            ngrams=self.ngrams, num_predicted_tokens=self.num_predicted_tokens,
         )  # fmt: skip
 
 
@@ -118,6 +125,7 @@ def generate(
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None,
     prompts: Path | None = None,
     decoding: Shared = Decoding(),
+    prediction: Path | None = None,
     stream: bool = False,
     logprobs: bool = False,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -127,6 +135,8 @@ def generate(
     Args:
       prompt: The prompt's text.
       prompts: A JSONL file of prompts instead.
+      prediction: A file that the answer to --prompt is expected to resemble, such as
+        the one that it edits; rows of --prompts have a key `prediction`.
       stream: Print text as it comes.
       logprobs: Report each token's log-probability.
       json_file: Write one object (a list for several prompts); - for standard output.
@@ -137,6 +147,15 @@ def generate(
         rows = [parse_prompt({"prompt": prompt}, "prompt-0")]
     else:
         raise ConfigError("give either --prompt or --prompts")
+    if prediction is not None:
+        if prompts is not None:
+            raise ConfigError(
+                "--prediction goes with --prompt; give the rows of --prompts a key "
+                "`prediction`"
+            )
+        rows = add_predictions(rows, [read_prediction(prediction)])
+    if decoding.draft == "none" and any(row.prediction for row in rows):
+        decoding = dataclasses.replace(decoding, draft="prediction")
     target, draft = decoding.load()
     session = decoding.open(target, draft, has_log_probs=logprobs)
     write = lambda _, text: print(text, end="", flush=True)

@@ -6,9 +6,10 @@ pure transitions of `decoding` and `adaptation`, which meet only here.
 """
 
 import dataclasses
+import functools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -18,12 +19,19 @@ from ospec_jax import checkpoint
 from ospec_jax.adaptation import Adaptation, AdaptationState, Traffic, UpdateReport
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import (
+    ConfigError,
     LearnerConfig,
     SamplingConfig,
     TreeConfig,
     from_dict,
 )
-from ospec_jax.data.prompts import Prompt, encode, parse_prompt
+from ospec_jax.data.prompts import (
+    Prompt,
+    add_predictions,
+    encode,
+    encode_prediction,
+    parse_prompt,
+)
 from ospec_jax.data.tokenizer import stop_token_ids, tokenizer_hash
 from ospec_jax.decoding.engine import Completion, Engine, Request
 from ospec_jax.decoding.step import StepConfig, shared_tables
@@ -58,13 +66,14 @@ class LoadedDraft:
 
 
 def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
-    """Loads `shipped`, `ngram`, `model:TARGET` or the draft of a checkpoint folder.
+    """Loads a family without parameters, `shipped`, `model:TARGET` or a checkpoint.
 
     Raises:
       CheckpointError: Nothing readable is there, or it is for another target.
     """
-    if name_or_folder == "ngram":
-        return LoadedDraft(Draft(params={}), Meta.create(target, None, "ngram"))
+    if name_or_folder in ("ngram", "prediction"):
+        meta = Meta.create(target, None, str(name_or_folder))
+        return LoadedDraft(Draft(params={}), meta)
     if str(name_or_folder).startswith("model:"):
         return model_draft(str(name_or_folder).removeprefix("model:"), target)
     folder = SHIPPED if name_or_folder == "shipped" else name_or_folder
@@ -152,6 +161,8 @@ class Session:
       has_log_probs: Report log-probabilities.
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens. Drawn
         children (`tree.children` other than `topk`) leave no room for them.
+      num_predicted_tokens: Tokens verified at once while a request's prediction holds;
+        0 keeps to the tree.
     """
 
     def __init__(
@@ -165,6 +176,7 @@ class Session:
         stop: tuple[str, ...] = (),
         has_log_probs: bool = False,
         ngrams: bool = True,
+        num_predicted_tokens: int = 12,
     ):
         tree = tree or TreeConfig(num_steps=3 if draft else 0)
         self.target, self.batch_size, self.stop = target, batch_size, stop
@@ -174,10 +186,11 @@ class Session:
         if draft is not None:
             meta = draft.meta
             model = draft.model
-            drafter = build_drafter(
-                meta.family, model.config if model else meta.draft, tree,
-                target.numerics, has_ngrams, target.config.vocab_size,
+            build = functools.partial(
+                build_drafter, meta.family, model.config if model else meta.draft,
+                tree, target.numerics, has_ngrams, target.config.vocab_size,
             )  # fmt: skip
+            drafter = build()
             if learner is not None and meta.draft is None:
                 learner = dataclasses.replace(learner, name="memory")
         config = StepConfig(
@@ -188,7 +201,11 @@ class Session:
         is_recording = draft is not None and bool(
             learner and learner.name == "gradient"
         )
-        self.engine = Engine(config, target.params, drafter, is_recording)
+        predicted = None
+        if drafter is not None and 0 < tree.num_steps < num_predicted_tokens:
+            chain = TreeConfig(num_steps=num_predicted_tokens)
+            predicted = chain, build(predicted=chain)
+        self.engine = Engine(config, target.params, drafter, is_recording, predicted)
         self.learning: Learning | None = None
         self.meta = draft.meta if draft else None
         self._cast = jax.jit(lambda p: cast_params(p, target.numerics.precision))
@@ -220,6 +237,10 @@ class Session:
         """The n-grams in use."""
         learned = self.learning.traffic.memory if self.learning else None
         return self._memory if learned is None else learned
+
+    @property
+    def _drafts(self) -> bool:
+        return self.engine.drafter is not None and self.tree.num_steps > 0
 
     @property
     def version(self) -> int:
@@ -277,7 +298,13 @@ class Session:
         for prompt in prompts:
             ids = encode(prompt, self.target.tokenizer, is_raw)
             find_stop = self._find_stop if self.stop else None
-            yield prompt, Request(prompt.id, ids, max_new_tokens, sampling, find_stop)
+            predicted = ()
+            if self._drafts:
+                predicted = encode_prediction(prompt, self.target.tokenizer)
+            yield prompt, Request(
+                prompt.id, ids, max_new_tokens, sampling, find_stop, predicted,
+                prompt.prediction_confidence,
+            )  # fmt: skip
 
     def _find_stop(self, token_ids: list[int]) -> int | None:
         """Tokens to keep when the answer's text holds a stop string."""
@@ -297,14 +324,24 @@ class Session:
         *,
         is_raw: bool = False,
         on_text: Callable[[Prompt, str], None] | None = None,
+        predictions: Sequence[str | None] | None = None,
     ) -> Iterator[Result]:
         """Answers prompts, in order of completion, learning in between.
 
         Args:
           prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s.
           on_text: Called with new text as it comes.
+          predictions: What each answer is expected to be, None for no idea; rows may
+            have a key `prediction` instead.
         """
         parsed = [_as_prompt(p, i) for i, p in enumerate(prompts)]
+        if predictions is not None:
+            parsed = add_predictions(parsed, predictions)
+            if not self._drafts and any(predictions):
+                raise ConfigError(
+                    "predictions are verified as drafts, and this session decodes "
+                    "plainly; give it a draft, if only load_draft('prediction', target)"
+                )
         pairs = list(self.requests(parsed, max_new_tokens, sampling, is_raw))
         # Refuse what does not fit before anything is decoded.
         self.engine.capacity_for(request for _, request in pairs)

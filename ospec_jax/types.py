@@ -55,6 +55,29 @@ class Draft:
 
 
 @flax.struct.dataclass
+class Prediction:
+    """What each request's user expects the answer to be; see `drafters.prediction`.
+
+    Attributes:
+      tokens: `[b, s]` the expected answer.
+      num_tokens: `[b]` how many of them are real; 0 for no prediction.
+      confidence: `[b]` chance given to the first token, and to one after a mismatch.
+      place: `[b]` the token behind the last stretch that came true.
+      num_skipped: `[b]` answer tokens since then.
+      run: `[b]` tokens before the next one that came true in a row.
+      recent: `[b, r]` the answer's last tokens, -1 before the first.
+    """
+
+    tokens: Int[Array, "b s"]
+    num_tokens: Int[Array, " b"]
+    confidence: Float[Array, " b"]
+    place: Int[Array, " b"]
+    num_skipped: Int[Array, " b"]
+    run: Int[Array, " b"]
+    recent: Int[Array, "b r"]
+
+
+@flax.struct.dataclass
 class SharedTables:
     """The frozen parts of the target that a draft reads.
 
@@ -175,6 +198,7 @@ class DecodeState:
       request_keys: `[b]` a row's randomness is its key folded with the position.
       num_remaining: `[b]` tokens that may still be emitted.
       feedback: Verified features by position, or None when nothing is recorded.
+      prediction: What the answers are expected to be, or None.
     """
 
     cache: KVCache
@@ -187,6 +211,7 @@ class DecodeState:
     num_remaining: Int[Array, " b"]
     is_finished: Bool[Array, " b"]
     feedback: Feedback | None
+    prediction: Prediction | None = None
 
 
 @flax.struct.dataclass
@@ -200,6 +225,7 @@ class StepOutput:
       num_drafted: `[b]` valid draft tokens.
       is_finished: `[b]`.
       log_probs: `[b, m]` the target's log-probabilities of the tokens, or None.
+      run: `[b]` tokens of the prediction that came true in a row up to here, or None.
     """
 
     tokens: Int[Array, "b m"]
@@ -208,3 +234,4 @@ class StepOutput:
     num_drafted: Int[Array, " b"]
     is_finished: Bool[Array, " b"]
     log_probs: Float[Array, "b m"] | None
+    run: Int[Array, " b"] | None = None

@@ -11,6 +11,7 @@ from reference import random_params
 
 from ospec_jax import LearnerConfig, Session, TreeConfig, checkpoint
 from ospec_jax.checkpoint import CheckpointError, Meta
+from ospec_jax.config import ConfigError
 from ospec_jax.config import TreeConfig as Tree
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
@@ -240,6 +241,24 @@ def test_collapsed_acceptance_warns(target, draft, plain, monkeypatch):
     session = Session(target, useless, ngrams=False)
     with pytest.warns(UserWarning, match="mean acceptance length is 1.0"):
         list(session.generate(PROMPTS, NEW_TOKENS))
+
+
+def test_predicted_answers_come_faster(target, draft, plain):
+    """Somewhat: random bytes are no text, so little of it is the answer's own."""
+    texts = [r.text for r in Session(target).generate(PROMPTS[:2], NEW_TOKENS)]
+    for drafted in (draft, load_draft("prediction", target)):
+        session = Session(target, drafted, ngrams=False)
+        assert answers(session, PROMPTS[:2]) == plain[:2]
+        before, session.stats = session.stats, DecodingStats(num_spec_tokens=12)
+        results = session.generate(PROMPTS[:2], NEW_TOKENS, predictions=texts)
+        assert [r.token_ids for r in results] == plain[:2]
+        length = session.stats.mean_acceptance_length
+        assert length > before.mean_acceptance_length
+
+
+def test_predictions_need_a_draft(target):
+    with pytest.raises(ConfigError, match="give it a draft"):
+        next(Session(target).generate(["a"], predictions=["b"]))
 
 
 def test_session_without_draft_has_nothing_to_save(target, tmp_path):

@@ -16,6 +16,7 @@ from ospec_jax import tree as topology
 from ospec_jax.config import ModelConfig, TreeConfig
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters.base import Drafter, take_row
+from ospec_jax.drafters.prediction import follow, init_prediction, prediction_hints
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics
@@ -123,6 +124,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             is_finished=is_finished,
             log_probs=log_probs,
         )
+        state, output = _follow(state, output)
         newest = take_row(emitted, jnp.maximum(num_emitted - 1, 0))
         state = state.replace(
             lengths=state.lengths + num_emitted,
@@ -133,6 +135,14 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         return state, output
 
     return speculative_step
+
+
+def _follow(state: DecodeState, output: StepOutput):
+    """Holds the prediction against what was emitted."""
+    if state.prediction is None:
+        return state, output
+    prediction = follow(state.prediction, output.tokens, output.num_emitted)
+    return state.replace(prediction=prediction), output.replace(run=prediction.run)
 
 
 def _propose(config, drafter, draft, shared, state, keys):
@@ -148,7 +158,7 @@ def _propose(config, drafter, draft, shared, state, keys):
         return tree, state
     tree, draft_cache = drafter.propose(
         draft, shared, state.draft_cache, state.draft_context, root, state.lengths,
-        keys, state.sampling,
+        keys, state.sampling, prediction_hints(state.prediction),
     )  # fmt: skip
     return tree, state.replace(draft_cache=draft_cache)
 
@@ -270,10 +280,11 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             is_finished=is_finished,
         )
         zero = jnp.zeros_like(starts)
-        return state, StepOutput(
+        output = StepOutput(
             tokens=first[:, None], num_emitted=num_emitted, num_accepted=zero,
             num_drafted=zero, is_finished=is_finished, log_probs=log_probs,
         )  # fmt: skip
+        return _follow(state, output)
 
     return prefill
 
@@ -292,6 +303,7 @@ def empty_state(
     batch_size: int,
     capacity: int,
     has_feedback: bool,
+    has_prediction: bool = False,
 ) -> DecodeState:
     """A state whose rows are all finished, with caches of `capacity` slots."""
     c, b = config.model, batch_size
@@ -326,4 +338,5 @@ def empty_state(
         num_remaining=ints(),
         is_finished=jnp.ones((b,), bool),
         feedback=feedback,
+        prediction=init_prediction(b, capacity) if has_prediction else None,
     )  # fmt: skip

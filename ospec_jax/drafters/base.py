@@ -20,8 +20,9 @@ class Hints(NamedTuple):
 
     Attributes:
       recent: `[b, m]` the last tokens up to the root, -1 before the first.
-      suggest: `recent [b, w, m] -> (tokens [b, w], log_probs [b, w])`: a likely next
-        token of each of `w` paths; -inf for none.
+      suggest: `(recent [b, w, m], depth) -> (tokens [b, w], log_probs [b, w])`: a
+        likely next token of each of `w` paths, of which the last `depth` tokens were
+        drafted; -inf for none.
     """
 
     recent: jax.Array

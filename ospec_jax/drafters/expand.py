@@ -91,16 +91,17 @@ def _draw(keys, logits, count, children, sampling, is_row_invariant):
     return ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs
 
 
-def _consider(hints: Hints | None, recent, tokens, log_probs):
+def _consider(hints: Hints | None, recent, depth, tokens, log_probs):
     """Puts likelier suggestions in the place of the least probable children.
 
     Args:
       recent: `[b, w, m]` the last tokens of the nodes' paths, None without hints.
+      depth: Of the nodes.
       tokens: `[b, w, count]` the nodes' children; likewise `log_probs`.
     """
     if hints is None:
         return tokens, log_probs
-    hint, rate = hints.suggest(recent)
+    hint, rate = hints.suggest(recent, depth)
     hint, rate = hint[..., None], rate[..., None]
     is_drafted = tokens == hint
     is_taken = (rate > log_probs[..., -1:]) & ~jnp.any(is_drafted, -1, keepdims=True)
@@ -146,7 +147,7 @@ def propose_static(
         )  # fmt: skip
         drawn_from.append(probs)
         children = _to_target(ids, token_ids)
-        children, chosen = _consider(hints, recent, children, chosen)
+        children, chosen = _consider(hints, recent, depth, children, chosen)
         tokens.append(children.reshape(b, -1))
         log_probs.append(chosen.reshape(b, -1))
         hidden = jnp.repeat(hidden, branches, axis=1)
@@ -199,7 +200,8 @@ def propose_uniform(
         is_row_invariant,
     )  # fmt: skip
     recent = None if hints is None else hints.recent[:, None]
-    first, log_probs = _consider(hints, recent, _to_target(ids, token_ids), log_probs)
+    first = _to_target(ids, token_ids)
+    first, log_probs = _consider(hints, recent, 0, first, log_probs)
     first, log_probs = first[:, 0], log_probs[:, 0]
     pool = {
         "tokens": _place(jnp.zeros((b, num_pool), jnp.int32), first, 0),
@@ -239,7 +241,9 @@ def propose_uniform(
             is_row_invariant,
         )  # fmt: skip
         tokens = _to_target(ids, token_ids)
-        tokens, log_probs = _consider(hints, front.get("recent"), tokens, log_probs)
+        tokens, log_probs = _consider(
+            hints, front.get("recent"), depth, tokens, log_probs
+        )
         scores = front["scores"][..., None] + log_probs
         scores = jnp.where(is_stopped[:, None, None], -jnp.inf, scores)
         offset = width + (depth - 1) * width**2

@@ -8,8 +8,8 @@ last two or three tokens. Each kind of match has a *rate*, how often it was righ
 far, which is learned from every verified token, drafted or not (full information).
 
 `with_ngrams` lends the suggestions to a neural drafter: a suggestion takes the place of
-its least probable child wherever its rate exceeds the draft's own probability. Without
-one (`ngram_chain`) they are all there is: a drafter for any target, nothing to train.
+its least probable child wherever its rate exceeds the draft's own probability. Lent to
+`hints.hinted_chain` they are all there is: a drafter for any target, nothing to train.
 """
 
 import jax
@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ospec_jax import tree as topology
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.base import Drafter, Hints
-from ospec_jax.drafters.expand import extend_path
+from ospec_jax.drafters.hints import either
 from ospec_jax.models import cache as kv
-from ospec_jax.types import Draft, DraftContext, DraftTree, NgramMemory
+from ospec_jax.types import Draft, NgramMemory
 from ospec_jax.typing import typed
 
 MAX_MATCH = 4
@@ -215,66 +214,6 @@ def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
     return memory.replace(fingerprints=fingerprints, tokens=followers, counts=counts)
 
 
-def ngram_chain(tree: TreeConfig) -> Drafter:
-    """A drafter with no opinion of its own: `with_ngrams` makes chains of suggestions.
-
-    Raises:
-      ConfigError: The tree is not a chain.
-    """
-    if not tree.is_chain:
-        raise ConfigError(
-            f"n-grams alone draft chains, not a {tree.kind} tree; use --tree chain"
-        )
-    parents = topology.static_parents(tree)
-    depths = topology.static_depths(parents)
-    mask = topology.static_ancestor_mask(parents)
-
-    def propose(draft, shared, cache, context, root, starts, keys, sampling, hints):
-        recent, tokens, rates = hints.recent[:, None], [root], [jnp.zeros(root.shape)]
-        for _ in range(tree.num_steps):
-            token, rate = hints.suggest(recent)
-            recent = extend_path(recent, token)
-            tokens.append(token[:, 0])
-            rates.append(rate[:, 0])
-        spread = lambda x: jnp.broadcast_to(x, (root.shape[0], *x.shape))
-        log_probs = jnp.stack(rates, axis=1)
-        path = jnp.cumsum(log_probs, axis=1)
-        # A node needs a suggestion, and a parent that is probable enough.
-        shy = tree.min_path_probability
-        lowest = float(np.log(shy)) if shy else -np.inf
-        above = jnp.pad(path[:, 1:-1], ((0, 0), (2, 0)))
-        return DraftTree(
-            tokens=jnp.stack(tokens, axis=1),
-            parents=spread(parents),
-            depths=spread(depths),
-            is_valid=(path > -jnp.inf) & (above >= lowest),
-            log_probs=log_probs,
-            ancestor_mask=spread(mask),
-            max_depth=tree.num_steps,
-            is_chain=True,
-        ), cache
-
-    def init_context(batch_size):
-        nothing = lambda: jnp.zeros((batch_size, 1))  # state is donated: no sharing
-        return DraftContext(hidden=nothing(), logits=nothing())
-
-    def unroll(*_, **__):
-        raise ConfigError("n-grams have no parameters to train")
-
-    return Drafter(
-        init_params=lambda key: {},
-        init_cache=lambda batch_size, capacity: (),
-        init_context=init_context,
-        extend=lambda draft, shared, cache, inputs, *_: (
-            cache,
-            init_context(inputs.shape[0]),
-        ),
-        propose=propose,
-        unroll=unroll,
-        num_scratch=0,
-    )
-
-
 def with_ngrams(drafter: Drafter, tree: TreeConfig) -> Drafter:
     """Lends n-gram suggestions to a drafter; its `Draft` must carry a memory.
 
@@ -303,7 +242,9 @@ def with_ngrams(drafter: Drafter, tree: TreeConfig) -> Drafter:
         )[..., 0]  # fmt: skip
         return {"drafter": inner, "history": history}, context
 
-    def propose(draft: Draft, shared, cache, context, root, starts, keys, sampling):
+    def propose(
+        draft: Draft, shared, cache, context, root, starts, keys, sampling, hints=None
+    ):
         memory, history = draft.memory, cache["history"]
         if memory is None:
             raise ConfigError("drafting with n-grams needs a draft with a memory")
@@ -311,11 +252,11 @@ def with_ngrams(drafter: Drafter, tree: TreeConfig) -> Drafter:
         recent = jnp.take_along_axis(history, jnp.maximum(index, 0), axis=1)
         recent = jnp.where(index >= 0, recent, _NO_TOKEN)
 
-        def suggest_after(recent):
+        def suggest_after(recent, depth):
             num_known = jnp.broadcast_to(starts[:, None], recent.shape[:2])
             return suggest(memory, history, num_known, recent)
 
-        hints = Hints(recent, suggest_after)
+        hints = either(Hints(recent, suggest_after), hints)
         args = context, root, starts, keys, sampling, hints
         proposed, inner = drafter.propose(draft, shared, cache["drafter"], *args)
         return proposed, {"drafter": inner, "history": history}

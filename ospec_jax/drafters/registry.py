@@ -4,7 +4,8 @@
 from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.eagle import eagle3
-from ospec_jax.drafters.ngram import ngram_chain, with_ngrams
+from ospec_jax.drafters.hints import hinted_chain
+from ospec_jax.drafters.ngram import with_ngrams
 from ospec_jax.drafters.small_lm import small_lm
 from ospec_jax.models.layers import Numerics
 
@@ -12,12 +13,14 @@ FAMILIES = {
     "eagle3": "one decoder layer over three of the target's hidden states (EAGLE-3)",
     "model": "a smaller language model with the same tokenizer",
     "ngram": "no parameters: what followed the same tokens before (prompt lookup)",
+    "prediction": "no parameters: only what a request's user expects the answer to be",
 }
 
 
 def build_drafter(
     family: str, config: DraftConfig | ModelConfig | None, tree: TreeConfig,
     numerics: Numerics | None = None, has_ngrams: bool = False, vocab_size: int = 0,
+    predicted: TreeConfig | None = None,
 ) -> Drafter:  # fmt: skip
     """Builds the drafter of a family.
 
@@ -26,12 +29,16 @@ def build_drafter(
       vocab_size: The target's.
       has_ngrams: Let n-grams suggest tokens to a neural drafter; the `ngram` family
         always does.
+      predicted: Draft such a chain from suggestions alone, with the state of the
+        family's drafter: for stretches where a prediction holds.
 
     Raises:
       ConfigError: There is no such family, or it cannot draft such a tree.
     """
     if family == "ngram":
-        return with_ngrams(ngram_chain(tree), tree)
+        return with_ngrams(hinted_chain(predicted or tree), tree)
+    if family == "prediction":
+        return hinted_chain(predicted or tree)
     if family == "eagle3" and isinstance(config, DraftConfig):
         drafter = eagle3(config, tree, numerics)
     elif family == "model" and isinstance(config, ModelConfig):
@@ -40,4 +47,6 @@ def build_drafter(
         raise ConfigError(
             f"unknown family of drafters {family!r}; known: {', '.join(FAMILIES)}"
         )
+    if predicted is not None:
+        drafter = drafter._replace(propose=hinted_chain(predicted).propose)
     return with_ngrams(drafter, tree) if has_ngrams else drafter

@@ -2,6 +2,7 @@
 """Whatever is drafted, greedy output is plain decoding's, and batches do not matter."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,59 @@ def test_ngrams_alone_draft_exactly(target, plain, batch_size):
     assert stats.num_accepted_tokens > 0
     # Where nothing matched, nothing was drafted.
     assert stats.num_draft_tokens < 3 * stats.num_drafts
+
+
+def predictions_of(plain, kind):
+    """Expected answers that are right, edited, or have nothing to do with it."""
+    if kind == "right":
+        return plain
+    if kind == "wrong":
+        return [ids[::-1] for ids in plain]
+    if kind == "some":
+        return [plain[0], [], plain[2], []]
+    return [[3, *ids[:7], 1, 2, *ids[7:12], *ids[15:]] for ids in plain]
+
+
+@pytest.mark.parametrize("kind", ["right", "edited", "some", "wrong"])
+@pytest.mark.parametrize("family", ["prediction", "ngram", "eagle3"])
+def test_predicted_answers_are_verified_exactly(target, plain, family, kind):
+    if target.numerics.precision == "int8" and (family, kind) != ("eagle3", "edited"):
+        pytest.skip("one case suffices in int8")
+    tree, longer = TreeConfig(num_steps=2), TreeConfig(num_steps=6)
+    config = tiny_draft_config(target.config) if family == "eagle3" else None
+    build = functools.partial(
+        build_drafter, family, config, tree, target.numerics, has_ngrams=True
+    )
+    drafter = build()
+    draft = tiny_draft(drafter, config) if config else Draft(params={})
+    draft = draft.replace(memory=init_memory(64))
+    taps = config.taps if config else ()
+    step = StepConfig(target.config, target.numerics, tree, taps)
+    predicted = longer, build(predicted=longer)
+    engine = Engine(step, target.params, drafter, predicted=predicted)
+    expected = predictions_of(plain, kind)
+    asked = [
+        dataclasses.replace(request, prediction_ids=tuple(ids))
+        for request, ids in zip(requests(), expected, strict=True)
+    ]
+    stats = DecodingStats(num_spec_tokens=6)
+    for batch_size in (1, 3):
+        done = list(engine.serve(asked, lambda: draft, batch_size))
+        done = sorted(done, key=lambda completion: completion.request.id)
+        assert tokens(done) == plain
+        stats = sum((c.stats for c in done), stats)
+    if kind == "right":
+        assert stats.mean_acceptance_length > 4
+        assert engine.compiled("predicted_step", True)._cache_size() > 0
+    if kind == "edited":
+        assert stats.mean_acceptance_length > 2
+
+
+def test_predictions_among_drawn_children_are_refused(target):
+    engine, draft = engine_for(target, TREES["chain-sampled"])
+    request = dataclasses.replace(requests()[0], prediction_ids=(1, 2))
+    with pytest.raises(ConfigError, match="exact only among children='topk'"):
+        next(engine.serve([request], lambda: draft))
 
 
 @pytest.mark.parametrize("name", list(NGRAM_TREES))

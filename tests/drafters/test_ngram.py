@@ -9,12 +9,12 @@ import pytest
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.drafters.hints import hinted_chain
 from ospec_jax.drafters.ngram import (
     MAX_MATCH,
     init_memory,
     match_context,
     match_memory,
-    ngram_chain,
     remember,
     suggest,
     with_ngrams,
@@ -141,9 +141,9 @@ def test_the_likelier_source_is_believed():
 @pytest.mark.parametrize(("lowest", "num_nodes"), [(0.0, 4), (0.3, 3), (0.6, 2)])
 def test_chains_end_at_improbable_paths(lowest, num_nodes):
     """Each suggestion has a rate of one half; the fourth token has none."""
-    drafter = ngram_chain(TreeConfig(num_steps=4, min_path_probability=lowest))
+    drafter = hinted_chain(TreeConfig(num_steps=4, min_path_probability=lowest))
     rate = lambda recent: jnp.where(recent[..., -1] < 4, jnp.log(0.5), -jnp.inf)
-    hints = Hints(after(1)[0], lambda recent: (recent[..., -1] + 1, rate(recent)))
+    hints = Hints(after(1)[0], lambda recent, _: (recent[..., -1] + 1, rate(recent)))
     root = jnp.ones(1, jnp.int32)
     tree, _ = drafter.propose(None, None, (), None, root, root, None, None, hints)
     assert int(tree.is_valid.sum()) == num_nodes
