@@ -49,8 +49,8 @@ class Decoding:
 
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
-      draft: none, shipped, ngram, prediction, model:TARGET (a smaller model), or a
-        checkpoint folder.
+      draft: none, shipped, ngram, suffix, prediction, model:TARGET (a smaller model),
+        or a checkpoint folder.
       precision: Of weights and products; auto measures what is fastest here.
       batch_size: Requests decoded together.
       num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.

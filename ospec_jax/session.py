@@ -36,7 +36,7 @@ from ospec_jax.data.tokenizer import stop_token_ids, tokenizer_hash
 from ospec_jax.decoding.engine import Completion, Engine, Request
 from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.ngram import init_memory
-from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.registry import build_drafter, memory_orders
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import Target, load_target
 from ospec_jax.models.quantization import cast_params
@@ -71,7 +71,7 @@ def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
     Raises:
       CheckpointError: Nothing readable is there, or it is for another target.
     """
-    if name_or_folder in ("ngram", "prediction"):
+    if name_or_folder in ("ngram", "suffix", "prediction"):
         meta = Meta.create(target, None, str(name_or_folder))
         return LoadedDraft(Draft(params={}), meta)
     if str(name_or_folder).startswith("model:"):
@@ -213,14 +213,15 @@ class Session:
         self.reports: list[UpdateReport] = []
         self.answered: list[str] = []
         # Without learning there is nothing to remember but the rates.
-        self._memory = init_memory(1)
+        orders = memory_orders(draft.meta.family if draft else "")
+        self._memory = init_memory(1, orders)
         if draft is not None:
             self._serve(draft.draft)
         if draft is not None and drafter is not None and learner is not None:
             adaptation = Adaptation(
                 learner, drafter.unroll, shared_tables(target.params),
                 len(draft.taps) * target.config.hidden_size,
-                target.config.hidden_size, has_ngrams,
+                target.config.hidden_size, has_ngrams, orders,
             )  # fmt: skip
             self.learning = Learning(learner, adaptation, *adaptation.init(draft.draft))
             self._serve(draft.draft)

@@ -24,6 +24,7 @@ class NgramMemory:
       counts: `[o, m]` majority of that token over all others, 0 for an empty slot.
       hits: `[l]` suggestions of each kind that were right.
       trials: `[l]` suggestions of each kind.
+      orders: Tokens that the keys of each table are made of.
     """
 
     fingerprints: UInt32[Array, "o m"]
@@ -31,6 +32,12 @@ class NgramMemory:
     counts: Int[Array, "o m"]
     hits: Float[Array, " l"]
     trials: Float[Array, " l"]
+    orders: tuple[int, ...] = flax.struct.field(pytree_node=False, default=(2, 3))
+
+    @property
+    def max_match(self) -> int:
+        """Longest suffix of a request that is told apart from longer ones."""
+        return max(4, *self.orders)
 
     @property
     def num_slots(self) -> int:
@@ -225,7 +232,8 @@ class StepOutput:
       num_drafted: `[b]` valid draft tokens.
       is_finished: `[b]`.
       log_probs: `[b, m]` the target's log-probabilities of the tokens, or None.
-      run: `[b]` tokens of the prediction that came true in a row up to here, or None.
+      is_sure: `[b]` whether a long chain of suggestions is likely to be right next;
+        None when there is nobody to say.
     """
 
     tokens: Int[Array, "b m"]
@@ -234,4 +242,4 @@ class StepOutput:
     num_drafted: Int[Array, " b"]
     is_finished: Bool[Array, " b"]
     log_probs: Float[Array, "b m"] | None
-    run: Int[Array, " b"] | None = None
+    is_sure: Bool[Array, " b"] | None = None

@@ -110,8 +110,11 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path
     assert_same(second.draft, straight.draft)
 
 
-def test_an_ngram_draft_learns_and_resumes_without_parameters(target, plain, tmp_path):
-    draft = load_draft("ngram", target)
+@pytest.mark.parametrize("family", ["ngram", "suffix"])
+def test_an_ngram_draft_learns_and_resumes_without_parameters(
+    target, plain, tmp_path, family
+):
+    draft = load_draft(family, target)
     straight = Session(target, draft, learner=LearnerConfig())
     assert answers(straight) == plain
     first = Session(target, draft, learner=LearnerConfig())

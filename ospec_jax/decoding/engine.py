@@ -29,14 +29,6 @@ CAPACITIES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Cache sizes that are compiled for; a request takes the smallest that holds it."""
 
 
-_LONG_RUN = 4
-"""Predicted tokens in a row after which longer stretches of a prediction are verified.
-
-By the rule of succession, four in a row promise 6.8 tokens of thirteen verified at once
-and 3.2 of four, at 1.3 times the cost.
-"""
-
-
 class PromptTooLongError(ValueError):
     """A prompt and its answer do not fit the model's context or the cache."""
 
@@ -115,7 +107,7 @@ class _Slot:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
     is_done: bool = False
-    run: int = 0
+    is_sure: bool = False
     finish_reason: str = "length"
 
 
@@ -134,8 +126,8 @@ class Engine:
 
         Args:
           is_recording: Keep the features of verified tokens.
-          predicted: How much to draft, and what with, while a prediction holds; its
-            state must be that of `drafter`.
+          predicted: How much to draft, and what with, where suggestions are sure to
+            be right (`StepOutput.is_sure`); its state must be that of `drafter`.
         """
         if drafter is None and config.tree.num_steps:
             raise ConfigError(
@@ -343,10 +335,10 @@ class Engine:
                     yield self._complete(slot, state, i)
 
     def _next_step(self, slots: list[_Slot]) -> Callable:
-        """The function for these rows' next step: longer while all predictions hold."""
+        """The function for these rows' next step: a longer one where all are sure."""
         is_greedy = all(slot.request.sampling.temperature == 0 for slot in slots)
-        is_held = self._predicted and min(slot.run for slot in slots) >= _LONG_RUN
-        return self.compiled("predicted_step" if is_held else "step", is_greedy)
+        is_long = self._predicted and all(slot.is_sure for slot in slots)
+        return self.compiled("predicted_step" if is_long else "step", is_greedy)
 
     def _check_predictions(self) -> None:
         if self.config.tree.children != "topk":
@@ -374,7 +366,7 @@ class Engine:
             if slot.is_done:
                 continue
             count = int(output.num_emitted[row])
-            slot.run = 0 if output.run is None else int(output.run[row])
+            slot.is_sure = output.is_sure is not None and bool(output.is_sure[row])
             tokens = output.tokens[row, :count].tolist()
             if output.log_probs is not None:
                 slot.log_probs += output.log_probs[row, :count].tolist()

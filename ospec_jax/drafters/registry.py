@@ -5,7 +5,7 @@ from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.hints import hinted_chain
-from ospec_jax.drafters.ngram import with_ngrams
+from ospec_jax.drafters.ngram import ORDERS, SUFFIX_ORDERS, with_ngrams
 from ospec_jax.drafters.small_lm import small_lm
 from ospec_jax.models.layers import Numerics
 
@@ -13,8 +13,14 @@ FAMILIES = {
     "eagle3": "one decoder layer over three of the target's hidden states (EAGLE-3)",
     "model": "a smaller language model with the same tokenizer",
     "ngram": "no parameters: what followed the same tokens before (prompt lookup)",
+    "suffix": "likewise, with longer n-grams of past answers and deeper drafts",
     "prediction": "no parameters: only what a request's user expects the answer to be",
 }
+
+
+def memory_orders(family: str) -> tuple[int, ...]:
+    """Lengths of the n-grams that a family's memory holds."""
+    return SUFFIX_ORDERS if family == "suffix" else ORDERS
 
 
 def build_drafter(
@@ -27,15 +33,15 @@ def build_drafter(
     Args:
       config: The draft's architecture, for families that have one.
       vocab_size: The target's.
-      has_ngrams: Let n-grams suggest tokens to a neural drafter; the `ngram` family
-        always does.
+      has_ngrams: Let n-grams suggest tokens to a neural drafter; the families `ngram`
+        and `suffix` always do.
       predicted: Draft such a chain from suggestions alone, with the state of the
         family's drafter: for stretches where a prediction holds.
 
     Raises:
       ConfigError: There is no such family, or it cannot draft such a tree.
     """
-    if family == "ngram":
+    if family in ("ngram", "suffix"):
         return with_ngrams(hinted_chain(predicted or tree), tree)
     if family == "prediction":
         return hinted_chain(predicted or tree)

@@ -14,7 +14,7 @@ from ospec_jax.decoding.engine import Engine, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
-from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.registry import build_drafter, memory_orders
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
@@ -113,14 +113,20 @@ def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_ngrams_alone_draft_exactly(target, plain, batch_size):
-    tree = NGRAM_TREES["chain"]
-    drafter = build_drafter("ngram", None, tree)
+@pytest.mark.parametrize("family", ["ngram", "suffix"])
+def test_ngrams_alone_draft_exactly(target, plain, family, batch_size):
+    tree, longer = NGRAM_TREES["chain"], TreeConfig(num_steps=7)
+    drafter = build_drafter(family, None, tree)
     config = StepConfig(target.config, target.numerics, tree)
-    draft = Draft(params={}, memory=init_memory(64))
-    done = answers(Engine(config, target.params, drafter), draft, batch_size)
+    draft = Draft(params={}, memory=init_memory(64, memory_orders(family)))
+    predicted = longer, build_drafter(family, None, tree, predicted=longer)
+    engine = Engine(config, target.params, drafter, predicted=predicted)
+    done = answers(engine, draft, batch_size)
     assert tokens(done) == plain
-    stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=3))
+    if batch_size == 1:  # sixteen tokens repeat for long
+        is_long = engine.compiled("predicted_step", True)._cache_size() > 0
+        assert is_long == (family == "suffix")
+    stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=7))
     assert stats.num_accepted_tokens > 0
     # Where nothing matched, nothing was drafted.
     assert stats.num_draft_tokens < 3 * stats.num_drafts
