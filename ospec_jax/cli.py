@@ -21,6 +21,7 @@ from ospec_jax.config import (
     Precision,
     SamplingConfig,
     TreeConfig,
+    Verification,
     parse_tree,
 )
 from ospec_jax.data.prompts import (
@@ -57,6 +58,8 @@ class Decoding:
       tree: chain, static:3,2,1 (children by depth) or dynamic:TOPK,NUM_TOKENS.
       min_path_probability: Draft no deeper once the draft gives its best path less.
       draft_sample_method: How children are drawn when sampling.
+      verification: token by token, or by whole paths: block (chains), traversal (static
+        trees).
       stop: Strings that end an answer.
       raw: Skip the chat template.
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens.
@@ -71,6 +74,7 @@ class Decoding:
     tree: str = "chain"
     min_path_probability: float = 0.0
     draft_sample_method: ChildrenKind = "topk"
+    verification: Verification = "token"
     stop: tuple[str, ...] = ()
     raw: bool = False
     ngrams: bool = True
@@ -93,7 +97,7 @@ class Decoding:
             return TreeConfig(num_steps=0)
         return parse_tree(
             self.tree, self.num_speculative_tokens, self.draft_sample_method,
-            self.min_path_probability,
+            self.min_path_probability, self.verification,
         )  # fmt: skip
 
     def load(self):

@@ -9,7 +9,8 @@ import difflib
 from typing import Any, Literal
 
 Precision = Literal["float32", "bfloat16", "int8"]
-ChildrenKind = Literal["topk", "sampled", "without_replacement"]
+ChildrenKind = Literal["topk", "sampled", "without_replacement", "topk_sampled", "hub"]
+Verification = Literal["token", "block", "traversal"]
 
 
 class ConfigError(ValueError):
@@ -117,7 +118,11 @@ class TreeConfig:
       num_draft_tokens: Nodes of a dynamic tree, without the root.
       branching: Children of every node, by depth, of a static tree.
       children: How children are drawn. `topk`: the most probable ones; `sampled`:
-        independent draws; `without_replacement`: distinct draws.
+        independent draws; `without_replacement`: distinct draws; `topk_sampled`: one
+        draw and the most probable of the others; `hub`: pairs of SpecHub.
+      verification: How sampled output is accepted. `token`: one token after the other;
+        `block` (chains) and `traversal` (static trees): whole paths of drawn children,
+        which accepts more.
       min_path_probability: A chain or dynamic tree grows no deeper once the draft gives
         its most probable path less than this.
     """
@@ -129,8 +134,10 @@ class TreeConfig:
     branching: tuple[int, ...] = ()
     children: ChildrenKind = "topk"
     min_path_probability: float = 0.0
+    verification: Verification = "token"
 
     def __post_init__(self):
+        self._check_children()
         if not 0 <= self.min_path_probability < 1:
             raise ConfigError(
                 f"min_path_probability is {self.min_path_probability}; use 0 (always "
@@ -150,6 +157,27 @@ class TreeConfig:
             )
         if self.kind == "dynamic":
             self._check_dynamic()
+
+    def _check_children(self):
+        if self.verification == "block" and self.kind != "chain":
+            raise ConfigError(
+                f"block verification is for chains, not a {self.kind} tree; use "
+                f"verification='traversal' for static trees"
+            )
+        is_drawn = self.children in ("sampled", "without_replacement")
+        if self.verification != "token" and not is_drawn:
+            raise ConfigError(
+                f"{self.verification} verification needs children that are drawn "
+                f"('sampled' or 'without_replacement'), not {self.children!r}: with "
+                f"others it would accept no more"
+            )
+        if self.children == "topk_sampled" and self.kind != "static":
+            raise ConfigError("children='topk_sampled' is for static trees")
+        if self.children == "hub" and set(self.branching) != {2}:
+            raise ConfigError(
+                f"children='hub' are pairs: use a static tree of branching 2, not "
+                f"{self.kind} {self.branching or ''}"
+            )
 
     def _check_dynamic(self):
         if self.children != "topk":
@@ -188,6 +216,7 @@ def parse_tree(
     num_steps: int,
     children: ChildrenKind = "topk",
     min_path_probability: float = 0.0,
+    verification: Verification = "token",
 ):
     """Reads the command line's `--tree`.
 
@@ -203,15 +232,18 @@ def parse_tree(
     if kind == "chain" and values == ():
         return TreeConfig(
             "chain", num_steps, children=children,
-            min_path_probability=min_path_probability,
+            min_path_probability=min_path_probability, verification=verification,
         )  # fmt: skip
     if kind == "static" and values:
-        return TreeConfig("static", len(values), branching=values, children=children)
+        return TreeConfig(
+            "static", len(values), branching=values, children=children,
+            verification=verification,
+        )  # fmt: skip
     if kind == "dynamic" and values and len(values) == 2:
         topk, nodes = values
         return TreeConfig(
             "dynamic", num_steps, topk, nodes, children=children,
-            min_path_probability=min_path_probability,
+            min_path_probability=min_path_probability, verification=verification,
         )  # fmt: skip
     raise ConfigError(
         f"unknown tree {text!r}; use chain, static:3,2,1 or dynamic:TOPK,NUM_TOKENS"

@@ -196,7 +196,10 @@ def _verify(config, tree, logits, state, keys) -> Verdict:
     probs = processed_probs(
         logits.reshape(b * n, v), params, config.numerics.is_row_invariant
     )
-    return verify_sampled(keys, tree, probs.reshape(b, n, v))
+    rule = config.tree.verification
+    # Suggestions alone make chains of `topk` children whatever the tree's own are.
+    rule = "token" if tree.children == "topk" else rule
+    return verify_sampled(keys, tree, probs.reshape(b, n, v), rule)
 
 
 def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:

@@ -81,6 +81,12 @@ def _draw(keys, logits, count, children, sampling, is_row_invariant):
         logits.reshape(b * w, q), _flat_params(sampling, w), is_row_invariant
     ).reshape(b, w, q)
     split = jax.vmap(lambda key: jax.random.split(key, (w, count)))(keys)
+    if children in ("topk_sampled", "hub"):
+        draw = _draw_topk_sampled if children == "topk_sampled" else _draw_hub
+        rows = split[:, :, :2].reshape(b * w, -1)
+        ids, probs = draw(rows, probs.reshape(b * w, q), count)
+        ids, probs = ids.reshape(b, w, count), probs.reshape(b, w, q)
+        return ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs
     if children == "without_replacement":
         flat = split[:, :, 0].reshape(b * w)
         ids = sample_without_replacement(flat, probs.reshape(b * w, q), count)
@@ -89,6 +95,26 @@ def _draw(keys, logits, count, children, sampling, is_row_invariant):
         ids = sample(split.reshape(b * w * count), repeated)
     ids = ids.reshape(b, w, count)
     return ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs
+
+
+def _draw_topk_sampled(keys, probs, count):
+    """One draw from all but the `count - 1` most probable tokens, then these."""
+    top = jax.lax.top_k(probs, count - 1)[1].astype(jnp.int32)
+    is_top = jnp.any(top[..., None] == jnp.arange(probs.shape[-1]), axis=1)
+    others = jnp.where(is_top, 0.0, probs)
+    others = others / jnp.maximum(jnp.sum(others, axis=-1, keepdims=True), 1e-30)
+    drawn = sample(keys[:, 0], others)
+    return jnp.concatenate([drawn[:, None], top], axis=1), others
+
+
+def _draw_hub(keys, probs, count):
+    """SpecHub's pairs: a draw and the most probable token, or the other way round."""
+    assert count == 2, "TreeConfig lets pairs through only"
+    top = jnp.argmax(probs, axis=-1).astype(jnp.int32)
+    first = sample(keys[:, 0], probs)
+    others = jnp.where(jnp.arange(probs.shape[-1]) == top[:, None], 0.0, probs)
+    other = sample(keys[:, 1], others)
+    return jnp.stack([first, jnp.where(first == top, other, top)], axis=1), probs
 
 
 def _consider(hints: Hints | None, recent, depth, tokens, log_probs):
