@@ -134,6 +134,14 @@ class Engine:
                 f"a tree of depth {config.tree.num_steps} needs a drafter; attach a "
                 f"draft or set num_speculative_tokens to 0"
             )
+        room = min(config.model.max_position, CAPACITIES[-1]) - 1
+        longest = predicted[0].num_nodes if predicted else 0
+        if max(config.tree.num_nodes, longest) > room:
+            raise ConfigError(
+                f"a tree of {max(config.tree.num_nodes, longest)} nodes does not fit: "
+                f"{config.model.max_position} positions and caches of {CAPACITIES[-1]} "
+                f"slots leave room for {room}; draft less"
+            )
         if is_recording and not config.taps:
             raise ConfigError("recording feedback needs the draft's taps")
         self.config, self.drafter = config, drafter

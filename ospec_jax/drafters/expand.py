@@ -146,7 +146,7 @@ def propose_static(
     step, config: TreeConfig, cache, context, root, starts, keys, sampling, token_ids,
     is_row_invariant, hints: Hints | None = None,
 ):  # fmt: skip
-    """Fills a fixed tree of `config.branching`."""
+    """Fills a fixed tree, whose nodes may have unequal numbers of children."""
     parents = topology.static_parents(config)
     depths = topology.static_depths(parents)
     mask = topology.static_ancestor_mask(parents)
@@ -155,9 +155,13 @@ def propose_static(
     # Level 0 is the root, whose logits verification left in the context.
     hidden, logits = context.hidden[:, None], context.logits[:, None]
     recent = None if hints is None else hints.recent[:, None]
-    drawn_from, first = [], 0
-    for depth, branches in enumerate(config.branching):
+    drawn_from, first, most = [], 0, 1
+    for depth in range(config.num_steps):
         width = int(np.sum(depths == depth))
+        above = parents[depths == depth + 1] - first
+        rank = np.arange(len(above)) - np.searchsorted(above, above)
+        branches = int(rank.max()) + 1
+        most = max(most, branches)
         if depth:
             level = slice(first, first + width)
             # Node n lies in scratch slot n - 1: the root is part of the context.
@@ -174,11 +178,11 @@ def propose_static(
         drawn_from.append(probs)
         children = _to_target(ids, token_ids)
         children, chosen = _consider(hints, recent, depth, children, chosen)
-        tokens.append(children.reshape(b, -1))
-        log_probs.append(chosen.reshape(b, -1))
-        hidden = jnp.repeat(hidden, branches, axis=1)
+        tokens.append(children[:, above, rank])
+        log_probs.append(chosen[:, above, rank])
+        hidden = hidden[:, above]
         if recent is not None:
-            recent = extend_path(jnp.repeat(recent, branches, axis=1), tokens[-1])
+            recent = extend_path(recent[:, above], tokens[-1])
         first += width
     leaves = tokens[-1].shape[1]
     draft_probs = None
@@ -197,7 +201,7 @@ def propose_static(
         token_ids=token_ids,
         children=config.children,
         max_depth=config.num_steps,
-        max_children=max(config.branching),
+        max_children=most,
     )
     return tree, cache
 
@@ -251,8 +255,14 @@ def propose_uniform(
         jnp.zeros((b,), bool) if stop_fn is None else stop_fn(depth, front["scores"])
     )
 
+    def promise(pool):
+        """Expected accepted tokens of the tree that the pool's best nodes make."""
+        best = jax.lax.top_k(pool["scores"], config.num_nodes - 1)[0]
+        return jnp.sum(jnp.exp(best), axis=-1)
+
     def deeper(carry):
         depth, cache, pool, front, is_stopped = carry
+        before = promise(pool) if config.min_gain else 0.0
         own = (
             jnp.arange(num_scratch) == (depth - 1) * width + jnp.arange(width)[:, None]
         )
@@ -301,6 +311,8 @@ def propose_uniform(
             "visible": pick_parent(visible, parent),
         }
         is_stopped = is_stopped | stopped(depth + 1, front)
+        if config.min_gain:
+            is_stopped |= promise(pool) - before < config.min_gain
         return depth + 1, cache, pool, front, is_stopped
 
     start = (jnp.int32(1), cache, pool, frontier, stopped(1, frontier))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ospec_jax import tree as topology
-from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.config import ConfigError, TreeConfig, best_parents
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.expand import propose_static, propose_uniform
@@ -196,6 +196,7 @@ def test_emitted_law_is_the_targets(config, children, kind):
     assert accepted > 0.01 * NUM_SAMPLES
 
 
+UNEVEN = TreeConfig("static", 3, parents=best_parents((0.5, 0.2, 0.1), 8, 3))
 PAIRS = TreeConfig("static", 2, branching=(2, 2))
 BY_PATHS = {
     "block": with_children(CHAIN, "sampled", "block"),
@@ -206,6 +207,8 @@ BY_PATHS = {
     "traversal-distinct": with_children(WIDE, "without_replacement", "traversal"),
     "topk-sampled": with_children(WIDE, "topk_sampled"),
     "hub": with_children(PAIRS, "hub"),
+    "uneven": with_children(UNEVEN, "without_replacement"),
+    "uneven-traversal": with_children(UNEVEN, "without_replacement", "traversal"),
 }
 
 
