@@ -31,6 +31,7 @@ from ospec_jax.data.prompts import (
     read_prompts,
 )
 from ospec_jax.decoding.engine import PromptTooLongError
+from ospec_jax.drafters.mixed import MIXES
 from ospec_jax.drafters.registry import FAMILIES
 from ospec_jax.models.hub import load_config, load_target
 from ospec_jax.models.weights import WeightsError
@@ -51,11 +52,15 @@ class Decoding:
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
       draft: none, shipped, ngram, suffix, prediction, model:TARGET (a smaller model),
-        or a checkpoint folder.
+        self:int4, self:exit-N, a checkpoint folder, or two drafts: fallback:ngram,DRAFT
+        (n-grams where they are likely), mixed:ngram,DRAFT (both in one tree).
       precision: Of weights and products; auto measures what is fastest here.
       batch_size: Requests decoded together.
       num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.
-      tree: chain, static:3,2,1 (children by depth) or dynamic:TOPK,NUM_TOKENS.
+      tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the
+        best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
+        sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...
+        children).
       min_path_probability: Draft no deeper once the draft gives its best path less.
       draft_sample_method: How children are drawn when sampling.
       verification: token by token, or by whole paths: block (chains), traversal (static
@@ -457,7 +462,7 @@ def lower(
 
 def drafters() -> None:
     """Lists the families of drafters."""
-    for name, description in FAMILIES.items():
+    for name, description in (FAMILIES | MIXES).items():
         print(f"{name:10} {description}")
 
 

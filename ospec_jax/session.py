@@ -35,8 +35,10 @@ from ospec_jax.data.prompts import (
 from ospec_jax.data.tokenizer import stop_token_ids, tokenizer_hash
 from ospec_jax.decoding.engine import Completion, Engine, Request
 from ospec_jax.decoding.step import StepConfig, shared_tables
+from ospec_jax.drafters.mixed import MIXES
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter, memory_orders
+from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import Target, load_target
 from ospec_jax.models.quantization import cast_params
@@ -45,6 +47,8 @@ from ospec_jax.types import Draft, NgramMemory
 SHIPPED = Path(__file__).parent / "shipped" / "smollm2-135m-eagle3"
 """The draft that comes with the package."""
 _COLLAPSE_STEPS = 200
+_SUGGESTIONS = ("ngram", "suffix", "prediction")
+"""Families that need no parameters, and stand beside others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +56,16 @@ class LoadedDraft:
     """Draft parameters with the record of what they belong to.
 
     Attributes:
-      model: The language model that drafts, for the family `model`.
+      model: The language model that drafts, for the families `model` and `self`.
+      mix: `fallback` or `mixed`: how suggestions are drafted beside it, if they are.
+      suggestions: Where they come from: `ngram`, `suffix` or `prediction`.
     """
 
     draft: Draft
     meta: Meta
     model: Target | None = None
+    mix: str = ""
+    suggestions: str = ""
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -66,23 +74,33 @@ class LoadedDraft:
 
 
 def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
-    """Loads a family without parameters, `shipped`, `model:TARGET` or a checkpoint.
+    """Loads what the command line's `--draft` names, but for `none`.
+
+    Args:
+      name_or_folder: A family without parameters (`ngram`, `suffix`, `prediction`),
+        `shipped`, a checkpoint folder, `model:TARGET`, `self:int4`, `self:exit-N`, or
+        `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`.
 
     Raises:
       CheckpointError: Nothing readable is there, or it is for another target.
     """
-    if name_or_folder in ("ngram", "suffix", "prediction"):
+    if name_or_folder in _SUGGESTIONS:
         meta = Meta.create(target, None, str(name_or_folder))
         return LoadedDraft(Draft(params={}), meta)
-    if str(name_or_folder).startswith("model:"):
-        return model_draft(str(name_or_folder).removeprefix("model:"), target)
+    kind, _, name = str(name_or_folder).partition(":")
+    if kind == "model":
+        return model_draft(name, target)
+    if kind == "self":
+        return own_draft(name, target)
+    if kind in MIXES:
+        return mixed_draft(kind, name, target)
     folder = SHIPPED if name_or_folder == "shipped" else name_or_folder
     restored = checkpoint.load(folder, target)
-    if restored.meta.family == "model":
-        name = restored.meta.card["model"]
+    if restored.meta.family in ("model", "self"):
+        name = f"{restored.meta.family}:{restored.meta.card['model']}"
         raise checkpoint.CheckpointError(
             f"{folder} was learned beside the drafting model {name!r}, which it does "
-            f"not hold; pass --draft model:{name}"
+            f"not hold; pass --draft {name}"
         )
     return LoadedDraft(_freely_placed(restored.draft), restored.meta)
 
@@ -104,6 +122,47 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
     if model.config.vocab_size < target.config.vocab_size:
         token_ids = jnp.arange(model.config.vocab_size, dtype=jnp.int32)
     return LoadedDraft(Draft(model.params, token_ids), meta, model)
+
+
+def own_draft(name: str, target: Target) -> LoadedDraft:
+    """The target as its own draft: `int4`, or `exit-N` for its first N layers.
+
+    Raises:
+      ConfigError: It has no such part.
+    """
+    config, params = target.config, {}
+    if name == "int4":
+        params = in_four_bits(target.params)
+    else:
+        kind, _, count = name.partition("-")
+        layers = int(count) if count.isdecimal() else 0
+        if kind != "exit" or not 0 < layers < config.num_layers:
+            raise ConfigError(
+                f"no draft 'self:{name}'; use self:int4, or self:exit-N with N from 1 "
+                f"to {config.num_layers - 1}"
+            )
+        config = dataclasses.replace(config, num_layers=layers)
+    meta = Meta.create(target, None, "self", card={"model": name})
+    return LoadedDraft(Draft(params), meta, dataclasses.replace(target, config=config))
+
+
+def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
+    """A draft beside which chains of suggestions are drafted.
+
+    Args:
+      names: Of the suggestions and of the draft, `ngram,shipped`.
+
+    Raises:
+      ConfigError: They are not one of each.
+    """
+    suggestions, _, name = names.partition(",")
+    if suggestions not in _SUGGESTIONS or not name or name in _SUGGESTIONS:
+        raise ConfigError(
+            f"cannot mix {names!r}; use {mix}:SUGGESTIONS,DRAFT, the first one of "
+            f"{', '.join(_SUGGESTIONS)}, the second a draft of another kind"
+        )
+    inner = load_draft(name, target)
+    return dataclasses.replace(inner, mix=mix, suggestions=suggestions)
 
 
 def _freely_placed(tree):
@@ -179,9 +238,14 @@ class Session:
         num_predicted_tokens: int = 12,
     ):
         tree = tree or TreeConfig(num_steps=3 if draft else 0)
+        mix, suggestions = (draft.mix, draft.suggestions) if draft else ("", "")
+        if mix == "mixed" and tree.is_chain:
+            tree = dataclasses.replace(tree, kind="parallel")
         self.target, self.batch_size, self.stop = target, batch_size, stop
         self.tree = tree
         has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
+        if mix:
+            has_ngrams = suggestions != "prediction"
         drafter = None
         if draft is not None:
             meta = draft.meta
@@ -189,6 +253,7 @@ class Session:
             build = functools.partial(
                 build_drafter, meta.family, model.config if model else meta.draft,
                 tree, target.numerics, has_ngrams, target.config.vocab_size,
+                mix=mix,
             )  # fmt: skip
             drafter = build()
             if learner is not None and meta.draft is None:
@@ -213,7 +278,7 @@ class Session:
         self.reports: list[UpdateReport] = []
         self.answered: list[str] = []
         # Without learning there is nothing to remember but the rates.
-        orders = memory_orders(draft.meta.family if draft else "")
+        orders = memory_orders(suggestions or (draft.meta.family if draft else ""))
         self._memory = init_memory(1, orders)
         if draft is not None:
             self._serve(draft.draft)

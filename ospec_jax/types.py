@@ -91,10 +91,14 @@ class SharedTables:
     Attributes:
       embedding: `{kernel: [v, d], [scale: [v]]}`.
       head: Likewise, the output projection.
+      params: All of the target's, for drafters that read them (`reads_target`).
+      cache: Likewise; entries of verified tokens.
     """
 
     embedding: dict
     head: dict
+    params: Params | None = None
+    cache: KVCache | None = None
 
 
 @flax.struct.dataclass

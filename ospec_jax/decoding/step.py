@@ -90,6 +90,8 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         keys = jax.vmap(jax.random.fold_in)(state.request_keys, state.lengths)
         key_draft, key_verify = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
 
+        if drafter is not None and drafter.reads_target:
+            shared = shared.replace(params=target_params, cache=state.cache)
         tree, state = _propose(config, drafter, draft, shared, state, key_draft)
         hidden, taps, cache = _score(target, target_params, tree, state)
         logits = llama.target_logits(target_params, hidden, config.numerics)

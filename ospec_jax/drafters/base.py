@@ -51,6 +51,7 @@ class Drafter(NamedTuple):
       is_sure: `(draft, cache, starts) -> is_sure [b]`: whether a long chain of its
         suggestions is likely to be right; None for a drafter that never is, or has no
         suggestions. It may return None, too.
+      reads_target: `propose` needs the target's parameters and cache in `shared`.
     """
 
     init_params: Callable
@@ -61,6 +62,7 @@ class Drafter(NamedTuple):
     unroll: Callable
     num_scratch: int
     is_sure: Callable | None = None
+    reads_target: bool = False
 
 
 def frozen_head(shared: SharedTables, token_ids) -> dict:

@@ -5,13 +5,16 @@ from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.hints import hinted_chain
+from ospec_jax.drafters.mixed import fallback, inner_tree, parallel
 from ospec_jax.drafters.ngram import ORDERS, SUFFIX_ORDERS, with_ngrams
+from ospec_jax.drafters.self_draft import self_draft
 from ospec_jax.drafters.small_lm import small_lm
 from ospec_jax.models.layers import Numerics
 
 FAMILIES = {
     "eagle3": "one decoder layer over three of the target's hidden states (EAGLE-3)",
     "model": "a smaller language model with the same tokenizer",
+    "self": "the target itself: int4 (its weights in four bits), exit-N (N layers)",
     "ngram": "no parameters: what followed the same tokens before (prompt lookup)",
     "suffix": "likewise, with longer n-grams of past answers and deeper drafts",
     "prediction": "no parameters: only what a request's user expects the answer to be",
@@ -26,7 +29,7 @@ def memory_orders(family: str) -> tuple[int, ...]:
 def build_drafter(
     family: str, config: DraftConfig | ModelConfig | None, tree: TreeConfig,
     numerics: Numerics | None = None, has_ngrams: bool = False, vocab_size: int = 0,
-    predicted: TreeConfig | None = None,
+    predicted: TreeConfig | None = None, mix: str = "",
 ) -> Drafter:  # fmt: skip
     """Builds the drafter of a family.
 
@@ -37,6 +40,8 @@ def build_drafter(
         and `suffix` always do.
       predicted: Draft such a chain from suggestions alone, with the state of the
         family's drafter: for stretches where a prediction holds.
+      mix: How chains of suggestions stand beside those of the family: one of
+        `mixed.MIXES`, or not at all.
 
     Raises:
       ConfigError: There is no such family, or it cannot draft such a tree.
@@ -45,14 +50,19 @@ def build_drafter(
         return with_ngrams(hinted_chain(predicted or tree), tree)
     if family == "prediction":
         return hinted_chain(predicted or tree)
+    outer, tree = tree, inner_tree(tree) if mix else tree
     if family == "eagle3" and isinstance(config, DraftConfig):
         drafter = eagle3(config, tree, numerics)
     elif family == "model" and isinstance(config, ModelConfig):
         drafter = small_lm(config, tree, numerics or Numerics(), vocab_size)
+    elif family == "self" and isinstance(config, ModelConfig):
+        drafter = self_draft(config, tree, numerics or Numerics())
     else:
         raise ConfigError(
             f"unknown family of drafters {family!r}; known: {', '.join(FAMILIES)}"
         )
+    if mix:
+        drafter = {"fallback": fallback, "mixed": parallel}[mix](drafter, outer)
     if predicted is not None:
         drafter = drafter._replace(propose=hinted_chain(predicted).propose)
-    return with_ngrams(drafter, tree) if has_ngrams else drafter
+    return with_ngrams(drafter, outer) if has_ngrams else drafter

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig, parse_tree
 from ospec_jax.decoding.engine import Engine, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
 from ospec_jax.drafters.registry import build_drafter, memory_orders
+from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
@@ -29,6 +30,8 @@ TREES = {
         "static", 2, branching=(3, 2), children="without_replacement"
     ),
     "dynamic": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=12),
+    "opt": parse_tree("opt:6,0.1", 4),
+    "sequoia": parse_tree("sequoia:7,0.5,0.2,0.1", 3),
 }
 NGRAM_TREES = {
     "chain": TreeConfig(num_steps=3),
@@ -178,6 +181,56 @@ def test_predicted_answers_are_verified_exactly(target, plain, family, kind):
         assert stats.mean_acceptance_length > 2
 
 
+@pytest.mark.parametrize("mix", ["fallback", "mixed"])
+def test_two_drafters_draft_exactly(target, plain, mix):
+    tree = TreeConfig(num_steps=3)
+    if mix == "mixed":
+        tree = dataclasses.replace(tree, kind="parallel")
+    config = tiny_draft_config(target.config)
+    drafter = build_drafter("eagle3", config, tree, target.numerics, True, mix=mix)
+    draft = tiny_draft(drafter, config).replace(memory=init_memory(64))
+    step = StepConfig(target.config, target.numerics, tree, config.taps)
+    engine = Engine(step, target.params, drafter)
+    done = answers(engine, draft)
+    assert tokens(done) == tokens(answers(engine, draft, 3)) == plain
+    alone = answers(*engine_for(target, TreeConfig(num_steps=3)))
+    accepted = lambda completions: sum(c.stats.num_accepted_tokens for c in completions)
+    assert accepted(done) > 1.2 * accepted(alone)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("int4", "chain"), ("int4", "dynamic"), ("exit", "chain")]
+)
+def test_a_target_drafts_for_itself_exactly(target, plain, part, name):
+    only_one_tree_in_int8(target, name)
+    config, params = target.config, {}
+    if part == "exit":
+        config = dataclasses.replace(config, num_layers=2)
+    else:
+        params = in_four_bits(target.params)
+    tree = NGRAM_TREES[name]
+    drafter = build_drafter("self", config, tree, target.numerics)
+    step = StepConfig(target.config, target.numerics, tree)
+    engine = Engine(step, target.params, drafter)
+    done = answers(engine, Draft(params))
+    assert tokens(done) == tokens(answers(engine, Draft(params), 3)) == plain
+    if part == "int4":
+        stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=3))
+        assert stats.draft_acceptance_rate > 0.1
+
+
+def test_all_layers_with_the_targets_weights_are_always_right(target, plain):
+    """What is read of the target's cache is right, or a draft would be wrong."""
+    tree = TreeConfig(num_steps=3)
+    drafter = build_drafter("self", target.config, tree, target.numerics)
+    step = StepConfig(target.config, target.numerics, tree)
+    done = answers(Engine(step, target.params, drafter), Draft({}))
+    assert tokens(done) == plain
+    for completion in done:
+        stats = completion.stats
+        assert stats.num_accepted_tokens >= 3 * (stats.num_drafts - 1)
+
+
 def test_predictions_among_drawn_children_are_refused(target):
     engine, draft = engine_for(target, TREES["chain-sampled"])
     request = dataclasses.replace(requests()[0], prediction_ids=(1, 2))
@@ -289,6 +342,12 @@ def test_log_probs_are_the_targets(target):
     for a, b in zip(answers(drafted, draft), answers(alone, None), strict=True):
         assert len(a.log_probs) == len(a.token_ids)
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+
+
+def test_trees_that_fit_no_cache_are_refused(target):
+    tree = TreeConfig("static", 2, branching=(30, 20))
+    with pytest.raises(ConfigError, match="a tree of 631 nodes does not fit: 512"):
+        engine_for(target, tree)
 
 
 def test_tree_without_drafter_is_refused(target):
