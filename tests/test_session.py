@@ -152,6 +152,42 @@ def test_a_model_drafts_and_its_memory_resumes(model_folders, tmp_path):
     assert_same(resumed.memory, session.memory)
 
 
+@pytest.mark.parametrize(
+    "name", ["self:int4", "self:exit-2", "mixed:ngram,self:exit-1"]
+)
+def test_a_target_is_loaded_as_its_own_draft(target, plain, tmp_path, name):
+    draft = load_draft(name, target)
+    session = Session(target, draft, learner=LearnerConfig())
+    assert answers(session, PROMPTS[:2]) == plain[:2]
+    session.save(tmp_path)
+    with pytest.raises(CheckpointError, match="pass --draft self:"):
+        load_draft(tmp_path, target)
+
+
+def test_two_drafts_are_loaded_by_name(target, draft, plain, tmp_path):
+    checkpoint.save(tmp_path, 0, draft.meta, draft.draft)
+    fallback = load_draft(f"fallback:suffix,{tmp_path}", target)
+    session = Session(target, fallback, learner=LEARNER)
+    assert session.memory.max_match == 8
+    assert answers(session, PROMPTS[:3]) == plain[:3]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("self:exit-4", "with N from 1 to 3"),
+        ("self:exit-x", "use self:int4"),
+        ("self:half", "use self:int4"),
+        ("mixed:ngram", "cannot mix 'ngram'"),
+        ("mixed:ngram,suffix", "cannot mix 'ngram,suffix'"),
+        ("fallback:shipped,ngram", "the first one of ngram, suffix, prediction"),
+    ],
+)
+def test_drafts_that_cannot_be_are_refused(target, name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_draft(name, target)
+
+
 def test_a_model_with_another_tokenizer_is_refused(model_folders):
     target = load_target(model_folders[0], "float32")
     tokenizer = byte_tokenizer()

@@ -50,6 +50,8 @@ def build_drafter(
         return with_ngrams(hinted_chain(predicted or tree), tree)
     if family == "prediction":
         return hinted_chain(predicted or tree)
+    if tree.kind == "parallel" and mix != "mixed":
+        raise ConfigError("a parallel tree needs two drafters: use mixed:ngram,DRAFT")
     outer, tree = tree, inner_tree(tree) if mix else tree
     if family == "eagle3" and isinstance(config, DraftConfig):
         drafter = eagle3(config, tree, numerics)

@@ -12,6 +12,7 @@ from ospec_jax.decoding.verify import verify_greedy
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.hints import hinted_chain
 from ospec_jax.drafters.mixed import fallback, inner_tree, merge_chains
+from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.types import DraftTree
 
 
@@ -104,3 +105,8 @@ def test_only_chains_are_mixed():
     ):
         with pytest.raises(ConfigError, match="mixed as chains"):
             inner_tree(tree)
+
+
+def test_one_drafter_makes_no_parallel_tree():
+    with pytest.raises(ConfigError, match="needs two drafters"):
+        build_drafter("eagle3", None, TreeConfig("parallel", 2))
