@@ -100,12 +100,14 @@ class Adaptation:
         self, config: LearnerConfig, unroll, shared: SharedTables, tap_width: int,
         hidden_size: int, has_memory: bool = True,
         mesh: jax.sharding.Mesh | None = None,
+        orders: tuple[int, ...] = ngram.ORDERS,
     ):  # fmt: skip
         if config.loss not in LOSSES:
             raise ConfigError(
                 f"unknown loss {config.loss!r}; one of {', '.join(LOSSES)} is needed"
             )
         self.config, self.shared = config, shared
+        self._orders = orders
         self.has_memory = has_memory and config.memory_slots > 0
         self._ring_shape = (
             config.ring_capacity,
@@ -150,7 +152,7 @@ class Adaptation:
         )  # fmt: skip
         ring = buffer.init_ring(*self._ring_shape) if self.has_gradient else None
         slots = self.config.memory_slots
-        memory = ngram.init_memory(slots) if self.has_memory else None
+        memory = ngram.init_memory(slots, self._orders) if self.has_memory else None
         return sharding.put_params((state, Traffic(ring, memory)), self.mesh)
 
     def calibrate(

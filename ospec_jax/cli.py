@@ -22,10 +22,18 @@ from ospec_jax.config import (
     Precision,
     SamplingConfig,
     TreeConfig,
+    Verification,
     parse_tree,
 )
-from ospec_jax.data.prompts import demo_prompts, parse_prompt, read_prompts
+from ospec_jax.data.prompts import (
+    add_predictions,
+    demo_prompts,
+    parse_prompt,
+    read_prediction,
+    read_prompts,
+)
 from ospec_jax.decoding.engine import PromptTooLongError
+from ospec_jax.drafters.mixed import MIXES
 from ospec_jax.drafters.registry import FAMILIES
 from ospec_jax.models.hub import load_config, load_target
 from ospec_jax.models.weights import WeightsError
@@ -45,18 +53,26 @@ class Decoding:
 
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
-      draft: none, shipped, ngram, model:TARGET (a smaller model), a checkpoint folder,
-        or the folder of a public EAGLE-3 head.
+      draft: none, shipped, ngram, suffix, prediction, model:TARGET (a smaller model),
+        self:int4, self:exit-N, a checkpoint folder or that of a public EAGLE-3 head, or
+        two drafts: fallback:ngram,DRAFT
+        (n-grams where they are likely), mixed:ngram,DRAFT (both in one tree).
       precision: Of weights and products; auto measures what is fastest here.
       batch_size: Requests decoded together.
       num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.
-      tree: chain, static:3,2,1 (children by depth) or dynamic:TOPK,NUM_TOKENS.
+      tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the
+        best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
+        sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...
+        children).
       min_path_probability: Draft no deeper once the draft gives its best path less.
       draft_sample_method: How children are drawn when sampling.
+      verification: token by token, or by whole paths: block (chains), traversal (static
+        trees).
       stop: Strings that end an answer.
       raw: Skip the chat template.
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens.
       mesh: Devices to split over, like data=2,model=4; empty for a single one.
+      num_predicted_tokens: Tokens verified at once while a prediction holds.
     """
 
     target: str = "smollm2-135m"
@@ -67,9 +83,11 @@ class Decoding:
     tree: str = "chain"
     min_path_probability: float = 0.0
     draft_sample_method: ChildrenKind = "topk"
+    verification: Verification = "token"
     stop: tuple[str, ...] = ()
     raw: bool = False
     ngrams: bool = True
+    num_predicted_tokens: int = 12
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
@@ -89,7 +107,7 @@ class Decoding:
             return TreeConfig(num_steps=0)
         return parse_tree(
             self.tree, self.num_speculative_tokens, self.draft_sample_method,
-            self.min_path_probability,
+            self.min_path_probability, self.verification,
         )  # fmt: skip
 
     def load(self):
@@ -108,7 +126,7 @@ class Decoding:
         return Session(
             target, draft, learner=learner, tree=self.tree_config,
             batch_size=self.batch_size, stop=self.stop, has_log_probs=has_log_probs,
-            ngrams=self.ngrams,
+            ngrams=self.ngrams, num_predicted_tokens=self.num_predicted_tokens,
         )  # fmt: skip
 
 
@@ -123,6 +141,7 @@ def generate(
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None,
     prompts: Path | None = None,
     decoding: Shared = Decoding(),
+    prediction: Path | None = None,
     stream: bool = False,
     logprobs: bool = False,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
@@ -132,6 +151,8 @@ def generate(
     Args:
       prompt: The prompt's text.
       prompts: A JSONL file of prompts instead.
+      prediction: A file that the answer to --prompt is expected to resemble, such as
+        the one that it edits; rows of --prompts have a key `prediction`.
       stream: Print text as it comes.
       logprobs: Report each token's log-probability.
       json_file: Write one object (a list for several prompts); - for standard output.
@@ -142,6 +163,15 @@ def generate(
         rows = [parse_prompt({"prompt": prompt}, "prompt-0")]
     else:
         raise ConfigError("give either --prompt or --prompts")
+    if prediction is not None:
+        if prompts is not None:
+            raise ConfigError(
+                "--prediction goes with --prompt; give the rows of --prompts a key "
+                "`prediction`"
+            )
+        rows = add_predictions(rows, [read_prediction(prediction)])
+    if decoding.draft == "none" and any(row.prediction for row in rows):
+        decoding = dataclasses.replace(decoding, draft="prediction")
     target, draft = decoding.load()
     session = decoding.open(target, draft, has_log_probs=logprobs)
     write = lambda _, text: print(text, end="", flush=True)
@@ -566,7 +596,7 @@ def lower(
 
 def drafters() -> None:
     """Lists the families of drafters."""
-    for name, description in FAMILIES.items():
+    for name, description in (FAMILIES | MIXES).items():
         print(f"{name:10} {description}")
 
 

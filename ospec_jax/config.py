@@ -6,11 +6,13 @@ Every `from_dict` refuses keys that it does not know, and names the nearest know
 
 import dataclasses
 import difflib
+import heapq
 from typing import Any, Literal
 
 Precision = Literal["float32", "bfloat16", "int8"]
 AttentionKind = Literal["xla", "cudnn"]
-ChildrenKind = Literal["topk", "sampled", "without_replacement"]
+ChildrenKind = Literal["topk", "sampled", "without_replacement", "topk_sampled", "hub"]
+Verification = Literal["token", "block", "traversal"]
 
 
 class ConfigError(ValueError):
@@ -152,26 +154,38 @@ class TreeConfig:
     Attributes:
       kind: `chain` drafts one path; `static` the full tree of `branching`; `dynamic`
         expands the `topk` most probable nodes at each depth and keeps the best
-        `num_draft_tokens` of all (EAGLE-2).
+        `num_draft_tokens` of all (EAGLE-2); `parallel` is two chains of two drafters.
       num_steps: Depth of the tree, K for a chain; 0 decodes without drafting.
       topk: Width of the dynamic tree's frontier.
       num_draft_tokens: Nodes of a dynamic tree, without the root.
       branching: Children of every node, by depth, of a static tree.
+      parents: Instead of `branching`: the parent of each node, -1 for the root, which
+        is node 0, in order of depth.
       children: How children are drawn. `topk`: the most probable ones; `sampled`:
-        independent draws; `without_replacement`: distinct draws.
+        independent draws; `without_replacement`: distinct draws; `topk_sampled`: one
+        draw and the most probable of the others; `hub`: pairs of SpecHub.
+      verification: How sampled output is accepted. `token`: one token after the other;
+        `block` (chains) and `traversal` (static trees): whole paths of drawn children,
+        which accepts more.
+      min_gain: A dynamic tree grows no deeper once the best `num_draft_tokens` nodes of
+        one more depth promise less than so many accepted tokens more (OPT-Tree).
       min_path_probability: A chain or dynamic tree grows no deeper once the draft gives
         its most probable path less than this.
     """
 
-    kind: Literal["chain", "static", "dynamic"] = "chain"
+    kind: Literal["chain", "static", "dynamic", "parallel"] = "chain"
     num_steps: int = 3
     topk: int = 1
     num_draft_tokens: int = 0
     branching: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    min_gain: float = 0.0
     children: ChildrenKind = "topk"
     min_path_probability: float = 0.0
+    verification: Verification = "token"
 
     def __post_init__(self):
+        self._check_children()
         if not 0 <= self.min_path_probability < 1:
             raise ConfigError(
                 f"min_path_probability is {self.min_path_probability}; use 0 (always "
@@ -184,13 +198,65 @@ class TreeConfig:
             )
         if self.num_steps < 0:
             raise ConfigError(f"num_steps is {self.num_steps}; it must be at least 0")
-        if self.kind == "static" and len(self.branching) != self.num_steps:
+        if self.min_gain and self.kind != "dynamic":
+            raise ConfigError(f"min_gain is for dynamic trees, not a {self.kind} one")
+        if self.parents:
+            self._check_parents()
+        elif self.kind == "static" and len(self.branching) != self.num_steps:
             raise ConfigError(
                 f"a static tree needs one branching number for each of its "
                 f"{self.num_steps} depths, not {self.branching}"
             )
         if self.kind == "dynamic":
             self._check_dynamic()
+
+    def _check_parents(self):
+        if self.kind != "static" or self.branching:
+            raise ConfigError("parents describe a static tree, in place of branching")
+        if self.parents[0] != -1 or len(self.parents) < 2:
+            raise ConfigError(
+                f"a tree begins with its root, whose parent is -1, and has more nodes "
+                f"than that; found {self.parents}"
+            )
+        depths = [0]
+        for node, parent in enumerate(self.parents[1:], 1):
+            if not self.parents[node - 1] <= parent < node or parent < 0:
+                raise ConfigError(
+                    f"node {node} of the tree has parent {parent}; parents come before "
+                    f"their children, and siblings stand side by side: {self.parents}"
+                )
+            depths.append(depths[parent] + 1)
+        if max(depths) != self.num_steps:
+            raise ConfigError(
+                f"the tree of {self.parents} has depth {max(depths)}; num_steps is "
+                f"{self.num_steps}"
+            )
+        if self.children in ("topk_sampled", "hub"):
+            raise ConfigError(
+                f"children={self.children!r} need one number of children a depth: use "
+                f"branching, not parents"
+            )
+
+    def _check_children(self):
+        if self.verification == "block" and self.kind != "chain":
+            raise ConfigError(
+                f"block verification is for chains, not a {self.kind} tree; use "
+                f"verification='traversal' for static trees"
+            )
+        is_drawn = self.children in ("sampled", "without_replacement")
+        if self.verification != "token" and not is_drawn:
+            raise ConfigError(
+                f"{self.verification} verification needs children that are drawn "
+                f"('sampled' or 'without_replacement'), not {self.children!r}: with "
+                f"others it would accept no more"
+            )
+        if self.children == "topk_sampled" and self.kind != "static":
+            raise ConfigError("children='topk_sampled' is for static trees")
+        if self.children == "hub" and set(self.branching) != {2}:
+            raise ConfigError(
+                f"children='hub' are pairs: use a static tree of branching 2, not "
+                f"{self.kind} {self.branching or ''}"
+            )
 
     def _check_dynamic(self):
         if self.children != "topk":
@@ -210,13 +276,15 @@ class TreeConfig:
         """Nodes verified in one target pass, the root included."""
         if self.kind == "dynamic":
             return 1 + self.num_draft_tokens
+        if self.parents:
+            return len(self.parents)
         if self.kind == "static":
             widths, width = 1, 1
             for branches in self.branching:
                 width *= branches
                 widths += width
             return widths
-        return 1 + self.num_steps
+        return 1 + self.num_steps * (2 if self.kind == "parallel" else 1)
 
     @property
     def is_chain(self) -> bool:
@@ -229,6 +297,7 @@ def parse_tree(
     num_steps: int,
     children: ChildrenKind = "topk",
     min_path_probability: float = 0.0,
+    verification: Verification = "token",
 ):
     """Reads the command line's `--tree`.
 
@@ -237,6 +306,8 @@ def parse_tree(
     whatever `min_path_probability`.
     """
     kind, _, numbers = text.partition(":")
+    if kind in ("opt", "sequoia"):
+        return _parse_optimal(text, kind, numbers, num_steps, children, verification)
     try:
         values = tuple(int(x) for x in numbers.split(",")) if numbers else ()
     except ValueError:
@@ -244,19 +315,97 @@ def parse_tree(
     if kind == "chain" and values == ():
         return TreeConfig(
             "chain", num_steps, children=children,
-            min_path_probability=min_path_probability,
+            min_path_probability=min_path_probability, verification=verification,
         )  # fmt: skip
     if kind == "static" and values:
-        return TreeConfig("static", len(values), branching=values, children=children)
+        return TreeConfig(
+            "static", len(values), branching=values, children=children,
+            verification=verification,
+        )  # fmt: skip
     if kind == "dynamic" and values and len(values) == 2:
         topk, nodes = values
         return TreeConfig(
             "dynamic", num_steps, topk, nodes, children=children,
-            min_path_probability=min_path_probability,
+            min_path_probability=min_path_probability, verification=verification,
         )  # fmt: skip
     raise ConfigError(
-        f"unknown tree {text!r}; use chain, static:3,2,1 or dynamic:TOPK,NUM_TOKENS"
+        f"unknown tree {text!r}; use chain, static:3,2,1, dynamic:TOPK,NUM_TOKENS, "
+        f"opt:NUM_TOKENS,MIN_GAIN or sequoia:NUM_TOKENS,P1,P2,..."
     )
+
+
+def _parse_optimal(text, kind, numbers, num_steps, children, verification):
+    """Reads trees that are built for the most accepted tokens."""
+    try:
+        count, *values = numbers.split(",")
+        size, rates = int(count), tuple(float(x) for x in values)
+        if not rates:
+            raise ValueError("no numbers")
+    except ValueError as error:
+        raise ConfigError(
+            f"cannot read the tree {text!r}; use opt:NUM_TOKENS,MIN_GAIN, opt:12,0.2, "
+            f"or sequoia:NUM_TOKENS,P1,P2,... with the chances of a node's first, "
+            f"second, ... child, as sequoia:12,0.6,0.15,0.05"
+        ) from error
+    if kind == "opt" and len(rates) == 1:
+        return TreeConfig("dynamic", num_steps, size, size, min_gain=rates[0])
+    parents = best_parents(rates, size, num_steps)
+    return TreeConfig(
+        "static", depth_of(parents), parents=parents, children=children,
+        verification=verification,
+    )  # fmt: skip
+
+
+def best_parents(
+    rates: tuple[float, ...], num_draft_tokens: int, max_depth: int
+) -> tuple[int, ...]:
+    """Sequoia's tree: the one of most accepted tokens (arXiv 2402.12374).
+
+    A node is accepted with the product of the rates on its path, so the best tree of n
+    nodes is that of the n largest products. Where later children have lower rates, as
+    they do, that is what Sequoia's dynamic programme finds.
+
+    Args:
+      rates: Chances that a node's first, second, ... child is the accepted one.
+
+    Raises:
+      ConfigError: The rates grow, are no probabilities, or the tree is too large.
+    """
+    if list(rates) != sorted(rates, reverse=True) or not 0 < sum(rates) <= 1 + 1e-6:
+        raise ConfigError(
+            f"the rates {rates} of a node's children must fall, and add up to at most 1"
+        )
+    if rates[-1] <= 0 or num_draft_tokens < 1 or max_depth < 1:
+        raise ConfigError(
+            f"a tree needs positive rates, nodes and depth, not {rates}, "
+            f"{num_draft_tokens} and {max_depth}"
+        )
+    chosen: list[tuple[int, ...]] = []
+    queue: list[tuple[float, tuple[int, ...]]] = [(-rates[0], (0,))]
+    while queue and len(chosen) < num_draft_tokens:
+        value, path = heapq.heappop(queue)
+        chosen.append(path)
+        if len(path) < max_depth:
+            heapq.heappush(queue, (value * rates[0], (*path, 0)))
+        if (rank := path[-1] + 1) < len(rates):
+            sibling = value / rates[rank - 1] * rates[rank]
+            heapq.heappush(queue, (sibling, (*path[:-1], rank)))
+    if len(chosen) < num_draft_tokens:
+        raise ConfigError(
+            f"a tree of depth {max_depth} and {len(rates)} children a node has "
+            f"{len(chosen)} nodes, not {num_draft_tokens}"
+        )
+    ordered = [(), *sorted(chosen, key=lambda path: (len(path), path))]
+    place = {path: i for i, path in enumerate(ordered)}
+    return (-1, *(place[path[:-1]] for path in ordered[1:]))
+
+
+def depth_of(parents: tuple[int, ...]) -> int:
+    """Depth of a tree, the root's being 0."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return max(depths)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,10 @@ pure transitions of `decoding` and `adaptation`, which meet only here.
 """
 
 import dataclasses
+import functools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -18,17 +19,26 @@ from ospec_jax import checkpoint, sharding
 from ospec_jax.adaptation import Adaptation, AdaptationState, Traffic, UpdateReport
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import (
+    ConfigError,
     LearnerConfig,
     SamplingConfig,
     TreeConfig,
     from_dict,
 )
-from ospec_jax.data.prompts import Prompt, encode, parse_prompt
+from ospec_jax.data.prompts import (
+    Prompt,
+    add_predictions,
+    encode,
+    encode_prediction,
+    parse_prompt,
+)
 from ospec_jax.data.tokenizer import stop_token_ids, tokenizer_hash
 from ospec_jax.decoding.engine import Completion, Engine, Request
 from ospec_jax.decoding.step import StepConfig, shared_tables
+from ospec_jax.drafters.mixed import MIXES
 from ospec_jax.drafters.ngram import init_memory
-from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.registry import build_drafter, memory_orders
+from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.formats.eagle3 import is_eagle3_folder
 from ospec_jax.formats.importing import load_folder
 from ospec_jax.metrics import DecodingStats
@@ -39,6 +49,8 @@ from ospec_jax.types import Draft, NgramMemory
 SHIPPED = Path(__file__).parent / "shipped" / "smollm2-135m-eagle3"
 """The draft that comes with the package."""
 _COLLAPSE_STEPS = 200
+_SUGGESTIONS = ("ngram", "suffix", "prediction")
+"""Families that need no parameters, and stand beside others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +58,16 @@ class LoadedDraft:
     """Draft parameters with the record of what they belong to.
 
     Attributes:
-      model: The language model that drafts, for the family `model`.
+      model: The language model that drafts, for the families `model` and `self`.
+      mix: `fallback` or `mixed`: how suggestions are drafted beside it, if they are.
+      suggestions: Where they come from: `ngram`, `suffix` or `prediction`.
     """
 
     draft: Draft
     meta: Meta
     model: Target | None = None
+    mix: str = ""
+    suggestions: str = ""
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -60,28 +76,38 @@ class LoadedDraft:
 
 
 def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
-    """Loads `shipped`, `ngram`, `model:TARGET` or the draft of a folder.
+    """Loads what the command line's `--draft` names, but for `none`.
 
-    A folder is a checkpoint, or a public EAGLE-3 head with its `config.json`.
+    Args:
+      name_or_folder: A family without parameters (`ngram`, `suffix`, `prediction`),
+        `shipped`, the folder of a checkpoint or of a public EAGLE-3 head,
+        `model:TARGET`, `self:int4`, `self:exit-N`, or
+        `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`.
 
     Raises:
       CheckpointError: Nothing readable is there, or it is for another target.
       ConfigError: A public head has an architecture that is not supported.
       WeightsError: A public head lacks tensors.
     """
-    if name_or_folder == "ngram":
-        return LoadedDraft(Draft(params={}), Meta.create(target, None, "ngram"))
-    if str(name_or_folder).startswith("model:"):
-        return model_draft(str(name_or_folder).removeprefix("model:"), target)
+    if name_or_folder in _SUGGESTIONS:
+        meta = Meta.create(target, None, str(name_or_folder))
+        return LoadedDraft(Draft(params={}), meta)
+    kind, _, name = str(name_or_folder).partition(":")
+    if kind == "model":
+        return model_draft(name, target)
+    if kind == "self":
+        return own_draft(name, target)
+    if kind in MIXES:
+        return mixed_draft(kind, name, target)
     folder = SHIPPED if name_or_folder == "shipped" else Path(name_or_folder)
     if is_eagle3_folder(folder):
         return LoadedDraft(*load_folder(folder, target))
     restored = checkpoint.load(folder, target, mesh=target.mesh)
-    if restored.meta.family == "model":
-        name = restored.meta.card["model"]
+    if restored.meta.family in ("model", "self"):
+        name = f"{restored.meta.family}:{restored.meta.card['model']}"
         raise checkpoint.CheckpointError(
             f"{folder} was learned beside the drafting model {name!r}, which it does "
-            f"not hold; pass --draft model:{name}"
+            f"not hold; pass --draft {name}"
         )
     return LoadedDraft(_freely_placed(restored.draft, target.mesh), restored.meta)
 
@@ -104,6 +130,47 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
     if model.config.vocab_size < target.config.vocab_size:
         token_ids = jnp.arange(model.config.vocab_size, dtype=jnp.int32)
     return LoadedDraft(Draft(model.params, token_ids), meta, model)
+
+
+def own_draft(name: str, target: Target) -> LoadedDraft:
+    """The target as its own draft: `int4`, or `exit-N` for its first N layers.
+
+    Raises:
+      ConfigError: It has no such part.
+    """
+    config, params = target.config, {}
+    if name == "int4":
+        params = in_four_bits(target.params)
+    else:
+        kind, _, count = name.partition("-")
+        layers = int(count) if count.isdecimal() else 0
+        if kind != "exit" or not 0 < layers < config.num_layers:
+            raise ConfigError(
+                f"no draft 'self:{name}'; use self:int4, or self:exit-N with N from 1 "
+                f"to {config.num_layers - 1}"
+            )
+        config = dataclasses.replace(config, num_layers=layers)
+    meta = Meta.create(target, None, "self", card={"model": name})
+    return LoadedDraft(Draft(params), meta, dataclasses.replace(target, config=config))
+
+
+def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
+    """A draft beside which chains of suggestions are drafted.
+
+    Args:
+      names: Of the suggestions and of the draft, `ngram,shipped`.
+
+    Raises:
+      ConfigError: They are not one of each.
+    """
+    suggestions, _, name = names.partition(",")
+    if suggestions not in _SUGGESTIONS or not name or name in _SUGGESTIONS:
+        raise ConfigError(
+            f"cannot mix {names!r}; use {mix}:SUGGESTIONS,DRAFT, the first one of "
+            f"{', '.join(_SUGGESTIONS)}, the second a draft of another kind"
+        )
+    inner = load_draft(name, target)
+    return dataclasses.replace(inner, mix=mix, suggestions=suggestions)
 
 
 def _freely_placed(tree, mesh):
@@ -163,6 +230,8 @@ class Session:
       has_log_probs: Report log-probabilities.
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens. Drawn
         children (`tree.children` other than `topk`) leave no room for them.
+      num_predicted_tokens: Tokens verified at once while a request's prediction holds;
+        0 keeps to the tree.
     """
 
     def __init__(
@@ -176,20 +245,28 @@ class Session:
         stop: tuple[str, ...] = (),
         has_log_probs: bool = False,
         ngrams: bool = True,
+        num_predicted_tokens: int = 12,
     ):
         tree = tree or TreeConfig(num_steps=3 if draft else 0)
+        mix, suggestions = (draft.mix, draft.suggestions) if draft else ("", "")
+        if mix == "mixed" and tree.is_chain:
+            tree = dataclasses.replace(tree, kind="parallel")
         self.target, self.batch_size, self.stop = target, batch_size, stop
         self.tree, mesh = tree, target.mesh
         sharding.check_batch(mesh, batch_size)
         has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
+        if mix:
+            has_ngrams = suggestions != "prediction"
         drafter = None
         if draft is not None:
             meta = draft.meta
             model = draft.model
-            drafter = build_drafter(
-                meta.family, model.config if model else meta.draft, tree,
-                target.numerics, has_ngrams, target.config.vocab_size,
+            build = functools.partial(
+                build_drafter, meta.family, model.config if model else meta.draft,
+                tree, target.numerics, has_ngrams, target.config.vocab_size,
+                mix=mix,
             )  # fmt: skip
+            drafter = build()
             if learner is not None and meta.draft is None:
                 learner = dataclasses.replace(learner, name="memory")
         config = StepConfig(
@@ -201,7 +278,11 @@ class Session:
         is_recording = draft is not None and bool(
             learner and learner.name == "gradient"
         )
-        self.engine = Engine(config, target.params, drafter, is_recording)
+        predicted = None
+        if drafter is not None and 0 < tree.num_steps < num_predicted_tokens:
+            chain = TreeConfig(num_steps=num_predicted_tokens)
+            predicted = chain, build(predicted=chain)
+        self.engine = Engine(config, target.params, drafter, is_recording, predicted)
         self.learning: Learning | None = None
         self.meta = draft.meta if draft else None
         cast = lambda params: cast_params(params, target.numerics.precision)
@@ -210,14 +291,15 @@ class Session:
         self.reports: list[UpdateReport] = []
         self.answered: list[str] = []
         # Without learning there is nothing to remember but the rates.
-        self._memory = sharding.put_params(init_memory(1), mesh)
+        orders = memory_orders(suggestions or (draft.meta.family if draft else ""))
+        self._memory = sharding.put_params(init_memory(1, orders), mesh)
         if draft is not None:
             self._serve(self._grouped(draft.draft))
         if draft is not None and drafter is not None and learner is not None:
             adaptation = Adaptation(
                 learner, drafter.unroll, shared_tables(target.params),
                 len(draft.taps) * target.config.hidden_size,
-                target.config.hidden_size, has_ngrams, mesh,
+                target.config.hidden_size, has_ngrams, mesh, orders,
             )  # fmt: skip
             self.learning = Learning(learner, adaptation, *adaptation.init(self.draft))
             self._serve(self.draft)
@@ -247,6 +329,10 @@ class Session:
         """The n-grams in use."""
         learned = self.learning.traffic.memory if self.learning else None
         return self._memory if learned is None else learned
+
+    @property
+    def _drafts(self) -> bool:
+        return self.engine.drafter is not None and self.tree.num_steps > 0
 
     @property
     def version(self) -> int:
@@ -304,7 +390,13 @@ class Session:
         for prompt in prompts:
             ids = encode(prompt, self.target.tokenizer, is_raw)
             find_stop = self._find_stop if self.stop else None
-            yield prompt, Request(prompt.id, ids, max_new_tokens, sampling, find_stop)
+            predicted = ()
+            if self._drafts:
+                predicted = encode_prediction(prompt, self.target.tokenizer)
+            yield prompt, Request(
+                prompt.id, ids, max_new_tokens, sampling, find_stop, predicted,
+                prompt.prediction_confidence,
+            )  # fmt: skip
 
     def _find_stop(self, token_ids: list[int]) -> int | None:
         """Tokens to keep when the answer's text holds a stop string."""
@@ -324,14 +416,24 @@ class Session:
         *,
         is_raw: bool = False,
         on_text: Callable[[Prompt, str], None] | None = None,
+        predictions: Sequence[str | None] | None = None,
     ) -> Iterator[Result]:
         """Answers prompts, in order of completion, learning in between.
 
         Args:
           prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s.
           on_text: Called with new text as it comes.
+          predictions: What each answer is expected to be, None for no idea; rows may
+            have a key `prediction` instead.
         """
         parsed = [_as_prompt(p, i) for i, p in enumerate(prompts)]
+        if predictions is not None:
+            parsed = add_predictions(parsed, predictions)
+            if not self._drafts and any(predictions):
+                raise ConfigError(
+                    "predictions are verified as drafts, and this session decodes "
+                    "plainly; give it a draft, if only load_draft('prediction', target)"
+                )
         pairs = list(self.requests(parsed, max_new_tokens, sampling, is_raw))
         # Refuse what does not fit before anything is decoded.
         self.engine.capacity_for(request for _, request in pairs)

@@ -14,6 +14,8 @@ NO_PARENT = -1
 
 def static_parents(config: TreeConfig) -> np.ndarray:
     """Parents of the nodes of a chain or static tree, `[n]`, by depth."""
+    if config.parents:
+        return np.asarray(config.parents, np.int32)
     branching = config.branching if config.kind == "static" else (1,) * config.num_steps
     parents, level = [NO_PARENT], [0]
     for branches in branching:

@@ -24,6 +24,7 @@ class NgramMemory:
       counts: `[o, m]` majority of that token over all others, 0 for an empty slot.
       hits: `[l]` suggestions of each kind that were right.
       trials: `[l]` suggestions of each kind.
+      orders: Tokens that the keys of each table are made of.
     """
 
     fingerprints: UInt32[Array, "o m"]
@@ -31,6 +32,12 @@ class NgramMemory:
     counts: Int[Array, "o m"]
     hits: Float[Array, " l"]
     trials: Float[Array, " l"]
+    orders: tuple[int, ...] = flax.struct.field(pytree_node=False, default=(2, 3))
+
+    @property
+    def max_match(self) -> int:
+        """Longest suffix of a request that is told apart from longer ones."""
+        return max(4, *self.orders)
 
     @property
     def num_slots(self) -> int:
@@ -55,16 +62,43 @@ class Draft:
 
 
 @flax.struct.dataclass
+class Prediction:
+    """What each request's user expects the answer to be; see `drafters.prediction`.
+
+    Attributes:
+      tokens: `[b, s]` the expected answer.
+      num_tokens: `[b]` how many of them are real; 0 for no prediction.
+      confidence: `[b]` chance given to the first token, and to one after a mismatch.
+      place: `[b]` the token behind the last stretch that came true.
+      num_skipped: `[b]` answer tokens since then.
+      run: `[b]` tokens before the next one that came true in a row.
+      recent: `[b, r]` the answer's last tokens, -1 before the first.
+    """
+
+    tokens: Int[Array, "b s"]
+    num_tokens: Int[Array, " b"]
+    confidence: Float[Array, " b"]
+    place: Int[Array, " b"]
+    num_skipped: Int[Array, " b"]
+    run: Int[Array, " b"]
+    recent: Int[Array, "b r"]
+
+
+@flax.struct.dataclass
 class SharedTables:
     """The frozen parts of the target that a draft reads.
 
     Attributes:
       embedding: `{kernel: [v, d], [scale: [v]]}`.
       head: Likewise, the output projection.
+      params: All of the target's, for drafters that read them (`reads_target`).
+      cache: Likewise; entries of verified tokens.
     """
 
     embedding: dict
     head: dict
+    params: Params | None = None
+    cache: KVCache | None = None
 
 
 @flax.struct.dataclass
@@ -175,6 +209,7 @@ class DecodeState:
       request_keys: `[b]` a row's randomness is its key folded with the position.
       num_remaining: `[b]` tokens that may still be emitted.
       feedback: Verified features by position, or None when nothing is recorded.
+      prediction: What the answers are expected to be, or None.
     """
 
     cache: KVCache
@@ -187,6 +222,7 @@ class DecodeState:
     num_remaining: Int[Array, " b"]
     is_finished: Bool[Array, " b"]
     feedback: Feedback | None
+    prediction: Prediction | None = None
 
 
 @flax.struct.dataclass
@@ -200,6 +236,8 @@ class StepOutput:
       num_drafted: `[b]` valid draft tokens.
       is_finished: `[b]`.
       log_probs: `[b, m]` the target's log-probabilities of the tokens, or None.
+      is_sure: `[b]` whether a long chain of suggestions is likely to be right next;
+        None when there is nobody to say.
     """
 
     tokens: Int[Array, "b m"]
@@ -208,3 +246,4 @@ class StepOutput:
     num_drafted: Int[Array, " b"]
     is_finished: Bool[Array, " b"]
     log_probs: Float[Array, "b m"] | None
+    is_sure: Bool[Array, " b"] | None = None

@@ -99,6 +99,19 @@ def test_generate_writes_one_object(ospec, capsys):
     assert plain["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
 
 
+@pytest.mark.parametrize("draft", ["none", "ngram", None])
+def test_generate_verifies_a_prediction(ospec, tmp_path, draft):
+    args = ("--prompt", "Hello there", "--draft")
+    plain = ospec.json("generate", *args, "none")
+    file = tmp_path / "expected.txt"
+    file.write_text(plain["text"] or "Hello", "utf-8")
+    predicted = ospec.json(
+        "generate", *args, draft or ospec.draft, "--prediction", file
+    )
+    assert predicted["token_ids"] == plain["token_ids"]
+    assert predicted["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+
+
 @pytest.mark.parametrize("tree", ["chain", "static:2,1", "dynamic:2,4"])
 def test_generate_answers_a_file(ospec, tree):
     args = ("--prompts", ospec.prompts, "--batch-size", 2)
@@ -201,6 +214,8 @@ def test_bench_reports_every_mode(ospec, tmp_path):
     ("generate", ["--prompt", "x", "--tree", "bush"], "unknown tree 'bush'"),
     ("generate", ["--prompt", "x " * 600, "--draft", "none"], "shorten the prompt"),
     ("generate", ["--prompts", "nowhere.jsonl"], "no prompt file nowhere.jsonl"),
+    ("generate", ["--prompt", "x", "--prediction", "nowhere"], "no prediction file"),
+    ("generate", ["--prompts", "{prompts}", "--prediction", "{bad}"], "goes with"),
     ("learn", ["--prompts", "{prompts}", "--draft", "none"], "learning needs a draft"),
     ("learn", ["--prompts", "{prompts}", "--resume"], "--resume needs --checkpoint"),
     ("learn", ["--prompts", "{prompts}", "--learner", "magic"], "unknown learner"),

@@ -4,7 +4,16 @@
 import pytest
 
 from ospec_jax.config import ConfigError
-from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts, encode, read_prompts
+from ospec_jax.data.prompts import (
+    DEMO_DOMAINS,
+    add_predictions,
+    demo_prompts,
+    encode,
+    encode_prediction,
+    parse_prompt,
+    read_prediction,
+    read_prompts,
+)
 from ospec_jax.testing import byte_tokenizer
 
 
@@ -25,6 +34,15 @@ def test_prompts_and_messages_are_read(tmp_path):
     [
         ('{"prompt": "a"}\n{"prompt": ', "line 2"),
         ('{"question": "a"}', "needs `prompt`"),
+        (
+            '{"prompt": "a", "prediction": 3}',
+            "prediction is a int; it must be the text",
+        ),
+        ('{"prompt": "a", "prediction": " "}', "line 1: the prediction is empty"),
+        (
+            '{"prompt": "a", "prediction": "b", "prediction_confidence": 2}',
+            "prediction_confidence is 2; it lies in",
+        ),
         ('{"messages": [{"role": "user"}]}', "needs turns"),
         ('{"prompt": "  "}', "line 1: the prompt is empty"),
         ("[1]", "line 1"),
@@ -73,3 +91,39 @@ def test_demo_prompts_are_no_variants_of_one_template():
     for i, left in enumerate(grams):
         for right in grams[:i]:
             assert len(left & right) < 0.3 * min(len(left), len(right))
+
+
+def test_predictions_are_read_and_end_with_the_end():
+    tokenizer = byte_tokenizer()
+    row = {"prompt": "Hi", "prediction": "Hello", "prediction_confidence": 0.9}
+    prompt = parse_prompt(row, "p")
+    assert prompt.prediction_confidence == 0.9
+    ids = encode_prediction(prompt, tokenizer)
+    assert tokenizer.decode(ids[:-1]) == "Hello"
+    assert ids[-1] == tokenizer.eos_token_id
+    assert encode_prediction(parse_prompt({"prompt": "Hi"}, "p"), tokenizer) == ()
+
+
+def test_predictions_are_added_to_their_prompts():
+    prompts = [parse_prompt({"prompt": text}, text) for text in "abc"]
+    added = add_predictions(prompts, ["x", None, b"y".decode()])
+    assert [p.prediction for p in added] == ["x", "", "y"]
+    for wrong in (["x"], "xyz", []):
+        with pytest.raises(ConfigError, match="3 prompts need as many predictions"):
+            add_predictions(prompts, wrong)
+    with pytest.raises(ConfigError, match="prediction is a int"):
+        add_predictions(prompts, [3, None, None])
+
+
+def test_prediction_files_must_be_text(tmp_path):
+    file = tmp_path / "draft.txt"
+    with pytest.raises(FileNotFoundError, match="no prediction file"):
+        read_prediction(file)
+    file.write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8 text: byte 0xef at 2"):
+        read_prediction(file)
+    file.write_bytes(b"")
+    with pytest.raises(ConfigError, match="prediction is empty"):
+        read_prediction(file)
+    file.write_text("naïve", "utf-8")
+    assert read_prediction(file) == "naïve"

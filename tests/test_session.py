@@ -11,6 +11,7 @@ from reference import random_params
 
 from ospec_jax import LearnerConfig, Session, TreeConfig, checkpoint
 from ospec_jax.checkpoint import CheckpointError, Meta
+from ospec_jax.config import ConfigError
 from ospec_jax.config import TreeConfig as Tree
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
@@ -128,8 +129,11 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path
     assert_same(second.draft, straight.draft)
 
 
-def test_an_ngram_draft_learns_and_resumes_without_parameters(target, plain, tmp_path):
-    draft = load_draft("ngram", target)
+@pytest.mark.parametrize("family", ["ngram", "suffix"])
+def test_an_ngram_draft_learns_and_resumes_without_parameters(
+    target, plain, tmp_path, family
+):
+    draft = load_draft(family, target)
     straight = Session(target, draft, learner=LearnerConfig())
     assert answers(straight) == plain
     first = Session(target, draft, learner=LearnerConfig())
@@ -165,6 +169,42 @@ def test_a_model_drafts_and_its_memory_resumes(model_folders, tmp_path):
     resumed = Session(target, draft, learner=LearnerConfig())
     resumed.resume(tmp_path)
     assert_same(resumed.memory, session.memory)
+
+
+@pytest.mark.parametrize(
+    "name", ["self:int4", "self:exit-2", "mixed:ngram,self:exit-1"]
+)
+def test_a_target_is_loaded_as_its_own_draft(target, plain, tmp_path, name):
+    draft = load_draft(name, target)
+    session = Session(target, draft, learner=LearnerConfig())
+    assert answers(session, PROMPTS[:2]) == plain[:2]
+    session.save(tmp_path)
+    with pytest.raises(CheckpointError, match="pass --draft self:"):
+        load_draft(tmp_path, target)
+
+
+def test_two_drafts_are_loaded_by_name(target, draft, plain, tmp_path):
+    checkpoint.save(tmp_path, 0, draft.meta, draft.draft)
+    fallback = load_draft(f"fallback:suffix,{tmp_path}", target)
+    session = Session(target, fallback, learner=LEARNER)
+    assert session.memory.max_match == 8
+    assert answers(session, PROMPTS[:3]) == plain[:3]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("self:exit-4", "with N from 1 to 3"),
+        ("self:exit-x", "use self:int4"),
+        ("self:half", "use self:int4"),
+        ("mixed:ngram", "cannot mix 'ngram'"),
+        ("mixed:ngram,suffix", "cannot mix 'ngram,suffix'"),
+        ("fallback:shipped,ngram", "the first one of ngram, suffix, prediction"),
+    ],
+)
+def test_drafts_that_cannot_be_are_refused(target, name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_draft(name, target)
 
 
 def test_a_model_with_another_tokenizer_is_refused(model_folders):
@@ -259,6 +299,24 @@ def test_collapsed_acceptance_warns(target, draft, plain, monkeypatch):
     session = Session(target, useless, ngrams=False)
     with pytest.warns(UserWarning, match="mean acceptance length is 1.0"):
         list(session.generate(PROMPTS, NEW_TOKENS))
+
+
+def test_predicted_answers_come_faster(target, draft, plain):
+    """Somewhat: random bytes are no text, so little of it is the answer's own."""
+    texts = [r.text for r in Session(target).generate(PROMPTS[:2], NEW_TOKENS)]
+    for drafted in (draft, load_draft("prediction", target)):
+        session = Session(target, drafted, ngrams=False)
+        assert answers(session, PROMPTS[:2]) == plain[:2]
+        before, session.stats = session.stats, DecodingStats(num_spec_tokens=12)
+        results = session.generate(PROMPTS[:2], NEW_TOKENS, predictions=texts)
+        assert [r.token_ids for r in results] == plain[:2]
+        length = session.stats.mean_acceptance_length
+        assert length > before.mean_acceptance_length
+
+
+def test_predictions_need_a_draft(target):
+    with pytest.raises(ConfigError, match="give it a draft"):
+        next(Session(target).generate(["a"], predictions=["b"]))
 
 
 def test_session_without_draft_has_nothing_to_save(target, tmp_path):

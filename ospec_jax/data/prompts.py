@@ -4,6 +4,7 @@
 import dataclasses
 import importlib.resources
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ospec_jax.config import ConfigError
@@ -19,19 +20,24 @@ class Prompt:
     Attributes:
       messages: Chat turns, `{role, content}` each.
       text: The last user turn, or the raw prompt.
+      prediction: What the answer is expected to be, as an edited file is; or empty.
+      prediction_confidence: Chance that its first token is right.
     """
 
     id: str
     text: str
     messages: tuple[dict, ...]
     domain: str = ""
+    prediction: str = ""
+    prediction_confidence: float = 0.5
 
 
 def parse_prompt(row: dict, default_id: str) -> Prompt:
     """Reads one row.
 
     Raises:
-      ConfigError: It has neither a prompt string nor well-formed messages.
+      ConfigError: It has neither a prompt string nor well-formed messages, or a
+        prediction that is none.
     """
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         messages = ({"role": "user", "content": row["prompt"]},)
@@ -49,7 +55,81 @@ def parse_prompt(row: dict, default_id: str) -> Prompt:
     return Prompt(
         id=str(row.get("id", default_id)), text=text, messages=messages,
         domain=str(row.get("domain", "")),
+        **_prediction_of(row),
     )  # fmt: skip
+
+
+def _prediction_of(row: dict) -> dict:
+    """`Prompt`'s fields about the expected answer."""
+    if row.get("prediction") is None:
+        return {}
+    confidence = row.get("prediction_confidence", 0.5)
+    if not isinstance(confidence, int | float) or not 0 < confidence <= 1:
+        raise ConfigError(f"prediction_confidence is {confidence!r}; it lies in (0, 1]")
+    text = _checked_prediction(row["prediction"])
+    return {"prediction": text, "prediction_confidence": float(confidence)}
+
+
+def _checked_prediction(prediction) -> str:
+    if isinstance(prediction, bytes):
+        return decode_prediction(prediction, "the prediction")
+    if not isinstance(prediction, str):
+        raise ConfigError(
+            f"the prediction is a {type(prediction).__name__}; it must be the text "
+            f"that the answer is expected to be"
+        )
+    if not prediction.strip():
+        raise ConfigError("the prediction is empty; leave it out instead")
+    return prediction
+
+
+def decode_prediction(content: bytes, name: str) -> str:
+    """Text of a predicted answer.
+
+    Raises:
+      ConfigError: It is not UTF-8, or empty.
+    """
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{name} is not UTF-8 text: byte 0x{content[error.start]:02x} at "
+            f"{error.start}; convert it, or predict text instead"
+        ) from error
+    return _checked_prediction(text)
+
+
+def read_prediction(path: str | Path) -> str:
+    """Reads a predicted answer from a file.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ConfigError: It is empty, or not UTF-8.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no prediction file {path}")
+    return decode_prediction(path.read_bytes(), str(path))
+
+
+def add_predictions(
+    prompts: Sequence[Prompt], predictions: Sequence[str | None]
+) -> list[Prompt]:
+    """Prompts with what their answers are expected to be.
+
+    Raises:
+      ConfigError: There are more or fewer of them, or one is no text.
+    """
+    if isinstance(predictions, str) or len(predictions) != len(prompts):
+        raise ConfigError(
+            f"{len(prompts)} prompts need as many predictions, None where there is "
+            f"none; got {predictions!r:.80}"
+        )
+    pairs = zip(prompts, predictions, strict=True)
+    return [
+        p if t is None else dataclasses.replace(p, prediction=_checked_prediction(t))
+        for p, t in pairs
+    ]
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -85,6 +165,15 @@ def demo_prompts(domain: str) -> list[Prompt]:
     files = importlib.resources.files("ospec_jax.data") / "prompts"
     with importlib.resources.as_file(files / f"{domain}.jsonl") as path:
         return read_prompts(path)
+
+
+def encode_prediction(prompt: Prompt, tokenizer) -> tuple[int, ...]:
+    """Token ids of the expected answer and its end; empty when there is none."""
+    if not prompt.prediction:
+        return ()
+    ids = tokenizer.encode(prompt.prediction, add_special_tokens=False)
+    end = tokenizer.eos_token_id
+    return (*ids, end) if end is not None else tuple(ids)
 
 
 def encode(prompt: Prompt, tokenizer, is_raw: bool = False) -> tuple[int, ...]:

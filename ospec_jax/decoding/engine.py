@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
 from ospec_jax.drafters.base import Drafter
+from ospec_jax.drafters.prediction import as_prediction
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.cache import KVCache
 from ospec_jax.types import DecodeState, Draft, Feedback, SamplingParams, StepOutput
@@ -42,6 +43,8 @@ class Request:
       prompt_ids: Token ids, chat template already applied.
       find_stop: Given the answer's ids, the number of ids to keep when a stop string
         occurs in their text, else None.
+      prediction_ids: What the answer is expected to be; empty for nothing.
+      prediction_confidence: See `drafters.prediction`.
     """
 
     id: str
@@ -49,6 +52,8 @@ class Request:
     max_new_tokens: int = 128
     sampling: SamplingConfig = SamplingConfig()
     find_stop: Callable[[list[int]], int | None] | None = None
+    prediction_ids: tuple[int, ...] = ()
+    prediction_confidence: float = 0.5
 
 
 @dataclasses.dataclass
@@ -112,6 +117,7 @@ class _Slot:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
     is_done: bool = False
+    is_sure: bool = False
     finish_reason: str = "length"
 
     @property
@@ -129,42 +135,65 @@ class Engine:
         target_params: Params,
         drafter: Drafter | None = None,
         is_recording: bool = False,
+        predicted: tuple[TreeConfig, Drafter] | None = None,
     ):
+        """Prepares the functions; they are compiled when first needed.
+
+        Args:
+          is_recording: Keep the features of verified tokens.
+          predicted: How much to draft, and what with, where suggestions are sure to
+            be right (`StepOutput.is_sure`); its state must be that of `drafter`.
+        """
         if drafter is None and config.tree.num_steps:
             raise ConfigError(
                 f"a tree of depth {config.tree.num_steps} needs a drafter; attach a "
                 f"draft or set num_speculative_tokens to 0"
             )
+        room = min(config.model.max_position, CAPACITIES[-1]) - 1
+        longest = predicted[0].num_nodes if predicted else 0
+        if max(config.tree.num_nodes, longest) > room:
+            raise ConfigError(
+                f"a tree of {max(config.tree.num_nodes, longest)} nodes does not fit: "
+                f"{config.model.max_position} positions and caches of {CAPACITIES[-1]} "
+                f"slots leave room for {room}; draft less"
+            )
         if is_recording and not config.taps:
             raise ConfigError("recording feedback needs the draft's taps")
         self.config, self.drafter = config, drafter
         self.target_params, self.is_recording = target_params, is_recording
+        self._predicted = predicted
+        kinds = [("step", build_step, config, drafter)]
+        kinds += [("prefill", build_prefill, config, drafter)]
+        if predicted is not None:
+            longer = dataclasses.replace(config, tree=predicted[0])
+            kinds += [("predicted_step", build_step, longer, predicted[1])]
         mesh, rows = config.mesh, sharding.row_shardings
         # The host reads outputs, and learning keeps feedback, whatever its process.
         pinned = lambda function, *places: sharding.pinned(function, mesh, *places)
         self._functions = {}
-        for is_greedy in (True, False):
-            special = dataclasses.replace(config, is_greedy=is_greedy)
-            for name, build in (("step", build_step), ("prefill", build_prefill)):
-                function = pinned(build(special, drafter), rows, sharding.replicated)
+        for name, build, special, drafts in kinds:
+            for is_greedy in (True, False):
+                special = dataclasses.replace(special, is_greedy=is_greedy)
+                function = pinned(build(special, drafts), rows, sharding.replicated)
                 self._functions[name, is_greedy] = jax.jit(function, donate_argnums=2)
-        self._start_row = jax.jit(pinned(self._new_row, rows), static_argnums=0)
+        self._start_row = jax.jit(pinned(self._new_row, rows), static_argnums=(0, 1))
         self._start_batch = jax.jit(
-            pinned(self._empty_rows, rows), static_argnums=(0, 1)
+            pinned(self._empty_rows, rows), static_argnums=(0, 1, 2)
         )
         self._insert = jax.jit(pinned(_insert, rows), donate_argnums=0)
         self._take_row = jax.jit(pinned(_take_row, sharding.replicated))
         self._finish = jax.jit(pinned(_finish, rows), donate_argnums=0)
 
     def compiled(self, name: str, is_greedy: bool) -> Callable:
-        """The jitted `step` or `prefill`, for greedy or sampled rows."""
+        """The jitted `step`, `predicted_step` or `prefill`."""
         return self._functions[name, is_greedy]
 
     @property
     def num_extra_slots(self) -> int:
         """Cache slots needed beyond a request's tokens."""
         scratch = self.drafter.num_scratch if self.drafter else 0
-        return max(self.config.tree.num_nodes, scratch) + 2
+        longest = self._predicted[0].num_nodes if self._predicted else 0
+        return max(self.config.tree.num_nodes, longest, scratch) + 2
 
     def capacity_for(self, requests: Iterable[Request]) -> int:
         """The smallest compiled capacity that holds every request.
@@ -189,11 +218,21 @@ class Engine:
         return next(c for c in CAPACITIES if c >= needed + self.num_extra_slots)
 
     def prefill(
-        self, draft: Draft | None, request: Request, capacity: int
+        self,
+        draft: Draft | None,
+        request: Request,
+        capacity: int,
+        has_prediction: bool | None = None,
     ) -> tuple[DecodeState, StepOutput]:
-        """Runs the prompt, chunk by chunk, and chooses the answer's first token."""
+        """Runs the prompt, chunk by chunk, and chooses the answer's first token.
+
+        Args:
+          has_prediction: Make room for one; by default if the request has one.
+        """
+        if has_prediction is None:
+            has_prediction = bool(request.prediction_ids)
         is_greedy = request.sampling.temperature == 0
-        state = self._initial_state(request, capacity)
+        state = self._initial_state(request, capacity, has_prediction)
         ids = np.asarray(request.prompt_ids, np.int32)
         run = self.compiled("prefill", is_greedy)
         output = None
@@ -211,20 +250,27 @@ class Engine:
         assert output is not None, "an empty prompt is refused by capacity_for"
         return state, output
 
-    def _initial_state(self, request: Request, capacity: int) -> DecodeState:
+    def _initial_state(self, request, capacity: int, has_prediction) -> DecodeState:
         sampling = request.sampling
         values = (sampling.temperature, sampling.top_k, sampling.top_p)
         key = jax.random.key(sampling.seed)
-        return self._start_row(capacity, key, values, request.max_new_tokens)
+        args = capacity, has_prediction, key, values, request.max_new_tokens
+        state = self._start_row(*args)
+        if not has_prediction:
+            return state
+        ids, confidence = request.prediction_ids, request.prediction_confidence
+        return state.replace(prediction=as_prediction(ids, capacity, confidence))
 
-    def _empty_rows(self, batch_size: int, capacity: int) -> DecodeState:
+    def _empty_rows(self, batch_size, capacity, has_prediction) -> DecodeState:
         return empty_state(
-            self.config, self.drafter, batch_size, capacity, self.is_recording
-        )
+            self.config, self.drafter, batch_size, capacity, self.is_recording,
+            has_prediction,
+        )  # fmt: skip
 
-    def _new_row(self, capacity, key, values, num_remaining) -> DecodeState:
+    def _new_row(self, capacity, has_prediction, key, values, num_remaining):
         """The state of one request before its prefill."""
-        state, sampling = self._empty_rows(1, capacity), SamplingParams(*values)
+        state = self._empty_rows(1, capacity, has_prediction)
+        sampling = SamplingParams(*values)
         fill = lambda old, value: jnp.full_like(old, value)
         return state.replace(
             request_keys=key[None],
@@ -258,7 +304,7 @@ class Engine:
             for request in requests:
                 slots = self._checked_capacity([request], capacity)
                 yield from self._serve_batch(
-                    iter([request]), draft_fn, 1, slots, on_tokens, lag
+                    [request], draft_fn, 1, slots, on_tokens, lag
                 )
             return
         requests = list(requests)
@@ -266,7 +312,7 @@ class Engine:
             return
         slots = self._checked_capacity(requests, capacity)
         yield from self._serve_batch(
-            iter(requests), draft_fn, batch_size, slots, on_tokens, lag
+            requests, draft_fn, batch_size, slots, on_tokens, lag
         )
 
     def _checked_capacity(self, requests, capacity: int | None) -> int:
@@ -285,7 +331,11 @@ class Engine:
             )
         return -(-capacity // PREFILL_CHUNK) * PREFILL_CHUNK
 
-    def _serve_batch(self, pending, draft_fn, batch_size, capacity, on_tokens, lag):
+    def _serve_batch(self, requests, draft_fn, batch_size, capacity, on_tokens, lag):
+        has_prediction = any(request.prediction_ids for request in requests)
+        if has_prediction:
+            self._check_predictions()
+        pending = iter(requests)
         slots: list[_Slot | None] = [None] * batch_size
         state = None
         in_flight: deque = deque()
@@ -293,7 +343,9 @@ class Engine:
             for i in range(batch_size):
                 if slots[i] is None and (request := next(pending, None)) is not None:
                     slots[i] = _Slot(request, time.perf_counter(), self._new_stats())
-                    row, output = self.prefill(draft_fn(), request, capacity)
+                    row, output = self.prefill(
+                        draft_fn(), request, capacity, has_prediction
+                    )
                     state = self._place(state, row, i, batch_size, capacity)
                     in_flight.append((False, [(i, 0, slots[i])], output))
             active = [(i, i, slot) for i, slot in enumerate(slots) if slot]
@@ -302,8 +354,7 @@ class Engine:
             # No step is sent ahead that would find all rows at their limit.
             unread = sum(output.tokens.shape[1] for _, _, output in in_flight)
             if any(slot.num_remaining > unread for _, _, slot in active):
-                is_greedy = all(s.request.sampling.temperature == 0 for *_, s in active)
-                step = self.compiled("step", is_greedy)
+                step = self._next_step([slot for *_, slot in active])
                 state, output = step(self.target_params, draft_fn(), state)
                 in_flight.append((True, active, output))
                 num_ahead = lag
@@ -316,11 +367,25 @@ class Engine:
                     slots[i] = None
                     yield self._complete(slot, state, i)
 
+    def _next_step(self, slots: list[_Slot]) -> Callable:
+        """The function for these rows' next step: a longer one where all are sure."""
+        is_greedy = all(slot.request.sampling.temperature == 0 for slot in slots)
+        is_long = self._predicted and all(slot.is_sure for slot in slots)
+        return self.compiled("predicted_step" if is_long else "step", is_greedy)
+
+    def _check_predictions(self) -> None:
+        if self.config.tree.children != "topk":
+            raise ConfigError(
+                f"a prediction is exact only among children='topk', not "
+                f"{self.config.tree.children!r}"
+            )
+
     def _place(self, state, row, slot, batch_size, capacity):
         if batch_size == 1:
             return row
         if state is None:
-            state = self._start_batch(batch_size, capacity)
+            has_prediction = row.prediction is not None
+            state = self._start_batch(batch_size, capacity, has_prediction)
         return self._insert(state, row, np.int32(slot))
 
     def _without(self, state, row: int):
@@ -328,7 +393,9 @@ class Engine:
         return state.replace(is_finished=is_finished)
 
     def _new_stats(self) -> DecodingStats:
-        return DecodingStats(num_spec_tokens=self.config.tree.num_steps)
+        longest = self._predicted[0].num_steps if self._predicted else 0
+        num_steps = self.config.tree.num_steps
+        return DecodingStats(num_spec_tokens=max(num_steps, longest))
 
     def _read(self, is_step, rows, output: StepOutput, on_tokens):
         """Books one pass's tokens; yields the slots that are done."""
@@ -336,6 +403,7 @@ class Engine:
             if slot.is_done:
                 continue
             count = int(output.num_emitted[row])
+            slot.is_sure = output.is_sure is not None and bool(output.is_sure[row])
             tokens = output.tokens[row, :count].tolist()
             if output.log_probs is not None:
                 slot.log_probs += output.log_probs[row, :count].tolist()

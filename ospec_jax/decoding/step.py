@@ -6,6 +6,7 @@ tests and the baseline of the benchmarks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,6 +18,12 @@ from ospec_jax import tree as topology
 from ospec_jax.config import ModelConfig, TreeConfig
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters.base import Drafter, take_row
+from ospec_jax.drafters.prediction import (
+    LONG_RUN,
+    follow,
+    init_prediction,
+    prediction_hints,
+)
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics
@@ -93,6 +100,8 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         keys = jax.vmap(jax.random.fold_in)(state.request_keys, state.lengths)
         key_draft, key_verify = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
 
+        if drafter is not None and drafter.reads_target:
+            shared = shared.replace(params=target_params, cache=state.cache)
         tree, state = _propose(config, drafter, draft, shared, state, key_draft)
         hidden, taps, cache = _score(target, target_params, tree, state)
         logits = llama.target_logits(target_params, hidden, config.numerics)
@@ -140,9 +149,23 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             num_remaining=state.num_remaining - num_emitted,
             is_finished=is_finished,
         )
-        return state, output
+        return _look_ahead(drafter, draft, state, output)
 
     return speculative_step
+
+
+def _look_ahead(drafter, draft, state: DecodeState, output: StepOutput):
+    """Holds the prediction against what was emitted; is a longer chain worth it?"""
+    votes = []
+    if drafter is not None and drafter.is_sure is not None:
+        votes.append(drafter.is_sure(draft, state.draft_cache, state.lengths))
+    if state.prediction is not None:
+        prediction = follow(state.prediction, output.tokens, output.num_emitted)
+        state = state.replace(prediction=prediction)
+        votes.append(prediction.run >= LONG_RUN)
+    votes = [vote for vote in votes if vote is not None]
+    is_sure = functools.reduce(jnp.logical_or, votes) if votes else None
+    return state, output.replace(is_sure=is_sure)
 
 
 def _propose(config, drafter, draft, shared, state, keys):
@@ -158,7 +181,7 @@ def _propose(config, drafter, draft, shared, state, keys):
         return tree, state
     tree, draft_cache = drafter.propose(
         draft, shared, state.draft_cache, state.draft_context, root, state.lengths,
-        keys, state.sampling,
+        keys, state.sampling, prediction_hints(state.prediction),
     )  # fmt: skip
     return tree, state.replace(draft_cache=draft_cache)
 
@@ -185,7 +208,10 @@ def _verify(config, tree, logits, state, keys) -> Verdict:
     probs = processed_probs(
         logits.reshape(b * n, v), params, config.numerics.is_row_invariant
     )
-    return verify_sampled(keys, tree, probs.reshape(b, n, v))
+    rule = config.tree.verification
+    # Suggestions alone make chains of `topk` children whatever the tree's own are.
+    rule = "token" if tree.children == "topk" else rule
+    return verify_sampled(keys, tree, probs.reshape(b, n, v), rule)
 
 
 def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:
@@ -284,10 +310,11 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             is_finished=is_finished,
         )
         zero = jnp.zeros_like(starts)
-        return state, StepOutput(
+        output = StepOutput(
             tokens=first[:, None], num_emitted=num_emitted, num_accepted=zero,
             num_drafted=zero, is_finished=is_finished, log_probs=log_probs,
         )  # fmt: skip
+        return _look_ahead(drafter, draft, state, output)
 
     return prefill
 
@@ -306,6 +333,7 @@ def empty_state(
     batch_size: int,
     capacity: int,
     has_feedback: bool,
+    has_prediction: bool = False,
 ) -> DecodeState:
     """A state whose rows are all finished, with caches of `capacity` slots."""
     c, b = config.model, batch_size
@@ -340,4 +368,5 @@ def empty_state(
         num_remaining=ints(),
         is_finished=jnp.ones((b,), bool),
         feedback=feedback,
+        prediction=init_prediction(b, capacity) if has_prediction else None,
     )  # fmt: skip

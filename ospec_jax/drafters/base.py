@@ -21,8 +21,9 @@ class Hints(NamedTuple):
 
     Attributes:
       recent: `[b, m]` the last tokens up to the root, -1 before the first.
-      suggest: `recent [b, w, m] -> (tokens [b, w], log_probs [b, w])`: a likely next
-        token of each of `w` paths; -inf for none.
+      suggest: `(recent [b, w, m], depth) -> (tokens [b, w], log_probs [b, w])`: a
+        likely next token of each of `w` paths, of which the last `depth` tokens were
+        drafted; -inf for none.
     """
 
     recent: jax.Array
@@ -50,6 +51,10 @@ class Drafter(NamedTuple):
       num_scratch: Cache slots that `propose` uses beyond the committed ones.
       unroll_features: As `unroll`, for drafts that predict the target's final states:
         returns the logits and, by depth, the predicted states; else None.
+      is_sure: `(draft, cache, starts) -> is_sure [b]`: whether a long chain of its
+        suggestions is likely to be right; None for a drafter that never is, or has no
+        suggestions. It may return None, too.
+      reads_target: `propose` needs the target's parameters and cache in `shared`.
     """
 
     init_params: Callable
@@ -60,6 +65,8 @@ class Drafter(NamedTuple):
     unroll: Callable
     num_scratch: int
     unroll_features: Callable | None = None
+    is_sure: Callable | None = None
+    reads_target: bool = False
 
 
 def frozen_head(shared: SharedTables, token_ids) -> dict:

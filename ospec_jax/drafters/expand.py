@@ -81,6 +81,12 @@ def _draw(keys, logits, count, children, sampling, is_row_invariant):
         logits.reshape(b * w, q), _flat_params(sampling, w), is_row_invariant
     ).reshape(b, w, q)
     split = jax.vmap(lambda key: jax.random.split(key, (w, count)))(keys)
+    if children in ("topk_sampled", "hub"):
+        draw = _draw_topk_sampled if children == "topk_sampled" else _draw_hub
+        rows = split[:, :, :2].reshape(b * w, -1)
+        ids, probs = draw(rows, probs.reshape(b * w, q), count)
+        ids, probs = ids.reshape(b, w, count), probs.reshape(b, w, q)
+        return ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs
     if children == "without_replacement":
         flat = split[:, :, 0].reshape(b * w)
         ids = sample_without_replacement(flat, probs.reshape(b * w, q), count)
@@ -91,16 +97,37 @@ def _draw(keys, logits, count, children, sampling, is_row_invariant):
     return ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs
 
 
-def _consider(hints: Hints | None, recent, tokens, log_probs):
+def _draw_topk_sampled(keys, probs, count):
+    """One draw from all but the `count - 1` most probable tokens, then these."""
+    top = jax.lax.top_k(probs, count - 1)[1].astype(jnp.int32)
+    is_top = jnp.any(top[..., None] == jnp.arange(probs.shape[-1]), axis=1)
+    others = jnp.where(is_top, 0.0, probs)
+    others = others / jnp.maximum(jnp.sum(others, axis=-1, keepdims=True), 1e-30)
+    drawn = sample(keys[:, 0], others)
+    return jnp.concatenate([drawn[:, None], top], axis=1), others
+
+
+def _draw_hub(keys, probs, count):
+    """SpecHub's pairs: a draw and the most probable token, or the other way round."""
+    assert count == 2, "TreeConfig lets pairs through only"
+    top = jnp.argmax(probs, axis=-1).astype(jnp.int32)
+    first = sample(keys[:, 0], probs)
+    others = jnp.where(jnp.arange(probs.shape[-1]) == top[:, None], 0.0, probs)
+    other = sample(keys[:, 1], others)
+    return jnp.stack([first, jnp.where(first == top, other, top)], axis=1), probs
+
+
+def _consider(hints: Hints | None, recent, depth, tokens, log_probs):
     """Puts likelier suggestions in the place of the least probable children.
 
     Args:
       recent: `[b, w, m]` the last tokens of the nodes' paths, None without hints.
+      depth: Of the nodes.
       tokens: `[b, w, count]` the nodes' children; likewise `log_probs`.
     """
     if hints is None:
         return tokens, log_probs
-    hint, rate = hints.suggest(recent)
+    hint, rate = hints.suggest(recent, depth)
     hint, rate = hint[..., None], rate[..., None]
     is_drafted = tokens == hint
     is_taken = (rate > log_probs[..., -1:]) & ~jnp.any(is_drafted, -1, keepdims=True)
@@ -119,7 +146,7 @@ def propose_static(
     step, config: TreeConfig, cache, context, root, starts, keys, sampling, token_ids,
     is_row_invariant, hints: Hints | None = None,
 ):  # fmt: skip
-    """Fills a fixed tree of `config.branching`."""
+    """Fills a fixed tree, whose nodes may have unequal numbers of children."""
     parents = topology.static_parents(config)
     depths = topology.static_depths(parents)
     mask = topology.static_ancestor_mask(parents)
@@ -128,9 +155,13 @@ def propose_static(
     # Level 0 is the root, whose logits verification left in the context.
     hidden, logits = context.hidden[:, None], context.logits[:, None]
     recent = None if hints is None else hints.recent[:, None]
-    drawn_from, first = [], 0
-    for depth, branches in enumerate(config.branching):
+    drawn_from, first, most = [], 0, 1
+    for depth in range(config.num_steps):
         width = int(np.sum(depths == depth))
+        above = parents[depths == depth + 1] - first
+        rank = np.arange(len(above)) - np.searchsorted(above, above)
+        branches = int(rank.max()) + 1
+        most = max(most, branches)
         if depth:
             level = slice(first, first + width)
             # Node n lies in scratch slot n - 1: the root is part of the context.
@@ -146,12 +177,12 @@ def propose_static(
         )  # fmt: skip
         drawn_from.append(probs)
         children = _to_target(ids, token_ids)
-        children, chosen = _consider(hints, recent, children, chosen)
-        tokens.append(children.reshape(b, -1))
-        log_probs.append(chosen.reshape(b, -1))
-        hidden = jnp.repeat(hidden, branches, axis=1)
+        children, chosen = _consider(hints, recent, depth, children, chosen)
+        tokens.append(children[:, above, rank])
+        log_probs.append(chosen[:, above, rank])
+        hidden = hidden[:, above]
         if recent is not None:
-            recent = extend_path(jnp.repeat(recent, branches, axis=1), tokens[-1])
+            recent = extend_path(recent[:, above], tokens[-1])
         first += width
     leaves = tokens[-1].shape[1]
     draft_probs = None
@@ -170,7 +201,7 @@ def propose_static(
         token_ids=token_ids,
         children=config.children,
         max_depth=config.num_steps,
-        max_children=max(config.branching),
+        max_children=most,
     )
     return tree, cache
 
@@ -199,7 +230,8 @@ def propose_uniform(
         is_row_invariant,
     )  # fmt: skip
     recent = None if hints is None else hints.recent[:, None]
-    first, log_probs = _consider(hints, recent, _to_target(ids, token_ids), log_probs)
+    first = _to_target(ids, token_ids)
+    first, log_probs = _consider(hints, recent, 0, first, log_probs)
     first, log_probs = first[:, 0], log_probs[:, 0]
     pool = {
         "tokens": _place(jnp.zeros((b, num_pool), jnp.int32), first, 0),
@@ -223,8 +255,14 @@ def propose_uniform(
         jnp.zeros((b,), bool) if stop_fn is None else stop_fn(depth, front["scores"])
     )
 
+    def promise(pool):
+        """Expected accepted tokens of the tree that the pool's best nodes make."""
+        best = jax.lax.top_k(pool["scores"], config.num_nodes - 1)[0]
+        return jnp.sum(jnp.exp(best), axis=-1)
+
     def deeper(carry):
         depth, cache, pool, front, is_stopped = carry
+        before = promise(pool) if config.min_gain else 0.0
         own = (
             jnp.arange(num_scratch) == (depth - 1) * width + jnp.arange(width)[:, None]
         )
@@ -239,7 +277,9 @@ def propose_uniform(
             is_row_invariant,
         )  # fmt: skip
         tokens = _to_target(ids, token_ids)
-        tokens, log_probs = _consider(hints, front.get("recent"), tokens, log_probs)
+        tokens, log_probs = _consider(
+            hints, front.get("recent"), depth, tokens, log_probs
+        )
         scores = front["scores"][..., None] + log_probs
         scores = jnp.where(is_stopped[:, None, None], -jnp.inf, scores)
         offset = width + (depth - 1) * width**2
@@ -271,6 +311,8 @@ def propose_uniform(
             "visible": pick_parent(visible, parent),
         }
         is_stopped = is_stopped | stopped(depth + 1, front)
+        if config.min_gain:
+            is_stopped |= promise(pool) - before < config.min_gain
         return depth + 1, cache, pool, front, is_stopped
 
     start = (jnp.int32(1), cache, pool, frontier, stopped(1, frontier))

@@ -14,8 +14,8 @@ While drafting, a node's hidden state is the row of what the heads have read so 
 the prefix' state and the embeddings of its path, zeros beyond.
 """
 
-import functools
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn

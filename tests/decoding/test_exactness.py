@@ -2,17 +2,19 @@
 """Whatever is drafted, greedy output is plain decoding's, and batches do not matter."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig, parse_tree
 from ospec_jax.decoding.engine import Engine, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
-from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.registry import build_drafter, memory_orders
+from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
@@ -27,6 +29,8 @@ TREES = {
         "static", 2, branching=(3, 2), children="without_replacement"
     ),
     "dynamic": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=12),
+    "opt": parse_tree("opt:6,0.1", 4),
+    "sequoia": parse_tree("sequoia:7,0.5,0.2,0.1", 3),
 }
 NGRAM_TREES = {
     "chain": TreeConfig(num_steps=3),
@@ -131,17 +135,126 @@ def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_ngrams_alone_draft_exactly(target, plain, batch_size):
-    tree = NGRAM_TREES["chain"]
-    drafter = build_drafter("ngram", None, tree)
+@pytest.mark.parametrize("family", ["ngram", "suffix"])
+def test_ngrams_alone_draft_exactly(target, plain, family, batch_size):
+    tree, longer = NGRAM_TREES["chain"], TreeConfig(num_steps=7)
+    drafter = build_drafter(family, None, tree)
     config = StepConfig(target.config, target.numerics, tree)
-    draft = Draft(params={}, memory=init_memory(64))
-    done = answers(Engine(config, target.params, drafter), draft, batch_size)
+    draft = Draft(params={}, memory=init_memory(64, memory_orders(family)))
+    predicted = longer, build_drafter(family, None, tree, predicted=longer)
+    engine = Engine(config, target.params, drafter, predicted=predicted)
+    done = answers(engine, draft, batch_size)
     assert tokens(done) == plain
-    stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=3))
+    if batch_size == 1:  # sixteen tokens repeat for long
+        is_long = engine.compiled("predicted_step", True)._cache_size() > 0
+        assert is_long == (family == "suffix")
+    stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=7))
     assert stats.num_accepted_tokens > 0
     # Where nothing matched, nothing was drafted.
     assert stats.num_draft_tokens < 3 * stats.num_drafts
+
+
+def predictions_of(plain, kind):
+    """Expected answers that are right, edited, or have nothing to do with it."""
+    if kind == "right":
+        return plain
+    if kind == "wrong":
+        return [ids[::-1] for ids in plain]
+    if kind == "some":
+        return [plain[0], [], plain[2], []]
+    return [[3, *ids[:7], 1, 2, *ids[7:12], *ids[15:]] for ids in plain]
+
+
+@pytest.mark.parametrize("kind", ["right", "edited", "some", "wrong"])
+@pytest.mark.parametrize("family", ["prediction", "ngram", "eagle3"])
+def test_predicted_answers_are_verified_exactly(target, plain, family, kind):
+    if target.numerics.precision == "int8" and (family, kind) != ("eagle3", "edited"):
+        pytest.skip("one case suffices in int8")
+    tree, longer = TreeConfig(num_steps=2), TreeConfig(num_steps=6)
+    config = tiny_draft_config(target.config) if family == "eagle3" else None
+    build = functools.partial(
+        build_drafter, family, config, tree, target.numerics, has_ngrams=True
+    )
+    drafter = build()
+    draft = tiny_draft(drafter, config) if config else Draft(params={})
+    draft = draft.replace(memory=init_memory(64))
+    taps = config.taps if config else ()
+    step = StepConfig(target.config, target.numerics, tree, taps)
+    predicted = longer, build(predicted=longer)
+    engine = Engine(step, target.params, drafter, predicted=predicted)
+    expected = predictions_of(plain, kind)
+    asked = [
+        dataclasses.replace(request, prediction_ids=tuple(ids))
+        for request, ids in zip(requests(), expected, strict=True)
+    ]
+    stats = DecodingStats(num_spec_tokens=6)
+    for batch_size in (1, 3):
+        done = list(engine.serve(asked, lambda: draft, batch_size))
+        done = sorted(done, key=lambda completion: completion.request.id)
+        assert tokens(done) == plain
+        stats = sum((c.stats for c in done), stats)
+    if kind == "right":
+        assert stats.mean_acceptance_length > 4
+        assert engine.compiled("predicted_step", True)._cache_size() > 0
+    if kind == "edited":
+        assert stats.mean_acceptance_length > 2
+
+
+@pytest.mark.parametrize("mix", ["fallback", "mixed"])
+def test_two_drafters_draft_exactly(target, plain, mix):
+    tree = TreeConfig(num_steps=3)
+    if mix == "mixed":
+        tree = dataclasses.replace(tree, kind="parallel")
+    config = tiny_draft_config(target.config)
+    drafter = build_drafter("eagle3", config, tree, target.numerics, True, mix=mix)
+    draft = tiny_draft(drafter, config).replace(memory=init_memory(64))
+    step = StepConfig(target.config, target.numerics, tree, config.taps)
+    engine = Engine(step, target.params, drafter)
+    done = answers(engine, draft)
+    assert tokens(done) == tokens(answers(engine, draft, 3)) == plain
+    alone = answers(*engine_for(target, TreeConfig(num_steps=3)))
+    accepted = lambda completions: sum(c.stats.num_accepted_tokens for c in completions)
+    assert accepted(done) > 1.2 * accepted(alone)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("int4", "chain"), ("int4", "dynamic"), ("exit", "chain")]
+)
+def test_a_target_drafts_for_itself_exactly(target, plain, part, name):
+    only_one_tree_in_int8(target, name)
+    config, params = target.config, {}
+    if part == "exit":
+        config = dataclasses.replace(config, num_layers=2)
+    else:
+        params = in_four_bits(target.params)
+    tree = NGRAM_TREES[name]
+    drafter = build_drafter("self", config, tree, target.numerics)
+    step = StepConfig(target.config, target.numerics, tree)
+    engine = Engine(step, target.params, drafter)
+    done = answers(engine, Draft(params))
+    assert tokens(done) == tokens(answers(engine, Draft(params), 3)) == plain
+    if part == "int4":
+        stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=3))
+        assert stats.draft_acceptance_rate > 0.1
+
+
+def test_all_layers_with_the_targets_weights_are_always_right(target, plain):
+    """What is read of the target's cache is right, or a draft would be wrong."""
+    tree = TreeConfig(num_steps=3)
+    drafter = build_drafter("self", target.config, tree, target.numerics)
+    step = StepConfig(target.config, target.numerics, tree)
+    done = answers(Engine(step, target.params, drafter), Draft({}))
+    assert tokens(done) == plain
+    for completion in done:
+        stats = completion.stats
+        assert stats.num_accepted_tokens >= 3 * (stats.num_drafts - 1)
+
+
+def test_predictions_among_drawn_children_are_refused(target):
+    engine, draft = engine_for(target, TREES["chain-sampled"])
+    request = dataclasses.replace(requests()[0], prediction_ids=(1, 2))
+    with pytest.raises(ConfigError, match="exact only among children='topk'"):
+        next(engine.serve([request], lambda: draft))
 
 
 @pytest.mark.parametrize("name", list(NGRAM_TREES))
@@ -248,6 +361,12 @@ def test_log_probs_are_the_targets(target):
     for a, b in zip(answers(drafted, draft), answers(alone, None), strict=True):
         assert len(a.log_probs) == len(a.token_ids)
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+
+
+def test_trees_that_fit_no_cache_are_refused(target):
+    tree = TreeConfig("static", 2, branching=(30, 20))
+    with pytest.raises(ConfigError, match="a tree of 631 nodes does not fit: 512"):
+        engine_for(target, tree)
 
 
 def test_tree_without_drafter_is_refused(target):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ospec_jax import tree as topology
-from ospec_jax.config import TreeConfig
+from ospec_jax.config import ConfigError, TreeConfig, best_parents
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.expand import propose_static, propose_uniform
@@ -33,8 +33,8 @@ SHY = {"chain": 0.3, "dynamic": 0.2}
 """Path probabilities below which these trees grow no deeper, in some of the tests."""
 
 
-def with_children(config, children):
-    return dataclasses.replace(config, children=children)
+def with_children(config, children, verification="token"):
+    return dataclasses.replace(config, children=children, verification=verification)
 
 
 def softmax(logits):
@@ -73,7 +73,7 @@ def sampling_params(rows, temperature=1.0):
     )
 
 
-def suggest(recent):
+def suggest(recent, depth):
     """Tokens that the reduced draft vocabulary lacks; none after token 2."""
     last = recent[..., -1]
     return jnp.where(last == 3, 0, 3), jnp.where(last == 2, -jnp.inf, jnp.log(0.6))
@@ -115,7 +115,8 @@ def emitted(config, target, logits, token_ids, claimed=None, hints=None):
         tree = grow(config, logits, token_ids, key_draft, hints)
         if claimed is not None:
             tree = as_drawn(tree, claimed, logits)
-        verdict = verify_sampled(key_verify, tree, target[tree.tokens])
+        rule = "token" if claimed else config.verification
+        verdict = verify_sampled(key_verify, tree, target[tree.tokens], rule)
         tokens = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
         last, sequence = tokens[:, 0], jnp.zeros((CHUNK,), jnp.int32)
         for i in range(length):
@@ -193,6 +194,86 @@ def test_emitted_law_is_the_targets(config, children, kind):
     assert np.all(counts[law == 0] == 0), "a token of probability zero came out"
     assert largest_deviation(counts, law) < _TOLERANCE
     assert accepted > 0.01 * NUM_SAMPLES
+
+
+UNEVEN = TreeConfig("static", 3, parents=best_parents((0.5, 0.2, 0.1), 8, 3))
+PAIRS = TreeConfig("static", 2, branching=(2, 2))
+BY_PATHS = {
+    "block": with_children(CHAIN, "sampled", "block"),
+    "block-shy": dataclasses.replace(
+        with_children(CHAIN, "sampled", "block"), min_path_probability=SHY["chain"]
+    ),
+    "traversal": with_children(WIDE, "sampled", "traversal"),
+    "traversal-distinct": with_children(WIDE, "without_replacement", "traversal"),
+    "topk-sampled": with_children(WIDE, "topk_sampled"),
+    "hub": with_children(PAIRS, "hub"),
+    "uneven": with_children(UNEVEN, "without_replacement"),
+    "uneven-traversal": with_children(UNEVEN, "without_replacement", "traversal"),
+}
+
+
+@pytest.mark.parametrize("kind", ["far", "narrow", "reduced"])
+@pytest.mark.parametrize("name", list(BY_PATHS))
+def test_every_rule_emits_the_targets_law(name, kind):
+    counts, law, accepted = emitted_counts(BY_PATHS[name], kind)
+    assert np.all(counts[law == 0] == 0), "a token of probability zero came out"
+    assert largest_deviation(counts, law) < _TOLERANCE
+    assert accepted > 0.01 * NUM_SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("config", "children", "kind", "gain"),
+    [
+        (CHAIN, "sampled", "far", 1.04),
+        (CHAIN, "sampled", "reduced", 1.03),
+        (WIDE, "sampled", "reduced", 1.02),
+        (WIDE, "without_replacement", "reduced", 1.002),
+    ],
+)
+def test_whole_paths_are_accepted_more_often(config, children, kind, gain):
+    by_token = emitted_counts(with_children(config, children), kind)[2]
+    rule = "block" if config.is_chain else "traversal"
+    by_path = emitted_counts(with_children(config, children, rule), kind)[2]
+    assert by_path > gain * by_token
+
+
+@pytest.mark.parametrize("kind", ["far", "reduced"])
+def test_hub_pairs_beat_independent_draws(kind):
+    by_pair = emitted_counts(with_children(PAIRS, "hub"), kind)[2]
+    assert by_pair > 1.02 * emitted_counts(with_children(PAIRS, "sampled"), kind)[2]
+
+
+def test_one_draw_beside_the_likeliest_is_accepted_as_often_as_can_be():
+    """With probability p(top) + sum over the others of min(p, q), at the root."""
+    config = with_children(TreeConfig("static", 1, branching=(3,)), "topk_sampled")
+    target, (logits, _) = target_table(), draft_logits("far", target_table())
+    _, _, accepted = emitted_counts(config, "far")
+    p, q = target[ROOT], softmax(logits)[ROOT]
+    top = np.argsort(-q)[:2]
+    rest = np.delete(q, top) / np.delete(q, top).sum()
+    best = p[top].sum() + np.minimum(np.delete(p, top), rest).sum()
+    assert accepted / NUM_SAMPLES == pytest.approx(best, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(verification="block"), "children that are drawn"),
+        (
+            dict(kind="static", num_steps=1, branching=(2,), verification="block"),
+            "block verification is for chains",
+        ),
+        (dict(children="topk_sampled"), "for static trees"),
+        (dict(children="hub"), "branching 2, not chain"),
+        (
+            dict(kind="static", num_steps=1, branching=(3,), children="hub"),
+            "branching 2, not static",
+        ),
+    ],
+)
+def test_rules_are_refused_where_they_are_not_exact(values, message):
+    with pytest.raises(ConfigError, match=message):
+        TreeConfig(**values)
 
 
 @pytest.mark.parametrize("config", [CHAIN, WIDE, DYNAMIC], ids=lambda c: c.kind)

@@ -9,12 +9,13 @@ import pytest
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.drafters.hints import hinted_chain
 from ospec_jax.drafters.ngram import (
-    MAX_MATCH,
+    ORDERS,
+    SUFFIX_ORDERS,
     init_memory,
     match_context,
     match_memory,
-    ngram_chain,
     remember,
     suggest,
     with_ngrams,
@@ -22,6 +23,7 @@ from ospec_jax.drafters.ngram import (
 from ospec_jax.testing import tiny_draft_config, tiny_model_config
 
 learn = jax.jit(remember)
+MAX_MATCH = init_memory(1).max_match
 
 
 def padded(tokens, size=64):
@@ -141,9 +143,9 @@ def test_the_likelier_source_is_believed():
 @pytest.mark.parametrize(("lowest", "num_nodes"), [(0.0, 4), (0.3, 3), (0.6, 2)])
 def test_chains_end_at_improbable_paths(lowest, num_nodes):
     """Each suggestion has a rate of one half; the fourth token has none."""
-    drafter = ngram_chain(TreeConfig(num_steps=4, min_path_probability=lowest))
+    drafter = hinted_chain(TreeConfig(num_steps=4, min_path_probability=lowest))
     rate = lambda recent: jnp.where(recent[..., -1] < 4, jnp.log(0.5), -jnp.inf)
-    hints = Hints(after(1)[0], lambda recent: (recent[..., -1] + 1, rate(recent)))
+    hints = Hints(after(1)[0], lambda recent, _: (recent[..., -1] + 1, rate(recent)))
     root = jnp.ones(1, jnp.int32)
     tree, _ = drafter.propose(None, None, (), None, root, root, None, None, hints)
     assert int(tree.is_valid.sum()) == num_nodes
@@ -155,3 +157,26 @@ def test_drawn_children_are_refused():
     drafter = eagle3(tiny_draft_config(tiny_model_config(16)), tree)
     with pytest.raises(ConfigError, match="exact only for children='topk'"):
         with_ngrams(drafter, tree)
+
+
+def test_longer_ngrams_tell_more_contexts_apart():
+    """The same three tokens mean different things after different beginnings."""
+    texts = [[i, 50, 51, 52, 53, 60 + i] for i in (1, 2, 3)]
+    short, long = init_memory(4096), init_memory(4096, SUFFIX_ORDERS)
+    for text in texts * 4:
+        short, long = learn(short, padded(text), 0, 6), learn(long, padded(text), 0, 6)
+    found = {}
+    for name, memory in (("short", short), ("long", long)):
+        contexts = [[-1] * (memory.max_match - 5) + text[:-1] for text in texts]
+        recent = jnp.asarray(contexts, jnp.int32)[None]
+        found[name] = match_memory(memory, recent)[0][0].tolist()
+    assert found["long"] == [61, 62, 63]
+    assert len(set(found["short"])) == 1
+
+
+def test_rates_have_a_prior_for_every_kind_of_match():
+    for orders in (ORDERS, SUFFIX_ORDERS):
+        memory = init_memory(4, orders)
+        assert memory.hits.shape == (memory.max_match + 8 * len(orders),)
+        rates = np.asarray(memory.hits / memory.trials)
+        assert np.all((rates > 0.1) & (rates < 1))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole paths, from the leaves up: traversal and block verification.
+
+Going depth first, a node x below u gets the rate min(1, r(u) p_u(x) / q_u(x)): how
+probable the whole path to it may still be. A leaf is accepted with its path at its
+rate. If it is not, it is removed, and its parent goes on with the residual
+
+    p_u <- normalised max(r(u) p_u - q_u, 0),  r(u) <- S / (S + 1 - r(u)),
+
+S being the residual's mass, until it is a leaf itself; the root's rate is one. A token
+that the rule for single tokens would reject may so be saved by those below it
+(traversal verification, arXiv 2505.12398; on a chain it is block verification,
+arXiv 2403.10444, which no rule for a chain surpasses).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ospec_jax.decoding.rules.recursive import draft_prob, is_token, on_target
+from ospec_jax.types import DraftTree
+
+
+def traversal(key, tree: DraftTree, rank, target_probs):
+    """Visits one row's nodes depth first, children in order."""
+    key_accept, key_next = jax.random.split(key)
+    num_nodes = tree.tokens.shape[0]
+    uniforms = jax.random.uniform(key_accept, (num_nodes,))
+
+    def enter(state, child):
+        """Goes down; a child that nothing can have drawn is passed over."""
+        node, probs, draft, rate, is_left, _ = state
+        token = tree.tokens[child]
+        q = draft_prob(tree, draft[node], token)
+        ratio = rate[node] * probs[node, token] / jnp.where(q > 0, q, 1.0)
+        rate = rate.at[child].set(jnp.minimum(1.0, ratio))
+        is_left = is_left.at[child].set(False)
+        return (
+            jnp.where(q > 0, child, node),
+            probs,
+            draft,
+            rate,
+            is_left,
+            jnp.bool_(False),
+        )
+
+    def leave(state):
+        """Accepts a leaf, or removes it and goes up."""
+        node, probs, draft, rate, is_left, _ = state
+        above = jnp.maximum(tree.parents[node], 0)
+        is_accepted = (uniforms[node] < rate[node]) | (node == 0)
+        q = draft[above]
+        rest = jnp.maximum(
+            rate[above] * probs[above] - on_target(tree, q, probs.shape[-1]), 0.0
+        )
+        mass = jnp.sum(rest)
+        # Rounding may leave nothing where p equals q.
+        rest = jnp.where(mass > 0, rest / jnp.where(mass > 0, mass, 1.0), probs[above])
+        total = mass + 1.0 - rate[above]
+        new_rate = jnp.where(total > 0, mass / jnp.where(total > 0, total, 1.0), 0.0)
+        if tree.children == "without_replacement":
+            others = jnp.where(is_token(tree, q, tree.tokens[node]), 0.0, q)
+            q = others / jnp.maximum(jnp.sum(others), 1e-30)
+        put = lambda x, new: x.at[above].set(jnp.where(is_accepted, x[above], new))
+        return (
+            jnp.where(is_accepted, node, above), put(probs, rest), put(draft, q),
+            put(rate, new_rate), is_left, is_accepted,
+        )  # fmt: skip
+
+    def visit(state):
+        node, is_left = state[0], state[4]
+        is_child = (tree.parents == node) & is_left
+        child = jnp.argmin(jnp.where(is_child, rank, num_nodes))
+        return jax.lax.cond(
+            jnp.any(is_child), enter, lambda state, _: leave(state), state, child
+        )
+
+    start = (
+        jnp.int32(0), target_probs, tree.draft_probs, jnp.ones((num_nodes,)),
+        tree.is_valid.at[0].set(False), jnp.bool_(False),
+    )  # fmt: skip
+    node, probs, *_ = jax.lax.while_loop(lambda state: ~state[5], visit, start)
+    next_token = jax.random.categorical(key_next, jnp.log(probs[node]))
+    return node.astype(jnp.int32), next_token.astype(jnp.int32)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target drafts for itself: its first layers, or its weights in four bits.
+
+Both read the keys and values that the target has cached for verified tokens, so they
+have no state of their own and nothing to do after a verification. For the first layers
+these entries are exactly their own; for coarser weights (ML-SpecQD, arXiv 2503.13565)
+they are better than their own would be.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ospec_jax.config import ConfigError, ModelConfig, TreeConfig
+from ospec_jax.drafters.base import Drafter
+from ospec_jax.drafters.expand import num_scratch, propose_static, propose_uniform
+from ospec_jax.models import cache as kv
+from ospec_jax.models import llama
+from ospec_jax.models.layers import Numerics
+from ospec_jax.types import DraftContext
+
+GROUP = 32
+"""Weights that share a scale in four bits."""
+
+
+def self_draft(config: ModelConfig, tree: TreeConfig, numerics: Numerics) -> Drafter:
+    """Builds the drafter; a `Draft` without parameters uses the target's.
+
+    Args:
+      config: The target's, with as many layers as shall draft. The final norm and the
+        head follow the last of them.
+    """
+    model = llama.build(config, numerics)
+    n = config.num_layers
+
+    def init_context(batch_size):
+        nothing = lambda: jnp.zeros((batch_size, 1))  # state is donated: no sharing
+        return DraftContext(hidden=nothing(), logits=nothing())
+
+    propose_tree = propose_static if tree.kind == "static" else propose_uniform
+
+    def propose(
+        draft, shared, cache, context, root, starts, keys, sampling, hints=None
+    ):
+        params = draft.params or shared.params
+        verified = kv.KVCache(
+            keys=shared.cache.keys[:n], values=shared.cache.values[:n]
+        )
+
+        def step(entries, hidden, tokens, positions, bias, starts):
+            out, _, entries = model(params, tokens, positions, bias, entries, starts)
+            return hidden, llama.target_logits(params, out, numerics), entries
+
+        nothing = jnp.zeros((root.shape[0], 1))
+        bias = kv.causal_bias(starts, 1, verified.capacity)
+        _, logits, entries = step(
+            verified, nothing, root[:, None], starts[:, None], bias, starts
+        )
+        first = DraftContext(hidden=nothing, logits=logits[:, 0])
+        proposed, _ = propose_tree(
+            step, tree, entries, first, root, starts + 1, keys, sampling, None,
+            numerics.is_row_invariant, hints,
+        )  # fmt: skip
+        return proposed, cache
+
+    def unroll(*_, **__):
+        raise ConfigError("a target that drafts for itself is not trained")
+
+    return Drafter(
+        init_params=lambda key: {},
+        init_cache=lambda batch_size, capacity: (),
+        init_context=init_context,
+        extend=lambda draft, shared, cache, inputs, *_: (
+            cache,
+            init_context(inputs.shape[0]),
+        ),
+        propose=propose,
+        unroll=unroll,
+        num_scratch=num_scratch(tree) + 1,  # the root has a slot, too
+        reads_target=True,
+    )
+
+
+def in_four_bits(params):
+    """Rounds all kernels of the layers to four bits, in groups of `GROUP` inputs.
+
+    The values keep the storage and the products of the target's precision: XLA:CPU has
+    no faster product for four bits, so there this measures acceptance, not speed. The
+    embedding and the head stay as they are.
+    """
+    rounded = dict(params)
+    for name, value in params.items():
+        if isinstance(value, dict):
+            rounded[name] = in_four_bits(value)
+        elif name == "kernel":
+            rounded |= _rounded(params)
+    return rounded
+
+
+@jax.jit
+def _rounded(linear: dict) -> dict:
+    kernel = linear["kernel"]
+    num_out, num_in = kernel.shape
+    size = GROUP if num_in % GROUP == 0 else num_in
+    groups = kernel.astype(jnp.float32).reshape(num_out, num_in // size, size)
+    step = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / 7.0
+    values = jnp.round(groups / jnp.maximum(step, 1e-12)) * step
+    values = values.reshape(num_out, num_in)
+    if kernel.dtype == jnp.int8:  # in units of the row's scale, at most 127
+        values = jnp.round(values)
+    return {"kernel": values.astype(kernel.dtype)}
