@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast lint bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,16 +18,25 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/ospec demo
 
+# The modes on 50 prompts, and other decoders where they are installed (".[peers]").
+PEERS ?=
+PROMPTS ?=
+bench: $(VENV)/.installed
+	$(BIN)/ospec bench $(if $(PROMPTS),--prompts $(PROMPTS)) --peers "$(PEERS)" \
+	  --json bench-output/results.json --markdown bench-output/results.md \
+	  --plot bench-output/speed.png
+	$(BIN)/ospec roofline | tee bench-output/roofline.md
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --durations 15
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --durations 15
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output
+	rm -rf $(VENV) build dist *.egg-info demo-output bench-output

@@ -9,9 +9,14 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
+REAL_WEIGHTS = {"02_speed"}
+MARKED = [
+    pytest.param(p, marks=pytest.mark.slow if p.stem in REAL_WEIGHTS else ())
+    for p in SOURCES
+]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("source", MARKED, ids=lambda p: p.stem)
 @pytest.mark.filterwarnings("ignore")
 def test_notebook_runs(source):
     notebook = jupytext.read(source)

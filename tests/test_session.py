@@ -253,7 +253,8 @@ def test_one_target_pass_a_step_whether_learning_or_not(target, draft, monkeypat
         monkeypatch.setattr(session.engine, "compiled", counted)
         results = list(session.generate(PROMPTS[:3], NEW_TOKENS))
         steps = sum(r.stats.num_drafts for r in results)
-        assert passes.count("step") == steps
+        # One step may have been sent ahead of a stop token.
+        assert steps <= passes.count("step") <= steps + len(results)
         return len(passes)
 
     slow = dataclasses.replace(LEARNER, update_interval=10**6)

@@ -27,6 +27,7 @@ _SOURCES = ("int8_linear.cc", "attention.cc")
 _HANDLERS = {
     "ospec_int8_linear": "OspecInt8Linear", "ospec_attention": "OspecAttention",
 }  # fmt: skip
+_REGISTERED: set[str] = set()
 _SUFFIXES = (".cc", ".h")
 _LANES = 16
 _FLAGS = (
@@ -97,8 +98,10 @@ def is_available(folder: Path) -> bool:
         )
         return False
     for target, handler in _HANDLERS.items():
-        capsule = jax.ffi.pycapsule(getattr(library, handler))
-        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+        if target not in _REGISTERED:  # a name can be given only once
+            capsule = jax.ffi.pycapsule(getattr(library, handler))
+            jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+            _REGISTERED.add(target)
     if not _is_correct():
         warnings.warn(
             "int8 decoding falls back to XLA's products: this machine's compiler built "
