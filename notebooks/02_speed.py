@@ -14,10 +14,10 @@
 # %% [markdown]
 # # Speed: how deep should a draft go on this machine?
 #
-# A verification of more rows costs more, but less than its rows would one by one: memory
-# is read once for all. How much more decides how deep to draft. This notebook measures
-# the cost of a pass by rows and the acceptance by depth, and predicts the best depth K
-# from the two. It fetches SmolLM2-135M (98 MB, once).
+# A verification of more rows costs more, but less than its rows would one by one:
+# memory is read once for all. How much more decides how deep to draft. This notebook
+# measures the cost of a pass by rows and the acceptance by depth, and predicts the best
+# depth K from the two. It fetches SmolLM2-135M (98 MB, once).
 
 # %%
 import matplotlib.pyplot as plt
@@ -29,7 +29,7 @@ from ospec_jax.data.prompts import demo_prompts
 
 target = load_target("smollm2-135m")
 draft = load_draft("shipped", target)
-target.numerics
+print(target.numerics)
 
 # %% [markdown]
 # ## What a pass costs
