@@ -11,7 +11,7 @@ from reference import random_params
 
 from ospec_jax import LearnerConfig, Session, TreeConfig, checkpoint
 from ospec_jax.checkpoint import CheckpointError, Meta
-from ospec_jax.config import ConfigError
+from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.config import TreeConfig as Tree
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
@@ -259,6 +259,17 @@ def test_one_target_pass_a_step_whether_learning_or_not(target, draft, monkeypat
 
     slow = dataclasses.replace(LEARNER, update_interval=10**6)
     assert count(None) == count(slow)
+
+
+def test_sampling_without_a_draft_follows_the_seed(target):
+    session = Session(target)
+    draw = lambda seed: [
+        result.token_ids
+        for result in session.generate(
+            PROMPTS[:2], NEW_TOKENS, SamplingConfig(1.0, seed=seed)
+        )
+    ]
+    assert draw(1) == draw(1) != draw(2)
 
 
 def test_too_long_a_prompt_is_refused_before_anything_is_decoded(target):

@@ -27,7 +27,9 @@ from ospec_jax.types import DraftTree
 def recursive(key, tree: DraftTree, rank, target_probs):
     """Walks one row's tree from the root down."""
     key_accept, key_next = jax.random.split(key)
-    uniforms = jax.random.uniform(key_accept, (tree.max_depth, tree.max_children))
+    # A lone root draws none, but the loop that it never enters is traced.
+    shape = max(tree.max_depth, 1), max(tree.max_children, 1)
+    uniforms = jax.random.uniform(key_accept, shape)
     draft_probs = lambda node: (
         None if tree.draft_probs is None else tree.draft_probs[node]
     )
