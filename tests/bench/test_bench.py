@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The harness beside other decoders, and what passes cost, on a tiny target."""
+
+import builtins
+
+import numpy as np
+import pytest
+
+from ospec_jax.bench.harness import BenchConfig, run_bench
+from ospec_jax.bench.passes import Machine, measure_machine, roofline
+from ospec_jax.bench.peers import Peer, open_peer
+from ospec_jax.bench.report import markdown_table, plot_modes, roofline_table
+from ospec_jax.bench.rows import to_rows
+from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.testing import tiny_target
+
+PROMPTS = [parse_prompt({"prompt": f"What is {i}?"}, f"q{i}") for i in range(3)]
+PLAIN = BenchConfig(modes=("autoregressive",), max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+def test_peers_take_turns_on_the_same_token_ids(target, tmp_path):
+    asked = []
+
+    def generate(prompt_ids, max_new_tokens, stop_ids):
+        asked.append((prompt_ids, max_new_tokens, stop_ids))
+        return [1] * 4
+
+    run = run_bench(target, None, PROMPTS, PLAIN, peers=[Peer("other", generate)])
+    session = run.modes["autoregressive"].session
+    requests = session.requests(PROMPTS, 6, SamplingConfig())
+    ids = [request.prompt_ids for _, request in requests]
+    assert [call[0] for call in asked] == [ids[0], *ids]  # the first one warms up
+    assert {call[1:] for call in asked} == {(6, session.engine.config.stop_ids)}
+    plain, other = to_rows(run)
+    assert other["mode"] == "other"
+    assert other["num_tokens"] == 12
+    assert "num_mismatched_outputs" not in other
+    low, middle, high = other["paired_speedup_quartiles"]
+    assert 0 < low <= middle <= high
+    assert plain["paired_speedup_quartiles"] == [1.0, 1.0, 1.0]
+    assert markdown_table([plain, other]).count("\n") == 3
+    assert plot_modes([plain, other], tmp_path / "speed.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BenchConfig(modes=("autoregressive",), batch_size=2),
+        BenchConfig(modes=("autoregressive",), sampling=SamplingConfig(1.0)),
+    ],
+)
+def test_peers_are_compared_greedily_and_one_by_one(target, config):
+    peer = Peer("other", lambda *_: [])
+    with pytest.raises(ConfigError, match="batch size of 1"):
+        run_bench(target, None, PROMPTS, config, peers=[peer])
+
+
+def test_unknown_peers_are_refused():
+    with pytest.raises(ConfigError, match="unknown peer 'vllm'"):
+        open_peer("vllm", "smollm2-135m")
+
+
+def test_a_peer_that_is_not_installed_says_how_to_get_it(monkeypatch, tmp_path):
+    find = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name == "llama_cpp":
+            raise ImportError("no llama_cpp", name=name)
+        return find(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(ConfigError, match=r"pip install 'ospec-jax\[peers\]'"):
+        open_peer("llama-cpp", str(tmp_path))
+
+
+def test_assisted_generation_needs_a_model(tmp_path):
+    with pytest.raises(ConfigError, match="--draft model:NAME"):
+        open_peer("transformers-assisted", str(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_roofline_counts_weights_and_cache_once(tied):
+    target = tiny_target(tie_embeddings=tied)
+    machine = Machine(bytes_per_second=1e9, operations_per_second=1e12)
+    one, four = roofline(target, machine, rows=(1, 4), capacity=64)
+    c = target.config
+    layer = c.hidden_size * (
+        (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.intermediate_size
+    )
+    weights = c.num_layers * layer + c.vocab_size * c.hidden_size
+    cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * 64
+    assert one.num_bytes == four.num_bytes == 4 * (weights + cache)
+    assert (one.num_operations, four.num_operations) == (2 * weights, 8 * weights)
+    assert one.bound == pytest.approx(one.num_bytes / 1e9)
+    assert one.seconds > 0
+    assert roofline_table([one, four], machine).count("\n") == 5
+
+
+def test_machine_is_measured(target, monkeypatch):
+    monkeypatch.setattr("ospec_jax.bench.passes._PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr("ospec_jax.bench.passes._PROBE_FEATURES", 64)
+    machine = measure_machine(target)
+    assert np.isfinite([machine.bytes_per_second, machine.operations_per_second]).all()
