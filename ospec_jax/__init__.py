@@ -8,8 +8,9 @@ from ospec_jax.config import (
     SamplingConfig,
     TreeConfig,
 )
+from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.hub import Target, load_target
-from ospec_jax.session import LoadedDraft, Result, Session, load_draft
+from ospec_jax.session import Result, Session
 
 __version__ = "0.1.0"
 

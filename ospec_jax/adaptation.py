@@ -285,3 +285,42 @@ class Adaptation:
             )
         served = served.replace(params=state.learner.params)
         return state.replace(version=state.version + 1), served, decision
+
+
+@dataclasses.dataclass
+class Learning:
+    """A session's learner: what to run and where it stands."""
+
+    config: LearnerConfig
+    adaptation: Adaptation
+    state: AdaptationState
+    traffic: Traffic
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough tokens have come since the last update."""
+        return self.adaptation.is_due(self.state)
+
+    def calibrate(self, draft: Draft, seconds_per_token: float) -> None:
+        """Compiles, and fixes the interval between updates."""
+        self.state = self.adaptation.calibrate(
+            self.state, self.traffic, draft, seconds_per_token
+        )
+
+    def rehearse(self, completion: Completion) -> None:
+        """Compiles what an answer of this cache's size needs; remembers nothing."""
+        traffic = jax.tree.map(jnp.copy, self.traffic)  # observing donates it
+        jax.block_until_ready(self.adaptation.observe(self.state, traffic, completion))
+
+    def observe(self, completion: Completion) -> None:
+        """Remembers an answer."""
+        self.state, self.traffic = self.adaptation.observe(
+            self.state, self.traffic, completion
+        )
+
+    def update(self, draft: Draft) -> tuple[Draft, UpdateReport]:
+        """Learns; returns the draft to serve."""
+        self.state, draft, report = self.adaptation.update(
+            self.state, self.traffic, draft
+        )
+        return draft, report

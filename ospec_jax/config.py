@@ -6,7 +6,6 @@ Every `from_dict` refuses keys that it does not know, and names the nearest know
 
 import dataclasses
 import difflib
-import heapq
 from typing import Any, Literal
 
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -290,122 +289,6 @@ class TreeConfig:
     def is_chain(self) -> bool:
         """Whether node i's only child is node i + 1."""
         return self.kind == "chain"
-
-
-def parse_tree(
-    text: str,
-    num_steps: int,
-    children: ChildrenKind = "topk",
-    min_path_probability: float = 0.0,
-    verification: Verification = "token",
-):
-    """Reads the command line's `--tree`.
-
-    `chain`; `static:3,2,1` (children of each node by depth); `dynamic:4,12` (topk and
-    number of draft tokens, with depth `num_steps`). A static tree has its full depth
-    whatever `min_path_probability`.
-    """
-    kind, _, numbers = text.partition(":")
-    if kind in ("opt", "sequoia"):
-        return _parse_optimal(text, kind, numbers, num_steps, children, verification)
-    try:
-        values = tuple(int(x) for x in numbers.split(",")) if numbers else ()
-    except ValueError:
-        values = None
-    if kind == "chain" and values == ():
-        return TreeConfig(
-            "chain", num_steps, children=children,
-            min_path_probability=min_path_probability, verification=verification,
-        )  # fmt: skip
-    if kind == "static" and values:
-        return TreeConfig(
-            "static", len(values), branching=values, children=children,
-            verification=verification,
-        )  # fmt: skip
-    if kind == "dynamic" and values and len(values) == 2:
-        topk, nodes = values
-        return TreeConfig(
-            "dynamic", num_steps, topk, nodes, children=children,
-            min_path_probability=min_path_probability, verification=verification,
-        )  # fmt: skip
-    raise ConfigError(
-        f"unknown tree {text!r}; use chain, static:3,2,1, dynamic:TOPK,NUM_TOKENS, "
-        f"opt:NUM_TOKENS,MIN_GAIN or sequoia:NUM_TOKENS,P1,P2,..."
-    )
-
-
-def _parse_optimal(text, kind, numbers, num_steps, children, verification):
-    """Reads trees that are built for the most accepted tokens."""
-    try:
-        count, *values = numbers.split(",")
-        size, rates = int(count), tuple(float(x) for x in values)
-        if not rates:
-            raise ValueError("no numbers")
-    except ValueError as error:
-        raise ConfigError(
-            f"cannot read the tree {text!r}; use opt:NUM_TOKENS,MIN_GAIN, opt:12,0.2, "
-            f"or sequoia:NUM_TOKENS,P1,P2,... with the chances of a node's first, "
-            f"second, ... child, as sequoia:12,0.6,0.15,0.05"
-        ) from error
-    if kind == "opt" and len(rates) == 1:
-        return TreeConfig("dynamic", num_steps, size, size, min_gain=rates[0])
-    parents = best_parents(rates, size, num_steps)
-    return TreeConfig(
-        "static", depth_of(parents), parents=parents, children=children,
-        verification=verification,
-    )  # fmt: skip
-
-
-def best_parents(
-    rates: tuple[float, ...], num_draft_tokens: int, max_depth: int
-) -> tuple[int, ...]:
-    """Sequoia's tree: the one of most accepted tokens (arXiv 2402.12374).
-
-    A node is accepted with the product of the rates on its path, so the best tree of n
-    nodes is that of the n largest products. Where later children have lower rates, as
-    they do, that is what Sequoia's dynamic programme finds.
-
-    Args:
-      rates: Chances that a node's first, second, ... child is the accepted one.
-
-    Raises:
-      ConfigError: The rates grow, are no probabilities, or the tree is too large.
-    """
-    if list(rates) != sorted(rates, reverse=True) or not 0 < sum(rates) <= 1 + 1e-6:
-        raise ConfigError(
-            f"the rates {rates} of a node's children must fall, and add up to at most 1"
-        )
-    if rates[-1] <= 0 or num_draft_tokens < 1 or max_depth < 1:
-        raise ConfigError(
-            f"a tree needs positive rates, nodes and depth, not {rates}, "
-            f"{num_draft_tokens} and {max_depth}"
-        )
-    chosen: list[tuple[int, ...]] = []
-    queue: list[tuple[float, tuple[int, ...]]] = [(-rates[0], (0,))]
-    while queue and len(chosen) < num_draft_tokens:
-        value, path = heapq.heappop(queue)
-        chosen.append(path)
-        if len(path) < max_depth:
-            heapq.heappush(queue, (value * rates[0], (*path, 0)))
-        if (rank := path[-1] + 1) < len(rates):
-            sibling = value / rates[rank - 1] * rates[rank]
-            heapq.heappush(queue, (sibling, (*path[:-1], rank)))
-    if len(chosen) < num_draft_tokens:
-        raise ConfigError(
-            f"a tree of depth {max_depth} and {len(rates)} children a node has "
-            f"{len(chosen)} nodes, not {num_draft_tokens}"
-        )
-    ordered = [(), *sorted(chosen, key=lambda path: (len(path), path))]
-    place = {path: i for i, path in enumerate(ordered)}
-    return (-1, *(place[path[:-1]] for path in ordered[1:]))
-
-
-def depth_of(parents: tuple[int, ...]) -> int:
-    """Depth of a tree, the root's being 0."""
-    depths = [0]
-    for parent in parents[1:]:
-        depths.append(depths[parent] + 1)
-    return max(depths)
 
 
 @dataclasses.dataclass(frozen=True)

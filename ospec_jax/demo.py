@@ -10,8 +10,8 @@ from ospec_jax.bench.harness import BenchConfig
 from ospec_jax.bench.report import markdown_table, plot_stream
 from ospec_jax.config import LearnerConfig, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
+from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
-from ospec_jax.session import load_draft
 
 
 def run_demo(
@@ -24,7 +24,7 @@ def run_demo(
     """Runs the stream and writes `acceptance.png`, `results.json`, `results.md` and
     the `checkpoint` of the learned draft into `out`; returns the table's rows.
     """
-    from ospec_jax.cli import run_with_progress
+    from ospec_jax.cli.measure import run_with_progress
 
     console = Console(stderr=True)
     target = load_target("smollm2-135m")

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from ospec_jax import checkpoint, sharding
-from ospec_jax.adaptation import Adaptation, AdaptationState, Traffic, UpdateReport
+from ospec_jax.adaptation import Adaptation, Learning, UpdateReport
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import (
     ConfigError,
@@ -32,156 +31,18 @@ from ospec_jax.data.prompts import (
     encode_prediction,
     parse_prompt,
 )
-from ospec_jax.data.tokenizer import stop_token_ids, tokenizer_hash
+from ospec_jax.data.tokenizer import TextStream, stop_token_ids
 from ospec_jax.decoding.engine import Completion, Engine, Request
 from ospec_jax.decoding.step import StepConfig, shared_tables
-from ospec_jax.drafters.mixed import MIXES
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter, memory_orders
-from ospec_jax.drafters.self_draft import in_four_bits
-from ospec_jax.formats.eagle3 import is_eagle3_folder
-from ospec_jax.formats.importing import load_folder
+from ospec_jax.loading import LoadedDraft, freely_placed
 from ospec_jax.metrics import DecodingStats
-from ospec_jax.models.hub import Target, load_target
+from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.types import Draft, NgramMemory
 
-SHIPPED = Path(__file__).parent / "shipped" / "smollm2-135m-eagle3"
-"""The draft that comes with the package."""
 _COLLAPSE_STEPS = 200
-_SUGGESTIONS = ("ngram", "suffix", "prediction")
-"""Families that need no parameters, and stand beside others."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedDraft:
-    """Draft parameters with the record of what they belong to.
-
-    Attributes:
-      model: The language model that drafts, for the families `model` and `self`.
-      mix: `fallback` or `mixed`: how suggestions are drafted beside it, if they are.
-      suggestions: Where they come from: `ngram`, `suffix` or `prediction`.
-    """
-
-    draft: Draft
-    meta: Meta
-    model: Target | None = None
-    mix: str = ""
-    suggestions: str = ""
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Target layers whose inputs the draft reads."""
-        return self.meta.draft.taps if self.meta.draft else ()
-
-
-def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
-    """Loads what the command line's `--draft` names, but for `none`.
-
-    Args:
-      name_or_folder: A family without parameters (`ngram`, `suffix`, `prediction`),
-        `shipped`, the folder of a checkpoint or of a public EAGLE-3 head,
-        `model:TARGET`, `self:int4`, `self:exit-N`, or
-        `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`.
-
-    Raises:
-      CheckpointError: Nothing readable is there, or it is for another target.
-      ConfigError: A public head has an architecture that is not supported.
-      WeightsError: A public head lacks tensors.
-    """
-    if name_or_folder in _SUGGESTIONS:
-        meta = Meta.create(target, None, str(name_or_folder))
-        return LoadedDraft(Draft(params={}), meta)
-    kind, _, name = str(name_or_folder).partition(":")
-    if kind == "model":
-        return model_draft(name, target)
-    if kind == "self":
-        return own_draft(name, target)
-    if kind in MIXES:
-        return mixed_draft(kind, name, target)
-    folder = SHIPPED if name_or_folder == "shipped" else Path(name_or_folder)
-    if is_eagle3_folder(folder):
-        return LoadedDraft(*load_folder(folder, target))
-    restored = checkpoint.load(folder, target, mesh=target.mesh)
-    if restored.meta.family in ("model", "self"):
-        name = f"{restored.meta.family}:{restored.meta.card['model']}"
-        raise checkpoint.CheckpointError(
-            f"{folder} was learned beside the drafting model {name!r}, which it does "
-            f"not hold; pass --draft {name}"
-        )
-    return LoadedDraft(_freely_placed(restored.draft, target.mesh), restored.meta)
-
-
-def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
-    """Loads a smaller language model to draft for a target, in its precision.
-
-    Raises:
-      CheckpointError: The two have different tokenizers.
-    """
-    how = target.numerics
-    model = load_target(name_or_path, how.precision, target.mesh, how.is_scanned)
-    meta = Meta.create(target, None, "model", card={"model": name_or_path})
-    if tokenizer_hash(model.tokenizer) != meta.tokenizer_hash:
-        raise checkpoint.CheckpointError(
-            f"{name_or_path!r} has another tokenizer than {target.name}: its tokens "
-            f"would mean something else; use a model of the same family"
-        )
-    token_ids = None
-    if model.config.vocab_size < target.config.vocab_size:
-        token_ids = jnp.arange(model.config.vocab_size, dtype=jnp.int32)
-    return LoadedDraft(Draft(model.params, token_ids), meta, model)
-
-
-def own_draft(name: str, target: Target) -> LoadedDraft:
-    """The target as its own draft: `int4`, or `exit-N` for its first N layers.
-
-    Raises:
-      ConfigError: It has no such part.
-    """
-    config, params = target.config, {}
-    if name == "int4":
-        params = in_four_bits(target.params)
-    else:
-        kind, _, count = name.partition("-")
-        layers = int(count) if count.isdecimal() else 0
-        if kind != "exit" or not 0 < layers < config.num_layers:
-            raise ConfigError(
-                f"no draft 'self:{name}'; use self:int4, or self:exit-N with N from 1 "
-                f"to {config.num_layers - 1}"
-            )
-        config = dataclasses.replace(config, num_layers=layers)
-    meta = Meta.create(target, None, "self", card={"model": name})
-    return LoadedDraft(Draft(params), meta, dataclasses.replace(target, config=config))
-
-
-def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
-    """A draft beside which chains of suggestions are drafted.
-
-    Args:
-      names: Of the suggestions and of the draft, `ngram,shipped`.
-
-    Raises:
-      ConfigError: They are not one of each.
-    """
-    suggestions, _, name = names.partition(",")
-    if suggestions not in _SUGGESTIONS or not name or name in _SUGGESTIONS:
-        raise ConfigError(
-            f"cannot mix {names!r}; use {mix}:SUGGESTIONS,DRAFT, the first one of "
-            f"{', '.join(_SUGGESTIONS)}, the second a draft of another kind"
-        )
-    inner = load_draft(name, target)
-    return dataclasses.replace(inner, mix=mix, suggestions=suggestions)
-
-
-def _freely_placed(tree, mesh):
-    """Copies of restored arrays that are not committed to a device; on a mesh, all are.
-
-    A committed one commits all that is computed from it, and `jit` compiles a function
-    anew for its committed and uncommitted arguments.
-    """
-    if mesh is not None:
-        return tree
-    return jax.tree.map(jnp.asarray, jax.device_get(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,10 +299,10 @@ class Session:
         # Refuse what does not fit before anything is decoded.
         self.engine.capacity_for(request for _, request in pairs)
         prompt_of = {id(request): prompt for prompt, request in pairs}
-        streams: dict[int, _TextStream] = {}
+        streams: dict[int, TextStream] = {}
 
         def on_tokens(request, tokens):
-            stream = streams.setdefault(id(request), _TextStream(self._decode))
+            stream = streams.setdefault(id(request), TextStream(self._decode))
             if text := stream.add(tokens):
                 assert on_text is not None
                 on_text(prompt_of[id(request)], text)
@@ -556,11 +417,11 @@ class Session:
         restored = checkpoint.load(
             folder, self.target, learner_like=learner_like, mesh=mesh
         )
-        learning.state = self._grouped(_freely_placed(restored.learner, mesh))
+        learning.state = self._grouped(freely_placed(restored.learner, mesh))
         try:
             traffic = learning.traffic
             found = checkpoint.load(folder, feedback_like=traffic, mesh=mesh)
-            learning.traffic = _freely_placed(found.feedback, mesh)
+            learning.traffic = freely_placed(found.feedback, mesh)
         except checkpoint.CheckpointError:
             warnings.warn(
                 f"{folder} holds no feedback; learning goes on without past traffic",
@@ -568,69 +429,9 @@ class Session:
             )
         version = restored.meta.draft_version - self.version
         self.meta = dataclasses.replace(restored.meta, draft_version=version)
-        self._serve(self._grouped(_freely_placed(restored.draft, mesh)))
+        self._serve(self._grouped(freely_placed(restored.draft, mesh)))
         self.answered = list(restored.meta.answered)
         return self.answered
-
-
-@dataclasses.dataclass
-class Learning:
-    """A session's learner: what to run and where it stands."""
-
-    config: LearnerConfig
-    adaptation: Adaptation
-    state: AdaptationState
-    traffic: Traffic
-
-    @property
-    def is_due(self) -> bool:
-        """Whether enough tokens have come since the last update."""
-        return self.adaptation.is_due(self.state)
-
-    def calibrate(self, draft: Draft, seconds_per_token: float) -> None:
-        """Compiles, and fixes the interval between updates."""
-        self.state = self.adaptation.calibrate(
-            self.state, self.traffic, draft, seconds_per_token
-        )
-
-    def rehearse(self, completion: Completion) -> None:
-        """Compiles what an answer of this cache's size needs; remembers nothing."""
-        traffic = jax.tree.map(jnp.copy, self.traffic)  # observing donates it
-        jax.block_until_ready(self.adaptation.observe(self.state, traffic, completion))
-
-    def observe(self, completion: Completion) -> None:
-        """Remembers an answer."""
-        self.state, self.traffic = self.adaptation.observe(
-            self.state, self.traffic, completion
-        )
-
-    def update(self, draft: Draft) -> tuple[Draft, UpdateReport]:
-        """Learns; returns the draft to serve."""
-        self.state, draft, report = self.adaptation.update(
-            self.state, self.traffic, draft
-        )
-        return draft, report
-
-
-class _TextStream:
-    """Decodes tokens into text as they come, holding back incomplete characters."""
-
-    def __init__(self, decode: Callable[[list[int]], str]):
-        self._decode, self._ids, self._shown = decode, [], 0
-
-    def add(self, token_ids: list[int]) -> str:
-        """The text that these tokens add."""
-        self._ids += token_ids
-        text = self._decode(self._ids)
-        return "" if text.endswith("\ufffd") else self._show(text)
-
-    def flush(self) -> str:
-        """What was held back, at the end of the answer."""
-        return self._show(self._decode(self._ids))
-
-    def _show(self, text: str) -> str:
-        new, self._shown = text[self._shown :], len(text)
-        return new
 
 
 def _as_prompt(prompt: Prompt | str | dict, number: int) -> Prompt:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Topologies of draft trees: parents, depths and who is whose ancestor."""
+"""Topologies of draft trees: their notation, parents, depths and ancestors."""
+
+import heapq
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from ospec_jax.config import TreeConfig
+from ospec_jax.config import ChildrenKind, ConfigError, TreeConfig, Verification
 from ospec_jax.typing import typed
 
 NO_PARENT = -1
@@ -25,7 +27,7 @@ def static_parents(config: TreeConfig) -> np.ndarray:
     return np.asarray(parents, np.int32)
 
 
-def static_depths(parents: np.ndarray) -> np.ndarray:
+def static_depths(parents: np.ndarray | tuple[int, ...]) -> np.ndarray:
     """Depth of each node, `[n]`."""
     depths = np.zeros(len(parents), np.int32)
     for node in range(1, len(parents)):
@@ -55,3 +57,111 @@ def ancestor_mask(
     for _ in range(max_depth):
         mask = own | (inherit(mask, above) & is_child)
     return mask
+
+
+def parse_tree(
+    text: str,
+    num_steps: int,
+    children: ChildrenKind = "topk",
+    min_path_probability: float = 0.0,
+    verification: Verification = "token",
+):
+    """Reads the command line's `--tree`.
+
+    `chain`; `static:3,2,1` (children of each node by depth); `dynamic:4,12` (topk and
+    number of draft tokens, with depth `num_steps`). A static tree has its full depth
+    whatever `min_path_probability`.
+    """
+    kind, _, numbers = text.partition(":")
+    if kind in ("opt", "sequoia"):
+        return _parse_optimal(text, kind, numbers, num_steps, children, verification)
+    try:
+        values = tuple(int(x) for x in numbers.split(",")) if numbers else ()
+    except ValueError:
+        values = None
+    if kind == "chain" and values == ():
+        return TreeConfig(
+            "chain", num_steps, children=children,
+            min_path_probability=min_path_probability, verification=verification,
+        )  # fmt: skip
+    if kind == "static" and values:
+        return TreeConfig(
+            "static", len(values), branching=values, children=children,
+            verification=verification,
+        )  # fmt: skip
+    if kind == "dynamic" and values and len(values) == 2:
+        topk, nodes = values
+        return TreeConfig(
+            "dynamic", num_steps, topk, nodes, children=children,
+            min_path_probability=min_path_probability, verification=verification,
+        )  # fmt: skip
+    raise ConfigError(
+        f"unknown tree {text!r}; use chain, static:3,2,1, dynamic:TOPK,NUM_TOKENS, "
+        f"opt:NUM_TOKENS,MIN_GAIN or sequoia:NUM_TOKENS,P1,P2,..."
+    )
+
+
+def _parse_optimal(text, kind, numbers, num_steps, children, verification):
+    """Reads trees that are built for the most accepted tokens."""
+    try:
+        count, *values = numbers.split(",")
+        size, rates = int(count), tuple(float(x) for x in values)
+        if not rates:
+            raise ValueError("no numbers")
+    except ValueError as error:
+        raise ConfigError(
+            f"cannot read the tree {text!r}; use opt:NUM_TOKENS,MIN_GAIN, opt:12,0.2, "
+            f"or sequoia:NUM_TOKENS,P1,P2,... with the chances of a node's first, "
+            f"second, ... child, as sequoia:12,0.6,0.15,0.05"
+        ) from error
+    if kind == "opt" and len(rates) == 1:
+        return TreeConfig("dynamic", num_steps, size, size, min_gain=rates[0])
+    parents = best_parents(rates, size, num_steps)
+    return TreeConfig(
+        "static", int(max(static_depths(parents))), parents=parents, children=children,
+        verification=verification,
+    )  # fmt: skip
+
+
+def best_parents(
+    rates: tuple[float, ...], num_draft_tokens: int, max_depth: int
+) -> tuple[int, ...]:
+    """Sequoia's tree: the one of most accepted tokens (arXiv 2402.12374).
+
+    A node is accepted with the product of the rates on its path, so the best tree of n
+    nodes is that of the n largest products. Where later children have lower rates, as
+    they do, that is what Sequoia's dynamic programme finds.
+
+    Args:
+      rates: Chances that a node's first, second, ... child is the accepted one.
+
+    Raises:
+      ConfigError: The rates grow, are no probabilities, or the tree is too large.
+    """
+    if list(rates) != sorted(rates, reverse=True) or not 0 < sum(rates) <= 1 + 1e-6:
+        raise ConfigError(
+            f"the rates {rates} of a node's children must fall, and add up to at most 1"
+        )
+    if rates[-1] <= 0 or num_draft_tokens < 1 or max_depth < 1:
+        raise ConfigError(
+            f"a tree needs positive rates, nodes and depth, not {rates}, "
+            f"{num_draft_tokens} and {max_depth}"
+        )
+    chosen: list[tuple[int, ...]] = []
+    queue: list[tuple[float, tuple[int, ...]]] = [(-rates[0], (0,))]
+    while queue and len(chosen) < num_draft_tokens:
+        value, path = heapq.heappop(queue)
+        chosen.append(path)
+        if len(path) < max_depth:
+            heapq.heappush(queue, (value * rates[0], (*path, 0)))
+        if (rank := path[-1] + 1) < len(rates):
+            sibling = value / rates[rank - 1] * rates[rank]
+            heapq.heappush(queue, (sibling, (*path[:-1], rank)))
+    if len(chosen) < num_draft_tokens:
+        raise ConfigError(
+            f"a tree of depth {max_depth} and {len(rates)} children a node has "
+            f"{len(chosen)} nodes, not {num_draft_tokens}"
+        )
+    ordered = [(), *sorted(chosen, key=lambda path: (len(path), path))]
+    place = {path: i for i, path in enumerate(ordered)}
+    return (-1, *(place[path[:-1]] for path in ordered[1:]))

@@ -20,8 +20,9 @@ from ospec_jax.decoding.engine import Engine, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.hub import scan_target, split_target
-from ospec_jax.session import LoadedDraft, Session, load_draft
+from ospec_jax.session import Session
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
 VOCAB = 24

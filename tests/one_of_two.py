@@ -19,8 +19,8 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
 import on_devices  # noqa: E402 - a process joins the others before it computes
 
 from ospec_jax import sharding  # noqa: E402
+from ospec_jax.loading import load_draft  # noqa: E402
 from ospec_jax.models.hub import enable_compilation_cache, split_target  # noqa: E402
-from ospec_jax.session import load_draft  # noqa: E402
 
 enable_compilation_cache()
 assert (jax.process_count(), jax.local_device_count()) == (2, 1)

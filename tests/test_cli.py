@@ -12,6 +12,7 @@ from reference import random_params
 
 from ospec_jax import LearnerConfig, checkpoint, cli
 from ospec_jax.bench.harness import MODES
+from ospec_jax.cli import arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -243,5 +244,5 @@ def test_unknown_flags_are_refused(ospec, capsys):
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem)
 def test_shipped_configurations_are_learners(file):
-    assert isinstance(cli.learner_config(str(file)), LearnerConfig)
-    assert cli.learner_config(str(file), learning_rate=0.5).learning_rate == 0.5
+    assert isinstance(arguments.learner_config(str(file)), LearnerConfig)
+    assert arguments.learner_config(str(file), learning_rate=0.5).learning_rate == 0.5

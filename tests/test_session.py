@@ -16,9 +16,9 @@ from ospec_jax.config import TreeConfig as Tree
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import load_target
-from ospec_jax.session import LoadedDraft, load_draft
 from ospec_jax.testing import (
     byte_tokenizer,
     tiny_draft,

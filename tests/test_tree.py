@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ospec_jax import tree as topology
-from ospec_jax.config import ConfigError, TreeConfig, best_parents, parse_tree
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.tree import best_parents, parse_tree
 
 
 def promised(parents, rates):

@@ -15,9 +15,10 @@ from ospec_jax.bench.passes import PassSeconds, measure_passes
 from ospec_jax.bench.peers import Peer
 from ospec_jax.config import ConfigError, LearnerConfig, SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import Prompt
+from ospec_jax.loading import LoadedDraft
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import Target
-from ospec_jax.session import LoadedDraft, Result, Session
+from ospec_jax.session import Result, Session
 
 MODES = ("autoregressive", "static", "ngrams", "learned")
 """Without a draft; with the draft as it is; that with n-grams of the request; that with

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,24 @@ def stop_token_ids(tokenizer, extra: tuple[int, ...] = ()) -> tuple[int, ...]:
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return tuple(sorted(ids | set(extra)))
+
+
+class TextStream:
+    """Decodes tokens into text as they come, holding back incomplete characters."""
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode, self._ids, self._shown = decode, [], 0
+
+    def add(self, token_ids: list[int]) -> str:
+        """The text that these tokens add."""
+        self._ids += token_ids
+        text = self._decode(self._ids)
+        return "" if text.endswith("\ufffd") else self._show(text)
+
+    def flush(self) -> str:
+        """What was held back, at the end of the answer."""
+        return self._show(self._decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        new, self._shown = text[self._shown :], len(text)
+        return new

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ospec_jax.config import DraftConfig
-from ospec_jax.types import SharedTables
+from ospec_jax.config import ConfigError, DraftConfig
+from ospec_jax.types import DraftContext, SharedTables
 
 
 class Hints(NamedTuple):
@@ -67,6 +67,35 @@ class Drafter(NamedTuple):
     unroll_features: Callable | None = None
     is_sure: Callable | None = None
     reads_target: bool = False
+
+
+def stateless(propose: Callable, num_scratch: int = 0, **changes) -> Drafter:
+    """A drafter with neither parameters nor a cache of its own, and nothing to train.
+
+    Args:
+      changes: Further fields of the `Drafter`.
+    """
+
+    def init_context(batch_size):
+        nothing = lambda: jnp.zeros((batch_size, 1))  # state is donated: no sharing
+        return DraftContext(hidden=nothing(), logits=nothing())
+
+    def extend(draft, shared, cache, inputs, *_):
+        return cache, init_context(inputs.shape[0])
+
+    def unroll(*_, **__):
+        raise ConfigError("this draft has no parameters to train")
+
+    return Drafter(
+        init_params=lambda key: {},
+        init_cache=lambda batch_size, capacity: (),
+        init_context=init_context,
+        extend=extend,
+        propose=propose,
+        unroll=unroll,
+        num_scratch=num_scratch,
+        **changes,
+    )
 
 
 def frozen_head(shared: SharedTables, token_ids) -> dict:

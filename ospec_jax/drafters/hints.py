@@ -6,9 +6,9 @@ import numpy as np
 
 from ospec_jax import tree as topology
 from ospec_jax.config import ConfigError, TreeConfig
-from ospec_jax.drafters.base import Drafter, Hints
+from ospec_jax.drafters.base import Drafter, Hints, stateless
 from ospec_jax.drafters.expand import extend_path
-from ospec_jax.types import DraftContext, DraftTree
+from ospec_jax.types import DraftTree
 
 
 def either(first: Hints, second: Hints | None) -> Hints:
@@ -73,22 +73,4 @@ def hinted_chain(tree: TreeConfig) -> Drafter:
             is_chain=True,
         ), cache
 
-    def init_context(batch_size):
-        nothing = lambda: jnp.zeros((batch_size, 1))  # state is donated: no sharing
-        return DraftContext(hidden=nothing(), logits=nothing())
-
-    def unroll(*_, **__):
-        raise ConfigError("suggestions have no parameters to train")
-
-    return Drafter(
-        init_params=lambda key: {},
-        init_cache=lambda batch_size, capacity: (),
-        init_context=init_context,
-        extend=lambda draft, shared, cache, inputs, *_: (
-            cache,
-            init_context(inputs.shape[0]),
-        ),
-        propose=propose,
-        unroll=unroll,
-        num_scratch=0,
-    )
+    return stateless(propose)

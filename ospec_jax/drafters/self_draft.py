@@ -10,8 +10,8 @@ they are better than their own would be.
 import jax
 import jax.numpy as jnp
 
-from ospec_jax.config import ConfigError, ModelConfig, TreeConfig
-from ospec_jax.drafters.base import Drafter
+from ospec_jax.config import ModelConfig, TreeConfig
+from ospec_jax.drafters.base import Drafter, stateless
 from ospec_jax.drafters.expand import num_scratch, propose_static, propose_uniform
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
@@ -31,10 +31,6 @@ def self_draft(config: ModelConfig, tree: TreeConfig, numerics: Numerics) -> Dra
     """
     model = llama.build(config, numerics)
     n = config.num_layers
-
-    def init_context(batch_size):
-        nothing = lambda: jnp.zeros((batch_size, 1))  # state is donated: no sharing
-        return DraftContext(hidden=nothing(), logits=nothing())
 
     propose_tree = propose_static if tree.kind == "static" else propose_uniform
 
@@ -62,22 +58,8 @@ def self_draft(config: ModelConfig, tree: TreeConfig, numerics: Numerics) -> Dra
         )  # fmt: skip
         return proposed, cache
 
-    def unroll(*_, **__):
-        raise ConfigError("a target that drafts for itself is not trained")
-
-    return Drafter(
-        init_params=lambda key: {},
-        init_cache=lambda batch_size, capacity: (),
-        init_context=init_context,
-        extend=lambda draft, shared, cache, inputs, *_: (
-            cache,
-            init_context(inputs.shape[0]),
-        ),
-        propose=propose,
-        unroll=unroll,
-        num_scratch=num_scratch(tree) + 1,  # the root has a slot, too
-        reads_target=True,
-    )
+    # The root has a slot, too.
+    return stateless(propose, num_scratch(tree) + 1, reads_target=True)
 
 
 def in_four_bits(params):

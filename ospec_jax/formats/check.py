@@ -4,8 +4,9 @@
 from ospec_jax.checkpoint import CheckpointError
 from ospec_jax.config import TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
+from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
-from ospec_jax.session import LoadedDraft, Session
+from ospec_jax.session import Session
 
 _USELESS = 1.01
 

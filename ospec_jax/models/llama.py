@@ -212,14 +212,6 @@ def stack_layers(params: Params) -> Params:
     return rest | {"layers": jax.tree.map(lambda *each: jnp.stack(each), *layers)}
 
 
-def unstack_layers(params: Params) -> Params:
-    """The inverse of `stack_layers`."""
-    rest = {k: v for k, v in params.items() if k != "layers"}
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    layer = lambda i: jax.tree.map(lambda each: each[i], params["layers"])
-    return rest | {f"layers_{i}": layer(i) for i in range(count)}
-
-
 def embedding_table(params) -> dict:
     """The target's token embedding, as `embed` reads it."""
     return _table_of(params, "embed_tokens")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig, parse_tree
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.decoding.engine import Engine, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
@@ -18,6 +18,7 @@ from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.tree import parse_tree
 from ospec_jax.types import Draft
 
 VOCAB = 16

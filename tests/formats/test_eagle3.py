@@ -22,8 +22,8 @@ from ospec_jax.drafters.eagle import eagle3 as build_eagle3
 from ospec_jax.formats import eagle3, exporting
 from ospec_jax.formats.check import self_check
 from ospec_jax.formats.importing import load_folder
+from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.weights import WeightsError
-from ospec_jax.session import LoadedDraft
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 from ospec_jax.types import Draft, SharedTables
 

@@ -59,12 +59,6 @@ def test_without_taps():
         assert one_pass(each, ())[1].shape == (2, 4, 0)
 
 
-def test_stacking_can_be_undone():
-    params = tiny_target(VOCAB, "int8").params
-    back = llama.unstack_layers(llama.stack_layers(params))
-    jax.tree.map(np.testing.assert_array_equal, back, params)
-
-
 def answers(target, tree, draft_with, batch_size):
     config = tiny_draft_config(target.config)
     step = StepConfig(target.config, target.numerics, tree, config.taps)

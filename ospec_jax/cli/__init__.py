@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `ospec` command: thin wrappers that read arguments and print results."""
+
+import contextlib
+import sys
+import warnings
+
+import tyro
+
+from ospec_jax import checkpoint
+from ospec_jax.cli.answer import generate, learn
+from ospec_jax.cli.arguments import console
+from ospec_jax.cli.make import distill, export_draft, import_draft, lower
+from ospec_jax.cli.measure import bench, demo, roofline
+from ospec_jax.config import ConfigError
+from ospec_jax.decoding.engine import PromptTooLongError
+from ospec_jax.drafters.mixed import MIXES
+from ospec_jax.drafters.registry import FAMILIES
+from ospec_jax.models.weights import WeightsError
+
+_USER_ERRORS = (
+    ConfigError, PromptTooLongError, WeightsError, checkpoint.CheckpointError,
+    FileNotFoundError, FloatingPointError,
+)  # fmt: skip
+
+
+def drafters() -> None:
+    """Lists the families of drafters."""
+    for name, description in (FAMILIES | MIXES).items():
+        print(f"{name:10} {description}")
+
+
+def main() -> None:
+    """Entry point of `ospec`."""
+    functions = (generate, learn, distill, bench, roofline, lower, drafters, demo)
+    commands = {function.__name__: function for function in functions}
+    commands |= {"import": import_draft, "export": export_draft}
+    warnings.showwarning = lambda message, *_: console.print(f"[yellow]{message}")
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="ospec")
+    except _USER_ERRORS as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        with contextlib.suppress(Exception):
+            console.print("interrupted")
+        sys.exit(130)

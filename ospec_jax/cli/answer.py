@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ospec generate`, `ospec learn`: answering."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ospec_jax.cli.arguments import (
+    Decoding,
+    Shared,
+    console,
+    learner_config,
+    live,
+    write_json,
+)
+from ospec_jax.config import ConfigError
+from ospec_jax.data.prompts import (
+    add_predictions,
+    parse_prompt,
+    read_prediction,
+    read_prompts,
+)
+from ospec_jax.progress import Interrupt, progress_bar
+
+
+def generate(
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None,
+    prompts: Path | None = None,
+    decoding: Shared = Decoding(),
+    prediction: Path | None = None,
+    stream: bool = False,
+    logprobs: bool = False,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Answers a prompt, or every prompt of a file.
+
+    Args:
+      prompt: The prompt's text.
+      prompts: A JSONL file of prompts instead.
+      prediction: A file that the answer to --prompt is expected to resemble, such as
+        the one that it edits; rows of --prompts have a key `prediction`.
+      stream: Print text as it comes.
+      logprobs: Report each token's log-probability.
+      json_file: Write one object (a list for several prompts); - for standard output.
+    """
+    if prompts is not None and prompt is None:
+        rows = read_prompts(prompts)
+    elif prompt is not None and prompts is None:
+        rows = [parse_prompt({"prompt": prompt}, "prompt-0")]
+    else:
+        raise ConfigError("give either --prompt or --prompts")
+    if prediction is not None:
+        if prompts is not None:
+            raise ConfigError(
+                "--prediction goes with --prompt; give the rows of --prompts a key "
+                "`prediction`"
+            )
+        rows = add_predictions(rows, [read_prediction(prediction)])
+    if decoding.draft == "none" and any(row.prediction for row in rows):
+        decoding = dataclasses.replace(decoding, draft="prediction")
+    target, draft = decoding.load()
+    session = decoding.open(target, draft, has_log_probs=logprobs)
+    write = lambda _, text: print(text, end="", flush=True)
+    results = []
+    for result in session.generate(
+        rows, decoding.max_new_tokens, decoding.sampling, is_raw=decoding.raw,
+        on_text=write if stream else None,
+    ):  # fmt: skip
+        results.append(result)
+        if stream:
+            print()
+        elif json_file is None:
+            print(result.text)
+        length = result.stats.mean_acceptance_length
+        console.print(
+            f"[dim]{len(result.token_ids)} tokens, "
+            f"{len(result.token_ids) / result.seconds:.1f} tokens/s (compilation "
+            f"included), mean acceptance length {length:.2f}[/dim]"
+        )
+    write_json(json_file, [r.to_json() for r in results], is_list=prompts is not None)
+
+
+def learn(
+    prompts: Path,
+    decoding: Shared = Decoding(),
+    learner: str = "gradient",
+    learning_rate: float | None = None,
+    optimizer: str | None = None,
+    learn_budget: float | None = None,
+    update_interval: int | None = None,
+    promotion: Literal["always", "guarded"] | None = None,
+    checkpoint_dir: Annotated[Path | None, tyro.conf.arg(name="checkpoint")] = None,
+    resume: bool = False,
+    save_every: int = 50,
+    save_feedback: bool = True,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Answers a stream of prompts, learns from it, and saves the draft.
+
+    Args:
+      prompts: A JSONL file.
+      learner: gradient, memory, or a Python file with `get_config() -> LearnerConfig`.
+      optimizer: Any optax optimizer.
+      learn_budget: Share of wall-clock time for learning.
+      update_interval: Tokens between updates; 0 derives it from the budget.
+      promotion: Serve every iterate, or only those that proved better.
+      checkpoint_dir: Where to save; Ctrl-C saves too.
+      resume: Go on exactly where the checkpoint stopped.
+      save_every: Prompts between two checkpoints.
+      save_feedback: Also save recent traffic, which a bitwise resume needs.
+      json_file: Write the answers and metrics.
+    """
+    rows = read_prompts(prompts)
+    if resume and checkpoint_dir is None:
+        raise ConfigError("--resume needs --checkpoint")
+    if decoding.draft == "none":
+        raise ConfigError("learning needs a draft: --draft shipped or a folder")
+    config = learner_config(
+        learner, optimizer=optimizer, learning_rate=learning_rate,
+        budget=learn_budget, update_interval=update_interval, promotion=promotion,
+    )  # fmt: skip
+    target, draft = decoding.load()
+    session = decoding.open(target, draft, config)
+    if resume and checkpoint_dir is not None:
+        answered = set(session.resume(checkpoint_dir))
+        rows = [row for row in rows if row.id not in answered]
+        console.print(
+            f"{len(answered)} prompts were answered before, {len(rows)} are left; "
+            f"draft version {session.version}"
+        )
+    session.warm_up(sampling=decoding.sampling)
+    results = []
+    with Interrupt() as interrupt, progress_bar() as bar:
+        task = bar.add_task("learn", total=len(rows))
+        answers = session.generate(
+            rows, decoding.max_new_tokens, decoding.sampling, is_raw=decoding.raw
+        )
+        for result in answers:
+            results.append(result)
+            bar.update(task, advance=1, description=live(result, results))
+            if checkpoint_dir is not None and len(results) % save_every == 0:
+                session.save(checkpoint_dir, save_feedback)
+            if interrupt:
+                break
+    if checkpoint_dir is not None:
+        path = session.save(checkpoint_dir, save_feedback)
+        console.print(f"saved {path}")
+    write_json(json_file, [r.to_json() for r in results], is_list=True)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments and output that several commands share."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from ospec_jax import sharding
+from ospec_jax.config import (
+    ChildrenKind,
+    ConfigError,
+    LearnerConfig,
+    Precision,
+    SamplingConfig,
+    TreeConfig,
+    Verification,
+)
+from ospec_jax.loading import LoadedDraft, load_draft
+from ospec_jax.models.hub import load_target
+from ospec_jax.session import Session
+from ospec_jax.tree import parse_tree
+
+console = Console(stderr=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Arguments that `generate`, `learn` and `bench` share.
+
+    Attributes:
+      target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
+      draft: none, shipped, ngram, suffix, prediction, model:TARGET (a smaller model),
+        self:int4, self:exit-N, a checkpoint folder or that of a public EAGLE-3 head, or
+        two drafts: fallback:ngram,DRAFT
+        (n-grams where they are likely), mixed:ngram,DRAFT (both in one tree).
+      precision: Of weights and products; auto measures what is fastest here.
+      batch_size: Requests decoded together.
+      num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.
+      tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the
+        best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
+        sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...
+        children).
+      min_path_probability: Draft no deeper once the draft gives its best path less.
+      draft_sample_method: How children are drawn when sampling.
+      verification: token by token, or by whole paths: block (chains), traversal (static
+        trees).
+      stop: Strings that end an answer.
+      raw: Skip the chat template.
+      ngrams: Let n-grams of the request, and of learned traffic, suggest tokens.
+      mesh: Devices to split over, like data=2,model=4; empty for a single one.
+      num_predicted_tokens: Tokens verified at once while a prediction holds.
+    """
+
+    target: str = "smollm2-135m"
+    draft: str = "shipped"
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    batch_size: int = 1
+    num_speculative_tokens: int = 3
+    tree: str = "chain"
+    min_path_probability: float = 0.0
+    draft_sample_method: ChildrenKind = "topk"
+    verification: Verification = "token"
+    stop: tuple[str, ...] = ()
+    raw: bool = False
+    ngrams: bool = True
+    num_predicted_tokens: int = 12
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    mesh: str = ""
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the target's tokens are chosen."""
+        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.seed)
+
+    @property
+    def tree_config(self) -> TreeConfig:
+        """How much is drafted."""
+        if self.draft == "none":
+            return TreeConfig(num_steps=0)
+        return parse_tree(
+            self.tree, self.num_speculative_tokens, self.draft_sample_method,
+            self.min_path_probability, self.verification,
+        )  # fmt: skip
+
+    def load(self):
+        """The target and its draft; bad arguments are refused before the loading."""
+        _ = self.tree_config, self.sampling
+        mesh = sharding.make_mesh(self.mesh) if self.mesh else None
+        sharding.check_batch(mesh, self.batch_size)
+        target = load_target(self.target, as_precision(self.precision), mesh)
+        draft = None if self.draft == "none" else load_draft(self.draft, target)
+        return target, draft
+
+    def open(
+        self, target, draft: LoadedDraft | None, learner=None, has_log_probs=False
+    ) -> Session:
+        """A session with these settings."""
+        return Session(
+            target, draft, learner=learner, tree=self.tree_config,
+            batch_size=self.batch_size, stop=self.stop, has_log_probs=has_log_probs,
+            ngrams=self.ngrams, num_predicted_tokens=self.num_predicted_tokens,
+        )  # fmt: skip
+
+
+Shared = Annotated[Decoding, tyro.conf.arg(name="")]
+
+
+def as_precision(name: str) -> Precision | None:
+    return None if name == "auto" else name  # type: ignore[return-value]
+
+
+def learner_config(name_or_file: str, **flags) -> LearnerConfig:
+    """A learner by name or from a configuration file; flags that are given win.
+
+    Raises:
+      ConfigError: There is no such learner or file, or the file gives something else.
+    """
+    if name_or_file in ("gradient", "memory"):
+        config = LearnerConfig(name=name_or_file)  # type: ignore[arg-type]
+    elif not Path(name_or_file).is_file():
+        raise ConfigError(
+            f"unknown learner {name_or_file!r}: use gradient, memory, or a Python file "
+            f"with get_config()"
+        )
+    else:
+        get_config = runpy.run_path(name_or_file).get("get_config")
+        config = get_config() if get_config else None
+        if not isinstance(config, LearnerConfig):
+            raise ConfigError(f"{name_or_file} has no get_config() -> LearnerConfig")
+    given = {name: value for name, value in flags.items() if value is not None}
+    return dataclasses.replace(config, **given)
+
+
+def live(result, results) -> str:
+    """Progress of a stream: speed and acceptance over the last ten prompts."""
+    recent = results[-10:]
+    tokens = sum(len(r.token_ids) for r in recent)
+    seconds = sum(r.seconds + r.learning_seconds for r in recent)
+    drafts = sum(r.stats.num_drafts for r in recent)
+    accepted = sum(r.stats.num_accepted_tokens for r in recent)
+    return (
+        f"{tokens / max(seconds, 1e-9):.1f} tokens/s, acceptance length "
+        f"{1 + accepted / max(drafts, 1):.2f}, draft v{result.version}"
+    )
+
+
+def write_json(file: Path | None, rows: list, is_list: bool) -> None:
+    if file is None:
+        return
+    text = json.dumps(rows if is_list else rows[0], indent=1, ensure_ascii=False)
+    if str(file) == "-":
+        print(text)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n", "utf-8")

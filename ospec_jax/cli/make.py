@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ospec distill`, `import`, `export` and `lower`: making drafts and artefacts."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ospec_jax import checkpoint, sharding
+from ospec_jax.cli.arguments import as_precision, console
+from ospec_jax.config import AttentionKind, ConfigError, Precision, SamplingConfig
+from ospec_jax.data.prompts import read_prompts
+from ospec_jax.loading import SHIPPED, LoadedDraft, load_draft
+from ospec_jax.models.hub import load_config, load_target
+from ospec_jax.tree import parse_tree
+
+
+def distill(
+    prompts: Path,
+    out: Path,
+    target: str = "smollm2-135m",
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    draft: str = "none",
+    family: Literal["eagle3", "eagle1", "hydra"] = "eagle3",
+    data: Path | None = None,
+    draft_vocab_size: int = 8192,
+    num_steps: int = 3,
+    num_updates: int = 1200,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    loss: str = "forward_kl",
+    feature_weight: float | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    collect_batch_size: int = 32,
+    collect_only: bool = False,
+    ship: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Trains a draft on the target's own outputs; both stages resume.
+
+    Args:
+      prompts: A JSONL file.
+      out: Folder of the recorded answers and of the draft's checkpoints.
+      draft: A trained draft to start from: none, shipped, or a folder; it brings its
+        own family.
+      family: What to train; one recording serves all of them.
+      data: Where outputs and features are recorded; by default `OUT/data`.
+      draft_vocab_size: Tokens that can be drafted, the most frequent ones; 0 for all,
+        with the target's frozen head.
+      num_steps: Drafted tokens that training looks ahead; Hydra gets as many heads.
+      loss: On tokens: forward_kl or total_variation.
+      feature_weight: Of the loss on predicted states (eagle1); by default the
+        published one.
+      temperature: Of the recorded outputs.
+      collect_only: Stop after recording.
+      ship: Also save the draft alone, in int8, into this folder.
+    """
+    from ospec_jax.distill.collect import collect
+    from ospec_jax.distill.families import default_draft_config, eagle3_taps
+    from ospec_jax.distill.train import DistillConfig, train
+
+    rows = read_prompts(prompts)
+    loaded = load_target(target, as_precision(precision))
+    draft_config = default_draft_config(
+        loaded.config, draft_vocab_size, family, num_steps
+    )
+    taps, initial = eagle3_taps(loaded.config), None
+    if draft != "none":
+        start = load_draft(draft, loaded)
+        if start.meta.draft is None:
+            raise ConfigError(f"the draft {draft!r} has no parameters to train")
+        draft_config, initial = start.meta.draft, (start.draft, start.meta)
+        if start.meta.family == "eagle3":
+            taps = draft_config.taps
+    folder = data or out / "data"
+    sampling = SamplingConfig(temperature=temperature, seed=seed)
+    count = collect(
+        loaded, rows, folder, taps, max_new_tokens=max_new_tokens,
+        sampling=sampling, batch_size=collect_batch_size,
+    )  # fmt: skip
+    console.print(f"recorded {count} answers in {folder}")
+    if collect_only:
+        return
+    config = DistillConfig(
+        num_updates=num_updates, batch_size=batch_size, learning_rate=learning_rate,
+        num_steps=num_steps, loss=loss, feature_weight=feature_weight, seed=seed,
+    )  # fmt: skip
+    trained = out / "draft"
+    history = train(loaded, folder, trained, config, draft_config, initial, family)
+    console.print(f"saved {trained}, and its course as {trained / 'training.png'}")
+    if history:
+        console.print(history[-1])
+    if ship is not None:
+        newest = checkpoint.load(trained, loaded)
+        meta = dataclasses.replace(newest.meta, storage="int8")
+        checkpoint.save(ship, newest.step, meta, newest.draft)
+        console.print(f"saved {ship}")
+
+
+def import_draft(
+    src: tyro.conf.Positional[Path],
+    out: Path,
+    target: str | None = None,
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    taps: tuple[int, ...] = (),
+    check: bool = True,
+) -> None:
+    """Turns a public EAGLE-3 head into a checkpoint.
+
+    Args:
+      src: Folder with config.json and *.safetensors, or *.bin where torch is installed.
+      out: Folder of the checkpoint.
+      target: What the head was trained for. Without it only the head's own files are
+        checked.
+      taps: Target layers whose input the head reads, if its files say it wrongly.
+      check: Decode a few prompts, and refuse a head that is never right.
+    """
+    from ospec_jax.formats.check import self_check
+    from ospec_jax.formats.importing import load_folder
+
+    loaded = load_target(target, as_precision(precision)) if target else None
+    draft, meta = load_folder(src, loaded, taps or None)
+    if loaded is not None and check:
+        with console.status("decoding a few prompts"):
+            length = self_check(loaded, LoadedDraft(draft, meta))
+        console.print(f"self-check: mean acceptance length {length:.2f}")
+    else:
+        console.print("not checked against a target")
+    console.print(f"saved {checkpoint.save(out, 0, meta, draft)}")
+
+
+def export_draft(
+    draft: tyro.conf.Positional[str],
+    out: Path,
+    format: Literal["eagle3", "speculators"] = "eagle3",
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    target: str | None = None,
+) -> None:
+    """Writes a draft as a public EAGLE-3 head that other servers load.
+
+    Args:
+      draft: shipped, or a checkpoint folder.
+      out: Folder of config.json and model.safetensors.
+      format: eagle3 (SGLang, vLLM, the reference code) or speculators (vLLM).
+      dtype: Of the weights; auto is what they were imported in, else float32.
+      target: Its name or path for the reader of the head; by default the recorded one.
+    """
+    from ospec_jax.formats import exporting
+
+    found = checkpoint.load(SHIPPED if draft == "shipped" else draft)
+    meta, card = found.meta, found.meta.card
+    if meta.family != "eagle3" or meta.draft is None:
+        raise ConfigError(
+            f"{draft} is a draft of the family {meta.family!r}; only EAGLE-3 heads "
+            f"have a public format here"
+        )
+    chosen = card.get("dtype", "float32") if dtype == "auto" else dtype
+    verifier = target or card.get("verifier") or meta.target
+    exporting.write(out, found.draft, meta.draft, format, chosen, verifier)
+    console.print(f"saved {out} ({chosen})")
+
+
+def lower(
+    out: Path,
+    target: str = "smollm2-135m",
+    draft: str = "shipped",
+    platforms: str = "tpu,cuda",
+    precision: Precision = "bfloat16",
+    num_speculative_tokens: int = 3,
+    tree: str = "chain",
+    batch_size: int = 1,
+    capacity: int = 1024,
+    scan: bool = True,
+    attention: AttentionKind = "xla",
+    mesh: str = "",
+) -> None:
+    """Lowers the decoding functions for accelerators that need not be here.
+
+    Args:
+      out: Folder of the artefacts, which `jax.export.deserialize` reads.
+      target: Only its architecture is read.
+      draft: none, shipped, or a checkpoint folder; likewise.
+      platforms: Comma-separated: cpu, cuda, rocm, tpu.
+      capacity: Slots of each row's cache.
+      scan: Lower one layer, run over stacked weights, instead of each.
+      attention: cudnn for cuda alone, on a machine that has the library.
+      mesh: Devices to split over, like data=2,model=4; empty for a single one.
+    """
+    from ospec_jax import lowering
+
+    config = lowering.LoweringConfig(
+        parse_tree(tree, num_speculative_tokens), precision, batch_size, capacity,
+        is_scanned=scan, attention=attention,
+        mesh=sharding.abstract_mesh(mesh) if mesh else None,
+    )  # fmt: skip
+    head, family = None, ""
+    if draft != "none":
+        meta = checkpoint.load(SHIPPED if draft == "shipped" else draft).meta
+        head, family = meta.draft, meta.family
+    with console.status(f"lowering for {platforms}"):
+        lowered = lowering.lower(
+            load_config(target), head, config, platforms.split(","), family
+        )  # fmt: skip
+    for path in lowering.write(lowered, out):
+        console.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
