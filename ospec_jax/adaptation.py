@@ -20,6 +20,7 @@ from ospec_jax import sharding
 from ospec_jax.config import ConfigError, LearnerConfig
 from ospec_jax.decoding.engine import Completion
 from ospec_jax.drafters import ngram
+from ospec_jax.head import HeadAdaptation
 from ospec_jax.learners import buffer, promotion
 from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState, Segments
 from ospec_jax.learners.gradient import gradient
@@ -132,6 +133,7 @@ class Adaptation:
         # Windows are split over devices, as rows of a batch are.
         self._batch = pinned(self._make_batch, sharding.row_shardings)
         self.mesh = mesh
+        self.head: HeadAdaptation | None = None
 
     @property
     def has_gradient(self) -> bool:
@@ -144,6 +146,8 @@ class Adaptation:
         learner = LearnerState(params={}, opt_state=(), num_updates=zero)
         if self.has_gradient:
             learner = self.learner.init(draft.params)
+        if self.head is not None:
+            learner = learner.replace(opt_state=self.head.init(draft))
         state = AdaptationState(
             learner=learner, guard=promotion.init_guard(),
             num_prompts=zero, num_tokens=zero, num_waiting=zero, num_fresh=zero,
@@ -307,15 +311,38 @@ class Learning:
             self.state, self.traffic, draft, seconds_per_token
         )
 
-    def rehearse(self, completion: Completion) -> None:
+    def rehearse(self, completion: Completion, served: Draft) -> None:
         """Compiles what an answer of this cache's size needs; remembers nothing."""
         traffic = jax.tree.map(jnp.copy, self.traffic)  # observing donates it
-        jax.block_until_ready(self.adaptation.observe(self.state, traffic, completion))
+        state = self.state
+        if self.adaptation.head is not None:
+            state, served = jax.tree.map(jnp.copy, (state, served))
+        copy = dataclasses.replace(self, state=state, traffic=traffic)
+        jax.block_until_ready((copy.observe(completion, served), copy.traffic))
 
-    def observe(self, completion: Completion) -> None:
-        """Remembers an answer."""
+    def observe(self, completion: Completion, served: Draft) -> Draft:
+        """Remembers an answer; returns the draft to serve."""
         self.state, self.traffic = self.adaptation.observe(
             self.state, self.traffic, completion
+        )
+        if self.adaptation.head is not None:
+            learner, head = self.state.learner, self.adaptation.head
+            learned, served = head.observe(learner.opt_state, served, completion)
+            self.state = self.state.replace(
+                learner=learner.replace(
+                    opt_state=learned, num_updates=learned.num_updates
+                ),
+                version=learned.num_updates,
+            )
+        if self.traffic.memory is None:
+            return served
+        return served.replace(memory=self.traffic.memory)
+
+    def master(self, draft: Draft) -> Draft:
+        """The draft to keep, in float32, given the one before the last answer."""
+        head = self.adaptation.head
+        return (
+            draft if head is None else head.master(self.state.learner.opt_state, draft)
         )
 
     def update(self, draft: Draft) -> tuple[Draft, UpdateReport]:

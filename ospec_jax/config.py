@@ -12,6 +12,7 @@ Precision = Literal["float32", "bfloat16", "int8"]
 AttentionKind = Literal["xla", "cudnn"]
 ChildrenKind = Literal["topk", "sampled", "without_replacement", "topk_sampled", "hub"]
 Verification = Literal["token", "block", "traversal"]
+Recording = Literal["nothing", "features", "states"]
 
 
 class ConfigError(ValueError):
@@ -319,7 +320,9 @@ class LearnerConfig:
     """How a draft learns from the traffic it serves.
 
     Attributes:
-      name: `gradient` trains the draft and remembers n-grams; `memory` only remembers.
+      name: `gradient` trains the draft and remembers n-grams; `head` trains its output
+        projection alone, after every answer, at next to no cost; `memory` only
+        remembers.
       memory_slots: n-grams of each order that are remembered; 0 for none.
       optimizer: Any optax optimizer that takes a learning rate.
       update_interval: Answer tokens between two updates; 0 derives it from `budget`.
@@ -336,9 +339,12 @@ class LearnerConfig:
       promotion: `always` serves each iterate; `guarded` only proven ones.
       min_windows: Compared windows before a guarded promotion.
       ring_capacity: Windows remembered.
+      head_rate: Step size of `head`; 1 is a whole Newton step for a token.
+      head_damping: Of its preconditioner; see `learners.head`.
+      head_candidates: Draft tokens whose rows of the projection one step may change.
     """
 
-    name: Literal["gradient", "memory"] = "gradient"
+    name: Literal["gradient", "head", "memory"] = "gradient"
     memory_slots: int = 65536
     optimizer: str = "adam"
     learning_rate: float = 3e-4
@@ -356,6 +362,9 @@ class LearnerConfig:
     promotion: Literal["always", "guarded"] = "always"
     min_windows: int = 8
     ring_capacity: int = 64
+    head_rate: float = 1.0
+    head_damping: float = 0.1
+    head_candidates: int = 256
     seed: int = 0
 
     def __post_init__(self):
@@ -377,3 +386,8 @@ class LearnerConfig:
                 f"num_context is {self.num_context}; at least 64 pairs of context are "
                 f"needed for a window's first pairs to see what they saw when serving"
             )
+
+    @property
+    def recording(self) -> Recording:
+        """What it needs to know of verified tokens."""
+        return {"memory": "nothing", "head": "states"}.get(self.name, "features")  # type: ignore[return-value]

@@ -114,7 +114,7 @@ def lower(
         lowered[name] = _export(function, args, platforms)
 
     def state_of(step: StepConfig, drafter, batch_size: int):
-        make = lambda: empty_state(step, drafter, batch_size, config.capacity, False)
+        make = lambda: empty_state(step, drafter, batch_size, config.capacity)
         return placed(jax.eval_shape(make), rows)
 
     batch = config.batch_size

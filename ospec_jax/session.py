@@ -36,6 +36,7 @@ from ospec_jax.decoding.engine import Completion, Engine, Request
 from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter, memory_orders
+from ospec_jax.head import HeadAdaptation
 from ospec_jax.loading import LoadedDraft, freely_placed
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import Target
@@ -136,14 +137,14 @@ class Session:
             stop_ids=stop_token_ids(target.tokenizer), has_log_probs=has_log_probs,
             mesh=mesh,
         )  # fmt: skip
-        is_recording = draft is not None and bool(
-            learner and learner.name == "gradient"
-        )
+        recording = "nothing"
+        if draft is not None and learner is not None:
+            recording = learner.recording
         predicted = None
         if drafter is not None and 0 < tree.num_steps < num_predicted_tokens:
             chain = TreeConfig(num_steps=num_predicted_tokens)
             predicted = chain, build(predicted=chain)
-        self.engine = Engine(config, target.params, drafter, is_recording, predicted)
+        self.engine = Engine(config, target.params, drafter, recording, predicted)
         self.learning: Learning | None = None
         self.meta = draft.meta if draft else None
         cast = lambda params: cast_params(params, target.numerics.precision)
@@ -162,6 +163,11 @@ class Session:
                 len(draft.taps) * target.config.hidden_size,
                 target.config.hidden_size, has_ngrams, mesh, orders,
             )  # fmt: skip
+            if learner.name == "head":
+                adaptation.head = HeadAdaptation(
+                    learner, drafter.head_inputs, target.numerics,
+                    target.config.vocab_size,
+                )  # fmt: skip
             self.learning = Learning(learner, adaptation, *adaptation.init(self.draft))
             self._serve(self.draft)
 
@@ -171,6 +177,8 @@ class Session:
         is_trained = self.meta is not None and self.meta.draft is not None
         params = self._cast(draft.params) if is_trained else draft.params
         self._served = draft.replace(params=params, memory=self.memory)
+        if self.learning is not None and self.learning.adaptation.head is not None:
+            self._served = self.learning.adaptation.head.own(self._served)
 
     def _grouped(self, tree, is_inverse: bool = False):
         """A draft or learner in the mesh's order of rows, or back in the files'."""
@@ -222,7 +230,7 @@ class Session:
                     )
                 )
             if self.learning is not None:
-                self.learning.rehearse(completions[-1])
+                self.learning.rehearse(completions[-1], self._served)
         if self.learning is not None:
             last = completions[-1]
             self.learning.calibrate(
@@ -340,8 +348,8 @@ class Session:
         if self.learning is None:
             return 0.0
         start = time.perf_counter()
-        self.learning.observe(completion)
-        self._served = self._served.replace(memory=self.memory)
+        self._served = self.learning.observe(completion, self._served)
+        self.draft = self.learning.master(self.draft)
         if self.learning.is_due:
             draft, report = self.learning.update(self.draft)
             self.reports.append(report)

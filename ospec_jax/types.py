@@ -116,6 +116,9 @@ class DraftTree:
       ancestor_mask: `[b, n, n]` whether node j is node i or one of its ancestors.
       draft_probs: `[b, n, q]` what node i's children were drawn from; None for `topk`.
       token_ids: `[q]` target ids of the draft vocabulary, None for the full one.
+      states: `[b, n, d]` the draft's state at nodes that it ran over, from which it
+        chose their children; None for drafts without any.
+      has_state: `[b, n]` which nodes these are.
       children: How children were drawn; the exact acceptance rule depends on it.
       max_depth: Static depth, the root's being 0.
       max_children: Static bound of a node's children.
@@ -131,6 +134,8 @@ class DraftTree:
     ancestor_mask: Bool[Array, "b n n"]
     draft_probs: Float[Array, "b n q"] | None = None
     token_ids: Int[Array, " q"] | None = None
+    states: Float[Array, "b n d"] | None = None
+    has_state: Bool[Array, "b n"] | None = None
     children: ChildrenKind = flax.struct.field(pytree_node=False, default="topk")
     max_depth: int = flax.struct.field(pytree_node=False, default=0)
     max_children: int = flax.struct.field(pytree_node=False, default=1)
@@ -181,9 +186,11 @@ class SamplingParams:
 class Feedback:
     """What verification said about consecutive tokens: the training signal.
 
-    Slot i belongs to the token at position i of its row. `logsumexp` lets the target's
-    exact probability of any token be recovered from `hidden` and the frozen head,
-    without a softmax over all of them. It is 0 for prompt tokens but the last, whose
+    Slot i belongs to the token at position i of its row. What is not recorded is None:
+    of `features` (taps, hidden, logsumexp) a draft is trained as a whole, of `states`
+    (and has_state) its last layer alone. `logsumexp` lets the target's exact
+    probability of any token be recovered from `hidden` and the frozen head, without a
+    softmax over all of them. It is 0 for prompt tokens but the last, whose
     distributions no draft is trained on.
 
     Attributes:
@@ -191,12 +198,17 @@ class Feedback:
       taps: `[b, s, f]` tapped hidden states, float16.
       hidden: `[b, s, d]` final normed hidden states, float16.
       logsumexp: `[b, s]` of the target's raw logits.
+      states: `[b, s, e]` the draft's own states while it drafted, float16.
+      has_state: `[b, s]` whether the draft had one there: it has none at the last token
+        of a draft that was accepted as a whole.
     """
 
     tokens: Int[Array, "b s"]
-    taps: Float[Array, "b s f"]
-    hidden: Float[Array, "b s d"]
-    logsumexp: Float[Array, "b s"]
+    taps: Float[Array, "b s f"] | None = None
+    hidden: Float[Array, "b s d"] | None = None
+    logsumexp: Float[Array, "b s"] | None = None
+    states: Float[Array, "b s e"] | None = None
+    has_state: Bool[Array, "b s"] | None = None
 
 
 @flax.struct.dataclass

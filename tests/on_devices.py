@@ -49,7 +49,7 @@ def engine_for(target, tree):
     drafter = build_drafter("eagle3", config, tree, target.numerics, has_ngrams=True)
     draft = tiny_draft(drafter, config).replace(memory=init_memory(64))
     params = sharding.regroup(draft.params, config, sharding.num_groups(mesh))
-    engine = Engine(step, target.params, drafter, is_recording=True)
+    engine = Engine(step, target.params, drafter, recording="features")
     return engine, sharding.put_params(draft.replace(params=params), mesh)
 
 

@@ -124,11 +124,11 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
     Raises:
       ConfigError: There is no such learner or file, or the file gives something else.
     """
-    if name_or_file in ("gradient", "memory"):
+    if name_or_file in ("gradient", "head", "memory"):
         config = LearnerConfig(name=name_or_file)  # type: ignore[arg-type]
     elif not Path(name_or_file).is_file():
         raise ConfigError(
-            f"unknown learner {name_or_file!r}: use gradient, memory, or a Python file "
+            f"unknown learner {name_or_file!r}: use gradient, head, memory, or a file "
             f"with get_config()"
         )
     else:

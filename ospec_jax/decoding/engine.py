@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
+from ospec_jax.config import ConfigError, Recording, SamplingConfig, TreeConfig
 from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.prediction import as_prediction
@@ -134,13 +134,13 @@ class Engine:
         config: StepConfig,
         target_params: Params,
         drafter: Drafter | None = None,
-        is_recording: bool = False,
+        recording: Recording = "nothing",
         predicted: tuple[TreeConfig, Drafter] | None = None,
     ):
         """Prepares the functions; they are compiled when first needed.
 
         Args:
-          is_recording: Keep the features of verified tokens.
+          recording: What to keep of verified tokens; see `Feedback`.
           predicted: How much to draft, and what with, where suggestions are sure to
             be right (`StepOutput.is_sure`); its state must be that of `drafter`.
         """
@@ -157,10 +157,13 @@ class Engine:
                 f"{config.model.max_position} positions and caches of {CAPACITIES[-1]} "
                 f"slots leave room for {room}; draft less"
             )
-        if is_recording and not config.taps:
-            raise ConfigError("recording feedback needs the draft's taps")
+        if recording == "features" and not config.taps:
+            raise ConfigError("recording features needs the draft's taps")
+        if recording == "states" and drafter is None:
+            raise ConfigError("recording a draft's states needs a drafter")
         self.config, self.drafter = config, drafter
-        self.target_params, self.is_recording = target_params, is_recording
+        self.target_params = target_params
+        self.recording: Recording = recording
         self._predicted = predicted
         kinds = [("step", build_step, config, drafter)]
         kinds += [("prefill", build_prefill, config, drafter)]
@@ -263,7 +266,7 @@ class Engine:
 
     def _empty_rows(self, batch_size, capacity, has_prediction) -> DecodeState:
         return empty_state(
-            self.config, self.drafter, batch_size, capacity, self.is_recording,
+            self.config, self.drafter, batch_size, capacity, self.recording,
             has_prediction,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ospec_jax import sharding
 from ospec_jax import tree as topology
-from ospec_jax.config import ModelConfig, TreeConfig
+from ospec_jax.config import ModelConfig, Recording, TreeConfig
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters.base import Drafter, take_row
 from ospec_jax.drafters.prediction import (
@@ -111,15 +111,19 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
 
         gather = jax.vmap(lambda values, path: values[path])
         taps, inputs = gather(taps, verdict.path), gather(tree.tokens, verdict.path)
-        if state.feedback is not None or config.has_log_probs:
+        has_features = state.feedback is not None and state.feedback.taps is not None
+        if has_features or config.has_log_probs:
             logsumexp = jax.nn.logsumexp(logits, axis=-1)
-        if state.feedback is not None:
+        if has_features:
             scored = Feedback(
                 tokens=inputs,
                 taps=taps,
                 hidden=gather(hidden, verdict.path),
                 logsumexp=gather(logsumexp, verdict.path),
             )
+        elif state.feedback is not None:
+            scored = _drafting_states(tree, verdict, inputs, state.feedback)
+        if state.feedback is not None:
             state = state.replace(
                 feedback=record(state.feedback, scored, state.lengths, is_batched)
             )
@@ -242,18 +246,39 @@ def _emit(config, tree, verdict: Verdict, state):
     return emitted, num_emitted, state.is_finished | has_stopped | is_spent
 
 
+def _drafting_states(tree: DraftTree, verdict, inputs, feedback) -> Feedback:
+    """The draft's states on the accepted path."""
+    rows, length = inputs.shape
+    if tree.states is None:
+        width = feedback.states.shape[-1]
+        return Feedback(
+            tokens=inputs, states=jnp.zeros((rows, length, width)),
+            has_state=jnp.zeros((rows, length), bool),
+        )  # fmt: skip
+    gather = jax.vmap(lambda values, path: values[path])
+    is_on_path = jnp.arange(length) <= verdict.num_accepted[:, None]
+    return Feedback(
+        tokens=inputs,
+        states=gather(tree.states, verdict.path),
+        has_state=gather(tree.has_state, verdict.path) & is_on_path,
+    )
+
+
 def record(
     feedback: Feedback, scored: Feedback, starts, is_batched: bool = False
 ) -> Feedback:
     """Writes verified tokens into the slots of their positions."""
     narrow = lambda x: jnp.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX).astype(jnp.float16)
     write = lambda old, new: kv.write_rows(old, new, starts, is_batched=is_batched)
+    wide = lambda old, new: write(old, narrow(new))
     column = lambda old, new: write(old[..., None], new[..., None])[..., 0]
-    return Feedback(
-        tokens=column(feedback.tokens, scored.tokens),
-        taps=write(feedback.taps, narrow(scored.taps)),
-        hidden=write(feedback.hidden, narrow(scored.hidden)),
-        logsumexp=column(feedback.logsumexp, scored.logsumexp),
+    writers = {"tokens": column, "logsumexp": column, "has_state": column}
+    return feedback.replace(
+        **{
+            name: writers.get(name, wide)(getattr(feedback, name), new)
+            for name, new in vars(scored).items()
+            if new is not None
+        }
     )
 
 
@@ -285,8 +310,10 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         is_end = jnp.arange(chunk) == num_valid - 1
         logsumexp = jax.nn.logsumexp(logits[:, 0], axis=-1)
         if state.feedback is not None:
-            at_end = jnp.where(is_end & is_last, logsumexp[:, None], 0.0)
-            scored = Feedback(tokens=tokens, taps=taps, hidden=hidden, logsumexp=at_end)
+            scored = Feedback(tokens=tokens)
+            if state.feedback.taps is not None:
+                at_end = jnp.where(is_end & is_last, logsumexp[:, None], 0.0)
+                scored = Feedback(tokens, taps, hidden, at_end)
             recorded = record(state.feedback, scored, starts, is_batched)
             state = state.replace(feedback=recorded)
         if drafter is not None:
@@ -332,25 +359,27 @@ def empty_state(
     drafter: Drafter | None,
     batch_size: int,
     capacity: int,
-    has_feedback: bool,
+    recording: Recording = "nothing",
     has_prediction: bool = False,
 ) -> DecodeState:
     """A state whose rows are all finished, with caches of `capacity` slots."""
     c, b = config.model, batch_size
-    feedback = None
-    if has_feedback:
-        feedback = Feedback(
-            tokens=jnp.zeros((b, capacity), jnp.int32),
-            taps=jnp.zeros(
-                (b, capacity, len(config.taps) * c.hidden_size), jnp.float16
-            ),
-            hidden=jnp.zeros((b, capacity, c.hidden_size), jnp.float16),
-            logsumexp=jnp.zeros((b, capacity)),
-        )
     draft_cache = draft_context = None
     if drafter is not None:
         draft_cache = drafter.init_cache(b, capacity)
         draft_context = drafter.init_context(b)
+    feedback = None
+    zeros = lambda *shape, dtype=jnp.float16: jnp.zeros((b, capacity, *shape), dtype)
+    if recording == "features":
+        feedback = Feedback(
+            tokens=zeros(dtype=jnp.int32), taps=zeros(len(config.taps) * c.hidden_size),
+            hidden=zeros(c.hidden_size), logsumexp=zeros(dtype=jnp.float32),
+        )  # fmt: skip
+    elif recording == "states" and draft_context is not None:
+        feedback = Feedback(
+            tokens=zeros(dtype=jnp.int32),
+            states=zeros(draft_context.hidden.shape[-1]), has_state=zeros(dtype=bool),
+        )  # fmt: skip
     ints = lambda: jnp.zeros((b,), jnp.int32)
     return DecodeState(
         cache=kv.init_cache(

@@ -45,7 +45,7 @@ def collect(
         model=target.config, numerics=target.numerics, tree=TreeConfig(num_steps=0),
         taps=taps, stop_ids=stop_token_ids(target.tokenizer),
     )  # fmt: skip
-    engine = Engine(config, target.params, is_recording=True)
+    engine = Engine(config, target.params, recording="features")
     limit = capacity - max_new_tokens - engine.num_extra_slots
     assert capacity in CAPACITIES
     requests, domain_of = [], {}

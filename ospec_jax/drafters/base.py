@@ -55,6 +55,8 @@ class Drafter(NamedTuple):
         suggestions is likely to be right; None for a drafter that never is, or has no
         suggestions. It may return None, too.
       reads_target: `propose` needs the target's parameters and cache in `shared`.
+      head_inputs: `(params, states [..., d]) -> [..., e]`: what the draft's own output
+        projection `lm_head` reads of its states; None for drafts without one.
     """
 
     init_params: Callable
@@ -67,6 +69,7 @@ class Drafter(NamedTuple):
     unroll_features: Callable | None = None
     is_sure: Callable | None = None
     reads_target: bool = False
+    head_inputs: Callable | None = None
 
 
 def stateless(propose: Callable, num_scratch: int = 0, **changes) -> Drafter:

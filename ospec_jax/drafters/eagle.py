@@ -97,9 +97,13 @@ class EagleHead(nn.Module):
         )
         return self._finish(residual, out), cache
 
+    def head_inputs(self, outputs):
+        """What the output projection reads."""
+        return self.norm(outputs) if self.version == "eagle3" else outputs
+
     def logits(self, outputs, head):
         """Draft logits over the rows of `head`, or of the draft's own for None."""
-        normed = self.norm(outputs) if self.version == "eagle3" else outputs
+        normed = self.head_inputs(outputs)
         if head is None:
             return self.lm_head(normed)
         return linear(normed, head, self.numerics)
@@ -235,6 +239,9 @@ def _eagle(
         logits = logits_of(draft, shared, jnp.stack([last, last], axis=1))
         return cache, DraftContext(hidden=last, logits=logits[:, 0])
 
+    def head_inputs(params, states):
+        return module.apply({"params": params}, states, method=EagleHead.head_inputs)
+
     propose_tree = propose_static if tree.kind == "static" else propose_uniform
 
     def propose(
@@ -271,4 +278,5 @@ def _eagle(
         unroll=lambda *args, **kwargs: unroll_outputs(*args, **kwargs)[0],
         unroll_features=unroll_outputs if version == "eagle1" else None,
         num_scratch=num_scratch(tree),
+        head_inputs=head_inputs if config.has_own_head else None,
     )

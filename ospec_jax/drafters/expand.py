@@ -155,7 +155,7 @@ def propose_static(
     # Level 0 is the root, whose logits verification left in the context.
     hidden, logits = context.hidden[:, None], context.logits[:, None]
     recent = None if hints is None else hints.recent[:, None]
-    drawn_from, first, most = [], 0, 1
+    drawn_from, states, first, most = [], [], 0, 1
     for depth in range(config.num_steps):
         width = int(np.sum(depths == depth))
         above = parents[depths == depth + 1] - first
@@ -176,6 +176,7 @@ def propose_static(
             is_row_invariant,
         )  # fmt: skip
         drawn_from.append(probs)
+        states.append(hidden)
         children = _to_target(ids, token_ids)
         children, chosen = _consider(hints, recent, depth, children, chosen)
         tokens.append(children[:, above, rank])
@@ -190,6 +191,7 @@ def propose_static(
         unused = jnp.zeros((b, leaves, drawn_from[0].shape[-1]))
         draft_probs = jnp.concatenate([*drawn_from, unused], axis=1)
     spread = lambda x: jnp.broadcast_to(x, (b, *x.shape))
+    states.append(jnp.zeros((b, leaves, hidden.shape[-1])))
     tree = DraftTree(
         tokens=jnp.concatenate(tokens, axis=1),
         parents=spread(parents),
@@ -199,6 +201,8 @@ def propose_static(
         ancestor_mask=spread(mask),
         draft_probs=draft_probs,
         token_ids=token_ids,
+        states=jnp.concatenate(states, axis=1),
+        has_state=spread(depths < config.num_steps),
         children=config.children,
         max_depth=config.num_steps,
         max_children=most,
@@ -238,6 +242,8 @@ def propose_uniform(
         "scores": _place(jnp.full((b, num_pool), -jnp.inf), log_probs, 0),
         "log_probs": _place(jnp.zeros((b, num_pool)), log_probs, 0),
         "parents": jnp.full((b, num_pool), topology.NO_PARENT, jnp.int32),
+        "states": jnp.zeros((b, num_pool, context.hidden.shape[-1])),
+        "has_state": jnp.zeros((b, num_pool), bool),
     }
     if probs is not None:
         all_probs = jnp.zeros((b, num_steps + 1, probs.shape[-1]))
@@ -272,6 +278,11 @@ def propose_uniform(
             cache, front["hidden"], front["tokens"], positions,
             kv.tree_bias(starts, visible, cache.capacity), starts + (depth - 1) * width,
         )  # fmt: skip
+        rows = jnp.arange(b)[:, None], front["index"]
+        ran = {
+            "states": pool["states"].at[rows].set(hidden),
+            "has_state": pool["has_state"].at[rows].set(True),
+        }
         ids, log_probs, probs = _draw(
             _fold(keys, depth), logits, width, config.children, sampling,
             is_row_invariant,
@@ -290,7 +301,8 @@ def propose_uniform(
             "tokens": tokens, "scores": flat(scores), "log_probs": flat(log_probs),
             "parents": parents,
         }  # fmt: skip
-        pool = pool | {name: _place(pool[name], new[name], offset) for name in new}
+        placed = {name: _place(pool[name], new[name], offset) for name in new}
+        pool = pool | ran | placed
         if probs is not None:
             pool["probs"] = jax.lax.dynamic_update_slice(
                 pool["probs"], probs, (0, depth, 0)
@@ -318,14 +330,14 @@ def propose_uniform(
     start = (jnp.int32(1), cache, pool, frontier, stopped(1, frontier))
     is_going = lambda carry: (carry[0] < num_steps) & ~jnp.all(carry[4])
     _, cache, pool, _, _ = jax.lax.while_loop(is_going, deeper, start)
-    return _assemble(config, pool, root, token_ids), cache
+    return _assemble(config, pool, root, context.hidden, token_ids), cache
 
 
 def _place(buffer, new, offset):
     return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (0, offset))
 
 
-def _assemble(config: TreeConfig, pool, root, token_ids) -> DraftTree:
+def _assemble(config: TreeConfig, pool, root, root_state, token_ids) -> DraftTree:
     """The tree of the pool's best nodes, in depth order."""
     b, num_pool = pool["tokens"].shape
     kept = config.num_nodes - 1
@@ -333,7 +345,8 @@ def _assemble(config: TreeConfig, pool, root, token_ids) -> DraftTree:
     if is_reranked:
         # top_k is stable, so parents win over children that tie with them.
         index = jnp.sort(jax.lax.top_k(pool["scores"], kept)[1], axis=1)
-        take = lambda x: jnp.take_along_axis(x, index, axis=1)
+        rows = jnp.arange(b)[:, None]
+        take = lambda x: x[rows, index]
         above = take(pool["parents"])
         is_parent = index[:, None, :] == above[:, :, None]
         parents = jnp.where(above < 0, 0, jnp.argmax(is_parent, axis=-1) + 1)
@@ -357,6 +370,8 @@ def _assemble(config: TreeConfig, pool, root, token_ids) -> DraftTree:
         ancestor_mask=mask,
         draft_probs=pool.get("probs"),
         token_ids=token_ids,
+        states=join(root_state[:, None], take(pool["states"])),
+        has_state=join(column(True, bool), take(pool["has_state"])),
         children=config.children,
         max_depth=config.num_steps,
         max_children=config.topk,

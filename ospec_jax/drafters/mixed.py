@@ -55,7 +55,8 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
         def draft_others():
             other, new_cache = drafter.propose(*args)
             # The draft vocabulary matters for drawn children only.
-            other, rows = other.replace(token_ids=None), chain.tokens.shape[0]
+            other = other.replace(token_ids=None, states=None, has_state=None)
+            rows = chain.tokens.shape[0]
             pick = lambda a, b: jnp.where(
                 is_likely.reshape(rows, *[1] * (a.ndim - 1)), a, b
             )

@@ -49,6 +49,8 @@ def gradient(
     def targets(segments: Segments, shared, token_ids):
         """The target's probabilities, and their weight, after each trained pair."""
         feedback = segments.feedback
+        assert feedback.hidden is not None, "features are recorded"
+        assert feedback.logsumexp is not None, "features are recorded"
         # Pair i predicts the token after i + 1.
         rows = slice(num_context + 1, None)
         head = dequantized(frozen_head(shared, token_ids))

@@ -158,7 +158,7 @@ def test_one_trace_for_each_shape(params):
 def test_recorded_feedback_is_what_one_pass_says(params, expected):
     config = tiny_draft_config(CONFIG, 0)
     step = StepConfig(CONFIG, Numerics(), PLAIN, config.taps)
-    done = next(Engine(step, params, is_recording=True).serve(requests()[:1]))
+    done = next(Engine(step, params, recording="features").serve(requests()[:1]))
     num_prompt, num_recorded = len(PROMPTS[0]), done.num_recorded
     ids = [*PROMPTS[0], *expected[0]]
     assert num_recorded == len(ids) - 1

@@ -70,7 +70,7 @@ def answers(target, tree, draft_with, batch_size):
         how = target.numerics
         drafter = build_drafter("model", target.config, tree, how, vocab_size=VOCAB)
         draft = Draft(target.params)
-    engine = Engine(step, target.params, drafter, is_recording=True)
+    engine = Engine(step, target.params, drafter, recording="features")
     requests = [
         Request(str(i), tuple(map(int, ids)), 20 + i) for i, ids in enumerate(PROMPTS)
     ]

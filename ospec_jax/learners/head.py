@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning the draft's last layer alone, from states that drafting left behind.
+
+The output projection is a softmax regression: convex, and learned without a pass
+through any layer, because the states that it read were computed while drafting. Each
+verified token is one sample: the state from which the draft predicted it, and the token
+that the target emitted there, which for sampled output is an unbiased draw from the
+target's distribution. The target's logits are not needed at all.
+
+States are far from isotropic: a few directions carry most of their energy, and plain
+gradient descent moves along little else. So a step is preconditioned with the inverse
+second moment of the states, an online Newton step whose Hessian is taken to be the same
+for all tokens of the vocabulary, and scaled so that with `rate` 1 each sample would
+move its own logits by exactly the error of its probabilities (as normalised LMS does).
+Rows of tokens that have been corrected often take shorter steps, as with AdaGrad: where
+the draft is at home, whole steps would only follow the noise of single tokens.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ospec_jax.typing import typed
+
+REFRESH = 8
+"""Updates between two inversions of the second moment."""
+
+
+@flax.struct.dataclass
+class HeadSamples:
+    """Predictions and what came instead.
+
+    Attributes:
+      inputs: `[n, d]` what the output projection read.
+      logits: `[n, q]` of the draft.
+      labels: `[n]` what the target emitted, as entries of the draft vocabulary; -1 for
+        tokens outside.
+      is_real: `[n]` whether there is a sample at all.
+    """
+
+    inputs: Float[Array, "n d"]
+    logits: Float[Array, "n q"]
+    labels: Int[Array, " n"]
+    is_real: Bool[Array, " n"]
+
+
+@flax.struct.dataclass
+class HeadState:
+    """What the learner keeps beside the projection.
+
+    Attributes:
+      kernel: The projection, in float32.
+      moment: Sum of the inputs' outer products, fading.
+      weight: Of that sum: samples, fading likewise.
+      preconditioner: Inverse of the damped mean outer product.
+      energy: Sum of each row's squared errors, fading.
+      num_updates: Updates done.
+    """
+
+    kernel: Float[Array, "q d"]
+    moment: Float[Array, "d d"]
+    weight: Float[Array, ""]
+    preconditioner: Float[Array, "d d"]
+    energy: Float[Array, " q"]
+    num_updates: Int[Array, ""]
+
+
+class HeadInfo(NamedTuple):
+    """For looking at.
+
+    Attributes:
+      loss: Mean cross-entropy of the tokens inside the draft vocabulary, nats.
+      agreement: Share of samples whose likeliest token was the target's.
+      num_samples: How many there were.
+    """
+
+    loss: Float[Array, ""]
+    agreement: Float[Array, ""]
+    num_samples: Int[Array, ""]
+
+
+class HeadLearner(NamedTuple):
+    """A learner of output projections.
+
+    Attributes:
+      init: `kernel [q, d] -> HeadState`.
+      update: `(state, samples) -> (state, rows [c], info)`; the projection's other rows
+        are as before.
+    """
+
+    init: Callable
+    update: Callable
+
+
+def head_learner(
+    rate: float = 1.0,
+    damping: float = 0.1,
+    num_candidates: int = 256,
+    patience: float = 4.0,
+    fading: float = 0.999,
+) -> HeadLearner:
+    """Builds the learner.
+
+    Args:
+      rate: Of the step; 1 is a whole Newton step for a sample.
+      damping: Added to the second moment, relative to its mean eigenvalue.
+      num_candidates: Rows that an update may change: those of the emitted tokens, and
+        of those with most of the draft's probability. The gradient of the others, all
+        but zero, is dropped.
+      patience: Squared error that a row takes before its steps shorten to seven
+        tenths; they go on shrinking with the root of it.
+      fading: Factor on the old second moment and the old errors, by update.
+    """
+
+    def init(kernel) -> HeadState:
+        width = kernel.shape[1]
+        # A copy: the state is donated, and the caller's kernel may be in use.
+        return HeadState(
+            kernel=jnp.array(kernel, jnp.float32, copy=True),
+            moment=jnp.zeros((width, width)),
+            weight=jnp.zeros(()),
+            preconditioner=jnp.eye(width),
+            energy=jnp.zeros(kernel.shape[0]),
+            num_updates=jnp.zeros((), jnp.int32),
+        )
+
+    def inverted(moment, weight):
+        mean = moment / jnp.maximum(weight, 1.0)
+        width = mean.shape[0]
+        floor = damping * jnp.trace(mean) / width + 1e-6
+        factor = jax.scipy.linalg.cho_factor(mean + floor * jnp.eye(width))
+        return jax.scipy.linalg.cho_solve(factor, jnp.eye(width))
+
+    @typed
+    def update(state: HeadState, samples: HeadSamples):
+        x = samples.inputs * samples.is_real[:, None]
+        moment = fading * state.moment + x.T @ x
+        weight = fading * state.weight + jnp.sum(samples.is_real)
+        is_due = state.num_updates % REFRESH == 0
+        preconditioner = jax.lax.cond(
+            is_due & (weight > 0), inverted, lambda *_: state.preconditioner,
+            moment, weight,
+        )  # fmt: skip
+        probs = jax.nn.softmax(samples.logits, axis=-1) * samples.is_real[:, None]
+        error, rows = _errors(samples, probs, num_candidates)
+        direction = x @ preconditioner
+        curvature = jnp.sum(direction * x, axis=1, keepdims=True)
+        direction = direction / jnp.maximum(curvature, 1e-9)
+        energy = fading * state.energy
+        steps = rate / jnp.sqrt(1 + energy[rows] / patience)
+        new = HeadState(
+            kernel=state.kernel.at[rows].add(-steps[:, None] * (error.T @ direction)),
+            moment=moment,
+            weight=weight,
+            preconditioner=preconditioner,
+            energy=energy.at[rows].add(jnp.sum(error**2, axis=0)),
+            num_updates=state.num_updates + 1,
+        )
+        return new, rows, _info(samples, probs)
+
+    return HeadLearner(init, update)
+
+
+def _inside(samples: HeadSamples):
+    """Which samples have a label in the draft vocabulary, and labels for all."""
+    is_inside = samples.is_real & (samples.labels >= 0)
+    return is_inside, jnp.where(is_inside, samples.labels, 0)
+
+
+def _errors(samples: HeadSamples, probs, num_candidates: int):
+    """Probabilities less one at the label, `[n, c]`, of the candidate rows `[c]`."""
+    is_inside, labels = _inside(samples)
+    # Emitted tokens come first, whatever the draft thought of them.
+    mass = jnp.sum(probs, axis=0).at[labels].add(jnp.where(is_inside, 1e6, 0.0))
+    rows = jax.lax.top_k(mass, min(num_candidates, probs.shape[1]))[1]
+    is_label = (rows == labels[:, None]) & is_inside[:, None]
+    return probs[:, rows] - is_label, rows
+
+
+def _info(samples: HeadSamples, probs) -> HeadInfo:
+    is_inside, labels = _inside(samples)
+    chosen = jnp.take_along_axis(probs, labels[:, None], axis=1)[:, 0]
+    is_right = is_inside & (chosen >= jnp.max(probs, axis=-1))
+    share = lambda x, of: jnp.sum(x) / jnp.maximum(jnp.sum(of), 1)
+    losses = -jnp.log(jnp.maximum(chosen, 1e-30)) * is_inside
+    return HeadInfo(
+        loss=share(losses, is_inside),
+        agreement=share(is_right, samples.is_real),
+        num_samples=jnp.sum(samples.is_real),
+    )
