@@ -136,9 +136,7 @@ class Session:
             stop_ids=stop_token_ids(target.tokenizer), has_log_probs=has_log_probs,
             mesh=mesh,
         )  # fmt: skip
-        is_recording = draft is not None and bool(
-            learner and learner.name == "gradient"
-        )
+        is_recording = draft is not None and bool(learner and learner.is_training)
         predicted = None
         if drafter is not None and 0 < tree.num_steps < num_predicted_tokens:
             chain = TreeConfig(num_steps=num_predicted_tokens)
