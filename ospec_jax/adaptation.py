@@ -7,24 +7,27 @@ the traffic, never of the clock: a budget in seconds becomes an interval in toke
 
 import dataclasses
 import time
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Int
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, LearnerConfig
+from ospec_jax.config import LearnerConfig
 from ospec_jax.decoding.engine import Completion
 from ospec_jax.drafters import ngram
 from ospec_jax.head import HeadAdaptation
 from ospec_jax.learners import buffer, promotion
-from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState, Segments
-from ospec_jax.learners.gradient import gradient
-from ospec_jax.learners.losses import LOSSES
+from ospec_jax.learners.base import (
+    Learner,
+    LearnerInfo,
+    LearnerState,
+    Segments,
+    restarted,
+)
+from ospec_jax.learners.registry import build_learner
 from ospec_jax.types import Draft, NgramMemory, SharedTables
 
 
@@ -77,23 +80,6 @@ class UpdateReport:
     seconds: float
 
 
-def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
-    """The optax optimizer of that name, behind a global-norm clip.
-
-    Raises:
-      ConfigError: optax has none of that name.
-    """
-    factory = getattr(optax, config.optimizer, None) or getattr(
-        optax.contrib, config.optimizer, None
-    )
-    if not callable(factory):
-        raise ConfigError(
-            f"optax has no optimizer {config.optimizer!r}; use adam, sgd, lion, ..."
-        )
-    optimizer: Any = factory(config.learning_rate)
-    return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
-
-
 class Adaptation:
     """Compiled learning functions for one draft; holds no state."""
 
@@ -103,10 +89,6 @@ class Adaptation:
         mesh: jax.sharding.Mesh | None = None,
         orders: tuple[int, ...] = ngram.ORDERS,
     ):  # fmt: skip
-        if config.loss not in LOSSES:
-            raise ConfigError(
-                f"unknown loss {config.loss!r}; one of {', '.join(LOSSES)} is needed"
-            )
         self.config, self.shared = config, shared
         self._orders = orders
         self.has_memory = has_memory and config.memory_slots > 0
@@ -116,17 +98,16 @@ class Adaptation:
             tap_width,
             hidden_size,
         )
-        self.learner: Learner = gradient(
-            unroll, make_optimizer(config), config.num_context, config.num_steps,
-            LOSSES[config.loss], config.decay, config.num_candidates,
-        )  # fmt: skip
+        self._learner = build_learner(config, unroll)
         # The iterate may be what is being served: it is never donated.
         pinned = lambda function, *places: jax.jit(
             sharding.pinned(function, mesh, *places)
         )
         everywhere, params = sharding.replicated, sharding.param_shardings
-        self._update = pinned(self.learner.update, params, everywhere)
-        self._evaluate = pinned(self.learner.evaluate, everywhere, everywhere)
+        if self.has_gradient:
+            self._begin = pinned(self.learner.begin, params)
+            self._update = pinned(self.learner.update, params, everywhere)
+            self._evaluate = pinned(self.learner.evaluate, everywhere, everywhere)
         add = sharding.pinned(buffer.add_window, mesh, everywhere)
         self._add = jax.jit(add, donate_argnums=0)
         self._remember = pinned(ngram.remember, everywhere)
@@ -138,7 +119,13 @@ class Adaptation:
     @property
     def has_gradient(self) -> bool:
         """Whether the draft is trained."""
-        return self.config.name == "gradient"
+        return self._learner is not None
+
+    @property
+    def learner(self) -> Learner:
+        """What trains the draft."""
+        assert self._learner is not None, "only n-grams are remembered"
+        return self._learner
 
     def init(self, draft: Draft) -> tuple[AdaptationState, Traffic]:
         """A state that has seen nothing."""
@@ -170,15 +157,17 @@ class Adaptation:
         """
         if not self.has_gradient:
             return state
-        batch = self._batch(traffic.ring, jnp.int32(0), jnp.int32(0))
+        batch = self._batch(
+            traffic.ring, jnp.int32(0), jnp.int32(0), jnp.int32(0)
+        )  # fmt: skip
         # An empty ring weighs nothing, and an update of nothing would cost less.
         batch = batch.replace(weight=jnp.ones_like(batch.weight))
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            jax.block_until_ready(self._learn(state, draft, batch))
+            jax.block_until_ready(self._learn(self._begin(state.learner), draft, batch))
             times.append(time.perf_counter() - start)
-        if int(state.update_interval) > 0:
+        if int(state.update_interval) > 0 or self.config.update_every_prompts:
             return state
         seconds = sum(times[1:]) / len(times[1:]) * self.config.num_epochs
         share = self.config.budget / (1 - self.config.budget)
@@ -222,24 +211,29 @@ class Adaptation:
         )  # fmt: skip
 
     def is_due(self, state: AdaptationState) -> bool:
-        """Whether enough tokens have come since the last update."""
-        is_waiting = int(state.num_waiting) >= int(state.update_interval)
-        return self.has_gradient and is_waiting
+        """Whether enough prompts or tokens have come since the last update."""
+        if not self.has_gradient:
+            return False
+        if every := self.config.update_every_prompts:
+            return int(state.num_prompts) % every == 0 and int(state.num_fresh) > 0
+        return int(state.num_waiting) >= int(state.update_interval)
 
     def update(
         self, state: AdaptationState, traffic: Traffic, served: Draft
     ) -> tuple[AdaptationState, Draft, UpdateReport]:
-        """One interval's learning; returns the draft to serve from now on."""
+        """One round of learning; returns the draft to serve from now on."""
         start = time.perf_counter()
         info = None
+        state = state.replace(learner=self._begin(state.learner))
         for epoch in range(self.config.num_epochs):
-            batch = self._batch(
-                traffic.ring, state.num_fresh, state.learner.num_updates
-            )
-            if epoch == 0 and self.config.promotion == "guarded":
-                state = state.replace(guard=self._compare(state, served, batch))
-            learner, info = self._learn(state, served, batch)
-            state = state.replace(learner=learner)
+            for num_newer in self._batches(state, traffic):
+                batch = self._batch(
+                    traffic.ring, state.num_fresh, state.learner.num_updates, num_newer
+                )
+                if epoch == 0 and self.config.promotion == "guarded":
+                    state = state.replace(guard=self._compare(state, served, batch))
+                learner, info = self._learn(state.learner, served, batch)
+                state = state.replace(learner=learner)
         state, served, decision = self._promote(state, served)
         zero = jnp.zeros((), jnp.int32)
         state = state.replace(num_waiting=zero, num_fresh=zero)
@@ -247,13 +241,31 @@ class Adaptation:
         assert info is not None
         return state, served, UpdateReport(info, decision, time.perf_counter() - start)
 
-    def _learn(self, state, served: Draft, batch: Segments):
-        return self._update(state.learner, batch, self.shared, served.token_ids)
+    def _batches(self, state: AdaptationState, traffic: Traffic) -> list[np.int32]:
+        """How many windows are newer than each batch's; the oldest batch comes first.
 
-    def _make_batch(self, ring, num_fresh, num_updates) -> Segments:
-        """The newest windows, and some older ones against forgetting."""
+        An interval trains on one batch, a chunk of prompts on all that it left.
+        """
+        if not self.config.update_every_prompts:
+            return [np.int32(0)]
+        assert traffic.ring is not None
+        num_held = min(int(state.num_fresh), traffic.ring.capacity)
+        num_batches = -(-num_held // self._num_newest)
+        return [np.int32(i * self._num_newest) for i in reversed(range(num_batches))]
+
+    @property
+    def _num_newest(self) -> int:
+        """Windows of a batch that are not drawn from older ones."""
         num_old = round(self.config.batch_size * self.config.replay_share)
-        fresh = buffer.newest(ring, self.config.batch_size - num_old, num_fresh)
+        return self.config.batch_size - num_old
+
+    def _learn(self, learner: LearnerState, served: Draft, batch: Segments):
+        return self._update(learner, batch, self.shared, served.token_ids)
+
+    def _make_batch(self, ring, num_fresh, num_updates, num_newer) -> Segments:
+        """The newest windows but some, and older ones against forgetting."""
+        num_old = self.config.batch_size - self._num_newest
+        fresh = buffer.newest(ring, self._num_newest, num_fresh, num_newer)
         if num_old == 0:
             return fresh
         key = jax.random.fold_in(jax.random.key(self.config.seed), num_updates)
@@ -279,8 +291,7 @@ class Adaptation:
             return state, served, decision
         state = state.replace(guard=promotion.init_guard())
         if decision == "rollback":
-            learner = self.learner.init(served.params)
-            learner = learner.replace(num_updates=state.learner.num_updates)
+            learner = restarted(self.learner, state.learner, served.params)
             num_rollbacks = state.num_rollbacks + 1
             return (
                 state.replace(learner=learner, num_rollbacks=num_rollbacks),

@@ -101,7 +101,8 @@ def learn(
 
     Args:
       prompts: A JSONL file.
-      learner: gradient, memory, or a Python file with `get_config() -> LearnerConfig`.
+      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, memory,
+        or a Python file with `get_config() -> LearnerConfig`.
       optimizer: Any optax optimizer.
       learn_budget: Share of wall-clock time for learning.
       update_interval: Tokens between updates; 0 derives it from the budget.

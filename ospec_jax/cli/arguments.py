@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ospec_jax import sharding
 from ospec_jax.config import (
+    LEARNER_NAMES,
     ChildrenKind,
     ConfigError,
     LearnerConfig,
@@ -124,12 +125,12 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
     Raises:
       ConfigError: There is no such learner or file, or the file gives something else.
     """
-    if name_or_file in ("gradient", "head", "memory"):
+    if name_or_file in LEARNER_NAMES:
         config = LearnerConfig(name=name_or_file)  # type: ignore[arg-type]
     elif not Path(name_or_file).is_file():
         raise ConfigError(
-            f"unknown learner {name_or_file!r}: use gradient, head, memory, or a file "
-            f"with get_config()"
+            f"unknown learner {name_or_file!r}: use {', '.join(LEARNER_NAMES)}, or a "
+            f"Python file with get_config()"
         )
     else:
         get_config = runpy.run_path(name_or_file).get("get_config")

@@ -50,7 +50,8 @@ def distill(
       draft_vocab_size: Tokens that can be drafted, the most frequent ones; 0 for all,
         with the target's frozen head.
       num_steps: Drafted tokens that training looks ahead; Hydra gets as many heads.
-      loss: On tokens: forward_kl or total_variation.
+      loss: On tokens: forward_kl, reverse_kl, jsd, total_variation or
+        acceptance_length.
       feature_weight: Of the loss on predicted states (eagle1); by default the
         published one.
       temperature: Of the recorded outputs.

@@ -41,7 +41,8 @@ def bench(
       num_prompts: Prompts taken from its beginning.
       modes: Comma-separated: autoregressive, static (the draft as it is), ngrams (and
         n-grams of the request), learned (and of earlier ones; the draft is trained).
-      learner: gradient, memory, or a Python file with `get_config() -> LearnerConfig`.
+      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, memory,
+        or a Python file with `get_config() -> LearnerConfig`.
       learn_budget: Share of the learned mode's time for learning.
       peers: Comma-separated other decoders of the same weights: transformers,
         transformers-bfloat16, transformers-lookup, transformers-assisted, llama-cpp,
@@ -139,7 +140,8 @@ def demo(
 
     Args:
       out: Folder of the plot, the table and the learned draft's checkpoint.
-      learner: gradient, memory, or a Python file with `get_config() -> LearnerConfig`.
+      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, memory,
+        or a Python file with `get_config() -> LearnerConfig`.
     """
     from ospec_jax.demo import run_demo
 

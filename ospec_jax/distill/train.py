@@ -24,7 +24,8 @@ from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState
 from ospec_jax.learners.gradient import gradient
-from ospec_jax.learners.losses import LOSSES
+from ospec_jax.learners.losses import named_loss
+from ospec_jax.learners.objective import build_objective
 from ospec_jax.models.hub import Target
 from ospec_jax.progress import Interrupt, progress_bar
 from ospec_jax.types import Draft
@@ -87,8 +88,6 @@ def coverage_by_domain(store: FeedbackStore, token_ids: np.ndarray) -> dict[str,
 
 def distill_learner(config: DistillConfig, drafter: Drafter, family: str) -> Learner:
     """The learner that offline training runs."""
-    if config.loss not in LOSSES:
-        raise ConfigError(f"unknown loss {config.loss!r}; use one of {list(LOSSES)}")
     feature_weight = config.feature_weight
     if feature_weight is None:
         feature_weight = FEATURE_WEIGHTS.get(family, 0.0)
@@ -104,11 +103,11 @@ def distill_learner(config: DistillConfig, drafter: Drafter, family: str) -> Lea
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95)
     )
-    return gradient(
-        drafter.unroll, optimizer, config.num_context, config.num_steps,
-        LOSSES[config.loss], unroll_features=drafter.unroll_features,
-        feature_weight=feature_weight,
+    objective = build_objective(
+        drafter.unroll, config.num_context, config.num_steps, named_loss(config.loss),
+        unroll_features=drafter.unroll_features, feature_weight=feature_weight,
     )  # fmt: skip
+    return gradient(objective, optimizer)
 
 
 def _batches(store_folder: Path, config: DistillConfig, first: int) -> Iterator:

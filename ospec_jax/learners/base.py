@@ -5,6 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from ospec_jax.types import Feedback
@@ -32,11 +35,12 @@ class Segments:
 
 @flax.struct.dataclass
 class LearnerState:
-    """The learner's iterate and what its optimizer remembers.
+    """The learner's iterate and what its update rule remembers.
 
     Attributes:
-      params: Draft parameters at which gradients are taken (`w_play`).
-      num_updates: Updates done so far.
+      params: Draft parameters that are played (`w_play`): what promotion serves.
+      opt_state: Of the rule: optax's state, or a frozen dataclass of the rule's own.
+      num_updates: Updates with a signal so far.
     """
 
     params: Params
@@ -53,12 +57,22 @@ class LearnerInfo(NamedTuple):
         target's, by depth.
       acceptance: `[j]` mean of sum(min(p, q)), by depth.
       grad_norm: Global norm of the gradient.
+      weight: Of all positions that the loss counts; without any there is no signal.
+      extra: What only this learner has to say, under names that never change between
+        its updates: scalars, or `[m]` one for each expert.
     """
 
     loss: Float[Array, ""]
     agreement: Float[Array, " j"]
     acceptance: Float[Array, " j"]
     grad_norm: Float[Array, ""]
+    weight: Float[Array, ""]
+    extra: dict[str, Array] = {}
+
+
+def unchanged(state: LearnerState) -> LearnerState:
+    """The state as it is."""
+    return state
 
 
 class Learner(NamedTuple):
@@ -70,8 +84,63 @@ class Learner(NamedTuple):
         target it sees the frozen embedding and head only, so it cannot run it again.
       evaluate: `(params, segments, shared, token_ids) -> (LearnerInfo, accepted [b])`,
         forward only; accepted draft tokens by window.
+      begin: `state -> state`, called before the first update on a new round of traffic
+        (an interval, a chunk of prompts). Most learners do nothing then, and all of
+        them learn without it.
     """
 
     init: Callable
     update: Callable
     evaluate: Callable
+    begin: Callable = unchanged
+
+
+def new_state(params: Params, opt_state: Any) -> LearnerState:
+    """A state that has seen nothing."""
+    return LearnerState(params, opt_state, jnp.zeros((), jnp.int32))
+
+
+def moved_if(
+    has_signal: Array, state: LearnerState, move: Callable[[LearnerState], LearnerState]
+) -> LearnerState:
+    """Moves on where there is something to learn.
+
+    Without any verified token a rule with momentum or weight decay must not move
+    either, nor may its counters.
+    """
+    counted = lambda state: move(state).replace(num_updates=state.num_updates + 1)
+    return jax.lax.cond(has_signal, counted, lambda state: state, state)
+
+
+def stepped(
+    optimizer: optax.GradientTransformation, grads, opt_state, params, loss, size=1.0
+) -> tuple[Params, Any]:
+    """One step of an optax optimizer; returns parameters and its state.
+
+    Args:
+      loss: At `params`; some optimizers ask for it.
+      size: Factor of the step.
+    """
+    run = optax.with_extra_args_support(optimizer).update
+    updates, opt_state = run(grads, opt_state, params, value=loss)
+    updates = jax.tree.map(lambda update: size * update, updates)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def difference(left: Params, right: Params) -> Params:
+    """`left - right`, leaf by leaf."""
+    return jax.tree.map(jnp.subtract, left, right)
+
+
+def distance(left: Params, right: Params) -> Float[Array, ""]:
+    """Euclidean distance of two parameter trees."""
+    return optax.global_norm(difference(left, right))
+
+
+def restarted(learner: Learner, state: LearnerState, params: Params) -> LearnerState:
+    """Begins anew at `params`; the static draft, where a learner keeps one, stays."""
+    fresh = learner.init(params).replace(num_updates=state.num_updates)
+    if getattr(state.opt_state, "anchor", None) is None:
+        return fresh
+    kept = fresh.opt_state.replace(anchor=state.opt_state.anchor)
+    return fresh.replace(opt_state=kept)

@@ -81,12 +81,17 @@ def add_window(
     )
 
 
-def newest(ring: FeedbackRing, count: int, num_fresh) -> Segments:
-    """The newest `count` windows, of which only `num_fresh` weigh anything."""
-    age = jnp.arange(count)
+def newest(ring: FeedbackRing, count: int, num_fresh, num_newer=0) -> Segments:
+    """The newest `count` windows, of which only `num_fresh` weigh anything.
+
+    Args:
+      num_newer: Windows to leave out before them, which are fresh ones, too.
+    """
+    age = num_newer + jnp.arange(count)
     slots = (ring.num_added - 1 - age) % ring.capacity
     segments = jax.tree.map(lambda x: x[slots], ring.segments)
-    is_fresh = (age < num_fresh) & (age < ring.num_added)
+    num_held = jnp.minimum(ring.num_added, ring.capacity)
+    is_fresh = (age < num_fresh) & (age < num_held)
     return segments.replace(weight=segments.weight * is_fresh[:, None])
 
 

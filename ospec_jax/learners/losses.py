@@ -7,12 +7,33 @@ less that logsumexp, are the target's exact log-probabilities there: they need n
 to one, what is missing belongs to tokens that cannot be drafted.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ospec_jax.config import ConfigError
 from ospec_jax.learners.base import LearnerInfo
 from ospec_jax.typing import typed
+
+Positions = Literal["all", "rejected"]
+_TINY = 1e-12
+
+
+class Loss(NamedTuple):
+    """A loss on the draft's distributions.
+
+    Attributes:
+      at_position: `(probs [b, t, q], logits [b, t, q]) -> [b, t]`.
+      is_compound: `at_position` is a chance of rejection, and a depth's loss is the
+        chance that a token was rejected there or at any depth before it.
+    """
+
+    at_position: Callable
+    is_compound: bool = False
 
 
 @typed
@@ -36,6 +57,30 @@ def forward_kl(
 
 
 @typed
+def reverse_kl(
+    probs: Float[Array, "b t q"], logits: Float[Array, "b t q"]
+) -> Float[Array, "b t"]:
+    """KL(q || p): a draft that seeks one of the target's modes; p at least 1e-12."""
+    log_draft = jax.nn.log_softmax(logits, axis=-1)
+    log_ratio = log_draft - jnp.log(jnp.maximum(probs, _TINY))
+    return jnp.sum(jnp.exp(log_draft) * log_ratio, axis=-1)
+
+
+@typed
+def jsd(
+    probs: Float[Array, "b t q"],
+    logits: Float[Array, "b t q"],
+    forward_share: float = 0.9,
+) -> Float[Array, "b t"]:
+    """What the released code of OSD calls JSD: a mean of both directions of KL.
+
+    Forward KL counts for 0.9 and reverse KL for 0.1 there (arXiv 2310.07177).
+    """
+    forward, reverse = forward_kl(probs, logits), reverse_kl(probs, logits)
+    return forward_share * forward + (1.0 - forward_share) * reverse
+
+
+@typed
 def total_variation(
     probs: Float[Array, "b t q"], logits: Float[Array, "b t q"]
 ) -> Float[Array, "b t"]:
@@ -43,41 +88,95 @@ def total_variation(
     return 1.0 - jnp.sum(jnp.minimum(probs, jax.nn.softmax(logits, axis=-1)), axis=-1)
 
 
-LOSSES = {"forward_kl": forward_kl, "total_variation": total_variation}
+FORWARD_KL = Loss(forward_kl)
+LOSSES = {
+    "forward_kl": FORWARD_KL,
+    "reverse_kl": Loss(reverse_kl),
+    "jsd": Loss(jsd),
+    "total_variation": Loss(total_variation),
+    # With a_i = sum(min(p, q)) at depth i, the mean over depths of 1 - a_0 ... a_j: the
+    # lower, the more tokens are accepted, sum over j of a_0 ... a_j are expected.
+    "acceptance_length": Loss(total_variation, is_compound=True),
+}
 """Losses by the name that configurations use."""
+
+
+def named_loss(name: str, forward_share: float = 0.9) -> Loss:
+    """The loss of that name.
+
+    Args:
+      forward_share: Of forward KL in `jsd`.
+
+    Raises:
+      ConfigError: There is none.
+    """
+    if name not in LOSSES:
+        raise ConfigError(
+            f"unknown loss {name!r}; one of {', '.join(LOSSES)} is needed"
+        )
+    if name == "jsd":
+        return Loss(functools.partial(jsd, forward_share=forward_share))
+    return LOSSES[name]
 
 
 def unrolled_loss(
     logits: list[Float[Array, "b l q"]],
     probs: Float[Array, "b t q"],
     weight: Float[Array, "b t"],
-    loss_fn=forward_kl,
+    loss: Loss = FORWARD_KL,
     decay: float = 0.8,
+    positions: Positions = "all",
+    counted: Float[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, ""], LearnerInfo]:
     """Mean over depths, weighted by `decay**depth`, of the mean loss (EAGLE-3).
 
     Args:
       logits: By depth; row i predicts the token after target row i + depth.
       probs: The target's, for rows 0 to l + depths - 1.
-      weight: Of the same rows.
+      weight: Of the same rows; of what is reported, and of the loss unless `counted`.
+      positions: `rejected` takes every row as the root of a chain and counts the depth
+        at which the draft's best token first is not the target's: there a greedy
+        verification of that chain, drafted by these very parameters, would reject.
+        Which chains serving drafted is not recorded.
+      counted: The rows' weight in the loss, if another one.
     """
     length = logits[0].shape[1]
-    total, scale = jnp.float32(0.0), 0.0
+    counted = weight if counted is None else counted
+    total, scale, signal = jnp.float32(0.0), 0.0, jnp.float32(0.0)
+    survival = on_path = agreed_so_far = jnp.ones_like(weight[:, :length])
     agreement, acceptance = [], []
     for depth, depth_logits in enumerate(logits):
         rows = slice(depth, depth + length)
-        p, w = probs[:, rows], weight[:, rows]
-        mean = lambda x, w=w: jnp.sum(x * w) / jnp.maximum(jnp.sum(w), 1e-6)
-        total += decay**depth * mean(loss_fn(p, depth_logits))
+        p, w, used = probs[:, rows], weight[:, rows], counted[:, rows]
+        is_same, rejection = (
+            is_agreed(p, depth_logits),
+            loss.at_position(p, depth_logits),
+        )
+        if loss.is_compound:
+            # A path through a row that was not verified is none.
+            on_path = on_path * (w > 0)
+            survival = survival * jnp.where(w > 0, 1.0 - rejection, 1.0)
+            rejection, used = 1.0 - survival, used * on_path
+        if positions == "rejected":
+            used = used * agreed_so_far * (1.0 - is_same)
+            agreed_so_far = agreed_so_far * is_same
+        total += decay**depth * _mean(rejection, used)
+        signal += decay**depth * jnp.sum(used)
         scale += decay**depth
-        agreement.append(mean(is_agreed(p, depth_logits)))
-        acceptance.append(1.0 - mean(total_variation(p, depth_logits)))
-    return total / scale, LearnerInfo(
-        loss=jax.lax.stop_gradient(total / scale),
-        agreement=jax.lax.stop_gradient(jnp.stack(agreement)),
-        acceptance=jax.lax.stop_gradient(jnp.stack(acceptance)),
+        agreement.append(_mean(is_same, w))
+        acceptance.append(1.0 - _mean(total_variation(p, depth_logits), w))
+    info = LearnerInfo(
+        loss=total / scale,
+        agreement=jnp.stack(agreement),
+        acceptance=jnp.stack(acceptance),
         grad_norm=jnp.float32(0.0),
+        weight=signal,
     )
+    return total / scale, jax.lax.stop_gradient(info)
+
+
+def _mean(values: Float[Array, "b l"], weight: Float[Array, "b l"]) -> Float[Array, ""]:
+    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
 
 
 @typed

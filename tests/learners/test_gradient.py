@@ -17,6 +17,7 @@ from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.base import Segments
 from ospec_jax.learners.gradient import gradient
 from ospec_jax.learners.losses import LOSSES, feature_loss, target_probs
+from ospec_jax.learners.objective import build_objective
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
 from ospec_jax.types import Feedback
@@ -58,10 +59,10 @@ def segments(shared):
 
 
 def built(drafter, optimizer, loss="forward_kl", num_candidates=0):
-    learner = gradient(
-        drafter.unroll, optimizer, CONTEXT, STEPS, LOSSES[loss],
-        num_candidates=num_candidates,
-    )  # fmt: skip
+    objective = build_objective(
+        drafter.unroll, CONTEXT, STEPS, LOSSES[loss], num_candidates=num_candidates
+    )
+    learner = gradient(objective, optimizer)
     return learner._replace(
         update=jax.jit(learner.update), evaluate=jax.jit(learner.evaluate)
     )
@@ -128,10 +129,11 @@ def test_predicted_states_come_closer_to_the_targets(segments, shared):
     assert before == pytest.approx(np.average(by_depth, weights=weights), rel=1e-5)
     after = {}
     for feature_weight in (0.0, 10.0):
-        learner = gradient(
-            drafter.unroll, optax.adam(3e-3), CONTEXT, STEPS,
+        objective = build_objective(
+            drafter.unroll, CONTEXT, STEPS,
             unroll_features=drafter.unroll_features, feature_weight=feature_weight,
         )  # fmt: skip
+        learner = gradient(objective, optax.adam(3e-3))
         learner = learner._replace(update=jax.jit(learner.update))
         state, _, _ = trained(learner, draft, segments, shared, 40)
         after[feature_weight] = gap(state.params)[0]
@@ -215,7 +217,8 @@ def test_what_weighs_nothing_does_not_matter(learner, drafted, segments, shared)
 def test_update_sees_only_the_targets_tables(drafted, segments, shared):
     """It is traced from the embedding and the head alone, and closes over nothing."""
     drafter, draft = drafted
-    learner = gradient(drafter.unroll, optax.adam(1e-3), CONTEXT, STEPS)
+    objective = build_objective(drafter.unroll, CONTEXT, STEPS)
+    learner = gradient(objective, optax.adam(1e-3))
     names = list(inspect.signature(learner.update).parameters)
     assert names == ["state", "segments", "shared", "token_ids"]
     args = learner.init(draft.params), segments, shared, draft.token_ids

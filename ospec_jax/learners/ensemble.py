@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts of different step sizes, each with its own gradient (OnlineSPEC's ensemble).
+
+Every expert learns on its own, from its own gradients and with its own optimizer state;
+what is served is the average of their parameters, weighted by how well they did. The
+first expert is the static draft: it never moves, costs a forward pass, and is what an
+ensemble falls back to. See `shared_ensemble` for one gradient for all.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from ospec_jax.learners.base import (
+    Learner,
+    LearnerInfo,
+    LearnerState,
+    distance,
+    moved_if,
+    new_state,
+    stepped,
+)
+from ospec_jax.learners.meta import Meta, MetaState, init_meta
+from ospec_jax.learners.objective import Objective
+from ospec_jax.typing import Params
+
+
+@flax.struct.dataclass
+class EnsembleState:
+    """What the ensemble remembers.
+
+    Attributes:
+      anchor: The static draft.
+      experts: `[m - 1, ...]` parameters of the others.
+      inner: `[m - 1, ...]` their optimizers.
+      meta: Their losses.
+      weights: `[m]`, the static draft's first.
+      path_length: How far the played average has moved in all.
+    """
+
+    anchor: Params
+    experts: Params
+    inner: Any
+    meta: MetaState
+    weights: Float[Array, " m"]
+    path_length: Float[Array, ""]
+
+
+def step_grid(learning_rate: float, ratio: float, count: int) -> tuple[float, ...]:
+    """`count` step sizes, each `ratio` times the one before, around `learning_rate`.
+
+    >>> step_grid(2e-4, 2.0, 3)
+    (0.0001, 0.0002, 0.0004)
+    """
+    return tuple(learning_rate * ratio ** (i - (count - 1) / 2) for i in range(count))
+
+
+def ensemble(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    steps: tuple[float, ...],
+    meta: Meta,
+    has_static: bool = True,
+    is_reset: bool = False,
+) -> Learner:
+    """Builds the learner of `1 + len(steps)` experts.
+
+    An expert's loss is that of a batch before it trains on it. `extra` holds
+    `expert_weights` and `expert_losses` `[m]`, `step_norm` and `path_length`; other
+    facts are the experts' means under the weights that were played.
+
+    Args:
+      optimizer: With step size 1; the experts' steps multiply what it does.
+      steps: Of the experts that learn.
+      has_static: Whether the static draft may get weight; its loss is shown anyway.
+      is_reset: All experts that learn begin each round at the average, as in the
+        released commands, not where they stood.
+    """
+    sizes = jnp.asarray(steps)
+
+    def init(params):
+        copies = lambda x: jnp.repeat(x[None], len(steps), axis=0)
+        count = 1 + len(steps)
+        start = jnp.arange(count) >= (0 if has_static else 1)
+        experts = jax.tree.map(copies, params)
+        opt_state = EnsembleState(
+            anchor=jax.tree.map(jnp.copy, params),
+            experts=experts,
+            inner=jax.vmap(optimizer.init)(experts),
+            meta=init_meta(count),
+            weights=start / jnp.sum(start),
+            path_length=jnp.zeros(()),
+        )
+        return new_state(params, opt_state)
+
+    def begin(state: LearnerState):
+        opt_state = state.opt_state
+        opt_state = opt_state.replace(meta=meta.begin(opt_state.meta))
+        if is_reset:
+            merged = lambda many, one: jnp.broadcast_to(one, many.shape)
+            experts = jax.tree.map(merged, opt_state.experts, state.params)
+            opt_state = opt_state.replace(experts=experts)
+        return state.replace(opt_state=opt_state)
+
+    def update(state: LearnerState, segments, shared, token_ids):
+        def learn(expert):
+            params, inner, size = expert
+            grads, info = jax.grad(objective.loss, has_aux=True)(
+                params, segments, shared, token_ids
+            )
+            move = lambda: stepped(optimizer, grads, inner, params, info.loss, size)
+            moved = jax.lax.cond(info.weight > 0, move, lambda: (params, inner))
+            return moved, info._replace(grad_norm=optax.global_norm(grads))
+
+        old = state.opt_state
+        # One expert after the other: the activations of one are held at a time.
+        (experts, inner), infos = jax.lax.map(learn, (old.experts, old.inner, sizes))
+        static = objective.loss(old.anchor, segments, shared, token_ids)[1]
+        infos = jax.tree.map(lambda a, b: jnp.append(a[None], b, 0), static, infos)
+
+        def move(state: LearnerState):
+            seen, weights = meta.observe(old.meta, infos.loss, old.weights)
+            played = averaged(weights, old.anchor, experts)
+            length = old.path_length + distance(played, state.params)
+            new = old.replace(
+                experts=experts, inner=inner, meta=seen, weights=weights,
+                path_length=length,
+            )  # fmt: skip
+            return state.replace(params=played, opt_state=new)
+
+        new = moved_if(jnp.max(infos.weight) > 0, state, move)
+        return new, _summary(infos, old.weights, new, state)
+
+    return Learner(init=init, update=update, evaluate=objective.score, begin=begin)
+
+
+def _summary(infos, weights, new: LearnerState, old: LearnerState) -> LearnerInfo:
+    """Means over experts, and what each of them did."""
+    mean = jax.tree.map(lambda x: jnp.tensordot(weights, x, 1), infos)
+    return mean._replace(
+        extra={
+            "expert_weights": new.opt_state.weights,
+            "expert_losses": infos.loss,
+            "step_norm": distance(new.params, old.params),
+            "path_length": new.opt_state.path_length,
+        }
+    )
+
+
+def averaged(weights: Float[Array, " m"], anchor: Params, experts: Params) -> Params:
+    """The experts' mean under the weights, the anchor being the first of them.
+
+    Only floating-point leaves are averaged: tables of integers stay the anchor's.
+    """
+
+    def mean(first, rest):
+        if not jnp.issubdtype(first.dtype, jnp.floating):
+            return first
+        others = jnp.tensordot(weights[1:], rest, 1)
+        return (weights[0] * first + others).astype(first.dtype)
+
+    return jax.tree.map(mean, anchor, experts)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Online Speculative Decoding (Liu et al., arXiv 2310.07177), the baseline.
+
+A buffer gathers requests; when it holds enough of them, one optimizer step is taken on
+the positions where the draft was wrong, and it is emptied. The parameters stand still
+in between, so the buffer can hold gradients in place of requests: their mean is the
+gradient of the buffered requests' mean loss.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from ospec_jax.learners.base import (
+    Learner,
+    LearnerState,
+    distance,
+    moved_if,
+    new_state,
+    stepped,
+)
+from ospec_jax.learners.objective import Objective
+from ospec_jax.typing import Params
+
+
+@flax.struct.dataclass
+class OsdState:
+    """The buffer.
+
+    Attributes:
+      gradient: Sum over the buffered requests, each weighted by its wrong positions.
+      weight: Sum of those weights.
+      count: Requests in the buffer.
+      inner: State of the optimizer.
+    """
+
+    gradient: Params
+    weight: Float[Array, ""]
+    count: Int[Array, ""]
+    inner: Any
+
+
+def osd(
+    objective: Objective, optimizer: optax.GradientTransformation, interval: int = 8
+) -> Learner:
+    """Builds the learner.
+
+    An update call is one request. One whose positions were all right counts as a
+    request and adds nothing. `extra` holds `buffered`, the requests that wait, and
+    `step_norm`.
+
+    Args:
+      objective: With `positions='rejected'`; the published loss is forward KL.
+      optimizer: Adam with a constant rate, as published.
+      interval: Requests between two steps.
+    """
+
+    def init(params):
+        opt_state = OsdState(
+            gradient=jax.tree.map(jnp.zeros_like, params),
+            weight=jnp.zeros(()),
+            count=jnp.zeros((), jnp.int32),
+            inner=optimizer.init(params),
+        )
+        return new_state(params, opt_state)
+
+    def empty(params, opt_state: OsdState, loss):
+        """One step on what is buffered."""
+        scale = 1.0 / jnp.maximum(opt_state.weight, 1e-6)
+        grads = jax.tree.map(lambda g: scale * g, opt_state.gradient)
+        take = lambda: stepped(optimizer, grads, opt_state.inner, params, loss)
+        stay = lambda: (params, opt_state.inner)
+        params, inner = jax.lax.cond(opt_state.weight > 0, take, stay)
+        return params, OsdState(
+            gradient=jax.tree.map(jnp.zeros_like, params),
+            weight=jnp.zeros(()),
+            count=jnp.zeros((), jnp.int32),
+            inner=inner,
+        )
+
+    def update(state: LearnerState, segments, shared, token_ids):
+        grads, info = jax.grad(objective.loss, has_aux=True)(
+            state.params, segments, shared, token_ids
+        )
+
+        def move(state: LearnerState):
+            old = state.opt_state
+            add = lambda total, g: total + info.weight * g
+            gathered = old.replace(
+                gradient=jax.tree.map(add, old.gradient, grads),
+                weight=old.weight + info.weight,
+                count=old.count + 1,
+            )
+            params, opt_state = jax.lax.cond(
+                gathered.count >= interval,
+                lambda: empty(state.params, gathered, info.loss),
+                lambda: (state.params, gathered),
+            )
+            return state.replace(params=params, opt_state=opt_state)
+
+        new = moved_if(jnp.sum(segments.weight) > 0, state, move)
+        extra = {
+            "buffered": new.opt_state.count,
+            "step_norm": distance(new.params, state.params),
+        }
+        return new, info._replace(grad_norm=optax.global_norm(grads), extra=extra)
+
+    return Learner(init=init, update=update, evaluate=objective.score)

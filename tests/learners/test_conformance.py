@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws that every learner by name obeys, on every trained family of drafts."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import random_params
+
+from ospec_jax import checkpoint
+from ospec_jax.checkpoint import Meta
+from ospec_jax.config import LEARNER_NAMES, ConfigError, LearnerConfig, TreeConfig
+from ospec_jax.decoding.step import shared_tables
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.learners.base import Segments
+from ospec_jax.learners.registry import build_learner
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
+from ospec_jax.types import Draft, Feedback
+
+VOCAB, CONTEXT, WINDOW, STEPS, ROWS = 32, 64, 8, 2, 2
+LENGTH = CONTEXT + WINDOW + STEPS
+TRAINING = [name for name in LEARNER_NAMES if name not in ("head", "memory")]
+RATES = {"momentum": 0.05, "optimistic": 0.3}  # of SGD
+EXTRA = {
+    "gradient": {"step_norm"},
+    "momentum": {"step_norm"},
+    "optimistic": {"step_norm", "path_length", "hint_error"},
+    "ensemble": {"step_norm", "path_length", "expert_weights", "expert_losses"},
+    "shared_ensemble": {"step_norm", "path_length", "expert_weights", "expert_losses"},
+    "osd": {"step_norm", "buffered"},
+}
+
+
+@dataclasses.dataclass
+class Case:
+    """A learner, what it trains, and what it learns from."""
+
+    name: str
+    learner: object
+    draft: Draft
+    meta: Meta
+    segments: Segments
+    shared: object
+    num_traces: int = 0
+
+    def __post_init__(self):
+        def update(*args):
+            self.num_traces += 1
+            return self.learner.update(*args)
+
+        self._update = jax.jit(update)
+
+    def start(self):
+        return self.learner.init(self.draft.params)
+
+    def update(self, state, segments=None):
+        segments = self.segments if segments is None else segments
+        return self._update(state, segments, self.shared, self.draft.token_ids)
+
+
+def make_segments(shared) -> Segments:
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(ROWS, LENGTH, 32)), jnp.float32)
+    return Segments(
+        feedback=Feedback(
+            tokens=jnp.asarray(rng.integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32),
+            taps=jnp.asarray(rng.normal(size=(ROWS, LENGTH, 96)), jnp.float16),
+            hidden=hidden,
+            logsumexp=jax.nn.logsumexp(hidden @ shared.head["kernel"].T, axis=-1),
+        ),
+        start=jnp.asarray([0, -3], jnp.int32),
+        weight=jnp.ones((ROWS, LENGTH)),
+    )
+
+
+@pytest.fixture(scope="module", params=["eagle3", "eagle1", "hydra"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=TRAINING)
+def case(request, family):
+    name = request.param
+    config = LearnerConfig(
+        name=name, num_steps=STEPS, num_context=CONTEXT, window=WINDOW,
+        batch_size=ROWS, num_candidates=0, buffer_requests=2,
+        learning_rate=RATES.get(name, 3e-3),
+    )  # fmt: skip
+    architecture = tiny_draft_config(tiny_model_config(VOCAB), 12, family)
+    drafter = build_drafter(family, architecture, TreeConfig("chain", STEPS))
+    shared = shared_tables(random_params(tiny_model_config(VOCAB)))
+    return Case(
+        name, build_learner(config, drafter.unroll), tiny_draft(drafter, architecture),
+        Meta.create(None, architecture, family), make_segments(shared), shared,
+    )  # fmt: skip
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def test_it_learns_purely_and_in_one_trace(case):
+    before = jax.tree.map(np.array, (case.draft, case.segments, case.shared))
+    state = case.start()
+    assert_same(state.params, case.draft.params)
+    first = case.update(state)
+    assert_same(case.update(state), first)
+    assert shapes(first[0]) == shapes(state)
+    losses = []
+    for _ in range(30):
+        state, info = case.update(case.learner.begin(state))
+        losses.append(float(info.loss))
+        assert set(info.extra) == EXTRA[case.name]
+    score = lambda params: case.learner.evaluate(
+        params, case.segments, case.shared, case.draft.token_ids
+    )[0]
+    assert losses[-1] < losses[0] - 0.03
+    assert float(score(state.params).loss) < float(score(case.draft.params).loss) - 0.03
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state, info)))
+    assert int(state.num_updates) == 30
+    assert case.num_traces == 1
+    assert_same((case.draft, case.segments, case.shared), before)
+
+
+def test_without_a_signal_nothing_moves(case):
+    state = case.update(case.start())[0]
+    state = case.update(state)[0]
+    silent = case.segments.replace(weight=jnp.zeros_like(case.segments.weight))
+    after, info = case.update(state, silent)
+    assert_same(after, state)
+    assert float(info.extra["step_norm"]) == 0
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(info))
+
+
+def test_a_checkpoint_brings_it_back_bitwise(case, tmp_path):
+    state = case.start()
+    for _ in range(3):
+        state = case.update(state)[0]
+    draft = Draft(state.params, case.draft.token_ids)
+    checkpoint.save(tmp_path, 3, case.meta, draft, learner=state)
+    like = lambda meta, draft: jax.eval_shape(case.learner.init, draft.params)
+    found = checkpoint.load(tmp_path, learner_like=like)
+    assert_same(found.learner, state)
+    np.testing.assert_array_equal(found.draft.token_ids, case.draft.token_ids)
+    assert found.draft.token_ids.dtype == case.draft.token_ids.dtype
+    assert_same(case.update(found.learner), case.update(state))
+
+
+def unroll(*_):
+    raise AssertionError("nothing is trained here")
+
+
+def test_memory_has_no_learner():
+    assert build_learner(LearnerConfig(name="memory"), unroll) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "adam"}, "unknown learner 'adam'; use one of gradient, momentum"),
+        ({"loss": "kl"}, "unknown loss 'kl'"),
+        ({"optimizer": "addam"}, "optax has no optimizer 'addam'"),
+        ({"name": "momentum", "optimizer": "adam"}, "SGD with momentum, not 'adam'"),
+        ({"name": "ensemble", "optimizer": "dog"}, "'dog' finds its own step size"),
+        ({"name": "shared_ensemble", "expert_pull": 0.0}, "would lie on one line"),
+        ({"name": "shared_ensemble", "reset_experts": True}, "use the learner `ens"),
+        ({"num_experts": 1}, "num_experts is 1; use 2"),
+        ({"meta": "exp3"}, "meta is 'exp3'; use hedge or last_chunk"),
+        ({"positions": "wrong"}, "positions is 'wrong'; use all or rejected"),
+        ({"token_share": 0.0}, "token_share is 0.0; use above 0, and at most 1"),
+        ({"num_scored": 5}, "num_scored 5 exceeds batch_size 4"),
+        ({"update_every_prompts": -1}, "update_every_prompts is -1; use 0 (off)"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_learner(LearnerConfig(**changes), unroll)
+
+
+def test_defaults_are_the_learners_own():
+    found = {name: LearnerConfig(name=name) for name in LEARNER_NAMES}
+    rates = {name: (c.optimizer, c.learning_rate) for name, c in found.items()}
+    assert rates["gradient"] == rates["ensemble"] == ("adam", 3e-4)
+    assert rates["optimistic"] == rates["momentum"] == ("sgd", 0.1)
+    assert rates["osd"] == ("adam", 1e-4)
+    assert LearnerConfig(name="osd", learning_rate=0.5).learning_rate == 0.5
+    assert found["osd"].update_every_prompts == 1
+    assert found["ensemble"].meta_discount == 1.0
