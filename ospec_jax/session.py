@@ -94,6 +94,9 @@ class Session:
         children (`tree.children` other than `topk`) leave no room for them.
       num_predicted_tokens: Tokens verified at once while a request's prediction holds;
         0 keeps to the tree.
+
+    `on_update`, if set, is called after each update with its report and the draft that
+    was served before and is after it; its time is not learning's.
     """
 
     def __init__(
@@ -151,6 +154,7 @@ class Session:
         self._cast = jax.jit(sharding.pinned(cast, mesh, sharding.param_shardings))
         self.stats = DecodingStats(num_spec_tokens=tree.num_steps)
         self.reports: list[UpdateReport] = []
+        self.on_update: Callable[[UpdateReport, Draft, Draft], None] | None = None
         self.answered: list[str] = []
         # Without learning there is nothing to remember but the rates.
         orders = memory_orders(suggestions or (draft.meta.family if draft else ""))
@@ -347,7 +351,7 @@ class Session:
         """Remembers the answer and updates the draft when it is time."""
         if self.learning is None:
             return 0.0
-        start = time.perf_counter()
+        start, report, before = time.perf_counter(), None, self.draft
         self._served = self.learning.observe(completion, self._served)
         self.draft = self.learning.master(self.draft)
         if self.learning.is_due:
@@ -359,7 +363,10 @@ class Session:
         jax.block_until_ready(
             (self.learning.state, self.learning.traffic, self._served)
         )
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if report is not None and self.on_update is not None:
+            self.on_update(report, before, self.draft)
+        return seconds
 
     def _warn_of_collapse(self) -> None:
         stats = self.stats

@@ -174,6 +174,7 @@ def test_only_heads_with_a_public_format_are_exported(ospec, tmp_path, capsys):
 def test_learn_resumes_where_it_stopped(ospec, tmp_path):
     few = ospec.write_prompts("few", ospec.rows[:5])
     args = ("--draft", ospec.draft, "--update-interval", 30, "--checkpoint", tmp_path)
+    args += ("--telemetry", tmp_path / "told.jsonl")
     assert len(ospec.json("learn", *args, "--prompts", few)) == 5
     saved = checkpoint.load(tmp_path).meta
     assert saved.answered == tuple(f"q{i}" for i in range(5))
@@ -181,6 +182,59 @@ def test_learn_resumes_where_it_stopped(ospec, tmp_path):
     rest = ospec.json("learn", *args, "--prompts", ospec.prompts, "--resume")
     assert {row["id"] for row in rest} == {"q5", "q6", "q7"}
     assert len(checkpoint.load(tmp_path).meta.answered) == 8
+    told = [json.loads(x) for x in (tmp_path / "told.jsonl").read_text().splitlines()]
+    numbers = [row["number"] for row in told if row["kind"] == "answer"]
+    assert numbers == list(range(1, 9))
+    assert told[-1]["version"] > saved.draft_version
+    assert sum(row["kind"] == "update" for row in told) > saved.draft_version
+    assert ospec.run(
+        "telemetry", tmp_path / "told.jsonl", "--plot", tmp_path / "told.png"
+    ) == 0  # fmt: skip
+    assert (tmp_path / "told.png").exists()
+
+
+def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
+    parts = ",".join(
+        f"{name}={ospec.write_prompts(name, rows)}"
+        for name, rows in (("sums", ospec.rows[:4]), ("more", ospec.rows[4:]))
+    )
+    drift, folder = tmp_path / "drift.jsonl", tmp_path / "recording"
+    args = ("--num-prompts", 6, "--kind", "alternating", "--block", 1, "--out", drift)
+    assert ospec.run("stream", "--domains", parts, *args) == 0
+    args = ("--draft", ospec.draft, "--batch-size", 2)
+    assert ospec("record", "--prompts", drift, "--out", folder, *args) == 0
+
+    results, plot = tmp_path / "results.json", tmp_path / "replays.png"
+    command = (
+        "replay", folder, "--target", ospec.target, "--draft", ospec.draft,
+        "--learners", "static,gradient", "--update-interval", 20, "--json", results,
+    )  # fmt: skip
+    assert ospec.run(*command, "--telemetry", tmp_path / "told") == 0
+    first = json.loads(results.read_text())["runs"]
+    assert [row["learner"] for row in first] == ["static", "gradient"]
+    assert first[0]["answers"]["domain"] == ["sums", "more"] * 3
+    assert first[1]["num_updates"] > 0
+    assert (tmp_path / "told" / "gradient-0.jsonl").exists()
+
+    # Finished runs are not replayed again, unless they lack what is asked for.
+    args = ("--seeds", "0,1", "--plot", plot)
+    assert ospec.run(*command, *args) == 0
+    second = json.loads(results.read_text())["runs"]
+    assert second[:2] == first
+    assert [row["seed"] for row in second] == [0, 0, 1]
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    capsys.readouterr()
+    args = ("--learners", "static", "--prompts", drift, "--regret", "--chunk-size", 4)
+    assert ospec.run(*command, *args) == 0
+    assert "| static | 0 |" in capsys.readouterr().out
+    third = json.loads(results.read_text())
+    static = next(row for row in third["runs"] if row["config"] is None)
+    assert (
+        static["answers"]["num_accepted_tokens"]
+        == (first[0]["answers"]["num_accepted_tokens"])
+    )
+    assert len(static["answers"]["loss"]) == 6
+    assert [len(losses) for losses in third["hindsight"].values()] == [6]
 
 
 def test_bench_of_batches(ospec):
@@ -221,6 +275,7 @@ def test_bench_reports_every_mode(ospec, tmp_path):
     ("learn", ["--prompts", "{prompts}", "--resume"], "--resume needs --checkpoint"),
     ("learn", ["--prompts", "{prompts}", "--learner", "magic"], "unknown learner"),
     ("learn", ["--prompts", "{bad}"], "line 2"),
+    ("learn", ["--prompts", "{prompts}", "--tensorboard", "x"], "needs --telemetry"),
     ("bench", ["--prompts", "{empty}"], "holds no prompts"),
     ("bench", ["--prompts", "{prompts}", "--modes", "fast"], "unknown modes"),
 ])  # fmt: skip
@@ -235,6 +290,19 @@ def test_errors_name_value_and_remedy(ospec, capsys, command, args, message):
     printed = " ".join(capsys.readouterr().err.split())
     assert "error:" in printed
     assert message in printed
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (("stream", "--domains", "math", "--out", "x"), "use NAME=FILE"),
+    (("stream", "--domains", "a={prompts}", "--out", "x"), "has 8 prompts"),
+    (("replay", "nowhere"), "holds no recording"),
+    (("replay", "nowhere", "--learners", "magic"), "unknown learner 'magic'"),
+    (("replay", "nowhere", "--seeds", "one"), "whole seeds"),
+    (("telemetry", "nowhere", "--plot", "x"), "no telemetry file"),
+])  # fmt: skip
+def test_streams_name_what_is_wrong(ospec, capsys, command, message):
+    assert ospec.run(*[part.format(prompts=ospec.prompts) for part in command]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_unknown_flags_are_refused(ospec, capsys):

@@ -12,6 +12,7 @@ from ospec_jax.cli.answer import generate, learn
 from ospec_jax.cli.arguments import console
 from ospec_jax.cli.make import distill, export_draft, import_draft, lower
 from ospec_jax.cli.measure import bench, demo, roofline
+from ospec_jax.cli.streams import record, replay, stream, telemetry
 from ospec_jax.config import ConfigError
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.mixed import MIXES
@@ -33,6 +34,7 @@ def drafters() -> None:
 def main() -> None:
     """Entry point of `ospec`."""
     functions = (generate, learn, distill, bench, roofline, lower, drafters, demo)
+    functions += (stream, record, replay, telemetry)
     commands = {function.__name__: function for function in functions}
     commands |= {"import": import_draft, "export": export_draft}
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]{message}")

@@ -23,6 +23,7 @@ from ospec_jax.data.prompts import (
     read_prompts,
 )
 from ospec_jax.progress import Interrupt, progress_bar
+from ospec_jax.telemetry import Telemetry
 
 
 def generate(
@@ -96,12 +97,14 @@ def learn(
     save_every: int = 50,
     save_feedback: bool = True,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    telemetry: Path | None = None,
+    tensorboard: Path | None = None,
 ) -> None:
     """Answers a stream of prompts, learns from it, and saves the draft.
 
     Args:
       prompts: A JSONL file.
-      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, memory,
+      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, head, memory,
         or a Python file with `get_config() -> LearnerConfig`.
       optimizer: Any optax optimizer.
       learn_budget: Share of wall-clock time for learning.
@@ -112,8 +115,12 @@ def learn(
       save_every: Prompts between two checkpoints.
       save_feedback: Also save recent traffic, which a bitwise resume needs.
       json_file: Write the answers and metrics.
+      telemetry: Write what learning does, line by line; see `ospec telemetry`.
+      tensorboard: Folder to write it to for TensorBoard, too.
     """
     rows = read_prompts(prompts)
+    if tensorboard is not None and telemetry is None:
+        raise ConfigError("--tensorboard needs --telemetry, a file, beside it")
     if resume and checkpoint_dir is None:
         raise ConfigError("--resume needs --checkpoint")
     if decoding.draft == "none":
@@ -131,7 +138,9 @@ def learn(
             f"{len(answered)} prompts were answered before, {len(rows)} are left; "
             f"draft version {session.version}"
         )
+    writer = telemetry and Telemetry(telemetry, tensorboard, is_resumed=resume)
     session.warm_up(sampling=decoding.sampling)
+    session.on_update = writer.update if writer else None
     results = []
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("learn", total=len(rows))
@@ -141,6 +150,11 @@ def learn(
         for result in answers:
             results.append(result)
             bar.update(task, advance=1, description=live(result, results))
+            if writer:
+                writer.answer(
+                    result.prompt.id, result.prompt.domain, len(result.token_ids),
+                    result.stats, result.version, result.learning_seconds,
+                )  # fmt: skip
             if checkpoint_dir is not None and len(results) % save_every == 0:
                 session.save(checkpoint_dir, save_feedback)
             if interrupt:
@@ -148,4 +162,6 @@ def learn(
     if checkpoint_dir is not None:
         path = session.save(checkpoint_dir, save_feedback)
         console.print(f"saved {path}")
+    if writer:
+        writer.close()
     write_json(json_file, [r.to_json() for r in results], is_list=True)

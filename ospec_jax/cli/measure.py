@@ -41,7 +41,7 @@ def bench(
       num_prompts: Prompts taken from its beginning.
       modes: Comma-separated: autoregressive, static (the draft as it is), ngrams (and
         n-grams of the request), learned (and of earlier ones; the draft is trained).
-      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, memory,
+      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, head, memory,
         or a Python file with `get_config() -> LearnerConfig`.
       learn_budget: Share of the learned mode's time for learning.
       peers: Comma-separated other decoders of the same weights: transformers,
@@ -140,7 +140,7 @@ def demo(
 
     Args:
       out: Folder of the plot, the table and the learned draft's checkpoint.
-      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, memory,
+      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, head, memory,
         or a Python file with `get_config() -> LearnerConfig`.
     """
     from ospec_jax.demo import run_demo

@@ -160,6 +160,26 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
+def write_prompts(path: str | Path, prompts: Sequence[Prompt]) -> None:
+    """Writes a JSONL file that `read_prompts` reads back as the same prompts."""
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(_row_of(prompt), ensure_ascii=False) for prompt in prompts]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _row_of(prompt: Prompt) -> dict:
+    row: dict = {"id": prompt.id, "domain": prompt.domain}
+    if prompt.messages == ({"role": "user", "content": prompt.text},):
+        row["prompt"] = prompt.text
+    else:
+        row["messages"] = list(prompt.messages)
+    if prompt.prediction:
+        row["prediction"] = prompt.prediction
+        row["prediction_confidence"] = prompt.prediction_confidence
+    return row
+
+
 def demo_prompts(domain: str) -> list[Prompt]:
     """The project's own prompts of one demo domain."""
     files = importlib.resources.files("ospec_jax.data") / "prompts"

@@ -88,4 +88,6 @@ def _record(completion: Completion, domain: str) -> Recording:
         for name in ("tokens", "taps", "hidden", "logsumexp")
     }
     num_prompt = len(completion.request.prompt_ids)
-    return Recording(completion.request.id, domain, num_prompt, arrays)
+    return Recording(
+        completion.request.id, domain, num_prompt, arrays, completion.token_ids[-1]
+    )

@@ -28,12 +28,15 @@ class Recording:
     Attributes:
       num_prompt: Leading tokens that belong to the prompt.
       arrays: `Feedback`'s fields without batch axis, `[t, ...]` each.
+      last_token: The answer's last one, after which nothing was verified, so that it
+        is not among `arrays`; -1 where it was not kept.
     """
 
     id: str
     domain: str
     num_prompt: int
     arrays: dict[str, np.ndarray]
+    last_token: int = -1
 
 
 def write_shard(folder: Path, number: int, recordings: Sequence[Recording]) -> None:
@@ -50,6 +53,7 @@ def write_shard(folder: Path, number: int, recordings: Sequence[Recording]) -> N
         "domains": [r.domain for r in recordings],
         "num_prompt": [r.num_prompt for r in recordings],
         "lengths": lengths,
+        "last_tokens": [r.last_token for r in recordings],
     }
     (part / "index.json").write_text(json.dumps(index))
     part.rename(part.with_suffix(""))
@@ -76,6 +80,7 @@ class _Entry:
     num_prompt: int
     domain: str
     id: str
+    last_token: int
 
 
 class FeedbackStore:
@@ -86,11 +91,13 @@ class FeedbackStore:
         for shard in shard_folders(folder):
             index = json.loads((shard / "index.json").read_text())
             arrays = {n: np.load(shard / f"{n}.npy", mmap_mode="r") for n in _ARRAYS}
+            count = len(index["ids"])
+            last = index.get("last_tokens", [-1] * count)
             begin = 0
             for i, length in enumerate(index["lengths"]):
                 self.entries.append(
                     _Entry(arrays, begin, length, index["num_prompt"][i],
-                           index["domains"][i], index["ids"][i])
+                           index["domains"][i], index["ids"][i], last[i])
                 )  # fmt: skip
                 begin += length
         if not self.entries:
@@ -107,6 +114,12 @@ class FeedbackStore:
         return np.asarray(
             e.arrays["tokens"][e.begin + e.num_prompt : e.begin + e.length]
         )
+
+    def recording(self, entry: int) -> Recording:
+        """One request as it was written; its arrays stay on disk until read."""
+        e = self.entries[entry]
+        own = {n: x[e.begin : e.begin + e.length] for n, x in e.arrays.items()}
+        return Recording(e.id, e.domain, e.num_prompt, own, e.last_token)
 
     def windows(self, entries: Sequence[int], length: int) -> list[tuple[int, int]]:
         """Windows `(entry, first trained pair)` that cover each answer once."""

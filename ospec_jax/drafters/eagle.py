@@ -173,7 +173,10 @@ def _eagle(
 ) -> Drafter:
     numerics = numerics or Numerics()
     module = EagleHead(config, numerics, version)
-    training = dataclasses.replace(_TRAINING, num_groups=numerics.num_groups)
+    # Trained kernels are float32; `unroll` takes int8 ones too, as they are served.
+    training = dataclasses.replace(
+        _TRAINING, num_groups=numerics.num_groups, is_native=numerics.is_native
+    )
     trainer = EagleHead(config, training, version)
 
     def apply(draft, method, *args) -> Any:

@@ -170,7 +170,10 @@ def hydra(
             f"{config.depth} or less"
         )
     numerics = numerics or Numerics()
-    training = dataclasses.replace(_TRAINING, num_groups=numerics.num_groups)
+    # Trained kernels are float32; `unroll` takes int8 ones too, as they are served.
+    training = dataclasses.replace(
+        _TRAINING, num_groups=numerics.num_groups, is_native=numerics.is_native
+    )
     module, trainer = HydraHeads(config, numerics), HydraHeads(config, training)
     width = config.hidden_size
 

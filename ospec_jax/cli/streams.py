@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ospec stream`, `record`, `replay`, `telemetry`: learners on drifting streams."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ospec_jax.cli.arguments import as_precision, console, learner_config
+from ospec_jax.config import ConfigError, LearnerConfig
+from ospec_jax.data.prompts import read_prompts, write_prompts
+from ospec_jax.data.streams import build_stream
+from ospec_jax.loading import load_draft
+from ospec_jax.models.hub import load_target
+from ospec_jax.progress import Interrupt, progress_bar
+
+StreamKind = Literal["single", "shifts", "gradual", "alternating", "fast"]
+
+
+def stream(
+    domains: str,
+    out: Path,
+    kind: StreamKind = "shifts",
+    num_prompts: int = 800,
+    block: int = 40,
+    seed: int = 0,
+) -> None:
+    """Makes a stream of prompts whose domain drifts; each prompt occurs once.
+
+    Args:
+      domains: NAME=FILE.jsonl, comma-separated, in the order of their appearance.
+      out: The stream as a JSONL file, for --prompts of the other commands.
+      kind: single; shifts (each domain once, in one block); gradual (from one to the
+        next); alternating (short blocks that come back); fast (another one with every
+        prompt, by chance).
+      block: Prompts of a block, for alternating.
+    """
+    files = {}
+    for part in domains.split(","):
+        name, _, file = part.partition("=")
+        if not name or not file or name in files:
+            raise ConfigError(
+                f"cannot read the domains {domains!r}: use NAME=FILE,NAME=FILE with "
+                f"a name once"
+            )
+        files[name] = read_prompts(file)
+    write_prompts(out, build_stream(files, kind, num_prompts, seed, block))
+    console.print(f"saved {out}")
+
+
+def record(
+    prompts: Path,
+    out: Path,
+    target: str = "smollm2-135m",
+    draft: str = "shipped",
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    capacity: int = 0,
+) -> None:
+    """Records a target's greedy answers, to replay drafts and learners on them.
+
+    Ctrl-C keeps complete shards; the same command goes on. The recording holds prompts
+    and answers, which can be read back from it.
+
+    Args:
+      prompts: A JSONL file.
+      out: Folder of the recording; of other prompts, more can be added later.
+      draft: Whose view of the target is recorded: shipped, or a checkpoint folder.
+      batch_size: Requests decoded together.
+      capacity: Tokens of a prompt and its answer; longer prompts are left out. 0 takes
+        all.
+    """
+    from ospec_jax import recording
+
+    rows = read_prompts(prompts)
+    loaded = load_target(target, as_precision(precision))
+    taps = load_draft(draft, loaded).taps
+    count = recording.record(
+        loaded, rows, out, taps, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, capacity=capacity,
+    )  # fmt: skip
+    console.print(f"recorded {count} answers in {out}")
+
+
+def replay(
+    folder: tyro.conf.Positional[Path],
+    learners: Annotated[str, tyro.conf.arg(aliases=["--learner"])] = "static,gradient",
+    draft: str = "shipped",
+    target: str = "smollm2-135m",
+    prompts: Path | None = None,
+    num_speculative_tokens: int = 3,
+    update_interval: int | None = None,
+    learning_rate: float | None = None,
+    seeds: Annotated[str, tyro.conf.arg(aliases=["--seed"])] = "0",
+    regret: bool = False,
+    chunk_size: int = 40,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    plot: Path | None = None,
+    telemetry: Path | None = None,
+) -> None:
+    """Compares learners on a recording, with the draft alone and no target.
+
+    Acceptance is what decoding would measure with chains, at batch 1 and without
+    n-grams. Ctrl-C keeps what was replayed; with --json the same command goes on with
+    the runs that are not finished.
+
+    Args:
+      folder: From `ospec record`.
+      learners: Comma-separated: static (the draft as it is), names or Python files as
+        for `ospec learn`.
+      draft: shipped, or a checkpoint folder.
+      prompts: Replay these recorded prompts in this order: a stream's file.
+      update_interval: Tokens between updates; 512 for learners that name none.
+      seeds: Comma-separated, of the learners; the stream's order has its own.
+      regret: Also measure losses, and the regret against drafts trained on each chunk
+        in hindsight.
+      chunk_size: Answers of such a chunk.
+      json_file: Results; also where finished runs are found.
+      plot: Draw acceptance along the stream into this PNG.
+      telemetry: Folder of telemetry files, one a run.
+    """
+    from ospec_jax.bench import replays
+    from ospec_jax.recording import read_meta
+    from ospec_jax.replay import Replayer
+
+    configs = {
+        name: None if name == "static" else _replayed(
+            name, update_interval=update_interval, learning_rate=learning_rate
+        )
+        for name in dict.fromkeys(n for n in learners.split(",") if n)
+    }  # fmt: skip
+    if not configs or not all(s.strip().isdecimal() for s in seeds.split(",")):
+        raise ConfigError(f"use learners and whole seeds, not {learners!r}, {seeds!r}")
+    ids = [row.id for row in read_prompts(prompts)] if prompts else []
+    results = replays.Results.open(json_file)
+    meta = read_meta(folder)
+    loaded = load_target(target, as_precision(meta.precision))
+    replayer = Replayer(
+        loaded, load_draft(draft, loaded), folder, num_speculative_tokens, ids, regret
+    )
+    key = replays.stream_key([replayer.store.entries[i].id for i in replayer.order])
+    rows = []
+    with Interrupt() as interrupt, progress_bar() as bar:
+        for name, config in configs.items():
+            for seed in [int(s) for s in seeds.split(",")][: None if config else 1]:
+                config = config and dataclasses.replace(config, seed=seed)
+                settings = replays.settings_of(
+                    name, config, draft, num_speculative_tokens, key
+                )
+                row = results.find(settings, regret)
+                if row is None and not interrupt:
+                    label = f"{Path(name).stem}-{seed}"
+                    row = _run(replayer, config, settings, bar, interrupt, telemetry,
+                               label)  # fmt: skip
+                    results.put(row)
+                rows += [row] if row else []
+        hindsight = None
+        if regret and not interrupt:
+            hindsight = _hindsight(replayer, results, chunk_size, bar, [draft, key])
+    replays.add_regret(rows, hindsight)
+    print(replays.markdown_table(rows))
+    if plot is not None and rows:
+        console.print(f"plot: {replays.plot_replays(rows, plot)}")
+
+
+def _replayed(name: str, **flags) -> LearnerConfig:
+    """A learner whose updates come at an interval of tokens, and without n-grams."""
+    config = learner_config(name, memory_slots=0, **flags)
+    if config.update_interval:
+        return config
+    return dataclasses.replace(config, update_interval=512)
+
+
+def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:
+    """Replays one learner behind the bar."""
+    from ospec_jax.bench import replays
+    from ospec_jax.telemetry import Telemetry
+
+    task = bar.add_task(f"{label}: compiling", total=len(replayer.order))
+    answers, writer = [], None
+    if telemetry is not None:
+        file = telemetry / f"{label}.jsonl"
+        file.unlink(missing_ok=True)  # an interrupted run begins anew
+        writer = Telemetry(file)
+
+    def show(answer):
+        answers.append(answer)
+        recent = answers[-replays.WINDOW :]
+        drafts, accepted = (
+            sum(getattr(a.stats, name) for a in recent)
+            for name in ("num_drafts", "num_accepted_tokens")
+        )
+        length = 1 + accepted / max(drafts, 1)
+        text = f"{label}: acceptance length {length:.2f}"
+        bar.update(task, advance=1, description=text)
+        if writer is not None:
+            writer.answer(
+                answer.id, answer.domain, answer.num_tokens, answer.stats,
+                answer.version, answer.learning_seconds,
+            )  # fmt: skip
+
+    on_update = writer.update if writer else None
+    run = replayer.run(config, show, on_update, lambda: bool(interrupt))
+    if writer is not None:
+        writer.close()
+    return replays.to_row(run, settings, len(run.answers) == len(replayer.order))
+
+
+def _hindsight(replayer, results, chunk_size: int, bar, names) -> list[float]:
+    """Losses in hindsight, kept in the results."""
+    from ospec_jax.regret import best_per_chunk_in_hindsight
+
+    key = " ".join([*names, str(replayer.num_steps), str(chunk_size)])
+    if key not in results.hindsight:
+        task = bar.add_task("hindsight", total=len(replayer.order))
+        show = lambda count: bar.update(task, completed=count)
+        results.hindsight[key] = best_per_chunk_in_hindsight(
+            replayer, chunk_size, on_chunk=show
+        )
+        results.write()
+    return results.hindsight[key]
+
+
+def telemetry(file: tyro.conf.Positional[Path], plot: Path) -> None:
+    """Draws what `ospec learn --telemetry` or `ospec replay --telemetry` wrote.
+
+    Args:
+      plot: The PNG to write.
+    """
+    from ospec_jax.telemetry import plot_telemetry, read_rows
+
+    console.print(f"plot: {plot_telemetry(read_rows(file), plot)}")
