@@ -198,7 +198,8 @@ def _open_mode(name, target, draft, config: BenchConfig, groups) -> ModeRun:
             group, config.max_new_tokens, config.sampling, config.is_raw
         )
         capacities.add(session.engine.capacity_for(request for _, request in pairs))
-    seconds = session.warm_up(sorted(capacities), config.sampling)
+    has_predictions = any(prompt.prediction for group in groups for prompt in group)
+    seconds = session.warm_up(sorted(capacities), config.sampling, has_predictions)
     return ModeRun(compile_seconds=seconds, session=session)
 
 

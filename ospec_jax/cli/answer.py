@@ -130,7 +130,8 @@ def learn(
             f"{len(answered)} prompts were answered before, {len(rows)} are left; "
             f"draft version {session.version}"
         )
-    session.warm_up(sampling=decoding.sampling)
+    has_predictions = any(row.prediction for row in rows)
+    session.warm_up(sampling=decoding.sampling, has_predictions=has_predictions)
     results = []
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("learn", total=len(rows))
