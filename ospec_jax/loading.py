@@ -13,8 +13,7 @@ from ospec_jax.config import ConfigError
 from ospec_jax.data.tokenizer import tokenizer_hash
 from ospec_jax.drafters.mixed import MIXES
 from ospec_jax.drafters.self_draft import in_four_bits
-from ospec_jax.formats.eagle3 import is_eagle3_folder
-from ospec_jax.formats.importing import load_folder
+from ospec_jax.formats.importing import is_public_folder, load_folder
 from ospec_jax.models.hub import Target, load_target
 from ospec_jax.types import Draft
 
@@ -51,8 +50,8 @@ def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
 
     Args:
       name_or_folder: A family without parameters (`ngram`, `suffix`, `prediction`),
-        `shipped`, the folder of a checkpoint or of a public EAGLE-3 head,
-        `model:TARGET`, `self:int4`, `self:exit-N`, or
+        `shipped`, the folder of a checkpoint or of a public EAGLE-3 or
+        Hydra head, `model:TARGET`, `self:int4`, `self:exit-N`, or
         `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`.
 
     Raises:
@@ -71,7 +70,7 @@ def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
     if kind in MIXES:
         return mixed_draft(kind, name, target)
     folder = SHIPPED if name_or_folder == "shipped" else Path(name_or_folder)
-    if is_eagle3_folder(folder):
+    if is_public_folder(folder):
         return LoadedDraft(*load_folder(folder, target))
     restored = checkpoint.load(folder, target, mesh=target.mesh)
     if restored.meta.family in ("model", "self"):
