@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from ospec_jax import sharding
+from ospec_jax import deltas, sharding
 from ospec_jax.config import (
     DraftConfig,
     Precision,
@@ -57,6 +57,10 @@ class Meta:
       learner: Name and hyper-parameters of the learner, or empty.
       answered: Ids of the prompts that learning has seen, in order.
       card: Free facts: data, steps, scores.
+      base: Name or folder of the draft that the stored parameters are a difference to;
+        empty for one that stands alone. See `deltas`.
+      base_hash: Its fingerprint.
+      rank: Of the difference.
     """
 
     family: str
@@ -70,6 +74,9 @@ class Meta:
     answered: tuple[str, ...] = ()
     card: dict = dataclasses.field(default_factory=dict)
     libraries: dict = dataclasses.field(default_factory=dict)
+    base: str = ""
+    base_hash: str = ""
+    rank: int = 0
 
     @classmethod
     def create(
@@ -250,7 +257,7 @@ def _load_step(path: Path, step: int, learner_like, feedback_like, mesh) -> Chec
         meta = read_meta(json.loads(str(raw["json"])))
         draft = Draft(params={})
         if meta.draft is not None:
-            like = abstract_draft(meta.family, meta.draft, meta.storage)
+            like = abstract_draft(meta)
             wanted = {"draft": _on_devices(like, mesh)}
             stored = _restore(checkpointer, step, wanted)["draft"]
             token_ids = stored.get("token_ids")
@@ -280,15 +287,20 @@ def read_meta(values: dict) -> Meta:
     return from_dict(Meta, values | {"draft": draft})
 
 
-def abstract_draft(family: str, config: DraftConfig, storage: Precision) -> dict:
+def abstract_draft(meta: Meta) -> dict:
     """Shapes of the stored draft."""
+    config = meta.draft
+    assert config is not None, "only drafts with parameters are stored"
 
     def make():
-        drafter = build_drafter(family, config, TreeConfig(num_steps=1))
-        params = cast_params(drafter.init_params(jax.random.key(0)), storage)
-        if not config.has_own_head:
-            return {"params": params}
-        return {"params": params, "token_ids": jnp.zeros(config.draft_vocab_size, int)}
+        drafter = build_drafter(meta.family, config, TreeConfig(num_steps=1))
+        params = drafter.init_params(jax.random.key(0))
+        if meta.base:
+            params = deltas.empty(params, meta.rank)
+        stored = {"params": cast_params(params, meta.storage)}
+        if meta.base or not config.has_own_head:
+            return stored
+        return stored | {"token_ids": jnp.zeros(config.draft_vocab_size, int)}
 
     return jax.eval_shape(make)
 

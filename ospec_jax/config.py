@@ -128,16 +128,21 @@ class HydraConfig(DraftConfig):
         in the published heads.
       has_prefix: A decoder layer runs over the target's final states before the heads
         read them (Hydra++).
+      has_separate_heads: Each head has an output projection of its own, with a bias, as
+        published; else they share one.
     """
 
     depth: int = 3
     num_blocks: int = 2
     has_prefix: bool = True
+    has_separate_heads: bool = False
 
     def __post_init__(self):
         for name in ("depth", "num_blocks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
+        if self.has_separate_heads and not self.has_own_head:
+            raise ConfigError("separate heads have a draft vocabulary of their own")
 
 
 def draft_config_from(family: str, values: dict[str, Any]) -> DraftConfig:

@@ -7,19 +7,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ospec_jax import checkpoint
+from ospec_jax import checkpoint, deltas
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import ConfigError
 from ospec_jax.data.tokenizer import tokenizer_hash
 from ospec_jax.drafters.mixed import MIXES
 from ospec_jax.drafters.self_draft import in_four_bits
-from ospec_jax.formats.eagle3 import is_eagle3_folder
-from ospec_jax.formats.importing import load_folder
+from ospec_jax.formats.importing import is_public_folder, load_folder
 from ospec_jax.models.hub import Target, load_target
 from ospec_jax.types import Draft
 
-SHIPPED = Path(__file__).parent / "shipped" / "smollm2-135m-eagle3"
-"""The draft that comes with the package."""
+_SHIPPED = Path(__file__).parent / "shipped"
+_SHIPPED_TARGET = "smollm2-135m"
 _SUGGESTIONS = ("ngram", "suffix", "prediction")
 """Families that need no parameters, and stand beside others."""
 
@@ -51,8 +50,8 @@ def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
 
     Args:
       name_or_folder: A family without parameters (`ngram`, `suffix`, `prediction`),
-        `shipped`, the folder of a checkpoint or of a public EAGLE-3 head,
-        `model:TARGET`, `self:int4`, `self:exit-N`, or
+        `shipped` or `shipped:NAME`, the folder of a checkpoint or of a public EAGLE-3
+        or Hydra head, `model:TARGET`, `self:int4`, `self:exit-N`, or
         `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`.
 
     Raises:
@@ -70,10 +69,10 @@ def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
         return own_draft(name, target)
     if kind in MIXES:
         return mixed_draft(kind, name, target)
-    folder = SHIPPED if name_or_folder == "shipped" else Path(name_or_folder)
-    if is_eagle3_folder(folder):
+    folder = draft_folder(name_or_folder)
+    if is_public_folder(folder):
         return LoadedDraft(*load_folder(folder, target))
-    restored = checkpoint.load(folder, target, mesh=target.mesh)
+    restored = restore(name_or_folder, target)
     if restored.meta.family in ("model", "self"):
         name = f"{restored.meta.family}:{restored.meta.card['model']}"
         raise checkpoint.CheckpointError(
@@ -81,6 +80,57 @@ def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
             f"not hold; pass --draft {name}"
         )
     return LoadedDraft(freely_placed(restored.draft, target.mesh), restored.meta)
+
+
+def shipped_drafts() -> dict[str, Path]:
+    """Folders of the drafts that come with the package, by what follows `shipped:`."""
+    folders = sorted(_SHIPPED.glob(f"{_SHIPPED_TARGET}-*"))
+    return {
+        folder.name.removeprefix(f"{_SHIPPED_TARGET}-"): folder for folder in folders
+    }
+
+
+def draft_folder(name_or_folder: str | Path) -> Path:
+    """Where a trained draft lies; `shipped` is short for `shipped:eagle3`.
+
+    Raises:
+      ConfigError: No such draft is shipped.
+    """
+    kind, _, name = str(name_or_folder).partition(":")
+    if kind != "shipped":
+        return Path(name_or_folder)
+    shipped = shipped_drafts()
+    if (name or "eagle3") not in shipped:
+        names = ", ".join(f"shipped:{name}" for name in shipped)
+        raise ConfigError(f"no draft {name_or_folder!r} is shipped; there are {names}")
+    return shipped[name or "eagle3"]
+
+
+def restore(
+    name_or_folder: str | Path, target: Target | None = None
+) -> checkpoint.Checkpoint:
+    """A draft's checkpoint, its difference to a base draft added to that.
+
+    Raises:
+      CheckpointError: Nothing readable is there, it is for another target, or its base
+        is not what it was.
+    """
+    mesh = target.mesh if target is not None else None
+    found = checkpoint.load(draft_folder(name_or_folder), target, mesh=mesh)
+    meta = found.meta
+    if not meta.base:
+        return found
+    base = restore(meta.base, target).draft
+    known = deltas.fingerprint(base)
+    if known != meta.base_hash:
+        raise checkpoint.CheckpointError(
+            f"{name_or_folder} holds only its difference to the draft {meta.base!r} "
+            f"with the hash {meta.base_hash}, but that one's is {known} now: get the "
+            f"base back, or train it anew with `ospec distill --from {meta.base}`"
+        )
+    params = deltas.add(base.params, found.draft.params)
+    meta = dataclasses.replace(meta, base="", base_hash="", rank=0)
+    return dataclasses.replace(found, draft=base.replace(params=params), meta=meta)
 
 
 def model_draft(name_or_path: str, target: Target) -> LoadedDraft:

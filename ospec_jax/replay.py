@@ -183,8 +183,8 @@ class Replayer:
         """
         if not config.is_training:
             raise ConfigError(
-                f"the learner {config.name!r} learns from more than is recorded; replay "
-                f"those that learn along gradients"
+                f"the learner {config.name!r} learns from more than is recorded; "
+                f"replay those that learn along gradients"
             )
         if config.update_interval < 1 and not config.update_every_prompts:
             raise ConfigError(

@@ -214,7 +214,7 @@ class Session:
 
     def warm_up(
         self, capacities: Iterable[int | None] = (None,),
-        sampling: SamplingConfig = SamplingConfig(),
+        sampling: SamplingConfig = SamplingConfig(), has_predictions: bool = False,
     ) -> float:  # fmt: skip
         """Compiles what decoding and learning need; returns the seconds it took.
 
@@ -222,17 +222,16 @@ class Session:
 
         Args:
           capacities: Of the caches to compile for; None is the smallest one.
+          has_predictions: Some of the prompts to come have one.
         """
         start = time.perf_counter()
-        requests = [self.probe_request(24, sampling)] * self.batch_size
+        probe = self.probe_request(24, sampling)
+        predicted = dataclasses.replace(probe, prediction_ids=probe.prompt_ids)
+        kinds = [predicted, probe] if has_predictions and self._drafts else [probe]
         completions = []
         for capacity in capacities:
-            for _ in range(2):
-                completions = list(
-                    self.engine.serve(
-                        requests, lambda: self.served_draft, self.batch_size, capacity
-                    )
-                )
+            for kind in kinds:
+                completions = self._rehearse(kind, capacity)
             if self.learning is not None:
                 self.learning.rehearse(completions[-1], self._served)
         if self.learning is not None:
@@ -241,6 +240,15 @@ class Session:
                 self.draft, last.seconds / max(len(last.token_ids), 1)
             )
         return time.perf_counter() - start
+
+    def _rehearse(self, request: Request, capacity: int | None) -> list[Completion]:
+        """Serves a request twice, and takes a longer step where one may come."""
+        args = (lambda: self.served_draft), self.batch_size, capacity
+        serve = lambda: list(self.engine.serve([request] * self.batch_size, *args))
+        serve()
+        completions = serve()
+        self.engine.rehearse_longer(request, *args)
+        return completions
 
     def probe_request(
         self, max_new_tokens: int = 128, sampling: SamplingConfig = SamplingConfig()

@@ -35,8 +35,8 @@ AnyMesh = Mesh | AbstractMesh
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
 PARAM_RULES: Rules = (
-    (r"(qkv_proj|gate_up_proj|lm_head)/kernel$", P("model", None)),
-    (r"(qkv_proj|gate_up_proj|lm_head)/(scale|bias)$", P("model")),
+    (r"(qkv_proj|gate_up_proj|lm_head|lm_heads_\d+)/kernel$", P("model", None)),
+    (r"(qkv_proj|gate_up_proj|lm_head|lm_heads_\d+)/(scale|bias)$", P("model")),
     (r"(o_proj|down_proj|fc)/kernel$", P(None, "model")),
     (r"(embed_tokens|lm_head)_kernel$", P("model", None)),
     (r"(embed_tokens|lm_head)_scale$", P("model")),

@@ -171,6 +171,24 @@ def test_only_heads_with_a_public_format_are_exported(ospec, tmp_path, capsys):
     assert len(ospec.json("generate", "--prompt", "Hi", "--draft", draft)) > 0
 
 
+def test_experts_are_kept_as_differences(ospec, tmp_path, capsys):
+    args = (
+        "distill", "--prompts", ospec.prompts, "--data", ospec.folder / "run" / "data",
+        "--num-updates", 1, "--batch-size", 1, "--collect-batch-size", 2,
+        "--out", tmp_path / "run", "--ship", tmp_path / "expert", "--delta", 2,
+    )  # fmt: skip
+    assert ospec(*args) == 2
+    assert "name it with --from" in capsys.readouterr().err
+    assert ospec(*args, "--from", ospec.draft) == 0
+    meta = checkpoint.load(tmp_path / "expert").meta
+    assert (meta.base, meta.rank, meta.storage) == (ospec.draft, 2, "int8")
+    prompt = ("--prompt", "Hello there")
+    drafted = ospec.json("generate", *prompt, "--draft", tmp_path / "expert")
+    plain = ospec.json("generate", *prompt, "--draft", "none")
+    assert drafted["token_ids"] == plain["token_ids"]
+    assert ospec.run("export", tmp_path / "expert", "--out", tmp_path / "public") == 0
+
+
 def test_learn_resumes_where_it_stopped(ospec, tmp_path):
     few = ospec.write_prompts("few", ospec.rows[:5])
     args = ("--draft", ospec.draft, "--update-interval", 30, "--checkpoint", tmp_path)
@@ -262,6 +280,18 @@ def test_bench_reports_every_mode(ospec, tmp_path):
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_bench_compares_drafts(ospec, tmp_path):
+    table = tmp_path / "table.md"
+    rows = ospec.json(
+        "bench", "--prompts", ospec.prompts, "--num-prompts", 2, "--markdown", table,
+        "--drafts", ospec.draft, f"{ospec.draft}@static:2,1", "ngram",
+    )  # fmt: skip
+    names = ["autoregressive", ospec.draft, f"{ospec.draft}@static:2,1", "ngram"]
+    assert [row["mode"] for row in rows if row["domain"] == "all"] == names
+    assert all(row["num_mismatched_outputs"] == 0 for row in rows)
+    assert f"| {ospec.draft}@static:2,1 |" in table.read_text()
+
+
 @pytest.mark.parametrize(("command", "args", "message"), [
     ("generate", [], "give either --prompt or --prompts"),
     ("generate", ["--prompt", "x", "--draft", "nowhere"], "holds no checkpoint"),
@@ -278,6 +308,9 @@ def test_bench_reports_every_mode(ospec, tmp_path):
     ("learn", ["--prompts", "{prompts}", "--tensorboard", "x"], "needs --telemetry"),
     ("bench", ["--prompts", "{empty}"], "holds no prompts"),
     ("bench", ["--prompts", "{prompts}", "--modes", "fast"], "unknown modes"),
+    ("bench", ["--drafts", "ngram", "--batch-size", "2"], "batch size of 1"),
+    ("bench", ["--prompts", "{prompts}", "--drafts", "none"], "names no draft"),
+    ("generate", ["--prompt", "x", "--draft", "shipped:x"], "there are shipped:"),
 ])  # fmt: skip
 def test_errors_name_value_and_remedy(ospec, capsys, command, args, message):
     files = {

@@ -326,6 +326,25 @@ def test_predicted_answers_come_faster(target, draft, plain):
         assert length > before.mean_acceptance_length
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("name", ["prediction", "suffix"])
+def test_nothing_is_compiled_after_warming_up(target, name, batch_size):
+    """Not even what runs only once a prediction, or memory, has proved right."""
+    session = Session(target, load_draft(name, target), batch_size=batch_size)
+    has_predictions = name == "prediction"
+    session.warm_up(has_predictions=has_predictions)
+    count = lambda: {
+        key: function._cache_size() for key, function in
+        session.engine._functions.items()
+    }  # fmt: skip
+    before = count()
+    assert before["predicted_step", True] == 1
+    texts = [r.text for r in session.generate(PROMPTS[:2], NEW_TOKENS)]
+    predictions = texts if has_predictions else None
+    list(session.generate(PROMPTS[:2], NEW_TOKENS, predictions=predictions))
+    assert count() == before
+
+
 def test_predictions_need_a_draft(target):
     with pytest.raises(ConfigError, match="give it a draft"):
         next(Session(target).generate(["a"], predictions=["b"]))

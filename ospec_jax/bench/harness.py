@@ -11,7 +11,11 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 
-from ospec_jax.bench.passes import PassSeconds, measure_passes
+from ospec_jax.bench.passes import (
+    PassSeconds,
+    measure_passes,
+    measure_verification,
+)
 from ospec_jax.bench.peers import Peer
 from ospec_jax.config import ConfigError, LearnerConfig, SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import Prompt
@@ -116,7 +120,12 @@ class ModeRun(Turns):
 
 @dataclasses.dataclass
 class BenchRun:
-    """A finished benchmark."""
+    """A finished benchmark.
+
+    Attributes:
+      verify_seconds: Of the target's pass over each mode's nodes; empty unless drafts
+        were compared.
+    """
 
     config: BenchConfig
     prompts: list[Prompt]
@@ -124,6 +133,7 @@ class BenchRun:
     peers: dict[str, PeerRun]
     reference: list[list[int]]
     pass_seconds: dict[str, PassSeconds]
+    verify_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def run_bench(
@@ -134,10 +144,12 @@ def run_bench(
     on_result: Callable[[int, str, "Turns"], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     peers: Sequence[Peer] = (),
+    drafts: dict[str, tuple[LoadedDraft, TreeConfig]] | None = None,
 ) -> BenchRun:
     """Measures all modes, and other decoders, on all prompts.
 
     Args:
+      drafts: Drafts that are compared, each as it is: further modes by these names.
       peers: Take their turns like the modes.
       on_result: Called after each turn with the number of prompts begun, the mode's
         name and its run.
@@ -151,7 +163,12 @@ def run_bench(
     groups = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
     open_mode = lambda name: _open_mode(name, target, draft, config, groups)
     modes = {name: open_mode(name) for name in config.modes}
-    pass_seconds = measure_passes({name: mode.session for name, mode in modes.items()})
+    for name, (other, tree) in (drafts or {}).items():
+        own = dataclasses.replace(config, tree=tree)
+        modes[name] = _open_mode(name, target, other, own, groups)
+    sessions = {name: mode.session for name, mode in modes.items()}
+    pass_seconds = measure_passes(sessions)
+    verify_seconds = measure_verification(sessions) if drafts else {}
     # Mismatches are against plain decoding, which runs unscored if nobody asked for it.
     plain = modes.get("autoregressive") or open_mode("autoregressive")
     others = {peer.name: PeerRun() for peer in peers}
@@ -179,7 +196,9 @@ def run_bench(
         if "autoregressive" not in modes:
             _answer(plain, group, config)
     reference = [result.token_ids for result in plain.results]
-    return BenchRun(config, done, modes, others, reference, pass_seconds)
+    return BenchRun(
+        config, done, modes, others, reference, pass_seconds, verify_seconds
+    )
 
 
 def _open_mode(name, target, draft, config: BenchConfig, groups) -> ModeRun:
@@ -198,7 +217,8 @@ def _open_mode(name, target, draft, config: BenchConfig, groups) -> ModeRun:
             group, config.max_new_tokens, config.sampling, config.is_raw
         )
         capacities.add(session.engine.capacity_for(request for _, request in pairs))
-    seconds = session.warm_up(sorted(capacities), config.sampling)
+    has_predictions = any(prompt.prediction for group in groups for prompt in group)
+    seconds = session.warm_up(sorted(capacities), config.sampling, has_predictions)
     return ModeRun(compile_seconds=seconds, session=session)
 
 

@@ -84,6 +84,50 @@ def _time_steps(session: Session, state, num_steps: int = 8) -> tuple[float, Any
     return seconds, state.replace(lengths=lengths, num_remaining=remaining)
 
 
+def measure_verification(
+    sessions: dict[str, Session], capacity: int = 256, num_rounds: int = 16,
+    num_passes: int = 8,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of the target's pass over each session's nodes, logits included.
+
+    What a step takes beyond it is drafting, and the little that accepting takes. As
+    steps are, passes are sent ahead, so that no dispatch is counted.
+    """
+    nodes = {name: session.tree.num_nodes for name, session in sessions.items()}
+    target = next(iter(sessions.values())).target
+    run, cache = _target_pass(target, capacity)
+    times = {count: [] for count in nodes.values()}
+    for _ in range(num_rounds):
+        for count, found in times.items():
+            tokens = jnp.ones((1, count), jnp.int32)
+            start = time.perf_counter()
+            passes = [run(target.params, tokens, cache) for _ in range(num_passes)]
+            jax.block_until_ready(passes)
+            found.append((time.perf_counter() - start) / num_passes)
+    medians = {count: statistics.median(found[2:]) for count, found in times.items()}
+    return {name: medians[count] for name, count in nodes.items()}
+
+
+def _target_pass(target: Target, capacity: int) -> tuple[Callable, kv.KVCache]:
+    """A pass over tokens at the end of a full cache, compiled by their number."""
+    config = target.config
+    forward = llama.build(config, target.numerics)
+
+    @jax.jit
+    def run(params, tokens, cache):
+        starts = jnp.full(1, capacity - tokens.shape[1], jnp.int32)
+        positions = starts[:, None] + jnp.arange(tokens.shape[1])
+        bias = kv.causal_bias(starts, tokens.shape[1], capacity)
+        hidden, _, _ = forward(params, tokens, positions, bias, cache, starts)
+        return llama.target_logits(params, hidden, target.numerics)
+
+    cache = kv.init_cache(
+        config.num_layers, 1, config.num_kv_heads, capacity, config.head_dim,
+        target.numerics.cache_dtype,
+    )  # fmt: skip
+    return run, cache
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """What this machine can do at best.
@@ -151,20 +195,7 @@ def roofline(
 ) -> list[PassCost]:
     """Times passes of the target over so many rows, logits included."""
     config = target.config
-    forward = llama.build(config, target.numerics)
-    dtype = target.numerics.cache_dtype
-
-    @jax.jit
-    def run(params, tokens, cache):
-        starts = jnp.full(1, capacity - tokens.shape[1], jnp.int32)
-        positions = starts[:, None] + jnp.arange(tokens.shape[1])
-        bias = kv.causal_bias(starts, tokens.shape[1], capacity)
-        hidden, _, _ = forward(params, tokens, positions, bias, cache, starts)
-        return llama.target_logits(params, hidden, target.numerics)
-
-    cache = kv.init_cache(
-        config.num_layers, 1, config.num_kv_heads, capacity, config.head_dim, dtype
-    )
+    run, cache = _target_pass(target, capacity)
     looked_up = None if config.tie_embeddings else target.params["embed_tokens_kernel"]
     kernels = [
         x for x in jax.tree.leaves(target.params) if x.ndim == 2 and x is not looked_up

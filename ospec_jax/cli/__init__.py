@@ -17,6 +17,7 @@ from ospec_jax.config import ConfigError
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.mixed import MIXES
 from ospec_jax.drafters.registry import FAMILIES
+from ospec_jax.loading import shipped_drafts
 from ospec_jax.models.weights import WeightsError
 
 _USER_ERRORS = (
@@ -26,9 +27,12 @@ _USER_ERRORS = (
 
 
 def drafters() -> None:
-    """Lists the families of drafters."""
+    """Lists the families of drafters, and the drafts that come with the package."""
     for name, description in (FAMILIES | MIXES).items():
-        print(f"{name:10} {description}")
+        print(f"{name:16} {description}")
+    for name, folder in shipped_drafts().items():
+        meta = checkpoint.load(folder).meta
+        print(f"shipped:{name:8} {meta.family} for {meta.target}")
 
 
 def main() -> None:

@@ -104,8 +104,8 @@ def learn(
 
     Args:
       prompts: A JSONL file.
-      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, head, memory,
-        or a Python file with `get_config() -> LearnerConfig`.
+      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
+        head, memory, or a Python file with `get_config() -> LearnerConfig`.
       optimizer: Any optax optimizer.
       learn_budget: Share of wall-clock time for learning.
       update_interval: Tokens between updates; 0 derives it from the budget.
@@ -139,7 +139,8 @@ def learn(
             f"draft version {session.version}"
         )
     writer = telemetry and Telemetry(telemetry, tensorboard, is_resumed=resume)
-    session.warm_up(sampling=decoding.sampling)
+    has_predictions = any(row.prediction for row in rows)
+    session.warm_up(sampling=decoding.sampling, has_predictions=has_predictions)
     session.on_update = writer.update if writer else None
     results = []
     with Interrupt() as interrupt, progress_bar() as bar:

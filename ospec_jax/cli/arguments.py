@@ -35,10 +35,11 @@ class Decoding:
 
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
-      draft: none, shipped, ngram, suffix, prediction, model:TARGET (a smaller model),
-        self:int4, self:exit-N, a checkpoint folder or that of a public EAGLE-3 head, or
-        two drafts: fallback:ngram,DRAFT
-        (n-grams where they are likely), mixed:ngram,DRAFT (both in one tree).
+      draft: none, shipped, shipped:NAME (`ospec drafters` lists them), ngram, suffix,
+        prediction, model:TARGET (a smaller model), self:int4, self:exit-N, a checkpoint
+        folder or that of a public EAGLE-3 or Hydra head, or two drafts:
+        fallback:ngram,DRAFT (n-grams where they are likely), mixed:ngram,DRAFT (both in
+        one tree).
       precision: Of weights and products; auto measures what is fastest here.
       batch_size: Requests decoded together.
       num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.
@@ -161,5 +162,9 @@ def write_json(file: Path | None, rows: list, is_list: bool) -> None:
     if str(file) == "-":
         print(text)
     else:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n", "utf-8")
+        write_text(file, text)
+
+
+def write_text(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text + "\n", "utf-8")

@@ -3,17 +3,18 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from ospec_jax import checkpoint, sharding
+from ospec_jax import checkpoint, deltas, sharding
 from ospec_jax.cli.arguments import as_precision, console
 from ospec_jax.config import AttentionKind, ConfigError, Precision, SamplingConfig
 from ospec_jax.data.prompts import read_prompts
-from ospec_jax.loading import SHIPPED, LoadedDraft, load_draft
+from ospec_jax.loading import LoadedDraft, draft_folder, load_draft, restore
 from ospec_jax.models.hub import load_config, load_target
 from ospec_jax.tree import parse_tree
+from ospec_jax.types import Draft
 
 
 def distill(
@@ -21,9 +22,10 @@ def distill(
     out: Path,
     target: str = "smollm2-135m",
     precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
-    draft: str = "none",
+    start: Annotated[str, tyro.conf.arg(name="from")] = "none",
     family: Literal["eagle3", "eagle1", "hydra"] = "eagle3",
     data: Path | None = None,
+    domain: str = "",
     draft_vocab_size: int = 8192,
     num_steps: int = 3,
     num_updates: int = 1200,
@@ -36,6 +38,7 @@ def distill(
     collect_batch_size: int = 32,
     collect_only: bool = False,
     ship: Path | None = None,
+    delta: int = 0,
     seed: int = 0,
 ) -> None:
     """Trains a draft on the target's own outputs; both stages resume.
@@ -43,10 +46,11 @@ def distill(
     Args:
       prompts: A JSONL file.
       out: Folder of the recorded answers and of the draft's checkpoints.
-      draft: A trained draft to start from: none, shipped, or a folder; it brings its
-        own family.
+      start: A trained draft to start from: none, shipped, shipped:NAME, or a folder;
+        it brings its own family.
       family: What to train; one recording serves all of them.
       data: Where outputs and features are recorded; by default `OUT/data`.
+      domain: Comma-separated: learn from rows of these domains alone.
       draft_vocab_size: Tokens that can be drafted, the most frequent ones; 0 for all,
         with the target's frozen head.
       num_steps: Drafted tokens that training looks ahead; Hydra gets as many heads.
@@ -57,23 +61,30 @@ def distill(
       temperature: Of the recorded outputs.
       collect_only: Stop after recording.
       ship: Also save the draft alone, in int8, into this folder.
+      delta: Of the shipped draft, keep only its difference to the one that it started
+        from, of this rank; 0 keeps all. Loading it takes that one.
     """
     from ospec_jax.distill.collect import collect
     from ospec_jax.distill.families import default_draft_config, eagle3_taps
-    from ospec_jax.distill.train import DistillConfig, train
+    from ospec_jax.distill.train import DistillConfig, score, train
 
-    rows = read_prompts(prompts)
+    rows, domains = read_prompts(prompts), tuple(d for d in domain.split(",") if d)
+    rows = [row for row in rows if not domains or row.domain in domains]
+    if delta and start == "none":
+        raise ConfigError(
+            "--delta keeps the difference to a draft: name it with --from"
+        )
     loaded = load_target(target, as_precision(precision))
     draft_config = default_draft_config(
         loaded.config, draft_vocab_size, family, num_steps
     )
     taps, initial = eagle3_taps(loaded.config), None
-    if draft != "none":
-        start = load_draft(draft, loaded)
-        if start.meta.draft is None:
-            raise ConfigError(f"the draft {draft!r} has no parameters to train")
-        draft_config, initial = start.meta.draft, (start.draft, start.meta)
-        if start.meta.family == "eagle3":
+    if start != "none":
+        base = load_draft(start, loaded)
+        if base.meta.draft is None:
+            raise ConfigError(f"the draft {start!r} has no parameters to train")
+        draft_config, initial = base.meta.draft, (base.draft, base.meta)
+        if base.meta.family == "eagle3":
             taps = draft_config.taps
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
@@ -87,6 +98,7 @@ def distill(
     config = DistillConfig(
         num_updates=num_updates, batch_size=batch_size, learning_rate=learning_rate,
         num_steps=num_steps, loss=loss, feature_weight=feature_weight, seed=seed,
+        domains=domains,
     )  # fmt: skip
     trained = out / "draft"
     history = train(loaded, folder, trained, config, draft_config, initial, family)
@@ -95,9 +107,20 @@ def distill(
         console.print(history[-1])
     if ship is not None:
         newest = checkpoint.load(trained, loaded)
-        meta = dataclasses.replace(newest.meta, storage="int8")
-        checkpoint.save(ship, newest.step, meta, newest.draft)
-        console.print(f"saved {ship}")
+        draft, meta = newest.draft, dataclasses.replace(newest.meta, storage="int8")
+        if delta and initial is not None:
+            draft, meta = _difference(draft, meta, initial[0], start, delta)
+        checkpoint.save(ship, newest.step, meta, draft)
+        found = score(loaded, folder, load_draft(ship, loaded), config)
+        console.print(f"saved {ship}; as it is stored there: {found}")
+
+
+def _difference(draft, meta, base, name: str, rank: int):
+    """What is stored of a draft that was trained from another one."""
+    params = deltas.subtract(draft.params, base.params, rank)
+    known = deltas.fingerprint(base)
+    meta = dataclasses.replace(meta, base=name, base_hash=known, rank=rank)
+    return Draft(params), meta
 
 
 def import_draft(
@@ -108,14 +131,16 @@ def import_draft(
     taps: tuple[int, ...] = (),
     check: bool = True,
 ) -> None:
-    """Turns a public EAGLE-3 head into a checkpoint.
+    """Turns a public EAGLE-3 head, or Hydra heads, into a checkpoint.
 
     Args:
-      src: Folder with config.json and *.safetensors, or *.bin where torch is installed.
+      src: Folder with config.json and *.safetensors; or, where torch is installed,
+        *.bin (EAGLE-3) or hydra_lm_head.pt.
       out: Folder of the checkpoint.
-      target: What the head was trained for. Without it only the head's own files are
-        checked.
-      taps: Target layers whose input the head reads, if its files say it wrongly.
+      target: What the head was trained for; Hydra heads cannot be read without it.
+        Without it only an EAGLE-3 head's own files are checked.
+      taps: Target layers whose input an EAGLE-3 head reads, if its files say it
+        wrongly.
       check: Decode a few prompts, and refuse a head that is never right.
     """
     from ospec_jax.formats.check import self_check
@@ -142,7 +167,7 @@ def export_draft(
     """Writes a draft as a public EAGLE-3 head that other servers load.
 
     Args:
-      draft: shipped, or a checkpoint folder.
+      draft: shipped, shipped:NAME, or a checkpoint folder.
       out: Folder of config.json and model.safetensors.
       format: eagle3 (SGLang, vLLM, the reference code) or speculators (vLLM).
       dtype: Of the weights; auto is what they were imported in, else float32.
@@ -150,12 +175,12 @@ def export_draft(
     """
     from ospec_jax.formats import exporting
 
-    found = checkpoint.load(SHIPPED if draft == "shipped" else draft)
+    found = restore(draft)
     meta, card = found.meta, found.meta.card
     if meta.family != "eagle3" or meta.draft is None:
         raise ConfigError(
             f"{draft} is a draft of the family {meta.family!r}; only EAGLE-3 heads "
-            f"have a public format here"
+            f"can be exported"
         )
     chosen = card.get("dtype", "float32") if dtype == "auto" else dtype
     verifier = target or card.get("verifier") or meta.target
@@ -182,7 +207,7 @@ def lower(
     Args:
       out: Folder of the artefacts, which `jax.export.deserialize` reads.
       target: Only its architecture is read.
-      draft: none, shipped, or a checkpoint folder; likewise.
+      draft: none, shipped, shipped:NAME, or a checkpoint folder; likewise.
       platforms: Comma-separated: cpu, cuda, rocm, tpu.
       capacity: Slots of each row's cache.
       scan: Lower one layer, run over stacked weights, instead of each.
@@ -198,7 +223,7 @@ def lower(
     )  # fmt: skip
     head, family = None, ""
     if draft != "none":
-        meta = checkpoint.load(SHIPPED if draft == "shipped" else draft).meta
+        meta = checkpoint.load(draft_folder(draft)).meta
         head, family = meta.draft, meta.family
     with console.status(f"lowering for {platforms}"):
         lowered = lowering.lower(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ospec bench`, `ospec roofline`, `ospec demo`: measuring."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,9 @@ from ospec_jax.cli.arguments import (
     learner_config,
     live,
     write_json,
+    write_text,
 )
+from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import demo_prompts, read_prompts
 from ospec_jax.models.hub import load_target
 from ospec_jax.progress import Interrupt, progress_bar
@@ -24,7 +27,8 @@ def bench(
     prompts: Path | None = None,
     decoding: Shared = Decoding(),
     num_prompts: int = 50,
-    modes: str = "autoregressive,static,ngrams,learned",
+    modes: str = "",
+    drafts: tuple[str, ...] = (),
     learner: str = "gradient",
     learn_budget: float | None = None,
     learning_rate: float | None = None,
@@ -41,8 +45,12 @@ def bench(
       num_prompts: Prompts taken from its beginning.
       modes: Comma-separated: autoregressive, static (the draft as it is), ngrams (and
         n-grams of the request), learned (and of earlier ones; the draft is trained).
-      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, head, memory,
-        or a Python file with `get_config() -> LearnerConfig`.
+        All of them by default; with --drafts, autoregressive alone.
+      drafts: Compare these drafts, each as it is, by the prompts' domains instead:
+        DRAFT, or DRAFT@TREE for another tree than --tree. The target decodes plainly
+        beside them.
+      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
+        head, memory, or a Python file with `get_config() -> LearnerConfig`.
       learn_budget: Share of the learned mode's time for learning.
       peers: Comma-separated other decoders of the same weights: transformers,
         transformers-bfloat16, transformers-lookup, transformers-assisted, llama-cpp,
@@ -52,10 +60,13 @@ def bench(
       plot: Draw the modes' speed into this PNG.
       stream_plot: Draw acceptance over the stream into this PNG.
     """
-    from ospec_jax.bench.harness import BenchConfig
+    from ospec_jax.bench.harness import MODES, BenchConfig
     from ospec_jax.bench.peers import open_peer
     from ospec_jax.bench.report import markdown_table, plot_modes, plot_stream
 
+    if drafts and decoding.batch_size > 1:
+        raise ConfigError("drafts are compared with a batch size of 1")
+    modes = modes or ("autoregressive" if drafts else ",".join(MODES))
     rows = read_prompts(prompts) if prompts else demo_prompts("math")
     rows = rows[:num_prompts]
     config = BenchConfig(
@@ -70,16 +81,40 @@ def bench(
     names = [name for name in peers.split(",") if name]
     assistant = decoding.draft.removeprefix("model:") if ":" in decoding.draft else None
     others = [open_peer(name, decoding.target, assistant) for name in names]
+    if drafts:
+        _compare(drafts, decoding, rows, config, json_file, markdown)
+        return
     target, draft = decoding.load()
     run, table = run_with_progress(target, draft, rows, config, others)
     write_json(json_file, table, is_list=True)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(markdown_table(table) + "\n")
+        write_text(markdown, markdown_table(table))
     if plot is not None:
         console.print(f"plot: {plot_modes(table, plot)}")
     if stream_plot is not None:
         console.print(f"plot: {plot_stream(run, stream_plot)}")
+
+
+def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) -> None:
+    """Runs several drafts against each other, and prints and writes their table."""
+    from ospec_jax.bench.drafts import domain_rows, drafts_table, parse_contender
+    from ospec_jax.loading import load_draft
+
+    shaped = lambda tree: dataclasses.replace(decoding, draft="", tree=tree).tree_config
+    chosen = {
+        text: parse_contender(text, shaped(decoding.tree), shaped) for text in names
+    }
+    target, _ = dataclasses.replace(decoding, draft="none").load()
+    drafts = {
+        text: (load_draft(name, target), tree) for text, (name, tree) in chosen.items()
+    }
+    run = run_live(target, None, prompts, config, drafts=drafts)
+    table = domain_rows(run)
+    text = drafts_table(table)
+    console.print(text, soft_wrap=True, markup=False)
+    write_json(json_file, table, is_list=True)
+    if markdown is not None:
+        write_text(markdown, text)
 
 
 def roofline(
@@ -101,11 +136,9 @@ def roofline(
     print(roofline_table(costs, machine))
 
 
-def run_with_progress(target, draft, prompts, config, peers=()):
-    """Runs a benchmark behind a live bar and prints its table."""
+def run_live(target, draft, prompts, config, peers=(), drafts=None):
+    """Runs a benchmark behind a live bar."""
     from ospec_jax.bench.harness import ModeRun, run_bench
-    from ospec_jax.bench.report import markdown_table, terminal_table
-    from ospec_jax.bench.rows import to_rows
 
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("compiling", total=len(prompts))
@@ -117,7 +150,17 @@ def run_with_progress(target, draft, prompts, config, peers=()):
             bar.update(task, completed=number, description=f"{name}: {text}")
 
         should_stop = lambda: bool(interrupt)
-        run = run_bench(target, draft, prompts, config, show, should_stop, peers)
+        return run_bench(
+            target, draft, prompts, config, show, should_stop, peers, drafts
+        )
+
+
+def run_with_progress(target, draft, prompts, config, peers=()):
+    """Runs a benchmark behind a live bar and prints its table."""
+    from ospec_jax.bench.report import markdown_table, terminal_table
+    from ospec_jax.bench.rows import to_rows
+
+    run = run_live(target, draft, prompts, config, peers)
     table = to_rows(run)
     if console.is_terminal:
         title = f"{target.name}, {target.numerics.precision}"
@@ -140,8 +183,8 @@ def demo(
 
     Args:
       out: Folder of the plot, the table and the learned draft's checkpoint.
-      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd, head, memory,
-        or a Python file with `get_config() -> LearnerConfig`.
+      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
+        head, memory, or a Python file with `get_config() -> LearnerConfig`.
     """
     from ospec_jax.demo import run_demo
 

@@ -376,6 +376,25 @@ class Engine:
         is_long = self._predicted and all(slot.is_sure for slot in slots)
         return self.compiled("predicted_step" if is_long else "step", is_greedy)
 
+    def rehearse_longer(
+        self,
+        request: Request,
+        draft_fn: Callable[[], Draft | None],
+        batch_size: int,
+        capacity: int | None = None,
+    ) -> None:
+        """Compiles the step for sure suggestions, if anybody is ever sure of them."""
+        if self._predicted is None:
+            return
+        slots = self._checked_capacity([request], capacity)
+        row, output = self.prefill(draft_fn(), request, slots)
+        if output.is_sure is None:
+            return
+        state = self._place(None, row, 0, batch_size, slots)
+        is_greedy = request.sampling.temperature == 0
+        step = self.compiled("predicted_step", is_greedy)
+        jax.block_until_ready(step(self.target_params, draft_fn(), state))
+
     def _check_predictions(self) -> None:
         if self.config.tree.children != "topk":
             raise ConfigError(

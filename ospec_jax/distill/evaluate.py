@@ -25,6 +25,11 @@ class HeldOutScore:
     loss: float | None
     mean_acceptance_length: dict[str, float]
 
+    @property
+    def rounded(self) -> dict[str, float]:
+        """The lengths, for people."""
+        return {k: round(v, 3) for k, v in self.mean_acceptance_length.items()}
+
 
 def is_held_out(request_id: str, share: float) -> bool:
     """A request's side of the split; by its id, so that it never changes sides."""

@@ -26,6 +26,7 @@ from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState
 from ospec_jax.learners.gradient import gradient
 from ospec_jax.learners.losses import named_loss
 from ospec_jax.learners.objective import build_objective
+from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.progress import Interrupt, progress_bar
 from ospec_jax.types import Draft
@@ -44,6 +45,8 @@ class DistillConfig:
       loss: One of `learners.losses.LOSSES`, on tokens.
       feature_weight: Of the loss on predicted states, for families that predict them;
         None stands for the family's published one.
+      domains: Learn from answers of these alone; empty for all. Held-out scores are of
+        every domain that was recorded.
     """
 
     num_updates: int = 1200
@@ -60,6 +63,12 @@ class DistillConfig:
     save_every: int = 100
     evaluate_every: int = 100
     seed: int = 0
+    domains: tuple[str, ...] = ()
+
+    def learns_from(self, entry) -> bool:
+        """Whether an answer of the store is in the training set."""
+        is_wanted = not self.domains or entry.domain in self.domains
+        return is_wanted and not is_held_out(entry.id, self.holdout_share)
 
 
 def frequent_tokens(store: FeedbackStore, vocab_size: int, count: int) -> np.ndarray:
@@ -116,10 +125,7 @@ def _batches(store_folder: Path, config: DistillConfig, first: int) -> Iterator:
     while True:
         # Read again each epoch: collection may still be adding shards.
         store = FeedbackStore(store_folder)
-        train = [
-            i for i, e in enumerate(store.entries)
-            if not is_held_out(e.id, config.holdout_share)
-        ]  # fmt: skip
+        train = [i for i, e in enumerate(store.entries) if config.learns_from(e)]
         windows = store.windows(train, config.window)
         np.random.default_rng((config.seed, epoch)).shuffle(windows)
         num_batches = max(1, len(windows) // config.batch_size)
@@ -163,6 +169,7 @@ def train(
         target.config, family=family, depth=config.num_steps
     )
     _check_taps(family, draft_config, store)
+    _check_domains(config, store)
     drafter = build_drafter(family, draft_config, TreeConfig(num_steps=1))
     learner = distill_learner(config, drafter, family)
     shared = shared_tables(target.params)
@@ -179,7 +186,9 @@ def train(
         restored = checkpoint.load(out, target, learner_like=like)
         draft, state, card = restored.draft, restored.learner, restored.meta.card
     elif initial is not None:
-        draft, card = initial[0], {"started_from": initial[1].card}
+        # Training donates what it starts from: the caller's draft stays whole.
+        draft = jax.tree.map(jnp.copy, initial[0])
+        card = {"started_from": initial[1].card}
         state = learner.init(draft.params)
     else:
         token_ids = None
@@ -197,6 +206,19 @@ def train(
     return run.loop(state, card)
 
 
+def score(
+    target: Target, store_folder: Path, draft: LoadedDraft, config: DistillConfig
+) -> dict[str, float]:
+    """Held-out acceptance length by domain of any draft of a trained family."""
+    meta = draft.meta
+    drafter = build_drafter(meta.family, meta.draft, TreeConfig(num_steps=1))
+    return evaluate_held_out(
+        distill_learner(config, drafter, meta.family), draft.draft.params,
+        FeedbackStore(store_folder), config, shared_tables(target.params),
+        draft.draft.token_ids,
+    ).rounded  # fmt: skip
+
+
 def _check_taps(family: str, config: DraftConfig, store: FeedbackStore) -> None:
     """Families other than EAGLE-3 read the final state, which is always recorded."""
     found = store.entries[0].arrays["taps"].shape[-1]
@@ -205,6 +227,15 @@ def _check_taps(family: str, config: DraftConfig, store: FeedbackStore) -> None:
         raise ConfigError(
             f"the recorded features are {found} wide, but layers {config.taps} give "
             f"{needed}: they were recorded for another draft; record into a new folder"
+        )
+
+
+def _check_domains(config: DistillConfig, store: FeedbackStore) -> None:
+    if not any(config.learns_from(entry) for entry in store.entries):
+        found = sorted({entry.domain for entry in store.entries})
+        raise ConfigError(
+            f"no recorded answer of the domains {', '.join(config.domains)} is there "
+            f"to learn from; there are {', '.join(map(repr, found))}"
         )
 
 
@@ -229,6 +260,9 @@ class _Run:
         batches = _batches(self.store_folder, config, step)
         with Interrupt() as interrupt, progress_bar() as bar:
             task = bar.add_task("distill", total=config.num_updates, completed=step)
+            if step == 0 and "started_from" in card:
+                history.append(self._score(state, step, None))
+                bar.console.print(history[-1])
             while step < config.num_updates and not interrupt:
                 state, info = update(state, next(batches), self.shared, token_ids)
                 step += 1
@@ -249,7 +283,7 @@ class _Run:
                 save()
         return history
 
-    def _score(self, state, step, info: LearnerInfo) -> dict:
+    def _score(self, state, step, info: LearnerInfo | None) -> dict:
         store = FeedbackStore(self.store_folder)
         score = evaluate_held_out(
             self.learner, state.params, store, self.config, self.shared,
@@ -257,11 +291,9 @@ class _Run:
         )  # fmt: skip
         return {
             "step": step,
-            "train_loss": round(float(info.loss), 4),
+            "train_loss": None if info is None else round(float(info.loss), 4),
             "held_out_loss": None if score.loss is None else round(score.loss, 4),
-            "mean_acceptance_length": {
-                k: round(v, 3) for k, v in score.mean_acceptance_length.items()
-            },
+            "mean_acceptance_length": score.rounded,
             "num_answer_tokens": store.num_answer_tokens,
         }
 

@@ -114,13 +114,18 @@ def embedding_table(config: DraftConfig, params, shared: SharedTables) -> dict:
 
 
 def training_head(
-    config: DraftConfig, params, token_ids, shared: SharedTables, candidates=None
-) -> dict | None:
-    """The float32 head rows of `candidates`; None stands for the draft's own, whole."""
+    config: DraftConfig, params, token_ids, shared: SharedTables, candidates=None,
+    name: str = "lm_head",
+) -> dict | None:  # fmt: skip
+    """The float32 head rows of `candidates`; None stands for the draft's own, whole.
+
+    Args:
+      name: Of the draft's own head among its parameters.
+    """
     if config.has_own_head and candidates is None:
         return None
     if config.has_own_head:
-        return {"kernel": params["lm_head"]["kernel"][candidates]}
+        return {key: rows[candidates] for key, rows in params[name].items()}
     kernel = dequantized(frozen_head(shared, token_ids))
     return {"kernel": kernel if candidates is None else kernel[candidates]}
 

@@ -7,8 +7,9 @@ a decoder layer with a cache of its own runs over the target's states first, so 
 heads see more of the prefix than one state holds.
 
 As published, a head is a residual block that changes the width, `R x + silu(W x)`, and
-further blocks `x + silu(W x)` which share their weights. Unlike there, all heads share
-one output projection: the draft's own for a reduced vocabulary, or the target's.
+further blocks `x + silu(W x)` which share their weights. There each head has an output
+projection of its own (`has_separate_heads`); unless it does, all share one: the draft's
+own for a reduced vocabulary, or the target's.
 
 While drafting, a node's hidden state is the row of what the heads have read so far:
 the prefix' state and the embeddings of its path, zeros beyond.
@@ -111,7 +112,10 @@ class HydraHeads(nn.Module):
         if c.has_prefix:
             self.prefix = Prefix(c, n)
         self.heads = [Head(c, n) for _ in range(c.depth)]
-        if c.has_own_head:
+        if c.has_separate_heads:
+            own = lambda: Linear(c.draft_vocab_size, n, True)
+            self.lm_heads = [own() for _ in range(c.depth)]
+        elif c.has_own_head:
             self.lm_head = Linear(c.draft_vocab_size, n)
 
     def read(self, states, positions, bias, cache, starts):
@@ -123,16 +127,18 @@ class HydraHeads(nn.Module):
     def logits(self, read, depth: int, head):
         """Head `depth`'s logits of `[b, t, >= (depth + 2) * d]` read so far."""
         x = self.heads[depth](read[..., : (depth + 2) * self.config.hidden_size])
-        if head is None:
-            return self.lm_head(x)
-        return linear(x, head, self.numerics)
+        if head is not None:
+            return linear(x, head, self.numerics)
+        is_separate = self.config.has_separate_heads
+        return self.lm_heads[depth](x) if is_separate else self.lm_head(x)
 
-    def unroll(self, states, embeddings, start, num_context, num_steps, head):
+    def unroll(self, states, embeddings, start, num_context, num_steps, heads):
         """Logits of the first `num_steps` heads at every pair, as `EagleHead.unroll`.
 
         Args:
           states: `[b, t, d]` final states of consecutive tokens.
           embeddings: `[b, t + num_steps - 1, d]` of the tokens that follow them.
+          heads: Output projections by depth, None for the draft's own.
         """
         num_pairs = states.shape[1]
         positions = start[:, None] + jnp.arange(num_pairs)
@@ -143,13 +149,13 @@ class HydraHeads(nn.Module):
         for depth in range(num_steps):
             shifted = slice(num_context + depth, num_pairs + depth)
             read = jnp.concatenate([read, embeddings[:, shifted]], axis=-1)
-            logits.append(self.logits(read, depth, head))
+            logits.append(self.logits(read, depth, heads[depth]))
         return logits
 
     def init_all(self, states, embeddings, head):
         """Touches every parameter."""
         start, depth = jnp.zeros(1, jnp.int32), self.config.depth
-        return self.unroll(states, embeddings, start, 0, depth, head)
+        return self.unroll(states, embeddings, start, 0, depth, [head] * depth)
 
 
 def hydra(
@@ -258,10 +264,16 @@ def hydra(
         num_pairs = feedback.tokens.shape[1] - num_steps
         states = feedback.hidden[:, :num_pairs].astype(jnp.float32)
         embeddings = embed(feedback.tokens[:, 1:], shared.embedding)
-        head = training_head(config, params, token_ids, shared, candidates)
+        name = "lm_heads_{}" if config.has_separate_heads else "lm_head"
+        heads = [
+            training_head(
+                config, params, token_ids, shared, candidates, name.format(depth)
+            )
+            for depth in range(num_steps)
+        ]
         return trainer.apply(
-            {"params": params}, states, embeddings, start, num_context, num_steps, head,
-            method=HydraHeads.unroll,
+            {"params": params}, states, embeddings, start, num_context, num_steps,
+            heads, method=HydraHeads.unroll,
         )  # fmt: skip
 
     return Drafter(

@@ -2,7 +2,7 @@
 """Does a draft predict its target at all? A head read wrongly decodes, at no gain."""
 
 from ospec_jax.checkpoint import CheckpointError
-from ospec_jax.config import TreeConfig
+from ospec_jax.config import HydraConfig, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
@@ -19,7 +19,9 @@ def self_check(
     Raises:
       CheckpointError: (Almost) nothing that was drafted was accepted.
     """
-    session = Session(target, draft, tree=TreeConfig(num_steps=3), ngrams=False)
+    config = draft.meta.draft
+    depth = min(3, config.depth) if isinstance(config, HydraConfig) else 3
+    session = Session(target, draft, tree=TreeConfig(num_steps=depth), ngrams=False)
     prompts = [p for domain in DEMO_DOMAINS for p in demo_prompts(domain)[:num_prompts]]
     results = list(session.generate(prompts, max_new_tokens))
     stats = sum((r.stats for r in results[1:]), results[0].stats)

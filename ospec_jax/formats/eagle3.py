@@ -56,11 +56,6 @@ class Imported:
     embedding: np.ndarray | None
 
 
-def is_eagle3_folder(folder: Path) -> bool:
-    """Whether a folder holds a Hugging Face model rather than a checkpoint of ours."""
-    return (folder / "config.json").is_file()
-
-
 def read(
     folder: Path, num_target_layers: int | None = None,
     taps: tuple[int, ...] | None = None,

@@ -32,18 +32,21 @@ def read_config(folder: Path) -> dict:
         raise WeightsError(f"{file} is not JSON ({error})") from error
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of a folder in their own types, from safetensors or else `.bin`.
+def read_tensors(folder: Path, pickles: str = "*.bin") -> dict[str, np.ndarray]:
+    """All tensors of a folder in their own types, from safetensors or else pickles.
+
+    Args:
+      pickles: Names of the PyTorch files that hold weights.
 
     Raises:
-      WeightsError: There are none, a file is corrupt, or a `.bin` is met without torch.
+      WeightsError: There are none, a file is corrupt, or a pickle is met without torch.
     """
     files = sorted(folder.glob("*.safetensors"))
     read = _read_safetensors
     if not files:
-        files, read = sorted(folder.glob("*.bin")), _read_bin
+        files, read = sorted(folder.glob(pickles)), _read_pickle
     if not files:
-        raise WeightsError(f"{folder} has neither *.safetensors nor *.bin weights")
+        raise WeightsError(f"{folder} has neither *.safetensors nor {pickles} weights")
     tensors: dict[str, np.ndarray] = {}
     for file in files:
         try:
@@ -64,7 +67,7 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
 
 
-def _read_bin(file: Path) -> dict[str, np.ndarray]:
+def _read_pickle(file: Path) -> dict[str, np.ndarray]:
     """A pickled checkpoint; only tensors are unpickled, never code."""
     try:
         import torch  # type: ignore[import-not-found]

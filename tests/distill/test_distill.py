@@ -118,6 +118,30 @@ def test_training_goes_on_from_a_draft(target, folder, trained, tmp_path):
     assert again[-1]["train_loss"] < history[0]["train_loss"] + 0.5
 
 
+def test_a_domain_is_learned_alone(target, folder, trained, tmp_path, monkeypatch):
+    """From a draft for all of them, of which every domain's score is kept."""
+    seen, windows = [], FeedbackStore.windows
+
+    def watched(self, entries, length):
+        seen.append({self.entries[i].domain for i in entries})
+        return windows(self, entries, length)
+
+    monkeypatch.setattr(FeedbackStore, "windows", watched)
+    start = checkpoint.load(trained[0], target)
+    config = dataclasses.replace(CONFIG, num_updates=2, domains=("b",))
+    initial = start.draft, start.meta
+    history = train(target, folder, tmp_path, config, initial=initial)
+    assert {"b"} in seen  # the batches', beside one for each held-out answer
+    assert max(map(len, seen)) == 1
+    assert [row["step"] for row in history] == [0, 2]
+    before, after = (row["mean_acceptance_length"] for row in history)
+    assert before == trained[1][-1]["mean_acceptance_length"]
+    assert set(after) == set(before)
+    config = dataclasses.replace(config, domains=("c",))
+    with pytest.raises(ConfigError, match="domains c is there .* 'a', 'b'"):
+        train(target, folder, tmp_path / "c", config)
+
+
 @pytest.mark.parametrize("family", ["eagle1", "hydra"])
 def test_one_recording_serves_every_family(target, folder, family, tmp_path):
     """They train, resume bitwise, and load as what they are."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EAGLE-3 heads as they are published, at a tiny size, made without the package."""
+"""EAGLE-3 and Hydra heads as they are published, tiny, made without the package."""
 
 import json
 
@@ -127,6 +127,62 @@ def speculators_config(vocab_size, layer_changes=None, **changes):
         "target_hidden_size": None,
         "tie_word_embeddings": False,
         "transformer_layer_config": layer | (layer_changes or {}),
+    } | changes
+
+
+def hydra_tensors(target, kind="prefix-mlp", num_heads=3, num_blocks=3, seed=0):
+    """`hydra_head.state_dict()` of the reference code for a target's configuration.
+
+    There blocks after the first are `[ResBlock] * n`, one module under many names.
+    """
+    rng, made = np.random.default_rng(seed), {}
+    d, has_prefix = target.hidden_size, kind == "prefix-mlp"
+
+    def draw(name, *shape):
+        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+        offset = 1.0 if "norm" in name else 0.0
+        made[name] = (rng.normal(size=shape) * scale + offset).astype(np.float32)
+
+    def dense(name, num_rows, num_columns):
+        draw(f"{name}.weight", num_rows, num_columns)
+        draw(f"{name}.bias", num_rows)
+
+    for head in range(num_heads):
+        numbers = range(1, 2 * num_blocks, 2) if has_prefix else range(num_blocks)
+        blocks = [f"hydra_mlp.{head}.{number}.linear" for number in numbers]
+        dense(blocks[0], d, (head + 2) * d)
+        dense(blocks[0].replace("linear", "res_connection"), d, (head + 2) * d)
+        for block in blocks[1:]:
+            dense(block, d, d)
+            for part in (".weight", ".bias"):
+                made[block + part] = made[blocks[1] + part]
+        dense(f"hydra_lm_head.{head}" + ".1" * has_prefix, target.vocab_size, d)
+    if has_prefix:
+        prefix, kv = "prefix_embeding_layer.", target.num_kv_heads * target.head_dim
+        layer = f"{prefix}layers.0."
+        draw(f"{prefix}embed_tokens.weight", target.vocab_size, d)
+        for name, rows in (("q", d), ("k", kv), ("v", kv), ("o", d)):
+            draw(f"{layer}self_attn.{name}_proj.weight", rows, d)
+        draw(f"{layer}self_attn.rotary_emb.inv_freq", target.head_dim // 2)
+        for name in ("gate", "up"):
+            draw(f"{layer}mlp.{name}_proj.weight", target.intermediate_size, d)
+        draw(f"{layer}mlp.down_proj.weight", d, target.intermediate_size)
+        draw(f"{layer}input_layernorm.weight", d)
+        draw(f"{layer}post_attention_layernorm.weight", d)
+        draw(f"{prefix}norm.weight", d)
+    return made
+
+
+def hydra_config(kind="prefix-mlp", num_heads=3, num_blocks=3, **changes):
+    """As in ankner/hydra-vicuna-7b-v1.3, with its `HydraConfig`."""
+    return {
+        "base_model_name_or_path": "lmsys/vicuna-7b-v1.3",
+        "grounded_heads": True,
+        "hidden_state_offset": 0,
+        "hydra_head_arch": kind,
+        "hydra_num_heads": num_heads,
+        "hydra_num_layers": num_blocks,
+        "transformers_version": "4.34.1",
     } | changes
 
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several drafts against each other, domain by domain."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from ospec_jax.bench.harness import BenchRun, ModeRun
+from ospec_jax.bench.rows import count_mismatches
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.metrics import DecodingStats
+
+PLAIN = "autoregressive"
+ALL = "all"
+
+
+def parse_contender(text: str, tree: TreeConfig, parse) -> tuple[str, TreeConfig]:
+    """Reads `DRAFT` or `DRAFT@TREE`: what drafts, and in which shape.
+
+    Args:
+      tree: Where none is given.
+      parse: From the tree's notation.
+    """
+    name, _, shape = text.partition("@")
+    if not name or name == "none":
+        raise ConfigError(
+            f"{text!r} names no draft to compare; use DRAFT or DRAFT@TREE"
+        )
+    return name, parse(shape) if shape else tree
+
+
+def domain_rows(run: BenchRun) -> list[dict]:
+    """One row for each domain and mode, those of all prompts last.
+
+    Raises:
+      ConfigError: Prompts were decoded in batches, or not plainly as well.
+    """
+    if run.config.batch_size > 1 or PLAIN not in run.modes:
+        raise ConfigError(
+            f"drafts are compared prompt by prompt with plain decoding: use a batch "
+            f"size of 1, and the mode {PLAIN!r} among --modes"
+        )
+    of_domain = lambda prompt: prompt.domain or "unnamed"
+    domains = list(dict.fromkeys(map(of_domain, run.prompts)))
+    chosen = {
+        domain: [i for i, p in enumerate(run.prompts) if of_domain(p) == domain]
+        for domain in domains
+    }
+    chosen[ALL] = list(range(len(run.prompts)))
+    return [
+        _row(run, name, domain, where)
+        for domain, where in chosen.items()
+        for name in run.modes
+    ]
+
+
+def _row(run: BenchRun, name: str, domain: str, where: Sequence[int]) -> dict:
+    """A mode on some of the prompts; costs are in plain steps."""
+    mode, plain = run.modes[name], run.modes[PLAIN]
+    cost, step = run.pass_seconds[name], run.pass_seconds[PLAIN].step
+    part = _part(mode, where)
+    seconds = lambda mode: np.take(mode.turn_seconds, where)
+    tokens = lambda mode: np.take(mode.turn_tokens, where)
+    pace = lambda mode: seconds(mode) / np.maximum(tokens(mode), 1)
+    total = lambda mode: seconds(mode).sum() / max(tokens(mode).sum(), 1)
+    empty = DecodingStats(num_spec_tokens=mode.session.tree.num_steps)
+    stats = sum((result.stats for result in part.results), empty)
+    picked = dataclasses.replace(run, reference=[run.reference[i] for i in where])
+    mismatched, ties = count_mismatches(picked, part)
+    quartiles = np.percentile(pace(plain) / pace(mode), (25, 50, 75))
+    return {
+        "domain": domain,
+        "mode": name,
+        "num_prompts": len(where),
+        "num_tokens": int(tokens(mode).sum()),
+        "mean_acceptance_length": stats.mean_acceptance_length,
+        "draft_cost": (cost.step - run.verify_seconds[name]) / step,
+        "step_cost": cost.step / step,
+        "tokens_per_second": 1 / total(mode),
+        "speedup": total(plain) / total(mode),
+        "paired_speedup_quartiles": [float(q) for q in quartiles],
+        "num_mismatched_outputs": mismatched,
+        "num_tie_flips": ties,
+    }
+
+
+def _part(mode: ModeRun, where: Sequence[int]) -> ModeRun:
+    return dataclasses.replace(mode, results=[mode.results[i] for i in where])
+
+
+def drafts_table(rows: Sequence[dict]) -> str:
+    """Markdown: a line for each draft, acceptance length and speed-up by domain.
+
+    The fastest of each domain is set in bold.
+    """
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    found = {(row["mode"], row["domain"]): row for row in rows}
+    modes = [m for m in dict.fromkeys(row["mode"] for row in rows) if m != PLAIN]
+    best = {
+        domain: max(modes, key=lambda mode: found[mode, domain]["speedup"], default="")
+        for domain in domains
+    }
+    lines = ["| draft | draft cost | step cost | " + " | ".join(domains) + " |"]
+    lines.append("|" + "---|" * (len(domains) + 3))
+    for mode in modes:
+        row = found[mode, domains[0]]
+        cells = [mode, f"{row['draft_cost']:.2f}", f"{row['step_cost']:.2f}"]
+        for domain in domains:
+            row = found[mode, domain]
+            speed = f"{row['speedup']:.2f}"
+            speed = f"**{speed}**" if best[domain] == mode else speed
+            cells.append(f"{row['mean_acceptance_length']:.2f} ({speed})")
+        lines.append("| " + " | ".join(cells) + " |")
+    plain = [f"{found[PLAIN, domain]['tokens_per_second']:.1f}" for domain in domains]
+    lines.append("| plain, tokens/s | - | 1.00 | " + " | ".join(plain) + " |")
+    mismatched = sum(r["num_mismatched_outputs"] for r in rows if r["domain"] == ALL)
+    lines += [
+        "",
+        "Acceptance length, in brackets tokens/s as a ratio to plain decoding;",
+    ]
+    lines.append(
+        f"costs in plain steps. Outputs that differ from plain ones: {mismatched}."
+    )
+    return "\n".join(lines)

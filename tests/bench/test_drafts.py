@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts against each other, by domain, on a tiny target."""
+
+import pytest
+
+from ospec_jax import load_draft
+from ospec_jax.bench.drafts import domain_rows, drafts_table, parse_contender
+from ospec_jax.bench.harness import BenchConfig, run_bench
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.testing import tiny_target
+from ospec_jax.tree import parse_tree
+
+ROWS = [("one", "a"), ("two", "b"), ("three", "a"), ("four", "")]
+PROMPTS = [
+    parse_prompt({"prompt": text, "domain": domain}, text) for text, domain in ROWS
+]
+PLAIN = BenchConfig(modes=("autoregressive",), max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def run():
+    target = tiny_target()
+    chain = TreeConfig(num_steps=3)
+    drafts = {name: (load_draft(name, target), chain) for name in ("ngram", "suffix")}
+    return run_bench(target, None, PROMPTS, PLAIN, drafts=drafts)
+
+
+def test_rows_are_of_their_domains_prompts(run):
+    rows = domain_rows(run)
+    assert [row["domain"] for row in rows[::3]] == ["a", "b", "unnamed", "all"]
+    assert [row["num_prompts"] for row in rows[::3]] == [2, 1, 1, 4]
+    for mode in ("autoregressive", "ngram", "suffix"):
+        *parts, whole = (row for row in rows if row["mode"] == mode)
+        assert sum(row["num_tokens"] for row in parts) == whole["num_tokens"]
+        assert whole["num_tokens"] == sum(run.modes[mode].turn_tokens)
+        stats = run.modes[mode].stats
+        assert whole["mean_acceptance_length"] == stats.mean_acceptance_length
+        assert whole["num_mismatched_outputs"] == 0
+        first = [run.modes[mode].results[i].stats for i in (0, 2)]
+        length = (first[0] + first[1]).mean_acceptance_length
+        assert parts[0]["mean_acceptance_length"] == length
+    plain = rows[0]
+    assert (plain["speedup"], plain["step_cost"]) == (1, 1)
+    assert plain["paired_speedup_quartiles"] == [1, 1, 1]
+
+
+def test_costs_are_in_plain_steps(run):
+    row = next(row for row in domain_rows(run) if row["mode"] == "ngram")
+    plain = run.pass_seconds["autoregressive"].step
+    assert row["step_cost"] == run.pass_seconds["ngram"].step / plain
+    rest = row["step_cost"] - row["draft_cost"]
+    assert rest == pytest.approx(run.verify_seconds["ngram"] / plain)
+    assert run.verify_seconds["ngram"] == run.verify_seconds["suffix"]
+
+
+def test_the_fastest_of_each_domain_stands_out(run):
+    rows = domain_rows(run)
+    for row in rows:
+        row["speedup"] = 2.0 if (row["mode"], row["domain"]) == ("ngram", "b") else 1.5
+    table = drafts_table(rows).splitlines()
+    assert table[0] == "| draft | draft cost | step cost | a | b | unnamed | all |"
+    assert [line.split(" |")[0] for line in table[2:5]] == [
+        "| ngram", "| suffix", "| plain, tokens/s",
+    ]  # fmt: skip
+    assert table[2].count("**2.00**") == 1
+    assert "**" not in table[3].split("|")[5]
+    assert table[-1].endswith("plain ones: 0.")
+
+
+def test_contenders_have_a_tree_of_their_own():
+    chain = TreeConfig(num_steps=3)
+    parse = lambda text: parse_tree(text, 3)
+    assert parse_contender("mixed:ngram,shipped", chain, parse) == (
+        "mixed:ngram,shipped", chain,
+    )  # fmt: skip
+    name, tree = parse_contender("shipped:hydra@static:3,2,1", chain, parse)
+    assert (name, tree.branching) == ("shipped:hydra", (3, 2, 1))
+    for text in ("none", "@chain"):
+        with pytest.raises(ConfigError, match="names no draft"):
+            parse_contender(text, chain, parse)
+
+
+def test_batches_cannot_be_told_apart(run):
+    run.config = BenchConfig(modes=("autoregressive",), batch_size=2)
+    with pytest.raises(ConfigError, match="prompt by prompt"):
+        domain_rows(run)
