@@ -19,6 +19,7 @@ from ospec_jax.adaptation import Adaptation, Learning, UpdateReport
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import (
     ConfigError,
+    HydraConfig,
     LearnerConfig,
     SamplingConfig,
     TreeConfig,
@@ -32,8 +33,21 @@ from ospec_jax.data.prompts import (
     parse_prompt,
 )
 from ospec_jax.data.tokenizer import TextStream, stop_token_ids
-from ospec_jax.decoding.engine import Completion, Engine, Request
+from ospec_jax.decoding.depth import (
+    DepthChooser,
+    DepthPolicy,
+    DepthState,
+    most_tokens_a_second,
+)
+from ospec_jax.decoding.engine import (
+    PREDICTED,
+    Completion,
+    Engine,
+    Request,
+    step_of_depth,
+)
 from ospec_jax.decoding.step import StepConfig, shared_tables
+from ospec_jax.decoding.timing import seconds_of_steps
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter, memory_orders
 from ospec_jax.loading import LoadedDraft, freely_placed
@@ -85,7 +99,10 @@ class Session:
       draft: From `load_draft`; None decodes plainly.
       learner: How to learn; None serves the draft as it is. Of drafts that are not
         trained (`ngram`, `model`) only n-grams are learned.
-      tree: How much to draft; a chain of three by default.
+      tree: How much to draft; a chain of three by default. `TreeConfig.auto()` drafts
+        as deep as pays, which is measured once, at warm-up or before the first answer.
+        How deep that is, neighbours in the batch have a say in: greedy tokens do not
+        depend on it, sampled ones do, though their law does not.
       batch_size: Requests decoded together.
       stop: Strings that end an answer.
       has_log_probs: Report log-probabilities.
@@ -93,6 +110,7 @@ class Session:
         children (`tree.children` other than `topk`) leave no room for them.
       num_predicted_tokens: Tokens verified at once while a request's prediction holds;
         0 keeps to the tree.
+      depth_policy: How a tree of varying depth chooses it.
     """
 
     def __init__(
@@ -107,8 +125,10 @@ class Session:
         has_log_probs: bool = False,
         ngrams: bool = True,
         num_predicted_tokens: int = 12,
+        depth_policy: DepthPolicy | None = None,
     ):
         tree = tree or TreeConfig(num_steps=3 if draft else 0)
+        tree = _within_reach(tree, draft)
         mix, suggestions = (draft.mix, draft.suggestions) if draft else ("", "")
         if mix == "mixed" and tree.is_chain:
             tree = dataclasses.replace(tree, kind="parallel")
@@ -124,10 +144,10 @@ class Session:
             model = draft.model
             build = functools.partial(
                 build_drafter, meta.family, model.config if model else meta.draft,
-                tree, target.numerics, has_ngrams, target.config.vocab_size,
-                mix=mix,
+                numerics=target.numerics, has_ngrams=has_ngrams,
+                vocab_size=target.config.vocab_size, mix=mix,
             )  # fmt: skip
-            drafter = build()
+            drafter = build(tree=tree)
             if learner is not None and meta.draft is None:
                 learner = dataclasses.replace(learner, name="memory")
         config = StepConfig(
@@ -139,11 +159,20 @@ class Session:
         is_recording = draft is not None and bool(
             learner and learner.name == "gradient"
         )
-        predicted = None
+        menu = {}
         if drafter is not None and 0 < tree.num_steps < num_predicted_tokens:
             chain = TreeConfig(num_steps=num_predicted_tokens)
-            predicted = chain, build(predicted=chain)
-        self.engine = Engine(config, target.params, drafter, is_recording, predicted)
+            menu[PREDICTED] = chain, build(tree=tree, predicted=chain)
+        for depth in tree.depths[:-1]:  # the last one is the tree's own
+            chain = tree.of_depth(depth)
+            # Nothing is proposed at depth 0, but the draft is kept up to date.
+            drafts = build(tree=chain) if depth else drafter
+            menu[step_of_depth(depth)] = chain, drafts
+        self.engine = Engine(config, target.params, drafter, is_recording, menu)
+        self.depths: DepthChooser | None = None
+        if tree.depths:
+            policy = depth_policy or most_tokens_a_second()
+            self.depths = DepthChooser(policy, policy.init(tree.depths, batch_size))
         self.learning: Learning | None = None
         self.meta = draft.meta if draft else None
         cast = lambda params: cast_params(params, target.numerics.precision)
@@ -206,7 +235,8 @@ class Session:
     ) -> float:  # fmt: skip
         """Compiles what decoding and learning need; returns the seconds it took.
 
-        Also turns a learning budget into an interval of tokens.
+        Also turns a learning budget into an interval of tokens, and measures what steps
+        of varying depth cost, unless a checkpoint told that.
 
         Args:
           capacities: Of the caches to compile for; None is the smallest one.
@@ -215,12 +245,16 @@ class Session:
         requests = [self.probe_request(24, sampling)] * self.batch_size
         completions = []
         for capacity in capacities:
+            if self.depths is not None:
+                self._measure_depths(capacity, sampling)
+            depths = self.depths and dataclasses.replace(self.depths)
             for _ in range(2):
                 completions = list(
                     self.engine.serve(
-                        requests, lambda: self.served_draft, self.batch_size, capacity
+                        requests, lambda: self.served_draft, self.batch_size, capacity,
+                        depths=depths,
                     )
-                )
+                )  # fmt: skip
             if self.learning is not None:
                 self.learning.rehearse(completions[-1])
         if self.learning is not None:
@@ -229,6 +263,30 @@ class Session:
                 self.draft, last.seconds / max(len(last.token_ids), 1)
             )
         return time.perf_counter() - start
+
+    def _measure_depths(
+        self, capacity: int | None, sampling: SamplingConfig
+    ) -> None:  # fmt: skip
+        """Compiles the steps of every depth; measures their costs if none are known."""
+        assert self.depths is not None
+        is_known = bool(self.depths.state.costs)
+        engine, draft = self.engine, self.served_draft
+        request = self.probe_request(48, sampling)
+        slots = capacity or engine.capacity_for([request])
+        state = engine.start(draft, request, self.batch_size, slots)
+        is_greedy = sampling.temperature == 0
+        steps = {
+            depth: functools.partial(
+                engine.compiled(step_of_depth(depth), is_greedy),
+                engine.target_params, draft,
+            )
+            for depth in self.tree.depths
+        }  # fmt: skip
+        costs, _ = seconds_of_steps(steps, state, num_rounds=0 if is_known else 5)
+        if not is_known:
+            costs = tuple(float(sharding.agreed(costs[d])) for d in self.tree.depths)
+            state = dataclasses.replace(self.depths.state, costs=costs)
+            self.depths.state = state
 
     def probe_request(
         self, max_new_tokens: int = 128, sampling: SamplingConfig = SamplingConfig()
@@ -297,7 +355,9 @@ class Session:
                 )
         pairs = list(self.requests(parsed, max_new_tokens, sampling, is_raw))
         # Refuse what does not fit before anything is decoded.
-        self.engine.capacity_for(request for _, request in pairs)
+        capacity = self.engine.capacity_for(request for _, request in pairs)
+        if pairs and self.depths is not None and not self.depths.state.costs:
+            self._measure_depths(capacity, sampling)
         prompt_of = {id(request): prompt for prompt, request in pairs}
         streams: dict[int, TextStream] = {}
 
@@ -310,6 +370,7 @@ class Session:
         completions = self.engine.serve(
             (request for _, request in pairs), lambda: self.served_draft,
             self.batch_size, on_tokens=on_tokens if on_text else None,
+            depths=self.depths,
         )  # fmt: skip
         for completion in completions:
             stream = streams.pop(id(completion.request), None)
@@ -356,7 +417,8 @@ class Session:
     def _warn_of_collapse(self) -> None:
         stats = self.stats
         if stats.num_draft_tokens and stats.num_drafts >= _COLLAPSE_STEPS:
-            if stats.mean_acceptance_length < 1.05:
+            # Of its own accord `auto` hardly drafts where that does not pay.
+            if stats.mean_acceptance_length < 1.05 and self.depths is None:
                 warnings.warn(
                     f"the mean acceptance length is {stats.mean_acceptance_length:.2f} "
                     f"over {stats.num_drafts} steps: the draft hardly ever predicts "
@@ -376,7 +438,8 @@ class Session:
         """
         if self.meta is None:
             raise checkpoint.CheckpointError("there is no draft to save")
-        meta = dataclasses.replace(self.meta, storage="float32")
+        depth = dataclasses.asdict(self.depths.state) if self.depths else {}
+        meta = dataclasses.replace(self.meta, storage="float32", depth=depth)
         draft = self._grouped(self.draft, is_inverse=True)
         if self.learning is None:
             return checkpoint.save(folder, 0, meta, draft)
@@ -431,7 +494,29 @@ class Session:
         self.meta = dataclasses.replace(restored.meta, draft_version=version)
         self._serve(self._grouped(freely_placed(restored.draft, mesh)))
         self.answered = list(restored.meta.answered)
+        self._resume_depths(restored.meta.depth)
         return self.answered
+
+    def _resume_depths(self, saved: dict) -> None:
+        """Goes on choosing depths; others, or other batches, start anew."""
+        if self.depths is None or not saved:
+            return
+        state, ours = from_dict(DepthState, saved), self.depths.state
+        if (state.depths, state.num_rows) == (ours.depths, ours.num_rows):
+            self.depths.state = state
+
+
+def _within_reach(tree: TreeConfig, draft: LoadedDraft | None) -> TreeConfig:
+    """Leaves out depths for which the draft has no heads, or all without a draft."""
+    if not tree.depths:
+        return tree
+    if draft is None:
+        return tree.of_depth(0)
+    config = draft.meta.draft
+    if not isinstance(config, HydraConfig):
+        return tree
+    depths = tuple(depth for depth in tree.depths if depth <= config.depth)
+    return dataclasses.replace(tree, num_steps=max(depths), depths=depths)
 
 
 def _as_prompt(prompt: Prompt | str | dict, number: int) -> Prompt:
