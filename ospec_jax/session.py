@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 from ospec_jax import checkpoint, sharding
+from ospec_jax._platform import release_memory
 from ospec_jax.adaptation import Adaptation, Learning, UpdateReport
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import (
@@ -262,6 +263,7 @@ class Session:
             self.learning.calibrate(
                 self.draft, last.seconds / max(len(last.token_ids), 1)
             )
+        release_memory()
         return time.perf_counter() - start
 
     def _measure_depths(
