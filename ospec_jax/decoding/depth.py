@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_HOPE = 0.7
+_HOPE = 0.9
 """Chance of a first drafted token of which nothing is known."""
 _HOPE_TRIALS = (1.0, 4.0)
 """Trials that the hope weighs, for the first token and for later ones. Later tokens

@@ -230,10 +230,13 @@ def _eagle(
         embeddings = embedded(draft, shared, tokens)
         args = (features, embeddings, positions, bias, cache, starts)
         outputs, cache = apply(draft, EagleHead.step, *args)
-        # Twice the last row: its logits are one product of at least two rows.
         last = take_row(outputs, jnp.maximum(num_valid - 1, 0))
-        logits = logits_of(draft, shared, jnp.stack([last, last], axis=1))
-        return cache, DraftContext(hidden=last, logits=logits[:, 0])
+        logits = predict(draft, shared, last)
+        return cache, DraftContext(hidden=last, logits=logits)
+
+    def predict(draft, shared, hidden):
+        # Twice each row: its logits are one product of at least two rows.
+        return logits_of(draft, shared, jnp.stack([hidden, hidden], axis=1))[:, 0]
 
     propose_tree = propose_static if tree.kind == "static" else propose_uniform
 
@@ -271,4 +274,5 @@ def _eagle(
         unroll=lambda *args, **kwargs: unroll_outputs(*args, **kwargs)[0],
         unroll_features=unroll_outputs if version == "eagle1" else None,
         num_scratch=num_scratch(tree),
+        predict=predict,
     )
