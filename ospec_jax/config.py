@@ -16,6 +16,10 @@ Verification = Literal["token", "block", "traversal"]
 Recording = Literal["nothing", "features", "states"]
 
 
+AUTO_DEPTHS = (0, 1, 2, 3, 5)
+"""Depths that a tree of depth `auto` chooses from; each is an executable."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot work, with the value found and the remedy."""
 
@@ -177,6 +181,8 @@ class TreeConfig:
         one more depth promise less than so many accepted tokens more (OPT-Tree).
       min_path_probability: A chain or dynamic tree grows no deeper once the draft gives
         its most probable path less than this.
+      depths: Instead of drafting `num_steps` always: depths, `num_steps` the largest,
+        of which every step takes the one that pays; see `decoding.depth`.
     """
 
     kind: Literal["chain", "static", "dynamic", "parallel"] = "chain"
@@ -189,9 +195,17 @@ class TreeConfig:
     children: ChildrenKind = "topk"
     min_path_probability: float = 0.0
     verification: Verification = "token"
+    depths: tuple[int, ...] = ()
+
+    @classmethod
+    def auto(cls, depths: tuple[int, ...] = AUTO_DEPTHS, **changes) -> "TreeConfig":
+        """A chain as deep as pays, at times none at all."""
+        return cls(num_steps=max(depths), depths=depths, **changes)
 
     def __post_init__(self):
         self._check_children()
+        if self.depths:
+            self._check_depths()
         if not 0 <= self.min_path_probability < 1:
             raise ConfigError(
                 f"min_path_probability is {self.min_path_probability}; use 0 (always "
@@ -215,6 +229,28 @@ class TreeConfig:
             )
         if self.kind == "dynamic":
             self._check_dynamic()
+
+    def _check_depths(self):
+        if self.kind not in ("chain", "parallel"):
+            raise ConfigError(
+                f"only chains vary their depth, not a {self.kind} tree; use --tree "
+                f"chain or a fixed --num-speculative-tokens"
+            )
+        ascending = sorted(set(self.depths))
+        if list(self.depths) != ascending or (ascending[0], ascending[-1]) < (0, 1):
+            raise ConfigError(
+                f"depths to choose from ascend from 0 or more to 1 or more, not "
+                f"{self.depths}"
+            )
+        if self.num_steps != ascending[-1]:
+            raise ConfigError(
+                f"num_steps is {self.num_steps}; it must be the largest of the depths "
+                f"{self.depths}"
+            )
+
+    def of_depth(self, num_steps: int) -> "TreeConfig":
+        """The chain of one of the `depths`."""
+        return dataclasses.replace(self, num_steps=num_steps, depths=())
 
     def _check_parents(self):
         if self.kind != "static" or self.branching:

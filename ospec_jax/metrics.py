@@ -58,6 +58,11 @@ class DecodingStats:
         return 1.0 + self.num_accepted_tokens / max(self.num_drafts, 1)
 
     @property
+    def mean_draft_length(self) -> float:
+        """Tokens drafted a target pass: the mean K, for chains of full depth."""
+        return self.num_draft_tokens / max(self.num_drafts, 1)
+
+    @property
     def draft_acceptance_rate(self) -> float:
         """Accepted over drafted tokens."""
         return self.num_accepted_tokens / max(self.num_draft_tokens, 1)
@@ -81,6 +86,7 @@ class DecodingStats:
             "num_accepted_draft_tokens": self.num_accepted_tokens,
             "num_draft_tokens": self.num_draft_tokens,
             "num_spec_tokens": self.num_spec_tokens,
+            "mean_draft_length": self.mean_draft_length,
         }
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 import jax
 
 from ospec_jax import checkpoint, sharding
+from ospec_jax._platform import release_memory
 from ospec_jax.adaptation import Adaptation, Learning, UpdateReport
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import (
     ConfigError,
+    HydraConfig,
     LearnerConfig,
     SamplingConfig,
     TreeConfig,
@@ -32,8 +34,21 @@ from ospec_jax.data.prompts import (
     parse_prompt,
 )
 from ospec_jax.data.tokenizer import TextStream, stop_token_ids
-from ospec_jax.decoding.engine import Completion, Engine, Request
+from ospec_jax.decoding.depth import (
+    DepthChooser,
+    DepthPolicy,
+    DepthState,
+    most_tokens_a_second,
+)
+from ospec_jax.decoding.engine import (
+    PREDICTED,
+    Completion,
+    Engine,
+    Request,
+    step_of_depth,
+)
 from ospec_jax.decoding.step import StepConfig, shared_tables
+from ospec_jax.decoding.timing import seconds_of_steps
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter, memory_orders
 from ospec_jax.head import HeadAdaptation
@@ -86,7 +101,10 @@ class Session:
       draft: From `load_draft`; None decodes plainly.
       learner: How to learn; None serves the draft as it is. Of drafts that are not
         trained (`ngram`, `model`) only n-grams are learned.
-      tree: How much to draft; a chain of three by default.
+      tree: How much to draft; a chain of three by default. `TreeConfig.auto()` drafts
+        as deep as pays, which is measured once, at warm-up or before the first answer.
+        How deep that is, neighbours in the batch have a say in: greedy tokens do not
+        depend on it, sampled ones do, though their law does not.
       batch_size: Requests decoded together.
       stop: Strings that end an answer.
       has_log_probs: Report log-probabilities.
@@ -94,6 +112,7 @@ class Session:
         children (`tree.children` other than `topk`) leave no room for them.
       num_predicted_tokens: Tokens verified at once while a request's prediction holds;
         0 keeps to the tree.
+      depth_policy: How a tree of varying depth chooses it.
 
     `on_update`, if set, is called after each update with its report and the draft that
     was served before and is after it; its time is not learning's.
@@ -111,8 +130,10 @@ class Session:
         has_log_probs: bool = False,
         ngrams: bool = True,
         num_predicted_tokens: int = 12,
+        depth_policy: DepthPolicy | None = None,
     ):
         tree = tree or TreeConfig(num_steps=3 if draft else 0)
+        tree = _within_reach(tree, draft)
         mix, suggestions = (draft.mix, draft.suggestions) if draft else ("", "")
         if mix == "mixed" and tree.is_chain:
             tree = dataclasses.replace(tree, kind="parallel")
@@ -128,10 +149,10 @@ class Session:
             model = draft.model
             build = functools.partial(
                 build_drafter, meta.family, model.config if model else meta.draft,
-                tree, target.numerics, has_ngrams, target.config.vocab_size,
-                mix=mix,
+                numerics=target.numerics, has_ngrams=has_ngrams,
+                vocab_size=target.config.vocab_size, mix=mix,
             )  # fmt: skip
-            drafter = build()
+            drafter = build(tree=tree)
             if learner is not None and meta.draft is None:
                 learner = dataclasses.replace(learner, name="memory")
         config = StepConfig(
@@ -143,11 +164,20 @@ class Session:
         recording = "nothing"
         if draft is not None and learner is not None:
             recording = learner.recording
-        predicted = None
+        menu = {}
         if drafter is not None and 0 < tree.num_steps < num_predicted_tokens:
             chain = TreeConfig(num_steps=num_predicted_tokens)
-            predicted = chain, build(predicted=chain)
-        self.engine = Engine(config, target.params, drafter, recording, predicted)
+            menu[PREDICTED] = chain, build(tree=tree, predicted=chain)
+        for depth in tree.depths[:-1]:  # the last one is the tree's own
+            chain = tree.of_depth(depth)
+            # Nothing is proposed at depth 0, but the draft is kept up to date.
+            drafts = build(tree=chain) if depth else drafter
+            menu[step_of_depth(depth)] = chain, drafts
+        self.engine = Engine(config, target.params, drafter, recording, menu)
+        self.depths: DepthChooser | None = None
+        if tree.depths:
+            policy = depth_policy or most_tokens_a_second()
+            self.depths = DepthChooser(policy, policy.init(tree.depths, batch_size))
         self.learning: Learning | None = None
         self.meta = draft.meta if draft else None
         cast = lambda params: cast_params(params, target.numerics.precision)
@@ -218,7 +248,8 @@ class Session:
     ) -> float:  # fmt: skip
         """Compiles what decoding and learning need; returns the seconds it took.
 
-        Also turns a learning budget into an interval of tokens.
+        Also turns a learning budget into an interval of tokens, and measures what steps
+        of varying depth cost, unless a checkpoint told that.
 
         Args:
           capacities: Of the caches to compile for; None is the smallest one.
@@ -230,6 +261,8 @@ class Session:
         kinds = [predicted, probe] if has_predictions and self._drafts else [probe]
         completions = []
         for capacity in capacities:
+            if self.depths is not None:
+                self._measure_depths(capacity, sampling)
             for kind in kinds:
                 completions = self._rehearse(kind, capacity)
             if self.learning is not None:
@@ -239,16 +272,43 @@ class Session:
             self.learning.calibrate(
                 self.draft, last.seconds / max(len(last.token_ids), 1)
             )
+        release_memory()
         return time.perf_counter() - start
 
     def _rehearse(self, request: Request, capacity: int | None) -> list[Completion]:
         """Serves a request twice, and takes a longer step where one may come."""
         args = (lambda: self.served_draft), self.batch_size, capacity
-        serve = lambda: list(self.engine.serve([request] * self.batch_size, *args))
+        depths = self.depths and dataclasses.replace(self.depths)
+        requests = [request] * self.batch_size
+        serve = lambda: list(self.engine.serve(requests, *args, depths=depths))
         serve()
         completions = serve()
         self.engine.rehearse_longer(request, *args)
         return completions
+
+    def _measure_depths(
+        self, capacity: int | None, sampling: SamplingConfig
+    ) -> None:  # fmt: skip
+        """Compiles the steps of every depth; measures their costs if none are known."""
+        assert self.depths is not None
+        is_known = bool(self.depths.state.costs)
+        engine, draft = self.engine, self.served_draft
+        request = self.probe_request(48, sampling)
+        slots = capacity or engine.capacity_for([request])
+        state = engine.start(draft, request, self.batch_size, slots)
+        is_greedy = sampling.temperature == 0
+        steps = {
+            depth: functools.partial(
+                engine.compiled(step_of_depth(depth), is_greedy),
+                engine.target_params, draft,
+            )
+            for depth in self.tree.depths
+        }  # fmt: skip
+        costs, _ = seconds_of_steps(steps, state, num_rounds=0 if is_known else 5)
+        if not is_known:
+            costs = tuple(float(sharding.agreed(costs[d])) for d in self.tree.depths)
+            state = dataclasses.replace(self.depths.state, costs=costs)
+            self.depths.state = state
 
     def probe_request(
         self, max_new_tokens: int = 128, sampling: SamplingConfig = SamplingConfig()
@@ -317,7 +377,9 @@ class Session:
                 )
         pairs = list(self.requests(parsed, max_new_tokens, sampling, is_raw))
         # Refuse what does not fit before anything is decoded.
-        self.engine.capacity_for(request for _, request in pairs)
+        capacity = self.engine.capacity_for(request for _, request in pairs)
+        if pairs and self.depths is not None and not self.depths.state.costs:
+            self._measure_depths(capacity, sampling)
         prompt_of = {id(request): prompt for prompt, request in pairs}
         streams: dict[int, TextStream] = {}
 
@@ -330,6 +392,7 @@ class Session:
         completions = self.engine.serve(
             (request for _, request in pairs), lambda: self.served_draft,
             self.batch_size, on_tokens=on_tokens if on_text else None,
+            depths=self.depths,
         )  # fmt: skip
         for completion in completions:
             stream = streams.pop(id(completion.request), None)
@@ -379,7 +442,8 @@ class Session:
     def _warn_of_collapse(self) -> None:
         stats = self.stats
         if stats.num_draft_tokens and stats.num_drafts >= _COLLAPSE_STEPS:
-            if stats.mean_acceptance_length < 1.05:
+            # Of its own accord `auto` hardly drafts where that does not pay.
+            if stats.mean_acceptance_length < 1.05 and self.depths is None:
                 warnings.warn(
                     f"the mean acceptance length is {stats.mean_acceptance_length:.2f} "
                     f"over {stats.num_drafts} steps: the draft hardly ever predicts "
@@ -399,7 +463,8 @@ class Session:
         """
         if self.meta is None:
             raise checkpoint.CheckpointError("there is no draft to save")
-        meta = dataclasses.replace(self.meta, storage="float32")
+        depth = dataclasses.asdict(self.depths.state) if self.depths else {}
+        meta = dataclasses.replace(self.meta, storage="float32", depth=depth)
         draft = self._grouped(self.draft, is_inverse=True)
         if self.learning is None:
             return checkpoint.save(folder, 0, meta, draft)
@@ -454,7 +519,29 @@ class Session:
         self.meta = dataclasses.replace(restored.meta, draft_version=version)
         self._serve(self._grouped(freely_placed(restored.draft, mesh)))
         self.answered = list(restored.meta.answered)
+        self._resume_depths(restored.meta.depth)
         return self.answered
+
+    def _resume_depths(self, saved: dict) -> None:
+        """Goes on choosing depths; others, or other batches, start anew."""
+        if self.depths is None or not saved:
+            return
+        state, ours = from_dict(DepthState, saved), self.depths.state
+        if (state.depths, state.num_rows) == (ours.depths, ours.num_rows):
+            self.depths.state = state
+
+
+def _within_reach(tree: TreeConfig, draft: LoadedDraft | None) -> TreeConfig:
+    """Leaves out depths for which the draft has no heads, or all without a draft."""
+    if not tree.depths:
+        return tree
+    if draft is None:
+        return tree.of_depth(0)
+    config = draft.meta.draft
+    if not isinstance(config, HydraConfig):
+        return tree
+    depths = tuple(depth for depth in tree.depths if depth <= config.depth)
+    return dataclasses.replace(tree, num_steps=max(depths), depths=depths)
 
 
 def _as_prompt(prompt: Prompt | str | dict, number: int) -> Prompt:

@@ -2,6 +2,7 @@
 """Topologies of draft trees: their notation, parents, depths and ancestors."""
 
 import heapq
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def ancestor_mask(
 
 def parse_tree(
     text: str,
-    num_steps: int,
+    num_steps: int | Literal["auto"],
     children: ChildrenKind = "topk",
     min_path_probability: float = 0.0,
     verification: Verification = "token",
@@ -70,9 +71,20 @@ def parse_tree(
 
     `chain`; `static:3,2,1` (children of each node by depth); `dynamic:4,12` (topk and
     number of draft tokens, with depth `num_steps`). A static tree has its full depth
-    whatever `min_path_probability`.
+    whatever `min_path_probability`. With `num_steps` `auto` a chain has the depth that
+    pays.
     """
     kind, _, numbers = text.partition(":")
+    if num_steps == "auto":
+        if text != "chain":
+            raise ConfigError(
+                f"only chains vary their depth: give --tree {text} a number of "
+                f"speculative tokens instead of auto"
+            )
+        return TreeConfig.auto(
+            children=children, min_path_probability=min_path_probability,
+            verification=verification,
+        )  # fmt: skip
     if kind in ("opt", "sequoia"):
         return _parse_optimal(text, kind, numbers, num_steps, children, verification)
     try:

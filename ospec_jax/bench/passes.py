@@ -2,6 +2,7 @@
 """What single passes cost: for predicted speed-ups and for the roofline."""
 
 import dataclasses
+import functools
 import os
 import statistics
 import time
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax.decoding.engine import fetch
+from ospec_jax.decoding.timing import time_steps
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.hub import Target
@@ -60,28 +62,16 @@ def measure_passes(
             runs.setdefault(name, state)
     for _ in range(num_rounds):
         for name, session in sessions.items():
-            seconds, runs[name] = _time_steps(session, runs[name])
+            step = functools.partial(
+                session.engine.compiled("step", True),
+                session.target.params, session.served_draft,
+            )  # fmt: skip
+            seconds, runs[name] = time_steps(step, runs[name])
             times[name][1].append(seconds)
     return {
         name: PassSeconds(*(statistics.median(seconds[2:]) for seconds in pair))
         for name, pair in times.items()
     }
-
-
-def _time_steps(session: Session, state, num_steps: int = 8) -> tuple[float, Any]:
-    """Seconds a step, one ahead; and the state, rewound to where it was."""
-    step = session.engine.compiled("step", True)
-    lengths, remaining = state.lengths + 0, state.num_remaining + 0
-    advance = lambda state: step(session.target.params, session.served_draft, state)
-    state, unread = advance(state)
-    start = time.perf_counter()
-    for _ in range(num_steps):
-        state, output = advance(state)
-        fetch(unread)
-        unread = output
-    fetch(unread)
-    seconds = (time.perf_counter() - start) / num_steps
-    return seconds, state.replace(lengths=lengths, num_remaining=remaining)
 
 
 def measure_verification(

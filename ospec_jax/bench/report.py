@@ -18,6 +18,7 @@ _COLUMNS = (
     ("quartiles", "quartiles", "{}"),
     ("predicted", "predicted_speedup", "{:.2f}"),
     ("acceptance length", "mean_acceptance_length", "{:.2f}"),
+    ("drafted", "mean_draft_length", "{:.2f}"),
     ("acceptance rate", "draft_acceptance_rate", "{:.0%}"),
     ("updates", "num_updates", "{}"),
     ("identical", "identical", "{}"),

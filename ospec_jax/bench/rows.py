@@ -65,7 +65,8 @@ def _row(run: BenchRun, name: str) -> dict:
     mode, stats = run.modes[name], run.modes[name].stats
     session, learning = mode.session, mode.session.learning
     predicted = None
-    if "autoregressive" in run.modes and run.config.batch_size == 1:
+    is_known = run.config.batch_size == 1 and not session.tree.depths
+    if "autoregressive" in run.modes and is_known:
         plain = predicted_seconds(run, "autoregressive")
         predicted = plain / max(predicted_seconds(run, name), 1e-9)
     mismatched, ties = count_mismatches(run, mode)
@@ -75,6 +76,7 @@ def _row(run: BenchRun, name: str) -> dict:
         "tokens_per_second": mode.tokens_per_second,
         "predicted_speedup": predicted,
         "mean_acceptance_length": stats.mean_acceptance_length,
+        "mean_draft_length": stats.mean_draft_length,
         "draft_acceptance_rate": stats.draft_acceptance_rate,
         "acceptance_per_position": stats.acceptance_per_position,
         "num_mismatched_outputs": mismatched,

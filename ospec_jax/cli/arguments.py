@@ -42,7 +42,8 @@ class Decoding:
         one tree).
       precision: Of weights and products; auto measures what is fastest here.
       batch_size: Requests decoded together.
-      num_speculative_tokens: Depth of the draft, K; 0 decodes plainly.
+      num_speculative_tokens: Depth of the draft, K; 0 decodes plainly; auto takes, for
+        every step, the depth that pays.
       tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the
         best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
         sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...
@@ -62,7 +63,7 @@ class Decoding:
     draft: str = "shipped"
     precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     batch_size: int = 1
-    num_speculative_tokens: int = 3
+    num_speculative_tokens: int | Literal["auto"] = 3
     tree: str = "chain"
     min_path_probability: float = 0.0
     draft_sample_method: ChildrenKind = "topk"

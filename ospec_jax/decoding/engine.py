@@ -9,8 +9,8 @@ tokens cannot depend on its neighbours.
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 
 from ospec_jax import sharding
 from ospec_jax.config import ConfigError, Recording, SamplingConfig, TreeConfig
+from ospec_jax.decoding.depth import DepthChooser
 from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.prediction import as_prediction
@@ -29,6 +30,13 @@ from ospec_jax.typing import Params
 PREFILL_CHUNK = 64
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Cache sizes that are compiled for; a request takes the smallest that holds it."""
+PREDICTED = "predicted_step"
+"""The step of a menu that is taken where suggestions are sure to be right."""
+
+
+def step_of_depth(depth: int) -> str:
+    """Name of the step of a menu that drafts so many tokens."""
+    return f"step_{depth}"
 
 
 class PromptTooLongError(ValueError):
@@ -126,6 +134,30 @@ class _Slot:
         return self.request.max_new_tokens - len(self.token_ids)
 
 
+class _Sent(NamedTuple):
+    """A pass that was sent to the device.
+
+    Attributes:
+      rows: Number of the slot and of the output's row, for each request.
+      depth: That was chosen for a step, None where there was no choice.
+    """
+
+    is_step: bool
+    rows: list[tuple[int, int, _Slot]]
+    output: StepOutput
+    depth: int | None = None
+
+
+def _accepted_by_running(sent: _Sent) -> list[int]:
+    """Accepted tokens of the rows that a step did not end."""
+    output = sent.output
+    return [
+        int(output.num_accepted[row])
+        for _, row, slot in sent.rows
+        if not slot.is_done and not output.is_finished[row]
+    ]
+
+
 class Engine:
     """Compiled prefill and step functions for one target, drafter and tree."""
 
@@ -135,25 +167,28 @@ class Engine:
         target_params: Params,
         drafter: Drafter | None = None,
         recording: Recording = "nothing",
-        predicted: tuple[TreeConfig, Drafter] | None = None,
+        menu: Mapping[str, tuple[TreeConfig, Drafter | None]] | None = None,
     ):
         """Prepares the functions; they are compiled when first needed.
 
         Args:
           recording: What to keep of verified tokens; see `Feedback`.
-          predicted: How much to draft, and what with, where suggestions are sure to
-            be right (`StepOutput.is_sure`); its state must be that of `drafter`.
+          menu: Other steps by name: how much they draft, and what with. Their state
+            must be that of `drafter`. One is `PREDICTED`, for where suggestions are
+            sure to be right (`StepOutput.is_sure`); others are named by
+            `step_of_depth`, for `serve` to choose from, beside that of `config`.
         """
         if drafter is None and config.tree.num_steps:
             raise ConfigError(
                 f"a tree of depth {config.tree.num_steps} needs a drafter; attach a "
                 f"draft or set num_speculative_tokens to 0"
             )
+        self._menu = {"step": (config.tree, drafter), **(menu or {})}
+        largest = max(tree.num_nodes for tree, _ in self._menu.values())
         room = min(config.model.max_position, CAPACITIES[-1]) - 1
-        longest = predicted[0].num_nodes if predicted else 0
-        if max(config.tree.num_nodes, longest) > room:
+        if largest > room:
             raise ConfigError(
-                f"a tree of {max(config.tree.num_nodes, longest)} nodes does not fit: "
+                f"a tree of {largest} nodes does not fit: "
                 f"{config.model.max_position} positions and caches of {CAPACITIES[-1]} "
                 f"slots leave room for {room}; draft less"
             )
@@ -164,12 +199,10 @@ class Engine:
         self.config, self.drafter = config, drafter
         self.target_params = target_params
         self.recording: Recording = recording
-        self._predicted = predicted
-        kinds = [("step", build_step, config, drafter)]
-        kinds += [("prefill", build_prefill, config, drafter)]
-        if predicted is not None:
-            longer = dataclasses.replace(config, tree=predicted[0])
-            kinds += [("predicted_step", build_step, longer, predicted[1])]
+        kinds = [("prefill", build_prefill, config, drafter)]
+        for name, (tree, drafts) in self._menu.items():
+            special = dataclasses.replace(config, tree=tree)
+            kinds += [(name, build_step, special, drafts)]
         mesh, rows = config.mesh, sharding.row_shardings
         # The host reads outputs, and learning keeps feedback, whatever its process.
         pinned = lambda function, *places: sharding.pinned(function, mesh, *places)
@@ -179,6 +212,9 @@ class Engine:
                 special = dataclasses.replace(special, is_greedy=is_greedy)
                 function = pinned(build(special, drafts), rows, sharding.replicated)
                 self._functions[name, is_greedy] = jax.jit(function, donate_argnums=2)
+        for is_greedy in (True, False):
+            own = step_of_depth(config.tree.num_steps)
+            self._functions[own, is_greedy] = self._functions["step", is_greedy]
         self._start_row = jax.jit(pinned(self._new_row, rows), static_argnums=(0, 1))
         self._start_batch = jax.jit(
             pinned(self._empty_rows, rows), static_argnums=(0, 1, 2)
@@ -188,15 +224,15 @@ class Engine:
         self._finish = jax.jit(pinned(_finish, rows), donate_argnums=0)
 
     def compiled(self, name: str, is_greedy: bool) -> Callable:
-        """The jitted `step`, `predicted_step` or `prefill`."""
+        """The jitted `prefill`, `step` or another step of the menu."""
         return self._functions[name, is_greedy]
 
     @property
     def num_extra_slots(self) -> int:
         """Cache slots needed beyond a request's tokens."""
-        scratch = self.drafter.num_scratch if self.drafter else 0
-        longest = self._predicted[0].num_nodes if self._predicted else 0
-        return max(self.config.tree.num_nodes, longest, scratch) + 2
+        nodes = [tree.num_nodes for tree, _ in self._menu.values()]
+        scratch = [drafter.num_scratch for _, drafter in self._menu.values() if drafter]
+        return max(nodes + scratch) + 2
 
     def capacity_for(self, requests: Iterable[Request]) -> int:
         """The smallest compiled capacity that holds every request.
@@ -253,6 +289,17 @@ class Engine:
         assert output is not None, "an empty prompt is refused by capacity_for"
         return state, output
 
+    def start(
+        self, draft: Draft | None, request: Request, batch_size: int, capacity: int
+    ) -> DecodeState:
+        """The state of a batch whose rows have all been prefilled with one request."""
+        state = None
+        for slot in range(batch_size):
+            row, _ = self.prefill(draft, request, capacity)
+            state = self._place(state, row, slot, batch_size, capacity)
+        assert state is not None, "a batch has rows"
+        return state
+
     def _initial_state(self, request, capacity: int, has_prediction) -> DecodeState:
         sampling = request.sampling
         values = (sampling.temperature, sampling.top_k, sampling.top_p)
@@ -289,6 +336,7 @@ class Engine:
         capacity: int | None = None,
         on_tokens: Callable[[Request, list[int]], None] | None = None,
         lag: int = 1,
+        depths: DepthChooser | None = None,
     ) -> Iterator[Completion]:
         """Answers requests as rows become free; yields them in order of completion.
 
@@ -301,13 +349,15 @@ class Engine:
           on_tokens: Called with each request's new tokens as they come.
           lag: Steps dispatched before the oldest one is read: with one, the device
             computes while the host reads and dispatches.
+          depths: Says how deep each step drafts, of those on the menu, and hears what
+            came of it; by default all steps are alike.
         """
         sharding.check_batch(self.config.mesh, batch_size)
         if batch_size == 1:
             for request in requests:
                 slots = self._checked_capacity([request], capacity)
                 yield from self._serve_batch(
-                    [request], draft_fn, 1, slots, on_tokens, lag
+                    [request], draft_fn, 1, slots, on_tokens, lag, depths
                 )
             return
         requests = list(requests)
@@ -315,7 +365,7 @@ class Engine:
             return
         slots = self._checked_capacity(requests, capacity)
         yield from self._serve_batch(
-            requests, draft_fn, batch_size, slots, on_tokens, lag
+            requests, draft_fn, batch_size, slots, on_tokens, lag, depths
         )
 
     def _checked_capacity(self, requests, capacity: int | None) -> int:
@@ -334,47 +384,57 @@ class Engine:
             )
         return -(-capacity // PREFILL_CHUNK) * PREFILL_CHUNK
 
-    def _serve_batch(self, requests, draft_fn, batch_size, capacity, on_tokens, lag):
+    def _serve_batch(
+        self, requests, draft_fn, batch_size, capacity, on_tokens, lag, depths
+    ):
         has_prediction = any(request.prediction_ids for request in requests)
         if has_prediction:
             self._check_predictions()
         pending = iter(requests)
         slots: list[_Slot | None] = [None] * batch_size
         state = None
-        in_flight: deque = deque()
+        in_flight: deque[_Sent] = deque()
         while True:
             for i in range(batch_size):
                 if slots[i] is None and (request := next(pending, None)) is not None:
-                    slots[i] = _Slot(request, time.perf_counter(), self._new_stats())
+                    slot = _Slot(request, time.perf_counter(), self._new_stats())
+                    slots[i] = slot
                     row, output = self.prefill(
                         draft_fn(), request, capacity, has_prediction
                     )
                     state = self._place(state, row, i, batch_size, capacity)
-                    in_flight.append((False, [(i, 0, slots[i])], output))
+                    in_flight.append(_Sent(False, [(i, 0, slot)], output))
             active = [(i, i, slot) for i, slot in enumerate(slots) if slot]
             if not active and not in_flight:
                 return
             # No step is sent ahead that would find all rows at their limit.
-            unread = sum(output.tokens.shape[1] for _, _, output in in_flight)
+            unread = sum(sent.output.tokens.shape[1] for sent in in_flight)
             if any(slot.num_remaining > unread for _, _, slot in active):
-                step = self._next_step([slot for *_, slot in active])
+                step, depth = self._next_step([slot for *_, slot in active], depths)
                 state, output = step(self.target_params, draft_fn(), state)
-                in_flight.append((True, active, output))
+                in_flight.append(_Sent(True, active, output, depth))
                 num_ahead = lag
             else:
                 num_ahead = 0
             while len(in_flight) > num_ahead:
-                is_step, rows, output = in_flight.popleft()
-                for i, slot in self._read(is_step, rows, fetch(output), on_tokens):
+                sent = in_flight.popleft()
+                sent = sent._replace(output=fetch(sent.output))
+                if sent.depth is not None:
+                    depths.observe(sent.depth, _accepted_by_running(sent))
+                for i, slot in self._read(sent, on_tokens):
                     state = self._without(state, i)
                     slots[i] = None
                     yield self._complete(slot, state, i)
 
-    def _next_step(self, slots: list[_Slot]) -> Callable:
-        """The function for these rows' next step: a longer one where all are sure."""
+    def _next_step(self, slots: list[_Slot], depths: DepthChooser | None):
+        """The function for these rows' next step, and its depth if that was chosen."""
         is_greedy = all(slot.request.sampling.temperature == 0 for slot in slots)
-        is_long = self._predicted and all(slot.is_sure for slot in slots)
-        return self.compiled("predicted_step" if is_long else "step", is_greedy)
+        if PREDICTED in self._menu and all(slot.is_sure for slot in slots):
+            return self.compiled(PREDICTED, is_greedy), None
+        if depths is None:
+            return self.compiled("step", is_greedy), None
+        depth = depths.depth
+        return self.compiled(step_of_depth(depth), is_greedy), depth
 
     def rehearse_longer(
         self,
@@ -384,7 +444,7 @@ class Engine:
         capacity: int | None = None,
     ) -> None:
         """Compiles the step for sure suggestions, if anybody is ever sure of them."""
-        if self._predicted is None:
+        if PREDICTED not in self._menu:
             return
         slots = self._checked_capacity([request], capacity)
         row, output = self.prefill(draft_fn(), request, slots)
@@ -392,7 +452,7 @@ class Engine:
             return
         state = self._place(None, row, 0, batch_size, slots)
         is_greedy = request.sampling.temperature == 0
-        step = self.compiled("predicted_step", is_greedy)
+        step = self.compiled(PREDICTED, is_greedy)
         jax.block_until_ready(step(self.target_params, draft_fn(), state))
 
     def _check_predictions(self) -> None:
@@ -415,12 +475,12 @@ class Engine:
         return state.replace(is_finished=is_finished)
 
     def _new_stats(self) -> DecodingStats:
-        longest = self._predicted[0].num_steps if self._predicted else 0
-        num_steps = self.config.tree.num_steps
-        return DecodingStats(num_spec_tokens=max(num_steps, longest))
+        deepest = max(tree.num_steps for tree, _ in self._menu.values())
+        return DecodingStats(num_spec_tokens=deepest)
 
-    def _read(self, is_step, rows, output: StepOutput, on_tokens):
+    def _read(self, sent: _Sent, on_tokens):
         """Books one pass's tokens; yields the slots that are done."""
+        is_step, rows, output = sent.is_step, sent.rows, sent.output
         for i, row, slot in rows:
             if slot.is_done:
                 continue

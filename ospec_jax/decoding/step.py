@@ -132,7 +132,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
                 draft, shared, state.draft_cache, inputs, emitted, taps,
                 state.lengths, num_emitted,
             )  # fmt: skip
-            state = state.replace(draft_cache=draft_cache, draft_context=context)
+            state = _extended(drafter, state, draft_cache, context)
         log_probs = None
         if config.has_log_probs:
             chosen = jax.vmap(lambda row, path, token: row[path, token])
@@ -156,6 +156,14 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         return _look_ahead(drafter, draft, state, output)
 
     return speculative_step
+
+
+def _extended(drafter: Drafter, state: DecodeState, draft_cache, context):
+    """The state behind the newest tokens; logits only if they cannot be had later."""
+    if drafter.predict is not None:
+        assert state.draft_context is not None
+        context = context.replace(logits=state.draft_context.logits)
+    return state.replace(draft_cache=draft_cache, draft_context=context)
 
 
 def _look_ahead(drafter, draft, state: DecodeState, output: StepOutput):
@@ -183,8 +191,11 @@ def _propose(config, drafter, draft, shared, state, keys):
             ancestor_mask=one(True)[:, :, None], is_chain=True,
         )  # fmt: skip
         return tree, state
+    context = state.draft_context
+    if drafter.predict is not None:
+        context = context.replace(logits=drafter.predict(draft, shared, context.hidden))
     tree, draft_cache = drafter.propose(
-        draft, shared, state.draft_cache, state.draft_context, root, state.lengths,
+        draft, shared, state.draft_cache, context, root, state.lengths,
         keys, state.sampling, prediction_hints(state.prediction),
     )  # fmt: skip
     return tree, state.replace(draft_cache=draft_cache)
@@ -322,7 +333,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
                 draft, shared, state.draft_cache, tokens, successors, taps, starts,
                 num_valid,
             )  # fmt: skip
-            state = state.replace(draft_cache=draft_cache, draft_context=context)
+            state = _extended(drafter, state, draft_cache, context)
         num_emitted = jnp.where(is_last, 1, 0) * jnp.ones_like(starts)
         num_remaining = state.num_remaining - num_emitted
         has_stopped = is_any_of(first[:, None], config.stop_ids)[:, 0]

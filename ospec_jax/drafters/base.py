@@ -54,6 +54,9 @@ class Drafter(NamedTuple):
       is_sure: `(draft, cache, starts) -> is_sure [b]`: whether a long chain of its
         suggestions is likely to be right; None for a drafter that never is, or has no
         suggestions. It may return None, too.
+      predict: `(draft, shared, hidden) -> logits [b, q]` of a context's state. Where it
+        is given, a context's logits are made when something is drafted, not before:
+        plain steps keep a draft up to date for less.
       reads_target: `propose` needs the target's parameters and cache in `shared`.
       head_inputs: `(params, states [..., d]) -> [..., e]`: what the draft's own output
         projection `lm_head` reads of its states; None for drafts without one.
@@ -68,6 +71,7 @@ class Drafter(NamedTuple):
     num_scratch: int
     unroll_features: Callable | None = None
     is_sure: Callable | None = None
+    predict: Callable | None = None
     reads_target: bool = False
     head_inputs: Callable | None = None
 

@@ -237,10 +237,13 @@ def _eagle(
         embeddings = embedded(draft, shared, tokens)
         args = (features, embeddings, positions, bias, cache, starts)
         outputs, cache = apply(draft, EagleHead.step, *args)
-        # Twice the last row: its logits are one product of at least two rows.
         last = take_row(outputs, jnp.maximum(num_valid - 1, 0))
-        logits = logits_of(draft, shared, jnp.stack([last, last], axis=1))
-        return cache, DraftContext(hidden=last, logits=logits[:, 0])
+        logits = predict(draft, shared, last)
+        return cache, DraftContext(hidden=last, logits=logits)
+
+    def predict(draft, shared, hidden):
+        # Twice each row: its logits are one product of at least two rows.
+        return logits_of(draft, shared, jnp.stack([hidden, hidden], axis=1))[:, 0]
 
     def head_inputs(params, states):
         return module.apply({"params": params}, states, method=EagleHead.head_inputs)
@@ -282,4 +285,5 @@ def _eagle(
         unroll_features=unroll_outputs if version == "eagle1" else None,
         num_scratch=num_scratch(tree),
         head_inputs=head_inputs if config.has_own_head else None,
+        predict=predict,
     )

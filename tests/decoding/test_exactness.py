@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
-from ospec_jax.decoding.engine import Engine, Request
+from ospec_jax.decoding.engine import PREDICTED, Engine, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
 from ospec_jax.drafters.registry import build_drafter, memory_orders
@@ -142,12 +142,12 @@ def test_ngrams_alone_draft_exactly(target, plain, family, batch_size):
     drafter = build_drafter(family, None, tree)
     config = StepConfig(target.config, target.numerics, tree)
     draft = Draft(params={}, memory=init_memory(64, memory_orders(family)))
-    predicted = longer, build_drafter(family, None, tree, predicted=longer)
-    engine = Engine(config, target.params, drafter, predicted=predicted)
+    menu = {PREDICTED: (longer, build_drafter(family, None, tree, predicted=longer))}
+    engine = Engine(config, target.params, drafter, menu=menu)
     done = answers(engine, draft, batch_size)
     assert tokens(done) == plain
     if batch_size == 1:  # sixteen tokens repeat for long
-        is_long = engine.compiled("predicted_step", True)._cache_size() > 0
+        is_long = engine.compiled(PREDICTED, True)._cache_size() > 0
         assert is_long == (family == "suffix")
     stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=7))
     assert stats.num_accepted_tokens > 0
@@ -184,8 +184,8 @@ def test_predicted_answers_are_verified_exactly(target, plain, family, kind):
     draft = draft.replace(memory=init_memory(64))
     taps = config.taps if config else ()
     step = StepConfig(target.config, target.numerics, tree, taps)
-    predicted = longer, build(predicted=longer)
-    engine = Engine(step, target.params, drafter, predicted=predicted)
+    menu = {PREDICTED: (longer, build(predicted=longer))}
+    engine = Engine(step, target.params, drafter, menu=menu)
     expected = predictions_of(plain, kind)
     asked = [
         dataclasses.replace(request, prediction_ids=tuple(ids))
@@ -199,7 +199,7 @@ def test_predicted_answers_are_verified_exactly(target, plain, family, kind):
         stats = sum((c.stats for c in done), stats)
     if kind == "right":
         assert stats.mean_acceptance_length > 4
-        assert engine.compiled("predicted_step", True)._cache_size() > 0
+        assert engine.compiled(PREDICTED, True)._cache_size() > 0
     if kind == "edited":
         assert stats.mean_acceptance_length > 2
 

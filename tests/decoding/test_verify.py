@@ -80,10 +80,10 @@ def suggest(recent, depth):
     return jnp.where(last == 3, 0, 3), jnp.where(last == 2, -jnp.inf, jnp.log(0.6))
 
 
-def grow(config, logits, token_ids, keys, hints=None):
-    """A tree for each key, drafted by a table of logits, from the root `ROOT`."""
+def grow(config, logits, token_ids, keys, hints=None, root=ROOT):
+    """A tree for each key, drafted by a table of logits, from the root."""
     rows = len(keys)
-    root = jnp.full((rows,), ROOT, jnp.int32)
+    root = jnp.broadcast_to(jnp.asarray(root, jnp.int32), (rows,))
 
     def step(cache, hidden, tokens, positions, bias, starts):
         return hidden, logits[tokens], cache
@@ -290,6 +290,55 @@ def test_suggestions_leave_the_law_as_it_is(config):
     )
     suggested = grow(config, *args, hints=suggest).tokens
     assert not np.array_equal(suggested, grow(config, *args).tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def emitted_by_steps(children, target, logits):
+    """Counts of four tokens of steps whose depth follows from what came before."""
+
+    def one_step(depth, root, key):
+        if depth == 0:
+            drawn = jax.random.categorical(key, jnp.log(target[root]))
+            return jnp.full(4, drawn), jnp.int32(0)
+        config = TreeConfig(num_steps=depth, children=children)
+        key_draft, key_verify = jax.random.split(key)
+        tree = grow(config, logits, None, key_draft[None], root=root)
+        verdict = verify_sampled(key_verify[None], tree, target[tree.tokens])
+        accepted = verdict.num_accepted[0]
+        tokens = jnp.resize(tree.tokens[0, verdict.path[0]][1:], 4)
+        return tokens.at[accepted].set(verdict.next_token[0]), accepted
+
+    def one_sequence(key):
+        found, place, index = jnp.zeros(8, jnp.int32), jnp.int32(0), 0
+        for key_step in jax.random.split(key, 4):
+            root = jnp.where(place, found[place - 1], ROOT)
+            runs = [one_step(depth, root, key_step) for depth in (0, 1, 3)]
+            tokens, accepted = jax.tree.map(
+                lambda *x, index=index: jnp.stack(x)[index], *runs
+            )
+            found = jnp.where(
+                place < 4, jax.lax.dynamic_update_slice(found, tokens, (place,)), found
+            )
+            place = jnp.minimum(place + accepted + 1, 4)
+            # By what was accepted, and by the newest token itself.
+            index = (accepted + found[place - 1]) % 3
+        return jnp.sum(found[:4] * VOCAB ** jnp.arange(3, -1, -1)), index == 0
+
+    keys = jax.random.split(jax.random.key(5), NUM_SAMPLES)
+    sequences, is_plain = jax.lax.map(one_sequence, keys, batch_size=CHUNK)
+    return jnp.bincount(sequences, length=VOCAB**4), jnp.mean(is_plain)
+
+
+@pytest.mark.parametrize("children", ["topk", "sampled"])
+def test_depths_that_follow_the_past_leave_the_law_as_it_is(children):
+    target = target_table()
+    logits = jnp.asarray(draft_logits("far", target)[0], jnp.float32)
+    counts, plain = emitted_by_steps(children, jnp.asarray(target), logits)
+    counts, law = np.asarray(counts).reshape((VOCAB,) * 4), product_law(target, 4)
+    assert counts.sum() == NUM_SAMPLES
+    assert np.all(counts[law == 0] == 0), "a token of probability zero came out"
+    assert largest_deviation(counts, law) < _TOLERANCE
+    assert 0.1 < plain < 0.9
 
 
 @pytest.mark.parametrize(("children", "lowest"), [("topk", 0.7), ("sampled", 0.3)])

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What steps take, as the engine runs them: the next one sent before one is read."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ospec_jax.decoding.engine import fetch
+from ospec_jax.types import DecodeState, StepOutput
+
+Step = Callable[[DecodeState], tuple[DecodeState, StepOutput]]
+
+
+def time_steps(
+    step: Step, state: DecodeState, num_steps: int = 8
+) -> tuple[float, DecodeState]:
+    """Seconds a step, one ahead; and the state, rewound to where it was."""
+    lengths, remaining = state.lengths + 0, state.num_remaining + 0
+    is_finished = state.is_finished | False
+    state, unread = step(state)
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        state, output = step(state)
+        fetch(unread)
+        unread = output
+    fetch(unread)
+    seconds = (time.perf_counter() - start) / num_steps
+    return seconds, state.replace(
+        lengths=lengths, num_remaining=remaining, is_finished=is_finished
+    )
+
+
+def seconds_of_steps(
+    steps: Mapping[Any, Step], state: DecodeState, num_rounds: int
+) -> tuple[dict[Any, float], DecodeState]:
+    """The least time of each kind of step over rounds in which they take turns.
+
+    Another round, the first, compiles them and does not count.
+    """
+    least = dict.fromkeys(steps, float("inf"))
+    for round_number in range(num_rounds + 1):
+        for name, step in steps.items():
+            seconds, state = time_steps(step, state, 3 if round_number else 1)
+            if round_number:
+                least[name] = min(least[name], seconds)
+    return least, state
