@@ -13,6 +13,7 @@ from reference import random_params
 from ospec_jax import LearnerConfig, checkpoint, cli
 from ospec_jax.bench.harness import MODES
 from ospec_jax.cli import arguments
+from ospec_jax.config import LEARNER_NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -342,6 +343,13 @@ def test_streams_name_what_is_wrong(ospec, capsys, command, message):
 def test_unknown_flags_are_refused(ospec, capsys):
     assert ospec("generate", "--promt", "x") == 2
     assert "--promt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", LEARNER_NAMES)
+def test_learners_are_known_by_name(name):
+    config = arguments.learner_config(name, learning_rate=0.5, budget=None)
+    assert (config.name, config.learning_rate) == (name, 0.5)
+    assert arguments.learner_config(name) == LearnerConfig(name=name)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem)

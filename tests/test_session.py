@@ -11,7 +11,7 @@ from reference import random_params
 
 from ospec_jax import LearnerConfig, Session, TreeConfig, checkpoint
 from ospec_jax.checkpoint import CheckpointError, Meta
-from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.config import LEARNER_NAMES, ConfigError, SamplingConfig
 from ospec_jax.config import TreeConfig as Tree
 from ospec_jax.decoding.engine import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
@@ -127,6 +127,65 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path
     assert_same(second.learning.state, straight.learning.state)
     assert_same(second.learning.traffic, straight.learning.traffic)
     assert_same(second.draft, straight.draft)
+
+
+@pytest.mark.parametrize("name", [n for n in LEARNER_NAMES if n != "memory"])
+def test_every_learner_serves_exactly_and_resumes_bitwise(
+    target, draft, plain, tmp_path, name
+):
+    learner = LearnerConfig(
+        name=name, update_every_prompts=1, num_epochs=2, batch_size=2, window=32,
+        ring_capacity=4, num_steps=2, buffer_requests=2,
+    )  # fmt: skip
+    session = Session(target, draft, learner=learner, ngrams=False)
+    assert answers(session, PROMPTS[:3]) == plain[:3]
+    session.save(tmp_path)
+    resumed = Session(target, draft, learner=learner, ngrams=False)
+    resumed.resume(tmp_path)
+    for one in (session, resumed):
+        assert answers(one, PROMPTS[3:5]) == plain[3:5]
+    assert_same(resumed.learning.state, session.learning.state)
+    assert_same(resumed.draft, session.draft)
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()), session.draft.params,
+        draft.draft.params,
+    )  # fmt: skip
+    assert max(jax.tree.leaves(moved)) > 1e-6
+    np.testing.assert_array_equal(session.draft.token_ids, draft.draft.token_ids)
+
+
+def test_a_chunk_of_prompts_is_learned_from_as_a_whole(target, draft, plain):
+    """Every window of the chunk, oldest first, in each epoch."""
+    learner = dataclasses.replace(LEARNER, update_every_prompts=3, num_epochs=2)
+    session = Session(target, draft, learner=learner, ngrams=False)
+    state = lambda: session.learning.state
+    adaptation, seen = session.learning.adaptation, []
+    learn = adaptation._learn
+
+    def watch(learner, served, batch):
+        seen.append(batch)
+        return learn(learner, served, batch)
+
+    adaptation._learn = watch
+    assert answers(session, PROMPTS[:2]) == plain[:2]
+    assert not seen
+    assert answers(session, PROMPTS[2:4]) == plain[2:4]
+    ring = session.learning.traffic.ring
+    num_windows = int(ring.num_added - state().num_fresh)  # those of three prompts
+    num_batches = -(-num_windows // learner.batch_size)
+    assert 3 <= num_windows <= ring.capacity
+    assert len(seen) == 2 * num_batches
+    trained = [
+        (int(start), np.asarray(tokens).tobytes())
+        for batch in seen
+        for start, tokens, weight in zip(
+            batch.start, batch.feedback.tokens, batch.weight, strict=True
+        )
+        if weight.sum() > 0
+    ]
+    assert len(trained) == 2 * num_windows
+    assert trained[:num_windows] == trained[num_windows:]
+    assert len(set(trained)) == num_windows
 
 
 @pytest.mark.parametrize("family", ["ngram", "suffix"])

@@ -94,7 +94,7 @@ def shared_ensemble(
             shifts=jax.tree.map(zeros, params),
             inner=optimizer.init(params),
             meta=init_meta(count),
-            weights=jnp.full((count,), 1.0 / count),
+            weights=jnp.ones(count) / count,
             path_length=jnp.zeros(()),
         )
         return new_state(params, opt_state)

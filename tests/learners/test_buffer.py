@@ -54,3 +54,13 @@ def test_empty_ring_weighs_nothing():
     assert float(buffer.newest(ring, 3, num_fresh=3).weight.sum()) == 0.0
     drawn = buffer.draw(ring, jax.random.key(0), 3)
     assert float(drawn.weight.sum()) == 0.0
+
+
+def test_windows_behind_newer_ones_are_reached():
+    ring = buffer.init_ring(CAPACITY, SIZE, 6, 3)
+    for seed in range(6):
+        ring = buffer.add_window(ring, feedback(seed=seed), jnp.int32(0), 1, 20)
+    batch = buffer.newest(ring, 3, num_fresh=6, num_newer=2)
+    np.testing.assert_array_equal(batch.feedback.tokens[:2, 0], [300, 200])
+    # The ring holds four: nothing is trained on twice.
+    np.testing.assert_array_equal(batch.weight.sum(axis=1) > 0, [True, True, False])

