@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused(target, folder, draft, tmp_path):
     replayer = Replayer(target, draft, folder, STEPS)
     with pytest.raises(ConfigError, match="update_interval"):
         replayer.run(dataclasses.replace(LEARNER, update_interval=0))
-    with pytest.raises(ConfigError, match="without n-grams"):
+    with pytest.raises(ConfigError, match="than is recorded"):
         replayer.run(LearnerConfig(name="memory"))
 
 
