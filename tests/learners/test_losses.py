@@ -38,9 +38,11 @@ def everywhere(probs):
 def test_gradients_are_the_finite_differences(name, positions):
     probs, logits = draw(share=0.8)
     weight = jnp.asarray(np.random.default_rng(1).uniform(0.2, 1, probs.shape[:2]))
-    loss = lambda *logits: unrolled_loss(
-        list(logits), probs, weight, LOSSES[name], 0.7, positions
-    )[0]
+    loss = jax.jit(
+        lambda *logits: unrolled_loss(
+            list(logits), probs, weight, LOSSES[name], 0.7, positions
+        )[0]
+    )
     check_grads(loss, tuple(logits), order=1, modes="rev", atol=5e-3, rtol=5e-3)
 
 
