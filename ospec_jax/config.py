@@ -366,6 +366,7 @@ LearnerName = Literal[
     "osd",
     "head",
     "memory",
+    "auto",
 ]
 LEARNER_NAMES: tuple[str, ...] = get_args(LearnerName)
 
@@ -404,7 +405,8 @@ class LearnerConfig:
         each with its own gradient; `shared_ensemble` with one gradient for all; `osd`
         is Online Speculative Decoding, the baseline; `head` trains the draft's output
         projection alone, after every answer, at next to no cost; `memory` only
-        remembers n-grams, as all of them do.
+        remembers n-grams, as all of them do; `auto` is `head` where the draft has an
+        output projection of its own, on a single device, else `gradient`.
       memory_slots: n-grams of each order that are remembered; 0 for none.
       optimizer: Any optax optimizer that takes a learning rate, or finds its own step
         size: mechanize, cocob, dog, prodigy, ... By default adam, or what the learner

@@ -155,6 +155,10 @@ class Session:
             drafter = build(tree=tree)
             if learner is not None and meta.draft is None:
                 learner = dataclasses.replace(learner, name="memory")
+            if learner is not None and learner.name == "auto":
+                can_learn_head = drafter.head_inputs is not None and mesh is None
+                name = "head" if can_learn_head else "gradient"
+                learner = dataclasses.replace(learner, name=name)
         config = StepConfig(
             model=target.config, numerics=target.numerics, tree=tree,
             taps=draft.taps if draft else (),

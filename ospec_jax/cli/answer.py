@@ -86,7 +86,7 @@ def generate(
 def learn(
     prompts: Path,
     decoding: Shared = Decoding(),
-    learner: str = "gradient",
+    learner: str = "auto",
     learning_rate: float | None = None,
     optimizer: str | None = None,
     learn_budget: float | None = None,
@@ -104,7 +104,7 @@ def learn(
 
     Args:
       prompts: A JSONL file.
-      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
+      learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
         head, memory, or a Python file with `get_config() -> LearnerConfig`.
       optimizer: Any optax optimizer.
       learn_budget: Share of wall-clock time for learning.

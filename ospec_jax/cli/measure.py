@@ -29,7 +29,7 @@ def bench(
     num_prompts: int = 50,
     modes: str = "",
     drafts: tuple[str, ...] = (),
-    learner: str = "gradient",
+    learner: str = "auto",
     learn_budget: float | None = None,
     learning_rate: float | None = None,
     peers: str = "",
@@ -49,7 +49,7 @@ def bench(
       drafts: Compare these drafts, each as it is, by the prompts' domains instead:
         DRAFT, or DRAFT@TREE for another tree than --tree. The target decodes plainly
         beside them.
-      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
+      learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
         head, memory, or a Python file with `get_config() -> LearnerConfig`.
       learn_budget: Share of the learned mode's time for learning.
       peers: Comma-separated other decoders of the same weights: transformers,
@@ -175,7 +175,7 @@ def demo(
     num_prompts_per_domain: int = 20,
     max_new_tokens: int = 64,
     num_speculative_tokens: int = 3,
-    learner: str = "gradient",
+    learner: str = "auto",
     learn_budget: float | None = None,
     learning_rate: float | None = None,
 ) -> None:
@@ -183,7 +183,7 @@ def demo(
 
     Args:
       out: Folder of the plot, the table and the learned draft's checkpoint.
-      learner: gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
+      learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
         head, memory, or a Python file with `get_config() -> LearnerConfig`.
     """
     from ospec_jax.demo import run_demo

@@ -64,7 +64,8 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
 
         return jax.lax.cond(jnp.all(is_likely), lambda: (chain, cache), draft_others)
 
-    return drafter._replace(propose=propose)
+    # Nodes of suggestions have no state to learn a projection from.
+    return drafter._replace(propose=propose, head_inputs=None)
 
 
 def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:
@@ -79,7 +80,8 @@ def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:
         other, cache = drafter.propose(*args)
         return merge_chains(other, chain), cache
 
-    return drafter._replace(propose=propose)
+    # Nodes of suggestions have no state to learn a projection from.
+    return drafter._replace(propose=propose, head_inputs=None)
 
 
 def merge_chains(first: DraftTree, second: DraftTree) -> DraftTree:

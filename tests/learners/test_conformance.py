@@ -23,7 +23,7 @@ from ospec_jax.types import Draft, Feedback
 
 VOCAB, CONTEXT, WINDOW, STEPS, ROWS = 32, 64, 8, 2, 2
 LENGTH = CONTEXT + WINDOW + STEPS
-TRAINING = [name for name in LEARNER_NAMES if name not in ("head", "memory")]
+TRAINING = [name for name in LEARNER_NAMES if name not in ("head", "memory", "auto")]
 RATES = {"momentum": 0.05, "optimistic": 0.3}  # of SGD
 EXTRA = {
     "gradient": {"step_norm"},
