@@ -194,7 +194,7 @@ def test_experts_are_kept_as_differences(ospec, tmp_path, capsys):
 def test_learn_resumes_where_it_stopped(ospec, tmp_path):
     few = ospec.write_prompts("few", ospec.rows[:5])
     args = ("--draft", ospec.draft, "--update-interval", 30, "--checkpoint", tmp_path)
-    args += ("--telemetry", tmp_path / "told.jsonl")
+    args += ("--telemetry", tmp_path / "told.jsonl", "--learner", "gradient")
     assert len(ospec.json("learn", *args, "--prompts", few)) == 5
     saved = checkpoint.load(tmp_path).meta
     assert saved.answered == tuple(f"q{i}" for i in range(5))
