@@ -108,9 +108,7 @@ class Telemetry:
         info, step_length = report.info, 0.0
         if report.decision == "promote":
             step_length = float(distance(before.params, after.params))
-        told = {
-            name: _plain(x) for name, x in (getattr(info, "extra", {}) or {}).items()
-        }
+        told = {name: _plain(x) for name, x in info.extra.items()}
         row = {
             "kind": "update", "number": self._counts["updates"] + 1,
             "num_answers": self._counts["answers"],

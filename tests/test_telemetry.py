@@ -19,15 +19,14 @@ from ospec_jax.telemetry import (
 from ospec_jax.types import Draft
 
 
-class Told(LearnerInfo):
-    """An info with a learner's own values beside the common ones."""
-
-    extra = {"expert_weights": jnp.asarray([0.25, 0.75]), "hint_error": jnp.ones(())}
+# What a learner says beside the values common to all.
+TOLD = {"expert_weights": jnp.asarray([0.25, 0.75]), "hint_error": jnp.ones(())}
 
 
-def report(decision="promote", told=Told):
+def report(decision="promote", extra=TOLD):
     values = jnp.asarray([0.5, 0.25])
-    info = told(jnp.float32(2.0), values, values, jnp.float32(1.5))
+    loss, grad_norm, weight = jnp.float32(2.0), jnp.float32(1.5), jnp.float32(8.0)
+    info = LearnerInfo(loss, values, values, grad_norm, weight, extra)
     return UpdateReport(info, decision, 0.125)
 
 
@@ -80,7 +79,7 @@ def test_updates_tell_movement_and_what_the_learner_says(rows):
 def test_what_is_not_served_moves_nothing(tmp_path):
     telemetry = Telemetry(tmp_path / "t.jsonl")
     telemetry.update(report("wait"), draft(0.0), draft(0.0))
-    telemetry.update(report("rollback", LearnerInfo), draft(0.0), draft(0.0))
+    telemetry.update(report("rollback", {}), draft(0.0), draft(0.0))
     telemetry.close()
     first, second = read_rows(tmp_path / "t.jsonl")
     assert first["path_length"] == second["path_length"] == 0
