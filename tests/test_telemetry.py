@@ -18,7 +18,6 @@ from ospec_jax.telemetry import (
 )
 from ospec_jax.types import Draft
 
-
 # What a learner says beside the values common to all.
 TOLD = {"expert_weights": jnp.asarray([0.25, 0.75]), "hint_error": jnp.ones(())}
 

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much is drafted, how it is verified, how tokens are chosen."""
+
+import dataclasses
+from typing import Literal
+
+from ospec_jax.config.base import ConfigError
+
+ChildrenKind = Literal["topk", "sampled", "without_replacement", "topk_sampled", "hub"]
+Verification = Literal["token", "block", "traversal"]
+
+AUTO_DEPTHS = (0, 1, 2, 3, 5)
+"""Depths that a tree of depth `auto` chooses from; each is an executable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeConfig:
+    """How much is drafted in one step, and in which shape.
+
+    Attributes:
+      kind: `chain` drafts one path; `static` the full tree of `branching`; `dynamic`
+        expands the `topk` most probable nodes at each depth and keeps the best
+        `num_draft_tokens` of all (EAGLE-2); `parallel` is two chains of two drafters.
+      num_steps: Depth of the tree, K for a chain; 0 decodes without drafting.
+      topk: Width of the dynamic tree's frontier.
+      num_draft_tokens: Nodes of a dynamic tree, without the root.
+      branching: Children of every node, by depth, of a static tree.
+      parents: Instead of `branching`: the parent of each node, -1 for the root, which
+        is node 0, in order of depth.
+      children: How children are drawn. `topk`: the most probable ones; `sampled`:
+        independent draws; `without_replacement`: distinct draws; `topk_sampled`: one
+        draw and the most probable of the others; `hub`: pairs of SpecHub.
+      verification: How sampled output is accepted. `token`: one token after the other;
+        `block` (chains) and `traversal` (static trees): whole paths of drawn children,
+        which accepts more.
+      min_gain: A dynamic tree grows no deeper once the best `num_draft_tokens` nodes of
+        one more depth promise less than so many accepted tokens more (OPT-Tree).
+      min_path_probability: A chain or dynamic tree grows no deeper once the draft gives
+        its most probable path less than this.
+      depths: Instead of drafting `num_steps` always: depths, `num_steps` the largest,
+        of which every step takes the one that pays; see `decoding.depth`.
+    """
+
+    kind: Literal["chain", "static", "dynamic", "parallel"] = "chain"
+    num_steps: int = 3
+    topk: int = 1
+    num_draft_tokens: int = 0
+    branching: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    min_gain: float = 0.0
+    children: ChildrenKind = "topk"
+    min_path_probability: float = 0.0
+    verification: Verification = "token"
+    depths: tuple[int, ...] = ()
+
+    @classmethod
+    def auto(cls, depths: tuple[int, ...] = AUTO_DEPTHS, **changes) -> "TreeConfig":
+        """A chain as deep as pays, at times none at all."""
+        return cls(num_steps=max(depths), depths=depths, **changes)
+
+    def __post_init__(self):
+        self._check_children()
+        if self.depths:
+            self._check_depths()
+        if not 0 <= self.min_path_probability < 1:
+            raise ConfigError(
+                f"min_path_probability is {self.min_path_probability}; use 0 (always "
+                f"the full depth) to below 1"
+            )
+        if self.kind == "static" and self.min_path_probability:
+            raise ConfigError(
+                "a static tree always has its full depth; min_path_probability is for "
+                "chains and dynamic trees"
+            )
+        if self.num_steps < 0:
+            raise ConfigError(f"num_steps is {self.num_steps}; it must be at least 0")
+        if self.min_gain and self.kind != "dynamic":
+            raise ConfigError(f"min_gain is for dynamic trees, not a {self.kind} one")
+        if self.parents:
+            self._check_parents()
+        elif self.kind == "static" and len(self.branching) != self.num_steps:
+            raise ConfigError(
+                f"a static tree needs one branching number for each of its "
+                f"{self.num_steps} depths, not {self.branching}"
+            )
+        if self.kind == "dynamic":
+            self._check_dynamic()
+
+    def _check_depths(self):
+        if self.kind not in ("chain", "parallel"):
+            raise ConfigError(
+                f"only chains vary their depth, not a {self.kind} tree; use --tree "
+                f"chain or a fixed --num-speculative-tokens"
+            )
+        ascending = sorted(set(self.depths))
+        if list(self.depths) != ascending or (ascending[0], ascending[-1]) < (0, 1):
+            raise ConfigError(
+                f"depths to choose from ascend from 0 or more to 1 or more, not "
+                f"{self.depths}"
+            )
+        if self.num_steps != ascending[-1]:
+            raise ConfigError(
+                f"num_steps is {self.num_steps}; it must be the largest of the depths "
+                f"{self.depths}"
+            )
+
+    def of_depth(self, num_steps: int) -> "TreeConfig":
+        """The chain of one of the `depths`."""
+        return dataclasses.replace(self, num_steps=num_steps, depths=())
+
+    def _check_parents(self):
+        if self.kind != "static" or self.branching:
+            raise ConfigError("parents describe a static tree, in place of branching")
+        if self.parents[0] != -1 or len(self.parents) < 2:
+            raise ConfigError(
+                f"a tree begins with its root, whose parent is -1, and has more nodes "
+                f"than that; found {self.parents}"
+            )
+        depths = [0]
+        for node, parent in enumerate(self.parents[1:], 1):
+            if not self.parents[node - 1] <= parent < node or parent < 0:
+                raise ConfigError(
+                    f"node {node} of the tree has parent {parent}; parents come before "
+                    f"their children, and siblings stand side by side: {self.parents}"
+                )
+            depths.append(depths[parent] + 1)
+        if max(depths) != self.num_steps:
+            raise ConfigError(
+                f"the tree of {self.parents} has depth {max(depths)}; num_steps is "
+                f"{self.num_steps}"
+            )
+        if self.children in ("topk_sampled", "hub"):
+            raise ConfigError(
+                f"children={self.children!r} need one number of children a depth: use "
+                f"branching, not parents"
+            )
+
+    def _check_children(self):
+        if self.verification == "block" and self.kind != "chain":
+            raise ConfigError(
+                f"block verification is for chains, not a {self.kind} tree; use "
+                f"verification='traversal' for static trees"
+            )
+        is_drawn = self.children in ("sampled", "without_replacement")
+        if self.verification != "token" and not is_drawn:
+            raise ConfigError(
+                f"{self.verification} verification needs children that are drawn "
+                f"('sampled' or 'without_replacement'), not {self.children!r}: with "
+                f"others it would accept no more"
+            )
+        if self.children == "topk_sampled" and self.kind != "static":
+            raise ConfigError("children='topk_sampled' is for static trees")
+        if self.children == "hub" and set(self.branching) != {2}:
+            raise ConfigError(
+                f"children='hub' are pairs: use a static tree of branching 2, not "
+                f"{self.kind} {self.branching or ''}"
+            )
+
+    def _check_dynamic(self):
+        if self.children != "topk":
+            raise ConfigError(
+                f"a dynamic tree keeps its most probable nodes, which is exact only "
+                f"for children='topk', not {self.children!r}; use a static tree"
+            )
+        pool = self.topk + (self.num_steps - 1) * self.topk**2
+        if not 0 < self.num_draft_tokens <= pool:
+            raise ConfigError(
+                f"num_draft_tokens is {self.num_draft_tokens}; a dynamic tree of topk "
+                f"{self.topk} and depth {self.num_steps} has 1 to {pool}"
+            )
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes verified in one target pass, the root included."""
+        if self.kind == "dynamic":
+            return 1 + self.num_draft_tokens
+        if self.parents:
+            return len(self.parents)
+        if self.kind == "static":
+            widths, width = 1, 1
+            for branches in self.branching:
+                width *= branches
+                widths += width
+            return widths
+        return 1 + self.num_steps * (2 if self.kind == "parallel" else 1)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether node i's only child is node i + 1."""
+        return self.kind == "chain"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the target's tokens are chosen; temperature 0 is greedy.
+
+    Attributes:
+      top_k: Tokens kept, 0 for all.
+      top_p: Probability mass kept, 1.0 for all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}; use 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it lies in (0, 1]")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}; use 0 (all) or more")

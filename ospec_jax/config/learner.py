@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a draft learns."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from ospec_jax.config.base import ConfigError
+
+Recording = Literal["nothing", "features", "states"]
+LearnerName = Literal[
+    "gradient",
+    "momentum",
+    "optimistic",
+    "ensemble",
+    "shared_ensemble",
+    "osd",
+    "head",
+    "memory",
+    "auto",
+]
+LEARNER_NAMES: tuple[str, ...] = get_args(LearnerName)
+
+_OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    # Step sizes of SGD differ from Adam's by orders of magnitude.
+    "momentum": {"optimizer": "sgd", "learning_rate": 0.1},
+    "optimistic": {"optimizer": "sgd", "learning_rate": 0.1},
+    "osd": {"learning_rate": 1e-4, "update_every_prompts": 1},
+    # The paper's rule never forgets; this one is for streams that shift.
+    "shared_ensemble": {"meta_rate": 3.0, "meta_discount": 0.8},
+}
+
+_LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("memory_slots update_interval", lambda x: x >= 0, "0 or more"),
+    ("radius expert_pull update_every_prompts", lambda x: x >= 0, "0 (off) or more"),
+    ("momentum hint_decay replay_share", lambda x: 0 <= x < 1, "0 to below 1"),
+    ("budget", lambda x: 0 < x < 1, "above 0 and below 1"),
+    ("token_share meta_discount", lambda x: 0 < x <= 1, "above 0, and at most 1"),
+    ("forward_share", lambda x: 0 <= x <= 1, "0 to 1"),
+    ("num_experts", lambda x: x >= 2, "2 (the static draft and another) or more"),
+    ("step_ratio", lambda x: x > 1, "above 1"),
+    ("learning_rate meta_rate temperature", lambda x: x > 0, "above 0"),
+    ("decay position_decay", lambda x: x > 0, "above 0"),
+    ("buffer_requests num_epochs num_scored", lambda x: x >= 1, "1 or more"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+    """How a draft learns from the traffic it serves.
+
+    Attributes:
+      name: `gradient` steps along gradients; `momentum` is SGD with heavy-ball momentum
+        (OnlineSPEC's released code); `optimistic` plays where the next gradient is
+        expected to lead (its paper); `ensemble` averages experts of several step sizes,
+        each with its own gradient; `shared_ensemble` with one gradient for all; `osd`
+        is Online Speculative Decoding, the baseline; `head` trains the draft's output
+        projection alone, after every answer, at next to no cost; `memory` only
+        remembers n-grams, as all of them do; `auto` is `head` where the draft has an
+        output projection of its own, on a single device, else `gradient`.
+      memory_slots: n-grams of each order that are remembered; 0 for none.
+      optimizer: Any optax optimizer that takes a learning rate, or finds its own step
+        size: mechanize, cocob, dog, prodigy, ... By default adam, or what the learner
+        was published with.
+      learning_rate: By default 3e-4, or what suits the learner's own optimizer. An
+        ensemble's is the middle of its grid.
+      momentum: Of the momentum learner.
+      hint_decay: Optimistic: the hint is the last gradient (0), or an average of past
+        ones that keeps this part of its old value at each update.
+      radius: Optimistic, shared ensemble: parameters stay in the ball of this radius
+        around the first ones; 0 for no bound.
+      num_experts: Of an ensemble, the static draft counted.
+      step_ratio: Between neighbours in an ensemble's grid of step sizes.
+      static_expert: Whether the static draft may get weight.
+      reset_experts: Experts begin each round at their average (released code).
+      meta: How experts are weighed: `hedge` on their cumulative normalised losses, or
+        `last_chunk`, softmax of their mean loss in the last round (released code).
+      meta_rate: Of Hedge; see `learners.meta`. By default 1, or 3 where it forgets.
+      meta_discount: Of older losses at each update, in Hedge; 1 never forgets, the
+        default but of the shared ensemble, 0.8.
+      temperature: Of `last_chunk`, in units of the loss.
+      expert_pull: Shared ensemble: part of the way that an expert of the middle step is
+        drawn to the played parameters at each update.
+      num_scored: Shared ensemble: windows of each batch that experts are judged on.
+      buffer_requests: OSD: requests between two steps; each update is one request, so
+        that a batch should hold the windows of one.
+      loss: forward_kl, reverse_kl, jsd, total_variation or acceptance_length.
+      forward_share: Of forward KL in jsd, the rest is reverse KL.
+      decay: Weight of each depth relative to the one before.
+      position_decay: Weight of each position of a window relative to the one before.
+      positions: Learn from all positions, or where the draft would be `rejected`.
+      token_share: Share of positions that are learned from, drawn at random.
+      update_interval: Answer tokens between two updates; 0 derives it from `budget`.
+      update_every_prompts: Instead: prompts between two rounds of learning, each of
+        `num_epochs` over all their windows, as far as the ring holds them; 0 for off.
+      budget: Share of wall-clock time that learning may take, turned into an interval
+        by a measurement at the start and then kept.
+      batch_size: Windows in one update.
+      window: Pairs trained in a window.
+      num_context: Pairs before each window that are attended to.
+      num_steps: Unrolled draft steps.
+      num_candidates: Draft tokens that an update looks at, the likeliest ones; its loss
+        knows no others. 0 for all, at twice the cost.
+      num_epochs: Updates done at each interval; or see `update_every_prompts`.
+      replay_share: Part of each batch drawn from older windows.
+      promotion: `always` serves each iterate; `guarded` only proven ones.
+      min_windows: Compared windows before a guarded promotion.
+      ring_capacity: Windows remembered.
+      head_rate: Step size of `head`; 1 is a whole Newton step for a token.
+      head_damping: Of its preconditioner; see `learners.head`.
+      head_candidates: Draft tokens whose rows of the projection one step may change.
+    """
+
+    name: LearnerName = "gradient"
+    memory_slots: int = 65536
+    optimizer: str = ""
+    learning_rate: float = 0.0
+    momentum: float = 0.9
+    hint_decay: float = 0.0
+    radius: float = 0.0
+    num_experts: int = 4
+    step_ratio: float = 2.0
+    static_expert: bool = True
+    reset_experts: bool = False
+    meta: Literal["hedge", "last_chunk"] = "hedge"
+    meta_rate: float = 0.0
+    meta_discount: float = 0.0
+    temperature: float = 0.2
+    expert_pull: float = 0.2
+    num_scored: int = 1
+    buffer_requests: int = 8
+    loss: str = "forward_kl"
+    forward_share: float = 0.9
+    decay: float = 0.8
+    position_decay: float = 1.0
+    positions: Literal["all", "rejected"] = "all"
+    token_share: float = 1.0
+    update_interval: int = 0
+    update_every_prompts: int = 0
+    budget: float = 0.02
+    batch_size: int = 4
+    window: int = 64
+    num_context: int = 64
+    num_steps: int = 3
+    num_candidates: int = 1024
+    num_epochs: int = 1
+    replay_share: float = 0.0
+    promotion: Literal["always", "guarded"] = "always"
+    min_windows: int = 8
+    ring_capacity: int = 64
+    head_rate: float = 1.0
+    head_damping: float = 0.1
+    head_candidates: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.name not in LEARNER_NAMES:
+            raise ConfigError(
+                f"unknown learner {self.name!r}; use one of {', '.join(LEARNER_NAMES)}"
+            )
+        defaults: dict[str, Any] = {"optimizer": "adam", "learning_rate": 3e-4}
+        defaults |= {"meta_rate": 1.0, "meta_discount": 1.0}
+        for key, value in (defaults | _OWN_DEFAULTS.get(self.name, {})).items():
+            if not getattr(self, key):
+                object.__setattr__(self, key, value)
+        self._check_ranges()
+        choices = {"meta": ("hedge", "last_chunk"), "positions": ("all", "rejected")}
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise ConfigError(
+                    f"{key} is {getattr(self, key)!r}; use {' or '.join(known)}"
+                )
+        if self.batch_size > self.ring_capacity:
+            raise ConfigError(
+                f"batch_size {self.batch_size} exceeds ring_capacity "
+                f"{self.ring_capacity}"
+            )
+        if self.num_scored > self.batch_size:
+            raise ConfigError(
+                f"num_scored {self.num_scored} exceeds batch_size {self.batch_size}"
+            )
+        if self.num_context < 64:
+            raise ConfigError(
+                f"num_context is {self.num_context}; at least 64 pairs of context are "
+                f"needed for a window's first pairs to see what they saw when serving"
+            )
+
+    @property
+    def recording(self) -> Recording:
+        """What it needs to know of verified tokens."""
+        return {"memory": "nothing", "head": "states"}.get(self.name, "features")  # type: ignore[return-value]
+
+    def _check_ranges(self):
+        for keys, is_good, wanted in _LIMITS:
+            for key in keys.split():
+                if not is_good(getattr(self, key)):
+                    raise ConfigError(f"{key} is {getattr(self, key)}; use {wanted}")
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the draft is trained as a whole, along gradients."""
+        return self.recording == "features"

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes of target models and of drafts."""
+
+import dataclasses
+from typing import Any, Literal
+
+from ospec_jax.config.base import ConfigError, from_dict
+
+Precision = Literal["float32", "bfloat16", "int8"]
+AttentionKind = Literal["xla", "cudnn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's frequency scaling of rotary embeddings."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a target of the Llama, Qwen2 or Qwen3 family.
+
+    Attributes:
+      has_qkv_bias: Queries, keys and values have a bias (Qwen2).
+      has_qk_norm: Queries and keys are normalised by head (Qwen3).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    max_position: int = 2048
+    tie_embeddings: bool = True
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads {self.num_heads} is not a multiple of "
+                f"num_kv_heads {self.num_kv_heads}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """Architecture of an EAGLE draft head; `HydraConfig` adds to it.
+
+    Attributes:
+      taps: Target layers whose *input* hidden states the draft reads, joined; the
+        number of layers itself stands for the input of the target's head, its final
+        normed state. EAGLE-3's default is layers 2, n // 2 and n - 3.
+      draft_vocab_size: Tokens that can be drafted; 0 stands for the target's full
+        vocabulary with its frozen head.
+      rope_scaling: Of the draft's own rotary embedding.
+      has_norm_before_residual: The residual stream begins at the normed feature, not
+        at the feature itself (EAGLE-3 heads of the `speculators` project).
+      has_own_embedding: The draft does not share the target's embedding.
+      has_fc_bias: The joining projection has a bias (most EAGLE-1 heads).
+    """
+
+    vocab_size: int
+    target_hidden_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    taps: tuple[int, ...]
+    draft_vocab_size: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    rope_scaling: RopeScaling | None = None
+    has_norm_before_residual: bool = False
+    has_own_embedding: bool = False
+    has_fc_bias: bool = False
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the draft predicts its own reduced vocabulary with its own head."""
+        return self.draft_vocab_size > 0
+
+    @property
+    def num_draft_ids(self) -> int:
+        """Width of the draft's logits."""
+        return self.draft_vocab_size or self.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class HydraConfig(DraftConfig):
+    """Architecture of Hydra heads (arXiv 2402.05109).
+
+    Attributes:
+      depth: Heads, one for each token of the longest draft.
+      num_blocks: Residual blocks of each head; those after the first share weights, as
+        in the published heads.
+      has_prefix: A decoder layer runs over the target's final states before the heads
+        read them (Hydra++).
+      has_separate_heads: Each head has an output projection of its own, with a bias, as
+        published; else they share one.
+    """
+
+    depth: int = 3
+    num_blocks: int = 2
+    has_prefix: bool = True
+    has_separate_heads: bool = False
+
+    def __post_init__(self):
+        for name in ("depth", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
+        if self.has_separate_heads and not self.has_own_head:
+            raise ConfigError("separate heads have a draft vocabulary of their own")
+
+
+def draft_config_from(family: str, values: dict[str, Any]) -> DraftConfig:
+    """Rebuilds a draft's architecture from its stored form."""
+    scaling = values.get("rope_scaling")
+    if isinstance(scaling, dict):
+        values = values | {"rope_scaling": from_dict(RopeScaling, scaling)}
+    return from_dict(HydraConfig if family == "hydra" else DraftConfig, values)
