@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from ospec_jax.sampling import (
+    _draw_index,
+    draw,
     is_any_of,
     processed_probs,
     sample,
@@ -135,6 +137,38 @@ def test_sampling_follows_the_probabilities():
     share = np.bincount(drawn, minlength=4) / 20_000
     np.testing.assert_allclose(share, probs, atol=0.02)
     assert share[1] == 0
+
+
+def test_draws_over_many_blocks_follow_the_law():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.full(1_000, 0.3))
+    probs = np.where(rng.random(1_000) < 0.5, probs, 0.0)
+    probs /= probs.sum()
+    rows = 40_000
+    keys = jax.random.split(jax.random.key(2), rows)
+    drawn = jax.jit(jax.vmap(draw, (0, None)))(keys, jnp.asarray(probs, jnp.float32))
+    share = np.bincount(drawn, minlength=1_000) / rows
+    assert share[probs == 0].sum() == 0
+    error = np.sqrt(probs * (1 - probs) / rows)
+    assert np.all(np.abs(share - probs) < 5 * error + 5 / rows)
+
+
+def test_a_draw_depends_on_neither_scale_nor_neighbours():
+    rng = np.random.default_rng(1)
+    probs = jnp.asarray(rng.dirichlet(np.full(777, 0.2), size=8), jnp.float32)
+    keys = jax.random.split(jax.random.key(3), 8)
+    together = sample(keys, probs)
+    alone = [int(draw(key, p)) for key, p in zip(keys, probs, strict=True)]
+    assert together.tolist() == alone == sample(keys, 4 * probs).tolist()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1e-9, 0.5, 1 - 2**-24])
+def test_no_rounding_draws_what_weighs_nothing(uniform):
+    rng = np.random.default_rng(2)
+    weights = jnp.asarray(rng.random((200, 64)) * (rng.random((200, 64)) < 0.1))
+    weights = weights.at[:, 30].set(1e-6)
+    drawn = jax.vmap(_draw_index, (None, 0))(jnp.float32(uniform), weights)
+    assert np.all(np.take_along_axis(np.asarray(weights), drawn[:, None], 1) > 0)
 
 
 def test_draws_without_replacement_are_distinct_and_sequential():

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ospec_jax.decoding.rules.recursive import on_target
+from ospec_jax.sampling import draw
 from ospec_jax.types import DraftTree
 
 
@@ -42,8 +43,7 @@ def hub(key, tree: DraftTree, rank, target_probs):
 
     start = (jnp.int32(0), target_probs[0], jnp.bool_(True))
     node, p, _ = jax.lax.fori_loop(0, tree.max_depth, descend, start)
-    next_token = jax.random.categorical(key_next, jnp.log(p)).astype(jnp.int32)
-    return node.astype(jnp.int32), next_token
+    return node.astype(jnp.int32), draw(key_next, p)
 
 
 def _transport(p, q, pair, has_second, uniforms):

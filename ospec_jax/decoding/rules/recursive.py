@@ -21,6 +21,7 @@ tree with one child a node, and gives the usual rule (Leviathan et al., 2211.171
 import jax
 import jax.numpy as jnp
 
+from ospec_jax.sampling import draw
 from ospec_jax.types import DraftTree
 
 
@@ -69,7 +70,7 @@ def recursive(key, tree: DraftTree, rank, target_probs):
 
     start = (jnp.int32(0), target_probs[0], jnp.bool_(True))
     node, p, _ = jax.lax.fori_loop(0, tree.max_depth, descend, start)
-    return node, jax.random.categorical(key_next, jnp.log(p)).astype(jnp.int32)
+    return node, draw(key_next, p)
 
 
 def draft_prob(tree: DraftTree, q, token):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ospec_jax.decoding.rules.recursive import draft_prob, is_token, on_target
+from ospec_jax.sampling import draw
 from ospec_jax.types import DraftTree
 
 
@@ -79,5 +80,4 @@ def traversal(key, tree: DraftTree, rank, target_probs):
         tree.is_valid.at[0].set(False), jnp.bool_(False),
     )  # fmt: skip
     node, probs, *_ = jax.lax.while_loop(lambda state: ~state[5], visit, start)
-    next_token = jax.random.categorical(key_next, jnp.log(probs[node]))
-    return node.astype(jnp.int32), next_token.astype(jnp.int32)
+    return node.astype(jnp.int32), draw(key_next, probs[node])
