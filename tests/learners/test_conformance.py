@@ -78,14 +78,15 @@ def make_segments(shared) -> Segments:
     )
 
 
-@pytest.fixture(scope="module", params=["eagle3", "eagle1", "hydra"])
-def family(request):
-    return request.param
+# Learners see a draft's parameters and its `unroll` alone, so that two of them tell
+# whether the other families fit.
+CASES = [("eagle3", name) for name in TRAINING]
+CASES += [(f, name) for f in ("eagle1", "hydra") for name in ("gradient", "ensemble")]
 
 
-@pytest.fixture(scope="module", params=TRAINING)
-def case(request, family):
-    name = request.param
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request):
+    family, name = request.param
     drafter, architecture = make_drafter(family)
     shared = shared_tables(random_params(tiny_model_config(VOCAB)))
     return Case(
