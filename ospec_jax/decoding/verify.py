@@ -15,6 +15,7 @@ from ospec_jax.config import Verification
 from ospec_jax.decoding.rules.hub import hub
 from ospec_jax.decoding.rules.recursive import recursive
 from ospec_jax.decoding.rules.traversal import traversal
+from ospec_jax.sampling import draw
 from ospec_jax.types import DraftTree, Verdict
 from ospec_jax.typing import typed
 
@@ -88,9 +89,14 @@ def verify_sampled(
         rule = hub
     rank = _sibling_rank(tree)
     rows = tree.replace(token_ids=None)  # the draft vocabulary has no batch axis
-    row = lambda key, tree_row, rank_row, probs: rule(
-        key, tree_row.replace(token_ids=tree.token_ids), rank_row, probs
-    )
+
+    def row(key, tree_row, rank_row, probs):
+        key_accept, key_next = jax.random.split(key)
+        uniforms = jax.random.uniform(key_accept, rank_row.shape)
+        tree_row = tree_row.replace(token_ids=tree.token_ids)
+        last, rest = rule(uniforms, tree_row, rank_row, probs)
+        return last, draw(key_next, rest)
+
     last, next_token = jax.vmap(row)(keys, rows, rank, target_probs)
     return Verdict(
         path=_path_to(tree, last),

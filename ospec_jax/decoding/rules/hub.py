@@ -11,27 +11,22 @@ import jax
 import jax.numpy as jnp
 
 from ospec_jax.decoding.rules.recursive import on_target
-from ospec_jax.sampling import draw
 from ospec_jax.types import DraftTree
 
 
-def hub(key, tree: DraftTree, rank, target_probs):
+def hub(uniforms, tree: DraftTree, rank, target_probs):
     """Walks one row's tree from the root down, pair by pair."""
-    key_accept, key_next = jax.random.split(key)
-    uniforms = jax.random.uniform(key_accept, (tree.max_depth, 2))
     assert tree.draft_probs is not None, "pairs are drawn"
     draft_probs = tree.draft_probs
 
-    def descend(depth, carry):
+    def descend(_, carry):
         node, p, is_open = carry
         is_child = lambda j: (tree.parents == node) & (rank == j) & tree.is_valid
         has_pair = jnp.any(is_child(0)) & is_open
         pair = jnp.stack([jnp.argmax(is_child(0)), jnp.argmax(is_child(1))])
         has_second = jnp.any(is_child(1))
         q = on_target(tree, draft_probs[node], p.shape[-1])
-        accepted, rest = _transport(
-            p, q, tree.tokens[pair], has_second, uniforms[depth]
-        )
+        accepted, rest = _transport(p, q, tree.tokens[pair], has_second, uniforms[pair])
         has_moved = has_pair & (accepted >= 0)
         child = pair[jnp.maximum(accepted, 0)]
         stays = jnp.where(has_pair, rest, p)
@@ -43,7 +38,7 @@ def hub(key, tree: DraftTree, rank, target_probs):
 
     start = (jnp.int32(0), target_probs[0], jnp.bool_(True))
     node, p, _ = jax.lax.fori_loop(0, tree.max_depth, descend, start)
-    return node.astype(jnp.int32), draw(key_next, p)
+    return node.astype(jnp.int32), p
 
 
 def _transport(p, q, pair, has_second, uniforms):
@@ -74,9 +69,10 @@ def _transport(p, q, pair, has_second, uniforms):
     rate_top = jnp.where(
         is_hub_first, share(top_second, rest_second), share(top_first, rest_first)
     )
-    is_other = uniforms[0] < rate_other
-    is_hub = ~is_other & (uniforms[1] < rate_top) & (is_hub_first | has_second)
     place_of_hub = jnp.where(is_hub_first, 0, 1)
+    is_other = uniforms[1 - place_of_hub] < rate_other
+    is_hub = uniforms[place_of_hub] < rate_top
+    is_hub &= ~is_other & (is_hub_first | has_second)
     accepted = jnp.where(is_other, 1 - place_of_hub, place_of_hub)
     rest = jnp.where(is_top, p_top - top_second - top_first, left - by_second)
     rest = jnp.maximum(rest, 0.0)

@@ -21,21 +21,16 @@ tree with one child a node, and gives the usual rule (Leviathan et al., 2211.171
 import jax
 import jax.numpy as jnp
 
-from ospec_jax.sampling import draw
 from ospec_jax.types import DraftTree
 
 
-def recursive(key, tree: DraftTree, rank, target_probs):
+def recursive(uniforms, tree: DraftTree, rank, target_probs):
     """Walks one row's tree from the root down."""
-    key_accept, key_next = jax.random.split(key)
-    # A lone root draws none, but the loop that it never enters is traced.
-    shape = max(tree.max_depth, 1), max(tree.max_children, 1)
-    uniforms = jax.random.uniform(key_accept, shape)
     draft_probs = lambda node: (
         None if tree.draft_probs is None else tree.draft_probs[node]
     )
 
-    def descend(depth, carry):
+    def descend(_, carry):
         node, p, is_open = carry
 
         def try_child(j, attempt):
@@ -48,7 +43,7 @@ def recursive(key, tree: DraftTree, rank, target_probs):
             q_token = jnp.where(is_drawn, draft_prob(tree, q, token), 1.0)
             # When q's support is used up, what comes next was not drawn from it.
             is_tried &= q_token > 0
-            is_accepted = is_tried & (uniforms[depth, j] * q_token < p[token])
+            is_accepted = is_tried & (uniforms[child] * q_token < p[token])
             is_rejected = is_tried & ~is_accepted
             left = residual(tree, p, q, token)
             if tree.children == "topk_sampled":
@@ -70,7 +65,7 @@ def recursive(key, tree: DraftTree, rank, target_probs):
 
     start = (jnp.int32(0), target_probs[0], jnp.bool_(True))
     node, p, _ = jax.lax.fori_loop(0, tree.max_depth, descend, start)
-    return node, draw(key_next, p)
+    return node, p
 
 
 def draft_prob(tree: DraftTree, q, token):

@@ -17,15 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from ospec_jax.decoding.rules.recursive import draft_prob, is_token, on_target
-from ospec_jax.sampling import draw
 from ospec_jax.types import DraftTree
 
 
-def traversal(key, tree: DraftTree, rank, target_probs):
+def traversal(uniforms, tree: DraftTree, rank, target_probs):
     """Visits one row's nodes depth first, children in order."""
-    key_accept, key_next = jax.random.split(key)
     num_nodes = tree.tokens.shape[0]
-    uniforms = jax.random.uniform(key_accept, (num_nodes,))
 
     def enter(state, child):
         """Goes down; a child that nothing can have drawn is passed over."""
@@ -80,4 +77,4 @@ def traversal(key, tree: DraftTree, rank, target_probs):
         tree.is_valid.at[0].set(False), jnp.bool_(False),
     )  # fmt: skip
     node, probs, *_ = jax.lax.while_loop(lambda state: ~state[5], visit, start)
-    return node.astype(jnp.int32), draw(key_next, probs[node])
+    return node.astype(jnp.int32), probs[node]

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every acceptance rule is exact, by enumeration: no samples, no tolerance for chance.
+
+For a toy target and draft all trees that can be drawn are listed with their
+probabilities. For each of them the rule itself is asked, by bisection, below which
+uniform number it accepts each node; so come all its outcomes with their probabilities,
+and the law of what is emitted, which must be the target's own up to rounding.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ospec_jax import tree as topology
+from ospec_jax.config import TreeConfig
+from ospec_jax.decoding.rules.hub import hub
+from ospec_jax.decoding.rules.recursive import recursive
+from ospec_jax.decoding.rules.traversal import traversal
+from ospec_jax.tree import best_parents
+from ospec_jax.types import DraftTree
+
+ROOT, BITS = 0, 24  # a uniform float32 is a multiple of 2 ** -24
+CHAIN = TreeConfig("chain", 3)
+PAIRS = TreeConfig("static", 2, branching=(2, 2))
+FLAT = TreeConfig("static", 1, branching=(3,))
+UNEVEN = TreeConfig("static", 2, parents=best_parents((0.5, 0.2, 0.1), 5, 2))
+RULES = {"recursive": recursive, "traversal": traversal, "hub": hub}
+
+
+def tables(kind, vocab_size):
+    """`p[last, next]` and `q[last, next]`, the latter bad on purpose."""
+    rng = np.random.default_rng(vocab_size)
+    target = rng.dirichlet(np.full(vocab_size, 0.7), size=vocab_size)
+    target[1, 2] = 0.0
+    target /= target.sum(axis=1, keepdims=True)
+    draft = 1 / np.maximum(target, 1e-2) ** 2  # sure of what the target finds unlikely
+    if kind == "equal":
+        draft = target
+    if kind == "narrow":  # never drafts the last token
+        draft = rng.dirichlet(np.ones(vocab_size), size=vocab_size)
+        draft[:, -1] = 0.0
+    return target, draft / draft.sum(axis=1, keepdims=True)
+
+
+def chance_of(children, q, drawn):
+    """Probability of drawing `drawn`, in this order, as one node's children."""
+    if children == "sampled":
+        return np.prod(q[list(drawn)])
+    if len(set(drawn)) < len(drawn):
+        return 0.0
+    best = list(np.argsort(-q, kind="stable"))
+    if children == "topk":
+        return float(list(drawn) == best[: len(drawn)])
+    if children == "topk_sampled":  # one draw from what the others leave
+        likely = best[: len(drawn) - 1]
+        rest = 1 - q[likely].sum()
+        return q[drawn[0]] / rest * (list(drawn[1:]) == likely and rest > 0)
+    if children == "hub" and len(drawn) == 2 and drawn[0] != best[0]:
+        return q[drawn[0]] * (drawn[1] == best[0])
+    chance, left = 1.0, 1.0
+    for token in drawn:
+        chance, left = chance * q[token] / left, left - q[token]
+    return chance
+
+
+def all_trees(parents, children, q):
+    """Tokens `[trees, n]` of every tree that can be drawn, and their chances."""
+    family = [[i for i, p in enumerate(parents) if p == n] for n in range(len(parents))]
+    found = [((ROOT, *[-1] * (len(parents) - 1)), 1.0)]
+    for node, own in enumerate(family):
+        grown = []
+        for tokens, chance in found:
+            for drawn in itertools.product(range(len(q)), repeat=len(own)):
+                factor = chance_of(children, q[tokens[node]], drawn) if own else 1.0
+                if chance * factor > 0:
+                    new = list(tokens)
+                    for i, token in zip(own, drawn, strict=True):
+                        new[i] = token
+                    grown.append((tuple(new), chance * factor))
+        found = grown
+    tokens, chances = zip(*found, strict=True)
+    return np.asarray(tokens, np.int32), np.asarray(chances)
+
+
+def without_best(draft, count):
+    """Each row without its largest entries, normalised."""
+    is_best = np.argsort(np.argsort(-draft, axis=1, kind="stable")) < count
+    rest = np.where(is_best, 0.0, draft)
+    return rest / rest.sum(axis=1, keepdims=True)
+
+
+def order_of_questions(parents, rule):
+    """The order in which nodes are asked, whatever the answers."""
+    if rule != "traversal":
+        return range(1, len(parents))
+    visited = []
+
+    def visit(node):
+        for child in [i for i, p in enumerate(parents) if p == node]:
+            visit(child)
+        visited.append(node)
+
+    visit(0)
+    return visited[:-1]
+
+
+def outcomes(ask, trees, chances, order, ancestors):
+    """All ways that a rule can end: index of the tree, uniforms, and probability."""
+    index = np.arange(len(trees))
+    uniforms = np.full(trees.shape, 1 - 2.0**-BITS, np.float32)
+    for node in order:
+        # The number of multiples of 2 ** -24 at which the node is accepted.
+        low, high = np.zeros(len(index), int), np.full(len(index), 2**BITS)
+        while np.any(low < high):
+            middle = (low + high) // 2
+            uniforms[:, node] = middle / 2**BITS
+            last, _ = ask(index, uniforms)
+            is_accepted = ancestors[last, node] & (low < high)
+            low = np.where(is_accepted, middle + 1, low)
+            high = np.where(is_accepted | (low >= high), high, middle)
+        rate = low / 2**BITS
+        uniforms[:, node] = 1 - 2.0**-BITS
+        accepted = uniforms.copy()
+        accepted[:, node] = 0.0
+        index = np.concatenate([index, index])
+        uniforms = np.concatenate([uniforms, accepted])
+        chances = np.concatenate([chances * (1 - rate), chances * rate])
+        is_left = chances > 0
+        index, uniforms, chances = index[is_left], uniforms[is_left], chances[is_left]
+    return index, uniforms, chances
+
+
+def emitted_law(config, children, rule, kind, vocab_size):
+    """Law of `depth + 1` tokens after the root: emitted, then the target's own."""
+    target, draft = tables(kind, vocab_size)
+    parents = topology.static_parents(config).tolist()
+    tokens, chances = all_trees(parents, children, draft)
+    np.testing.assert_allclose(chances.sum(), 1)
+    ancestors = topology.static_ancestor_mask(parents)
+    depths = topology.static_depths(parents)
+    rank = jnp.asarray([parents[:i].count(p) for i, p in enumerate(parents)])
+    counts = [parents.count(i) for i in range(len(parents))]
+    is_drawn = children != "topk"
+    if children == "topk_sampled":  # the rule is told what was drawn from
+        draft = without_best(draft, max(counts) - 1)
+    p, q = (jnp.asarray(x, jnp.float32) for x in (target, draft))
+
+    @jax.jit
+    @jax.vmap
+    def ask(tokens, uniforms):
+        tree = DraftTree(
+            tokens=tokens, parents=jnp.asarray(parents), depths=jnp.asarray(depths),
+            ancestor_mask=jnp.asarray(ancestors),
+            is_valid=jnp.ones(len(parents), bool), log_probs=jnp.zeros(len(parents)),
+            draft_probs=q[tokens] if is_drawn else None, children=children,
+            max_depth=int(depths.max()), max_children=max(counts),
+        )  # fmt: skip
+        return RULES[rule](uniforms, tree, rank, p[tokens])
+
+    answers = lambda index, uniforms: jax.tree.map(
+        np.asarray, ask(tokens[index], uniforms)
+    )
+    index, uniforms, chances = outcomes(
+        answers, tokens, chances, order_of_questions(parents, rule), ancestors
+    )
+    last, rest = answers(index, uniforms)
+    length = int(depths.max()) + 1
+    law = np.zeros((vocab_size,) * length)
+    continued = continuations(target, length)
+    accepted = 0.0
+    for i, node, weights, chance in zip(index, last, rest, chances, strict=True):
+        path = [tokens[i, j] for j in range(1, len(parents)) if ancestors[node, j]]
+        accepted += chance * len(path)
+        weights = np.asarray(weights, float) / np.sum(weights, dtype=float)
+        tail = continued[length - len(path) - 1]
+        law[tuple(path)] += chance * weights.reshape(-1, *[1] * (tail.ndim - 1)) * tail
+    return law, continued[length][ROOT], accepted
+
+
+def continuations(target, length):
+    """`[last, next, ...]`: the target's law of 0 to `length` tokens after `last`."""
+    laws = [np.ones(len(target))]
+    for _ in range(length):
+        laws.append(
+            target.reshape(*target.shape, *[1] * (laws[-1].ndim - 1)) * laws[-1]
+        )
+    return laws
+
+
+CASES = [
+    (CHAIN, "topk", "recursive", 4),
+    (CHAIN, "sampled", "recursive", 4),
+    (CHAIN, "sampled", "traversal", 4),
+    (FLAT, "sampled", "recursive", 4),
+    (FLAT, "without_replacement", "recursive", 5),
+    (FLAT, "topk_sampled", "recursive", 5),
+    (PAIRS, "topk", "recursive", 4),
+    (PAIRS, "sampled", "recursive", 3),
+    (PAIRS, "without_replacement", "recursive", 4),
+    (PAIRS, "topk_sampled", "recursive", 4),
+    (PAIRS, "sampled", "traversal", 3),
+    (PAIRS, "without_replacement", "traversal", 4),
+    (PAIRS, "hub", "hub", 4),
+    (UNEVEN, "without_replacement", "recursive", 4),
+    (UNEVEN, "without_replacement", "traversal", 4),
+]
+NAMES = {id(CHAIN): "chain", id(FLAT): "flat", id(PAIRS): "pairs", id(UNEVEN): "uneven"}
+
+
+def name_of(value):
+    return NAMES.get(id(value), str(value))
+
+
+@pytest.mark.parametrize("kind", ["far", "narrow", "equal"])
+@pytest.mark.parametrize(("config", "children", "rule", "size"), CASES, ids=name_of)
+def test_the_emitted_law_is_the_targets(config, children, rule, size, kind):
+    law, expected, accepted = emitted_law(config, children, rule, kind, size)
+    np.testing.assert_allclose(law, expected, atol=2e-6)
+    assert accepted > 0.01
