@@ -33,7 +33,7 @@ from ospec_jax.learners import promotion
 MAX_STRIDE = 16
 _ALARM = 6.0
 """CUSUM of standardised drops, less half a one each, that is taken for drift. Noise
-alone gets there once in some thousands of answers, a drop by two deviations in four."""
+alone gets there once in some thousands of answers, a drop by two deviations in five."""
 _MEMORY = 64
 """Answers over which the running mean is taken."""
 _NUM_KNOWN = 8

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning slows down where it does not pay, and wakes up after shifts."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +15,7 @@ from ospec_jax.loading import LoadedDraft
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
 FIRST, COST, INTERVAL = 4, 2.0, 100
+ONCE = "What is 0 plus 0, and why?"
 
 
 def span(state, gain, noise=0.0, seed=0):
@@ -121,47 +120,36 @@ def test_other_paces_are_refused():
         LearnerConfig(pace="slow")  # type: ignore[arg-type]
 
 
-@functools.cache
-def tiny():
-    target = tiny_target()
-    config = tiny_draft_config(target.config, draft_vocab_size=0)
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    config = tiny_draft_config(target.config, target.config.vocab_size)
     drafter = build_drafter("eagle3", config, TreeConfig(num_steps=1))
-    with_head = tiny_draft_config(target.config, draft_vocab_size=200)
-    return target, {
-        "gradient": LoadedDraft(
-            tiny_draft(drafter, config), Meta.create(target, config)
-        ),
-        "head": LoadedDraft(
-            tiny_draft(
-                build_drafter("eagle3", with_head, TreeConfig(num_steps=1)), with_head
-            ),
-            Meta.create(target, with_head),
-        ),
-    }
+    return LoadedDraft(tiny_draft(drafter, config), Meta.create(target, config))
 
 
 @pytest.mark.filterwarnings("ignore:the mean acceptance length")
 @pytest.mark.parametrize("name", ["gradient", "head"])
-def test_a_session_slows_down_resumes_bitwise_and_wakes(tmp_path, name):
+def test_a_session_slows_down_resumes_bitwise_and_wakes(target, draft, tmp_path, name):
     """Learning that costs most of the time, from one prompt; then others come."""
     learner = LearnerConfig(
         name=name, pace="pays", budget=0.4, update_interval=20, batch_size=2, window=32,
         ring_capacity=8, learning_rate=1e-2, num_steps=2,
     )  # fmt: skip
-    target, drafts = tiny()
-    draft = drafts[name]
     open_session = lambda: Session(target, draft, learner=learner, ngrams=False)
     answer = lambda session, prompts: [
         r.token_ids for r in session.generate(prompts, 24)
     ]
-    new = [f"Tell me {i} tales of the sea." for i in range(12)]
-
-    candidates = [f"What is {i} plus {i * 7}, and why?" for i in range(4)]
-    lengths = [len(ids) for ids in answer(Session(target), candidates)]
-    assert max(lengths) >= 20  # each answer is an occasion to learn
+    new = [f"Who comes after {i % 6}" for i in range(12)]
+    expected = answer(Session(target), [ONCE, *new])
+    assert all(len(token_ids) == 24 for token_ids in expected)  # occasions to learn
 
     session = open_session()
-    answer(session, [candidates[int(np.argmax(lengths))]] * 32)
+    answer(session, [ONCE] * 32)
     state = session.learning.state
     assert int(state.pace.stride) > 1
     num_updates = len(session.reports)
@@ -172,15 +160,14 @@ def test_a_session_slows_down_resumes_bitwise_and_wakes(tmp_path, name):
     session.save(tmp_path)
     resumed = open_session()
     resumed.resume(tmp_path)
-    expected = answer(Session(target), new)
     for one in (session, resumed):
-        assert answer(one, new) == expected
+        assert answer(one, new) == expected[1:]
     for a, b in zip(
         jax.tree.leaves((session.learning.state, session.draft.params)),
         jax.tree.leaves((resumed.learning.state, resumed.draft.params)),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
-    pace_now = session.learning.state.pace
-    assert int(pace_now.num_tokens) < int(state.pace.num_tokens)  # another regime
-    assert int(pace_now.stride) == 1
+    again = session.learning.state.pace
+    assert int(again.num_tokens) < int(state.pace.num_tokens)  # of another regime
+    assert 1 in [report.stride for report in session.reports[num_updates:]]
