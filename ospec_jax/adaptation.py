@@ -18,8 +18,8 @@ from ospec_jax import sharding
 from ospec_jax.config import LearnerConfig
 from ospec_jax.decoding.engine import Completion
 from ospec_jax.drafters import ngram
-from ospec_jax.head import HeadAdaptation
-from ospec_jax.learners import buffer, promotion
+from ospec_jax.head import CHUNK, HeadAdaptation
+from ospec_jax.learners import buffer, pace, promotion
 from ospec_jax.learners.base import (
     Learner,
     LearnerInfo,
@@ -27,8 +27,13 @@ from ospec_jax.learners.base import (
     Segments,
     restarted,
 )
+from ospec_jax.learners.head import HeadInfo
+from ospec_jax.learners.pace import PaceState
 from ospec_jax.learners.registry import build_learner
 from ospec_jax.types import Draft, NgramMemory, SharedTables
+
+_FIRST_SPAN, _FIRST_HEAD_SPAN = 8, 16
+"""Rounds of a regime's first span (see `pace`); an answer's are the smaller ones."""
 
 
 @flax.struct.dataclass
@@ -45,6 +50,7 @@ class AdaptationState:
       version: Promotions so far; the version of the served draft.
       num_rollbacks: Times the iterate was thrown away.
       update_interval: Answer tokens between updates.
+      pace: How often learning is worth its time; None if it always is.
     """
 
     learner: LearnerState
@@ -56,6 +62,7 @@ class AdaptationState:
     version: Int[Array, ""]
     num_rollbacks: Int[Array, ""]
     update_interval: Int[Array, ""]
+    pace: PaceState | None = None
 
 
 @flax.struct.dataclass
@@ -73,11 +80,18 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateReport:
-    """What one interval's learning did; for looking at."""
+    """What one round of learning did; for looking at.
 
-    info: LearnerInfo
+    Attributes:
+      stride: Occasions to learn, for each that is taken.
+      step_length: How far the served parameters moved, if the learner knows.
+    """
+
+    info: LearnerInfo | HeadInfo
     decision: str
     seconds: float
+    stride: int = 1
+    step_length: float | None = None
 
 
 class Adaptation:
@@ -99,14 +113,14 @@ class Adaptation:
             hidden_size,
         )
         self._learner = build_learner(config, unroll)
-        # The iterate may be what is being served: it is never donated.
-        pinned = lambda function, *places: jax.jit(
-            sharding.pinned(function, mesh, *places)
+        pinned = lambda function, *places, **options: jax.jit(
+            sharding.pinned(function, mesh, *places), **options
         )
         everywhere, params = sharding.replicated, sharding.param_shardings
         if self.has_gradient:
             self._begin = pinned(self.learner.begin, params)
-            self._update = pinned(self.learner.update, params, everywhere)
+            # The iterate may be what is being served: it alone is never donated.
+            self._update = pinned(self._updated, params, everywhere, donate_argnums=0)
             self._evaluate = pinned(self.learner.evaluate, everywhere, everywhere)
         add = sharding.pinned(buffer.add_window, mesh, everywhere)
         self._add = jax.jit(add, donate_argnums=0)
@@ -132,7 +146,7 @@ class Adaptation:
         zero = jnp.zeros((), jnp.int32)
         learner = LearnerState(params={}, opt_state=(), num_updates=zero)
         if self.has_gradient:
-            learner = self.learner.init(draft.params)
+            learner = _owned(self.learner.init(draft.params))
         if self.head is not None:
             learner = learner.replace(opt_state=self.head.init(draft))
         state = AdaptationState(
@@ -141,19 +155,35 @@ class Adaptation:
             version=zero, num_rollbacks=zero,
             update_interval=jnp.asarray(self.config.update_interval, jnp.int32),
         )  # fmt: skip
+        if self.config.pace == "pays" and (self.has_gradient or self.head is not None):
+            state = state.replace(pace=self._started(state))
         ring = buffer.init_ring(*self._ring_shape) if self.has_gradient else None
         slots = self.config.memory_slots
         memory = ngram.init_memory(slots, self._orders) if self.has_memory else None
         return sharding.put_params((state, Traffic(ring, memory)), self.mesh)
 
+    def learned(self, state: AdaptationState):
+        """What is learned, as served and compared: the head alone, or all."""
+        if self.head is None:
+            return state.learner.params
+        return self.head.served(state.learner.opt_state)
+
+    def _started(self, state: AdaptationState, cost=None) -> PaceState:
+        """A new regime; before they are measured, costs are what the budget allows."""
+        if cost is None:
+            interval = CHUNK if self.head is not None else self.config.update_interval
+            cost = self.config.budget_share * interval
+        first = _FIRST_SPAN if self.head is None else _FIRST_HEAD_SPAN
+        return pace.start(self.learned(state), first, cost)
+
     def calibrate(
         self, state: AdaptationState, traffic: Traffic, draft: Draft,
-        seconds_per_token: float,
+        seconds_per_token: float | None = None,
     ) -> AdaptationState:  # fmt: skip
         """Compiles everything, and turns the budget into an interval if there is none.
 
         Args:
-          seconds_per_token: Of decoding, on this machine.
+          seconds_per_token: Of decoding, on this machine; None measures nothing.
         """
         if not self.has_gradient:
             return state
@@ -164,16 +194,30 @@ class Adaptation:
         batch = batch.replace(weight=jnp.ones_like(batch.weight))
         times = []
         for _ in range(3):
+            learner = jax.tree.map(jnp.copy, self._begin(state.learner))
+            jax.block_until_ready(learner)
             start = time.perf_counter()
-            jax.block_until_ready(self._learn(self._begin(state.learner), draft, batch))
+            jax.block_until_ready(self._learn(learner, draft, batch))
             times.append(time.perf_counter() - start)
+        if state.pace is not None:
+            accepted = self._accepted(draft.params, draft, batch)
+            pace.rehearse(state.pace, len(accepted))
+        if seconds_per_token is None:
+            return state
+        cost = sum(times[1:]) / len(times[1:]) / seconds_per_token
+        state = self.priced(state, cost)
         if int(state.update_interval) > 0 or self.config.update_every_prompts:
             return state
-        seconds = sum(times[1:]) / len(times[1:]) * self.config.num_epochs
-        share = self.config.budget / (1 - self.config.budget)
-        interval = max(1, round(seconds / (share * seconds_per_token)))
-        interval = sharding.agreed(interval)
+        cost *= self.config.num_epochs / self.config.budget_share
+        interval = sharding.agreed(max(1, round(cost)))
         return state.replace(update_interval=jnp.asarray(interval, jnp.int32))
+
+    def priced(self, state: AdaptationState, cost: float) -> AdaptationState:
+        """Fixes what an update costs, in tokens; what is on its way keeps its price."""
+        if state.pace is None or int(state.num_prompts) > 0:
+            return state
+        agreed = jnp.asarray(sharding.agreed(cost), jnp.float32)
+        return state.replace(pace=state.pace.replace(cost=agreed))
 
     def observe(
         self, state: AdaptationState, traffic: Traffic, completion: Completion
@@ -191,13 +235,31 @@ class Adaptation:
                 ring, completion.feedback, np.int32(start), np.int32(num_prompt),
                 np.int32(completion.num_recorded),
             )  # fmt: skip
-        count = len(completion.token_ids)
-        return state.replace(
+        count, num_fresh = len(completion.token_ids), state.num_fresh
+        every = self.config.update_every_prompts
+        if every and int(state.num_prompts) % every == 0:
+            num_fresh = 0 * num_fresh  # of a chunk that was passed over
+        state = state.replace(
             num_prompts=state.num_prompts + 1,
             num_tokens=state.num_tokens + count,
             num_waiting=state.num_waiting + count,
-            num_fresh=state.num_fresh + len(starts),
-        ), Traffic(ring, self._remembered(traffic.memory, completion))
+            num_fresh=num_fresh + len(starts),
+        )
+        state = self._paced(state, completion)
+        return state, Traffic(ring, self._remembered(traffic.memory, completion))
+
+    def _paced(self, state: AdaptationState, completion: Completion):
+        """Notes how the answer was drafted; after a shift, a new regime begins."""
+        if state.pace is None:
+            return state
+        stats = completion.stats
+        heard = pace.heard(
+            state.pace, len(completion.token_ids), stats.num_draft_tokens,
+            stats.num_accepted_tokens,
+        )  # fmt: skip
+        if pace.is_drift(heard):
+            heard = self._started(state, heard.cost)
+        return state.replace(pace=heard)
 
     def _remembered(self, memory: NgramMemory | None, completion: Completion):
         if memory is None:
@@ -212,18 +274,26 @@ class Adaptation:
 
     def is_due(self, state: AdaptationState) -> bool:
         """Whether enough prompts or tokens have come since the last update."""
+        stride, num_prompts = self.stride(state), int(state.num_prompts)
+        if self.head is not None:
+            return num_prompts % stride == 0
         if not self.has_gradient:
             return False
         if every := self.config.update_every_prompts:
-            return int(state.num_prompts) % every == 0 and int(state.num_fresh) > 0
-        return int(state.num_waiting) >= int(state.update_interval)
+            return num_prompts % (every * stride) == 0 and int(state.num_fresh) > 0
+        return int(state.num_waiting) >= int(state.update_interval) * stride
+
+    def stride(self, state: AdaptationState) -> int:
+        """Occasions to learn, for each that is taken."""
+        return 1 if state.pace is None else int(state.pace.stride)
 
     def update(
         self, state: AdaptationState, traffic: Traffic, served: Draft
     ) -> tuple[AdaptationState, Draft, UpdateReport]:
         """One round of learning; returns the draft to serve from now on."""
         start = time.perf_counter()
-        info = None
+        info, stride, num_passes = None, self.stride(state), 0
+        is_compared = state.pace is not None and pace.is_compared(state.pace)
         state = state.replace(learner=self._begin(state.learner))
         for epoch in range(self.config.num_epochs):
             for num_newer in self._batches(state, traffic):
@@ -232,14 +302,19 @@ class Adaptation:
                 )
                 if epoch == 0 and self.config.promotion == "guarded":
                     state = state.replace(guard=self._compare(state, served, batch))
+                if epoch == 0 and is_compared:
+                    state = state.replace(pace=self._progress(state, served, batch))
                 learner, info = self._learn(state.learner, served, batch)
                 state = state.replace(learner=learner)
+                num_passes += 1 + (epoch == 0 and is_compared)
         state, served, decision = self._promote(state, served)
+        state = self.judged(state, num_passes)
         zero = jnp.zeros((), jnp.int32)
         state = state.replace(num_waiting=zero, num_fresh=zero)
         jax.block_until_ready(state.learner.params)
         assert info is not None
-        return state, served, UpdateReport(info, decision, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return state, served, UpdateReport(info, decision, seconds, stride)
 
     def _batches(self, state: AdaptationState, traffic: Traffic) -> list[np.int32]:
         """How many windows are newer than each batch's; the oldest batch comes first.
@@ -259,8 +334,15 @@ class Adaptation:
         num_old = round(self.config.batch_size * self.config.replay_share)
         return self.config.batch_size - num_old
 
+    def _updated(self, opt_state, params, num_updates, *data):
+        state = LearnerState(params, opt_state, num_updates)
+        return self.learner.update(state, *data)
+
     def _learn(self, learner: LearnerState, served: Draft, batch: Segments):
-        return self._update(learner, batch, self.shared, served.token_ids)
+        return self._update(
+            learner.opt_state, learner.params, learner.num_updates, batch, self.shared,
+            served.token_ids,
+        )  # fmt: skip
 
     def _make_batch(self, ring, num_fresh, num_updates, num_newer) -> Segments:
         """The newest windows but some, and older ones against forgetting."""
@@ -277,11 +359,31 @@ class Adaptation:
 
     def _compare(self, state, served: Draft, batch: Segments) -> promotion.GuardState:
         """Scores windows that neither side has trained on."""
-        score = lambda params: self._evaluate(
-            params, batch, self.shared, served.token_ids
-        )[1]
+        score = lambda params: self._accepted(params, served, batch)
         gains = score(state.learner.params) - score(served.params)
         return promotion.observe(state.guard, gains, jnp.sum(batch.weight, axis=1))
+
+    def _accepted(self, params, served: Draft, batch: Segments):
+        """`[b]` tokens that a step would get accepted, by window."""
+        return self._evaluate(params, batch, self.shared, served.token_ids)[1]
+
+    def _progress(self, state: AdaptationState, served: Draft, batch: Segments):
+        """Compares the iterate with that of the span's beginning, on fresh windows."""
+        assert state.pace is not None
+        weight = jnp.sum(batch.weight, axis=1)
+        weight = weight * (jnp.arange(len(weight)) < self._num_newest)
+        score = lambda params: self._accepted(params, served, batch)
+        newest, oldest = score(state.learner.params), score(state.pace.snapshot)
+        return pace.compared(state.pace, newest, oldest, weight)
+
+    def judged(self, state: AdaptationState, num_updates: int) -> AdaptationState:
+        """Notes a round of learning, and sets the pace where a span ends with it."""
+        if state.pace is None:
+            return state
+        after = pace.learned(state.pace, num_updates)
+        if pace.is_over(after):
+            after = pace.judged(after).replace(snapshot=self.learned(state))
+        return state.replace(pace=after)
 
     def _promote(self, state: AdaptationState, served: Draft):
         decision = "promote"
@@ -292,6 +394,7 @@ class Adaptation:
         state = state.replace(guard=promotion.init_guard())
         if decision == "rollback":
             learner = restarted(self.learner, state.learner, served.params)
+            learner = _owned(learner)
             num_rollbacks = state.num_rollbacks + 1
             return (
                 state.replace(learner=learner, num_rollbacks=num_rollbacks),
@@ -302,63 +405,6 @@ class Adaptation:
         return state.replace(version=state.version + 1), served, decision
 
 
-@dataclasses.dataclass
-class Learning:
-    """A session's learner: what to run and where it stands."""
-
-    config: LearnerConfig
-    adaptation: Adaptation
-    state: AdaptationState
-    traffic: Traffic
-
-    @property
-    def is_due(self) -> bool:
-        """Whether enough tokens have come since the last update."""
-        return self.adaptation.is_due(self.state)
-
-    def calibrate(self, draft: Draft, seconds_per_token: float) -> None:
-        """Compiles, and fixes the interval between updates."""
-        self.state = self.adaptation.calibrate(
-            self.state, self.traffic, draft, seconds_per_token
-        )
-
-    def rehearse(self, completion: Completion, served: Draft) -> None:
-        """Compiles what an answer of this cache's size needs; remembers nothing."""
-        traffic = jax.tree.map(jnp.copy, self.traffic)  # observing donates it
-        state = self.state
-        if self.adaptation.head is not None:
-            state, served = jax.tree.map(jnp.copy, (state, served))
-        copy = dataclasses.replace(self, state=state, traffic=traffic)
-        jax.block_until_ready((copy.observe(completion, served), copy.traffic))
-
-    def observe(self, completion: Completion, served: Draft) -> Draft:
-        """Remembers an answer; returns the draft to serve."""
-        self.state, self.traffic = self.adaptation.observe(
-            self.state, self.traffic, completion
-        )
-        if self.adaptation.head is not None:
-            learner, head = self.state.learner, self.adaptation.head
-            learned, served = head.observe(learner.opt_state, served, completion)
-            self.state = self.state.replace(
-                learner=learner.replace(
-                    opt_state=learned, num_updates=learned.num_updates
-                ),
-                version=learned.num_updates,
-            )
-        if self.traffic.memory is None:
-            return served
-        return served.replace(memory=self.traffic.memory)
-
-    def master(self, draft: Draft) -> Draft:
-        """The draft to keep, in float32, given the one before the last answer."""
-        head = self.adaptation.head
-        return (
-            draft if head is None else head.master(self.state.learner.opt_state, draft)
-        )
-
-    def update(self, draft: Draft) -> tuple[Draft, UpdateReport]:
-        """Learns; returns the draft to serve."""
-        self.state, draft, report = self.adaptation.update(
-            self.state, self.traffic, draft
-        )
-        return draft, report
+def _owned(learner: LearnerState) -> LearnerState:
+    """Updates overwrite all but the parameters: so none of that may be another's."""
+    return learner.replace(opt_state=jax.tree.map(jnp.copy, learner.opt_state))

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from ospec_jax import recording
-from ospec_jax.adaptation import Adaptation, Learning, UpdateReport
+from ospec_jax.adaptation import Adaptation, UpdateReport
 from ospec_jax.config import ConfigError, LearnerConfig, TreeConfig
 from ospec_jax.decoding.engine import CAPACITIES, Completion, Request
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.distill.store import Recording
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.learning import Learning
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import Target
@@ -199,7 +200,8 @@ class Replayer:
         )  # fmt: skip
         learning = Learning(config, adaptation, *adaptation.init(draft))
         learning.rehearse(self.completion(first, DecodingStats()), draft)
-        learning.calibrate(draft, 1.0)
+        # Compiles; costs are those of the budget, not of this machine.
+        learning.state = adaptation.calibrate(learning.state, learning.traffic, draft)
         return learning
 
     def run(

@@ -6,7 +6,6 @@ pure transitions of `decoding` and `adaptation`, which meet only here.
 """
 
 import dataclasses
-import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,17 +13,13 @@ from pathlib import Path
 
 import jax
 
-from ospec_jax import checkpoint, sharding
-from ospec_jax._platform import release_memory
-from ospec_jax.adaptation import Adaptation, Learning, UpdateReport
-from ospec_jax.checkpoint import Meta
+from ospec_jax import assembly, saving, sharding, warming
+from ospec_jax.adaptation import UpdateReport
 from ospec_jax.config import (
     ConfigError,
-    HydraConfig,
     LearnerConfig,
     SamplingConfig,
     TreeConfig,
-    from_dict,
 )
 from ospec_jax.data.prompts import (
     Prompt,
@@ -33,26 +28,20 @@ from ospec_jax.data.prompts import (
     encode_prediction,
     parse_prompt,
 )
-from ospec_jax.data.tokenizer import TextStream, stop_token_ids
+from ospec_jax.data.tokenizer import TextStream
 from ospec_jax.decoding.depth import (
     DepthChooser,
     DepthPolicy,
-    DepthState,
     most_tokens_a_second,
 )
 from ospec_jax.decoding.engine import (
-    PREDICTED,
     Completion,
-    Engine,
     Request,
-    step_of_depth,
 )
-from ospec_jax.decoding.step import StepConfig, shared_tables
-from ospec_jax.decoding.timing import seconds_of_steps
 from ospec_jax.drafters.ngram import init_memory
-from ospec_jax.drafters.registry import build_drafter, memory_orders
-from ospec_jax.head import HeadAdaptation
-from ospec_jax.loading import LoadedDraft, freely_placed
+from ospec_jax.drafters.registry import memory_orders
+from ospec_jax.learning import Learning
+from ospec_jax.loading import LoadedDraft
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
@@ -115,7 +104,8 @@ class Session:
       depth_policy: How a tree of varying depth chooses it.
 
     `on_update`, if set, is called after each update with its report and the draft that
-    was served before and is after it; its time is not learning's.
+    was served before and is after it; its time is not learning's. The learner `head`
+    overwrites its projection: there, that of the draft before is gone.
     """
 
     def __init__(
@@ -132,52 +122,15 @@ class Session:
         num_predicted_tokens: int = 12,
         depth_policy: DepthPolicy | None = None,
     ):
-        tree = tree or TreeConfig(num_steps=3 if draft else 0)
-        tree = _within_reach(tree, draft)
-        mix, suggestions = (draft.mix, draft.suggestions) if draft else ("", "")
-        if mix == "mixed" and tree.is_chain:
-            tree = dataclasses.replace(tree, kind="parallel")
+        tree = assembly.fitting_tree(tree, draft)
         self.target, self.batch_size, self.stop = target, batch_size, stop
         self.tree, mesh = tree, target.mesh
         sharding.check_batch(mesh, batch_size)
-        has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
-        if mix:
-            has_ngrams = suggestions != "prediction"
-        drafter = None
-        if draft is not None:
-            meta = draft.meta
-            model = draft.model
-            build = functools.partial(
-                build_drafter, meta.family, model.config if model else meta.draft,
-                numerics=target.numerics, has_ngrams=has_ngrams,
-                vocab_size=target.config.vocab_size, mix=mix,
-            )  # fmt: skip
-            drafter = build(tree=tree)
-            if learner is not None and meta.draft is None:
-                learner = dataclasses.replace(learner, name="memory")
-            if learner is not None and learner.name == "auto":
-                can_learn_head = drafter.head_inputs is not None and mesh is None
-                name = "head" if can_learn_head else "gradient"
-                learner = dataclasses.replace(learner, name=name)
-        config = StepConfig(
-            model=target.config, numerics=target.numerics, tree=tree,
-            taps=draft.taps if draft else (),
-            stop_ids=stop_token_ids(target.tokenizer), has_log_probs=has_log_probs,
-            mesh=mesh,
-        )  # fmt: skip
-        recording = "nothing"
-        if draft is not None and learner is not None:
-            recording = learner.recording
-        menu = {}
-        if drafter is not None and 0 < tree.num_steps < num_predicted_tokens:
-            chain = TreeConfig(num_steps=num_predicted_tokens)
-            menu[PREDICTED] = chain, build(tree=tree, predicted=chain)
-        for depth in tree.depths[:-1]:  # the last one is the tree's own
-            chain = tree.of_depth(depth)
-            # Nothing is proposed at depth 0, but the draft is kept up to date.
-            drafts = build(tree=chain) if depth else drafter
-            menu[step_of_depth(depth)] = chain, drafts
-        self.engine = Engine(config, target.params, drafter, recording, menu)
+        suggestions = draft.suggestions if draft else ""
+        parts = assembly.assembled(
+            target, draft, tree, learner, ngrams, num_predicted_tokens, has_log_probs
+        )
+        self.engine, learner = parts.engine, parts.learner
         self.depths: DepthChooser | None = None
         if tree.depths:
             policy = depth_policy or most_tokens_a_second()
@@ -194,22 +147,13 @@ class Session:
         orders = memory_orders(suggestions or (draft.meta.family if draft else ""))
         self._memory = sharding.put_params(init_memory(1, orders), mesh)
         if draft is not None:
-            self._serve(self._grouped(draft.draft))
-        if draft is not None and drafter is not None and learner is not None:
-            adaptation = Adaptation(
-                learner, drafter.unroll, shared_tables(target.params),
-                len(draft.taps) * target.config.hidden_size,
-                target.config.hidden_size, has_ngrams, mesh, orders,
-            )  # fmt: skip
-            if learner.name == "head":
-                adaptation.head = HeadAdaptation(
-                    learner, drafter.head_inputs, target.numerics,
-                    target.config.vocab_size,
-                )  # fmt: skip
+            self.serve(self.grouped(draft.draft))
+        if draft is not None and learner is not None:
+            adaptation = assembly.build_adaptation(target, draft, parts, orders)
             self.learning = Learning(learner, adaptation, *adaptation.init(self.draft))
-            self._serve(self.draft)
+            self.serve(self.draft)
 
-    def _serve(self, draft: Draft) -> None:
+    def serve(self, draft: Draft) -> None:
         """Makes `draft` the served one; in the target's precision, for speed."""
         self.draft = draft
         is_trained = self.meta is not None and self.meta.draft is not None
@@ -218,7 +162,7 @@ class Session:
         if self.learning is not None and self.learning.adaptation.head is not None:
             self._served = self.learning.adaptation.head.own(self._served)
 
-    def _grouped(self, tree, is_inverse: bool = False):
+    def grouped(self, tree, is_inverse: bool = False):
         """A draft or learner in the mesh's order of rows, or back in the files'."""
         mesh, config = self.target.mesh, self.meta.draft if self.meta else None
         if mesh is None or config is None:
@@ -238,7 +182,8 @@ class Session:
         return self._memory if learned is None else learned
 
     @property
-    def _drafts(self) -> bool:
+    def is_drafting(self) -> bool:
+        """Whether anything is ever proposed."""
         return self.engine.drafter is not None and self.tree.num_steps > 0
 
     @property
@@ -259,60 +204,7 @@ class Session:
           capacities: Of the caches to compile for; None is the smallest one.
           has_predictions: Some of the prompts to come have one.
         """
-        start = time.perf_counter()
-        probe = self.probe_request(24, sampling)
-        predicted = dataclasses.replace(probe, prediction_ids=probe.prompt_ids)
-        kinds = [predicted, probe] if has_predictions and self._drafts else [probe]
-        completions = []
-        for capacity in capacities:
-            if self.depths is not None:
-                self._measure_depths(capacity, sampling)
-            for kind in kinds:
-                completions = self._rehearse(kind, capacity)
-            if self.learning is not None:
-                self.learning.rehearse(completions[-1], self._served)
-        if self.learning is not None:
-            last = completions[-1]
-            self.learning.calibrate(
-                self.draft, last.seconds / max(len(last.token_ids), 1)
-            )
-        release_memory()
-        return time.perf_counter() - start
-
-    def _rehearse(self, request: Request, capacity: int | None) -> list[Completion]:
-        """Serves a request twice, and takes a longer step where one may come."""
-        args = (lambda: self.served_draft), self.batch_size, capacity
-        depths = self.depths and dataclasses.replace(self.depths)
-        requests = [request] * self.batch_size
-        serve = lambda: list(self.engine.serve(requests, *args, depths=depths))
-        serve()
-        completions = serve()
-        self.engine.rehearse_longer(request, *args)
-        return completions
-
-    def _measure_depths(
-        self, capacity: int | None, sampling: SamplingConfig
-    ) -> None:  # fmt: skip
-        """Compiles the steps of every depth; measures their costs if none are known."""
-        assert self.depths is not None
-        is_known = bool(self.depths.state.costs)
-        engine, draft = self.engine, self.served_draft
-        request = self.probe_request(48, sampling)
-        slots = capacity or engine.capacity_for([request])
-        state = engine.start(draft, request, self.batch_size, slots)
-        is_greedy = sampling.temperature == 0
-        steps = {
-            depth: functools.partial(
-                engine.compiled(step_of_depth(depth), is_greedy),
-                engine.target_params, draft,
-            )
-            for depth in self.tree.depths
-        }  # fmt: skip
-        costs, _ = seconds_of_steps(steps, state, num_rounds=0 if is_known else 5)
-        if not is_known:
-            costs = tuple(float(sharding.agreed(costs[d])) for d in self.tree.depths)
-            state = dataclasses.replace(self.depths.state, costs=costs)
-            self.depths.state = state
+        return warming.warm_up(self, capacities, sampling, has_predictions)
 
     def probe_request(
         self, max_new_tokens: int = 128, sampling: SamplingConfig = SamplingConfig()
@@ -336,7 +228,7 @@ class Session:
             ids = encode(prompt, self.target.tokenizer, is_raw)
             find_stop = self._find_stop if self.stop else None
             predicted = ()
-            if self._drafts:
+            if self.is_drafting:
                 predicted = encode_prediction(prompt, self.target.tokenizer)
             yield prompt, Request(
                 prompt.id, ids, max_new_tokens, sampling, find_stop, predicted,
@@ -374,7 +266,7 @@ class Session:
         parsed = [_as_prompt(p, i) for i, p in enumerate(prompts)]
         if predictions is not None:
             parsed = add_predictions(parsed, predictions)
-            if not self._drafts and any(predictions):
+            if not self.is_drafting and any(predictions):
                 raise ConfigError(
                     "predictions are verified as drafts, and this session decodes "
                     "plainly; give it a draft, if only load_draft('prediction', target)"
@@ -383,7 +275,7 @@ class Session:
         # Refuse what does not fit before anything is decoded.
         capacity = self.engine.capacity_for(request for _, request in pairs)
         if pairs and self.depths is not None and not self.depths.state.costs:
-            self._measure_depths(capacity, sampling)
+            warming.measure_depths(self, capacity, sampling)
         prompt_of = {id(request): prompt for prompt, request in pairs}
         streams: dict[int, TextStream] = {}
 
@@ -426,21 +318,22 @@ class Session:
         """Remembers the answer and updates the draft when it is time."""
         if self.learning is None:
             return 0.0
-        start, report, before = time.perf_counter(), None, self.draft
-        self._served = self.learning.observe(completion, self._served)
+        start, before = time.perf_counter(), self.draft
+        self._served, report = self.learning.observe(completion, self._served)
         self.draft = self.learning.master(self.draft)
         if self.learning.is_due:
             draft, report = self.learning.update(self.draft)
-            self.reports.append(report)
             if report.decision == "promote":
-                self._serve(draft)
+                self.serve(draft)
         # The learner is drained here, so that its time is nobody else's.
         jax.block_until_ready(
             (self.learning.state, self.learning.traffic, self._served)
         )
         seconds = time.perf_counter() - start
-        if report is not None and self.on_update is not None:
-            self.on_update(report, before, self.draft)
+        if report is not None:
+            self.reports.append(report)
+            if self.on_update is not None:
+                self.on_update(report, before, self.draft)
         return seconds
 
     def _warn_of_collapse(self) -> None:
@@ -465,22 +358,7 @@ class Session:
             users' prompts and answers can be read back; without them a resumed run
             starts with none.
         """
-        if self.meta is None:
-            raise checkpoint.CheckpointError("there is no draft to save")
-        depth = dataclasses.asdict(self.depths.state) if self.depths else {}
-        meta = dataclasses.replace(self.meta, storage="float32", depth=depth)
-        draft = self._grouped(self.draft, is_inverse=True)
-        if self.learning is None:
-            return checkpoint.save(folder, 0, meta, draft)
-        meta = dataclasses.replace(
-            meta, draft_version=meta.draft_version + self.version,
-            learner=dataclasses.asdict(self.learning.config),
-            answered=tuple(self.answered),
-        )  # fmt: skip
-        state = self._grouped(self.learning.state, is_inverse=True)
-        traffic = self.learning.traffic if with_feedback else None
-        step = int(state.num_prompts)
-        return checkpoint.save(folder, step, meta, draft, state, traffic)
+        return saving.save(self, folder, with_feedback)
 
     def resume(self, folder: str | Path) -> list[str]:
         """Goes on from a checkpoint; returns the ids of the prompts it had answered.
@@ -488,64 +366,7 @@ class Session:
         Raises:
           CheckpointError: It holds no state of the same learner.
         """
-        learning = self.learning
-        if learning is None:
-            raise checkpoint.CheckpointError("this session does not learn")
-
-        def learner_like(meta: Meta, draft: Draft):
-            if not meta.learner:
-                raise checkpoint.CheckpointError(
-                    f"{folder} holds a draft but no learner; start from it with --draft"
-                )
-            saved = from_dict(LearnerConfig, meta.learner)
-            if saved != learning.config:
-                raise checkpoint.CheckpointError(
-                    f"{folder} was learned with {saved}, not {learning.config}; "
-                    f"resume with the same settings"
-                )
-            return jax.eval_shape(lambda: learning.adaptation.init(draft)[0])
-
-        mesh = self.target.mesh
-        restored = checkpoint.load(
-            folder, self.target, learner_like=learner_like, mesh=mesh
-        )
-        learning.state = self._grouped(freely_placed(restored.learner, mesh))
-        try:
-            traffic = learning.traffic
-            found = checkpoint.load(folder, feedback_like=traffic, mesh=mesh)
-            learning.traffic = freely_placed(found.feedback, mesh)
-        except checkpoint.CheckpointError:
-            warnings.warn(
-                f"{folder} holds no feedback; learning goes on without past traffic",
-                stacklevel=2,
-            )
-        version = restored.meta.draft_version - self.version
-        self.meta = dataclasses.replace(restored.meta, draft_version=version)
-        self._serve(self._grouped(freely_placed(restored.draft, mesh)))
-        self.answered = list(restored.meta.answered)
-        self._resume_depths(restored.meta.depth)
-        return self.answered
-
-    def _resume_depths(self, saved: dict) -> None:
-        """Goes on choosing depths; others, or other batches, start anew."""
-        if self.depths is None or not saved:
-            return
-        state, ours = from_dict(DepthState, saved), self.depths.state
-        if (state.depths, state.num_rows) == (ours.depths, ours.num_rows):
-            self.depths.state = state
-
-
-def _within_reach(tree: TreeConfig, draft: LoadedDraft | None) -> TreeConfig:
-    """Leaves out depths for which the draft has no heads, or all without a draft."""
-    if not tree.depths:
-        return tree
-    if draft is None:
-        return tree.of_depth(0)
-    config = draft.meta.draft
-    if not isinstance(config, HydraConfig):
-        return tree
-    depths = tuple(depth for depth in tree.depths if depth <= config.depth)
-    return dataclasses.replace(tree, num_steps=max(depths), depths=depths)
+        return saving.resume(self, folder)
 
 
 def _as_prompt(prompt: Prompt | str | dict, number: int) -> Prompt:

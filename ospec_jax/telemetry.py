@@ -23,6 +23,7 @@ from ospec_jax.types import Draft
 WINDOW = 40
 """Answers over which the running acceptance length is taken, the paper's chunk."""
 
+_TOLD = ("loss", "grad_norm", "agreement", "acceptance", "num_samples")
 _WRITERS = ("tensorboardX", "torch.utils.tensorboard", "flax.metrics.tensorboard")
 
 
@@ -39,8 +40,11 @@ class Telemetry:
     served `version` and its `staleness`: answer tokens since it changed. Rows of kind
     `update` hold the loss before the update, agreement and acceptance by depth, the
     gradient's norm, the decision and its counts, `step_length` and `path_length` (how
-    far the served parameters moved, now and in all), seconds, and whatever else the
-    learner tells (`LearnerInfo.extra`): expert weights, hint error.
+    far the served parameters moved, now and in all), the `stride` of learning, seconds,
+    and whatever else the learner tells (`LearnerInfo.extra`): expert weights, hint
+    error. Of the learner `head`, whose updates are answers, there are loss and
+    agreement of what it drafted, and `num_samples`; of several steps in one answer,
+    `step_length` is the sum.
     """
 
     def __init__(
@@ -105,19 +109,22 @@ class Telemetry:
         Args:
           before: What was served, and what is from now on (`after`).
         """
-        info, step_length = report.info, 0.0
-        if report.decision == "promote":
-            step_length = float(distance(before.params, after.params))
-        told = {name: _plain(x) for name, x in info.extra.items()}
+        info, step_length = report.info, report.step_length
+        if step_length is None:
+            is_moved = report.decision == "promote"
+            step_length = is_moved * float(distance(before.params, after.params))
+        told = {name: _plain(x) for name, x in getattr(info, "extra", {}).items()}
         row = {
             "kind": "update", "number": self._counts["updates"] + 1,
             "num_answers": self._counts["answers"],
             "num_tokens": self._counts["tokens"], "decision": report.decision,
-            "seconds": report.seconds, "step_length": step_length,
+            "seconds": report.seconds, "stride": report.stride,
+            "step_length": step_length,
             "path_length": self._path_length + step_length, "extra": told,
         }  # fmt: skip
-        for name in ("loss", "grad_norm", "agreement", "acceptance"):
-            row[name] = _plain(getattr(info, name))
+        for name in _TOLD:
+            if hasattr(info, name):
+                row[name] = _plain(getattr(info, name))
         self._recall(row)
         row["num_promotions"] = self._counts["promotions"]
         row["num_rollbacks"] = self._counts["rollbacks"]
@@ -202,7 +209,7 @@ def plot_telemetry(rows: list[dict], path: Path) -> Path:
     updates = [row for row in rows if row["kind"] == "update"]
     told = sorted({name for row in updates for name in row["extra"]})
     panels = ["running_acceptance_length", "staleness"]
-    panels += ["loss", "path_length", *told] if updates else []
+    panels += ["loss", "agreement", "stride", "path_length", *told] if updates else []
     figure, grid = plt.subplots(
         -(-len(panels) // 2), 2, figsize=(10, 2.6 * -(-len(panels) // 2)),
         layout="constrained", squeeze=False,

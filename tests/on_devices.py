@@ -221,8 +221,11 @@ def test_an_update_gathers_no_weight(session_target, loaded):
     adaptation, learning = session.learning.adaptation, session.learning
     batch = adaptation._batch(learning.traffic.ring, *np.int32([4, 0, 0]))
     assert batch.start.sharding.shard_shape(batch.start.shape) == (2,)
-    args = learning.state.learner, batch, adaptation.shared, session.draft.token_ids
-    compiled = adaptation._update.lower(*args).compile()
+    state = learning.state.learner
+    args = batch, adaptation.shared, session.draft.token_ids
+    compiled = adaptation._update.lower(
+        state.opt_state, state.params, state.num_updates, *args
+    ).compile()
     weights = shapes_of_weights((split.params, session.draft.params))
     for kind, shape in collectives(compiled):
         # Gradients are summed over `data`: those all-reduces are due.

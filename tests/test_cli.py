@@ -213,6 +213,18 @@ def test_learn_resumes_where_it_stopped(ospec, tmp_path):
     assert (tmp_path / "told.png").exists()
 
 
+def test_telemetry_of_the_default_learner(ospec, tmp_path):
+    file = tmp_path / "told.jsonl"
+    few = ospec.write_prompts("few", ospec.rows[:3])
+    args = ("--draft", ospec.draft, "--prompts", few, "--telemetry", file)
+    assert ospec("learn", *args, "--pace", "pays") == 0
+    told = [json.loads(line) for line in file.read_text().splitlines()]
+    updates = [row for row in told if row["kind"] == "update"]
+    assert len(updates) == 3
+    assert (updates[0]["stride"], updates[0]["loss"] > 0) == (1, True)
+    assert updates[-1]["path_length"] > updates[0]["step_length"] > 0
+
+
 def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
     parts = ",".join(
         f"{name}={ospec.write_prompts(name, rows)}"

@@ -2,13 +2,16 @@
 """Telemetry: what its rows say, that it resumes, and what it refuses."""
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ospec_jax.adaptation import UpdateReport
 from ospec_jax.config import ConfigError
 from ospec_jax.learners.base import LearnerInfo
+from ospec_jax.learners.head import HeadInfo
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.telemetry import (
     Telemetry,
@@ -73,6 +76,22 @@ def test_updates_tell_movement_and_what_the_learner_says(rows):
     assert updates[0]["extra"] == {"expert_weights": [0.25, 0.75], "hint_error": 1.0}
     assert updates[0]["agreement"] == [0.5, 0.25]
     assert updates[0]["seconds"] == 0.125
+
+
+def test_a_head_tells_what_it_knows(tmp_path):
+    """It overwrites the draft before, so that its movement is its own to tell."""
+    values: Any = np.asarray([2.5, 0.25, 48.0, 0.75], np.float32)
+    told = UpdateReport(HeadInfo(*values), "promote", 0.01, 4, step_length=0.75)
+    telemetry = Telemetry(tmp_path / "t.jsonl")
+    gone: Any = None
+    for _ in range(2):
+        telemetry.update(told, gone, gone)
+    telemetry.close()
+    row = read_rows(tmp_path / "t.jsonl")[-1]
+    assert (row["loss"], row["agreement"], row["num_samples"]) == (2.5, 0.25, 48)
+    assert (row["step_length"], row["path_length"], row["stride"]) == (0.75, 1.5, 4)
+    assert "grad_norm" not in row
+    assert plot_telemetry([row], tmp_path / "t.png").exists()
 
 
 def test_what_is_not_served_moves_nothing(tmp_path):

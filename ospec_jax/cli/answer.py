@@ -91,6 +91,7 @@ def learn(
     optimizer: str | None = None,
     learn_budget: float | None = None,
     update_interval: int | None = None,
+    pace: Literal["always", "pays"] | None = None,
     promotion: Literal["always", "guarded"] | None = None,
     checkpoint_dir: Annotated[Path | None, tyro.conf.arg(name="checkpoint")] = None,
     resume: bool = False,
@@ -109,6 +110,7 @@ def learn(
       optimizer: Any optax optimizer.
       learn_budget: Share of wall-clock time for learning.
       update_interval: Tokens between updates; 0 derives it from the budget.
+      pace: Learn always, or ever more rarely while learning does not pay for its time.
       promotion: Serve every iterate, or only those that proved better.
       checkpoint_dir: Where to save; Ctrl-C saves too.
       resume: Go on exactly where the checkpoint stopped.
@@ -127,7 +129,8 @@ def learn(
         raise ConfigError("learning needs a draft: --draft shipped or a folder")
     config = learner_config(
         learner, optimizer=optimizer, learning_rate=learning_rate,
-        budget=learn_budget, update_interval=update_interval, promotion=promotion,
+        budget=learn_budget, update_interval=update_interval, pace=pace,
+        promotion=promotion,
     )  # fmt: skip
     target, draft = decoding.load()
     session = decoding.open(target, draft, config)

@@ -41,7 +41,11 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("step_ratio", lambda x: x > 1, "above 1"),
     ("learning_rate meta_rate temperature", lambda x: x > 0, "above 0"),
     ("decay position_decay", lambda x: x > 0, "above 0"),
-    ("buffer_requests num_epochs num_scored", lambda x: x >= 1, "1 or more"),
+    (
+        "buffer_requests num_epochs num_scored round_length",
+        lambda x: x >= 1,
+        "1 or more",
+    ),
 )
 
 
@@ -82,6 +86,8 @@ class LearnerConfig:
       expert_pull: Shared ensemble: part of the way that an expert of the middle step is
         drawn to the played parameters at each update.
       num_scored: Shared ensemble: windows of each batch that experts are judged on.
+      round_length: Shared ensemble: updates between two judgements; directions add up
+        in between, and experts move once for all of them.
       buffer_requests: OSD: requests between two steps; each update is one request, so
         that a batch should hold the windows of one.
       loss: forward_kl, reverse_kl, jsd, total_variation or acceptance_length.
@@ -95,6 +101,9 @@ class LearnerConfig:
         `num_epochs` over all their windows, as far as the ring holds them; 0 for off.
       budget: Share of wall-clock time that learning may take, turned into an interval
         by a measurement at the start and then kept.
+      pace: `always` learns on every occasion (an interval, a chunk of prompts, for
+        `head` an answer); `pays` on ever fewer while the gain of learning is less than
+        the time it takes, and on all of them again after a shift; see `learners.pace`.
       batch_size: Windows in one update.
       window: Pairs trained in a window.
       num_context: Pairs before each window that are attended to.
@@ -128,6 +137,7 @@ class LearnerConfig:
     temperature: float = 0.2
     expert_pull: float = 0.2
     num_scored: int = 1
+    round_length: int = 4
     buffer_requests: int = 8
     loss: str = "forward_kl"
     forward_share: float = 0.9
@@ -138,6 +148,7 @@ class LearnerConfig:
     update_interval: int = 0
     update_every_prompts: int = 0
     budget: float = 0.02
+    pace: Literal["always", "pays"] = "always"
     batch_size: int = 4
     window: int = 64
     num_context: int = 64
@@ -164,7 +175,11 @@ class LearnerConfig:
             if not getattr(self, key):
                 object.__setattr__(self, key, value)
         self._check_ranges()
-        choices = {"meta": ("hedge", "last_chunk"), "positions": ("all", "rejected")}
+        choices = {
+            "meta": ("hedge", "last_chunk"),
+            "positions": ("all", "rejected"),
+            "pace": ("always", "pays"),
+        }
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise ConfigError(
@@ -195,6 +210,11 @@ class LearnerConfig:
             for key in keys.split():
                 if not is_good(getattr(self, key)):
                     raise ConfigError(f"{key} is {getattr(self, key)}; use {wanted}")
+
+    @property
+    def budget_share(self) -> float:
+        """Time for learning that goes with a second of decoding."""
+        return self.budget / (1 - self.budget)
 
     @property
     def is_training(self) -> bool:

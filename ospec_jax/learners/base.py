@@ -108,8 +108,9 @@ def moved_if(
     Without any verified token a rule with momentum or weight decay must not move
     either, nor may its counters.
     """
-    counted = lambda state: move(state).replace(num_updates=state.num_updates + 1)
-    return jax.lax.cond(has_signal, counted, lambda state: state, state)
+    # Chosen number by number, in the pass that computes them: branches copy the state.
+    moved = move(state).replace(num_updates=state.num_updates + 1)
+    return jax.tree.map(lambda new, old: jnp.where(has_signal, new, old), moved, state)
 
 
 def stepped(
@@ -121,10 +122,17 @@ def stepped(
       loss: At `params`; some optimizers ask for it.
       size: Factor of the step.
     """
-    run = optax.with_extra_args_support(optimizer).update
-    updates, opt_state = run(grads, opt_state, params, value=loss)
+    updates, opt_state = directed(optimizer, grads, opt_state, params, loss)
     updates = jax.tree.map(lambda update: size * update, updates)
     return optax.apply_updates(params, updates), opt_state
+
+
+def directed(
+    optimizer: optax.GradientTransformation, grads, opt_state, params, loss
+) -> tuple[Params, Any]:
+    """What an optax optimizer would add to the parameters, and its state."""
+    run = optax.with_extra_args_support(optimizer).update
+    return run(grads, opt_state, params, value=loss)
 
 
 def difference(left: Params, right: Params) -> Params:

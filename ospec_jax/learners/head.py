@@ -74,13 +74,16 @@ class HeadInfo(NamedTuple):
 
     Attributes:
       loss: Mean cross-entropy of the tokens inside the draft vocabulary, nats.
-      agreement: Share of samples whose likeliest token was the target's.
+      agreement: Share of samples whose likeliest token was the target's. The samples
+        are the draft's own, so this is the share of drafted tokens that is right.
       num_samples: How many there were.
+      step_norm: How far the projection moved.
     """
 
     loss: Float[Array, ""]
     agreement: Float[Array, ""]
     num_samples: Int[Array, ""]
+    step_norm: Float[Array, ""]
 
 
 class HeadLearner(NamedTuple):
@@ -152,15 +155,16 @@ def head_learner(
         direction = direction / jnp.maximum(curvature, 1e-9)
         energy = fading * state.energy
         steps = rate / jnp.sqrt(1 + energy[rows] / patience)
+        shift = -steps[:, None] * (error.T @ direction)
         new = HeadState(
-            kernel=state.kernel.at[rows].add(-steps[:, None] * (error.T @ direction)),
+            kernel=state.kernel.at[rows].add(shift),
             moment=moment,
             weight=weight,
             preconditioner=preconditioner,
             energy=energy.at[rows].add(jnp.sum(error**2, axis=0)),
             num_updates=state.num_updates + 1,
         )
-        return new, rows, _info(samples, probs)
+        return new, rows, _info(samples, probs, jnp.sqrt(jnp.sum(shift**2)))
 
     return HeadLearner(init, update)
 
@@ -181,7 +185,7 @@ def _errors(samples: HeadSamples, probs, num_candidates: int):
     return probs[:, rows] - is_label, rows
 
 
-def _info(samples: HeadSamples, probs) -> HeadInfo:
+def _info(samples: HeadSamples, probs, step_norm) -> HeadInfo:
     is_inside, labels = _inside(samples)
     chosen = jnp.take_along_axis(probs, labels[:, None], axis=1)[:, 0]
     is_right = is_inside & (chosen >= jnp.max(probs, axis=-1))
@@ -191,4 +195,5 @@ def _info(samples: HeadSamples, probs) -> HeadInfo:
         loss=share(losses, is_inside),
         agreement=share(is_right, samples.is_real),
         num_samples=jnp.sum(samples.is_real),
+        step_norm=step_norm,
     )

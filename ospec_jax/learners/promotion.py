@@ -48,14 +48,19 @@ def observe(
     )
 
 
+def interval(guard: GuardState) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean gain, and how far below and above it one-sided 90% bounds are."""
+    count = jnp.maximum(guard.count, 1)
+    mean = guard.total / count
+    variance = jnp.maximum(guard.total_square / count - mean**2, 0.0)
+    return mean, Z_90 * jnp.sqrt(variance / jnp.maximum(count - 1, 1))
+
+
 def verdict(guard: GuardState, min_count: int) -> str:
     """`promote`, `rollback` or `wait`."""
-    count = int(guard.count)
-    if count < max(min_count, 2):
+    if int(guard.count) < max(min_count, 2):
         return "wait"
-    mean = float(guard.total) / count
-    variance = max(float(guard.total_square) / count - mean**2, 0.0)
-    margin = Z_90 * (variance / (count - 1)) ** 0.5
+    mean, margin = (float(x) for x in interval(guard))
     if mean - margin > 0:
         return "promote"
     return "rollback" if mean + margin < 0 else "wait"

@@ -85,7 +85,7 @@ def _shared_ensemble(objective: Objective, config: LearnerConfig) -> Learner:
         )
     return shared_ensemble(
         objective, *_grid(config), _meta(config), config.expert_pull, config.radius,
-        config.num_scored,
+        config.num_scored, config.round_length,
     )  # fmt: skip
 
 

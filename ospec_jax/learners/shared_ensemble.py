@@ -14,6 +14,10 @@ loss on a few fresh windows, forward only, before anyone trained on them. (A pul
 static draft also breaks the line, but holds back what learns; on shifting quadratics it
 lost up to 70% where this form is as good as experts with gradients of their own.) The
 static draft itself, the first expert, never moves.
+
+To judge and to move all experts costs most of what another learner would. So it is done
+once in a *round* of several updates. Until then directions add up, and the ensemble
+plays as if its weights stayed: `w_play <- w_play - sum_i weight_i eta_i d_t`.
 """
 
 from typing import Any
@@ -27,11 +31,10 @@ from jaxtyping import Array, Float
 from ospec_jax.learners.base import (
     Learner,
     LearnerState,
-    difference,
+    directed,
     distance,
     moved_if,
     new_state,
-    stepped,
 )
 from ospec_jax.learners.meta import Meta, MetaState, init_meta
 from ospec_jax.learners.objective import Objective
@@ -44,18 +47,21 @@ class SharedEnsembleState:
 
     Attributes:
       anchor: The static draft, w_0.
-      shifts: `[m, ...]` of the experts from it; the first one, the static draft's own,
-        stays 0.
+      shifts: `[m - 1, ...]` from it to the experts that learn, as the round began.
+      ahead: Sum of the round's directions so far.
       inner: The one optimizer's.
       meta: The experts' losses.
+      losses: `[m]` of the last round.
       weights: `[m]`.
       path_length: How far the played average has moved in all.
     """
 
     anchor: Params
     shifts: Params
+    ahead: Params
     inner: Any
     meta: MetaState
+    losses: Float[Array, " m"]
     weights: Float[Array, " m"]
     path_length: Float[Array, ""]
 
@@ -68,57 +74,65 @@ def shared_ensemble(
     pull: float = 0.2,
     radius: float = 0.0,
     num_scored: int = 1,
+    round_length: int = 1,
 ) -> Learner:
     """Builds the learner of `1 + len(steps)` experts, the static draft the first.
 
-    `extra` is that of `ensemble`; `expert_losses` are those on the scored windows.
+    `extra` is that of `ensemble`; `expert_losses` are those on the last scored windows.
 
     Args:
       optimizer: With step size 1; the experts' steps multiply what it does.
       steps: Of the experts that learn.
-      pull: Part of the way to the played parameters at each update, of an expert whose
+      pull: Part of the way to the played parameters for each update, of an expert whose
         step is the geometric mean of `steps`; others are pulled in proportion to their
         step, all the way at most.
       radius: Of a ball around the static draft that holds each expert; 0 for none.
-      num_scored: Windows of each batch, the newest, on which experts are judged.
+      num_scored: Windows of a batch, the newest, on which experts are judged.
+      round_length: Updates of a round.
     """
-    sizes = jnp.asarray((0.0, *steps))
-    middle = jnp.exp(jnp.mean(jnp.log(jnp.asarray(steps))))
-    pulls = jnp.minimum(pull * sizes / middle, 1.0)
+    sizes = jnp.asarray(steps)
+    middle = jnp.exp(jnp.mean(jnp.log(sizes)))
+    pulls = 1.0 - (1.0 - jnp.minimum(pull * sizes / middle, 1.0)) ** round_length
     count = 1 + len(steps)
 
     def init(params):
-        zeros = lambda x: jnp.zeros((count, *x.shape), x.dtype)
+        zeros = lambda x: jnp.zeros((len(steps), *x.shape), x.dtype)
         opt_state = SharedEnsembleState(
             anchor=jax.tree.map(jnp.copy, params),
             shifts=jax.tree.map(zeros, params),
+            ahead=jax.tree.map(jnp.zeros_like, params),
             inner=optimizer.init(params),
             meta=init_meta(count),
+            losses=jnp.zeros(count),
             weights=jnp.ones(count) / count,
             path_length=jnp.zeros(()),
         )
         return new_state(params, opt_state)
 
-    def judge(opt_state: SharedEnsembleState, segments, shared, token_ids):
+    def judge(old: SharedEnsembleState, segments, shared, token_ids):
         """`[m]` losses on the newest windows, and what they weigh."""
         newest = jax.tree.map(lambda x: x[:num_scored], segments)
 
-        def loss_of(shift):
-            point = jax.tree.map(jnp.add, opt_state.anchor, shift)
+        def loss_of(expert):
+            # Number 0 is the static draft; others are where the round has led them.
+            number, is_moved = jnp.maximum(expert - 1, 0), expert > 0
+            size = is_moved * sizes[number]
+            move = lambda a, s, d: a + is_moved * s[number] + size * d
+            point = jax.tree.map(move, old.anchor, old.shifts, old.ahead)
             info = objective.loss(point, newest, shared, token_ids)[1]
             return info.loss, info.weight
 
-        losses, weight = jax.lax.map(loss_of, opt_state.shifts)
+        losses, weight = jax.lax.map(loss_of, jnp.arange(count))
         return losses, jnp.min(weight)
 
-    def shifted(shifts, played, direction):
-        """Experts after one step along the shared direction."""
+    def moved(old: SharedEnsembleState, shifts, ahead):
+        """Experts after a round whose directions add up to `ahead`."""
 
-        def along(s, p, d):
-            pulled = s + _each(pulls, p[None] - s)
-            return pulled + jnp.tensordot(sizes, d, 0)
+        def along(s, d):
+            played = jnp.tensordot(old.weights[1:], s, 1)
+            return s + _each(pulls, played[None] - s) + jnp.tensordot(sizes, d, 0)
 
-        shifts = jax.tree.map(along, shifts, played, direction)
+        shifts = jax.tree.map(along, shifts, ahead)
         if radius:
             norms = jax.vmap(optax.global_norm)(shifts)
             shrink = jnp.minimum(1.0, radius / jnp.maximum(norms, 1e-12))
@@ -126,39 +140,56 @@ def shared_ensemble(
         return shifts
 
     def update(state: LearnerState, segments, shared, token_ids):
-        old = state.opt_state
-        losses, scored = judge(old, segments, shared, token_ids)
-        grads, info = jax.grad(objective.loss, has_aux=True)(
-            state.params, segments, shared, token_ids
+        old, data = state.opt_state, (segments, shared, token_ids)
+        grads, info = jax.grad(objective.loss, has_aux=True)(state.params, *data)
+        is_last = (state.num_updates + 1) % round_length == 0
+        is_last = is_last & (info.weight > 0)
+        losses, scored = jax.lax.cond(
+            is_last, lambda: judge(old, *data), lambda: (old.losses, jnp.zeros(()))
+        )
+        seen, weights = jax.lax.cond(
+            scored > 0,
+            lambda: meta.observe(old.meta, losses, old.weights),
+            lambda: (old.meta, old.weights),
         )
 
-        def move(state: LearnerState):
-            seen, weights = jax.lax.cond(
-                scored > 0,
-                lambda: meta.observe(old.meta, losses, old.weights),
-                lambda: (old.meta, old.weights),
-            )
-            there, inner = stepped(optimizer, grads, old.inner, state.params, info.loss)
-            direction = difference(there, state.params)
-            shift = difference(state.params, old.anchor)
-            shifts = shifted(old.shifts, shift, direction)
-            mean = lambda a, s: a + jnp.tensordot(weights, s, 1)
+        def next_round(_, carry):
+            """Moves the experts, and plays their new average."""
+            shifts, ahead, _ = carry
+            shifts = moved(old, shifts, ahead)
+            mean = lambda a, s: a + jnp.tensordot(weights[1:], s, 1)
             played = jax.tree.map(mean, old.anchor, shifts)
-            length = old.path_length + distance(played, state.params)
-            new = old.replace(
-                shifts=shifts, inner=inner, meta=seen, weights=weights,
-                path_length=length,
-            )  # fmt: skip
+            return shifts, jax.tree.map(jnp.zeros_like, ahead), played
+
+        def move(state: LearnerState):
+            direction, inner = directed(
+                optimizer, grads, old.inner, state.params, info.loss
+            )
+            size = old.weights[1:] @ sizes
+            ahead = jax.tree.map(jnp.add, old.ahead, direction)
+            played = jax.tree.map(lambda p, d: p + size * d, state.params, direction)
+            new = old.replace(ahead=ahead, inner=inner)
             return state.replace(params=played, opt_state=new)
 
         new = moved_if(info.weight > 0, state, move)
+        # A loop of one pass or none works in place, where a branch would copy.
+        carry = new.opt_state.shifts, new.opt_state.ahead, new.params
+        shifts, ahead, played = jax.lax.fori_loop(
+            0, is_last.astype(int), next_round, carry
+        )
+        step_norm = distance(played, state.params)
+        opt_state = new.opt_state.replace(
+            shifts=shifts, ahead=ahead, meta=seen, losses=losses, weights=weights,
+            path_length=old.path_length + step_norm,
+        )  # fmt: skip
         extra = {
-            "expert_weights": new.opt_state.weights,
+            "expert_weights": weights,
             "expert_losses": losses,
-            "step_norm": distance(new.params, state.params),
-            "path_length": new.opt_state.path_length,
+            "step_norm": step_norm,
+            "path_length": opt_state.path_length,
         }
-        return new, info._replace(grad_norm=optax.global_norm(grads), extra=extra)
+        info = info._replace(grad_norm=optax.global_norm(grads), extra=extra)
+        return new.replace(params=played, opt_state=opt_state), info
 
     return Learner(init=init, update=update, evaluate=objective.score)
 

@@ -219,3 +219,29 @@ def test_batches_learn(target):
     found = {r.prompt.id: r.token_ids for r in session.generate(PROMPTS, 40)}
     assert [found[f"prompt-{i}"] for i in range(len(PROMPTS))] == plain
     assert session.version >= len(PROMPTS)
+
+
+def test_each_answer_is_reported(target):
+    session = Session(target, loaded(target), learner=HEAD, ngrams=False)
+    kernels = [np.array(session.draft.params["lm_head"]["kernel"])]
+    told = []
+
+    def note(report, before, after):
+        kernels.append(np.array(after.params["lm_head"]["kernel"]))
+        told.append(report)
+
+    session.on_update = note
+    results = list(session.generate(PROMPTS, 40))
+    assert told == session.reports
+    assert len(told) == len(results)
+    for report, result, before, after in zip(
+        told, results, kernels[:-1], kernels[1:], strict=True
+    ):
+        # Answers of fewer tokens than one step looks at.
+        moved = np.linalg.norm(after - before)
+        assert report.step_length == pytest.approx(moved, rel=1e-3)
+        stats, info = result.stats, report.info
+        assert info.num_samples >= stats.num_accepted_tokens
+        accepted = info.agreement * info.num_samples
+        assert round(float(accepted)) == stats.num_accepted_tokens
+        assert report.seconds > 0
