@@ -47,8 +47,10 @@ def domain_rows(run: BenchRun) -> list[dict]:
     """One row for each domain and mode, those of all prompts last.
 
     Raises:
-      ConfigError: Prompts were decoded in batches, or not plainly as well.
+      ConfigError: Prompts were decoded in batches, not plainly as well, or not at all.
     """
+    if not run.prompts:
+        raise ConfigError("no prompt was answered by all drafts: nothing to compare")
     if run.config.batch_size > 1 or PLAIN not in run.modes:
         raise ConfigError(
             f"drafts are compared prompt by prompt with plain decoding: use a batch "

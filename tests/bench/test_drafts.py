@@ -121,3 +121,9 @@ def test_batches_cannot_be_told_apart(run):
     run.config = BenchConfig(modes=("autoregressive",), batch_size=2)
     with pytest.raises(ConfigError, match="prompt by prompt"):
         domain_rows(run)
+
+
+def test_an_early_end_leaves_nothing_to_compare(run):
+    run = dataclasses.replace(run, config=PLAIN, prompts=[])
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        domain_rows(run)
