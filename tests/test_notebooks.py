@@ -9,7 +9,7 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
-REAL_WEIGHTS = {"02_speed"}
+REAL_WEIGHTS = {"02_speed", "03_drafters"}
 MARKED = [
     pytest.param(p, marks=pytest.mark.slow if p.stem in REAL_WEIGHTS else ())
     for p in SOURCES

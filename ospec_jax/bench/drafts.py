@@ -2,40 +2,55 @@
 """Several drafts against each other, domain by domain."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 
 from ospec_jax.bench.harness import BenchRun, ModeRun
 from ospec_jax.bench.rows import count_mismatches
-from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.config import ChildrenKind, ConfigError, TreeConfig, Verification
 from ospec_jax.metrics import DecodingStats
 
 PLAIN = "autoregressive"
 ALL = "all"
 
 
-def parse_contender(text: str, tree: TreeConfig, parse) -> tuple[str, TreeConfig]:
-    """Reads `DRAFT` or `DRAFT@TREE`: what drafts, and in which shape.
+def parse_contender(text: str, parse: Callable[..., TreeConfig]):
+    """Reads `DRAFT[@TREE[@CHILDREN[@VERIFICATION]]]`: who drafts, and how.
 
     Args:
-      tree: Where none is given.
-      parse: From the tree's notation.
+      parse: From notations, as many as are given, to the tree.
+
+    Returns:
+      The draft's name and its tree.
     """
-    name, _, shape = text.partition("@")
+    name, *shape = text.split("@")
     if not name or name == "none":
         raise ConfigError(
             f"{text!r} names no draft to compare; use DRAFT or DRAFT@TREE"
         )
-    return name, parse(shape) if shape else tree
+    for word, known in zip(shape[1:], (ChildrenKind, Verification), strict=False):
+        if word not in get_args(known):
+            raise ConfigError(
+                f"{word!r} in {text!r} is none of {', '.join(get_args(known))}"
+            )
+    if len(shape) > 3 or not all(shape):
+        raise ConfigError(
+            f"cannot read the draft {text!r}; use DRAFT@TREE@CHILDREN@VERIFICATION, "
+            f"or fewer of these"
+        )
+    return name, parse(*shape)
 
 
 def domain_rows(run: BenchRun) -> list[dict]:
     """One row for each domain and mode, those of all prompts last.
 
     Raises:
-      ConfigError: Prompts were decoded in batches, or not plainly as well.
+      ConfigError: Prompts were decoded in batches, not plainly as well, or not at all.
     """
+    if not run.prompts:
+        raise ConfigError("no prompt was answered by all drafts: nothing to compare")
     if run.config.batch_size > 1 or PLAIN not in run.modes:
         raise ConfigError(
             f"drafts are compared prompt by prompt with plain decoding: use a batch "
@@ -72,6 +87,7 @@ def _row(run: BenchRun, name: str, domain: str, where: Sequence[int]) -> dict:
     return {
         "domain": domain,
         "mode": name,
+        "temperature": run.config.sampling.temperature,
         "num_prompts": len(where),
         "num_tokens": int(tokens(mode).sum()),
         "mean_acceptance_length": stats.mean_acceptance_length,
@@ -115,11 +131,10 @@ def drafts_table(rows: Sequence[dict]) -> str:
     plain = [f"{found[PLAIN, domain]['tokens_per_second']:.1f}" for domain in domains]
     lines.append("| plain, tokens/s | - | 1.00 | " + " | ".join(plain) + " |")
     mismatched = sum(r["num_mismatched_outputs"] for r in rows if r["domain"] == ALL)
+    different = "not compared" if rows[0]["temperature"] > 0 else mismatched
     lines += [
         "",
         "Acceptance length, in brackets tokens/s as a ratio to plain decoding;",
+        f"costs in plain steps. Outputs that differ from plain ones: {different}.",
     ]
-    lines.append(
-        f"costs in plain steps. Outputs that differ from plain ones: {mismatched}."
-    )
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,8 @@ from ospec_jax.models.layers import linear
 from ospec_jax.models.quantization import cast_leaf
 from ospec_jax.session import Session
 
+_FEWEST_ROUNDS = 5
+_ENOUGH_SECONDS = 10.0
 _PROBE_BYTES = 1 << 28
 _PROBE_FEATURES = 2048
 
@@ -40,6 +42,16 @@ class PassSeconds:
     step: float
 
 
+def _rounds(most: int) -> Iterator[int]:
+    """Rounds to measure in: fewer where they take long, whose noise is less."""
+    start = time.perf_counter()
+    for number in range(most):
+        is_long = time.perf_counter() - start > _ENOUGH_SECONDS
+        if number >= _FEWEST_ROUNDS and is_long:
+            return
+        yield number
+
+
 def measure_passes(
     sessions: dict[str, Session], num_rounds: int = 16
 ) -> dict[str, PassSeconds]:
@@ -49,7 +61,7 @@ def measure_passes(
     the engine runs them, the next one sent before the last is read.
     """
     runs, times = {}, {name: ([], []) for name in sessions}
-    for _ in range(num_rounds):
+    for _ in _rounds(num_rounds):
         for name, session in sessions.items():
             engine, draft = session.engine, session.served_draft
             request = session.probe_request()
@@ -60,7 +72,7 @@ def measure_passes(
             fetch(output)
             times[name][0].append(time.perf_counter() - start)
             runs.setdefault(name, state)
-    for _ in range(num_rounds):
+    for _ in _rounds(num_rounds):
         for name, session in sessions.items():
             step = functools.partial(
                 session.engine.compiled("step", True),
@@ -87,7 +99,7 @@ def measure_verification(
     target = next(iter(sessions.values())).target
     run, cache = _target_pass(target, capacity)
     times = {count: [] for count in nodes.values()}
-    for _ in range(num_rounds):
+    for _ in _rounds(num_rounds):
         for count, found in times.items():
             tokens = jnp.ones((1, count), jnp.int32)
             start = time.perf_counter()

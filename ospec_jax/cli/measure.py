@@ -47,8 +47,9 @@ def bench(
         n-grams of the request), learned (and of earlier ones; the draft is trained).
         All of them by default; with --drafts, autoregressive alone.
       drafts: Compare these drafts, each as it is, by the prompts' domains instead:
-        DRAFT, or DRAFT@TREE for another tree than --tree. The target decodes plainly
-        beside them.
+        DRAFT, or DRAFT@TREE@CHILDREN@VERIFICATION, or fewer of these, for others than
+        --tree, --draft-sample-method and --verification: shipped@static:2,2,2@hub. The
+        target decodes plainly beside them.
       learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
         head, memory, or a Python file with `get_config() -> LearnerConfig`.
       learn_budget: Share of the learned mode's time for learning.
@@ -100,10 +101,13 @@ def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) ->
     from ospec_jax.bench.drafts import domain_rows, drafts_table, parse_contender
     from ospec_jax.loading import load_draft
 
-    shaped = lambda tree: dataclasses.replace(decoding, draft="", tree=tree).tree_config
-    chosen = {
-        text: parse_contender(text, shaped(decoding.tree), shaped) for text in names
-    }
+    fields = ("tree", "draft_sample_method", "verification")
+    shaped = lambda *given: (
+        dataclasses.replace(
+            decoding, draft="", **dict(zip(fields, given, strict=False))
+        ).tree_config
+    )
+    chosen = {text: parse_contender(text, shaped) for text in names}
     target, _ = dataclasses.replace(decoding, draft="none").load()
     drafts = {
         text: (load_draft(name, target), tree) for text, (name, tree) in chosen.items()

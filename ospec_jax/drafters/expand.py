@@ -327,9 +327,11 @@ def propose_uniform(
             is_stopped |= promise(pool) - before < config.min_gain
         return depth + 1, cache, pool, front, is_stopped
 
-    start = (jnp.int32(1), cache, pool, frontier, stopped(1, frontier))
+    grown = (jnp.int32(1), cache, pool, frontier, stopped(1, frontier))
     is_going = lambda carry: (carry[0] < num_steps) & ~jnp.all(carry[4])
-    _, cache, pool, _, _ = jax.lax.while_loop(is_going, deeper, start)
+    if num_steps > 1:  # the pool of a single depth has no room to trace the loop
+        grown = jax.lax.while_loop(is_going, deeper, grown)
+    _, cache, pool, _, _ = grown
     return _assemble(config, pool, root, context.hidden, token_ids), cache
 
 

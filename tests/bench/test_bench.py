@@ -6,6 +6,7 @@ import builtins
 import numpy as np
 import pytest
 
+from ospec_jax.bench import passes
 from ospec_jax.bench.harness import BenchConfig, run_bench
 from ospec_jax.bench.passes import Machine, measure_machine, roofline
 from ospec_jax.bench.peers import Peer, open_peer
@@ -107,3 +108,11 @@ def test_machine_is_measured(target, monkeypatch):
     monkeypatch.setattr("ospec_jax.bench.passes._PROBE_FEATURES", 64)
     machine = measure_machine(target)
     assert np.isfinite([machine.bytes_per_second, machine.operations_per_second]).all()
+
+
+def test_long_passes_are_timed_in_fewer_rounds(monkeypatch):
+    monkeypatch.setattr(passes, "_ENOUGH_SECONDS", 1e9)
+    assert list(passes._rounds(16)) == list(range(16))
+    monkeypatch.setattr(passes, "_ENOUGH_SECONDS", -1.0)
+    assert list(passes._rounds(16)) == list(range(passes._FEWEST_ROUNDS))
+    assert list(passes._rounds(2)) == [0, 1]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts against each other, by domain, on a tiny target."""
 
+import dataclasses
+
 import pytest
 
 from ospec_jax import load_draft
 from ospec_jax.bench.drafts import domain_rows, drafts_table, parse_contender
 from ospec_jax.bench.harness import BenchConfig, run_bench
-from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.testing import tiny_target
 from ospec_jax.tree import parse_tree
@@ -68,20 +70,60 @@ def test_the_fastest_of_each_domain_stands_out(run):
     assert table[-1].endswith("plain ones: 0.")
 
 
+def parse(text="chain", children="topk", verification="token"):
+    return parse_tree(text, 3, children, verification=verification)
+
+
 def test_contenders_have_a_tree_of_their_own():
     chain = TreeConfig(num_steps=3)
-    parse = lambda text: parse_tree(text, 3)
-    assert parse_contender("mixed:ngram,shipped", chain, parse) == (
+    assert parse_contender("mixed:ngram,shipped", parse) == (
         "mixed:ngram,shipped", chain,
     )  # fmt: skip
-    name, tree = parse_contender("shipped:hydra@static:3,2,1", chain, parse)
+    name, tree = parse_contender("shipped:hydra@static:3,2,1", parse)
     assert (name, tree.branching) == ("shipped:hydra", (3, 2, 1))
-    for text in ("none", "@chain"):
-        with pytest.raises(ConfigError, match="names no draft"):
-            parse_contender(text, chain, parse)
+    _, tree = parse_contender("shipped@chain@sampled@block", parse)
+    assert tree == dataclasses.replace(chain, children="sampled", verification="block")
+    _, tree = parse_contender("shipped@static:2,2@hub", parse)
+    assert (tree.children, tree.verification) == ("hub", "token")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("none", "names no draft"),
+        ("@chain", "names no draft"),
+        ("shipped@", "cannot read the draft 'shipped@'"),
+        ("shipped@chain@drawn", "'drawn' in .* is none of topk, sampled"),
+        ("shipped@chain@sampled@path", "'path' in .* is none of token, block"),
+        ("shipped@chain@sampled@block@3", "cannot read the draft"),
+    ],
+)
+def test_contenders_that_cannot_be_read_are_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_contender(text, parse)
+
+
+def test_drawn_answers_are_not_compared_token_by_token():
+    """They follow the same law, but are other draws."""
+    target = tiny_target()
+    config = dataclasses.replace(PLAIN, sampling=SamplingConfig(1.0))
+    drafts = {
+        text: (load_draft("self:exit-3", target), parse_contender(text, parse)[1])
+        for text in ("self:exit-3@chain@sampled@block", "self:exit-3@static:2,2@hub")
+    }
+    run = run_bench(target, None, PROMPTS[:2], config, drafts=drafts)
+    rows = [row for row in domain_rows(run) if row["domain"] == "all"]
+    assert all(1 < row["mean_acceptance_length"] < 4 for row in rows[1:])
+    assert drafts_table(domain_rows(run)).endswith("plain ones: not compared.")
 
 
 def test_batches_cannot_be_told_apart(run):
     run.config = BenchConfig(modes=("autoregressive",), batch_size=2)
     with pytest.raises(ConfigError, match="prompt by prompt"):
+        domain_rows(run)
+
+
+def test_an_early_end_leaves_nothing_to_compare(run):
+    run = dataclasses.replace(run, config=PLAIN, prompts=[])
+    with pytest.raises(ConfigError, match="nothing to compare"):
         domain_rows(run)

@@ -31,6 +31,7 @@ NUM_SAMPLES = NUM_CHUNKS * CHUNK
 CHAIN = TreeConfig("chain", 3)
 WIDE = TreeConfig("static", 2, branching=(3, 2))
 DYNAMIC = TreeConfig("dynamic", 3, topk=3, num_draft_tokens=8)
+FLAT = TreeConfig("dynamic", 1, topk=3, num_draft_tokens=2)
 SHY = {"chain": 0.3, "dynamic": 0.2}
 """Path probabilities below which these trees grow no deeper, in some of the tests."""
 
@@ -179,12 +180,13 @@ CASES = [
     *((CHAIN, children) for children in ("topk", "sampled", "without_replacement")),
     *((WIDE, children) for children in ("topk", "sampled", "without_replacement")),
     (DYNAMIC, "topk"),
+    (FLAT, "topk"),
     (dataclasses.replace(CHAIN, min_path_probability=SHY["chain"]), "topk"),
     (dataclasses.replace(CHAIN, min_path_probability=SHY["chain"]), "sampled"),
     (dataclasses.replace(DYNAMIC, min_path_probability=SHY["dynamic"]), "topk"),
 ]
 IDS = [
-    f"{'shy-' if c.min_path_probability else ''}{c.kind}-{children}"
+    f"{'shy-' if c.min_path_probability else ''}{c.kind}-{c.num_steps}-{children}"
     for c, children in CASES
 ]
 
