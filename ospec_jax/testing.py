@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ospec_jax.config import DraftConfig, HydraConfig, ModelConfig, Precision
+from ospec_jax.config import (
+    DraftConfig,
+    ExitConfig,
+    HydraConfig,
+    ModelConfig,
+    Precision,
+)
 from ospec_jax.models.hub import Target, cache_folder
 from ospec_jax.models.llama import init_params
 from ospec_jax.models.quantization import calibrated_numerics, cast_params
@@ -85,7 +91,8 @@ def tiny_draft_config(
     model: ModelConfig, draft_vocab_size: int = 12, family: str = "eagle3", **changes
 ) -> DraftConfig:
     """A trainable draft's architecture for a tiny target."""
-    taps = (1, 2, 3) if family == "eagle3" else (model.num_layers,)
+    known = {"eagle3": (1, 2, 3), "exit": (2,)}
+    taps = known.get(family, (model.num_layers,))
     values: dict[str, Any] = dict(
         vocab_size=model.vocab_size,
         target_hidden_size=model.hidden_size,
@@ -100,6 +107,9 @@ def tiny_draft_config(
     values |= changes
     if family == "hydra":
         return HydraConfig(**{"depth": 5, **values})
+    if family == "exit":
+        same = ("intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        return ExitConfig(**(values | {name: getattr(model, name) for name in same}))
     return DraftConfig(**values)
 
 

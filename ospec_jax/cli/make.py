@@ -23,7 +23,8 @@ def distill(
     target: str = "smollm2-135m",
     precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
     start: Annotated[str, tyro.conf.arg(name="from")] = "none",
-    family: Literal["eagle3", "eagle1", "hydra"] = "eagle3",
+    family: Literal["eagle3", "eagle1", "hydra", "exit"] = "eagle3",
+    exit_layer: int = 0,
     data: Path | None = None,
     domain: str = "",
     draft_vocab_size: int = 8192,
@@ -48,7 +49,9 @@ def distill(
       out: Folder of the recorded answers and of the draft's checkpoints.
       start: A trained draft to start from: none, shipped, shipped:NAME, or a folder;
         it brings its own family.
-      family: What to train; one recording serves all of them.
+      family: What to train; one recording serves all of them but exit, which reads the
+        states of another layer.
+      exit_layer: Layers before an early exit; by default a few.
       data: Where outputs and features are recorded; by default `OUT/data`.
       domain: Comma-separated: learn from rows of these domains alone.
       draft_vocab_size: Tokens that can be drafted, the most frequent ones; 0 for all,
@@ -65,7 +68,7 @@ def distill(
         from, of this rank; 0 keeps all. Loading it takes that one.
     """
     from ospec_jax.distill.collect import collect
-    from ospec_jax.distill.families import default_draft_config, eagle3_taps
+    from ospec_jax.distill.families import TAPPED, default_draft_config, eagle3_taps
     from ospec_jax.distill.train import DistillConfig, score, train
 
     rows, domains = read_prompts(prompts), tuple(d for d in domain.split(",") if d)
@@ -76,15 +79,16 @@ def distill(
         )
     loaded = load_target(target, as_precision(precision))
     draft_config = default_draft_config(
-        loaded.config, draft_vocab_size, family, num_steps
+        loaded.config, draft_vocab_size, family, num_steps, exit_layer
     )
-    taps, initial = eagle3_taps(loaded.config), None
+    taps = draft_config.taps if family in TAPPED else eagle3_taps(loaded.config)
+    initial = None
     if start != "none":
         base = load_draft(start, loaded)
         if base.meta.draft is None:
             raise ConfigError(f"the draft {start!r} has no parameters to train")
         draft_config, initial = base.meta.draft, (base.draft, base.meta)
-        if base.meta.family == "eagle3":
+        if base.meta.family in TAPPED:
             taps = draft_config.taps
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)

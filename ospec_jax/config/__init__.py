@@ -21,6 +21,7 @@ from ospec_jax.config.learner import (
 from ospec_jax.config.model import (
     AttentionKind,
     DraftConfig,
+    ExitConfig,
     HydraConfig,
     ModelConfig,
     Precision,
@@ -35,6 +36,7 @@ __all__ = [
     "ChildrenKind",
     "ConfigError",
     "DraftConfig",
+    "ExitConfig",
     "HydraConfig",
     "LearnerConfig",
     "LearnerName",

@@ -54,7 +54,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """Architecture of an EAGLE draft head; `HydraConfig` adds to it.
+    """Architecture of an EAGLE draft head; `HydraConfig` and `ExitConfig` add to it.
 
     Attributes:
       taps: Target layers whose *input* hidden states the draft reads, joined; the
@@ -123,9 +123,42 @@ class HydraConfig(DraftConfig):
             raise ConfigError("separate heads have a draft vocabulary of their own")
 
 
+@dataclasses.dataclass(frozen=True)
+class ExitConfig(DraftConfig):
+    """An exit behind the target's first layers, whose shape this is, with a head.
+
+    The single tap is the exit: the layer whose input the head reads. `max_position` and
+    the rest of a target's shape do not matter before it.
+    """
+
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+
+    def __post_init__(self):
+        if len(self.taps) != 1 or self.taps[0] < 1:
+            raise ConfigError(
+                f"an early exit lies behind one layer or more, not at {self.taps}"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """Of the target, before the exit."""
+        return self.taps[0]
+
+    @property
+    def model(self) -> ModelConfig:
+        """What the target is up to the exit."""
+        names = {field.name for field in dataclasses.fields(ModelConfig)}
+        shared = {name: x for name, x in vars(self).items() if name in names}
+        return ModelConfig(**shared, num_layers=self.num_layers)
+
+
+_CONFIGS = {"hydra": HydraConfig, "exit": ExitConfig}
+
+
 def draft_config_from(family: str, values: dict[str, Any]) -> DraftConfig:
     """Rebuilds a draft's architecture from its stored form."""
     scaling = values.get("rope_scaling")
     if isinstance(scaling, dict):
         values = values | {"rope_scaling": from_dict(RopeScaling, scaling)}
-    return from_dict(HydraConfig if family == "hydra" else DraftConfig, values)
+    return from_dict(_CONFIGS.get(family, DraftConfig), values)

@@ -6,13 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ospec_jax.config import ConfigError, DraftConfig, HydraConfig, ModelConfig
+from ospec_jax.config import (
+    ConfigError,
+    DraftConfig,
+    ExitConfig,
+    HydraConfig,
+    ModelConfig,
+)
 from ospec_jax.drafters.base import dequantized
 from ospec_jax.models.hub import Target
 from ospec_jax.models.llama import head_table
 
-TRAINED = ("eagle3", "eagle1", "hydra")
+TRAINED = ("eagle3", "eagle1", "hydra", "exit")
 """Families that `ospec distill` trains."""
+
+TAPPED = ("eagle3", "exit")
+"""Those of them that read states from within the target, not its final ones."""
 
 FEATURE_WEIGHTS = {"eagle1": 10.0}
 """Published (arXiv 2401.15077): 1 for the predicted states, 0.1 for the tokens."""
@@ -24,14 +33,26 @@ def eagle3_taps(model: ModelConfig) -> tuple[int, ...]:
     return (2, n // 2, n - 3) if n >= 6 else tuple(range(min(n, 3)))
 
 
+def default_taps(model: ModelConfig, family: str, exit_layer: int = 0):
+    """Layers that a family's drafts read of a target.
+
+    Args:
+      exit_layer: Of an early exit; 0 stands for EAGLE-3's first tap.
+    """
+    if family == "exit":
+        return (exit_layer or max(eagle3_taps(model)[0], 1),)
+    return eagle3_taps(model) if family == "eagle3" else (model.num_layers,)
+
+
 def default_draft_config(
     model: ModelConfig, draft_vocab_size: int = 8192, family: str = "eagle3",
-    depth: int = 3,
+    depth: int = 3, exit_layer: int = 0,
 ) -> DraftConfig:  # fmt: skip
     """A draft of the target's own shape: one layer of it, or heads beside it.
 
     Args:
       depth: Tokens that Hydra's heads can draft.
+      exit_layer: See `default_taps`.
     """
     if family not in TRAINED:
         raise ConfigError(
@@ -45,7 +66,7 @@ def default_draft_config(
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
-        taps=eagle3_taps(model) if family == "eagle3" else (model.num_layers,),
+        taps=default_taps(model, family, exit_layer),
         draft_vocab_size=draft_vocab_size,
         rope_theta=model.rope_theta,
         rms_norm_eps=model.rms_norm_eps,
@@ -53,6 +74,9 @@ def default_draft_config(
     )
     if family == "hydra":
         return HydraConfig(**values, depth=depth)
+    if family == "exit":
+        values["has_qkv_bias"] = model.has_qkv_bias
+        return ExitConfig(**values, has_qk_norm=model.has_qk_norm)
     return DraftConfig(**values, has_fc_bias=family == "eagle1")
 
 
@@ -63,7 +87,8 @@ def warm_start(family: str, params, target: Target, token_ids):
     reading features where it read its residual stream. EAGLE-1: likewise, with the
     final state. Hydra: the last layer is the prefix layer, and each head passes its
     state on, its blocks adding nothing yet (as published); a tenth of it, since that
-    state is sure of a token that the head already knows.
+    state is sure of a token that the head already knows. Early exit: its block and norm
+    are those of the last layer.
     """
     started = _STARTS[family](params, target)
     if token_ids is not None:
@@ -127,7 +152,13 @@ def _start_hydra(params, target: Target) -> dict:
     return started | ({"prefix": _last_layer(target)} if "prefix" in params else {})
 
 
+def _start_exit(params, target: Target) -> dict:
+    layer = _last_layer(target)
+    return {name: layer[name] for name in ("post_attention_layernorm", "mlp", "norm")}
+
+
 _STARTS = {
+    "exit": _start_exit,
     "eagle3": _start_eagle3,
     "eagle1": _start_eagle1,
     "hydra": _start_hydra,

@@ -16,6 +16,7 @@ from ospec_jax.decoding.step import shared_tables
 from ospec_jax.distill.evaluate import evaluate_held_out, is_held_out, plot_history
 from ospec_jax.distill.families import (
     FEATURE_WEIGHTS,
+    TAPPED,
     default_draft_config,
     warm_start,
 )
@@ -220,10 +221,10 @@ def score(
 
 
 def _check_taps(family: str, config: DraftConfig, store: FeedbackStore) -> None:
-    """Families other than EAGLE-3 read the final state, which is always recorded."""
+    """Some families read the final state instead, which is always recorded."""
     found = store.entries[0].arrays["taps"].shape[-1]
     needed = len(config.taps) * config.target_hidden_size
-    if family == "eagle3" and found != needed:
+    if family in TAPPED and found != needed:
         raise ConfigError(
             f"the recorded features are {found} wide, but layers {config.taps} give "
             f"{needed}: they were recorded for another draft; record into a new folder"

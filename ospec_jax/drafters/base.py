@@ -76,16 +76,21 @@ class Drafter(NamedTuple):
     head_inputs: Callable | None = None
 
 
-def stateless(propose: Callable, num_scratch: int = 0, **changes) -> Drafter:
-    """A drafter with neither parameters nor a cache of its own, and nothing to train.
+def stateless(
+    propose: Callable, num_scratch: int = 0, state_width: int = 1, **changes
+) -> Drafter:
+    """A drafter without a cache of its own, by itself without parameters, too.
 
     Args:
+      state_width: Of the states that it reports of the nodes it ran over.
       changes: Further fields of the `Drafter`.
     """
 
     def init_context(batch_size):
-        nothing = lambda: jnp.zeros((batch_size, 1))  # state is donated: no sharing
-        return DraftContext(hidden=nothing(), logits=nothing())
+        return DraftContext(
+            hidden=jnp.zeros((batch_size, state_width)),
+            logits=jnp.zeros((batch_size, 1)),
+        )
 
     def extend(draft, shared, cache, inputs, *_):
         return cache, init_context(inputs.shape[0])
@@ -93,7 +98,7 @@ def stateless(propose: Callable, num_scratch: int = 0, **changes) -> Drafter:
     def unroll(*_, **__):
         raise ConfigError("this draft has no parameters to train")
 
-    return Drafter(
+    drafter = Drafter(
         init_params=lambda key: {},
         init_cache=lambda batch_size, capacity: (),
         init_context=init_context,
@@ -101,8 +106,8 @@ def stateless(propose: Callable, num_scratch: int = 0, **changes) -> Drafter:
         propose=propose,
         unroll=unroll,
         num_scratch=num_scratch,
-        **changes,
     )
+    return drafter._replace(**changes)
 
 
 def frozen_head(shared: SharedTables, token_ids) -> dict:

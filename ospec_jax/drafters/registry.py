@@ -4,12 +4,14 @@
 from ospec_jax.config import (
     ConfigError,
     DraftConfig,
+    ExitConfig,
     HydraConfig,
     ModelConfig,
     TreeConfig,
 )
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.eagle import eagle1, eagle3
+from ospec_jax.drafters.early_exit import early_exit
 from ospec_jax.drafters.hints import hinted_chain
 from ospec_jax.drafters.hydra import hydra
 from ospec_jax.drafters.mixed import fallback, inner_tree, parallel
@@ -22,6 +24,7 @@ FAMILIES = {
     "eagle3": "one decoder layer over three of the target's hidden states (EAGLE-3)",
     "eagle1": "one decoder layer that predicts the target's final states (EAGLE-1/2)",
     "hydra": "a head a token over the target's final state (Hydra, Hydra++)",
+    "exit": "the target's first layers and a trained head behind them (early exit)",
     "model": "a smaller language model with the same tokenizer",
     "self": "the target itself: int4 (its weights in four bits), exit-N (N layers)",
     "ngram": "no parameters: what followed the same tokens before (prompt lookup)",
@@ -69,6 +72,8 @@ def build_drafter(
         drafter = trained[family](config, tree, numerics)
     elif family == "hydra" and isinstance(config, HydraConfig):
         drafter = hydra(config, tree, numerics)
+    elif family == "exit" and isinstance(config, ExitConfig):
+        drafter = early_exit(config, tree, numerics)
     elif family == "model" and isinstance(config, ModelConfig):
         drafter = small_lm(config, tree, numerics, vocab_size)
     elif family == "self" and isinstance(config, ModelConfig):

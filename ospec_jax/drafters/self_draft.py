@@ -30,36 +30,57 @@ def self_draft(config: ModelConfig, tree: TreeConfig, numerics: Numerics) -> Dra
         head follow the last of them.
     """
     model = llama.build(config, numerics)
-    n = config.num_layers
-
-    propose_tree = propose_static if tree.kind == "static" else propose_uniform
 
     def propose(
         draft, shared, cache, context, root, starts, keys, sampling, hints=None
     ):
-        params = draft.params or shared.params
-        verified = kv.KVCache(
-            keys=shared.cache.keys[:n], values=shared.cache.values[:n]
+        params = first_layers(
+            draft.params or shared.params, config.num_layers, numerics
         )
 
         def step(entries, hidden, tokens, positions, bias, starts):
             out, _, entries = model(params, tokens, positions, bias, entries, starts)
             return hidden, llama.target_logits(params, out, numerics), entries
 
-        nothing = jnp.zeros((root.shape[0], 1))
-        bias = kv.causal_bias(starts, 1, verified.capacity)
-        _, logits, entries = step(
-            verified, nothing, root[:, None], starts[:, None], bias, starts
-        )
-        first = DraftContext(hidden=nothing, logits=logits[:, 0])
-        proposed, _ = propose_tree(
-            step, tree, entries, first, root, starts + 1, keys, sampling, None,
-            numerics.is_row_invariant, hints,
+        proposed = propose_from_root(
+            step, tree, shared.cache, config.num_layers, root, starts, keys, sampling,
+            None, numerics, hints,
         )  # fmt: skip
         return proposed, cache
 
     # The root has a slot, too.
     return stateless(propose, num_scratch(tree) + 1, reads_target=True)
+
+
+def first_layers(params, num_layers: int, numerics: Numerics):
+    """The parameters of a target's first layers; others may be among them."""
+    if not numerics.is_scanned:
+        return params
+    first = jax.tree.map(lambda stacked: stacked[:num_layers], params["layers"])
+    return {**params, "layers": first}
+
+
+def propose_from_root(
+    step, tree: TreeConfig, cache, num_layers: int, root, starts, keys, sampling,
+    token_ids, numerics: Numerics, hints,
+):  # fmt: skip
+    """Drafts behind what the target's first layers have cached of verified tokens.
+
+    The root is not among these: it is the first token that `step` runs.
+    """
+    entries = kv.KVCache(keys=cache.keys[:num_layers], values=cache.values[:num_layers])
+    bias = kv.causal_bias(starts, 1, entries.capacity)
+    nothing = jnp.zeros((root.shape[0], 1, 1))
+    hidden, logits, entries = step(
+        entries, nothing, root[:, None], starts[:, None], bias, starts
+    )
+    first = DraftContext(hidden=hidden[:, 0], logits=logits[:, 0])
+    propose_tree = propose_static if tree.kind == "static" else propose_uniform
+    proposed, _ = propose_tree(
+        step, tree, entries, first, root, starts + 1, keys, sampling, token_ids,
+        numerics.is_row_invariant, hints,
+    )  # fmt: skip
+    return proposed
 
 
 def in_four_bits(params):

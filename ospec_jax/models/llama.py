@@ -92,11 +92,13 @@ class Llama(nn.Module):
     Attributes:
       taps: Layers whose input hidden state is returned, concatenated, for the draft;
         the number of layers stands for the input of the head, the final normed state.
+      is_truncated: These are the first layers of more: no final norm.
     """
 
     config: ModelConfig
     numerics: Numerics
     taps: tuple[int, ...] = ()
+    is_truncated: bool = False
 
     @nn.compact
     def __call__(
@@ -127,7 +129,8 @@ class Llama(nn.Module):
         angles = rope_angles(positions, frequencies, num_positions)
         run = self._scan_layers if self.numerics.is_scanned else self._run_layers
         x, taps, cache = run(x, angles, bias, cache, starts)
-        x = RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
+        if not self.is_truncated:
+            x = RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
         taps = [
             x if i == c.num_layers else tap
             for i, tap in zip(self.taps, taps, strict=True)
@@ -184,10 +187,11 @@ class Llama(nn.Module):
 
 
 def build(
-    config: ModelConfig, numerics: Numerics, taps: tuple[int, ...] = ()
-) -> Callable:
+    config: ModelConfig, numerics: Numerics, taps: tuple[int, ...] = (),
+    is_truncated: bool = False,
+) -> Callable:  # fmt: skip
     """`Llama` as `(params, tokens, positions, bias, cache, starts) -> ...`."""
-    module = Llama(config, numerics, taps)
+    module = Llama(config, numerics, taps, is_truncated)
     return lambda params, *args: module.apply({"params": params}, *args)
 
 

@@ -13,7 +13,12 @@ from ospec_jax.checkpoint import CheckpointError
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.distill.collect import collect
-from ospec_jax.distill.families import TRAINED, default_draft_config, warm_start
+from ospec_jax.distill.families import (
+    TRAINED,
+    default_draft_config,
+    default_taps,
+    warm_start,
+)
 from ospec_jax.distill.store import FeedbackStore, recorded_ids
 from ospec_jax.distill.train import DistillConfig, train
 from ospec_jax.drafters.registry import build_drafter
@@ -142,9 +147,16 @@ def test_a_domain_is_learned_alone(target, folder, trained, tmp_path, monkeypatc
         train(target, folder, tmp_path / "c", config)
 
 
-@pytest.mark.parametrize("family", ["eagle1", "hydra"])
-def test_one_recording_serves_every_family(target, folder, family, tmp_path):
+@pytest.mark.parametrize("family", ["eagle1", "hydra", "exit"])
+def test_every_family_is_trained(target, folder, prompts, family, tmp_path):
     """They train, resume bitwise, and load as what they are."""
+    eagle3_folder = folder
+    if family == "exit":  # one recording serves all but this one
+        folder = tmp_path / "store"
+        taps = default_taps(target.config, family)
+        collect(
+            target, prompts, folder, taps, max_new_tokens=NEW_TOKENS, batch_size=4
+        )  # fmt: skip
     config = dataclasses.replace(CONFIG, num_updates=4, save_every=2, evaluate_every=2)
     head = default_draft_config(target.config, 128, family)
     out = tmp_path / "whole"
@@ -160,7 +172,7 @@ def test_one_recording_serves_every_family(target, folder, family, tmp_path):
     session = Session(target, load_draft(out, target))
     assert next(session.generate(["hello"], 8)).stats.num_draft_tokens > 0
     with pytest.raises(CheckpointError, match=f"family '{family}', not 'eagle3'"):
-        train(target, folder, out, config)
+        train(target, eagle3_folder, out, config)
 
 
 @pytest.mark.parametrize("family", TRAINED)
@@ -187,6 +199,8 @@ def test_features_of_other_layers_are_refused(target, folder, tmp_path):
     config = dataclasses.replace(default_draft_config(target.config, 128), taps=(1, 2))
     with pytest.raises(ConfigError, match="recorded for another draft"):
         train(target, folder, tmp_path, CONFIG, config)
+    with pytest.raises(ConfigError, match="recorded for another draft"):
+        train(target, folder, tmp_path, CONFIG, family="exit")
 
 
 def test_unknown_families_and_losses_are_refused(target, folder, tmp_path):

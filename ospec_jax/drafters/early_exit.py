@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Early exit with a trained head: the target's first layers, then a block of its own.
+
+The layers are the target's, in its weights, and read the entries that it cached for
+verified tokens; only what stands between the exit and a token is trained. So the draft
+has no cache and nothing to do after a verification, and its state at a drafted token is
+the target's own wherever the token is right: training needs no unrolled steps.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ospec_jax.config import ExitConfig, TreeConfig
+from ospec_jax.drafters.base import Drafter, stateless, training_head
+from ospec_jax.drafters.expand import num_scratch
+from ospec_jax.drafters.self_draft import first_layers, propose_from_root
+from ospec_jax.models import llama
+from ospec_jax.models.layers import Linear, Numerics, RMSNorm, SwiGLU, linear
+
+
+class ExitHead(nn.Module):
+    """A feed-forward block and a norm over the exit's states, and a projection."""
+
+    config: ExitConfig
+    numerics: Numerics
+
+    def setup(self):
+        c, n = self.config, self.numerics
+        self.post_attention_layernorm = RMSNorm(c.rms_norm_eps, n)
+        self.mlp = SwiGLU(c.intermediate_size, n)
+        self.norm = RMSNorm(c.rms_norm_eps, n)
+        if c.has_own_head:
+            self.lm_head = Linear(c.draft_vocab_size, n)
+
+    def outputs(self, states):
+        """States of the exit, further on."""
+        return states + self.mlp(self.post_attention_layernorm(states))
+
+    def head_inputs(self, outputs):
+        """What the output projection reads."""
+        return self.norm(outputs)
+
+    def logits(self, outputs, head):
+        """Draft logits over the rows of `head`, or of the draft's own for None."""
+        normed = self.head_inputs(outputs)
+        if head is None:
+            return self.lm_head(normed)
+        return linear(normed, head, self.numerics)
+
+    def init_all(self, states, head):
+        """Touches every parameter."""
+        return self.logits(self.outputs(states), head)
+
+
+def early_exit(
+    config: ExitConfig, tree: TreeConfig, numerics: Numerics | None = None
+) -> Drafter:
+    """Builds the drafter.
+
+    Args:
+      config: The target's shape and the head's.
+      tree: How much to draft.
+      numerics: For drafting; training is in float32.
+    """
+    numerics = numerics or Numerics()
+    module = ExitHead(config, numerics)
+    training = dataclasses.replace(
+        Numerics("float32", is_row_invariant=False), num_groups=numerics.num_groups,
+        is_native=numerics.is_native,
+    )  # fmt: skip
+    trainer = ExitHead(config, training)
+    layers = llama.build(config.model, numerics, is_truncated=True)
+
+    def init_params(key):
+        states = jnp.zeros((1, 1, config.hidden_size))
+        frozen = {"kernel": jnp.zeros((2, config.hidden_size))}
+        head = None if config.has_own_head else frozen
+        return trainer.init(key, states, head, method=ExitHead.init_all)["params"]
+
+    def propose(
+        draft, shared, cache, context, root, starts, keys, sampling, hints=None
+    ):
+        params = first_layers(shared.params, config.num_layers, numerics)
+        apply = lambda *args, method: module.apply(
+            {"params": draft.params}, *args, method=method
+        )
+
+        def step(entries, hidden, tokens, positions, bias, starts):
+            del hidden  # the entries are all that a token needs of those before it
+            states, _, entries = layers(
+                params, tokens, positions, bias, entries, starts
+            )
+            outputs = apply(states, method=ExitHead.outputs)
+            head = None if config.has_own_head else shared.head
+            return outputs, apply(outputs, head, method=ExitHead.logits), entries
+
+        proposed = propose_from_root(
+            step, tree, shared.cache, config.num_layers, root, starts, keys, sampling,
+            draft.token_ids, numerics, hints,
+        )  # fmt: skip
+        return proposed, cache
+
+    def unroll(
+        params, token_ids, shared, feedback, start, num_context, num_steps,
+        candidates=None,
+    ):  # fmt: skip
+        # The token before a drafted one has the target's own state.
+        states = feedback.taps[:, num_context + 1 :].astype(jnp.float32)
+        head = training_head(config, params, token_ids, shared, candidates)
+        logits: Any = trainer.apply(
+            {"params": params}, states, head, method=ExitHead.init_all
+        )  # fmt: skip
+        num_pairs = states.shape[1] + 1 - num_steps
+        return [logits[:, depth : depth + num_pairs] for depth in range(num_steps)]
+
+    def head_inputs(params, states):
+        return module.apply({"params": params}, states, method=ExitHead.head_inputs)
+
+    return stateless(
+        propose,
+        num_scratch(tree) + 1,  # the root has a slot, too
+        reads_target=True,
+        init_params=init_params,
+        unroll=unroll,
+        state_width=config.hidden_size,
+        head_inputs=head_inputs if config.has_own_head else None,
+    )
