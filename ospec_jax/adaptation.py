@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 
 from ospec_jax import sharding
 from ospec_jax.config import LearnerConfig
-from ospec_jax.decoding.engine import Completion
+from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters import ngram
 from ospec_jax.head import CHUNK, HeadAdaptation
 from ospec_jax.learners import buffer, pace, promotion

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax.config import ConfigError, LearnerConfig
-from ospec_jax.decoding.engine import Completion
+from ospec_jax.decoding.request import Completion
 from ospec_jax.learners import pace
 from ospec_jax.learners.head import HeadInfo, HeadSamples, HeadState, head_learner
 from ospec_jax.models.layers import Numerics, linear

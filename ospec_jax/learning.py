@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ospec_jax.adaptation import Adaptation, AdaptationState, Traffic, UpdateReport
 from ospec_jax.config import LearnerConfig
-from ospec_jax.decoding.engine import Completion
+from ospec_jax.decoding.request import Completion
 from ospec_jax.head import HeadAdaptation
 from ospec_jax.learners import pace
 from ospec_jax.types import Draft

@@ -20,8 +20,10 @@ import numpy as np
 from ospec_jax import recording
 from ospec_jax.adaptation import Adaptation, UpdateReport
 from ospec_jax.config import ConfigError, LearnerConfig, TreeConfig
-from ospec_jax.decoding.engine import CAPACITIES, Completion, Request
+from ospec_jax.decoding.engine import CAPACITIES
+from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.step import shared_tables
+from ospec_jax.distill.families import TAPPED
 from ospec_jax.distill.store import Recording
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learning import Learning
@@ -104,7 +106,7 @@ class Replayer:
         self.draft, self.num_steps, self.decay = draft, num_steps, decay
         self.has_losses, self._numerics = has_losses, target.numerics
         # Other families read the final states, which every recording has.
-        self._is_tapped = draft.meta.family == "eagle3"
+        self._is_tapped = draft.meta.family in TAPPED
         taps = draft.taps if self._is_tapped else None
         self.store, self.order = recording.open_recording(folder, target, taps, ids)
         self.shared = shared_tables(target.params)

@@ -34,10 +34,7 @@ from ospec_jax.decoding.depth import (
     DepthPolicy,
     most_tokens_a_second,
 )
-from ospec_jax.decoding.engine import (
-    Completion,
-    Request,
-)
+from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import memory_orders
 from ospec_jax.learning import Learning

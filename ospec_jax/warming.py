@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from ospec_jax import sharding
 from ospec_jax._platform import release_memory
 from ospec_jax.config import SamplingConfig
-from ospec_jax.decoding.engine import Completion, Request, step_of_depth
+from ospec_jax.decoding.engine import step_of_depth
+from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.timing import seconds_of_steps
 
 if TYPE_CHECKING:

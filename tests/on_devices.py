@@ -16,7 +16,8 @@ import pytest
 from ospec_jax import checkpoint, sharding
 from ospec_jax.checkpoint import Meta
 from ospec_jax.config import ConfigError, LearnerConfig, TreeConfig
-from ospec_jax.decoding.engine import Engine, Request
+from ospec_jax.decoding.engine import Engine
+from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter

@@ -13,7 +13,7 @@ from ospec_jax import LearnerConfig, Session, TreeConfig, checkpoint
 from ospec_jax.checkpoint import CheckpointError, Meta
 from ospec_jax.config import LEARNER_NAMES, ConfigError, SamplingConfig
 from ospec_jax.config import TreeConfig as Tree
-from ospec_jax.decoding.engine import PromptTooLongError
+from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, load_draft

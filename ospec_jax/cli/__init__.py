@@ -14,7 +14,7 @@ from ospec_jax.cli.make import distill, export_draft, import_draft, lower
 from ospec_jax.cli.measure import bench, demo, roofline
 from ospec_jax.cli.streams import record, replay, stream, telemetry
 from ospec_jax.config import ConfigError
-from ospec_jax.decoding.engine import PromptTooLongError
+from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.drafters.mixed import MIXES
 from ospec_jax.drafters.registry import FAMILIES
 from ospec_jax.loading import shipped_drafts

@@ -7,7 +7,6 @@ tokens cannot depend on its neighbours.
 """
 
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,8 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, Recording, SamplingConfig, TreeConfig
+from ospec_jax.config import ConfigError, Recording, TreeConfig
 from ospec_jax.decoding.depth import DepthChooser
+from ospec_jax.decoding.request import (
+    Completion,
+    PromptTooLongError,
+    Request,
+    Slot,
+)
 from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.prediction import as_prediction
@@ -37,54 +42,6 @@ PREDICTED = "predicted_step"
 def step_of_depth(depth: int) -> str:
     """Name of the step of a menu that drafts so many tokens."""
     return f"step_{depth}"
-
-
-class PromptTooLongError(ValueError):
-    """A prompt and its answer do not fit the model's context or the cache."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One prompt to answer.
-
-    Attributes:
-      prompt_ids: Token ids, chat template already applied.
-      find_stop: Given the answer's ids, the number of ids to keep when a stop string
-        occurs in their text, else None.
-      prediction_ids: What the answer is expected to be; empty for nothing.
-      prediction_confidence: See `drafters.prediction`.
-    """
-
-    id: str
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int = 128
-    sampling: SamplingConfig = SamplingConfig()
-    find_stop: Callable[[list[int]], int | None] | None = None
-    prediction_ids: tuple[int, ...] = ()
-    prediction_confidence: float = 0.5
-
-
-@dataclasses.dataclass
-class Completion:
-    """An answered request.
-
-    Attributes:
-      finish_reason: `stop` or `length`.
-      seconds: Wall-clock time from prefill to the last token.
-      feedback: The row's recorded features, `[1, capacity, ...]`, or None.
-      num_recorded: Positions of `feedback` that are real.
-      capacity: Slots of the cache it was decoded in.
-    """
-
-    request: Request
-    token_ids: list[int]
-    finish_reason: str
-    stats: DecodingStats
-    log_probs: list[float]
-    seconds: float
-    feedback: Feedback | None = None
-    num_recorded: int = 0
-    capacity: int = 0
 
 
 def fetch(output: Any) -> Any:
@@ -115,25 +72,6 @@ def _finish(is_finished, slot):
     return is_finished.at[slot].set(True)
 
 
-@dataclasses.dataclass
-class _Slot:
-    """A request being decoded."""
-
-    request: Request
-    started: float
-    stats: DecodingStats
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    log_probs: list[float] = dataclasses.field(default_factory=list)
-    is_done: bool = False
-    is_sure: bool = False
-    finish_reason: str = "length"
-
-    @property
-    def num_remaining(self) -> int:
-        """Tokens that the host knows to be still wanted."""
-        return self.request.max_new_tokens - len(self.token_ids)
-
-
 class _Sent(NamedTuple):
     """A pass that was sent to the device.
 
@@ -143,7 +81,7 @@ class _Sent(NamedTuple):
     """
 
     is_step: bool
-    rows: list[tuple[int, int, _Slot]]
+    rows: list[tuple[int, int, Slot]]
     output: StepOutput
     depth: int | None = None
 
@@ -391,13 +329,13 @@ class Engine:
         if has_prediction:
             self._check_predictions()
         pending = iter(requests)
-        slots: list[_Slot | None] = [None] * batch_size
+        slots: list[Slot | None] = [None] * batch_size
         state = None
         in_flight: deque[_Sent] = deque()
         while True:
             for i in range(batch_size):
                 if slots[i] is None and (request := next(pending, None)) is not None:
-                    slot = _Slot(request, time.perf_counter(), self._new_stats())
+                    slot = Slot(request, self._new_stats())
                     slots[i] = slot
                     row, output = self.prefill(
                         draft_fn(), request, capacity, has_prediction
@@ -426,7 +364,7 @@ class Engine:
                     slots[i] = None
                     yield self._complete(slot, state, i)
 
-    def _next_step(self, slots: list[_Slot], depths: DepthChooser | None):
+    def _next_step(self, slots: list[Slot], depths: DepthChooser | None):
         """The function for these rows' next step, and its depth if that was chosen."""
         is_greedy = all(slot.request.sampling.temperature == 0 for slot in slots)
         if PREDICTED in self._menu and all(slot.is_sure for slot in slots):
@@ -480,56 +418,17 @@ class Engine:
 
     def _read(self, sent: _Sent, on_tokens):
         """Books one pass's tokens; yields the slots that are done."""
-        is_step, rows, output = sent.is_step, sent.rows, sent.output
-        for i, row, slot in rows:
+        for i, row, slot in sent.rows:
             if slot.is_done:
                 continue
-            count = int(output.num_emitted[row])
-            slot.is_sure = output.is_sure is not None and bool(output.is_sure[row])
-            tokens = output.tokens[row, :count].tolist()
-            if output.log_probs is not None:
-                slot.log_probs += output.log_probs[row, :count].tolist()
-            slot.token_ids += tokens
-            drafted = int(output.num_drafted[row])
-            accepted = int(output.num_accepted[row])
-            cut = self._cut_at_stop_string(slot, count)
-            if is_step and count:
-                slot.stats.add_step(drafted, min(accepted, count - cut))
-            if cut < count and on_tokens is not None:
-                on_tokens(slot.request, tokens[: count - cut])
-            if output.is_finished[row] or slot.is_done:
-                if not slot.is_done and slot.token_ids[-1] in self.config.stop_ids:
-                    slot.finish_reason = "stop"
-                slot.is_done = True
+            tokens = slot.book(sent.output, row, sent.is_step, self.config.stop_ids)
+            if tokens and on_tokens is not None:
+                on_tokens(slot.request, tokens)
+            if slot.is_done:
                 yield i, slot
 
-    def _cut_at_stop_string(self, slot: _Slot, count: int) -> int:
-        """Drops tokens behind a stop string; returns how many of the newest."""
-        if slot.request.find_stop is None:
-            return 0
-        keep = slot.request.find_stop(slot.token_ids)
-        if keep is None:
-            return 0
-        cut = len(slot.token_ids) - keep
-        slot.token_ids = slot.token_ids[:keep]
-        slot.log_probs = slot.log_probs[:keep]
-        slot.is_done, slot.finish_reason = True, "stop"
-        return min(cut, count)
-
-    def _complete(self, slot: _Slot, state: DecodeState, row: int) -> Completion:
-        feedback, num_recorded = None, 0
-        if state.feedback is not None:
-            feedback = self._take_row(state.feedback, np.int32(row))
-            # The last emitted token was never a root: nothing was verified after it.
-            num_recorded = len(slot.request.prompt_ids) + len(slot.token_ids) - 1
-        return Completion(
-            request=slot.request,
-            token_ids=slot.token_ids,
-            finish_reason=slot.finish_reason,
-            stats=slot.stats,
-            log_probs=slot.log_probs,
-            seconds=time.perf_counter() - slot.started,
-            feedback=feedback,
-            num_recorded=num_recorded,
-            capacity=state.cache.capacity,
-        )
+    def _complete(self, slot: Slot, state: DecodeState, row: int) -> Completion:
+        feedback = state.feedback
+        if feedback is not None:
+            feedback = self._take_row(feedback, np.int32(row))
+        return slot.completion(feedback, state.cache.capacity)

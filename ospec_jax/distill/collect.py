@@ -9,7 +9,8 @@ import numpy as np
 from ospec_jax.config import SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import Prompt, encode
 from ospec_jax.data.tokenizer import stop_token_ids
-from ospec_jax.decoding.engine import CAPACITIES, Completion, Engine, Request
+from ospec_jax.decoding.engine import CAPACITIES, Engine
+from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.distill.store import (
     Recording,

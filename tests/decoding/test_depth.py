@@ -21,7 +21,8 @@ from ospec_jax.decoding.depth import (
     expected_emitted,
     most_tokens_a_second,
 )
-from ospec_jax.decoding.engine import Engine, Request, step_of_depth
+from ospec_jax.decoding.engine import Engine, step_of_depth
+from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.registry import build_drafter

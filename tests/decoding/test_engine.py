@@ -8,7 +8,8 @@ from reference import forward, random_params
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding import engine as engines
-from ospec_jax.decoding.engine import Engine, PromptTooLongError, Request
+from ospec_jax.decoding.engine import Engine
+from ospec_jax.decoding.request import PromptTooLongError, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.models.layers import Numerics

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
-from ospec_jax.decoding.engine import PREDICTED, Engine, Request
+from ospec_jax.decoding.engine import PREDICTED, Engine
+from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
 from ospec_jax.drafters.registry import build_drafter, memory_orders
@@ -20,6 +21,8 @@ from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 from ospec_jax.tree import parse_tree
 from ospec_jax.types import Draft
+
+pytestmark = pytest.mark.optimized
 
 VOCAB = 16
 TREES = {
@@ -107,7 +110,7 @@ def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
     assert engine.compiled("step", True)._cache_size() == 2
 
 
-@pytest.mark.parametrize("family", ["eagle1", "hydra"])
+@pytest.mark.parametrize("family", ["eagle1", "hydra", "exit"])
 @pytest.mark.parametrize("name", ["chain-5", "dynamic"])
 def test_every_trained_family_drafts_exactly(target, plain, name, family):
     only_one_tree_in_int8(target, name.replace("-5", ""))

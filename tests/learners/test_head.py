@@ -10,7 +10,8 @@ import pytest
 
 from ospec_jax import ConfigError, LearnerConfig, Session, TreeConfig
 from ospec_jax.checkpoint import Meta
-from ospec_jax.decoding.engine import Completion, Engine
+from ospec_jax.decoding.engine import Engine
+from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.head import HeadSamples, head_learner
 from ospec_jax.loading import LoadedDraft, load_draft

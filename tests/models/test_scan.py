@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ospec_jax.config import TreeConfig
-from ospec_jax.decoding.engine import Engine, Request
+from ospec_jax.decoding.engine import Engine
+from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.models import cache as kv

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request on its way: what is asked, what has come, what was answered."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+from ospec_jax.config import SamplingConfig
+from ospec_jax.metrics import DecodingStats
+from ospec_jax.types import Feedback, StepOutput
+
+
+class PromptTooLongError(ValueError):
+    """A prompt and its answer do not fit the model's context or the cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt to answer.
+
+    Attributes:
+      prompt_ids: Token ids, chat template already applied.
+      find_stop: Given the answer's ids, the number of ids to keep when a stop string
+        occurs in their text, else None.
+      prediction_ids: What the answer is expected to be; empty for nothing.
+      prediction_confidence: See `drafters.prediction`.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int = 128
+    sampling: SamplingConfig = SamplingConfig()
+    find_stop: Callable[[list[int]], int | None] | None = None
+    prediction_ids: tuple[int, ...] = ()
+    prediction_confidence: float = 0.5
+
+
+@dataclasses.dataclass
+class Completion:
+    """An answered request.
+
+    Attributes:
+      finish_reason: `stop` or `length`.
+      seconds: Wall-clock time from prefill to the last token.
+      feedback: The row's recorded features, `[1, capacity, ...]`, or None.
+      num_recorded: Positions of `feedback` that are real.
+      capacity: Slots of the cache it was decoded in.
+    """
+
+    request: Request
+    token_ids: list[int]
+    finish_reason: str
+    stats: DecodingStats
+    log_probs: list[float]
+    seconds: float
+    feedback: Feedback | None = None
+    num_recorded: int = 0
+    capacity: int = 0
+
+
+@dataclasses.dataclass
+class Slot:
+    """A request being decoded.
+
+    Attributes:
+      is_done: Its last token has been read.
+      is_sure: A long chain of suggestions is likely to be right next.
+    """
+
+    request: Request
+    stats: DecodingStats
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+    is_done: bool = False
+    is_sure: bool = False
+    finish_reason: str = "length"
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that the host knows to be still wanted."""
+        return self.request.max_new_tokens - len(self.token_ids)
+
+    def book(
+        self, output: StepOutput, row: int, is_step: bool, stop_ids: Sequence[int]
+    ) -> list[int]:
+        """Takes one pass's tokens in; returns those that belong to the answer.
+
+        Args:
+          output: Fetched.
+          is_step: The pass drafted, or could have.
+        """
+        count = int(output.num_emitted[row])
+        self.is_sure = output.is_sure is not None and bool(output.is_sure[row])
+        tokens = output.tokens[row, :count].tolist()
+        if output.log_probs is not None:
+            self.log_probs += output.log_probs[row, :count].tolist()
+        self.token_ids += tokens
+        drafted, accepted = int(output.num_drafted[row]), int(output.num_accepted[row])
+        kept = count - self._cut_at_stop_string(count)
+        if is_step and count:
+            self.stats.add_step(drafted, min(accepted, kept))
+        if output.is_finished[row] and not self.is_done:
+            self.is_done = True
+            if self.token_ids[-1] in stop_ids:
+                self.finish_reason = "stop"
+        return tokens[:kept]
+
+    def _cut_at_stop_string(self, count: int) -> int:
+        """Drops tokens behind a stop string; returns how many of the newest."""
+        if self.request.find_stop is None:
+            return 0
+        keep = self.request.find_stop(self.token_ids)
+        if keep is None:
+            return 0
+        cut = len(self.token_ids) - keep
+        self.token_ids = self.token_ids[:keep]
+        self.log_probs = self.log_probs[:keep]
+        self.is_done, self.finish_reason = True, "stop"
+        return min(cut, count)
+
+    def completion(self, feedback: Feedback | None, capacity: int) -> Completion:
+        """The answer.
+
+        Args:
+          feedback: The row's.
+          capacity: Slots of its cache.
+        """
+        # The last emitted token was never a root: nothing was verified after it.
+        num_recorded = len(self.request.prompt_ids) + len(self.token_ids) - 1
+        return Completion(
+            request=self.request,
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason,
+            stats=self.stats,
+            log_probs=self.log_probs,
+            seconds=time.perf_counter() - self.started,
+            feedback=feedback,
+            num_recorded=0 if feedback is None else num_recorded,
+            capacity=capacity,
+        )
