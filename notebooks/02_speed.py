@@ -27,6 +27,7 @@ from ospec_jax import Session, TreeConfig, load_draft, load_target
 from ospec_jax.bench.passes import measure_machine, measure_passes, roofline
 from ospec_jax.data.prompts import demo_prompts
 
+NUM_PROMPTS, NEW_TOKENS = 8, 64
 target = load_target("smollm2-135m")
 draft = load_draft("shipped", target)
 print(target.numerics)
@@ -55,7 +56,7 @@ plt.show()
 
 # %%
 DEPTHS = (0, 1, 3, 5, 7)
-prompts = demo_prompts("math")[:8]
+prompts = demo_prompts("math")[:NUM_PROMPTS]
 sessions = {
     k: Session(target, draft if k else None, tree=TreeConfig(num_steps=k), ngrams=False)
     for k in DEPTHS
@@ -64,7 +65,7 @@ for session in sessions.values():
     session.warm_up()
 lengths = {}
 for k, session in sessions.items():
-    answers = list(session.generate(prompts, max_new_tokens=64))
+    answers = list(session.generate(prompts, max_new_tokens=NEW_TOKENS))
     lengths[k] = session.stats.mean_acceptance_length
 by_depth = sessions[7].stats.acceptance_per_position
 expected = {k: 1 + sum(by_depth[:k]) for k in DEPTHS}

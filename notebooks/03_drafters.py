@@ -35,6 +35,7 @@ from ospec_jax.tree import parse_tree
 
 BLUE, GREY = "#1f6feb", "#8a8f98"
 CHAIN, TREE = TreeConfig(num_steps=3), parse_tree("dynamic:4,8", 3)
+NUM_PROMPTS, NEW_TOKENS = 3, 40  # of each domain, of each answer
 CHAT = (
     "What should I see in Lisbon in two days?",
     "Why do cats purr?",
@@ -53,15 +54,18 @@ drafts = {
     name: (load_draft(name.split(", ")[0], target), tree)
     for name, tree in contenders.items()
 }
-prompts = [p for domain in DEMO_DOMAINS for p in demo_prompts(domain)[:3]]
-prompts += [parse_prompt({"prompt": text, "domain": "chat"}, text) for text in CHAT]
+prompts = [p for domain in DEMO_DOMAINS for p in demo_prompts(domain)[:NUM_PROMPTS]]
+prompts += [
+    parse_prompt({"prompt": text, "domain": "chat"}, text)
+    for text in CHAT[:NUM_PROMPTS]
+]
 
 # %% [markdown]
 # Everybody answers every prompt in turn, in rotating order, and the target alone does
 # too: drifts of the machine hit all alike. What comes out is the same from all of them.
 
 # %%
-config = BenchConfig(modes=("autoregressive",), max_new_tokens=40)
+config = BenchConfig(modes=("autoregressive",), max_new_tokens=NEW_TOKENS)
 run = run_bench(target, None, prompts, config, drafts=drafts)
 found = {(row["mode"], row["domain"]): row for row in domain_rows(run)}
 domains = [*DEMO_DOMAINS, "chat"]

@@ -57,6 +57,8 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def plain(target, prompts):
+    # float32 takes several times as long, and is the simpler case.
+    prompts = prompts[: 12 if target.numerics.precision == "float32" else None]
     return list(Session(target).generate(prompts, NEW_TOKENS))
 
 
@@ -68,9 +70,9 @@ def test_greedy_equals_plain_decoding(
 ):
     draft = load_draft("shipped", target)
     session = Session(target, draft, tree=TREES[tree], batch_size=batch_size)
-    results = list(session.generate(prompts[:num_prompts], NEW_TOKENS))
-    answers = {r.prompt.id: r.token_ids for r in results}
-    assert answers == {r.prompt.id: r.token_ids for r in plain[:num_prompts]}
+    expected = {r.prompt.id: r.token_ids for r in plain[:num_prompts]}
+    results = list(session.generate(prompts[: len(expected)], NEW_TOKENS))
+    assert {r.prompt.id: r.token_ids for r in results} == expected
     accepted = sum(r.stats.num_accepted_tokens for r in results)
     assert accepted > 0.2 * sum(r.stats.num_drafts for r in results)
 

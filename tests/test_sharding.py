@@ -29,6 +29,7 @@ CONFIG = tiny_model_config(num_heads=8, num_kv_heads=4)
 
 def test_on_eight_virtual_devices():
     flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     file = Path(__file__).with_name("on_devices.py")
@@ -53,7 +54,7 @@ def test_two_processes_decode_learn_and_save_together(tmp_path, mesh):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     program = Path(__file__).with_name("one_of_two.py")
     rest = [port, mesh, str(tmp_path)]
     command = lambda i: [sys.executable, str(program), str(i), *rest]

@@ -9,6 +9,8 @@ from ospec_jax.kernels import native
 from ospec_jax.models.hub import cache_folder
 from ospec_jax.models.layers import Numerics, linear
 
+pytestmark = pytest.mark.optimized
+
 NATIVE = Numerics("int8", is_native=True)
 
 

@@ -19,9 +19,12 @@ from ospec_jax.models.llama import Llama, target_logits
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_model_config
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "cpu", reason="the guarantee is the CPU's"
-)
+pytestmark = [
+    pytest.mark.optimized,
+    pytest.mark.skipif(
+        jax.default_backend() != "cpu", reason="the guarantee is the CPU's"
+    ),
+]
 
 LENGTH = 64
 # Heads of 64, as real models have: XLA:CPU multiplies much narrower ones differently.
