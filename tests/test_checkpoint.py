@@ -137,6 +137,7 @@ checkpoint.save(sys.argv[1], 1, checkpoint.Meta.create(target, config), draft)
 
 def test_checkpoint_of_four_devices_restores_on_one(target, made, tmp_path):
     flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _ON_FOUR_DEVICES, str(tmp_path)]
     subprocess.run(command, check=True, env=environment, timeout=300)
