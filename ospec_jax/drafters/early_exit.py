@@ -18,7 +18,14 @@ from ospec_jax.drafters.base import Drafter, stateless, training_head
 from ospec_jax.drafters.expand import num_scratch
 from ospec_jax.drafters.self_draft import first_layers, propose_from_root
 from ospec_jax.models import llama
-from ospec_jax.models.layers import Linear, Numerics, RMSNorm, SwiGLU, linear
+from ospec_jax.models.layers import (
+    Linear,
+    Numerics,
+    RMSNorm,
+    SwiGLU,
+    at_least_two_rows,
+    linear,
+)
 
 
 class ExitHead(nn.Module):
@@ -93,9 +100,13 @@ def early_exit(
             states, _, entries = layers(
                 params, tokens, positions, bias, entries, starts
             )
+            if numerics.is_row_invariant:
+                (states,) = at_least_two_rows(states)
             outputs = apply(states, method=ExitHead.outputs)
             head = None if config.has_own_head else shared.head
-            return outputs, apply(outputs, head, method=ExitHead.logits), entries
+            logits = apply(outputs, head, method=ExitHead.logits)
+            num_tokens = tokens.shape[1]
+            return outputs[:, :num_tokens], logits[:, :num_tokens], entries
 
         proposed = propose_from_root(
             step, tree, shared.cache, config.num_layers, root, starts, keys, sampling,

@@ -111,7 +111,7 @@ def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
 
 
 @pytest.mark.parametrize("family", ["eagle1", "hydra", "exit"])
-@pytest.mark.parametrize("name", ["chain-5", "dynamic"])
+@pytest.mark.parametrize("name", ["chain-5", "dynamic", "chain-sampled"])
 def test_every_trained_family_drafts_exactly(target, plain, name, family):
     only_one_tree_in_int8(target, name.replace("-5", ""))
     engine, draft = engine_for(target, TREES[name], family=family)
