@@ -134,7 +134,7 @@ def test_forward_equals_an_independent_one(name):
 
 @pytest.fixture(scope="module")
 def texts():
-    """A hundred questions with their references, `TEXT_LENGTH` tokens of each."""
+    """Sixty questions with their references, `TEXT_LENGTH` tokens of each."""
     folder = Path(os.environ.get("OSPEC_PROMPTS_DIR", "nowhere"))
     if not folder.is_dir():
         pytest.skip("OSPEC_PROMPTS_DIR names no folder of prompt sets")
@@ -144,8 +144,8 @@ def texts():
         rows = [json.loads(line) for line in lines if line.strip()]
         whole = (f"{row['prompt']}\n{row.get('reference') or ''}" for row in rows)
         long = (t for t in map(tokenizer.encode, whole) if len(t) >= TEXT_LENGTH)
-        found += [t[:TEXT_LENGTH] for t in itertools.islice(long, 20)]
-    assert len(found) == 100
+        found += [t[:TEXT_LENGTH] for t in itertools.islice(long, 12)]
+    assert len(found) == 60
     return found
 
 
