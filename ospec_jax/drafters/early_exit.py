@@ -91,9 +91,9 @@ def early_exit(
         draft, shared, cache, context, root, starts, keys, sampling, hints=None
     ):
         params = first_layers(shared.params, config.num_layers, numerics)
-        apply = lambda *args, method: module.apply(
-            {"params": draft.params}, *args, method=method
-        )
+
+        def apply(*args, method) -> Any:
+            return module.apply({"params": draft.params}, *args, method=method)
 
         def step(entries, hidden, tokens, positions, bias, starts):
             del hidden  # the entries are all that a token needs of those before it
