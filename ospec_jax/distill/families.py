@@ -33,12 +33,22 @@ def eagle3_taps(model: ModelConfig) -> tuple[int, ...]:
     return (2, n // 2, n - 3) if n >= 6 else tuple(range(min(n, 3)))
 
 
-def default_taps(model: ModelConfig, family: str, exit_layer: int = 0):
+def default_taps(
+    model: ModelConfig, family: str, exit_layer: int = 0
+) -> tuple[int, ...]:
     """Layers that a family's drafts read of a target.
 
     Args:
       exit_layer: Of an early exit; 0 stands for EAGLE-3's first tap.
+
+    Raises:
+      ConfigError: No early exit can lie there, or the family has none.
     """
+    if exit_layer and (family != "exit" or not 0 < exit_layer < model.num_layers):
+        raise ConfigError(
+            f"exit_layer is {exit_layer}, and the family {family!r}; it is of the "
+            f"family 'exit' alone, from 1 to {model.num_layers - 1} for this target"
+        )
     if family == "exit":
         return (exit_layer or max(eagle3_taps(model)[0], 1),)
     return eagle3_taps(model) if family == "eagle3" else (model.num_layers,)

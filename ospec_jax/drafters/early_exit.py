@@ -5,6 +5,9 @@ The layers are the target's, in its weights, and read the entries that it cached
 verified tokens; only what stands between the exit and a token is trained. So the draft
 has no cache and nothing to do after a verification, and its state at a drafted token is
 the target's own wherever the token is right: training needs no unrolled steps.
+
+As in Kangaroo (arXiv 2404.18911), but for its adapter's attention, which would need a
+cache, and its own rule of when to stop drafting.
 """
 
 import dataclasses

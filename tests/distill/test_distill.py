@@ -203,6 +203,12 @@ def test_features_of_other_layers_are_refused(target, folder, tmp_path):
         train(target, folder, tmp_path, CONFIG, family="exit")
 
 
+@pytest.mark.parametrize(("family", "layer"), [("exit", 4), ("exit", -1), ("hydra", 2)])
+def test_exits_that_cannot_be_are_refused(target, family, layer):
+    with pytest.raises(ConfigError, match=f"exit_layer is {layer}.* from 1 to 3"):
+        default_draft_config(target.config, 128, family, exit_layer=layer)
+
+
 def test_unknown_families_and_losses_are_refused(target, folder, tmp_path):
     with pytest.raises(ConfigError, match="are not trained; use eagle3"):
         train(target, folder, tmp_path, CONFIG, family="ngram")
