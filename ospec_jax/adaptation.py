@@ -44,11 +44,9 @@ class AdaptationState:
       learner: The iterate (`w_play`) and its optimizer.
       guard: Evidence for the next promotion.
       num_prompts: Requests seen, so that a resumed run knows where it stands.
-      num_tokens: Answer tokens seen.
       num_waiting: Answer tokens since the last update.
       num_fresh: Windows added since the last update.
       version: Promotions so far; the version of the served draft.
-      num_rollbacks: Times the iterate was thrown away.
       update_interval: Answer tokens between updates.
       pace: How often learning is worth its time; None if it always is.
     """
@@ -56,11 +54,9 @@ class AdaptationState:
     learner: LearnerState
     guard: promotion.GuardState
     num_prompts: Int[Array, ""]
-    num_tokens: Int[Array, ""]
     num_waiting: Int[Array, ""]
     num_fresh: Int[Array, ""]
     version: Int[Array, ""]
-    num_rollbacks: Int[Array, ""]
     update_interval: Int[Array, ""]
     pace: PaceState | None = None
 
@@ -151,8 +147,7 @@ class Adaptation:
             learner = learner.replace(opt_state=self.head.init(draft))
         state = AdaptationState(
             learner=learner, guard=promotion.init_guard(),
-            num_prompts=zero, num_tokens=zero, num_waiting=zero, num_fresh=zero,
-            version=zero, num_rollbacks=zero,
+            num_prompts=zero, num_waiting=zero, num_fresh=zero, version=zero,
             update_interval=jnp.asarray(self.config.update_interval, jnp.int32),
         )  # fmt: skip
         if self.config.pace == "pays" and (self.has_gradient or self.head is not None):
@@ -192,19 +187,28 @@ class Adaptation:
         )  # fmt: skip
         # An empty ring weighs nothing, and an update of nothing would cost less.
         batch = batch.replace(weight=jnp.ones_like(batch.weight))
-        times = []
-        for _ in range(3):
-            learner = jax.tree.map(jnp.copy, self._begin(state.learner))
-            jax.block_until_ready(learner)
-            start = time.perf_counter()
-            jax.block_until_ready(self._learn(learner, draft, batch))
-            times.append(time.perf_counter() - start)
+        learner = jax.tree.map(jnp.copy, self._begin(state.learner))
+        learner, _ = self._learn(learner, draft, batch)
+        is_compared = self.config.promotion == "guarded" or state.pace is not None
+        if is_compared:
+            accepted = jax.block_until_ready(self._accepted(draft.params, draft, batch))
         if state.pace is not None:
-            accepted = self._accepted(draft.params, draft, batch)
             pace.rehearse(state.pace, len(accepted))
         if seconds_per_token is None:
             return state
-        cost = sum(times[1:]) / len(times[1:]) / seconds_per_token
+        # Some rules do more in the last update of a round than in the others.
+        num_updates = max(2, self.config.round_length)
+        jax.block_until_ready(learner)
+        start = time.perf_counter()
+        for _ in range(num_updates):
+            learner, _ = self._learn(learner, draft, batch)
+        if self.config.promotion == "guarded":
+            for _ in range(2 * num_updates):  # the iterate's and the served draft's
+                accepted = self._accepted(draft.params, draft, batch)
+            jax.block_until_ready(accepted)
+        jax.block_until_ready(learner)
+        seconds = (time.perf_counter() - start) / num_updates
+        cost = seconds / seconds_per_token
         state = self.priced(state, cost)
         if int(state.update_interval) > 0 or self.config.update_every_prompts:
             return state
@@ -241,7 +245,6 @@ class Adaptation:
             num_fresh = 0 * num_fresh  # of a chunk that was passed over
         state = state.replace(
             num_prompts=state.num_prompts + 1,
-            num_tokens=state.num_tokens + count,
             num_waiting=state.num_waiting + count,
             num_fresh=num_fresh + len(starts),
         )
@@ -361,7 +364,7 @@ class Adaptation:
         """Scores windows that neither side has trained on."""
         score = lambda params: self._accepted(params, served, batch)
         gains = score(state.learner.params) - score(served.params)
-        return promotion.observe(state.guard, gains, jnp.sum(batch.weight, axis=1))
+        return promotion.observe(state.guard, gains, self._fresh_weight(batch))
 
     def _accepted(self, params, served: Draft, batch: Segments):
         """`[b]` tokens that a step would get accepted, by window."""
@@ -370,11 +373,14 @@ class Adaptation:
     def _progress(self, state: AdaptationState, served: Draft, batch: Segments):
         """Compares the iterate with that of the span's beginning, on fresh windows."""
         assert state.pace is not None
-        weight = jnp.sum(batch.weight, axis=1)
-        weight = weight * (jnp.arange(len(weight)) < self._num_newest)
         score = lambda params: self._accepted(params, served, batch)
         newest, oldest = score(state.learner.params), score(state.pace.snapshot)
-        return pace.compared(state.pace, newest, oldest, weight)
+        return pace.compared(state.pace, newest, oldest, self._fresh_weight(batch))
+
+    def _fresh_weight(self, batch: Segments):
+        """`[b]`, without the windows that were drawn from older ones."""
+        weight = jnp.sum(batch.weight, axis=1)
+        return weight * (jnp.arange(len(weight)) < self._num_newest)
 
     def judged(self, state: AdaptationState, num_updates: int) -> AdaptationState:
         """Notes a round of learning, and sets the pace where a span ends with it."""
@@ -394,13 +400,7 @@ class Adaptation:
         state = state.replace(guard=promotion.init_guard())
         if decision == "rollback":
             learner = restarted(self.learner, state.learner, served.params)
-            learner = _owned(learner)
-            num_rollbacks = state.num_rollbacks + 1
-            return (
-                state.replace(learner=learner, num_rollbacks=num_rollbacks),
-                served,
-                (decision),
-            )
+            return state.replace(learner=_owned(learner)), served, decision
         served = served.replace(params=state.learner.params)
         return state.replace(version=state.version + 1), served, decision
 

@@ -71,7 +71,7 @@ def assembled(
         )  # fmt: skip
         drafter = build(tree=tree)
         menu = _menu(build, drafter, tree, num_predicted_tokens)
-        learner = learner and _learner_for(learner, draft, drafter, target)
+        learner = learner and learner_for(learner, draft, drafter, target)
         recording = learner.recording if learner else recording
     config = StepConfig(
         model=target.config, numerics=target.numerics, tree=tree,
@@ -95,31 +95,33 @@ def _menu(build, drafter: Drafter, tree: TreeConfig, num_predicted_tokens: int) 
     return menu
 
 
-def _learner_for(
+def learner_for(
     learner: LearnerConfig, draft: LoadedDraft, drafter: Drafter, target: Target
 ) -> LearnerConfig:
     """What can be learned of a draft that is not trained, and what `auto` is."""
-    name = "memory" if draft.meta.draft is None else learner.name
-    if name == "auto":
-        can_learn_head = drafter.head_inputs is not None and target.mesh is None
-        name = "head" if can_learn_head else "gradient"
-    return learner if name == learner.name else dataclasses.replace(learner, name=name)
+    if draft.meta.draft is None:
+        return learner.renamed("memory")
+    if learner.name != "auto":
+        return learner
+    can_learn_head = drafter.head_inputs is not None and target.mesh is None
+    is_head = can_learn_head and not learner.sets_gradients
+    return learner.renamed("head" if is_head else "gradient")
 
 
 def build_adaptation(
-    target: Target, draft: LoadedDraft, parts: Parts, orders: tuple[int, ...]
-) -> Adaptation:
+    target: Target, draft: LoadedDraft, drafter: Drafter, learner: LearnerConfig,
+    has_ngrams: bool, orders: tuple[int, ...] = (), tap_width: int = 0,
+) -> Adaptation:  # fmt: skip
     """What learning runs.
 
     Args:
-      orders: Of the n-grams that are remembered.
+      has_ngrams: Remember n-grams, of these `orders`.
+      tap_width: Of what is recorded, if it is more than the draft reads.
     """
-    drafter, learner, width = parts.drafter, parts.learner, target.config.hidden_size
-    assert drafter is not None
-    assert learner is not None
+    width = target.config.hidden_size
     adaptation = Adaptation(
         learner, drafter.unroll, shared_tables(target.params),
-        len(draft.taps) * width, width, parts.has_ngrams, target.mesh, orders,
+        tap_width or len(draft.taps) * width, width, has_ngrams, target.mesh, orders,
     )  # fmt: skip
     if learner.name == "head":
         adaptation.head = HeadAdaptation(

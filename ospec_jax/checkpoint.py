@@ -162,10 +162,13 @@ def save(
     feedback: Any = None,
     num_kept: int = 2,
 ) -> Path:
-    """Writes one step; older steps beyond `num_kept` are removed.
+    """Writes one step, in place of one of that number; removes all but `num_kept`.
 
     Keys cannot be stored by Orbax, so state holds none: randomness derives from seeds
     and counters. The step appears only once it is complete.
+
+    Raises:
+      CheckpointError: The folder holds a later step: it is of another run.
     """
     items: dict[str, Any] = {"meta": {"json": json.dumps(dataclasses.asdict(meta))}}
     if meta.draft is not None:
@@ -179,9 +182,13 @@ def save(
         items["feedback"] = feedback
     path = Path(folder).resolve()
     with _open(path, num_kept) as checkpointer:
-        if step in [c.step for c in checkpointer.checkpoints]:
-            return path / str(step)
-        checkpointer.save_checkpointables(step, items)
+        newest = max((c.step for c in checkpointer.checkpoints), default=step)
+        if newest > step:
+            raise CheckpointError(
+                f"{folder} holds step {newest}, of a run that has gone further than "
+                f"this one's step {step}; choose another folder"
+            )
+        checkpointer.save_checkpointables(step, items, overwrite=True)
     return path / str(step)
 
 
@@ -203,14 +210,24 @@ def steps(folder: str | Path) -> list[int]:
         return sorted(c.step for c in checkpointer.checkpoints)
 
 
+def set_aside(folder: str | Path, last: int) -> None:
+    """Renames the steps behind `last`, which could not be read, so that a run that goes
+    on from there may save."""
+    for step in steps(folder):
+        if step > last and jax.process_index() == 0:
+            old = Path(folder) / str(step)
+            old.rename(old.with_name(f"{step}.unreadable"))
+
+
 def load(
     folder: str | Path,
     target: Target | None = None,
     learner_like: Any = None,
     feedback_like: Any = None,
     mesh: jax.sharding.Mesh | None = None,
+    step: int | None = None,
 ) -> Checkpoint:
-    """Restores the newest readable step onto this machine's devices.
+    """Restores the newest readable step, or a given one, onto this machine's devices.
 
     Whatever mesh a checkpoint was written under, its arrays are in the files' order
     (see `sharding`) and restore under any other, or none.
@@ -221,6 +238,7 @@ def load(
         from `Meta` and the restored `Draft` to them; None leaves it.
       feedback_like: Likewise.
       mesh: Devices to restore onto; the first one without a mesh.
+      step: Only this one.
 
     Raises:
       CheckpointError: There is no readable step, or the draft is for another target.
@@ -233,18 +251,18 @@ def load(
             f"distill --out` write them"
         )
     failures = []
-    for step in reversed(found):
+    for number in reversed(found if step is None else [step]):
         try:
-            checkpoint = _load_step(path, step, learner_like, feedback_like, mesh)
+            checkpoint = _load_step(path, number, learner_like, feedback_like, mesh)
         except CheckpointError:
             raise  # readable, but not what was asked for
         except Exception as error:
-            failures.append(f"step {step}: {str(error).splitlines()[0][:200]}")
+            failures.append(f"step {number}: {str(error).splitlines()[0][:200]}")
             continue
         if failures:
             warnings.warn(
                 f"{folder}: {'; '.join(failures)} could not be read; "
-                f"going on from step {step}",
+                f"going on from step {number}",
                 stacklevel=2,
             )
         if target is not None:

@@ -2,6 +2,7 @@
 """The demonstration: three domains, three decoding modes, one learning draft."""
 
 import json
+import shutil
 from pathlib import Path
 
 from rich.console import Console
@@ -44,6 +45,7 @@ def run_demo(
     (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     (out / "results.md").write_text(markdown_table(rows) + "\n")
     plot = plot_stream(run, out / "acceptance.png")
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)  # of an earlier demonstration
     saved = run.modes["learned"].session.save(out / "checkpoint")
     console.print(f"plot        {plot}\ncheckpoint  {saved}")
     return rows

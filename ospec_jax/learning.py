@@ -3,6 +3,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +55,17 @@ class Learning:
             seconds = min(seconds, time.perf_counter() - start)
         return seconds
 
-    def calibrate(self, completion: Completion, draft: Draft, served: Draft) -> None:
+    def calibrate(
+        self, completion: Completion, draft: Draft, served: Draft, batch_size: int = 1
+    ) -> None:
         """Compiles; fixes the interval between updates, and what they cost.
 
         Args:
           completion: Decoded at full speed.
+          batch_size: Requests that were decoded beside each other in that time.
         """
-        seconds_per_token = completion.seconds / max(len(completion.token_ids), 1)
+        num_tokens = max(len(completion.token_ids), 1) * batch_size
+        seconds_per_token = completion.seconds / num_tokens
         self.state = self.adaptation.calibrate(
             self.state, self.traffic, draft, seconds_per_token
         )
@@ -71,6 +76,29 @@ class Learning:
             num_updates = self.head.num_chunks(completion)
             cost = seconds / max(num_updates, 1) / seconds_per_token
             self.state = self.adaptation.priced(self.state, cost)
+
+    def learn_from(
+        self, completion: Completion, draft: Draft, served: Draft,
+        as_served: Callable[[Draft], Draft],
+    ) -> tuple[Draft, Draft, UpdateReport | None]:  # fmt: skip
+        """Remembers an answer, and learns when it is time; waits until that is done.
+
+        Args:
+          draft: In float32; `served`, what is served of it.
+          as_served: What to serve of a draft.
+
+        Returns:
+          Both, from now on, and what was learned.
+        """
+        served, report = self.observe(completion, served)
+        draft = self.master(draft)
+        if self.is_due:
+            draft, report = self.update(draft)
+            if report.decision == "promote":
+                served = as_served(draft)
+        # The learner is drained here, so that its time is nobody else's.
+        jax.block_until_ready((self.state, self.traffic, served))
+        return draft, served, report
 
     def observe(
         self, completion: Completion, served: Draft
@@ -116,6 +144,13 @@ class Learning:
         if self.head is None:
             return draft
         return self.head.master(self.state.learner.opt_state, draft)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it is known when to learn: a budget of time has to be measured."""
+        if not self.adaptation.has_gradient or self.config.update_every_prompts:
+            return True
+        return int(self.state.update_interval) > 0
 
     @property
     def is_due(self) -> bool:

@@ -50,6 +50,7 @@ class LoweringConfig:
     Attributes:
       precision: Of weights and products.
       capacity: Slots of each row's cache.
+      stop_ids: Tokens that end an answer.
       is_scanned: Lower one layer, run over stacked weights, instead of each.
       attention: `cudnn` for CUDA alone, on a machine that has the library.
       mesh: Devices to split over. The artefacts then take parameters whose fused

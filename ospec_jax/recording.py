@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A target's greedy answers to a stream of prompts, kept to replay drafts on them.
+"""A target's answers to prompts, kept to train drafts and to replay drafts on them.
 
 Greedy answers do not depend on the draft, so one recording serves every draft,
 learner and seed. It holds users' prompts and answers, which can be read back from it.
@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ospec_jax.config import ConfigError
+from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.data.prompts import Prompt, encode
 from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.distill.collect import collect
@@ -30,6 +30,7 @@ class RecordingMeta:
       fingerprint: Of the target's weights.
       taps: Target layers whose inputs were kept.
       order: Ids of the prompts, in the stream's order.
+      temperature: Of the answers; above 0 they serve for training alone.
     """
 
     target: str
@@ -38,6 +39,7 @@ class RecordingMeta:
     taps: tuple[int, ...]
     max_new_tokens: int
     order: tuple[str, ...] = ()
+    temperature: float = 0.0
 
 
 def record(
@@ -47,10 +49,12 @@ def record(
     taps: tuple[int, ...],
     *,
     max_new_tokens: int = 64,
+    sampling: SamplingConfig = SamplingConfig(),
     batch_size: int = 8,
     capacity: int = 0,
+    shard_size: int = 50,
 ) -> int:
-    """Records greedy answers to all prompts; returns how many are new.
+    """Records answers to all prompts; returns how many are new.
 
     Goes on where an interrupted recording stopped, and adds to a complete one.
 
@@ -63,7 +67,7 @@ def record(
     """
     meta = RecordingMeta(
         target.name, target.fingerprint, target.numerics.precision, tuple(taps),
-        max_new_tokens,
+        max_new_tokens, temperature=sampling.temperature,
     )  # fmt: skip
     known = ()
     if (folder / _FILE).exists():
@@ -82,7 +86,8 @@ def record(
     (folder / _FILE).write_text(json.dumps(fields, indent=1))
     return collect(
         target, prompts, folder, taps, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, capacity=capacity, shard_size=50,
+        sampling=sampling, batch_size=batch_size, capacity=capacity,
+        shard_size=shard_size,
     )  # fmt: skip
 
 
@@ -108,8 +113,8 @@ def _check_same(folder: Path, found: RecordingMeta, wanted: RecordingMeta) -> No
         old, new = getattr(found, field.name), getattr(wanted, field.name)
         if old != new:
             raise ConfigError(
-                f"{folder} was recorded with {field.name} {old}, not {new}; record "
-                f"into another folder"
+                f"{folder} was recorded with {field.name} {old}, not {new}; use what "
+                f"it was recorded with, or another folder"
             )
 
 
@@ -129,7 +134,7 @@ def open_recording(
     meta = read_meta(folder)
     wanted = dataclasses.replace(
         meta, fingerprint=target.fingerprint, precision=target.numerics.precision,
-        taps=meta.taps if taps is None else tuple(taps),
+        taps=meta.taps if taps is None else tuple(taps), temperature=0.0,
     )  # fmt: skip
     _check_same(folder, meta, wanted)
     done = recorded_ids(folder)

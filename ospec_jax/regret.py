@@ -185,7 +185,9 @@ def losses_on(replayer: Replayer, params, entries) -> list[float]:
     """The loss of fixed draft parameters on each of some answers."""
     served = replayer.serving(params)
     batches = [entries[i : i + 8] for i in range(0, len(entries), 8)]
-    return [x for batch in batches for _, x in replayer.score(served, batch)]
+    scores = [score for batch in batches for score in replayer.score(served, batch)]
+    assert all(score.loss is not None for score in scores), "the replayer has losses"
+    return [float(score.loss or 0.0) for score in scores]
 
 
 def dynamic_regret_proxy(losses, hindsight) -> np.ndarray:

@@ -5,20 +5,22 @@ Greedy answers do not depend on the draft. `scoring` tells how many drafted toke
 step on a recorded answer would get accepted; learning then sees what a `Session` at
 batch 1 sees, in the same order.
 
-Chains only, and without suggestions of n-grams.
+Chains only, and without suggestions of n-grams. The states that the learner of the
+last layer reads are those of the proposals that the engine would have made.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ospec_jax import recording
-from ospec_jax.adaptation import Adaptation, UpdateReport
+from ospec_jax.adaptation import UpdateReport
+from ospec_jax.assembly import build_adaptation, learner_for
 from ospec_jax.config import ConfigError, LearnerConfig, TreeConfig
 from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.decoding.request import Completion, Request
@@ -26,12 +28,19 @@ from ospec_jax.decoding.step import shared_tables
 from ospec_jax.distill.families import TAPPED
 from ospec_jax.distill.store import Recording
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.head import HeadAdaptation
 from ospec_jax.learning import Learning
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
-from ospec_jax.scoring import answer_window, build_score, walk, whole_answer
+from ospec_jax.scoring import (
+    answer_window,
+    build_score,
+    drafting_states,
+    walk,
+    whole_answer,
+)
 from ospec_jax.types import Draft, Feedback
 
 _ROWS = (1, 4, 8)
@@ -61,6 +70,20 @@ class Answered:
     version: int = 0
     learning_seconds: float = 0.0
     loss: float | None = None
+
+
+class Score(NamedTuple):
+    """A whole answer's.
+
+    Attributes:
+      accepted: `[a]` draft tokens of a proposal at each of its tokens.
+      loss: None when not asked for.
+      states: `[a, num_steps, d]`, or None when not asked for.
+    """
+
+    accepted: np.ndarray
+    loss: float | None
+    states: np.ndarray | None
 
 
 @dataclasses.dataclass
@@ -116,7 +139,8 @@ class Replayer:
         )  # fmt: skip
         precision = target.numerics.precision
         self._cast = jax.jit(lambda params: cast_params(params, precision))
-        self._scorers: dict[int, Callable] = {}
+        self._scorers: dict[tuple[int, bool], Callable] = {}
+        self._target = target
         entries = [self.store.entries[i] for i in self.order]
         longest = max(e.length - e.num_prompt for e in entries)
         self._num_roots = -(-max(longest, 1) // _ANSWER) * _ANSWER
@@ -127,8 +151,10 @@ class Replayer:
         """Parameters in the target's precision, as they are served."""
         return self._cast(params)
 
-    def score(self, params, entries: Sequence[int]) -> list[tuple[np.ndarray, Any]]:
-        """Accepted tokens by root, and the loss, of whole answers.
+    def score(
+        self, params, entries: Sequence[int], has_states: bool = False
+    ) -> list[Score]:
+        """Scores whole answers.
 
         Args:
           params: In serving precision.
@@ -138,23 +164,29 @@ class Replayer:
         num_rows = next(n for n in _ROWS if n >= len(found))
         longest = max(r.num_prompt for r in found) - 1
         context = max(-(-longest // _CONTEXT), 1) * _CONTEXT
-        if context not in self._scorers:
-            self._scorers[context] = jax.jit(
+        if (context, has_states) not in self._scorers:
+            self._scorers[context, has_states] = jax.jit(
                 build_score(
-                    self.drafter, self._numerics, context, self.num_steps, self.decay
+                    self.drafter, self._numerics, context, self.num_steps, self.decay,
+                    has_states,
                 )
-            )
+            )  # fmt: skip
         rows = [self._window(r, context) for r in found]
         rows += [jax.tree.map(np.zeros_like, rows[0])] * (num_rows - len(rows))
         feedback, start, following, weight = jax.tree.map(lambda *x: np.stack(x), *rows)
-        accepted, losses = jax.device_get(
-            self._scorers[context](
+        found_of_all = jax.device_get(
+            self._scorers[context, has_states](
                 params, self.draft.draft.token_ids, self.shared, feedback, start,
                 following, weight if self.has_losses else None,
             )
         )  # fmt: skip
-        losses = [None] * len(found) if losses is None else losses.tolist()
-        return list(zip(accepted, losses, strict=False))[: len(found)]
+        accepted, losses, states = found_of_all
+        losses = None if losses is None else losses.tolist()
+        of_row = lambda values, row: None if values is None else values[row]
+        return [
+            Score(accepted[row], of_row(losses, row), of_row(states, row))
+            for row in range(len(found))
+        ]
 
     def _window(self, found: Recording, context: int):
         return answer_window(
@@ -162,16 +194,29 @@ class Replayer:
             self._is_tapped,
         )  # fmt: skip
 
-    def completion(self, found: Recording, stats: DecodingStats) -> Completion:
-        """What the engine hands to learning after an answer."""
+    def completion(
+        self, found: Recording, stats: DecodingStats, score: Score | None = None
+    ) -> Completion:
+        """What the engine hands to learning after an answer.
+
+        Args:
+          score: With its states, where these are learned from.
+        """
         prompt = tuple(found.arrays["tokens"][: found.num_prompt].tolist())
-        fields, length = {}, len(found.arrays["tokens"])
-        for name, source in found.arrays.items():
-            fields[name] = np.zeros(
-                (1, self._capacity, *source.shape[1:]), source.dtype
+        answer, length = whole_answer(found), len(found.arrays["tokens"])
+        sources = {name: (0, source) for name, source in found.arrays.items()}
+        if score is not None and score.states is not None:
+            states, has_state = drafting_states(
+                score.accepted, score.states, len(answer)
             )
-            fields[name][0, :length] = source
-        answer = whole_answer(found)
+            first = found.num_prompt
+            sources = {"tokens": sources["tokens"], "states": (first, states)}
+            sources["has_state"] = first, has_state
+        fields = {}
+        for name, (first, source) in sources.items():
+            shape = 1, self._capacity, *source.shape[1:]
+            fields[name] = np.zeros(shape, source.dtype)
+            fields[name][0, first:length] = source
         feedback: Any = Feedback(**fields)
         return Completion(
             Request(found.id, prompt, len(answer)), answer, "length", stats, [], 0.0,
@@ -184,24 +229,29 @@ class Replayer:
         Raises:
           ConfigError: It trains nothing, or would choose its interval by the clock.
         """
-        if not config.is_training:
+        config = learner_for(config, self.draft, self.drafter, self._target)
+        if config.recording == "nothing":
             raise ConfigError(
-                f"the learner {config.name!r} learns from more than is recorded; "
-                f"replay those that learn along gradients"
+                f"the learner {config.name!r} trains nothing, and a replay knows no "
+                f"n-grams; replay those that train the draft"
             )
-        if config.update_interval < 1 and not config.update_every_prompts:
+        is_timed = config.update_interval < 1 and not config.update_every_prompts
+        if config.is_training and is_timed:
             raise ConfigError(
                 "a replayed learner needs an update_interval, in tokens: a budget of "
                 "time would make the result depend on the machine"
             )
-        config = dataclasses.replace(config, memory_slots=0)
         draft, first = self.draft.draft, self.store.recording(self.order[0])
-        adaptation = Adaptation(
-            config, self.drafter.unroll, self.shared, first.arrays["taps"].shape[-1],
-            first.arrays["hidden"].shape[-1], has_memory=False,
+        adaptation = build_adaptation(
+            self._target, self.draft, self.drafter, config, has_ngrams=False,
+            tap_width=first.arrays["taps"].shape[-1],
         )  # fmt: skip
-        learning = Learning(config, adaptation, *adaptation.init(draft))
-        learning.rehearse(self.completion(first, DecodingStats()), draft)
+        score = None
+        if adaptation.head is not None:
+            draft = self._as_served(draft, adaptation.head)
+            (score,) = self.score(draft.params, self.order[:1], has_states=True)
+        learning = Learning(config, adaptation, *adaptation.init(self.draft.draft))
+        learning.rehearse(self.completion(first, DecodingStats(), score), draft)
         # Compiles; costs are those of the budget, not of this machine.
         learning.state = adaptation.calibrate(learning.state, learning.traffic, draft)
         return learning
@@ -221,33 +271,38 @@ class Replayer:
         """
         learning = None if config is None else self.learning(config)
         run = Run([], [], self.draft.draft, learning)
-        served, begin = self.serving(run.draft.params), time.perf_counter()
+        head = learning.head if learning else None
+        served, begin = self._as_served(run.draft, head), time.perf_counter()
         position = 0
         while position < len(self.order) and not should_stop():
             batch = self.order[
                 position : position + self._num_ahead(learning, position)
             ]
-            for entry, (accepted, loss) in zip(
-                batch, self.score(served, batch), strict=True
-            ):
-                found, before = self.store.recording(entry), run.draft
+            scores = self.score(served.params, batch, has_states=head is not None)
+            for entry, score in zip(batch, scores, strict=True):
+                found, before = self.store.recording(entry), served
                 num_tokens = len(found.arrays["tokens"]) - found.num_prompt + 1
-                stats = walk(accepted, num_tokens, self.num_steps)
+                stats = walk(score.accepted, num_tokens, self.num_steps)
+                version = int(learning.state.version) if learning else 0
                 answered = Answered(
-                    found.id, found.domain, num_tokens, stats,
-                    int(learning.state.version) if learning else 0, 0.0, loss,
-                )  # fmt: skip
+                    found.id, found.domain, num_tokens, stats, version, 0.0, score.loss
+                )
                 if learning is not None:
-                    answered = self._learn(run, found, answered, on_update)
+                    completion = self.completion(found, stats, score)
+                    args = run, learning, served, completion, on_update
+                    served, seconds = self._learn(*args)
+                    answered = dataclasses.replace(answered, learning_seconds=seconds)
                 run.answers.append(answered)
                 on_answer(answered)
                 position += 1
-                if run.draft is not before:
-                    # What else was scored ahead was so with the draft of before.
-                    served = self.serving(run.draft.params)
-                    break
+                if served is not before:
+                    break  # what else was scored ahead was so with the draft of before
         run.seconds = time.perf_counter() - begin
         return run
+
+    def _as_served(self, draft: Draft, head: HeadAdaptation | None) -> Draft:
+        served = draft.replace(params=self.serving(draft.params))
+        return served if head is None else head.own(served)
 
     def _num_ahead(self, learning: Learning | None, position: int) -> int:
         """Requests to score at once: as many as the next update is likely to leave."""
@@ -255,6 +310,9 @@ class Replayer:
         if learning is None:
             return limit
         state, count = learning.state, 0
+        if learning.head is not None:
+            stride = learning.adaptation.stride(state)
+            return min(limit, stride - int(state.num_prompts) % stride)
         if every := learning.config.update_every_prompts:
             return min(limit, every - int(state.num_prompts) % every)
         waiting, interval = int(state.num_waiting), int(state.update_interval)
@@ -264,21 +322,18 @@ class Replayer:
             count += 1
         return count
 
-    def _learn(self, run: Run, found: Recording, answered: Answered, on_update):
+    def _learn(
+        self, run: Run, learning: Learning, served: Draft, completion: Completion,
+        on_update,
+    ) -> tuple[Draft, float]:  # fmt: skip
         """As `Session` learns from a completion; with the time that it took."""
-        learning = run.learning
-        assert learning is not None
-        completion = self.completion(found, answered.stats)
-        start = time.perf_counter()
-        learning.observe(completion, run.draft)
-        before, report = run.draft, None
-        if learning.is_due:
-            draft, report = learning.update(run.draft)
-            run.reports.append(report)
-            if report.decision == "promote":
-                run.draft = draft
-        jax.block_until_ready((learning.state, learning.traffic, run.draft))
+        start, before = time.perf_counter(), run.draft
+        run.draft, served, report = learning.learn_from(
+            completion, run.draft, served, lambda draft: self._as_served(draft, None)
+        )
         seconds = time.perf_counter() - start
-        if report is not None and on_update is not None:
-            on_update(report, before, run.draft)
-        return dataclasses.replace(answered, learning_seconds=seconds)
+        if report is not None:
+            run.reports.append(report)
+            if on_update is not None:
+                on_update(report, before, run.draft)
+        return served, seconds

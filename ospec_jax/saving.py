@@ -64,14 +64,19 @@ def resume(session: Session, folder: str | Path) -> list[str]:
     restored = checkpoint.load(
         folder, session.target, learner_like=learner_like, mesh=mesh
     )
+    checkpoint.set_aside(folder, restored.step)
     learning.state = session.grouped(freely_placed(restored.learner, mesh))
     try:
         traffic = learning.traffic
-        found = checkpoint.load(folder, feedback_like=traffic, mesh=mesh)
+        # Older traffic than the learner's would not be what it counted.
+        found = checkpoint.load(
+            folder, feedback_like=traffic, mesh=mesh, step=restored.step
+        )
         learning.traffic = freely_placed(found.feedback, mesh)
     except checkpoint.CheckpointError:
         warnings.warn(
-            f"{folder} holds no feedback; learning goes on without past traffic",
+            f"step {restored.step} of {folder} holds no feedback that can be read; "
+            f"learning goes on without past traffic",
             stacklevel=2,
         )
     version = restored.meta.draft_version - session.version

@@ -6,12 +6,13 @@ draft itself would have proposed up to the first mismatch; so one pass tells, fo
 position, how many of K drafted tokens the target would accept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from ospec_jax.decoding.step import narrow
 from ospec_jax.distill.store import Recording
 from ospec_jax.drafters.base import frozen_head
 from ospec_jax.learners.losses import forward_kl
@@ -21,20 +22,30 @@ from ospec_jax.sampling import argmax
 from ospec_jax.types import Feedback
 
 
-def build_score(drafter, numerics, num_context: int, num_steps: int, decay: float):
+def build_score(
+    drafter, numerics, num_context: int, num_steps: int, decay: float,
+    has_states: bool = False,
+):  # fmt: skip
     """Builds the pass that scores whole answers.
 
     It maps `(params, token_ids, shared, feedback, start, following, weight)` to the
-    accepted draft tokens `[b, a]` of a proposal at each root, and the losses `[b]`.
+    accepted draft tokens `[b, a]` of a proposal at each root, the losses `[b]`, and the
+    states `[b, a, num_steps, d]` that each proposal's tokens were predicted from, or
+    None unless `has_states`.
     Feedback has `num_context` context tokens, then the `a` tokens before the roots,
     then `num_steps` more; `following[b, a + num_steps]` are the tokens after the first
     root, negative where there are none; `weight[b, a]` is None for no losses.
     """
 
     def score(params, token_ids, shared, feedback, start, following, weight):
-        logits = drafter.unroll(
-            params, token_ids, shared, feedback, start, num_context, num_steps
-        )
+        args = params, token_ids, shared, feedback, start, num_context, num_steps
+        states = None
+        if has_states:
+            logits, outputs = drafter.unroll_outputs(*args)
+            # Rounded as they are when decoding records them.
+            states = jnp.stack([narrow(of_depth) for of_depth in outputs], axis=2)
+        else:
+            logits = drafter.unroll(*args)
         length = logits[0].shape[1]
         is_same, accepted = True, 0
         for depth, of_depth in enumerate(logits):
@@ -43,8 +54,8 @@ def build_score(drafter, numerics, num_context: int, num_steps: int, decay: floa
             is_same &= best == following[:, depth : depth + length]
             accepted += is_same.astype(jnp.int32)
         if weight is None:
-            return accepted, None
-        return accepted, losses(logits, token_ids, shared, feedback, weight)
+            return accepted, None, states
+        return accepted, losses(logits, token_ids, shared, feedback, weight), states
 
     def losses(logits, token_ids, shared, feedback, weight):
         hidden = feedback.hidden[:, num_context + 1 :].astype(jnp.float32)
@@ -73,12 +84,42 @@ def walk(
       accepted: Draft tokens that a proposal at each answer token would get accepted.
       num_tokens: Of the answer; its first one comes from the prompt's pass.
     """
-    stats, root = DecodingStats(num_spec_tokens=num_steps), 0
+    stats = DecodingStats(num_spec_tokens=num_steps)
+    for _, count in _steps(accepted, num_tokens):
+        stats.add_step(num_steps, count)
+    return stats
+
+
+def _steps(
+    accepted: Sequence[int] | np.ndarray, num_tokens: int
+) -> Iterator[tuple[int, int]]:
+    """Each step's root, as a token of the answer, and what it gets accepted."""
+    root = 0
     while root < num_tokens - 1:
         count = int(accepted[root])
-        stats.add_step(num_steps, count)
-        root += min(count + 1, num_tokens - 1 - root)
-    return stats
+        yield root, count
+        root += count + 1
+
+
+def drafting_states(
+    accepted: np.ndarray, states: np.ndarray, num_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The states from which the engine's steps would have drafted an answer.
+
+    Args:
+      states: `[a, num_steps, d]` of all proposals, as `build_score` gives them.
+
+    Returns:
+      `[num_tokens - 1, d]` by the token that came before the predicted one, and where
+      there are any: nothing is drafted behind a chain that was accepted whole.
+    """
+    kept = np.zeros((num_tokens - 1, states.shape[-1]), states.dtype)
+    has_state = np.zeros(num_tokens - 1, bool)
+    for root, count in _steps(accepted, num_tokens):
+        size = min(count + 1, states.shape[1], num_tokens - 1 - root)
+        kept[root : root + size] = states[root, :size]
+        has_state[root : root + size] = True
+    return kept, has_state
 
 
 def whole_answer(found: Recording) -> list[int]:

@@ -146,18 +146,23 @@ class Session:
         if draft is not None:
             self.serve(self.grouped(draft.draft))
         if draft is not None and learner is not None:
-            adaptation = assembly.build_adaptation(target, draft, parts, orders)
+            assert parts.drafter is not None
+            adaptation = assembly.build_adaptation(
+                target, draft, parts.drafter, learner, parts.has_ngrams, orders
+            )
             self.learning = Learning(learner, adaptation, *adaptation.init(self.draft))
             self.serve(self.draft)
 
     def serve(self, draft: Draft) -> None:
         """Makes `draft` the served one; in the target's precision, for speed."""
-        self.draft = draft
+        self.draft, self._served = draft, self._as_served(draft)
+
+    def _as_served(self, draft: Draft) -> Draft:
         is_trained = self.meta is not None and self.meta.draft is not None
         params = self._cast(draft.params) if is_trained else draft.params
-        self._served = draft.replace(params=params, memory=self.memory)
-        if self.learning is not None and self.learning.adaptation.head is not None:
-            self._served = self.learning.adaptation.head.own(self._served)
+        served = draft.replace(params=params, memory=self.memory)
+        head = self.learning.head if self.learning is not None else None
+        return served if head is None else head.own(served)
 
     def grouped(self, tree, is_inverse: bool = False):
         """A draft or learner in the mesh's order of rows, or back in the files'."""
@@ -271,7 +276,9 @@ class Session:
         pairs = list(self.requests(parsed, max_new_tokens, sampling, is_raw))
         # Refuse what does not fit before anything is decoded.
         capacity = self.engine.capacity_for(request for _, request in pairs)
-        if pairs and self.depths is not None and not self.depths.state.costs:
+        if pairs and self.learning is not None and not self.learning.is_calibrated:
+            warming.warm_up(self, [capacity], sampling, has_predictions=False)
+        elif pairs and self.depths is not None and not self.depths.state.costs:
             warming.measure_depths(self, capacity, sampling)
         prompt_of = {id(request): prompt for prompt, request in pairs}
         streams: dict[int, TextStream] = {}
@@ -316,15 +323,8 @@ class Session:
         if self.learning is None:
             return 0.0
         start, before = time.perf_counter(), self.draft
-        self._served, report = self.learning.observe(completion, self._served)
-        self.draft = self.learning.master(self.draft)
-        if self.learning.is_due:
-            draft, report = self.learning.update(self.draft)
-            if report.decision == "promote":
-                self.serve(draft)
-        # The learner is drained here, so that its time is nobody else's.
-        jax.block_until_ready(
-            (self.learning.state, self.learning.traffic, self._served)
+        self.draft, self._served, report = self.learning.learn_from(
+            completion, self.draft, self._served, self._as_served
         )
         seconds = time.perf_counter() - start
         if report is not None:

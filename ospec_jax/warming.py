@@ -38,7 +38,9 @@ def warm_up(
         if session.learning is not None and served is not None:
             session.learning.rehearse(completions[-1], served)
     if session.learning is not None and served is not None:
-        session.learning.calibrate(completions[-1], session.draft, served)
+        session.learning.calibrate(
+            completions[-1], session.draft, served, session.batch_size
+        )
     release_memory()
     return time.perf_counter() - start
 

@@ -62,6 +62,20 @@ def test_older_steps_are_removed(made, tmp_path):
     assert checkpoint.steps(tmp_path) == [2, 3]
 
 
+def test_a_step_takes_the_place_of_its_like_but_not_of_a_later_one(made, tmp_path):
+    draft, meta = made
+    other = jax.tree.map(lambda x: x + 1, draft.params)
+    checkpoint.save(tmp_path, 3, meta, draft)
+    checkpoint.save(tmp_path, 3, meta, draft.replace(params=other))
+    found = checkpoint.load(tmp_path).draft.params
+    jax.tree.map(np.testing.assert_array_equal, found, other)
+    with pytest.raises(checkpoint.CheckpointError, match="holds step 3"):
+        checkpoint.save(tmp_path, 2, meta, draft)
+    checkpoint.set_aside(tmp_path, 1)
+    checkpoint.save(tmp_path, 2, meta, draft)
+    assert checkpoint.steps(tmp_path) == [2]
+
+
 def test_corrupt_step_falls_back_to_the_one_before_and_says_so(target, made, tmp_path):
     draft, meta = made
     for step in (1, 2):

@@ -199,6 +199,7 @@ def test_learn_resumes_where_it_stopped(ospec, tmp_path):
     saved = checkpoint.load(tmp_path).meta
     assert saved.answered == tuple(f"q{i}" for i in range(5))
     assert saved.draft_version > 0
+    assert ospec("learn", *args, "--prompts", few) == 2  # the folder is in use
     rest = ospec.json("learn", *args, "--prompts", ospec.prompts, "--resume")
     assert {row["id"] for row in rest} == {"q5", "q6", "q7"}
     assert len(checkpoint.load(tmp_path).meta.answered) == 8
@@ -239,21 +240,28 @@ def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
     results, plot = tmp_path / "results.json", tmp_path / "replays.png"
     command = (
         "replay", folder, "--target", ospec.target, "--draft", ospec.draft,
-        "--learners", "static,gradient", "--update-interval", 20, "--json", results,
+        "--learners", "static,gradient,head", "--update-interval", 20,
+        "--json", results,
     )  # fmt: skip
     assert ospec.run(*command, "--telemetry", tmp_path / "told") == 0
     first = json.loads(results.read_text())["runs"]
-    assert [row["learner"] for row in first] == ["static", "gradient"]
+    assert [row["learner"] for row in first] == ["static", "gradient", "head"]
     assert first[0]["answers"]["domain"] == ["sums", "more"] * 3
     assert first[1]["num_updates"] > 0
     assert (tmp_path / "told" / "gradient-0.jsonl").exists()
 
     # Finished runs are not replayed again, unless they lack what is asked for.
-    args = ("--seeds", "0,1", "--plot", plot)
+    # Those that draw nothing run once, whatever the seeds.
+    drawing = tmp_path / "drawing.py"
+    drawing.write_text(
+        "from ospec_jax import LearnerConfig\n"
+        "get_config = lambda: LearnerConfig(replay_share=0.5)\n"
+    )
+    args = ("--learners", f"static,{drawing}", "--seeds", "0,1", "--plot", plot)
     assert ospec.run(*command, *args) == 0
     second = json.loads(results.read_text())["runs"]
-    assert second[:2] == first
-    assert [row["seed"] for row in second] == [0, 0, 1]
+    assert second[:3] == first
+    assert [row["seed"] for row in second] == [0, 0, 0, 0, 1]
     assert plot.read_bytes()[:4] == b"\x89PNG"
     capsys.readouterr()
     args = ("--learners", "static", "--prompts", drift, "--regret", "--chunk-size", 4)
@@ -320,6 +328,7 @@ def test_bench_compares_drafts(ospec, tmp_path):
     ("learn", ["--prompts", "{prompts}", "--learner", "magic"], "unknown learner"),
     ("learn", ["--prompts", "{bad}"], "line 2"),
     ("learn", ["--prompts", "{prompts}", "--tensorboard", "x"], "needs --telemetry"),
+    ("learn", ["--prompts", "{prompts}", "--save-every", "0"], "1 or more prompts"),
     ("bench", ["--prompts", "{empty}"], "holds no prompts"),
     ("bench", ["--prompts", "{prompts}", "--modes", "fast"], "unknown modes"),
     ("bench", ["--drafts", "ngram", "--batch-size", "2"], "batch size of 1"),

@@ -102,6 +102,24 @@ def test_replay_equals_the_engine(target, folder, family, promotion):
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+def test_replaying_the_last_layers_learner_equals_the_engine(target, folder, draft):
+    """Its states are those of the chains that the engine would have drafted."""
+    config = LearnerConfig(name="head", memory_slots=0)
+    session, results = serve(target, draft, config)
+    run = Replayer(target, draft, folder, STEPS).run(config)
+    assert histograms(run.answers) == histograms(results)
+    assert [a.version for a in run.answers] == [r.version for r in results]
+    infos = [[report.info for report in x.reports] for x in (run, session)]
+    assert [i.num_samples for i in infos[0]] == [i.num_samples for i in infos[1]]
+    assert sum(i.num_samples for i in infos[0]) > 200
+    found, expected = (
+        np.asarray(draft.params["lm_head"]["kernel"])
+        for draft in (run.draft, session.draft)
+    )
+    before = np.asarray(draft.draft.params["lm_head"]["kernel"])
+    assert np.abs(found - expected).max() < 0.01 * np.abs(found - before).max()
+
+
 def test_a_static_draft_is_replayed_in_batches(target, folder, draft):
     _, results = serve(target, draft, None)
     run = Replayer(target, draft, folder, STEPS).run(None)
@@ -176,8 +194,11 @@ def test_what_does_not_fit_is_refused(target, folder, draft, tmp_path):
     replayer = Replayer(target, draft, folder, STEPS)
     with pytest.raises(ConfigError, match="update_interval"):
         replayer.run(dataclasses.replace(LEARNER, update_interval=0))
-    with pytest.raises(ConfigError, match="than is recorded"):
+    with pytest.raises(ConfigError, match="knows no n-grams"):
         replayer.run(LearnerConfig(name="memory"))
+    hydra = Replayer(target, make_draft(target, "hydra"), folder, STEPS)
+    with pytest.raises(ConfigError, match="output projection"):
+        hydra.run(LearnerConfig(name="head"))
 
 
 def test_drafts_in_hindsight_beat_the_one_they_start_from(target, folder, draft):

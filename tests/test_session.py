@@ -288,6 +288,19 @@ def test_resume_without_feedback_warns_and_starts_an_empty_ring(
     assert int(resumed.learning.traffic.ring.num_added) == 0
 
 
+def test_older_feedback_is_not_taken_for_the_newest_steps(target, draft, tmp_path):
+    session = Session(target, draft, learner=LEARNER)
+    answers(session, PROMPTS[:1])
+    session.save(tmp_path)
+    answers(session, PROMPTS[1:2])
+    session.save(tmp_path, with_feedback=False)
+    resumed = Session(target, draft, learner=LEARNER)
+    with pytest.warns(UserWarning, match="step 2 .* holds no feedback"):
+        resumed.resume(tmp_path)
+    assert int(resumed.learning.traffic.ring.num_added) == 0
+    assert_same(resumed.learning.state, session.learning.state)
+
+
 def test_resume_with_other_settings_is_refused(target, draft, tmp_path):
     session = Session(target, draft, learner=LEARNER)
     answers(session, PROMPTS[:1])
@@ -349,7 +362,7 @@ def test_stop_string_ends_and_trims_the_answer(target, draft):
     assert text.startswith(result.text)
     assert whole.token_ids[: len(result.token_ids)] == result.token_ids
     # What was trimmed is not learned from either.
-    assert int(stopped.learning.state.num_tokens) == len(result.token_ids)
+    assert int(stopped.learning.state.num_waiting) == len(result.token_ids)
 
 
 def test_streamed_text_adds_up(target, draft):

@@ -130,8 +130,8 @@ def drafts_table(rows: Sequence[dict]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     plain = [f"{found[PLAIN, domain]['tokens_per_second']:.1f}" for domain in domains]
     lines.append("| plain, tokens/s | - | 1.00 | " + " | ".join(plain) + " |")
-    mismatched = sum(r["num_mismatched_outputs"] for r in rows if r["domain"] == ALL)
-    different = "not compared" if rows[0]["temperature"] > 0 else mismatched
+    counts = [r["num_mismatched_outputs"] for r in rows if r["domain"] == ALL]
+    different = "not compared" if None in counts else sum(counts)
     lines += [
         "",
         "Acceptance length, in brackets tokens/s as a ratio to plain decoding;",

@@ -37,6 +37,8 @@ class BenchConfig:
       modes: Some of `MODES`.
       max_new_tokens: Of each answer.
       ngrams: Let n-grams suggest tokens in the learned mode, too.
+      stop: Strings that end an answer.
+      num_predicted_tokens: Tokens verified at once while a prediction holds.
       batch_size: Prompts decoded together.
     """
 
@@ -48,6 +50,8 @@ class BenchConfig:
     is_raw: bool = False
     ngrams: bool = True
     batch_size: int = 1
+    stop: tuple[str, ...] = ()
+    num_predicted_tokens: int = 12
 
     def __post_init__(self):
         unknown = set(self.modes) - set(MODES)
@@ -203,13 +207,14 @@ def run_bench(
 
 def _open_mode(name, target, draft, config: BenchConfig, groups) -> ModeRun:
     if name == "autoregressive":
-        session = Session(target, batch_size=config.batch_size)
+        session = Session(target, batch_size=config.batch_size, stop=config.stop)
     else:
         learner = config.learner if name == "learned" else None
         ngrams = name == "ngrams" or (name == "learned" and config.ngrams)
         session = Session(
             target, draft, learner=learner, tree=config.tree, ngrams=ngrams,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size, stop=config.stop,
+            num_predicted_tokens=config.num_predicted_tokens,
         )  # fmt: skip
     capacities = set()
     for group in groups:

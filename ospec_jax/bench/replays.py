@@ -26,15 +26,21 @@ def stream_key(ids: Sequence[str]) -> str:
 
 
 def settings_of(
-    learner: str, config: LearnerConfig | None, draft: str, num_steps: int, stream: str
-) -> dict:
-    """What a run's result is a function of, as JSON."""
+    learner: str, config: LearnerConfig | None, draft: str, num_steps: int, stream: str,
+    content: str = "",
+) -> dict:  # fmt: skip
+    """What a run's result is a function of, as JSON.
+
+    Args:
+      content: Tells recordings, and drafts of the same name, apart.
+    """
     return {
         "learner": learner,
         "seed": config.seed if config else 0,
         "draft": draft,
         "num_speculative_tokens": num_steps,
         "stream": stream,
+        "content": content,
         "config": dataclasses.asdict(config) if config else None,
     }
 
@@ -105,7 +111,7 @@ class Results:
         """The finished run with these settings."""
         wanted = json.loads(json.dumps(settings))
         for row in self.runs:
-            is_same = all(row[name] == value for name, value in wanted.items())
+            is_same = all(row.get(name) == value for name, value in wanted.items())
             is_whole = row["is_finished"] and (
                 not has_losses or "loss" in row["answers"]
             )
@@ -121,10 +127,11 @@ class Results:
             "draft",
             "num_speculative_tokens",
             "stream",
+            "content",
             "config",
         )
         row = json.loads(json.dumps(row))
-        is_other = lambda old: any(old[key] != row[key] for key in keys)
+        is_other = lambda old: any(old.get(key) != row[key] for key in keys)
         self.runs = [old for old in self.runs if is_other(old)] + [row]
         self.write()
 

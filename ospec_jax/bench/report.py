@@ -34,7 +34,7 @@ def with_ratios(rows: Sequence[dict]) -> list[dict]:
         extra = {"speedup": speed / plain["tokens_per_second"] if plain else None}
         spread = row["paired_speedup_quartiles"]
         extra["quartiles"] = f"{spread[0]:.2f} - {spread[2]:.2f}" if spread else None
-        if "num_mismatched_outputs" in row:
+        if row.get("num_mismatched_outputs") is not None:
             is_identical = row["num_mismatched_outputs"] == 0
             extra["identical"] = "yes" if is_identical else "NO"
         extended.append(row | extra)

@@ -92,13 +92,13 @@ def _row(run: BenchRun, name: str) -> dict:
     }
 
 
-def count_mismatches(run: BenchRun, mode: ModeRun) -> tuple[int, int]:
+def count_mismatches(run: BenchRun, mode: ModeRun) -> tuple[int | None, int | None]:
     """Outputs that differ from plain decoding, and how many of them are mere ties.
 
-    Sampled outputs follow the same law, not the same draws: they are not compared.
+    Sampled outputs follow the same law, not the same draws: for them, None.
     """
     if run.config.sampling.temperature > 0:
-        return 0, 0
+        return None, None
     mismatched = ties = 0
     session = mode.session
     for result, expected in zip(mode.results, run.reference, strict=True):

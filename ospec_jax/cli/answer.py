@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ospec_jax import checkpoint
 from ospec_jax.cli.arguments import (
     Decoding,
     Shared,
@@ -127,6 +128,13 @@ def learn(
         raise ConfigError("--resume needs --checkpoint")
     if decoding.draft == "none":
         raise ConfigError("learning needs a draft: --draft shipped or a folder")
+    if checkpoint_dir is not None and not resume and checkpoint.steps(checkpoint_dir):
+        raise ConfigError(
+            f"{checkpoint_dir} holds an earlier run; go on with --resume, or choose "
+            f"another folder"
+        )
+    if save_every < 1:
+        raise ConfigError(f"--save-every is {save_every}; use 1 or more prompts")
     config = learner_config(
         learner, optimizer=optimizer, learning_rate=learning_rate,
         budget=learn_budget, update_interval=update_interval, pace=pace,

@@ -127,19 +127,20 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
     Raises:
       ConfigError: There is no such learner or file, or the file gives something else.
     """
+    given = {name: value for name, value in flags.items() if value is not None}
     if name_or_file in LEARNER_NAMES:
-        config = LearnerConfig(name=name_or_file)  # type: ignore[arg-type]
-    elif not Path(name_or_file).is_file():
+        return LearnerConfig(name=name_or_file, **given)  # type: ignore[arg-type]
+    if not Path(name_or_file).is_file():
         raise ConfigError(
             f"unknown learner {name_or_file!r}: use {', '.join(LEARNER_NAMES)}, or a "
             f"Python file with get_config()"
         )
-    else:
-        get_config = runpy.run_path(name_or_file).get("get_config")
-        config = get_config() if get_config else None
-        if not isinstance(config, LearnerConfig):
-            raise ConfigError(f"{name_or_file} has no get_config() -> LearnerConfig")
-    given = {name: value for name, value in flags.items() if value is not None}
+    get_config = runpy.run_path(name_or_file).get("get_config")
+    config = get_config() if get_config else None
+    if not isinstance(config, LearnerConfig):
+        raise ConfigError(f"{name_or_file} has no get_config() -> LearnerConfig")
+    if "optimizer" in given:
+        given = {"learning_rate": 0.0} | given  # the file's suits the file's optimizer
     return dataclasses.replace(config, **given)
 
 

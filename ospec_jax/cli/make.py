@@ -36,6 +36,7 @@ def distill(
     feature_weight: float | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    capacity: int = 256,
     collect_batch_size: int = 32,
     collect_only: bool = False,
     ship: Path | None = None,
@@ -62,15 +63,19 @@ def distill(
       feature_weight: Of the loss on predicted states (eagle1); by default the
         published one.
       temperature: Of the recorded outputs.
+      capacity: Tokens of a prompt and its output; longer prompts are left out. 0 takes
+        all.
       collect_only: Stop after recording.
       ship: Also save the draft alone, in int8, into this folder.
       delta: Of the shipped draft, keep only its difference to the one that it started
         from, of this rank; 0 keeps all. Loading it takes that one.
     """
-    from ospec_jax.distill.collect import collect
     from ospec_jax.distill.families import TAPPED, default_draft_config, eagle3_taps
     from ospec_jax.distill.train import DistillConfig, score, train
+    from ospec_jax.recording import record
 
+    if ship is not None and max(checkpoint.steps(ship), default=0) > num_updates:
+        raise ConfigError(f"{ship} holds a longer trained draft; choose another folder")
     rows, domains = read_prompts(prompts), tuple(d for d in domain.split(",") if d)
     rows = [row for row in rows if not domains or row.domain in domains]
     if delta and start == "none":
@@ -92,9 +97,9 @@ def distill(
             taps = draft_config.taps
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
-    count = collect(
-        loaded, rows, folder, taps, max_new_tokens=max_new_tokens,
-        sampling=sampling, batch_size=collect_batch_size,
+    count = record(
+        loaded, rows, folder, taps, max_new_tokens=max_new_tokens, sampling=sampling,
+        batch_size=collect_batch_size, capacity=capacity, shard_size=100,
     )  # fmt: skip
     console.print(f"recorded {count} answers in {folder}")
     if collect_only:
@@ -167,6 +172,7 @@ def export_draft(
     format: Literal["eagle3", "speculators"] = "eagle3",
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
     target: str | None = None,
+    max_position: int = 2048,
 ) -> None:
     """Writes a draft as a public EAGLE-3 head that other servers load.
 
@@ -176,6 +182,7 @@ def export_draft(
       format: eagle3 (SGLang, vLLM, the reference code) or speculators (vLLM).
       dtype: Of the weights; auto is what they were imported in, else float32.
       target: Its name or path for the reader of the head; by default the recorded one.
+      max_position: Of the target; servers size their caches by it.
     """
     from ospec_jax.formats import exporting
 
@@ -188,7 +195,9 @@ def export_draft(
         )
     chosen = card.get("dtype", "float32") if dtype == "auto" else dtype
     verifier = target or card.get("verifier") or meta.target
-    exporting.write(out, found.draft, meta.draft, format, chosen, verifier)
+    exporting.write(
+        out, found.draft, meta.draft, format, chosen, verifier, max_position
+    )
     console.print(f"saved {out} ({chosen})")
 
 
@@ -202,6 +211,7 @@ def lower(
     tree: str = "chain",
     batch_size: int = 1,
     capacity: int = 1024,
+    stop_ids: tuple[int, ...] = (),
     scan: bool = True,
     attention: AttentionKind = "xla",
     mesh: str = "",
@@ -214,6 +224,7 @@ def lower(
       draft: none, shipped, shipped:NAME, or a checkpoint folder; likewise.
       platforms: Comma-separated: cpu, cuda, rocm, tpu.
       capacity: Slots of each row's cache.
+      stop_ids: Tokens that end an answer.
       scan: Lower one layer, run over stacked weights, instead of each.
       attention: cudnn for cuda alone, on a machine that has the library.
       mesh: Devices to split over, like data=2,model=4; empty for a single one.
@@ -222,7 +233,7 @@ def lower(
 
     config = lowering.LoweringConfig(
         parse_tree(tree, num_speculative_tokens), precision, batch_size, capacity,
-        is_scanned=scan, attention=attention,
+        stop_ids, is_scanned=scan, attention=attention,
         mesh=sharding.abstract_mesh(mesh) if mesh else None,
     )  # fmt: skip
     head, family = None, ""

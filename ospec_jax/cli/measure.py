@@ -67,6 +67,8 @@ def bench(
 
     if drafts and decoding.batch_size > 1:
         raise ConfigError("drafts are compared with a batch size of 1")
+    if drafts and (peers or plot or stream_plot):
+        raise ConfigError("--drafts goes without --peers, --plot and --stream-plot")
     modes = modes or ("autoregressive" if drafts else ",".join(MODES))
     rows = read_prompts(prompts) if prompts else demo_prompts("math")
     rows = rows[:num_prompts]
@@ -77,10 +79,14 @@ def bench(
             learner, learning_rate=learning_rate, budget=learn_budget
         ),
         sampling=decoding.sampling, is_raw=decoding.raw, ngrams=decoding.ngrams,
-        batch_size=decoding.batch_size,
+        batch_size=decoding.batch_size, stop=decoding.stop,
+        num_predicted_tokens=decoding.num_predicted_tokens,
     )  # fmt: skip
     names = [name for name in peers.split(",") if name]
-    assistant = decoding.draft.removeprefix("model:") if ":" in decoding.draft else None
+    if names and decoding.stop:
+        raise ConfigError("other decoders know no --stop; leave it out")
+    is_model = decoding.draft.startswith("model:")
+    assistant = decoding.draft.removeprefix("model:") if is_model else None
     others = [open_peer(name, decoding.target, assistant) for name in names]
     if drafts:
         _compare(drafts, decoding, rows, config, json_file, markdown)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ospec_jax import deltas
 from ospec_jax.cli.arguments import as_precision, console, learner_config
 from ospec_jax.config import ConfigError, LearnerConfig
 from ospec_jax.data.prompts import read_prompts, write_prompts
@@ -113,7 +114,8 @@ def replay(
       draft: shipped, or a checkpoint folder.
       prompts: Replay these recorded prompts in this order: a stream's file.
       update_interval: Tokens between updates; 512 for learners that name none.
-      seeds: Comma-separated, of the learners; the stream's order has its own.
+      seeds: Comma-separated, of learners that draw old windows (`replay_share`);
+        others run once. The stream's order has a seed of its own.
       regret: Also measure losses, and the regret against drafts trained on each chunk
         in hindsight.
       chunk_size: Answers of such a chunk.
@@ -141,13 +143,16 @@ def replay(
         loaded, load_draft(draft, loaded), folder, num_speculative_tokens, ids, regret
     )
     key = replays.stream_key([replayer.store.entries[i].id for i in replayer.order])
+    kind = meta.fingerprint, meta.precision, str(meta.max_new_tokens)
+    content = " ".join([*kind, deltas.fingerprint(replayer.draft.draft)])
     rows = []
     with Interrupt() as interrupt, progress_bar() as bar:
         for name, config in configs.items():
-            for seed in [int(s) for s in seeds.split(",")][: None if config else 1]:
+            is_random = config is not None and config.replay_share > 0
+            for seed in [int(s) for s in seeds.split(",")][: None if is_random else 1]:
                 config = config and dataclasses.replace(config, seed=seed)
                 settings = replays.settings_of(
-                    name, config, draft, num_speculative_tokens, key
+                    name, config, draft, num_speculative_tokens, key, content
                 )
                 row = results.find(settings, regret)
                 if row is None and not interrupt:
@@ -158,7 +163,8 @@ def replay(
                 rows += [row] if row else []
         hindsight = None
         if regret and not interrupt:
-            hindsight = _hindsight(replayer, results, chunk_size, bar, [draft, key])
+            names = [draft, key, content]
+            hindsight = _hindsight(replayer, results, chunk_size, bar, names)
     replays.add_regret(rows, hindsight)
     print(replays.markdown_table(rows))
     if plot is not None and rows:
@@ -167,8 +173,12 @@ def replay(
 
 def _replayed(name: str, **flags) -> LearnerConfig:
     """A learner whose updates come at an interval of tokens, and without n-grams."""
+    config = learner_config(name, memory_slots=0)
+    if not config.is_training:
+        return config  # it would read none of the flags
     config = learner_config(name, memory_slots=0, **flags)
-    if config.update_interval:
+    is_timed = config.update_interval < 1 and not config.update_every_prompts
+    if config.name == "auto" or not is_timed:
         return config
     return dataclasses.replace(config, update_interval=512)
 

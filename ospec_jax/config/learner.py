@@ -22,27 +22,35 @@ LearnerName = Literal[
 LEARNER_NAMES: tuple[str, ...] = get_args(LearnerName)
 
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
-    # Step sizes of SGD differ from Adam's by orders of magnitude.
-    "momentum": {"optimizer": "sgd", "learning_rate": 0.1},
-    "optimistic": {"optimizer": "sgd", "learning_rate": 0.1},
-    "osd": {"learning_rate": 1e-4, "update_every_prompts": 1},
+    "momentum": {"optimizer": "sgd"},
+    "optimistic": {"optimizer": "sgd"},
+    "osd": {"learning_rate": 1e-4},
     # The paper's rule never forgets; this one is for streams that shift.
     "shared_ensemble": {"meta_rate": 3.0, "meta_discount": 0.8},
 }
+
+_OF_GRADIENTS = {
+    "optimizer": "", "learning_rate": 0.0, "update_interval": 0,
+    "update_every_prompts": 0, "promotion": "always",
+}  # fmt: skip
+"""Settings that `head` and `memory` would not read, unset."""
 
 _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("memory_slots update_interval", lambda x: x >= 0, "0 or more"),
     ("radius expert_pull update_every_prompts", lambda x: x >= 0, "0 (off) or more"),
     ("momentum hint_decay replay_share", lambda x: 0 <= x < 1, "0 to below 1"),
+    ("head_rate head_damping", lambda x: x > 0, "above 0"),
     ("budget", lambda x: 0 < x < 1, "above 0 and below 1"),
     ("token_share meta_discount", lambda x: 0 < x <= 1, "above 0, and at most 1"),
     ("forward_share", lambda x: 0 <= x <= 1, "0 to 1"),
     ("num_experts", lambda x: x >= 2, "2 (the static draft and another) or more"),
     ("step_ratio", lambda x: x > 1, "above 1"),
-    ("learning_rate meta_rate temperature", lambda x: x > 0, "above 0"),
+    ("learning_rate", lambda x: x >= 0, "0 (the default one) or more"),
+    ("meta_rate temperature", lambda x: x > 0, "above 0"),
     ("decay position_decay", lambda x: x > 0, "above 0"),
     (
-        "buffer_requests num_epochs num_scored round_length",
+        "buffer_requests num_epochs num_scored round_length batch_size window "
+        "num_steps min_windows head_candidates",
         lambda x: x >= 1,
         "1 or more",
     ),
@@ -61,13 +69,14 @@ class LearnerConfig:
         is Online Speculative Decoding, the baseline; `head` trains the draft's output
         projection alone, after every answer, at next to no cost; `memory` only
         remembers n-grams, as all of them do; `auto` is `head` where the draft has an
-        output projection of its own, on a single device, else `gradient`.
+        output projection of its own, on a single device, and nothing is set that
+        only gradients read (see `_OF_GRADIENTS`), else `gradient`.
       memory_slots: n-grams of each order that are remembered; 0 for none.
       optimizer: Any optax optimizer that takes a learning rate, or finds its own step
         size: mechanize, cocob, dog, prodigy, ... By default adam, or what the learner
         was published with.
-      learning_rate: By default 3e-4, or what suits the learner's own optimizer. An
-        ensemble's is the middle of its grid.
+      learning_rate: By default 3e-4, with plain SGD 0.1, of osd 1e-4. An ensemble's is
+        the middle of its grid.
       momentum: Of the momentum learner.
       hint_decay: Optimistic: the hint is the last gradient (0), or an average of past
         ones that keeps this part of its old value at each update.
@@ -169,16 +178,13 @@ class LearnerConfig:
             raise ConfigError(
                 f"unknown learner {self.name!r}; use one of {', '.join(LEARNER_NAMES)}"
             )
-        defaults: dict[str, Any] = {"optimizer": "adam", "learning_rate": 3e-4}
-        defaults |= {"meta_rate": 1.0, "meta_discount": 1.0}
-        for key, value in (defaults | _OWN_DEFAULTS.get(self.name, {})).items():
-            if not getattr(self, key):
-                object.__setattr__(self, key, value)
+        self._fill_in()
         self._check_ranges()
         choices = {
             "meta": ("hedge", "last_chunk"),
             "positions": ("all", "rejected"),
             "pace": ("always", "pays"),
+            "promotion": ("always", "guarded"),
         }
         for key, known in choices.items():
             if getattr(self, key) not in known:
@@ -194,11 +200,49 @@ class LearnerConfig:
             raise ConfigError(
                 f"num_scored {self.num_scored} exceeds batch_size {self.batch_size}"
             )
+        if round(self.batch_size * self.replay_share) >= self.batch_size:
+            raise ConfigError(
+                f"replay_share {self.replay_share} of a batch_size of "
+                f"{self.batch_size} leaves no window to new traffic"
+            )
         if self.num_context < 64:
             raise ConfigError(
                 f"num_context is {self.num_context}; at least 64 pairs of context are "
                 f"needed for a window's first pairs to see what they saw when serving"
             )
+
+    def _fill_in(self):
+        """What is unset becomes the learner's own default; `auto` leaves it open."""
+        defaults: dict[str, Any] = {"meta_rate": 1.0, "meta_discount": 1.0}
+        if self.name in ("head", "memory"):
+            if self.sets_gradients:
+                raise ConfigError(
+                    f"the learner {self.name!r} reads none of "
+                    f"{', '.join(_OF_GRADIENTS)}, of which some are set; leave them "
+                    f"out, or use the learner 'gradient'"
+                )
+        elif self.name != "auto":
+            defaults["optimizer"] = "adam"
+        defaults |= _OWN_DEFAULTS.get(self.name, {})
+        optimizer = self.optimizer or defaults.get("optimizer")
+        if optimizer:
+            rate = 0.1 if optimizer == "sgd" else 3e-4  # Adam's steps are normalised
+            defaults = {"learning_rate": rate} | defaults
+        if self.name == "osd" and not self.update_interval:
+            defaults["update_every_prompts"] = 1
+        for key, value in defaults.items():
+            if not getattr(self, key):
+                object.__setattr__(self, key, value)
+
+    @property
+    def sets_gradients(self) -> bool:
+        """Whether something is set that only learning along gradients reads."""
+        return any(getattr(self, key) != v for key, v in _OF_GRADIENTS.items())
+
+    def renamed(self, name: LearnerName) -> "LearnerConfig":
+        """Another learner with these settings, as far as it reads them."""
+        unread = _OF_GRADIENTS if name in ("head", "memory") else {}
+        return dataclasses.replace(self, name=name, **unread)  # type: ignore[arg-type]
 
     @property
     def recording(self) -> Recording:

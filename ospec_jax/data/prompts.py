@@ -44,9 +44,13 @@ def parse_prompt(row: dict, default_id: str) -> Prompt:
         text = row["prompt"]
     elif isinstance(row, dict) and isinstance(row.get("messages"), list):
         messages = tuple(row["messages"])
-        is_turn = lambda m: isinstance(m, dict) and {"role", "content"} <= m.keys()
+        is_turn = lambda m: (
+            isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str)
+        )
         if not messages or not all(map(is_turn, messages)):
-            raise ConfigError("`messages` needs turns with `role` and `content`")
+            raise ConfigError(
+                "`messages` needs turns with `role` and text as `content`"
+            )
         text = messages[-1]["content"]
     else:
         raise ConfigError("a row needs `prompt` (text) or `messages` (chat turns)")

@@ -86,14 +86,14 @@ def tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
-def stop_token_ids(tokenizer, extra: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """Ids that end an answer: end of sequence, end of turn, and `extra`."""
+def stop_token_ids(tokenizer) -> tuple[int, ...]:
+    """Ids that end an answer: end of sequence, end of turn."""
     ends = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>")
     vocab = tokenizer.get_vocab()
     ids = {vocab[token] for token in ends if token in vocab}
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
-    return tuple(sorted(ids | set(extra)))
+    return tuple(sorted(ids))
 
 
 class TextStream:

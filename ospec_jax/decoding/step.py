@@ -275,11 +275,15 @@ def _drafting_states(tree: DraftTree, verdict, inputs, feedback) -> Feedback:
     )
 
 
+def narrow(features):
+    """Features as they are recorded."""
+    return jnp.clip(features, -_FLOAT16_MAX, _FLOAT16_MAX).astype(jnp.float16)
+
+
 def record(
     feedback: Feedback, scored: Feedback, starts, is_batched: bool = False
 ) -> Feedback:
     """Writes verified tokens into the slots of their positions."""
-    narrow = lambda x: jnp.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX).astype(jnp.float16)
     write = lambda old, new: kv.write_rows(old, new, starts, is_batched=is_batched)
     wide = lambda old, new: write(old, narrow(new))
     column = lambda old, new: write(old[..., None], new[..., None])[..., 0]

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recording the target's own outputs for offline training."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ospec_jax.config import SamplingConfig, TreeConfig
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import Prompt, encode
 from ospec_jax.data.tokenizer import stop_token_ids
 from ospec_jax.decoding.engine import CAPACITIES, Engine
@@ -37,8 +38,11 @@ def collect(
     """Answers every prompt that is not in `folder` yet; returns the number recorded.
 
     Features are stored as the target computed them, in float16: about 4.6 KB a token
-    for a width of 576. Prompts too long for `capacity` are left out. Ctrl-C keeps the
-    complete shards.
+    for a width of 576. Prompts too long for `capacity` are left out, with a warning.
+    Ctrl-C keeps the complete shards.
+
+    Raises:
+      ConfigError: No prompt would fit beside so many new tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = recorded_ids(folder)
@@ -49,12 +53,24 @@ def collect(
     engine = Engine(config, target.params, recording="features")
     limit = capacity - max_new_tokens - engine.num_extra_slots
     assert capacity in CAPACITIES
-    requests, domain_of = [], {}
+    if limit < 1:
+        raise ConfigError(
+            f"max_new_tokens {max_new_tokens} leave no room for prompts in a capacity "
+            f"of {capacity} tokens; raise --capacity"
+        )
+    requests, domain_of, num_long = [], {}, 0
     for prompt in prompts:
         ids = encode(prompt, target.tokenizer)
+        num_long += len(ids) > limit
         if prompt.id not in done and len(ids) <= limit:
             requests.append(Request(prompt.id, ids, max_new_tokens, sampling))
             domain_of[prompt.id] = prompt.domain
+    if num_long:
+        warnings.warn(
+            f"{num_long} of {len(prompts)} prompts have more than {limit} tokens and "
+            f"are left out; raise --capacity",
+            stacklevel=2,
+        )
     completions = engine.serve(requests, batch_size=batch_size, capacity=capacity)
     number, count = len(shard_folders(folder)), 0
     with Interrupt() as interrupt, progress_bar() as bar:

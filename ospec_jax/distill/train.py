@@ -115,7 +115,8 @@ def distill_learner(config: DistillConfig, drafter: Drafter, family: str) -> Lea
     )
     objective = build_objective(
         drafter.unroll, config.num_context, config.num_steps, named_loss(config.loss),
-        unroll_features=drafter.unroll_features, feature_weight=feature_weight,
+        unroll_features=drafter.unroll_outputs if drafter.has_features else None,
+        feature_weight=feature_weight,
     )  # fmt: skip
     return gradient(objective, optimizer)
 
@@ -182,9 +183,15 @@ def train(
                     f"{out} holds a draft of the family {meta.family!r}, not "
                     f"{family!r}; choose another folder"
                 )
+            if meta.draft != draft_config:
+                raise checkpoint.CheckpointError(
+                    f"{out} holds a draft of another shape, {meta.draft}, not "
+                    f"{draft_config}; choose another folder"
+                )
             return jax.eval_shape(learner.init, draft.params)
 
         restored = checkpoint.load(out, target, learner_like=like)
+        checkpoint.set_aside(out, restored.step)
         draft, state, card = restored.draft, restored.learner, restored.meta.card
     elif initial is not None:
         # Training donates what it starts from: the caller's draft stays whole.

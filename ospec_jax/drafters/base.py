@@ -49,8 +49,9 @@ class Drafter(NamedTuple):
         `learners.losses`. `candidates[c]` are the entries of the draft vocabulary
         whose logits are wanted, None all.
       num_scratch: Cache slots that `propose` uses beyond the committed ones.
-      unroll_features: As `unroll`, for drafts that predict the target's final states:
-        returns the logits and, by depth, the predicted states; else None.
+      unroll_outputs: As `unroll`, but returns the logits and, by depth, the states that
+        they were made of; None where these are not of one kind.
+      has_features: Those states are predictions of the target's final ones.
       is_sure: `(draft, cache, starts) -> is_sure [b]`: whether a long chain of its
         suggestions is likely to be right; None for a drafter that never is, or has no
         suggestions. It may return None, too.
@@ -69,7 +70,8 @@ class Drafter(NamedTuple):
     propose: Callable
     unroll: Callable
     num_scratch: int
-    unroll_features: Callable | None = None
+    unroll_outputs: Callable | None = None
+    has_features: bool = False
     is_sure: Callable | None = None
     predict: Callable | None = None
     reads_target: bool = False

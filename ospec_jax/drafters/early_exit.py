@@ -62,7 +62,8 @@ class ExitHead(nn.Module):
 
     def init_all(self, states, head):
         """Touches every parameter."""
-        return self.logits(self.outputs(states), head)
+        outputs = self.outputs(states)
+        return self.logits(outputs, head), outputs
 
 
 def early_exit(
@@ -117,18 +118,20 @@ def early_exit(
         )  # fmt: skip
         return proposed, cache
 
-    def unroll(
+    def unroll_outputs(
         params, token_ids, shared, feedback, start, num_context, num_steps,
         candidates=None,
     ):  # fmt: skip
         # The token before a drafted one has the target's own state.
         states = feedback.taps[:, num_context + 1 :].astype(jnp.float32)
         head = training_head(config, params, token_ids, shared, candidates)
-        logits: Any = trainer.apply(
+        found: Any = trainer.apply(
             {"params": params}, states, head, method=ExitHead.init_all
         )  # fmt: skip
+        logits, outputs = found
         num_pairs = states.shape[1] + 1 - num_steps
-        return [logits[:, depth : depth + num_pairs] for depth in range(num_steps)]
+        rows = [slice(depth, depth + num_pairs) for depth in range(num_steps)]
+        return [logits[:, r] for r in rows], [outputs[:, r] for r in rows]
 
     def head_inputs(params, states):
         return module.apply({"params": params}, states, method=ExitHead.head_inputs)
@@ -138,7 +141,8 @@ def early_exit(
         num_scratch(tree) + 1,  # the root has a slot, too
         reads_target=True,
         init_params=init_params,
-        unroll=unroll,
+        unroll=lambda *args, **kwargs: unroll_outputs(*args, **kwargs)[0],
+        unroll_outputs=unroll_outputs,
         state_width=config.hidden_size,
         head_inputs=head_inputs if config.has_own_head else None,
     )

@@ -79,7 +79,8 @@ class Learner(NamedTuple):
     """An online learner.
 
     Attributes:
-      init: `params -> LearnerState`.
+      init: `params -> LearnerState`. Learners that keep a static draft (`anchor` in
+        their state) take it as another argument, if it is not `params`.
       update: `(state, segments, shared, token_ids) -> (state, LearnerInfo)`. Of the
         target it sees the frozen embedding and head only, so it cannot run it again.
       evaluate: `(params, segments, shared, token_ids) -> (LearnerInfo, accepted [b])`,
@@ -147,8 +148,6 @@ def distance(left: Params, right: Params) -> Float[Array, ""]:
 
 def restarted(learner: Learner, state: LearnerState, params: Params) -> LearnerState:
     """Begins anew at `params`; the static draft, where a learner keeps one, stays."""
-    fresh = learner.init(params).replace(num_updates=state.num_updates)
-    if getattr(state.opt_state, "anchor", None) is None:
-        return fresh
-    kept = fresh.opt_state.replace(anchor=state.opt_state.anchor)
-    return fresh.replace(opt_state=kept)
+    anchor = getattr(state.opt_state, "anchor", None)
+    args = (params,) if anchor is None else (params, anchor)
+    return learner.init(*args).replace(num_updates=state.num_updates)

@@ -82,13 +82,13 @@ def ensemble(
     """
     sizes = jnp.asarray(steps)
 
-    def init(params):
+    def init(params, anchor=None):
         copies = lambda x: jnp.repeat(x[None], len(steps), axis=0)
         count = 1 + len(steps)
         start = jnp.arange(count) >= (0 if has_static else 1)
         experts = jax.tree.map(copies, params)
         opt_state = EnsembleState(
-            anchor=jax.tree.map(jnp.copy, params),
+            anchor=jax.tree.map(jnp.copy, params if anchor is None else anchor),
             experts=experts,
             inner=jax.vmap(optimizer.init)(experts),
             meta=init_meta(count),

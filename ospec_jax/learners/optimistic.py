@@ -76,14 +76,14 @@ def optimistic(
     def bounded(params, anchor):
         return projected(params, anchor, radius) if radius else params
 
-    def init(params):
+    def init(params, anchor=None):
         # Copies: what is served must not share a buffer with what may be donated.
-        copy = lambda: jax.tree.map(jnp.copy, params)
+        copy = lambda tree: jax.tree.map(jnp.copy, tree)
         opt_state = OptimisticState(
-            params=copy(),
+            params=copy(params),
             hint=jax.tree.map(jnp.zeros_like, params),
             inner=optimizer.init(params),
-            anchor=copy() if radius else None,
+            anchor=copy(params if anchor is None else anchor) if radius else None,
             path_length=jnp.zeros(()),
         )
         return new_state(params, opt_state)

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 from ospec_jax.learners.base import (
     Learner,
     LearnerState,
+    difference,
     directed,
     distance,
     moved_if,
@@ -95,11 +96,12 @@ def shared_ensemble(
     pulls = 1.0 - (1.0 - jnp.minimum(pull * sizes / middle, 1.0)) ** round_length
     count = 1 + len(steps)
 
-    def init(params):
-        zeros = lambda x: jnp.zeros((len(steps), *x.shape), x.dtype)
+    def init(params, anchor=None):
+        anchor = params if anchor is None else anchor
+        each = lambda x: jnp.repeat(x[None], len(steps), axis=0)
         opt_state = SharedEnsembleState(
-            anchor=jax.tree.map(jnp.copy, params),
-            shifts=jax.tree.map(zeros, params),
+            anchor=jax.tree.map(jnp.copy, anchor),
+            shifts=jax.tree.map(each, difference(params, anchor)),
             ahead=jax.tree.map(jnp.zeros_like, params),
             inner=optimizer.init(params),
             meta=init_meta(count),

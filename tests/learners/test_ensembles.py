@@ -87,6 +87,11 @@ def test_the_static_draft_never_moves(form):
     np.testing.assert_array_equal(again.params["w"], elsewhere["w"])
     np.testing.assert_array_equal(again.opt_state.anchor["w"], start["w"])
     assert int(again.num_updates) == 2
+    inside = again.opt_state
+    experts = inside.experts["w"] if form == "independent" else (
+        inside.anchor["w"] + inside.shifts["w"]
+    )  # fmt: skip
+    np.testing.assert_allclose(experts, np.full((len(STEPS), 2), 3.0))
 
 
 def test_what_is_played_is_the_weighted_average(form):

@@ -111,11 +111,11 @@ def test_other_families_learn_and_rest_without_signal(family, segments, shared):
 def test_predicted_states_come_closer_to_the_targets(segments, shared):
     """The loss on states is the formula's, and training on it lowers it."""
     drafter, draft = make_draft("eagle1")
-    assert make_draft("hydra")[0].unroll_features is None
+    assert make_draft("hydra")[0].unroll_outputs is None
 
     def gap(params):
         args = draft.token_ids, shared, segments.feedback, segments.start
-        states = drafter.unroll_features(params, *args, CONTEXT, STEPS)[1]
+        states = drafter.unroll_outputs(params, *args, CONTEXT, STEPS)[1]
         hidden = segments.feedback.hidden[:, CONTEXT + 1 :]
         found = feature_loss(states, hidden, segments.weight[:, CONTEXT + 1 :])
         return float(found), states, hidden
@@ -131,7 +131,7 @@ def test_predicted_states_come_closer_to_the_targets(segments, shared):
     for feature_weight in (0.0, 10.0):
         objective = build_objective(
             drafter.unroll, CONTEXT, STEPS,
-            unroll_features=drafter.unroll_features, feature_weight=feature_weight,
+            unroll_features=drafter.unroll_outputs, feature_weight=feature_weight,
         )  # fmt: skip
         learner = gradient(objective, optax.adam(3e-3))
         learner = learner._replace(update=jax.jit(learner.update))
