@@ -6,6 +6,7 @@ the traffic, never of the clock: a budget in seconds becomes an interval in toke
 """
 
 import dataclasses
+import functools
 import time
 
 import flax.struct
@@ -239,14 +240,12 @@ class Adaptation:
                 ring, completion.feedback, np.int32(start), np.int32(num_prompt),
                 np.int32(completion.num_recorded),
             )  # fmt: skip
-        count, num_fresh = len(completion.token_ids), state.num_fresh
-        every = self.config.update_every_prompts
-        if every and int(state.num_prompts) % every == 0:
-            num_fresh = 0 * num_fresh  # of a chunk that was passed over
+        num_prompts, num_waiting, num_fresh = _counted(
+            state.num_prompts, state.num_waiting, state.num_fresh,
+            len(completion.token_ids), len(starts), self.config.update_every_prompts,
+        )  # fmt: skip
         state = state.replace(
-            num_prompts=state.num_prompts + 1,
-            num_waiting=state.num_waiting + count,
-            num_fresh=num_fresh + len(starts),
+            num_prompts=num_prompts, num_waiting=num_waiting, num_fresh=num_fresh
         )
         state = self._paced(state, completion)
         return state, Traffic(ring, self._remembered(traffic.memory, completion))
@@ -403,6 +402,14 @@ class Adaptation:
             return state.replace(learner=_owned(learner)), served, decision
         served = served.replace(params=state.learner.params)
         return state.replace(version=state.version + 1), served, decision
+
+
+@functools.partial(jax.jit, static_argnames="every")
+def _counted(num_prompts, num_waiting, num_fresh, num_tokens, num_windows, every: int):
+    """Counts an answer; windows of a chunk that was passed over are fresh no more."""
+    if every:
+        num_fresh = jnp.where(num_prompts % every == 0, 0, num_fresh)
+    return num_prompts + 1, num_waiting + num_tokens, num_fresh + num_windows
 
 
 def _owned(learner: LearnerState) -> LearnerState:

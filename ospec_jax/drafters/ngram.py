@@ -205,12 +205,11 @@ def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
     codes = [_fingerprint(recent[:, -n:]) for n in memory.orders]
     codes = jnp.stack(codes, axis=1)
     has_context = positions[:, None] >= np.asarray(memory.orders)
-    is_real = has_context & (positions < num_tokens)[:, None]
     rows = np.arange(len(memory.orders))
 
-    def enter(tables, entry):
+    def enter(position, tables):
         fingerprints, followers, counts = tables
-        code, token, is_real = entry
+        code, token, is_real = codes[position], tokens[position], has_context[position]
         slot = (code % memory.num_slots).astype(jnp.int32)
         count = counts[rows, slot]
         is_known = (fingerprints[rows, slot] == code) & (count > 0)
@@ -225,12 +224,10 @@ def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
             put(fingerprints, code, is_new),
             put(followers, token, is_new),
             put(counts, changed, is_real),
-        ), None
+        )
 
     tables = memory.fingerprints, memory.tokens, memory.counts
-    (fingerprints, followers, counts), _ = jax.lax.scan(
-        enter, tables, (codes, tokens, is_real)
-    )
+    fingerprints, followers, counts = jax.lax.fori_loop(0, num_tokens, enter, tables)
     return memory.replace(fingerprints=fingerprints, tokens=followers, counts=counts)
 
 

@@ -27,7 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 from ospec_jax.typing import typed
 
 REFRESH = 8
-"""Updates between two inversions of the second moment."""
+"""Updates between two inversions of the second moment, at first; later it moves less,
+and is inverted each `REFRESH**2` updates."""
 
 
 @flax.struct.dataclass
@@ -143,13 +144,14 @@ def head_learner(
         x = samples.inputs * samples.is_real[:, None]
         moment = fading * state.moment + x.T @ x
         weight = fading * state.weight + jnp.sum(samples.is_real)
-        is_due = state.num_updates % REFRESH == 0
+        is_early = state.num_updates < REFRESH**2
+        is_due = state.num_updates % jnp.where(is_early, REFRESH, REFRESH**2) == 0
         preconditioner = jax.lax.cond(
             is_due & (weight > 0), inverted, lambda *_: state.preconditioner,
             moment, weight,
         )  # fmt: skip
-        probs = jax.nn.softmax(samples.logits, axis=-1) * samples.is_real[:, None]
-        error, rows = _errors(samples, probs, num_candidates)
+        total = jax.nn.logsumexp(samples.logits, axis=-1, keepdims=True)
+        error, rows = _errors(samples, total, num_candidates)
         direction = x @ preconditioner
         curvature = jnp.sum(direction * x, axis=1, keepdims=True)
         direction = direction / jnp.maximum(curvature, 1e-9)
@@ -164,7 +166,7 @@ def head_learner(
             energy=energy.at[rows].add(jnp.sum(error**2, axis=0)),
             num_updates=state.num_updates + 1,
         )
-        return new, rows, _info(samples, probs, jnp.sqrt(jnp.sum(shift**2)))
+        return new, rows, _info(samples, total, jnp.sqrt(jnp.sum(shift**2)))
 
     return HeadLearner(init, update)
 
@@ -175,24 +177,30 @@ def _inside(samples: HeadSamples):
     return is_inside, jnp.where(is_inside, samples.labels, 0)
 
 
-def _errors(samples: HeadSamples, probs, num_candidates: int):
-    """Probabilities less one at the label, `[n, c]`, of the candidate rows `[c]`."""
+def _errors(samples: HeadSamples, total, num_candidates: int):
+    """Probabilities less one at the label, `[n, c]`, of the candidate rows `[c]`.
+
+    Args:
+      total: `[n, 1]` logsumexp of the logits.
+    """
     is_inside, labels = _inside(samples)
+    is_real = samples.is_real[:, None]
+    probs = lambda logits: jnp.exp(logits - total) * is_real
     # Emitted tokens come first, whatever the draft thought of them.
-    mass = jnp.sum(probs, axis=0).at[labels].add(jnp.where(is_inside, 1e6, 0.0))
-    rows = jax.lax.top_k(mass, min(num_candidates, probs.shape[1]))[1]
+    mass = jnp.sum(probs(samples.logits), axis=0)
+    mass = mass.at[labels].add(jnp.where(is_inside, 1e6, 0.0))
+    rows = jax.lax.top_k(mass, min(num_candidates, mass.shape[0]))[1]
     is_label = (rows == labels[:, None]) & is_inside[:, None]
-    return probs[:, rows] - is_label, rows
+    return probs(samples.logits[:, rows]) - is_label, rows
 
 
-def _info(samples: HeadSamples, probs, step_norm) -> HeadInfo:
+def _info(samples: HeadSamples, total, step_norm) -> HeadInfo:
     is_inside, labels = _inside(samples)
-    chosen = jnp.take_along_axis(probs, labels[:, None], axis=1)[:, 0]
-    is_right = is_inside & (chosen >= jnp.max(probs, axis=-1))
+    chosen = jnp.take_along_axis(samples.logits, labels[:, None], axis=1)
+    is_right = is_inside & (chosen[:, 0] >= jnp.max(samples.logits, axis=-1))
     share = lambda x, of: jnp.sum(x) / jnp.maximum(jnp.sum(of), 1)
-    losses = -jnp.log(jnp.maximum(chosen, 1e-30)) * is_inside
-    return HeadInfo(
-        loss=share(losses, is_inside),
+    losses = (total - chosen)[:, 0] * is_inside
+    return HeadInfo(        loss=share(losses, is_inside),
         agreement=share(is_right, samples.is_real),
         num_samples=jnp.sum(samples.is_real),
         step_norm=step_norm,
