@@ -30,7 +30,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ospec_jax import LearnerConfig, LoadedDraft, Session, TreeConfig
+from ospec_jax import LearnerConfig, LoadedDraft, TreeConfig
 from ospec_jax.bench.replays import running_length
 from ospec_jax.checkpoint import Meta
 from ospec_jax.data.prompts import parse_prompt
@@ -68,9 +68,8 @@ replayer = Replayer(target, draft, folder, num_steps=STEPS)
 #
 # All learners but two update after every 64 answer tokens, from the same windows. OSD,
 # the baseline, steps once for four requests. `head` learns the last layer alone, after
-# each answer, from states that drafting left behind: these depend on the draft, so it
-# is not replayed, but decodes the same prompts. `paced` is `gradient` that slows down
-# where it does not pay.
+# each answer, from the states that drafting would have left behind. `paced` is
+# `gradient` that slows down where it does not pay.
 
 # %%
 common = LearnerConfig(
@@ -88,18 +87,11 @@ learners = {
     "ensemble": named("ensemble"),
     "shared_ensemble": named("shared_ensemble", meta_rate=3.0, meta_discount=0.8),
     "osd": named("osd", update_every_prompts=1, buffer_requests=4),
+    "head": LearnerConfig(name="head"),
 }
 runs = {name: replayer.run(learner) for name, learner in learners.items()}
 answers = {name: run.answers for name, run in runs.items()}
 updates = {name: len(run.reports) for name, run in runs.items()}
-
-session = Session(
-    target, draft, learner=LearnerConfig(name="head", memory_slots=0),
-    tree=TreeConfig(num_steps=STEPS), ngrams=False,
-)  # fmt: skip
-session.warm_up()
-answers["head"] = list(session.generate(prompts, 32))
-updates["head"] = len(session.reports)
 
 # %% [markdown]
 # Tokens a target pass, over the last twelve answers. At the dotted lines the domain

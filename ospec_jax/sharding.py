@@ -112,11 +112,13 @@ def check_model(
 
 
 def check_batch(mesh: AnyMesh | None, batch_size: int) -> None:
-    """Refuses a batch that the `data` axis does not divide.
+    """Refuses a batch of nothing, or one that the `data` axis does not divide.
 
     Raises:
-      ConfigError: Some devices would repeat what others do.
+      ConfigError: There is nothing to do, or some devices would repeat what others do.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; use 1 or more")
     if mesh is not None and batch_size % mesh.shape["data"]:
         raise ConfigError(
             f"batch_size is {batch_size}, which data={mesh.shape['data']} does not "

@@ -13,7 +13,7 @@ from reference import random_params
 from ospec_jax import LearnerConfig, checkpoint, cli
 from ospec_jax.bench.harness import MODES
 from ospec_jax.cli import arguments
-from ospec_jax.config import LEARNER_NAMES
+from ospec_jax.config import LEARNER_NAMES, ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -329,6 +329,7 @@ def test_bench_compares_drafts(ospec, tmp_path):
     ("learn", ["--prompts", "{bad}"], "line 2"),
     ("learn", ["--prompts", "{prompts}", "--tensorboard", "x"], "needs --telemetry"),
     ("learn", ["--prompts", "{prompts}", "--save-every", "0"], "1 or more prompts"),
+    ("generate", ["--prompt", "x", "--batch-size", "0"], "batch_size is 0"),
     ("bench", ["--prompts", "{empty}"], "holds no prompts"),
     ("bench", ["--prompts", "{prompts}", "--modes", "fast"], "unknown modes"),
     ("bench", ["--drafts", "ngram", "--batch-size", "2"], "batch size of 1"),
@@ -368,9 +369,38 @@ def test_unknown_flags_are_refused(ospec, capsys):
 
 @pytest.mark.parametrize("name", LEARNER_NAMES)
 def test_learners_are_known_by_name(name):
-    config = arguments.learner_config(name, learning_rate=0.5, budget=None)
-    assert (config.name, config.learning_rate) == (name, 0.5)
+    config = arguments.learner_config(name, seed=5, budget=None)
+    assert (config.name, config.seed) == (name, 5)
     assert arguments.learner_config(name) == LearnerConfig(name=name)
+    if name in ("head", "memory"):
+        with pytest.raises(ConfigError, match="reads none of optimizer, learning_rate"):
+            arguments.learner_config(name, learning_rate=0.5)
+    else:
+        assert arguments.learner_config(name, learning_rate=0.5).learning_rate == 0.5
+
+
+def test_step_sizes_follow_the_optimizer():
+    rate = lambda name, **flags: arguments.learner_config(name, **flags).learning_rate
+    assert (rate("optimistic"), rate("optimistic", optimizer="adam")) == (0.1, 3e-4)
+    assert (rate("gradient"), rate("gradient", optimizer="sgd")) == (3e-4, 0.1)
+    file = str(CONFIGS / "online_eagle3.py")
+    assert (rate(file), rate(file, optimizer="sgd")) == (3e-4, 0.1)
+    assert rate(file, optimizer="sgd", learning_rate=0.5) == 0.5
+    assert LearnerConfig(name="osd", update_interval=9).update_every_prompts == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"promotion": "guard"}, "use always or guarded"),
+        ({"replay_share": 0.9}, "leaves no window to new traffic"),
+        ({"window": 0}, "window is 0; use 1 or more"),
+        ({"name": "head", "head_damping": 0.0}, "head_damping is 0.0; use above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        LearnerConfig(**settings)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem)

@@ -13,7 +13,7 @@ REAL_WEIGHTS = {"02_speed", "03_drafters"}
 SMALLER = {
     "02_speed": ("NUM_PROMPTS, NEW_TOKENS = 8, 64", "NUM_PROMPTS, NEW_TOKENS = 2, 32"),
     "03_drafters": (
-        "NUM_PROMPTS, NEW_TOKENS = 3, 40", "NUM_PROMPTS, NEW_TOKENS = 2, 40",
+        "NUM_PROMPTS, NEW_TOKENS = 3, 40", "NUM_PROMPTS, NEW_TOKENS = 2, 24",
     ),
 }  # fmt: skip
 """What is asked of real weights here, in place of what the notebook asks."""

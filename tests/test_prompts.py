@@ -44,6 +44,7 @@ def test_prompts_and_messages_are_read(tmp_path):
             "prediction_confidence is 2; it lies in",
         ),
         ('{"messages": [{"role": "user"}]}', "needs turns"),
+        ('{"messages": [{"role": "user", "content": null}]}', "text as `content`"),
         ('{"prompt": "  "}', "line 1: the prompt is empty"),
         ("[1]", "line 1"),
         ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}', "line 2: id '1'"),
@@ -54,6 +55,13 @@ def test_malformed_files_name_the_line(tmp_path, line, message):
     file = tmp_path / "p.jsonl"
     file.write_text(line)
     with pytest.raises(ConfigError, match=message):
+        read_prompts(file)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes('{"prompt": "Grüße"}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
         read_prompts(file)
 
 

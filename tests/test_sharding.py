@@ -40,10 +40,7 @@ def test_on_eight_virtual_devices():
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param("data=2", marks=pytest.mark.slow), "model=2"]
-)
-def test_two_processes_decode_learn_and_save_together(tmp_path, mesh):
+def test_two_processes_decode_learn_and_save_together(tmp_path):
     """A mesh over both; the checkpoint they write restores on one process."""
     target = tiny_target(**SIZES)
     config = draft_config(target)
@@ -56,7 +53,7 @@ def test_two_processes_decode_learn_and_save_together(tmp_path, mesh):
         port = str(free.getsockname()[1])
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     program = Path(__file__).with_name("one_of_two.py")
-    rest = [port, mesh, str(tmp_path)]
+    rest = [port, "model=2", str(tmp_path)]
     command = lambda i: [sys.executable, str(program), str(i), *rest]
     logs = [tmp_path / f"{i}.log" for i in range(2)]
     with contextlib.ExitStack() as stack:

@@ -200,7 +200,8 @@ def _info(samples: HeadSamples, total, step_norm) -> HeadInfo:
     is_right = is_inside & (chosen[:, 0] >= jnp.max(samples.logits, axis=-1))
     share = lambda x, of: jnp.sum(x) / jnp.maximum(jnp.sum(of), 1)
     losses = (total - chosen)[:, 0] * is_inside
-    return HeadInfo(        loss=share(losses, is_inside),
+    return HeadInfo(
+        loss=share(losses, is_inside),
         agreement=share(is_right, samples.is_real),
         num_samples=jnp.sum(samples.is_real),
         step_norm=step_norm,

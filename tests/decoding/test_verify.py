@@ -138,6 +138,7 @@ def emitted(config, target, logits, token_ids, claimed=None, hints=None):
     return jnp.sum(counts, axis=0).reshape((VOCAB,) * length), jnp.sum(accepted)
 
 
+@functools.cache
 def emitted_counts(config, kind, claimed=None, hints=None):
     """How often each sequence came out, its law, and the number of accepted tokens."""
     target = target_table()
@@ -238,7 +239,6 @@ def test_every_rule_emits_the_targets_law(name):
     ("config", "children", "kind", "gain"),
     [
         (CHAIN, "sampled", "far", 1.04),
-        (CHAIN, "sampled", "reduced", 1.03),
         (WIDE, "sampled", "reduced", 1.02),
         (WIDE, "without_replacement", "reduced", 1.002),
     ],

@@ -136,9 +136,10 @@ def draft(target):
 @pytest.mark.parametrize("name", ["gradient", "head"])
 def test_a_session_slows_down_resumes_bitwise_and_wakes(target, draft, tmp_path, name):
     """Learning that costs most of the time, from one prompt; then others come."""
+    own = {"update_interval": 20, "learning_rate": 1e-2} if name == "gradient" else {}
     learner = LearnerConfig(
-        name=name, pace="pays", budget=0.4, update_interval=20, batch_size=2, window=32,
-        ring_capacity=8, learning_rate=1e-2, num_steps=2,
+        name=name, pace="pays", budget=0.4, batch_size=2, window=32, ring_capacity=8,
+        num_steps=2, **own,
     )  # fmt: skip
     open_session = lambda: Session(target, draft, learner=learner, ngrams=False)
     answer = lambda session, prompts: [
