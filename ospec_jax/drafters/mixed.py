@@ -44,18 +44,35 @@ def inner_tree(tree: TreeConfig) -> TreeConfig:
 def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
     """Drafts suggestions where the first is likely, else what `drafter` drafts."""
     suggested = hinted_chain(inner_tree(tree))
+    is_learned = drafter.head_inputs is not None
+
+    def with_states(chain: DraftTree, context) -> DraftTree:
+        """Suggestions have no state to learn a projection from, but their root may."""
+        if not is_learned:
+            return chain
+        b, n = chain.tokens.shape
+        states = jnp.zeros((b, n, context.hidden.shape[-1]))
+        is_root = jnp.broadcast_to(np.arange(n) == 0, (b, n))
+        # A drafter that reads the target's cache has run over the root only to draft.
+        return chain.replace(
+            states=states.at[:, 0].set(context.hidden),
+            has_state=is_root & (not drafter.reads_target),
+        )
 
     def propose(
         draft, shared, cache, context, root, starts, keys, sampling, hints=None
     ):
         args = draft, shared, cache, context, root, starts, keys, sampling
         chain, _ = suggested.propose(*args, hints)
+        chain = with_states(chain, context)
         is_likely = chain.log_probs[:, 1] >= np.log(_LIKELY)
 
         def draft_others():
             other, new_cache = drafter.propose(*args)
             # The draft vocabulary matters for drawn children only.
-            other = other.replace(token_ids=None, states=None, has_state=None)
+            other = other.replace(token_ids=None)
+            if not is_learned:
+                other = other.replace(states=None, has_state=None)
             rows = chain.tokens.shape[0]
             pick = lambda a, b: jnp.where(
                 is_likely.reshape(rows, *[1] * (a.ndim - 1)), a, b
@@ -64,8 +81,7 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
 
         return jax.lax.cond(jnp.all(is_likely), lambda: (chain, cache), draft_others)
 
-    # Nodes of suggestions have no state to learn a projection from.
-    return drafter._replace(propose=propose, head_inputs=None)
+    return drafter._replace(propose=propose)
 
 
 def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:

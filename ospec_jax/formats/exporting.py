@@ -67,7 +67,7 @@ def _to_config(c: DraftConfig, dtype: str, max_position: int) -> dict:
 
 def write(
     folder: Path, draft: Draft, config: DraftConfig, layout: str, dtype: str,
-    verifier: str, max_position: int,
+    verifier: str, max_position: int = 2048,
 ) -> None:  # fmt: skip
     """Writes a head that other servers load.
 

@@ -106,7 +106,11 @@ def as_drawn(tree, children, logits):
     return tree.replace(children=children, draft_probs=probs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+_DRAWING = {"xla_backend_optimization_level": 1}
+"""So many draws take longer than their compilation, whatever the other tests are."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5), compiler_options=_DRAWING)
 def emitted(config, target, logits, token_ids, claimed=None, hints=None):
     """Counts of each sequence of depth + 1 tokens, and of accepted tokens."""
     length = config.num_steps + 1
@@ -303,7 +307,7 @@ def test_suggestions_leave_the_law_as_it_is(config):
     assert not np.array_equal(suggested, grow(config, *args).tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=_DRAWING)
 def emitted_by_steps(children, target, logits):
     """Counts of four tokens of steps whose depth follows from what came before."""
 

@@ -213,6 +213,20 @@ def test_drafts_without_such_a_projection_are_refused(target):
             Session(target, draft, learner=HEAD)
 
 
+def test_a_fallback_learns_from_what_it_drafted_itself(target):
+    """And from the state before a suggestion, but not from those that it never had."""
+    plain = answers(Session(target))
+    draft = dataclasses.replace(loaded(target), mix="fallback", suggestions="suffix")
+    session = Session(target, draft, learner=LearnerConfig(name="auto"))
+    assert session.learning.config.name == "head"
+    # Of suggested tokens there are states at the roots alone; the last prompts repeat.
+    assert answers(session, PROMPTS + PROMPTS[-2:]) == plain + plain[-2:]
+    counts = [report.info.num_samples for report in session.reports]
+    alone = Session(target, loaded(target), learner=HEAD, ngrams=False)
+    answers(alone)
+    assert 0 < counts[-1] < alone.reports[-1].info.num_samples
+
+
 def test_batches_learn(target):
     plain = answers(Session(target))
     learner = dataclasses.replace(HEAD, head_rate=0.5)
