@@ -40,12 +40,14 @@ def run_demo(
         tree=TreeConfig(num_steps=num_speculative_tokens),
         learner=learner,
     )
+    is_again = (out / "results.json").exists()
     run, rows = run_with_progress(target, draft, stream, config)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     (out / "results.md").write_text(markdown_table(rows) + "\n")
     plot = plot_stream(run, out / "acceptance.png")
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)  # of an earlier demonstration
+    if is_again:  # the checkpoint is an earlier demonstration's
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)
     saved = run.modes["learned"].session.save(out / "checkpoint")
     console.print(f"plot        {plot}\ncheckpoint  {saved}")
     return rows

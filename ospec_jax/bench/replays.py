@@ -27,7 +27,7 @@ def stream_key(ids: Sequence[str]) -> str:
 
 def settings_of(
     learner: str, config: LearnerConfig | None, draft: str, num_steps: int, stream: str,
-    content: str = "",
+    content: str,
 ) -> dict:  # fmt: skip
     """What a run's result is a function of, as JSON.
 
