@@ -386,7 +386,7 @@ def test_step_sizes_follow_the_optimizer():
     file = str(CONFIGS / "online_eagle3.py")
     assert (rate(file), rate(file, optimizer="sgd")) == (3e-4, 0.1)
     assert rate(file, optimizer="sgd", learning_rate=0.5) == 0.5
-    assert LearnerConfig(name="osd", update_interval=9).update_every_prompts == 0
+    assert LearnerConfig(name="osd", update_interval=9).update_every_prompts == 1
 
 
 @pytest.mark.parametrize(

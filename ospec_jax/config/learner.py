@@ -24,7 +24,8 @@ LEARNER_NAMES: tuple[str, ...] = get_args(LearnerName)
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "momentum": {"optimizer": "sgd"},
     "optimistic": {"optimizer": "sgd"},
-    "osd": {"learning_rate": 1e-4},
+    # An update is a request, of which its buffer holds so many: never an interval.
+    "osd": {"learning_rate": 1e-4, "update_every_prompts": 1},
     # The paper's rule never forgets; this one is for streams that shift.
     "shared_ensemble": {"meta_rate": 3.0, "meta_discount": 0.8},
 }
@@ -228,8 +229,6 @@ class LearnerConfig:
         if optimizer:
             rate = 0.1 if optimizer == "sgd" else 3e-4  # Adam's steps are normalised
             defaults = {"learning_rate": rate} | defaults
-        if self.name == "osd" and not self.update_interval:
-            defaults["update_every_prompts"] = 1
         for key, value in defaults.items():
             if not getattr(self, key):
                 object.__setattr__(self, key, value)
