@@ -2,7 +2,8 @@
 """Learning while serving: when to update, what from, and what to serve.
 
 `AdaptationState` is all there is to checkpoint. What happens is a function of it and of
-the traffic, never of the clock: a budget in seconds becomes an interval in tokens once.
+the traffic, never of the clock: a budget in seconds becomes an interval in target
+passes once. Not in tokens, for those cost less as the draft learns.
 """
 
 import dataclasses
@@ -45,10 +46,10 @@ class AdaptationState:
       learner: The iterate (`w_play`) and its optimizer.
       guard: Evidence for the next promotion.
       num_prompts: Requests seen, so that a resumed run knows where it stands.
-      num_waiting: Answer tokens since the last update.
+      num_waiting: Answer tokens since the last update; under a budget, target passes.
       num_fresh: Windows added since the last update.
       version: Promotions so far; the version of the served draft.
-      update_interval: Answer tokens between updates.
+      update_interval: Of what is waiting, between updates.
       pace: How often learning is worth its time; None if it always is.
     """
 
@@ -174,12 +175,13 @@ class Adaptation:
 
     def calibrate(
         self, state: AdaptationState, traffic: Traffic, draft: Draft,
-        seconds_per_token: float | None = None,
+        seconds_per_token: float | None = None, seconds_per_step: float = 0.0,
     ) -> AdaptationState:  # fmt: skip
         """Compiles everything, and turns the budget into an interval if there is none.
 
         Args:
           seconds_per_token: Of decoding, on this machine; None measures nothing.
+          seconds_per_step: Of a target pass and its draft, likewise.
         """
         if not self.has_gradient:
             return state
@@ -209,12 +211,11 @@ class Adaptation:
             jax.block_until_ready(accepted)
         jax.block_until_ready(learner)
         seconds = (time.perf_counter() - start) / num_updates
-        cost = seconds / seconds_per_token
-        state = self.priced(state, cost)
+        state = self.priced(state, seconds / seconds_per_token)
         if int(state.update_interval) > 0 or self.config.update_every_prompts:
             return state
-        cost *= self.config.num_epochs / self.config.budget_share
-        interval = sharding.agreed(max(1, round(cost)))
+        seconds *= self.config.num_epochs / self.config.budget_share
+        interval = sharding.agreed(max(1, round(seconds / seconds_per_step)))
         return state.replace(update_interval=jnp.asarray(interval, jnp.int32))
 
     def priced(self, state: AdaptationState, cost: float) -> AdaptationState:
@@ -240,9 +241,11 @@ class Adaptation:
                 ring, completion.feedback, np.int32(start), np.int32(num_prompt),
                 np.int32(completion.num_recorded),
             )  # fmt: skip
+        is_timed, stats = self.config.update_interval == 0, completion.stats
         num_prompts, num_waiting, num_fresh = _counted(
             state.num_prompts, state.num_waiting, state.num_fresh,
-            len(completion.token_ids), len(starts), self.config.update_every_prompts,
+            stats.num_drafts if is_timed else len(completion.token_ids),
+            len(starts), self.config.update_every_prompts,
         )  # fmt: skip
         state = state.replace(
             num_prompts=num_prompts, num_waiting=num_waiting, num_fresh=num_fresh
@@ -275,7 +278,7 @@ class Adaptation:
         )  # fmt: skip
 
     def is_due(self, state: AdaptationState) -> bool:
-        """Whether enough prompts or tokens have come since the last update."""
+        """Whether enough prompts, tokens or passes came since the last update."""
         stride, num_prompts = self.stride(state), int(state.num_prompts)
         if self.head is not None:
             return num_prompts % stride == 0
@@ -405,11 +408,11 @@ class Adaptation:
 
 
 @functools.partial(jax.jit, static_argnames="every")
-def _counted(num_prompts, num_waiting, num_fresh, num_tokens, num_windows, every: int):
+def _counted(num_prompts, num_waiting, num_fresh, num_waited, num_windows, every: int):
     """Counts an answer; windows of a chunk that was passed over are fresh no more."""
     if every:
         num_fresh = jnp.where(num_prompts % every == 0, 0, num_fresh)
-    return num_prompts + 1, num_waiting + num_tokens, num_fresh + num_windows
+    return num_prompts + 1, num_waiting + num_waited, num_fresh + num_windows
 
 
 def _owned(learner: LearnerState) -> LearnerState:

@@ -64,10 +64,11 @@ class Learning:
           completion: Decoded at full speed.
           batch_size: Requests that were decoded beside each other in that time.
         """
-        num_tokens = max(len(completion.token_ids), 1) * batch_size
-        seconds_per_token = completion.seconds / num_tokens
+        seconds = completion.seconds / batch_size
+        seconds_per_token = seconds / max(len(completion.token_ids), 1)
+        seconds_per_step = seconds / max(completion.stats.num_drafts, 1)
         self.state = self.adaptation.calibrate(
-            self.state, self.traffic, draft, seconds_per_token
+            self.state, self.traffic, draft, seconds_per_token, seconds_per_step
         )
         if self.head is not None and self.state.pace is not None:
             seconds = self.rehearse(completion, served, num_rounds=4)

@@ -199,8 +199,8 @@ class Session:
     ) -> float:  # fmt: skip
         """Compiles what decoding and learning need; returns the seconds it took.
 
-        Also turns a learning budget into an interval of tokens, and measures what steps
-        of varying depth cost, unless a checkpoint told that.
+        Also turns a learning budget into an interval of target passes, and measures
+        what steps of varying depth cost, unless a checkpoint told that.
 
         Args:
           capacities: Of the caches to compile for; None is the smallest one.

@@ -309,13 +309,23 @@ def test_a_budget_is_measured_before_the_first_answer(target, draft):
     assert not session.reports
 
 
-def test_a_budget_counts_the_tokens_of_all_rows(target, draft, monkeypatch):
+def test_a_budget_counts_passes_which_cost_the_same_however_much_they_yield(
+    target, draft
+):
+    learner = LearnerConfig(batch_size=2, window=32, ring_capacity=4, budget=0.001)
+    session = Session(target, draft, learner=learner)
+    (result,) = session.generate(PROMPTS[:1], NEW_TOKENS)
+    assert result.stats.num_drafts < len(result.token_ids)
+    assert int(session.learning.state.num_waiting) == result.stats.num_drafts
+
+
+def test_a_budget_counts_the_work_of_all_rows(target, draft, monkeypatch):
     learner = LearnerConfig(batch_size=2, window=32, ring_capacity=4)
     session = Session(target, draft, learner=learner, batch_size=2)
     asked, calibrate = [], session.learning.adaptation.calibrate
     monkeypatch.setattr(
         session.learning.adaptation, "calibrate",
-        lambda *args: (asked.append(args[-1]), calibrate(*args))[1],
+        lambda *args: (asked.append(args[-2:]), calibrate(*args))[1],
     )  # fmt: skip
     completions = []
     observed = session.learning.calibrate
@@ -324,7 +334,9 @@ def test_a_budget_counts_the_tokens_of_all_rows(target, draft, monkeypatch):
     )  # fmt: skip
     session.warm_up()
     (done,) = completions
-    assert asked == [pytest.approx(done.seconds / (2 * len(done.token_ids)))]
+    seconds = done.seconds / 2
+    per_token, per_step = seconds / len(done.token_ids), seconds / done.stats.num_drafts
+    assert asked == [pytest.approx((per_token, per_step))]
 
 
 def test_older_feedback_is_not_taken_for_the_newest_steps(target, draft, tmp_path):

@@ -110,7 +110,7 @@ class LearnerConfig:
       update_every_prompts: Instead: prompts between two rounds of learning, each of
         `num_epochs` over all their windows, as far as the ring holds them; 0 for off.
       budget: Share of wall-clock time that learning may take, turned into an interval
-        by a measurement at the start and then kept.
+        of target passes by a measurement at the start and then kept.
       pace: `always` learns on every occasion (an interval, a chunk of prompts, for
         `head` an answer); `pays` on ever fewer while the gain of learning is less than
         the time it takes, and on all of them again after a shift; see `learners.pace`.
