@@ -123,6 +123,17 @@ def test_a_row_does_not_depend_on_its_neighbours(processed):
         np.testing.assert_allclose(together[row], alone[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("vocab_size", [12, 1000, 20_000])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.9), (7, 0.9)])
+def test_a_lone_row_has_the_same_bits(vocab_size, top_k, top_p):
+    logits = logits_of(vocab_size, rows=3)
+    together = jax.jit(processed_probs)(logits, params(0.8, top_k, top_p, rows=3))
+    for row in range(3):
+        lone = logits[row : row + 1]
+        alone = jax.jit(processed_probs)(lone, params(0.8, top_k, top_p))
+        np.testing.assert_array_equal(together[row], alone[0])
+
+
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30])
 def test_tiny_temperatures_are_greedy(processed, temperature):
     logits = logits_of(100)

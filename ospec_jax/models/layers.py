@@ -90,7 +90,11 @@ def row_sum(
         return jnp.sum(x, axis=-1, keepdims=True)
     ones = jnp.ones((num_columns, x.shape[-1]), x.dtype)
     flat = x.reshape(-1, x.shape[-1])
-    return _contract_last(flat, ones, jnp.float32)[:, :1].reshape(*x.shape[:-1], 1)
+    num_rows = len(flat)
+    if num_rows == 1:  # takes another path, see `at_least_two_rows`
+        flat = jnp.concatenate([flat, flat])
+    sums = _contract_last(flat, ones, jnp.float32)[:num_rows, :1]
+    return sums.reshape(*x.shape[:-1], 1)
 
 
 def quantize_rows(x):
