@@ -224,42 +224,24 @@ def propose_uniform(
     Args:
       stop_fn: When a row grows no deeper; by default `config.min_path_probability`.
     """
+    b, width, num_steps = root.shape[0], config.topk, config.num_steps
+    num_scratch = max(num_steps - 1, 1) * width
     if stop_fn is None:
         stop_fn = stop_below(config.min_path_probability)
-    b, width, num_steps = root.shape[0], config.topk, config.num_steps
-    num_pool = width + (num_steps - 1) * width**2
-    num_scratch = max(num_steps - 1, 1) * width
-    ids, log_probs, probs = _draw(
-        _fold(keys, 0), context.logits[:, None], width, config.children, sampling,
-        is_row_invariant,
-    )  # fmt: skip
-    recent = None if hints is None else hints.recent[:, None]
-    first = _to_target(ids, token_ids)
-    first, log_probs = _consider(hints, recent, 0, first, log_probs)
-    first, log_probs = first[:, 0], log_probs[:, 0]
-    pool = {
-        "tokens": _place(jnp.zeros((b, num_pool), jnp.int32), first, 0),
-        "scores": _place(jnp.full((b, num_pool), -jnp.inf), log_probs, 0),
-        "log_probs": _place(jnp.zeros((b, num_pool)), log_probs, 0),
-        "parents": jnp.full((b, num_pool), topology.NO_PARENT, jnp.int32),
-        "states": jnp.zeros((b, num_pool, context.hidden.shape[-1])),
-        "has_state": jnp.zeros((b, num_pool), bool),
-    }
-    if probs is not None:
-        all_probs = jnp.zeros((b, num_steps + 1, probs.shape[-1]))
-        pool["probs"] = jax.lax.dynamic_update_slice(all_probs, probs, (0, 0, 0))
-    frontier = {
-        "tokens": first,
-        "scores": log_probs,
-        "index": jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (b, width)),
-        "hidden": jnp.repeat(context.hidden[:, None], width, axis=1),
-        "visible": jnp.zeros((b, width, num_scratch), bool),
-    }
-    if recent is not None:
-        frontier["recent"] = extend_path(jnp.repeat(recent, width, axis=1), first)
-    stopped = lambda depth, front: (
-        jnp.zeros((b,), bool) if stop_fn is None else stop_fn(depth, front["scores"])
-    )
+
+    def children(depth, logits, recent):
+        """`[b, w, width]` tokens and log-probabilities; and distributions, or None."""
+        ids, log_probs, probs = _draw(
+            _fold(keys, depth), logits, width, config.children, sampling,
+            is_row_invariant,
+        )  # fmt: skip
+        tokens = _to_target(ids, token_ids)
+        return *_consider(hints, recent, depth, tokens, log_probs), probs
+
+    def stopped(depth, front):
+        if stop_fn is None:
+            return jnp.zeros((b,), bool)
+        return stop_fn(depth, front["scores"])
 
     def promise(pool):
         """Expected accepted tokens of the tree that the pool's best nodes make."""
@@ -272,67 +254,116 @@ def propose_uniform(
         own = (
             jnp.arange(num_scratch) == (depth - 1) * width + jnp.arange(width)[:, None]
         )
-        visible = front["visible"] | own
+        front = front | {"visible": front["visible"] | own}
         positions = jnp.broadcast_to(starts[:, None] + depth - 1, (b, width))
+        bias = kv.tree_bias(starts, front["visible"], cache.capacity)
         hidden, logits, cache = step(
-            cache, front["hidden"], front["tokens"], positions,
-            kv.tree_bias(starts, visible, cache.capacity), starts + (depth - 1) * width,
+            cache, front["hidden"], front["tokens"], positions, bias,
+            starts + (depth - 1) * width,
         )  # fmt: skip
-        rows = jnp.arange(b)[:, None], front["index"]
-        ran = {
-            "states": pool["states"].at[rows].set(hidden),
-            "has_state": pool["has_state"].at[rows].set(True),
-        }
-        ids, log_probs, probs = _draw(
-            _fold(keys, depth), logits, width, config.children, sampling,
-            is_row_invariant,
-        )  # fmt: skip
-        tokens = _to_target(ids, token_ids)
-        tokens, log_probs = _consider(
-            hints, front.get("recent"), depth, tokens, log_probs
-        )
+        tokens, log_probs, probs = children(depth, logits, front.get("recent"))
         scores = front["scores"][..., None] + log_probs
         scores = jnp.where(is_stopped[:, None, None], -jnp.inf, scores)
         offset = width + (depth - 1) * width**2
-        flat = lambda x: x.reshape(b, width * width)
-        tokens = flat(tokens)
-        parents = flat(jnp.repeat(front["index"][..., None], width, axis=-1))
-        new = {
-            "tokens": tokens, "scores": flat(scores), "log_probs": flat(log_probs),
-            "parents": parents,
-        }  # fmt: skip
-        placed = {name: _place(pool[name], new[name], offset) for name in new}
-        pool = pool | ran | placed
-        if probs is not None:
-            pool["probs"] = jax.lax.dynamic_update_slice(
-                pool["probs"], probs, (0, depth, 0)
-            )
-        best, slot = jax.lax.top_k(flat(scores), width)
-        pick = lambda x: jnp.take_along_axis(x, slot, axis=1)
-        parent = slot // width
-        pick_parent = jax.vmap(lambda x, i: x[i])
-        newest = pick(tokens)
-        path = {}
-        if recent is not None:
-            path["recent"] = extend_path(pick_parent(front["recent"], parent), newest)
-        front = path | {
-            "tokens": newest,
-            "scores": best,
-            "index": offset + slot.astype(jnp.int32),
-            "hidden": pick_parent(hidden, parent),
-            "visible": pick_parent(visible, parent),
-        }
+        pool = _with_states(pool, front["index"], hidden)
+        parents = jnp.repeat(front["index"][..., None], width, axis=-1)
+        pool = _with_nodes(pool, offset, tokens, scores, log_probs, parents)
+        pool = _with_probs(pool, depth, probs)
+        front = _next_frontier(front, offset, hidden, tokens, scores)
         is_stopped = is_stopped | stopped(depth + 1, front)
         if config.min_gain:
             is_stopped |= promise(pool) - before < config.min_gain
         return depth + 1, cache, pool, front, is_stopped
 
+    recent = None if hints is None else hints.recent[:, None]
+    first, log_probs, probs = children(0, context.logits[:, None], recent)
+    pool = _empty_pool(config, context.hidden, probs)
+    none = jnp.full_like(first, topology.NO_PARENT)
+    pool = _with_nodes(pool, 0, first, log_probs, log_probs, none)
+    pool = _with_probs(pool, 0, probs)
+    frontier = {
+        "tokens": first[:, 0],
+        "scores": log_probs[:, 0],
+        "index": jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (b, width)),
+        "hidden": jnp.repeat(context.hidden[:, None], width, axis=1),
+        "visible": jnp.zeros((b, width, num_scratch), bool),
+    }
+    if recent is not None:
+        recent = jnp.repeat(recent, width, axis=1)
+        frontier["recent"] = extend_path(recent, first[:, 0])
     grown = (jnp.int32(1), cache, pool, frontier, stopped(1, frontier))
     is_going = lambda carry: (carry[0] < num_steps) & ~jnp.all(carry[4])
     if num_steps > 1:  # the pool of a single depth has no room to trace the loop
         grown = jax.lax.while_loop(is_going, deeper, grown)
     _, cache, pool, _, _ = grown
     return _assemble(config, pool, root, context.hidden, token_ids), cache
+
+
+def _empty_pool(config: TreeConfig, root_state, probs) -> dict:
+    """Room for every node that a tree of uniform width may see, the root left out."""
+    b = root_state.shape[0]
+    num_pool = config.topk + (config.num_steps - 1) * config.topk**2
+    pool = {
+        "tokens": jnp.zeros((b, num_pool), jnp.int32),
+        "scores": jnp.full((b, num_pool), -jnp.inf),
+        "log_probs": jnp.zeros((b, num_pool)),
+        "parents": jnp.full((b, num_pool), topology.NO_PARENT, jnp.int32),
+        "states": jnp.zeros((b, num_pool, root_state.shape[-1])),
+        "has_state": jnp.zeros((b, num_pool), bool),
+    }
+    if probs is not None:
+        pool["probs"] = jnp.zeros((b, config.num_steps + 1, probs.shape[-1]))
+    return pool
+
+
+def _with_nodes(pool, offset, tokens, scores, log_probs, parents) -> dict:
+    """Adds nodes, `[b, w, width]`, from slot `offset` on."""
+    new = {
+        "tokens": tokens, "scores": scores, "log_probs": log_probs, "parents": parents
+    }  # fmt: skip
+    flat = lambda x: x.reshape(x.shape[0], -1)
+    return pool | {n: _place(pool[n], flat(x), offset) for n, x in new.items()}
+
+
+def _with_states(pool, index, states) -> dict:
+    """Keeps what the draft made of the nodes at `index`, `[b, w]`."""
+    rows = jnp.arange(index.shape[0])[:, None], index
+    return pool | {
+        "states": pool["states"].at[rows].set(states),
+        "has_state": pool["has_state"].at[rows].set(True),
+    }
+
+
+def _with_probs(pool, depth, probs) -> dict:
+    """Keeps the distributions `[b, w, q]` that the children of a depth come from."""
+    if probs is None:
+        return pool
+    place = (0, depth, 0)
+    return pool | {"probs": jax.lax.dynamic_update_slice(pool["probs"], probs, place)}
+
+
+def _next_frontier(front, offset, hidden, tokens, scores) -> dict:
+    """The best of the frontier's children, as many as it had nodes.
+
+    Args:
+      offset: Of the children's slots in the pool.
+      hidden: `[b, w, d]` the draft's states of the frontier.
+      tokens: `[b, w, w]` of the children; likewise `scores`.
+    """
+    b, width = front["tokens"].shape
+    best, slot = jax.lax.top_k(scores.reshape(b, -1), width)
+    of_parent = lambda x: jax.vmap(lambda x, i: x[i])(x, slot // width)
+    newest = jnp.take_along_axis(tokens.reshape(b, -1), slot, axis=1)
+    path = {}
+    if "recent" in front:
+        path["recent"] = extend_path(of_parent(front["recent"]), newest)
+    return path | {
+        "tokens": newest,
+        "scores": best,
+        "index": offset + slot.astype(jnp.int32),
+        "hidden": of_parent(hidden),
+        "visible": of_parent(front["visible"]),
+    }
 
 
 def _place(buffer, new, offset):
