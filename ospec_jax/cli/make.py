@@ -86,15 +86,10 @@ def distill(
     draft_config = default_draft_config(
         loaded.config, draft_vocab_size, family, num_steps, exit_layer
     )
+    initial = _trained(start, loaded)
+    if initial is not None:
+        draft_config, family = initial.meta.draft, initial.meta.family
     taps = draft_config.taps if family in TAPPED else eagle3_taps(loaded.config)
-    initial = None
-    if start != "none":
-        base = load_draft(start, loaded)
-        if base.meta.draft is None:
-            raise ConfigError(f"the draft {start!r} has no parameters to train")
-        draft_config, initial = base.meta.draft, (base.draft, base.meta)
-        if base.meta.family in TAPPED:
-            taps = draft_config.taps
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
     count = record(
@@ -118,10 +113,20 @@ def distill(
         newest = checkpoint.load(trained, loaded)
         draft, meta = newest.draft, dataclasses.replace(newest.meta, storage="int8")
         if delta and initial is not None:
-            draft, meta = _difference(draft, meta, initial[0], start, delta)
+            draft, meta = _difference(draft, meta, initial.draft, start, delta)
         checkpoint.save(ship, newest.step, meta, draft)
         found = score(loaded, folder, load_draft(ship, loaded), config)
         console.print(f"saved {ship}; as it is stored there: {found}")
+
+
+def _trained(name: str, target) -> LoadedDraft | None:
+    """The draft that training starts from, if any."""
+    if name == "none":
+        return None
+    found = load_draft(name, target)
+    if found.meta.draft is None:
+        raise ConfigError(f"the draft {name!r} has no parameters to train")
+    return found
 
 
 def _difference(draft, meta, base, name: str, rank: int):

@@ -148,7 +148,7 @@ def train(
     out: Path,
     config: DistillConfig = DistillConfig(),
     draft_config: DraftConfig | None = None,
-    initial: tuple[Draft, checkpoint.Meta] | None = None,
+    initial: LoadedDraft | None = None,
     family: str = "eagle3",
 ) -> list[dict]:
     """Trains, or goes on training, the draft in `out`; returns the history.
@@ -156,8 +156,8 @@ def train(
     Beside its checkpoints lies `training.png`. Ctrl-C saves and returns.
 
     Args:
-      initial: A trained draft to start from, with its record; it brings its own
-        family, architecture and draft vocabulary.
+      initial: A trained draft to start from; it brings its own family, architecture
+        and draft vocabulary.
       family: One of `TRAINED`.
 
     Raises:
@@ -166,7 +166,7 @@ def train(
     """
     store = FeedbackStore(store_folder)
     if initial is not None:
-        family, draft_config = initial[1].family, initial[1].draft
+        family, draft_config = initial.meta.family, initial.meta.draft
     draft_config = draft_config or default_draft_config(
         target.config, family=family, depth=config.num_steps
     )
@@ -195,8 +195,8 @@ def train(
         draft, state, card = restored.draft, restored.learner, restored.meta.card
     elif initial is not None:
         # Training donates what it starts from: the caller's draft stays whole.
-        draft = jax.tree.map(jnp.copy, initial[0])
-        card = {"started_from": initial[1].card}
+        draft = jax.tree.map(jnp.copy, initial.draft)
+        card = {"started_from": initial.meta.card}
         state = learner.init(draft.params)
     else:
         token_ids = None

@@ -22,6 +22,7 @@ from ospec_jax.distill.families import (
 from ospec_jax.distill.store import FeedbackStore, recorded_ids
 from ospec_jax.distill.train import DistillConfig, train
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.llama import head_table
 from ospec_jax.testing import tiny_target
 
@@ -114,9 +115,8 @@ def test_training_goes_on_from_a_draft(target, folder, trained, tmp_path):
     out, history = trained
     start = checkpoint.load(out, target)
     longer = dataclasses.replace(CONFIG, num_updates=4, save_every=4, evaluate_every=4)
-    again = train(
-        target, folder, tmp_path, longer, initial=(start.draft, start.meta)
-    )  # fmt: skip
+    initial = LoadedDraft(start.draft, start.meta)
+    again = train(target, folder, tmp_path, longer, initial=initial)
     result = checkpoint.load(tmp_path, target)
     np.testing.assert_array_equal(result.draft.token_ids, start.draft.token_ids)
     assert result.meta.card["started_from"]["num_updates"] == CONFIG.num_updates
@@ -134,7 +134,7 @@ def test_a_domain_is_learned_alone(target, folder, trained, tmp_path, monkeypatc
     monkeypatch.setattr(FeedbackStore, "windows", watched)
     start = checkpoint.load(trained[0], target)
     config = dataclasses.replace(CONFIG, num_updates=2, domains=("b",))
-    initial = start.draft, start.meta
+    initial = LoadedDraft(start.draft, start.meta)
     history = train(target, folder, tmp_path, config, initial=initial)
     assert {"b"} in seen  # the batches', beside one for each held-out answer
     assert max(map(len, seen)) == 1
