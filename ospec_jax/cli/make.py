@@ -87,9 +87,10 @@ def distill(
         loaded.config, draft_vocab_size, family, num_steps, exit_layer
     )
     initial = _trained(start, loaded)
-    if initial is not None:
-        draft_config, family = initial.meta.draft, initial.meta.family
-    taps = draft_config.taps if family in TAPPED else eagle3_taps(loaded.config)
+    kind = family if initial is None else initial.meta.family
+    if initial is not None and initial.meta.draft is not None:
+        draft_config = initial.meta.draft
+    taps = draft_config.taps if kind in TAPPED else eagle3_taps(loaded.config)
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
     count = record(
