@@ -18,6 +18,7 @@ def get_config() -> LearnerConfig:
         num_experts=4,
         step_ratio=2.0,
         meta="hedge",
+        loss="forward_kl",
         update_every_prompts=40,
         num_epochs=2,
         batch_size=4,

@@ -22,6 +22,7 @@ def get_config() -> LearnerConfig:
         static_expert=False,
         reset_experts=True,
         meta="last_chunk",
+        loss="forward_kl",
         temperature=0.2,
         update_every_prompts=40,
         num_epochs=2,

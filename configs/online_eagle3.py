@@ -14,6 +14,7 @@ def get_config() -> LearnerConfig:
         name="gradient",
         optimizer="adam",
         learning_rate=3e-4,
+        loss="forward_kl",
         num_steps=3,
         batch_size=4,
         window=64,

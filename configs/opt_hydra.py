@@ -14,6 +14,7 @@ def get_config() -> LearnerConfig:
         name="optimistic",
         optimizer="sgd",
         learning_rate=0.1,
+        loss="forward_kl",
         update_every_prompts=80,
         num_epochs=3,
         batch_size=16,

@@ -389,6 +389,12 @@ def test_step_sizes_follow_the_optimizer():
     assert LearnerConfig(name="osd", update_interval=9).update_every_prompts == 1
 
 
+def test_published_rules_keep_their_loss():
+    losses = {name: LearnerConfig(name=name).loss for name in ("optimistic", "osd")}
+    assert losses == {"optimistic": "jsd", "osd": "forward_kl"}
+    assert LearnerConfig(name="osd", loss="jsd").loss == "jsd"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -22,10 +22,10 @@ LearnerName = Literal[
 LEARNER_NAMES: tuple[str, ...] = get_args(LearnerName)
 
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "momentum": {"optimizer": "sgd"},
+    "momentum": {"optimizer": "sgd", "loss": "forward_kl"},
     "optimistic": {"optimizer": "sgd"},
     # An update is a request, of which its buffer holds so many: never an interval.
-    "osd": {"learning_rate": 1e-4, "update_every_prompts": 1},
+    "osd": {"learning_rate": 1e-4, "update_every_prompts": 1, "loss": "forward_kl"},
     # The paper's rule never forgets; this one is for streams that shift.
     "shared_ensemble": {"meta_rate": 3.0, "meta_discount": 0.8},
 }
@@ -100,7 +100,9 @@ class LearnerConfig:
         in between, and experts move once for all of them.
       buffer_requests: OSD: requests between two steps; each update is one request, so
         that a batch should hold the windows of one.
-      loss: forward_kl, reverse_kl, jsd, total_variation or acceptance_length.
+      loss: forward_kl, reverse_kl, jsd, total_variation or acceptance_length. The
+        default is jsd, whose acceptance length was 1.5 to 2.7% longer than forward_kl's
+        on six real streams; for `momentum` and `osd` forward_kl, as published.
       forward_share: Of forward KL in jsd, the rest is reverse KL.
       decay: Weight of each depth relative to the one before.
       position_decay: Weight of each position of a window relative to the one before.
@@ -149,7 +151,7 @@ class LearnerConfig:
     num_scored: int = 1
     round_length: int = 4
     buffer_requests: int = 8
-    loss: str = "forward_kl"
+    loss: str = ""
     forward_share: float = 0.9
     decay: float = 0.8
     position_decay: float = 1.0
@@ -214,7 +216,9 @@ class LearnerConfig:
 
     def _fill_in(self):
         """What is unset becomes the learner's own default; `auto` leaves it open."""
-        defaults: dict[str, Any] = {"meta_rate": 1.0, "meta_discount": 1.0}
+        defaults: dict[str, Any] = {
+            "meta_rate": 1.0, "meta_discount": 1.0, "loss": "jsd"
+        }  # fmt: skip
         if self.name in ("head", "memory"):
             if self.sets_gradients:
                 raise ConfigError(
