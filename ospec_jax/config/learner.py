@@ -101,8 +101,8 @@ class LearnerConfig:
       buffer_requests: OSD: requests between two steps; each update is one request, so
         that a batch should hold the windows of one.
       loss: forward_kl, reverse_kl, jsd, total_variation or acceptance_length. The
-        default is jsd, whose acceptance length was 1.5 to 2.7% longer than forward_kl's
-        on six real streams; for `momentum` and `osd` forward_kl, as published.
+        default is jsd, whose acceptance length was 1.0 to 2.7% longer than forward_kl's
+        on eight real streams; for `momentum` and `osd` forward_kl, as published.
       forward_share: Of forward KL in jsd, the rest is reverse KL.
       decay: Weight of each depth relative to the one before.
       position_decay: Weight of each position of a window relative to the one before.
