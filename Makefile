@@ -18,7 +18,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/ospec demo
 
-# The modes on 50 prompts, and other decoders where they are installed (".[peers]").
+# The modes on the package's prompts, and other decoders where they are installed (".[peers]").
 PEERS ?=
 PROMPTS ?=
 bench: $(VENV)/.installed

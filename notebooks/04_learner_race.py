@@ -82,11 +82,11 @@ learners = {
     "static": None,
     "gradient": common,
     "paced": named("gradient", pace="pays"),
-    "momentum": named("momentum", **sgd, momentum=0.5),
+    "momentum": named("momentum", **sgd, momentum=0.5, loss="forward_kl"),
     "optimistic": named("optimistic", **sgd),
     "ensemble": named("ensemble"),
     "shared_ensemble": named("shared_ensemble", meta_rate=3.0, meta_discount=0.8),
-    "osd": named("osd", update_every_prompts=1, buffer_requests=4),
+    "osd": named("osd", update_every_prompts=1, buffer_requests=4, loss="forward_kl"),
     "head": LearnerConfig(name="head"),
 }
 runs = {name: replayer.run(learner) for name, learner in learners.items()}

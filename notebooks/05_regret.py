@@ -218,7 +218,7 @@ record(target, prompts, folder, config.taps, max_new_tokens=32, batch_size=4)
 replayer = Replayer(target, draft, folder, num_steps=3, has_losses=True, decay=1.0)
 learner = LearnerConfig(
     update_interval=96, batch_size=4, window=32, learning_rate=3e-3, num_epochs=3,
-    num_candidates=0, decay=1.0,
+    num_candidates=0, decay=1.0, loss="forward_kl",
 )  # fmt: skip
 served = {}  # answers before an update -> what is served from then on
 static = replayer.run(None)

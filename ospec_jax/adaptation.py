@@ -36,6 +36,8 @@ from ospec_jax.types import Draft, NgramMemory, SharedTables
 
 _FIRST_SPAN, _FIRST_HEAD_SPAN = 8, 16
 """Rounds of a regime's first span (see `pace`); an answer's are the smaller ones."""
+_TOKENS_OF_AN_ANSWER = 64
+"""Taken for granted where what updates cost has not been measured."""
 
 
 @flax.struct.dataclass
@@ -168,7 +170,11 @@ class Adaptation:
     def _started(self, state: AdaptationState, cost=None) -> PaceState:
         """A new regime; before they are measured, costs are what the budget allows."""
         if cost is None:
-            interval = CHUNK if self.head is not None else self.config.update_interval
+            interval = self.config.update_interval
+            if self.head is not None:
+                interval = CHUNK
+            elif every := self.config.update_every_prompts:
+                interval = every * _TOKENS_OF_AN_ANSWER
             cost = self.config.budget_share * interval
         first = _FIRST_SPAN if self.head is None else _FIRST_HEAD_SPAN
         return pace.start(self.learned(state), first, cost)

@@ -104,7 +104,7 @@ def learner_for(
     if learner.name != "auto":
         return learner
     can_learn_head = drafter.head_inputs is not None and target.mesh is None
-    is_head = can_learn_head and not learner.sets_gradients
+    is_head = can_learn_head and not learner.asks_for_gradients
     return learner.renamed("head" if is_head else "gradient")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demonstration: three domains, three decoding modes, one learning draft."""
+"""The demonstration: three domains, four decoding modes, one learning draft."""
 
 import json
 import shutil

@@ -49,6 +49,8 @@ _CONTEXT = 128
 """Prompts are padded to multiples of this, for the same reason; they cost little."""
 _ANSWER = 16
 """Likewise answers, to the longest of the stream."""
+DEFAULT_INTERVAL = 512
+"""Tokens between updates where there is no clock to tell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +231,7 @@ class Replayer:
         Raises:
           ConfigError: It trains nothing, or would choose its interval by the clock.
         """
+        is_auto = config.name == "auto"
         config = learner_for(config, self.draft, self.drafter, self._target)
         if config.recording == "nothing":
             raise ConfigError(
@@ -236,7 +239,9 @@ class Replayer:
                 f"n-grams; replay those that train the draft"
             )
         is_timed = config.update_interval < 1 and not config.update_every_prompts
-        if config.is_training and is_timed:
+        if config.is_training and is_timed and is_auto:
+            config = dataclasses.replace(config, update_interval=DEFAULT_INTERVAL)
+        elif config.is_training and is_timed:
             raise ConfigError(
                 "a replayed learner needs an update_interval, in tokens: a budget of "
                 "time would make the result depend on the machine"

@@ -137,6 +137,7 @@ class Session:
         cast = lambda params: cast_params(params, target.numerics.precision)
         self._cast = jax.jit(sharding.pinned(cast, mesh, sharding.param_shardings))
         self.stats = DecodingStats(num_spec_tokens=tree.num_steps)
+        self._unjudged = self.stats
         self.reports: list[UpdateReport] = []
         self.on_update: Callable[[UpdateReport, Draft, Draft], None] | None = None
         self.answered: list[str] = []
@@ -302,7 +303,7 @@ class Session:
             learning_seconds = self._learn_from(completion)
             self.answered.append(completion.request.id)
             self.stats = self.stats + completion.stats
-            self._warn_of_collapse()
+            self._warn_of_collapse(completion.stats)
             yield Result(
                 prompt=prompt_of[id(completion.request)],
                 text=self._decode(completion.token_ids),
@@ -333,8 +334,8 @@ class Session:
                 self.on_update(report, before, self.draft)
         return seconds
 
-    def _warn_of_collapse(self) -> None:
-        stats = self.stats
+    def _warn_of_collapse(self, newest: DecodingStats) -> None:
+        self._unjudged = stats = self._unjudged + newest
         if stats.num_draft_tokens and stats.num_drafts >= _COLLAPSE_STEPS:
             # Of its own accord `auto` hardly drafts where that does not pay.
             if stats.mean_acceptance_length < 1.05 and self.depths is None:
@@ -345,7 +346,7 @@ class Session:
                     f"vocabulary), or decode with --draft none",
                     stacklevel=3,
                 )
-            self.stats = DecodingStats(num_spec_tokens=self.tree.num_steps)
+            self._unjudged = DecodingStats(num_spec_tokens=self.tree.num_steps)
 
     def save(self, folder: str | Path, with_feedback: bool = True) -> Path:
         """Writes a checkpoint of the draft and of what learning needs to go on.

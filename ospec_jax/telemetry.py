@@ -27,6 +27,19 @@ _TOLD = ("loss", "grad_norm", "agreement", "acceptance", "num_samples")
 _WRITERS = ("tensorboardX", "torch.utils.tensorboard", "flax.metrics.tensorboard")
 
 
+def _line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _is_within(row: dict, num_answered: int | None) -> bool:
+    """Whether a row tells of the first answers, or of what they taught."""
+    if num_answered is None:
+        return True
+    if row["kind"] == "update":  # is written before its answer is
+        return row["num_answers"] < num_answered
+    return row["number"] <= num_answered
+
+
 @jax.jit
 def distance(before, after):
     """Euclidean distance of two trees of parameters."""
@@ -48,9 +61,14 @@ class Telemetry:
     """
 
     def __init__(
-        self, file: Path, tensorboard: Path | None = None, is_resumed: bool = False
-    ):
-        """Opens the file; with `is_resumed`, goes on where it stopped.
+        self, file: Path, tensorboard: Path | None = None,
+        num_answered: int | None = None,
+    ):  # fmt: skip
+        """Opens the file.
+
+        Args:
+          num_answered: Of a resumed run: answers that it goes on behind. Rows of later
+            ones, which it will give again, are dropped.
 
         Raises:
           ConfigError: It exists and is not to be resumed, or TensorBoard is missing.
@@ -61,16 +79,16 @@ class Telemetry:
         )
         self._version, self._changed, self._path_length = -1, 0, 0.0
         self._recent: deque = deque(maxlen=WINDOW)
-        if file.exists() and not is_resumed:
+        if file.exists() and num_answered is None:
             raise ConfigError(
                 f"{file} exists, and telemetry is only added to by the same run: "
                 f"choose another file, or resume"
             )
         if file.exists():
-            for row in read_rows(file):
+            kept = [row for row in read_rows(file) if _is_within(row, num_answered)]
+            for row in kept:
                 self._recall(row)
-            whole = file.read_text("utf-8").rpartition("\n")
-            file.write_text("".join(whole[:2]), "utf-8")
+            file.write_text("".join(map(_line, kept)), "utf-8")
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = file.open("a", encoding="utf-8")
 
@@ -145,7 +163,7 @@ class Telemetry:
         counts["tokens"] += row["num_tokens"]
 
     def _write(self, row: dict, number: int) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(_line(row))
         self._file.flush()
         if self._writer is None:
             return

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Topologies of draft trees: their notation, parents, depths and ancestors."""
 
+import dataclasses
 import heapq
 from typing import Literal
 
@@ -86,7 +87,11 @@ def parse_tree(
             verification=verification,
         )  # fmt: skip
     if kind in ("opt", "sequoia"):
-        return _parse_optimal(text, kind, numbers, num_steps, children, verification)
+        found = _parse_optimal(text, kind, numbers, num_steps)
+        return dataclasses.replace(
+            found, children=children, verification=verification,
+            min_path_probability=min_path_probability,
+        )  # fmt: skip
     try:
         values = tuple(int(x) for x in numbers.split(",")) if numbers else ()
     except ValueError:
@@ -113,7 +118,7 @@ def parse_tree(
     )
 
 
-def _parse_optimal(text, kind, numbers, num_steps, children, verification):
+def _parse_optimal(text, kind, numbers, num_steps):
     """Reads trees that are built for the most accepted tokens."""
     try:
         count, *values = numbers.split(",")
@@ -129,10 +134,7 @@ def _parse_optimal(text, kind, numbers, num_steps, children, verification):
     if kind == "opt" and len(rates) == 1:
         return TreeConfig("dynamic", num_steps, size, size, min_gain=rates[0])
     parents = best_parents(rates, size, num_steps)
-    return TreeConfig(
-        "static", int(max(static_depths(parents))), parents=parents, children=children,
-        verification=verification,
-    )  # fmt: skip
+    return TreeConfig("static", int(max(static_depths(parents))), parents=parents)
 
 
 def best_parents(

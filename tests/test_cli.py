@@ -395,6 +395,18 @@ def test_published_rules_keep_their_loss():
     assert LearnerConfig(name="osd", loss="jsd").loss == "jsd"
 
 
+def test_a_flag_for_the_interval_wins_over_a_file_that_counts_prompts():
+    file = str(CONFIGS / "opt_hydra.py")
+    config = arguments.learner_config(file, update_interval=256)
+    assert (config.update_interval, config.update_every_prompts) == (256, 0)
+    assert arguments.learner_config(file).update_every_prompts == 80
+
+
+@pytest.mark.parametrize("setting", [{"loss": "jsd"}, {"budget": 0.1}, {}])
+def test_the_automatic_choice_heeds_what_only_gradients_keep_to(setting):
+    assert LearnerConfig(name="auto", **setting).asks_for_gradients == bool(setting)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -139,11 +139,12 @@ def test_another_order_and_a_subset(target, folder, draft):
         assert answer.loss == pytest.approx(of[answer.id].loss, rel=1e-4)
 
 
-def test_losses_are_those_that_learning_minimises(target, folder, draft):
+def test_losses_are_those_of_forward_kl(target, folder, draft):
     """Scored whole, an answer's loss is that of one window over its pairs."""
     replayer = Replayer(target, draft, folder, STEPS, has_losses=True)
     run = replayer.run(None)
-    evaluate = jax.jit(replayer.learning(LEARNER).adaptation.learner.evaluate)
+    learner = dataclasses.replace(LEARNER, loss="forward_kl")
+    evaluate = jax.jit(replayer.learning(learner).adaptation.learner.evaluate)
     for entry, answer in list(zip(replayer.order, run.answers, strict=True))[:4]:
         e = replayer.store.entries[entry]
         segments = replayer.store.segments(

@@ -449,6 +449,15 @@ def test_predicted_answers_come_faster(target, draft, plain):
         assert length > before.mean_acceptance_length
 
 
+@pytest.mark.filterwarnings("ignore:the mean acceptance length")
+def test_counts_go_on_after_a_look_at_them(target, draft, monkeypatch):
+    monkeypatch.setattr("ospec_jax.session._COLLAPSE_STEPS", 1)
+    session = Session(target, draft, ngrams=False)
+    results = list(session.generate(PROMPTS[:3], NEW_TOKENS))
+    counts = [result.stats.num_drafts for result in results]
+    assert session.stats.num_drafts == sum(counts) > max(counts)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("name", ["prediction", "suffix"])
 def test_nothing_is_compiled_after_warming_up(target, name, batch_size):

@@ -92,3 +92,11 @@ def test_ill_formed_trees_are_refused(values, message):
 def test_unreadable_trees_are_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_tree(text, 3)
+
+
+@pytest.mark.parametrize("text", ["dynamic:4,12", "opt:12,0.2"])
+def test_settings_of_a_tree_are_kept_or_refused(text):
+    found = parse_tree(text, 3, min_path_probability=0.3)
+    assert found.min_path_probability == 0.3
+    with pytest.raises(ConfigError):
+        parse_tree(text, 3, children="sampled", verification="traversal")

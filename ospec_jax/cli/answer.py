@@ -149,7 +149,8 @@ def learn(
             f"{len(answered)} prompts were answered before, {len(rows)} are left; "
             f"draft version {session.version}"
         )
-    writer = telemetry and Telemetry(telemetry, tensorboard, is_resumed=resume)
+    num_answered = len(session.answered) if resume else None
+    writer = telemetry and Telemetry(telemetry, tensorboard, num_answered)
     has_predictions = any(row.prediction for row in rows)
     session.warm_up(sampling=decoding.sampling, has_predictions=has_predictions)
     session.on_update = writer.update if writer else None

@@ -141,6 +141,8 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
         raise ConfigError(f"{name_or_file} has no get_config() -> LearnerConfig")
     if "optimizer" in given:
         given = {"learning_rate": 0.0} | given  # the file's suits the file's optimizer
+    if "update_interval" in given:
+        given = {"update_every_prompts": 0} | given
     return dataclasses.replace(config, **given)
 
 

@@ -82,6 +82,10 @@ def distill(
         raise ConfigError(
             "--delta keeps the difference to a draft: name it with --from"
         )
+    if delta and ship is None:
+        raise ConfigError("--delta is for the draft that --ship saves: name its folder")
+    if not rows:
+        raise ConfigError(f"{prompts} has no prompt of the domains {domain!r}")
     loaded = load_target(target, as_precision(precision))
     draft_config = default_draft_config(
         loaded.config, draft_vocab_size, family, num_steps, exit_layer

@@ -173,6 +173,8 @@ def replay(
 
 def _replayed(name: str, **flags) -> LearnerConfig:
     """A learner whose updates come at an interval of tokens, and without n-grams."""
+    from ospec_jax.replay import DEFAULT_INTERVAL
+
     config = learner_config(name, memory_slots=0)
     if not config.is_training:
         return config  # it would read none of the flags
@@ -180,7 +182,7 @@ def _replayed(name: str, **flags) -> LearnerConfig:
     is_timed = config.update_interval < 1 and not config.update_every_prompts
     if config.name == "auto" or not is_timed:
         return config
-    return dataclasses.replace(config, update_interval=512)
+    return dataclasses.replace(config, update_interval=DEFAULT_INTERVAL)
 
 
 def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:

@@ -32,7 +32,7 @@ _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
 
 _OF_GRADIENTS = {
     "optimizer": "", "learning_rate": 0.0, "update_interval": 0,
-    "update_every_prompts": 0, "promotion": "always",
+    "update_every_prompts": 0, "promotion": "always", "loss": "",
 }  # fmt: skip
 """Settings that `head` and `memory` would not read, unset."""
 
@@ -71,7 +71,7 @@ class LearnerConfig:
         projection alone, after every answer, at next to no cost; `memory` only
         remembers n-grams, as all of them do; `auto` is `head` where the draft has an
         output projection of its own, on a single device, and nothing is set that
-        only gradients read (see `_OF_GRADIENTS`), else `gradient`.
+        only gradients keep to (`asks_for_gradients`), else `gradient`.
       memory_slots: n-grams of each order that are remembered; 0 for none.
       optimizer: Any optax optimizer that takes a learning rate, or finds its own step
         size: mechanize, cocob, dog, prodigy, ... By default adam, or what the learner
@@ -89,7 +89,8 @@ class LearnerConfig:
       reset_experts: Experts begin each round at their average (released code).
       meta: How experts are weighed: `hedge` on their cumulative normalised losses, or
         `last_chunk`, softmax of their mean loss in the last round (released code).
-      meta_rate: Of Hedge; see `learners.meta`. By default 1, or 3 where it forgets.
+      meta_rate: Of Hedge; see `learners.meta`. By default 1, of the shared
+        ensemble 3.
       meta_discount: Of older losses at each update, in Hedge; 1 never forgets, the
         default but of the shared ensemble, 0.8.
       temperature: Of `last_chunk`, in units of the loss.
@@ -216,18 +217,16 @@ class LearnerConfig:
 
     def _fill_in(self):
         """What is unset becomes the learner's own default; `auto` leaves it open."""
-        defaults: dict[str, Any] = {
-            "meta_rate": 1.0, "meta_discount": 1.0, "loss": "jsd"
-        }  # fmt: skip
+        defaults: dict[str, Any] = {"meta_rate": 1.0, "meta_discount": 1.0}
         if self.name in ("head", "memory"):
-            if self.sets_gradients:
+            if self._sets_unread:
                 raise ConfigError(
                     f"the learner {self.name!r} reads none of "
                     f"{', '.join(_OF_GRADIENTS)}, of which some are set; leave them "
                     f"out, or use the learner 'gradient'"
                 )
         elif self.name != "auto":
-            defaults["optimizer"] = "adam"
+            defaults |= {"optimizer": "adam", "loss": "jsd"}
         defaults |= _OWN_DEFAULTS.get(self.name, {})
         optimizer = self.optimizer or defaults.get("optimizer")
         if optimizer:
@@ -238,9 +237,13 @@ class LearnerConfig:
                 object.__setattr__(self, key, value)
 
     @property
-    def sets_gradients(self) -> bool:
-        """Whether something is set that only learning along gradients reads."""
+    def _sets_unread(self) -> bool:
         return any(getattr(self, key) != v for key, v in _OF_GRADIENTS.items())
+
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Whether something is set that only learning along gradients keeps to."""
+        return self._sets_unread or self.budget != LearnerConfig.budget
 
     def renamed(self, name: LearnerName) -> "LearnerConfig":
         """Another learner with these settings, as far as it reads them."""

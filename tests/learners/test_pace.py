@@ -132,6 +132,13 @@ def draft(target):
     return LoadedDraft(tiny_draft(drafter, config), Meta.create(target, config))
 
 
+@pytest.mark.parametrize("own", [{"update_interval": 256}, {"update_every_prompts": 4}])
+def test_learning_has_a_price_before_it_is_measured(target, draft, own):
+    learner = LearnerConfig(name="gradient", pace="pays", budget=0.2, **own)
+    session = Session(target, draft, learner=learner)
+    assert float(session.learning.state.pace.cost) == pytest.approx(256 / 4)
+
+
 @pytest.mark.filterwarnings("ignore:the mean acceptance length")
 @pytest.mark.parametrize("name", ["gradient", "head"])
 def test_a_session_slows_down_resumes_bitwise_and_wakes(target, draft, tmp_path, name):
