@@ -143,9 +143,14 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
     model = load_target(name_or_path, how.precision, target.mesh, how.is_scanned)
     meta = Meta.create(target, None, "model", card={"model": name_or_path})
     if tokenizer_hash(model.tokenizer) != meta.tokenizer_hash:
+        ours, theirs = (
+            t.get_vocab().items() for t in (target.tokenizer, model.tokenizer)
+        )
+        differing = sorted(ours ^ theirs)
         raise checkpoint.CheckpointError(
-            f"{name_or_path!r} has another tokenizer than {target.name}: its tokens "
-            f"would mean something else; use a model of the same family"
+            f"{name_or_path!r} has another tokenizer than {target.name}: "
+            f"{len(differing)} entries differ, as {differing[:3]}, so its tokens would "
+            f"mean something else; use a model of the same family"
         )
     token_ids = None
     if model.config.vocab_size < target.config.vocab_size:
