@@ -52,7 +52,7 @@ def resume(session: Session, folder: str | Path) -> list[str]:
             raise checkpoint.CheckpointError(
                 f"{folder} holds a draft but no learner; start from it with --draft"
             )
-        saved = from_dict(LearnerConfig, meta.learner)
+        saved = saved_config(meta.learner)
         if saved != learning.config:
             raise checkpoint.CheckpointError(
                 f"{folder} was learned with {saved}, not {learning.config}; "
@@ -85,6 +85,13 @@ def resume(session: Session, folder: str | Path) -> list[str]:
     session.answered = list(restored.meta.answered)
     _resume_depths(session, restored.meta.depth)
     return session.answered
+
+
+def saved_config(settings: dict) -> LearnerConfig:
+    """A checkpoint's learner, of older versions, too."""
+    if settings["name"] in ("head", "memory"):  # a loss was written once, and not read
+        settings = {key: x for key, x in settings.items() if key != "loss"}
+    return from_dict(LearnerConfig, settings)
 
 
 def _resume_depths(session: Session, saved: dict) -> None:

@@ -31,10 +31,8 @@ def _line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _is_within(row: dict, num_answered: int | None) -> bool:
+def _is_within(row: dict, num_answered: int) -> bool:
     """Whether a row tells of the first answers, or of what they taught."""
-    if num_answered is None:
-        return True
     if row["kind"] == "update":  # is written before its answer is
         return row["num_answers"] < num_answered
     return row["number"] <= num_answered
@@ -79,12 +77,12 @@ class Telemetry:
         )
         self._version, self._changed, self._path_length = -1, 0, 0.0
         self._recent: deque = deque(maxlen=WINDOW)
-        if file.exists() and num_answered is None:
-            raise ConfigError(
-                f"{file} exists, and telemetry is only added to by the same run: "
-                f"choose another file, or resume"
-            )
         if file.exists():
+            if num_answered is None:
+                raise ConfigError(
+                    f"{file} exists, and telemetry is only added to by the same run: "
+                    f"choose another file, or resume"
+                )
             kept = [row for row in read_rows(file) if _is_within(row, num_answered)]
             for row in kept:
                 self._recall(row)

@@ -181,6 +181,13 @@ def test_experts_are_kept_as_differences(ospec, tmp_path, capsys):
     )  # fmt: skip
     assert ospec(*args) == 2
     assert "name it with --from" in capsys.readouterr().err
+    unshipped = [arg for arg in args if arg not in ("--ship", tmp_path / "expert")]
+    assert ospec(*unshipped, "--from", ospec.draft) == 2
+    assert "the draft that --ship saves" in capsys.readouterr().err
+    assert ospec(*args, "--from", ospec.draft, "--domain", "nowhere") == 2
+    assert "no prompt of the domains 'nowhere'" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
     assert ospec(*args, "--from", ospec.draft) == 0
     meta = checkpoint.load(tmp_path / "expert").meta
     assert (meta.base, meta.rank, meta.storage) == (ospec.draft, 2, "int8")

@@ -15,7 +15,7 @@ from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.recording import open_recording, read_meta, record
 from ospec_jax.regret import best_per_chunk_in_hindsight, dynamic_regret_proxy
-from ospec_jax.replay import Replayer
+from ospec_jax.replay import DEFAULT_INTERVAL, Replayer
 from ospec_jax.scoring import walk
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
@@ -195,6 +195,8 @@ def test_what_does_not_fit_is_refused(target, folder, draft, tmp_path):
     replayer = Replayer(target, draft, folder, STEPS)
     with pytest.raises(ConfigError, match="update_interval"):
         replayer.run(dataclasses.replace(LEARNER, update_interval=0))
+    auto = LearnerConfig(name="auto", memory_slots=0, learning_rate=1e-3)
+    assert replayer.learning(auto).config.update_interval == DEFAULT_INTERVAL
     with pytest.raises(ConfigError, match="knows no n-grams"):
         replayer.run(LearnerConfig(name="memory"))
     hydra = Replayer(target, make_draft(target, "hydra"), folder, STEPS)

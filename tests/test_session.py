@@ -9,7 +9,7 @@ import pytest
 from model_files import hf_tensors, model_config, write_folder
 from reference import random_params
 
-from ospec_jax import LearnerConfig, Session, TreeConfig, checkpoint
+from ospec_jax import LearnerConfig, Session, TreeConfig, checkpoint, saving
 from ospec_jax.checkpoint import CheckpointError, Meta
 from ospec_jax.config import LEARNER_NAMES, ConfigError, SamplingConfig
 from ospec_jax.config import TreeConfig as Tree
@@ -350,6 +350,12 @@ def test_older_feedback_is_not_taken_for_the_newest_steps(target, draft, tmp_pat
         resumed.resume(tmp_path)
     assert int(resumed.learning.traffic.ring.num_added) == 0
     assert_same(resumed.learning.state, session.learning.state)
+
+
+def test_settings_that_were_never_read_do_not_hinder_a_resume():
+    ours = LearnerConfig(name="head")
+    older = dataclasses.asdict(ours) | {"loss": "forward_kl"}
+    assert saving.saved_config(older) == ours
 
 
 def test_resume_with_other_settings_is_refused(target, draft, tmp_path):
