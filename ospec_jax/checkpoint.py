@@ -56,6 +56,7 @@ class Meta:
       draft_version: Promotions so far.
       learner: Name and hyper-parameters of the learner, or empty.
       answered: Ids of the prompts that learning has seen, in order.
+      num_admitted: Requests that were ever begun; see `decoding.request.Request.key`.
       depth: What is known for choosing depths, a `DepthState`, or empty.
       card: Free facts: data, steps, scores.
       base: Name or folder of the draft that the stored parameters are a difference to;
@@ -73,6 +74,7 @@ class Meta:
     draft_version: int = 0
     learner: dict = dataclasses.field(default_factory=dict)
     answered: tuple[str, ...] = ()
+    num_admitted: int = 0
     depth: dict = dataclasses.field(default_factory=dict)
     card: dict = dataclasses.field(default_factory=dict)
     libraries: dict = dataclasses.field(default_factory=dict)

@@ -152,6 +152,16 @@ def _draw_index(uniform, weights):
     return jnp.argmax(jnp.where(weights > 0, priority, -1)).astype(jnp.int32)
 
 
+def gumbel(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Gumbel noise whose upper tail is as fine as float32 is.
+
+    By default JAX makes it from 23 random bits. Its largest values are then few and far
+    between, and tokens of probability below 1e-6 are drawn too seldom: 0.0070 of the
+    time instead of 0.0098, for 49,151 of them that weigh 2e-7 each.
+    """
+    return jax.random.gumbel(key, shape, mode="high")
+
+
 @typed
 def sample_without_replacement(
     keys: Key[Array, " b"], probs: Float[Array, "b v"], num_samples: int
@@ -159,8 +169,7 @@ def sample_without_replacement(
     """Distinct draws, in order: the largest Gumbel-perturbed log-probabilities."""
 
     def draw(key, p):
-        noise = jax.random.gumbel(key, p.shape)
-        return jax.lax.top_k(jnp.log(p) + noise, num_samples)[1]
+        return jax.lax.top_k(jnp.log(p) + gumbel(key, p.shape), num_samples)[1]
 
     return jax.vmap(draw)(keys, probs).astype(jnp.int32)
 

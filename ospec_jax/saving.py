@@ -26,7 +26,9 @@ def save(session: Session, folder: str | Path, with_feedback: bool = True) -> Pa
     if session.meta is None:
         raise checkpoint.CheckpointError("there is no draft to save")
     depth = dataclasses.asdict(session.depths.state) if session.depths else {}
-    meta = dataclasses.replace(session.meta, storage="float32", depth=depth)
+    meta = dataclasses.replace(
+        session.meta, storage="float32", depth=depth, num_admitted=session.num_admitted
+    )
     draft = session.grouped(session.draft, is_inverse=True)
     if session.learning is None:
         return checkpoint.save(folder, 0, meta, draft)
@@ -83,6 +85,7 @@ def resume(session: Session, folder: str | Path) -> list[str]:
     session.meta = dataclasses.replace(restored.meta, draft_version=version)
     session.serve(session.grouped(freely_placed(restored.draft, mesh)))
     session.answered = list(restored.meta.answered)
+    session.num_admitted = restored.meta.num_admitted
     _resume_depths(session, restored.meta.depth)
     return session.answered
 

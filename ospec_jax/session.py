@@ -100,6 +100,10 @@ class Session:
         0 keeps to the tree.
       depth_policy: How a tree of varying depth chooses it.
 
+    Sampled answers draw from `SamplingConfig.seed` and the number of requests that the
+    session, or the checkpoint it resumed, has begun before: copies of a prompt are
+    answered independently of each other, and a new session repeats an old one.
+
     `on_update`, if set, is called after each update with its report and the draft that
     was served before and is after it; its time is not learning's. The learner `head`
     overwrites its projection: there, that of the draft before is gone.
@@ -141,6 +145,7 @@ class Session:
         self.reports: list[UpdateReport] = []
         self.on_update: Callable[[UpdateReport, Draft, Draft], None] | None = None
         self.answered: list[str] = []
+        self.num_admitted = 0
         # Without learning there is nothing to remember but the rates.
         orders = memory_orders(suggestions or (draft.meta.family if draft else ""))
         self._memory = sharding.put_params(init_memory(1, orders), mesh)
@@ -235,7 +240,7 @@ class Session:
                 predicted = encode_prediction(prompt, self.target.tokenizer)
             yield prompt, Request(
                 prompt.id, ids, max_new_tokens, sampling, find_stop, predicted,
-                prompt.prediction_confidence,
+                prompt.prediction_confidence, prompt.seed, prompt.choice,
             )  # fmt: skip
 
     def _find_stop(self, token_ids: list[int]) -> int | None:
@@ -293,7 +298,7 @@ class Session:
         completions = self.engine.serve(
             (request for _, request in pairs), lambda: self.served_draft,
             self.batch_size, on_tokens=on_tokens if on_text else None,
-            depths=self.depths,
+            depths=self.depths, ordinals=self._ordinals(),
         )  # fmt: skip
         for completion in completions:
             stream = streams.pop(id(completion.request), None)
@@ -316,12 +321,23 @@ class Session:
                 version=version,
             )
 
+    def _ordinals(self) -> Iterator[int]:
+        """Numbers for requests, each taken when one is begun; none ever comes twice.
+
+        A request that is begun again after an interruption gets another one: what is
+        kept may depend on the numbers that it was accepted with before.
+        """
+        while True:
+            ordinal = self.num_admitted
+            self.num_admitted += 1
+            yield ordinal
+
     def _decode(self, token_ids: list[int]) -> str:
         return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _learn_from(self, completion: Completion) -> float:
         """Remembers the answer and updates the draft when it is time."""
-        if self.learning is None:
+        if self.learning is None or not completion.request.can_teach:
             return 0.0
         start, before = time.perf_counter(), self.draft
         self.draft, self._served, report = self.learning.learn_from(
@@ -360,6 +376,9 @@ class Session:
 
     def resume(self, folder: str | Path) -> list[str]:
         """Goes on from a checkpoint; returns the ids of the prompts it had answered.
+
+        At batch size 1 all that follows is bitwise what an uninterrupted run does. In
+        larger batches requests that were on their way begin again, as new ones.
 
         Raises:
           CheckpointError: It holds no state of the same learner.

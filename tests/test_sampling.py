@@ -9,6 +9,7 @@ import pytest
 from ospec_jax.sampling import (
     _draw_index,
     draw,
+    gumbel,
     is_any_of,
     processed_probs,
     sample,
@@ -201,3 +202,9 @@ def test_is_any_of():
     assert is_any_of(tokens, (2, 7)).tolist() == [[False, True, False],
                                                   [False, True, True]]  # fmt: skip
     assert not is_any_of(tokens, ()).any()
+
+
+def test_the_upper_tail_of_gumbel_noise_is_fine():
+    """From 23 random bits a fifth of the largest values would be equal to others."""
+    noise = np.sort(np.asarray(gumbel(jax.random.key(0), (1 << 22,))))
+    assert len(np.unique(noise[-1000:])) > 990

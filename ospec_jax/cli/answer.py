@@ -114,9 +114,10 @@ def learn(
       pace: Learn always, or ever more rarely while learning does not pay for its time.
       promotion: Serve every iterate, or only those that proved better.
       checkpoint_dir: Where to save; Ctrl-C saves too.
-      resume: Go on exactly where the checkpoint stopped.
+      resume: Go on where the checkpoint stopped: at batch size 1 as if there had been no
+        interruption; in a larger batch, requests that were on their way begin again.
       save_every: Prompts between two checkpoints.
-      save_feedback: Also save recent traffic, which a bitwise resume needs.
+      save_feedback: Also save recent traffic, which learning needs to go on as before.
       json_file: Write the answers and metrics.
       telemetry: Write what learning does, line by line; see `ospec telemetry`.
       tensorboard: Folder to write it to for TensorBoard, too.

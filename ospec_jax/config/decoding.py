@@ -197,6 +197,7 @@ class SamplingConfig:
     Attributes:
       top_k: Tokens kept, 0 for all.
       top_p: Probability mass kept, 1.0 for all.
+      seed: Of the random numbers; each answer draws its own (`decoding.request`).
     """
 
     temperature: float = 0.0
@@ -205,9 +206,11 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):  # NaN is refused, too
             raise ConfigError(f"temperature is {self.temperature}; use 0 or more")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it lies in (0, 1]")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; use 0 (all) or more")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; use 0 to {2**32 - 1}")

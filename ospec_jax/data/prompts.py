@@ -22,6 +22,10 @@ class Prompt:
       text: The last user turn, or the raw prompt.
       prediction: What the answer is expected to be, as an edited file is; or empty.
       prediction_confidence: Chance that its first token is right.
+      seed: Of this prompt's sampling alone: its answer then repeats as long as the same
+        draft is served, and nothing is learned from it. None shares the call's seed,
+        under which every answer has numbers of its own.
+      choice: Which of several answers under that seed this is, from 0.
     """
 
     id: str
@@ -30,6 +34,8 @@ class Prompt:
     domain: str = ""
     prediction: str = ""
     prediction_confidence: float = 0.5
+    seed: int | None = None
+    choice: int = 0
 
 
 def parse_prompt(row: dict, default_id: str) -> Prompt:
@@ -59,7 +65,7 @@ def parse_prompt(row: dict, default_id: str) -> Prompt:
     return Prompt(
         id=str(row.get("id", default_id)), text=text, messages=messages,
         domain=str(row.get("domain", "")),
-        **_prediction_of(row),
+        **_prediction_of(row), **_seed_of(row),
     )  # fmt: skip
 
 
@@ -72,6 +78,19 @@ def _prediction_of(row: dict) -> dict:
         raise ConfigError(f"prediction_confidence is {confidence!r}; it lies in (0, 1]")
     text = _checked_prediction(row["prediction"])
     return {"prediction": text, "prediction_confidence": float(confidence)}
+
+
+def _seed_of(row: dict) -> dict:
+    """`Prompt`'s fields about random numbers of its own."""
+    found = {key: row[key] for key in ("seed", "choice") if row.get(key) is not None}
+    for key, value in found.items():
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or not 0 <= value < 2**32:
+            raise ConfigError(f"{key} is {value!r}; use a whole number below 2**32")
+
+    if "choice" in found and "seed" not in found:
+        raise ConfigError("`choice` counts answers under a `seed`; give that, too")
+    return found
 
 
 def _checked_prediction(prediction) -> str:
@@ -185,6 +204,9 @@ def _row_of(prompt: Prompt) -> dict:
     if prompt.prediction:
         row["prediction"] = prompt.prediction
         row["prediction_confidence"] = prompt.prediction_confidence
+    if prompt.seed is not None:
+        row["seed"] = prompt.seed
+        row["choice"] = prompt.choice
     return row
 
 

@@ -7,6 +7,7 @@ tokens cannot depend on its neighbours.
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -87,13 +88,23 @@ class _Sent(NamedTuple):
 
 
 def _accepted_by_running(sent: _Sent) -> list[int]:
-    """Accepted tokens of the rows that a step did not end."""
+    """Accepted tokens of the rows that a step did not end, and that may be told."""
     output = sent.output
     return [
         int(output.num_accepted[row])
         for _, row, slot in sent.rows
-        if not slot.is_done and not output.is_finished[row]
+        if not slot.is_done and not output.is_finished[row] and slot.request.can_teach
     ]
+
+
+def _share_numbers(slots: list[Slot]) -> bool:
+    """Whether two rows draw the same random numbers."""
+    own = [
+        (slot.request.seed, slot.request.choice)
+        for slot in slots
+        if not slot.request.can_teach
+    ]
+    return len(set(own)) < len(own)
 
 
 class Engine:
@@ -200,16 +211,19 @@ class Engine:
         request: Request,
         capacity: int,
         has_prediction: bool | None = None,
+        ordinal: int = 0,
     ) -> tuple[DecodeState, StepOutput]:
         """Runs the prompt, chunk by chunk, and chooses the answer's first token.
 
         Args:
           has_prediction: Make room for one; by default if the request has one.
+          ordinal: The request's number among all admitted ones; see `Request.key`.
         """
         if has_prediction is None:
             has_prediction = bool(request.prediction_ids)
         is_greedy = request.sampling.temperature == 0
-        state = self._initial_state(request, capacity, has_prediction)
+        key = request.key(ordinal)
+        state = self._initial_state(request, capacity, has_prediction, key)
         ids = np.asarray(request.prompt_ids, np.int32)
         run = self.compiled("prefill", is_greedy)
         output = None
@@ -238,10 +252,9 @@ class Engine:
         assert state is not None, "a batch has rows"
         return state
 
-    def _initial_state(self, request, capacity: int, has_prediction) -> DecodeState:
+    def _initial_state(self, request, capacity, has_prediction, key) -> DecodeState:
         sampling = request.sampling
         values = (sampling.temperature, sampling.top_k, sampling.top_p)
-        key = jax.random.key(sampling.seed)
         args = capacity, has_prediction, key, values, request.max_new_tokens
         state = self._start_row(*args)
         if not has_prediction:
@@ -275,6 +288,7 @@ class Engine:
         on_tokens: Callable[[Request, list[int]], None] | None = None,
         lag: int = 1,
         depths: DepthChooser | None = None,
+        ordinals: Iterator[int] | None = None,
     ) -> Iterator[Completion]:
         """Answers requests as rows become free; yields them in order of completion.
 
@@ -289,13 +303,16 @@ class Engine:
             computes while the host reads and dispatches.
           depths: Says how deep each step drafts, of those on the menu, and hears what
             came of it; by default all steps are alike.
+          ordinals: Gives each request its number when it is admitted (`Request.key`),
+            none of them twice in the life of a session; by default 0, 1, 2, ...
         """
         sharding.check_batch(self.config.mesh, batch_size)
+        ordinals = itertools.count() if ordinals is None else ordinals
         if batch_size == 1:
             for request in requests:
                 slots = self._checked_capacity([request], capacity)
                 yield from self._serve_batch(
-                    [request], draft_fn, 1, slots, on_tokens, lag, depths
+                    [request], draft_fn, 1, slots, on_tokens, lag, depths, ordinals
                 )
             return
         requests = list(requests)
@@ -303,7 +320,7 @@ class Engine:
             return
         slots = self._checked_capacity(requests, capacity)
         yield from self._serve_batch(
-            requests, draft_fn, batch_size, slots, on_tokens, lag, depths
+            requests, draft_fn, batch_size, slots, on_tokens, lag, depths, ordinals
         )
 
     def _checked_capacity(self, requests, capacity: int | None) -> int:
@@ -323,7 +340,7 @@ class Engine:
         return -(-capacity // PREFILL_CHUNK) * PREFILL_CHUNK
 
     def _serve_batch(
-        self, requests, draft_fn, batch_size, capacity, on_tokens, lag, depths
+        self, requests, draft_fn, batch_size, capacity, on_tokens, lag, depths, ordinals
     ):
         has_prediction = any(request.prediction_ids for request in requests)
         if has_prediction:
@@ -338,7 +355,7 @@ class Engine:
                     slot = Slot(request, self._new_stats())
                     slots[i] = slot
                     row, output = self.prefill(
-                        draft_fn(), request, capacity, has_prediction
+                        draft_fn(), request, capacity, has_prediction, next(ordinals)
                     )
                     state = self._place(state, row, i, batch_size, capacity)
                     in_flight.append(_Sent(False, [(i, 0, slot)], output))
@@ -367,7 +384,9 @@ class Engine:
     def _next_step(self, slots: list[Slot], depths: DepthChooser | None):
         """The function for these rows' next step, and its depth if that was chosen."""
         is_greedy = all(slot.request.sampling.temperature == 0 for slot in slots)
-        if PREDICTED in self._menu and all(slot.is_sure for slot in slots):
+        all_are_sure = all(slot.is_sure for slot in slots)
+        # What one row drafts must not follow from numbers that its twin has yet to use.
+        if PREDICTED in self._menu and all_are_sure and not _share_numbers(slots):
             return self.compiled(PREDICTED, is_greedy), None
         if depths is None:
             return self.compiled("step", is_greedy), None

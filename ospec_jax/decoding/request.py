@@ -5,6 +5,9 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
+import jax
+from jaxtyping import Array, Key
+
 from ospec_jax.config import SamplingConfig
 from ospec_jax.metrics import DecodingStats
 from ospec_jax.types import Feedback, StepOutput
@@ -20,10 +23,13 @@ class Request:
 
     Attributes:
       prompt_ids: Token ids, chat template already applied.
+      sampling: Its seed is that of the whole call; see `key`.
       find_stop: Given the answer's ids, the number of ids to keep when a stop string
         occurs in their text, else None.
       prediction_ids: What the answer is expected to be; empty for nothing.
       prediction_confidence: See `drafters.prediction`.
+      seed: Of this request alone; None shares the call's.
+      choice: Which of the answers to a request with a seed of its own this is.
     """
 
     id: str
@@ -33,6 +39,37 @@ class Request:
     find_stop: Callable[[list[int]], int | None] | None = None
     prediction_ids: tuple[int, ...] = ()
     prediction_confidence: float = 0.5
+    seed: int | None = None
+    choice: int = 0
+
+    def key(self, ordinal: int) -> Key[Array, ""]:
+        """The request's own random numbers, folded with the position at each step.
+
+        No two requests that are admitted may share them: what a session carries from
+        one answer to the next (n-grams, a learned draft, a depth) depends on the
+        numbers that the first was accepted with, and if the second were accepted with
+        them, too, it would leave the target's law.
+
+        Args:
+          ordinal: Its number among all that were ever admitted. With a seed of its own
+            a request's numbers follow from that and `choice` alone, so that they
+            repeat: nothing may be learned from its answer (`can_teach`).
+        """
+        if self.seed is None:
+            shared = jax.random.fold_in(jax.random.key(self.sampling.seed), 0)
+            return jax.random.fold_in(shared, ordinal)
+
+        own = jax.random.fold_in(jax.random.key(self.seed), 1)
+        return jax.random.fold_in(own, self.choice)
+
+    @property
+    def can_teach(self) -> bool:
+        """Whether others may be served with what its answer teaches.
+
+        Greedy answers use no random numbers, those of the call's seed none that another
+        request will use.
+        """
+        return self.seed is None or self.sampling.temperature == 0
 
 
 @dataclasses.dataclass
