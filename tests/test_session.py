@@ -391,13 +391,11 @@ def test_one_target_pass_a_step_whether_learning_or_not(target, draft, monkeypat
 
 
 def test_sampling_without_a_draft_follows_the_seed(target):
-    session = Session(target)
-    draw = lambda seed: [
-        result.token_ids
-        for result in session.generate(
-            PROMPTS[:2], NEW_TOKENS, SamplingConfig(1.0, seed=seed)
-        )
-    ]
+    def draw(seed):
+        sampling = SamplingConfig(1.0, seed=seed)
+        answers = Session(target).generate(PROMPTS[:2], NEW_TOKENS, sampling)
+        return [answer.token_ids for answer in answers]
+
     assert draw(1) == draw(1) != draw(2)
 
 

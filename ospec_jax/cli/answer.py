@@ -114,8 +114,8 @@ def learn(
       pace: Learn always, or ever more rarely while learning does not pay for its time.
       promotion: Serve every iterate, or only those that proved better.
       checkpoint_dir: Where to save; Ctrl-C saves too.
-      resume: Go on where the checkpoint stopped: at batch size 1 as if there had been no
-        interruption; in a larger batch, requests that were on their way begin again.
+      resume: Go on where the checkpoint stopped: at batch size 1 as if nothing had
+        happened; in a larger batch, requests that were on their way begin again.
       save_every: Prompts between two checkpoints.
       save_feedback: Also save recent traffic, which learning needs to go on as before.
       json_file: Write the answers and metrics.
