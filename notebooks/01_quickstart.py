@@ -28,8 +28,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ospec_jax import LearnerConfig, LoadedDraft, Session, TreeConfig, load_draft
-from ospec_jax.checkpoint import Meta
 from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
 target = tiny_target()

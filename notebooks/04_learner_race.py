@@ -31,13 +31,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ospec_jax import LearnerConfig, LoadedDraft, TreeConfig
-from ospec_jax.bench.replays import running_length
-from ospec_jax.checkpoint import Meta
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.data.streams import build_stream
 from ospec_jax.drafters.eagle import eagle3
-from ospec_jax.recording import record
-from ospec_jax.replay import Replayer
+from ospec_jax.replay.record import record
+from ospec_jax.replay.replayer import Replayer
+from ospec_jax.replay.results import running_length
+from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
 STEPS, BLOCK, ANSWERS = 2, 20, 80  # tokens drafted a pass, prompts of a block, of all

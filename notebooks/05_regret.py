@@ -16,9 +16,9 @@
 #
 # Online learning is judged by *dynamic regret*: the draft's summed loss beyond that of
 # the best draft for every round. Theory (arXiv 2603.12617, reconstructed in
-# `ospec_jax.regret`) turns it into a floor under the acceleration of decoding. Here
-# both are measured, first where all assumptions hold, then on a stream of a tiny model.
-# Nothing is downloaded, and it takes about a minute on two cores.
+# `ospec_jax.learners.bounds`) turns it into a floor under the acceleration of decoding.
+# Here both are measured, first where all assumptions hold, then on a stream of a tiny
+# model. Nothing is downloaded, and it takes about a minute on two cores.
 #
 # In Colab, first run `!pip install ospec-jax`.
 
@@ -32,15 +32,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from ospec_jax import LearnerConfig, LoadedDraft, TreeConfig, regret
-from ospec_jax.checkpoint import Meta
+from ospec_jax import LearnerConfig, LoadedDraft, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.data.streams import build_stream
 from ospec_jax.drafters.base import dequantized
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.learners.objective import build_objective
-from ospec_jax.recording import record
-from ospec_jax.replay import Replayer
+from ospec_jax.replay import hindsight
+from ospec_jax.replay.record import record
+from ospec_jax.replay.replayer import Replayer
+from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
 STEPS, COST = 4, 0.1  # tokens drafted a pass, cost of a draft step in target passes
@@ -133,10 +134,10 @@ rounds = np.arange(1, ROUNDS + 1)
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 table = {}
 for color, (name, (kl, acceptance)) in enumerate(runs.items()):
-    tokens = regret.expected_tokens(acceptance, STEPS).mean(axis=1)
-    measured = regret.acceleration_rate(np.cumsum(tokens) / rounds, STEPS, COST)
+    tokens = hindsight.expected_tokens(acceptance, STEPS).mean(axis=1)
+    measured = hindsight.acceleration_rate(np.cumsum(tokens) / rounds, STEPS, COST)
     total = np.cumsum(np.asarray(kl, float))
-    bound = regret.acceleration_lower_bound(total, rounds, STEPS, COST)
+    bound = hindsight.acceleration_lower_bound(total, rounds, STEPS, COST)
     assert np.all(bound <= measured + 1e-6), name
     axes[0].plot(rounds, total, color=f"C{color}", label=name)
     axes[1].plot(rounds, measured, color=f"C{color}")
@@ -180,11 +181,11 @@ steepest = float(np.sqrt(2) * jnp.linalg.norm(contexts, axis=-1).mean(axis=1).ma
 paths, measured, bounds = [], [], []
 for drift in (0.0, 0.004, 0.02, 0.1):
     moving = wander(drift)
-    paths.append(regret.path_length(moving))
+    paths.append(hindsight.path_length(moving))
     known = ROUNDS, paths[-1], diameter, steepest
-    step = regret.best_step_size(*known)
+    step = hindsight.best_step_size(*known)
     measured.append(float(play(optax.sgd(step), moving)[0].sum()))
-    bounds.append(regret.gradient_descent_bound(*known))
+    bounds.append(hindsight.gradient_descent_bound(*known))
 assert np.all(np.asarray(measured) <= bounds)
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 ax.plot(paths, measured, "o-", label="measured")
@@ -227,13 +228,13 @@ learned = replayer.run(
     learner, count.append,
     on_update=lambda _, before, after: served.update({len(count) + 1: after.params}),
 )  # fmt: skip
-hindsight = regret.best_per_chunk_in_hindsight(
+hindsight = hindsight.best_per_chunk_in_hindsight(
     replayer, 10, num_epochs=8, learning_rate=3e-3, window=32
 )
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 for name, run in (("static", static), ("learned", learned)):
     losses = [answer.loss for answer in run.answers]
-    proxy = regret.dynamic_regret_proxy(losses, hindsight)
+    proxy = hindsight.dynamic_regret_proxy(losses, hindsight)
     ax.plot(proxy, label=name)
     table[name] = proxy
 ax.axvline(29.5, color="gray", ls=":")
@@ -266,9 +267,9 @@ for first in range(0, 60, 10):
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     divergence.append(float(info.loss - jnp.sum(entropy * weight) / weight.sum()))
     tokens = 1 + np.cumprod(info.acceptance).sum()
-    speed.append(float(regret.acceleration_rate(tokens, 3, COST)))
+    speed.append(float(hindsight.acceleration_rate(tokens, 3, COST)))
 chunks = 10 * np.arange(1, len(speed) + 1)
-bound = regret.acceleration_lower_bound(divergence, 1, 3, COST)
+bound = hindsight.acceleration_lower_bound(divergence, 1, 3, COST)
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 ax.plot(chunks, speed, "o-", label="measured")
 ax.plot(chunks, bound, "--", label="bound")

@@ -7,14 +7,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ospec_jax import checkpoint, deltas
-from ospec_jax.checkpoint import Meta
 from ospec_jax.config import ConfigError
-from ospec_jax.data.tokenizer import tokenizer_hash
-from ospec_jax.drafters.mixed import MIXES
+from ospec_jax.drafters.combine import MIXES
 from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.formats.importing import is_public_folder, load_folder
 from ospec_jax.models.hub import Target, load_target
+from ospec_jax.models.tokenizer import tokenizer_hash
+from ospec_jax.storage import checkpoint, low_rank
+from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.types import Draft
 
 _SHIPPED = Path(__file__).parent / "shipped"
@@ -121,14 +121,14 @@ def restore(
     if not meta.base:
         return found
     base = restore(meta.base, target).draft
-    known = deltas.fingerprint(base)
+    known = low_rank.fingerprint(base)
     if known != meta.base_hash:
         raise checkpoint.CheckpointError(
             f"{name_or_folder} holds only its difference to the draft {meta.base!r} "
             f"with the hash {meta.base_hash}, but that one's is {known} now: get the "
             f"base back, or train it anew with `ospec distill --from {meta.base}`"
         )
-    params = deltas.add(base.params, found.draft.params)
+    params = low_rank.add(base.params, found.draft.params)
     meta = dataclasses.replace(meta, base="", base_hash="", rank=0)
     return dataclasses.replace(found, draft=base.replace(params=params), meta=meta)
 

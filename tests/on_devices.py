@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ospec_jax import checkpoint, sharding
-from ospec_jax.checkpoint import Meta
+from ospec_jax import sharding
 from ospec_jax.config import ConfigError, LearnerConfig, TreeConfig
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
@@ -24,6 +23,8 @@ from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.hub import scan_target, split_target
 from ospec_jax.session import Session
+from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
 VOCAB = 24

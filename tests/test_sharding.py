@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from on_devices import LEARNER, SIZES, draft_config, learned, same
 
-from ospec_jax import checkpoint, sharding
-from ospec_jax.checkpoint import Meta
+from ospec_jax import sharding
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.layers import split_groups
 from ospec_jax.session import Session
+from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_model_config, tiny_target
 
 CONFIG = tiny_model_config(num_heads=8, num_kv_heads=4)

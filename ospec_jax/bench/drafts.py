@@ -10,7 +10,7 @@ import numpy as np
 from ospec_jax.bench.harness import BenchRun, ModeRun
 from ospec_jax.bench.rows import count_mismatches
 from ospec_jax.config import ChildrenKind, ConfigError, TreeConfig, Verification
-from ospec_jax.metrics import DecodingStats
+from ospec_jax.decoding.stats import DecodingStats
 
 PLAIN = "autoregressive"
 ALL = "all"

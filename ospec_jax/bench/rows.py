@@ -13,7 +13,7 @@ from ospec_jax.bench.harness import BenchRun, ModeRun, Turns
 from ospec_jax.data.prompts import encode
 from ospec_jax.decoding.engine import PREFILL_CHUNK
 from ospec_jax.decoding.reference import is_tie
-from ospec_jax.metrics import repeated_token_share
+from ospec_jax.decoding.stats import repeated_token_share
 
 
 def predicted_seconds(run: BenchRun, name: str) -> float:

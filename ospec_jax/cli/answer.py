@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ospec_jax import checkpoint
 from ospec_jax.cli.arguments import (
     Decoding,
     Shared,
@@ -23,8 +22,9 @@ from ospec_jax.data.prompts import (
     read_prediction,
     read_prompts,
 )
-from ospec_jax.progress import Interrupt, progress_bar
-from ospec_jax.telemetry import Telemetry
+from ospec_jax.reports.progress import Interrupt, progress_bar
+from ospec_jax.reports.telemetry import Telemetry
+from ospec_jax.storage import checkpoint
 
 
 def generate(

@@ -21,10 +21,10 @@ from ospec_jax.config import (
     TreeConfig,
     Verification,
 )
+from ospec_jax.drafters.topology import parse_tree
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import Session
-from ospec_jax.tree import parse_tree
 
 console = Console(stderr=True)
 

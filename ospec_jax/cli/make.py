@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ospec_jax import checkpoint, deltas, sharding
+from ospec_jax import sharding
 from ospec_jax.cli.arguments import as_precision, console
 from ospec_jax.config import AttentionKind, ConfigError, Precision, SamplingConfig
 from ospec_jax.data.prompts import read_prompts
+from ospec_jax.drafters.topology import parse_tree
 from ospec_jax.loading import LoadedDraft, draft_folder, load_draft, restore
 from ospec_jax.models.hub import load_config, load_target
-from ospec_jax.tree import parse_tree
+from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
 
 
@@ -70,9 +71,9 @@ def distill(
       delta: Of the shipped draft, keep only its difference to the one that it started
         from, of this rank; 0 keeps all. Loading it takes that one.
     """
-    from ospec_jax.distill.families import TAPPED, default_draft_config, eagle3_taps
+    from ospec_jax.distill.starts import TAPPED, default_draft_config, eagle3_taps
     from ospec_jax.distill.train import DistillConfig, score, train
-    from ospec_jax.recording import record
+    from ospec_jax.replay.record import record
 
     if ship is not None and max(checkpoint.steps(ship), default=0) > num_updates:
         raise ConfigError(f"{ship} holds a longer trained draft; choose another folder")
@@ -136,8 +137,8 @@ def _trained(name: str, target) -> LoadedDraft | None:
 
 def _difference(draft, meta, base, name: str, rank: int):
     """What is stored of a draft that was trained from another one."""
-    params = deltas.subtract(draft.params, base.params, rank)
-    known = deltas.fingerprint(base)
+    params = low_rank.subtract(draft.params, base.params, rank)
+    known = low_rank.fingerprint(base)
     meta = dataclasses.replace(meta, base=name, base_hash=known, rank=rank)
     return Draft(params), meta
 
@@ -162,8 +163,8 @@ def import_draft(
         wrongly.
       check: Decode a few prompts, and refuse a head that is never right.
     """
-    from ospec_jax.formats.check import self_check
     from ospec_jax.formats.importing import load_folder
+    from ospec_jax.session.self_check import self_check
 
     loaded = load_target(target, as_precision(precision)) if target else None
     draft, meta = load_folder(src, loaded, taps or None)
@@ -239,7 +240,7 @@ def lower(
       attention: cudnn for cuda alone, on a machine that has the library.
       mesh: Devices to split over, like data=2,model=4; empty for a single one.
     """
-    from ospec_jax import lowering
+    from ospec_jax.decoding import lowering
 
     config = lowering.LoweringConfig(
         parse_tree(tree, num_speculative_tokens), precision, batch_size, capacity,

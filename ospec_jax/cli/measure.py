@@ -20,7 +20,7 @@ from ospec_jax.cli.arguments import (
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import demo_prompts, read_prompts
 from ospec_jax.models.hub import load_target
-from ospec_jax.progress import Interrupt, progress_bar
+from ospec_jax.reports.progress import Interrupt, progress_bar
 
 
 def bench(
@@ -196,7 +196,7 @@ def demo(
       learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
         head, memory, or a Python file with `get_config() -> LearnerConfig`.
     """
-    from ospec_jax.demo import run_demo
+    from ospec_jax.bench.demo import run_demo
 
     run_demo(
         out, num_prompts_per_domain, max_new_tokens, num_speculative_tokens,

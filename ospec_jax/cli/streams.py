@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ospec_jax import deltas
 from ospec_jax.cli.arguments import as_precision, console, learner_config
 from ospec_jax.config import ConfigError, LearnerConfig
 from ospec_jax.data.prompts import read_prompts, write_prompts
 from ospec_jax.data.streams import build_stream
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
-from ospec_jax.progress import Interrupt, progress_bar
+from ospec_jax.reports.progress import Interrupt, progress_bar
+from ospec_jax.storage import low_rank
 
 StreamKind = Literal["single", "shifts", "gradual", "alternating", "fast"]
 
@@ -73,12 +73,12 @@ def record(
       capacity: Tokens of a prompt and its answer; longer prompts are left out. 0 takes
         all.
     """
-    from ospec_jax import recording
+    from ospec_jax.replay import record
 
     rows = read_prompts(prompts)
     loaded = load_target(target, as_precision(precision))
     taps = load_draft(draft, loaded).taps
-    count = recording.record(
+    count = record.record(
         loaded, rows, out, taps, max_new_tokens=max_new_tokens,
         batch_size=batch_size, capacity=capacity,
     )  # fmt: skip
@@ -123,9 +123,9 @@ def replay(
       plot: Draw acceptance along the stream into this PNG.
       telemetry: Folder of telemetry files, one a run.
     """
-    from ospec_jax.bench import replays
-    from ospec_jax.recording import read_meta
-    from ospec_jax.replay import Replayer
+    from ospec_jax.replay import results
+    from ospec_jax.replay.record import read_meta
+    from ospec_jax.replay.replayer import Replayer
 
     configs = {
         name: None if name == "static" else _replayed(
@@ -136,22 +136,22 @@ def replay(
     if not configs or not all(s.strip().isdecimal() for s in seeds.split(",")):
         raise ConfigError(f"use learners and whole seeds, not {learners!r}, {seeds!r}")
     ids = [row.id for row in read_prompts(prompts)] if prompts else []
-    results = replays.Results.open(json_file)
+    results = results.Results.open(json_file)
     meta = read_meta(folder)
     loaded = load_target(target, as_precision(meta.precision))
     replayer = Replayer(
         loaded, load_draft(draft, loaded), folder, num_speculative_tokens, ids, regret
     )
-    key = replays.stream_key([replayer.store.entries[i].id for i in replayer.order])
+    key = results.stream_key([replayer.store.entries[i].id for i in replayer.order])
     kind = meta.fingerprint, meta.precision, str(meta.max_new_tokens)
-    content = " ".join([*kind, deltas.fingerprint(replayer.draft.draft)])
+    content = " ".join([*kind, low_rank.fingerprint(replayer.draft.draft)])
     rows = []
     with Interrupt() as interrupt, progress_bar() as bar:
         for name, config in configs.items():
             is_random = config is not None and config.replay_share > 0
             for seed in [int(s) for s in seeds.split(",")][: None if is_random else 1]:
                 config = config and dataclasses.replace(config, seed=seed)
-                settings = replays.settings_of(
+                settings = results.settings_of(
                     name, config, draft, num_speculative_tokens, key, content
                 )
                 row = results.find(settings, regret)
@@ -165,15 +165,15 @@ def replay(
         if regret and not interrupt:
             names = [draft, key, content]
             hindsight = _hindsight(replayer, results, chunk_size, bar, names)
-    replays.add_regret(rows, hindsight)
-    print(replays.markdown_table(rows))
+    results.add_regret(rows, hindsight)
+    print(results.markdown_table(rows))
     if plot is not None and rows:
-        console.print(f"plot: {replays.plot_replays(rows, plot)}")
+        console.print(f"plot: {results.plot_replays(rows, plot)}")
 
 
 def _replayed(name: str, **flags) -> LearnerConfig:
     """A learner whose updates come at an interval of tokens, and without n-grams."""
-    from ospec_jax.replay import DEFAULT_INTERVAL
+    from ospec_jax.replay.replayer import DEFAULT_INTERVAL
 
     config = learner_config(name, memory_slots=0)
     if not config.is_training:
@@ -187,8 +187,8 @@ def _replayed(name: str, **flags) -> LearnerConfig:
 
 def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:
     """Replays one learner behind the bar."""
-    from ospec_jax.bench import replays
-    from ospec_jax.telemetry import Telemetry
+    from ospec_jax.replay import results
+    from ospec_jax.reports.telemetry import Telemetry
 
     task = bar.add_task(f"{label}: compiling", total=len(replayer.order))
     answers, writer = [], None
@@ -199,7 +199,7 @@ def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:
 
     def show(answer):
         answers.append(answer)
-        recent = answers[-replays.WINDOW :]
+        recent = answers[-results.WINDOW :]
         drafts, accepted = (
             sum(getattr(a.stats, name) for a in recent)
             for name in ("num_drafts", "num_accepted_tokens")
@@ -217,12 +217,12 @@ def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:
     run = replayer.run(config, show, on_update, lambda: bool(interrupt))
     if writer is not None:
         writer.close()
-    return replays.to_row(run, settings, len(run.answers) == len(replayer.order))
+    return results.to_row(run, settings, len(run.answers) == len(replayer.order))
 
 
 def _hindsight(replayer, results, chunk_size: int, bar, names) -> list[float]:
     """Losses in hindsight, kept in the results."""
-    from ospec_jax.regret import best_per_chunk_in_hindsight
+    from ospec_jax.replay.hindsight import best_per_chunk_in_hindsight
 
     key = " ".join([*names, str(replayer.num_steps), str(chunk_size)])
     if key not in results.hindsight:
@@ -241,6 +241,6 @@ def telemetry(file: tyro.conf.Positional[Path], plot: Path) -> None:
     Args:
       plot: The PNG to write.
     """
-    from ospec_jax.telemetry import plot_telemetry, read_rows
+    from ospec_jax.reports.telemetry import plot_telemetry, read_rows
 
     console.print(f"plot: {plot_telemetry(read_rows(file), plot)}")

@@ -18,17 +18,17 @@ import numpy as np
 
 from ospec_jax import sharding
 from ospec_jax.config import ConfigError, Recording, TreeConfig
-from ospec_jax.decoding.depth import DepthChooser
+from ospec_jax.control.depth import DepthChooser
 from ospec_jax.decoding.request import (
     Completion,
     PromptTooLongError,
     Request,
     Slot,
 )
+from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.prediction import as_prediction
-from ospec_jax.metrics import DecodingStats
 from ospec_jax.models.cache import KVCache
 from ospec_jax.types import DecodeState, Draft, Feedback, SamplingParams, StepOutput
 from ospec_jax.typing import Params

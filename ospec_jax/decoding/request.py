@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Key
 
 from ospec_jax.config import SamplingConfig
-from ospec_jax.metrics import DecodingStats
+from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import Feedback, StepOutput
 
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax import tree as topology
 from ospec_jax.config import ModelConfig, Recording, TreeConfig
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
+from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, take_row
 from ospec_jax.drafters.prediction import (
     LONG_RUN,

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ospec_jax.distill.store import FeedbackStore
 from ospec_jax.learners.base import Learner
+from ospec_jax.replay.store import FeedbackStore
 
 
 @dataclasses.dataclass(frozen=True)

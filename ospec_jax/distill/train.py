@@ -10,17 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ospec_jax import checkpoint
 from ospec_jax.config import ConfigError, DraftConfig, TreeConfig
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.distill.evaluate import evaluate_held_out, is_held_out, plot_history
-from ospec_jax.distill.families import (
+from ospec_jax.distill.starts import (
     FEATURE_WEIGHTS,
     TAPPED,
     default_draft_config,
     warm_start,
 )
-from ospec_jax.distill.store import FeedbackStore
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState
@@ -29,7 +27,9 @@ from ospec_jax.learners.losses import named_loss
 from ospec_jax.learners.objective import build_objective
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
-from ospec_jax.progress import Interrupt, progress_bar
+from ospec_jax.replay.store import FeedbackStore
+from ospec_jax.reports.progress import Interrupt, progress_bar
+from ospec_jax.storage import checkpoint
 from ospec_jax.types import Draft
 
 

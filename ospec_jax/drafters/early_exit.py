@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ospec_jax.config import ExitConfig, TreeConfig
 from ospec_jax.drafters.base import Drafter, stateless, training_head
-from ospec_jax.drafters.expand import num_scratch
+from ospec_jax.drafters.growth import num_scratch
 from ospec_jax.drafters.self_draft import first_layers, propose_from_root
 from ospec_jax.models import llama
 from ospec_jax.models.layers import (

@@ -4,10 +4,10 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ospec_jax import tree as topology
 from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, Hints, stateless
-from ospec_jax.drafters.expand import extend_path
+from ospec_jax.drafters.growth import extend_path
 from ospec_jax.types import DraftTree
 
 

@@ -31,7 +31,7 @@ from ospec_jax.drafters.attention import (
     split_heads,
 )
 from ospec_jax.drafters.base import Drafter, take_row, training_head
-from ospec_jax.drafters.expand import num_scratch, propose_static, propose_uniform
+from ospec_jax.drafters.growth import num_scratch, propose_static, propose_uniform
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import (
     Linear,

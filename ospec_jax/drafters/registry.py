@@ -10,11 +10,11 @@ from ospec_jax.config import (
     TreeConfig,
 )
 from ospec_jax.drafters.base import Drafter
+from ospec_jax.drafters.combine import fallback, inner_tree, parallel
 from ospec_jax.drafters.eagle import eagle1, eagle3
 from ospec_jax.drafters.early_exit import early_exit
 from ospec_jax.drafters.hints import hinted_chain
 from ospec_jax.drafters.hydra import hydra
-from ospec_jax.drafters.mixed import fallback, inner_tree, parallel
 from ospec_jax.drafters.ngram import ORDERS, SUFFIX_ORDERS, with_ngrams
 from ospec_jax.drafters.self_draft import self_draft
 from ospec_jax.drafters.small_lm import small_lm

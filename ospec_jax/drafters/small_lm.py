@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ospec_jax.config import ConfigError, ModelConfig, TreeConfig
 from ospec_jax.drafters.base import Drafter, take_row
-from ospec_jax.drafters.expand import num_scratch, propose_static, propose_uniform
+from ospec_jax.drafters.growth import num_scratch, propose_static, propose_uniform
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics

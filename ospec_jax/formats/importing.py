@@ -6,13 +6,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from ospec_jax.checkpoint import CheckpointError, Meta
 from ospec_jax.config import ConfigError
 from ospec_jax.drafters.base import dequantized
 from ospec_jax.formats import eagle3, hydra
 from ospec_jax.formats.tensors import read_config
 from ospec_jax.models.hub import Target
 from ospec_jax.models.llama import embedding_table
+from ospec_jax.storage.checkpoint import CheckpointError, Meta
 from ospec_jax.types import Draft
 
 _SAME_TABLE = 0.02

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from ospec_jax.control.weighting import Meta, MetaState, init_meta
 from ospec_jax.learners.base import (
     Learner,
     LearnerInfo,
@@ -24,7 +25,6 @@ from ospec_jax.learners.base import (
     new_state,
     stepped,
 )
-from ospec_jax.learners.meta import Meta, MetaState, init_meta
 from ospec_jax.learners.objective import Objective
 from ospec_jax.typing import Params
 

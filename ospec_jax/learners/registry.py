@@ -4,7 +4,7 @@
 from collections.abc import Callable
 
 from ospec_jax.config import ConfigError, LearnerConfig
-from ospec_jax.learners import meta
+from ospec_jax.control import weighting
 from ospec_jax.learners.base import Learner
 from ospec_jax.learners.ensemble import ensemble, step_grid
 from ospec_jax.learners.gradient import gradient
@@ -100,11 +100,11 @@ def _grid(config: LearnerConfig):
     return make_optimizer(config.optimizer, 1.0), steps
 
 
-def _meta(config: LearnerConfig) -> meta.Meta:
+def _meta(config: LearnerConfig) -> weighting.Meta:
     prior = (float(config.static_expert), *(1.0,) * (config.num_experts - 1))
     if config.meta == "last_chunk":
-        return meta.last_chunk(config.temperature, prior)
-    return meta.hedge(config.meta_rate, config.meta_discount, prior)
+        return weighting.last_chunk(config.temperature, prior)
+    return weighting.hedge(config.meta_rate, config.meta_discount, prior)
 
 
 _LEARNERS: dict[str, Callable[[Objective, LearnerConfig], Learner]] = {

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from ospec_jax.control.weighting import Meta, MetaState, init_meta
 from ospec_jax.learners.base import (
     Learner,
     LearnerState,
@@ -37,7 +38,6 @@ from ospec_jax.learners.base import (
     moved_if,
     new_state,
 )
-from ospec_jax.learners.meta import Meta, MetaState, init_meta
 from ospec_jax.learners.objective import Objective
 from ospec_jax.typing import Params
 

@@ -21,12 +21,12 @@ from rich.console import Console
 from ospec_jax import sharding
 from ospec_jax.config import ConfigError, ModelConfig, Precision
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
-from ospec_jax.data.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from ospec_jax.models import gguf, weights
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.llama import stack_layers
 from ospec_jax.models.quantization import calibrated_numerics
 from ospec_jax.models.smoothing import measure_ranges
+from ospec_jax.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from ospec_jax.typing import Params
 
 _MIB = 1 << 20

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ospec_jax import tree as topology
 from ospec_jax.config import TreeConfig
 from ospec_jax.decoding.rules.hub import hub
 from ospec_jax.decoding.rules.recursive import recursive
 from ospec_jax.decoding.rules.traversal import traversal
-from ospec_jax.tree import best_parents
+from ospec_jax.drafters import topology
+from ospec_jax.drafters.topology import best_parents
 from ospec_jax.types import DraftTree
 
 ROOT, BITS = 0, 24  # a uniform float32 is a multiple of 2 ** -24

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ospec_jax import tree as topology
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
+from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Hints
-from ospec_jax.drafters.expand import propose_static, propose_uniform
+from ospec_jax.drafters.growth import propose_static, propose_uniform
+from ospec_jax.drafters.topology import best_parents
 from ospec_jax.models import cache as kv
-from ospec_jax.tree import best_parents
 from ospec_jax.types import DraftContext, DraftTree, SamplingParams
 
 VOCAB, ROOT = 5, 0

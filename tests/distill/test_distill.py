@@ -8,22 +8,23 @@ import jax
 import numpy as np
 import pytest
 
-from ospec_jax import Session, checkpoint, load_draft
-from ospec_jax.checkpoint import CheckpointError
+from ospec_jax import Session, load_draft
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
-from ospec_jax.distill.collect import collect
-from ospec_jax.distill.families import (
+from ospec_jax.distill.starts import (
     TRAINED,
     default_draft_config,
     default_taps,
     warm_start,
 )
-from ospec_jax.distill.store import FeedbackStore, recorded_ids
 from ospec_jax.distill.train import DistillConfig, train
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.llama import head_table
+from ospec_jax.replay.collect import collect
+from ospec_jax.replay.store import FeedbackStore, recorded_ids
+from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import CheckpointError
 from ospec_jax.testing import tiny_target
 
 NEW_TOKENS = 24

@@ -14,16 +14,17 @@ import pytest
 from reference import random_params
 from safetensors.numpy import load_file
 
-from ospec_jax import Session, checkpoint, load_draft
-from ospec_jax.checkpoint import CheckpointError, Meta
+from ospec_jax import Session, load_draft
 from ospec_jax.config import ConfigError, RopeScaling, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.drafters.eagle import eagle3 as build_eagle3
 from ospec_jax.formats import eagle3, exporting
-from ospec_jax.formats.check import self_check
 from ospec_jax.formats.importing import load_folder
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.weights import WeightsError
+from ospec_jax.session.self_check import self_check
+from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import CheckpointError, Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 from ospec_jax.types import Draft, SharedTables
 

@@ -10,16 +10,17 @@ import public_heads as heads
 import pytest
 from safetensors.numpy import load_file
 
-from ospec_jax import Session, checkpoint, load_draft
-from ospec_jax.checkpoint import CheckpointError
+from ospec_jax import Session, load_draft
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.drafters.hydra import hydra as build_hydra
 from ospec_jax.formats import hydra
-from ospec_jax.formats.check import self_check
 from ospec_jax.formats.importing import load_folder
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.weights import WeightsError
+from ospec_jax.session.self_check import self_check
+from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import CheckpointError
 from ospec_jax.testing import tiny_target
 from ospec_jax.types import Feedback
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from reference import random_params
 
-from ospec_jax import checkpoint
-from ospec_jax.checkpoint import Meta
 from ospec_jax.config import LEARNER_NAMES, ConfigError, LearnerConfig, TreeConfig
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.base import Learner, Segments
 from ospec_jax.learners.registry import build_learner
+from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
 from ospec_jax.types import Draft, Feedback
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 from quadratics import Counter, chasing, drifting, points, run, shifting
 
-from ospec_jax.learners import meta
+from ospec_jax.control import weighting
 from ospec_jax.learners.base import restarted
 from ospec_jax.learners.ensemble import averaged, ensemble, step_grid
 from ospec_jax.learners.shared_ensemble import shared_ensemble
@@ -21,7 +21,11 @@ pytestmark = pytest.mark.parametrize("form", FORMS)
 
 def built(form, objective=None, rule=None, **kwargs):
     return FORMS[form](
-        objective or chasing(), optax.sgd(1.0), STEPS, rule or meta.hedge(), **kwargs
+        objective or chasing(),
+        optax.sgd(1.0),
+        STEPS,
+        rule or weighting.hedge(),
+        **kwargs,
     )
 
 
@@ -51,7 +55,7 @@ def test_under_shifts_it_beats_every_fixed_step(form):
     """A long step after a jump, a short one in between."""
     stream = shifting(noise=2.0, batch=4)
     kwargs = {} if form == "independent" else {"num_scored": 4}
-    losses, *_ = run(built(form, rule=meta.hedge(3.0, 0.8), **kwargs), stream)
+    losses, *_ = run(built(form, rule=weighting.hedge(3.0, 0.8), **kwargs), stream)
     assert losses.mean() < 0.995 * fixed_losses(stream).min()
 
 
@@ -131,9 +135,9 @@ def test_tables_of_integers_are_not_averaged(form):
 
 def test_released_rules_are_what_they_say(form):
     """Softmax of the last round's mean loss; experts begin a round at the average."""
-    rule = meta.last_chunk(temperature=0.5)
+    rule = weighting.last_chunk(temperature=0.5)
     first, second = jnp.asarray([1.0, 2.0]), jnp.asarray([3.0, 1.0])
-    state, weights = rule.observe(meta.init_meta(2), first, jnp.ones(2) / 2)
+    state, weights = rule.observe(weighting.init_meta(2), first, jnp.ones(2) / 2)
     np.testing.assert_allclose(weights, jax.nn.softmax(-first / 0.5), rtol=1e-6)
     state, weights = rule.observe(state, second, weights)
     mean = (first + second) / 2
@@ -159,13 +163,13 @@ def test_hedge_does_not_mind_the_scale_of_losses(form):
     losses = rng.uniform(size=(30, 4)) + [0.3, 0.0, 0.2, 0.4]
 
     def play(scale, offset):
-        state, weights = meta.init_meta(4), jnp.full(4, 0.25)
+        state, weights = weighting.init_meta(4), jnp.full(4, 0.25)
         for row in losses:
             row = jnp.asarray(scale * row + offset, jnp.float32)
             state, weights = rule.observe(state, row, weights)
         return weights
 
-    rule = meta.hedge(1.0)
+    rule = weighting.hedge(1.0)
     found = play(1.0, 0.0)
     assert np.argmax(found) == 1
     np.testing.assert_allclose(play(50.0, 7.0), found, rtol=1e-3)

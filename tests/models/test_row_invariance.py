@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from reference import random_params
 
-from ospec_jax import tree as topology
 from ospec_jax.config import TreeConfig
+from ospec_jax.drafters import topology
 from ospec_jax.kernels import native
 from ospec_jax.models import cache as kv
 from ospec_jax.models.hub import cache_folder

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two drafters at once: a neural one, and suggestions as a drafter beside it.
+
+`fallback` asks them in order: where suggestions are likely they are the draft, and
+the neural one does not run; the plain baseline of any selection. `parallel` verifies
+both chains as branches of one tree, from the root on; what they share is one branch.
+(`with_ngrams` is a third way: suggestions replace single tokens of the neural draft.)
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.drafters import topology
+from ospec_jax.drafters.base import Drafter
+from ospec_jax.drafters.hints import hinted_chain
+from ospec_jax.types import DraftTree
+
+MIXES = {
+    "fallback": "a chain of suggestions where they are likely, else the other draft's",
+    "mixed": "both chains in one tree, verified together",
+}
+_LIKELY = 0.5
+"""Rate of its first suggestion from which a chain is preferred to the neural draft."""
+
+
+def inner_tree(tree: TreeConfig) -> TreeConfig:
+    """What each of two drafters drafts.
+
+    Raises:
+      ConfigError: Their drafts cannot be mixed.
+    """
+    if tree.kind not in ("chain", "parallel") or tree.children != "topk":
+        raise ConfigError(
+            f"two drafters are mixed as chains of children='topk', not as a "
+            f"{tree.kind} tree of {tree.children!r} ones; use --tree chain"
+        )
+    return TreeConfig(
+        num_steps=tree.num_steps, min_path_probability=tree.min_path_probability
+    )
+
+
+def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
+    """Drafts suggestions where the first is likely, else what `drafter` drafts."""
+    suggested = hinted_chain(inner_tree(tree))
+    is_learned = drafter.head_inputs is not None
+
+    def with_states(chain: DraftTree, context) -> DraftTree:
+        """Suggestions have no state to learn a projection from, but their root may."""
+        if not is_learned:
+            return chain
+        b, n = chain.tokens.shape
+        states = jnp.zeros((b, n, context.hidden.shape[-1]))
+        is_root = jnp.broadcast_to(np.arange(n) == 0, (b, n))
+        # A drafter that reads the target's cache has run over the root only to draft.
+        return chain.replace(
+            states=states.at[:, 0].set(context.hidden),
+            has_state=is_root & (not drafter.reads_target),
+        )
+
+    def propose(
+        draft, shared, cache, context, root, starts, keys, sampling, hints=None
+    ):
+        args = draft, shared, cache, context, root, starts, keys, sampling
+        chain, _ = suggested.propose(*args, hints)
+        chain = with_states(chain, context)
+        is_likely = chain.log_probs[:, 1] >= np.log(_LIKELY)
+
+        def draft_others():
+            other, new_cache = drafter.propose(*args)
+            # The draft vocabulary matters for drawn children only.
+            other = other.replace(token_ids=None)
+            if not is_learned:
+                other = other.replace(states=None, has_state=None)
+            rows = chain.tokens.shape[0]
+            pick = lambda a, b: jnp.where(
+                is_likely.reshape(rows, *[1] * (a.ndim - 1)), a, b
+            )
+            return jax.tree.map(pick, chain, other), new_cache
+
+        return jax.lax.cond(jnp.all(is_likely), lambda: (chain, cache), draft_others)
+
+    return drafter._replace(propose=propose)
+
+
+def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:
+    """Drafts the chain of `drafter` and, beside it, one of suggestions."""
+    suggested = hinted_chain(inner_tree(tree))
+
+    def propose(
+        draft, shared, cache, context, root, starts, keys, sampling, hints=None
+    ):
+        args = draft, shared, cache, context, root, starts, keys, sampling
+        chain, _ = suggested.propose(*args, hints)
+        other, cache = drafter.propose(*args)
+        return merge_chains(other, chain), cache
+
+    # Nodes of suggestions have no state to learn a projection from.
+    return drafter._replace(propose=propose, head_inputs=None)
+
+
+def merge_chains(first: DraftTree, second: DraftTree) -> DraftTree:
+    """One tree of two chains with the same root and depth.
+
+    Node 2 i - 1 is the i-th of `first`, node 2 i that of `second`, which is dropped as
+    long as the two agree: its successors then follow the node of `first`.
+    """
+    num_rows, num_nodes = first.tokens.shape
+    num_steps = num_nodes - 1
+    is_both = first.is_valid & second.is_valid
+    is_same = (first.tokens == second.tokens) & is_both
+    is_shared = jnp.cumprod(is_same, axis=1).astype(bool)
+    own = 2 * np.arange(num_nodes)  # in `second`'s numbering; the root is node 0
+    # Under the root both numberings begin; 2 i - 1 would be -1 there.
+    above_first = np.maximum(own[:-1] - 1, 0)
+    above_second = jnp.where(is_shared[:, :-1], above_first, own[:-1])
+
+    def weave(root, a, b):
+        pairs = jnp.stack([a, b], axis=-1).reshape(num_rows, 2 * num_steps)
+        return jnp.concatenate([root, pairs], axis=1)
+
+    spread = lambda x: jnp.broadcast_to(x, (num_rows, num_steps))
+    join = lambda a, b: weave(a[:, :1], a[:, 1:], b[:, 1:])
+    root = jnp.full((num_rows, 1), topology.NO_PARENT, jnp.int32)
+    parents = weave(root, spread(above_first), above_second).astype(jnp.int32)
+    return DraftTree(
+        tokens=join(first.tokens, second.tokens),
+        parents=parents,
+        depths=join(first.depths, second.depths),
+        is_valid=join(first.is_valid, second.is_valid & ~is_shared),
+        log_probs=join(first.log_probs, second.log_probs),
+        ancestor_mask=topology.ancestor_mask(parents, num_steps),
+        max_depth=num_steps,
+        max_children=2,
+    )

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recording the target's own outputs for offline training."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
+from ospec_jax.data.prompts import Prompt, encode
+from ospec_jax.decoding.engine import CAPACITIES, Engine
+from ospec_jax.decoding.request import Completion, Request
+from ospec_jax.decoding.step import StepConfig
+from ospec_jax.models.hub import Target
+from ospec_jax.models.tokenizer import stop_token_ids
+from ospec_jax.replay.store import Recording, recorded_ids, shard_folders, write_shard
+from ospec_jax.reports.progress import Interrupt, progress_bar
+
+
+def collect(
+    target: Target,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    taps: tuple[int, ...],
+    *,
+    max_new_tokens: int = 128,
+    sampling: SamplingConfig = SamplingConfig(),
+    batch_size: int = 32,
+    capacity: int = 256,
+    shard_size: int = 100,
+) -> int:
+    """Answers every prompt that is not in `folder` yet; returns the number recorded.
+
+    Features are stored as the target computed them, in float16: about 4.6 KB a token
+    for a width of 576. Prompts too long for `capacity` are left out, with a warning.
+    Ctrl-C keeps the complete shards.
+
+    Raises:
+      ConfigError: No prompt would fit beside so many new tokens.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = recorded_ids(folder)
+    config = StepConfig(
+        model=target.config, numerics=target.numerics, tree=TreeConfig(num_steps=0),
+        taps=taps, stop_ids=stop_token_ids(target.tokenizer),
+    )  # fmt: skip
+    engine = Engine(config, target.params, recording="features")
+    limit = capacity - max_new_tokens - engine.num_extra_slots
+    assert capacity in CAPACITIES
+    if limit < 1:
+        raise ConfigError(
+            f"max_new_tokens {max_new_tokens} leave no room for prompts in a capacity "
+            f"of {capacity} tokens; raise --capacity"
+        )
+    requests, domain_of, num_long = [], {}, 0
+    for prompt in prompts:
+        ids = encode(prompt, target.tokenizer)
+        num_long += len(ids) > limit
+        if prompt.id not in done and len(ids) <= limit:
+            requests.append(Request(prompt.id, ids, max_new_tokens, sampling))
+            domain_of[prompt.id] = prompt.domain
+    if num_long:
+        warnings.warn(
+            f"{num_long} of {len(prompts)} prompts have more than {limit} tokens and "
+            f"are left out; raise --capacity",
+            stacklevel=2,
+        )
+    completions = engine.serve(requests, batch_size=batch_size, capacity=capacity)
+    number, count = len(shard_folders(folder)), 0
+    with Interrupt() as interrupt, progress_bar() as bar:
+        task = bar.add_task("collect", total=len(requests))
+        for shard in _grouped(completions, shard_size):
+            recordings = [_record(c, domain_of[c.request.id]) for c in shard]
+            write_shard(folder, number, recordings)
+            number, count = number + 1, count + len(recordings)
+            bar.update(task, completed=count)
+            if interrupt:
+                break
+    return count
+
+
+def _grouped(items: Iterator[Completion], size: int) -> Iterator[list[Completion]]:
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _record(completion: Completion, domain: str) -> Recording:
+    feedback = completion.feedback
+    assert feedback is not None, "the engine records"
+    n = completion.num_recorded
+    arrays = {
+        name: np.asarray(getattr(feedback, name))[0, :n]
+        for name in ("tokens", "taps", "hidden", "logsumexp")
+    }
+    num_prompt = len(completion.request.prompt_ids)
+    return Recording(
+        completion.request.id, domain, num_prompt, arrays, completion.token_ids[-1]
+    )

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replaying learners on recorded answers, with the draft alone and no target.
+
+Greedy answers do not depend on the draft. `scoring` tells how many drafted tokens each
+step on a recorded answer would get accepted; learning then sees what a `Session` at
+batch 1 sees, in the same order.
+
+Chains only, and without suggestions of n-grams. The states that the learner of the
+last layer reads are those of the proposals that the engine would have made.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ospec_jax.config import ConfigError, LearnerConfig, TreeConfig
+from ospec_jax.decoding.engine import CAPACITIES
+from ospec_jax.decoding.request import Completion, Request
+from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.decoding.step import shared_tables
+from ospec_jax.distill.starts import TAPPED
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.loading import LoadedDraft
+from ospec_jax.models.hub import Target
+from ospec_jax.models.quantization import cast_params
+from ospec_jax.online.last_layer import HeadAdaptation
+from ospec_jax.online.trainer import Learning
+from ospec_jax.online.windows import UpdateReport
+from ospec_jax.replay import record
+from ospec_jax.replay.score import (
+    answer_window,
+    build_score,
+    drafting_states,
+    walk,
+    whole_answer,
+)
+from ospec_jax.replay.store import Recording
+from ospec_jax.session.build import build_adaptation, learner_for
+from ospec_jax.types import Draft, Feedback
+
+_ROWS = (1, 4, 8)
+"""Requests scored at once; each is compiled for."""
+_CONTEXT = 128
+"""Prompts are padded to multiples of this, for the same reason; they cost little."""
+_ANSWER = 16
+"""Likewise answers, to the longest of the stream."""
+DEFAULT_INTERVAL = 512
+"""Tokens between updates where there is no clock to tell."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What one request's replay found.
+
+    Attributes:
+      num_tokens: Of the answer.
+      version: Of the draft that was served.
+      learning_seconds: Time that learning took after it.
+      loss: Cross-entropy of the served draft to the target, mean over the answer's
+        positions and, weighted, over depths; None when not asked for.
+    """
+
+    id: str
+    domain: str
+    num_tokens: int
+    stats: DecodingStats
+    version: int = 0
+    learning_seconds: float = 0.0
+    loss: float | None = None
+
+
+class Score(NamedTuple):
+    """A whole answer's.
+
+    Attributes:
+      accepted: `[a]` draft tokens of a proposal at each of its tokens.
+      loss: None when not asked for.
+      states: `[a, num_steps, d]`, or None when not asked for.
+    """
+
+    accepted: np.ndarray
+    loss: float | None
+    states: np.ndarray | None
+
+
+@dataclasses.dataclass
+class Run:
+    """A learner's way along a stream.
+
+    Attributes:
+      draft: What is served at its end.
+      learning: The learner at its end, None for a static draft.
+      seconds: Wall-clock time of it all.
+    """
+
+    answers: list[Answered]
+    reports: list[UpdateReport]
+    draft: Draft
+    learning: Learning | None
+    seconds: float = 0.0
+
+
+class Replayer:
+    """Compiled functions for one draft and one recording; holds no learner."""
+
+    def __init__(
+        self, target: Target, draft: LoadedDraft, folder: Path, num_steps: int = 3,
+        ids: Sequence[str] = (), has_losses: bool = False, decay: float = 0.8,
+    ):  # fmt: skip
+        """Opens the recording.
+
+        Args:
+          num_steps: Tokens of a chain, K.
+          ids: Replay these prompts in this order instead of the recorded ones.
+          has_losses: Also report losses, at about half of the scoring's cost again.
+          decay: Weight of each depth's loss relative to the one before.
+
+        Raises:
+          ConfigError: The draft is not trained, or the recording is not of this target.
+        """
+        if draft.meta.draft is None or draft.mix or num_steps < 1:
+            raise ConfigError(
+                f"replay needs a trained draft alone and a chain of one token at "
+                f"least, not {draft.meta.family!r} and {num_steps}"
+            )
+        self.draft, self.num_steps, self.decay = draft, num_steps, decay
+        self.has_losses, self._numerics = has_losses, target.numerics
+        # Other families read the final states, which every recording has.
+        self._is_tapped = draft.meta.family in TAPPED
+        taps = draft.taps if self._is_tapped else None
+        self.store, self.order = record.open_recording(folder, target, taps, ids)
+        self.shared = shared_tables(target.params)
+        self.drafter = build_drafter(
+            draft.meta.family, draft.meta.draft, TreeConfig(num_steps=num_steps),
+            target.numerics,
+        )  # fmt: skip
+        precision = target.numerics.precision
+        self._cast = jax.jit(lambda params: cast_params(params, precision))
+        self._scorers: dict[tuple[int, bool], Callable] = {}
+        self._target = target
+        entries = [self.store.entries[i] for i in self.order]
+        longest = max(e.length - e.num_prompt for e in entries)
+        self._num_roots = -(-max(longest, 1) // _ANSWER) * _ANSWER
+        longest = max(e.length for e in entries) + 1
+        self._capacity = next(c for c in CAPACITIES if c >= longest)
+
+    def serving(self, params) -> Any:
+        """Parameters in the target's precision, as they are served."""
+        return self._cast(params)
+
+    def score(
+        self, params, entries: Sequence[int], has_states: bool = False
+    ) -> list[Score]:
+        """Scores whole answers.
+
+        Args:
+          params: In serving precision.
+          entries: At most eight numbers of `store`'s entries.
+        """
+        found = [self.store.recording(i) for i in entries]
+        num_rows = next(n for n in _ROWS if n >= len(found))
+        longest = max(r.num_prompt for r in found) - 1
+        context = max(-(-longest // _CONTEXT), 1) * _CONTEXT
+        if (context, has_states) not in self._scorers:
+            self._scorers[context, has_states] = jax.jit(
+                build_score(
+                    self.drafter, self._numerics, context, self.num_steps, self.decay,
+                    has_states,
+                )
+            )  # fmt: skip
+        rows = [self._window(r, context) for r in found]
+        rows += [jax.tree.map(np.zeros_like, rows[0])] * (num_rows - len(rows))
+        feedback, start, following, weight = jax.tree.map(lambda *x: np.stack(x), *rows)
+        found_of_all = jax.device_get(
+            self._scorers[context, has_states](
+                params, self.draft.draft.token_ids, self.shared, feedback, start,
+                following, weight if self.has_losses else None,
+            )
+        )  # fmt: skip
+        accepted, losses, states = found_of_all
+        losses = None if losses is None else losses.tolist()
+        of_row = lambda values, row: None if values is None else values[row]
+        return [
+            Score(accepted[row], of_row(losses, row), of_row(states, row))
+            for row in range(len(found))
+        ]
+
+    def _window(self, found: Recording, context: int):
+        return answer_window(
+            found, context, self._num_roots, self.num_steps, self.has_losses,
+            self._is_tapped,
+        )  # fmt: skip
+
+    def completion(
+        self, found: Recording, stats: DecodingStats, score: Score | None = None
+    ) -> Completion:
+        """What the engine hands to learning after an answer.
+
+        Args:
+          score: With its states, where these are learned from.
+        """
+        prompt = tuple(found.arrays["tokens"][: found.num_prompt].tolist())
+        answer, length = whole_answer(found), len(found.arrays["tokens"])
+        sources = {name: (0, source) for name, source in found.arrays.items()}
+        if score is not None and score.states is not None:
+            states, has_state = drafting_states(
+                score.accepted, score.states, len(answer)
+            )
+            first = found.num_prompt
+            sources = {"tokens": sources["tokens"], "states": (first, states)}
+            sources["has_state"] = first, has_state
+        fields = {}
+        for name, (first, source) in sources.items():
+            shape = 1, self._capacity, *source.shape[1:]
+            fields[name] = np.zeros(shape, source.dtype)
+            fields[name][0, first:length] = source
+        feedback: Any = Feedback(**fields)
+        return Completion(
+            Request(found.id, prompt, len(answer)), answer, "length", stats, [], 0.0,
+            feedback, length, self._capacity,
+        )  # fmt: skip
+
+    def learning(self, config: LearnerConfig) -> Learning:
+        """A learner at its start, compiled.
+
+        Raises:
+          ConfigError: It trains nothing, or would choose its interval by the clock.
+        """
+        is_auto = config.name == "auto"
+        config = learner_for(config, self.draft, self.drafter, self._target)
+        if config.recording == "nothing":
+            raise ConfigError(
+                f"the learner {config.name!r} trains nothing, and a replay knows no "
+                f"n-grams; replay those that train the draft"
+            )
+        is_timed = config.update_interval < 1 and not config.update_every_prompts
+        if config.is_training and is_timed and is_auto:
+            config = dataclasses.replace(config, update_interval=DEFAULT_INTERVAL)
+        elif config.is_training and is_timed:
+            raise ConfigError(
+                "a replayed learner needs an update_interval, in tokens: a budget of "
+                "time would make the result depend on the machine"
+            )
+        draft, first = self.draft.draft, self.store.recording(self.order[0])
+        adaptation = build_adaptation(
+            self._target, self.draft, self.drafter, config, has_ngrams=False,
+            tap_width=first.arrays["taps"].shape[-1],
+        )  # fmt: skip
+        score = None
+        if adaptation.head is not None:
+            draft = self._as_served(draft, adaptation.head)
+            (score,) = self.score(draft.params, self.order[:1], has_states=True)
+        learning = Learning(config, adaptation, *adaptation.init(self.draft.draft))
+        learning.rehearse(self.completion(first, DecodingStats(), score), draft)
+        # Compiles; costs are those of the budget, not of this machine.
+        learning.state = adaptation.calibrate(learning.state, learning.traffic, draft)
+        return learning
+
+    def run(
+        self,
+        config: LearnerConfig | None,
+        on_answer: Callable[[Answered], None] = lambda answered: None,
+        on_update: Callable[[UpdateReport, Draft, Draft], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Run:
+        """Goes along the stream.
+
+        Args:
+          config: None replays the draft as it is.
+          on_update: Called with the draft served before and after each update.
+        """
+        learning = None if config is None else self.learning(config)
+        run = Run([], [], self.draft.draft, learning)
+        head = learning.head if learning else None
+        served, begin = self._as_served(run.draft, head), time.perf_counter()
+        position = 0
+        while position < len(self.order) and not should_stop():
+            batch = self.order[
+                position : position + self._num_ahead(learning, position)
+            ]
+            scores = self.score(served.params, batch, has_states=head is not None)
+            for entry, score in zip(batch, scores, strict=True):
+                found, before = self.store.recording(entry), served
+                num_tokens = len(found.arrays["tokens"]) - found.num_prompt + 1
+                stats = walk(score.accepted, num_tokens, self.num_steps)
+                version = int(learning.state.version) if learning else 0
+                answered = Answered(
+                    found.id, found.domain, num_tokens, stats, version, 0.0, score.loss
+                )
+                if learning is not None:
+                    completion = self.completion(found, stats, score)
+                    args = run, learning, served, completion, on_update
+                    served, seconds = self._learn(*args)
+                    answered = dataclasses.replace(answered, learning_seconds=seconds)
+                run.answers.append(answered)
+                on_answer(answered)
+                position += 1
+                if served is not before:
+                    break  # what else was scored ahead was so with the draft of before
+        run.seconds = time.perf_counter() - begin
+        return run
+
+    def _as_served(self, draft: Draft, head: HeadAdaptation | None) -> Draft:
+        served = draft.replace(params=self.serving(draft.params))
+        return served if head is None else head.own(served)
+
+    def _num_ahead(self, learning: Learning | None, position: int) -> int:
+        """Requests to score at once: as many as the next update is likely to leave."""
+        limit = min(_ROWS[-1], len(self.order) - position)
+        if learning is None:
+            return limit
+        state, count = learning.state, 0
+        if learning.head is not None:
+            stride = learning.adaptation.stride(state)
+            return min(limit, stride - int(state.num_prompts) % stride)
+        if every := learning.config.update_every_prompts:
+            return min(limit, every - int(state.num_prompts) % every)
+        waiting, interval = int(state.num_waiting), int(state.update_interval)
+        while count < limit and (count == 0 or waiting < interval):
+            entry = self.store.entries[self.order[position + count]]
+            waiting += entry.length - entry.num_prompt + 1
+            count += 1
+        return count
+
+    def _learn(
+        self, run: Run, learning: Learning, served: Draft, completion: Completion,
+        on_update,
+    ) -> tuple[Draft, float]:  # fmt: skip
+        """As `Session` learns from a completion; with the time that it took."""
+        start, before = time.perf_counter(), run.draft
+        run.draft, served, report = learning.learn_from(
+            completion, run.draft, served, lambda draft: self._as_served(draft, None)
+        )
+        seconds = time.perf_counter() - start
+        if report is not None:
+            run.reports.append(report)
+            if on_update is not None:
+                on_update(report, before, run.draft)
+        return served, seconds

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of replayed learners: as JSON that resumes, as a table, as a plot."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ospec_jax.config import ConfigError, LearnerConfig
+from ospec_jax.replay.hindsight import dynamic_regret_proxy
+from ospec_jax.replay.replayer import Run
+
+WINDOW = 40
+"""Answers over which plots take the mean acceptance length."""
+_MAX_LINES = 40
+_COUNTS = ("num_drafts", "num_accepted_tokens")
+
+
+def stream_key(ids: Sequence[str]) -> str:
+    """Tells streams apart by their prompts and order."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]
+
+
+def settings_of(
+    learner: str, config: LearnerConfig | None, draft: str, num_steps: int, stream: str,
+    content: str,
+) -> dict:  # fmt: skip
+    """What a run's result is a function of, as JSON.
+
+    Args:
+      content: Tells recordings, and drafts of the same name, apart.
+    """
+    return {
+        "learner": learner,
+        "seed": config.seed if config else 0,
+        "draft": draft,
+        "num_speculative_tokens": num_steps,
+        "stream": stream,
+        "content": content,
+        "config": dataclasses.asdict(config) if config else None,
+    }
+
+
+def to_row(run: Run, settings: dict, is_finished: bool) -> dict:
+    """One run as a JSON object; `answers` holds a list for each column."""
+    columns: dict[str, list] = {
+        name: [getattr(a, name) for a in run.answers]
+        for name in ("id", "domain", "num_tokens", "version", "learning_seconds")
+    }
+    columns |= {name: [getattr(a.stats, name) for a in run.answers] for name in _COUNTS}
+    if run.answers and run.answers[0].loss is not None:
+        columns["loss"] = [a.loss for a in run.answers]
+    decisions = [report.decision for report in run.reports]
+    seconds = [report.seconds for report in run.reports]
+    return settings | {
+        "is_finished": is_finished,
+        "mean_acceptance_length": mean_length(columns),
+        "mean_acceptance_length_last_quarter": mean_length(columns, 0.75),
+        "num_updates": len(decisions),
+        "num_promotions": decisions.count("promote"),
+        "num_rollbacks": decisions.count("rollback"),
+        "median_update_seconds": float(np.median(seconds)) if seconds else 0.0,
+        "learning_seconds": sum(columns["learning_seconds"]),
+        "seconds": run.seconds,
+        "answers": columns,
+    }
+
+
+def mean_length(answers: dict[str, list], begin: float = 0.0) -> float:
+    """Mean acceptance length of the answers behind a share of the stream."""
+    first = int(len(answers["num_drafts"]) * begin)
+    drafts, accepted = (sum(answers[name][first:]) for name in _COUNTS)
+    return 1 + accepted / max(drafts, 1)
+
+
+@dataclasses.dataclass
+class Results:
+    """A JSON file of runs, rewritten after each of them.
+
+    Attributes:
+      file: None keeps nothing.
+      hindsight: Losses in hindsight, by draft, chain and stream.
+    """
+
+    file: Path | None
+    runs: list[dict] = dataclasses.field(default_factory=list)
+    hindsight: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(cls, file: Path | None) -> "Results":
+        """Reads what is there.
+
+        Raises:
+          ConfigError: The file holds something else.
+        """
+        if file is None or not file.exists():
+            return cls(file)
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            return cls(file, found["runs"], found["hindsight"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file} holds no replays; choose another file"
+            ) from error
+
+    def find(self, settings: dict, has_losses: bool = False) -> dict | None:
+        """The finished run with these settings."""
+        wanted = json.loads(json.dumps(settings))
+        for row in self.runs:
+            is_same = all(row.get(name) == value for name, value in wanted.items())
+            is_whole = row["is_finished"] and (
+                not has_losses or "loss" in row["answers"]
+            )
+            if is_same and is_whole:
+                return row
+        return None
+
+    def put(self, row: dict) -> None:
+        """Adds a run in the place of one with the same settings, and writes."""
+        keys = (
+            "learner",
+            "seed",
+            "draft",
+            "num_speculative_tokens",
+            "stream",
+            "content",
+            "config",
+        )
+        row = json.loads(json.dumps(row))
+        is_other = lambda old: any(old.get(key) != row[key] for key in keys)
+        self.runs = [old for old in self.runs if is_other(old)] + [row]
+        self.write()
+
+    def write(self) -> None:
+        """Replaces the file, whole or not at all."""
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_name(self.file.name + ".part")
+        content = {"runs": self.runs, "hindsight": self.hindsight}
+        part.write_text(json.dumps(content, indent=1), "utf-8")
+        part.replace(self.file)
+
+
+def add_regret(rows: list[dict], hindsight: list[float] | None) -> None:
+    """Adds `regret` (against hindsight) and `regret_static` to rows with losses."""
+    losses = {id(row): row["answers"].get("loss") for row in rows}
+    static = next((losses[id(r)] for r in rows if r["config"] is None), None)
+    for row in rows:
+        own = losses[id(row)]
+        for name, other in (("regret", hindsight), ("regret_static", static)):
+            if own and other:
+                size = min(len(own), len(other))
+                series = dynamic_regret_proxy(own[:size], other[:size])
+                row[name] = float(series[-1])
+
+
+_COLUMNS = {
+    "learner": ("learner", "{}"), "seed": ("seed", "{}"),
+    "acceptance length": ("mean_acceptance_length", "{:.3f}"),
+    "last quarter": ("mean_acceptance_length_last_quarter", "{:.3f}"),
+    "regret": ("regret", "{:.1f}"), "over static": ("regret_static", "{:+.1f}"),
+    "updates": ("num_updates", "{}"), "learning, s": ("learning_seconds", "{:.1f}"),
+    "ms an update": ("median_update_seconds", "{:.0f}"),
+}  # fmt: skip
+
+
+def markdown_table(rows: list[dict]) -> str:
+    """One line a run; regrets are summed losses in nats, of which less is better."""
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    for row in rows:
+        cells = []
+        for name, form in _COLUMNS.values():
+            value: Any = row.get(name)
+            if name == "median_update_seconds":
+                value = 1e3 * value
+            cells.append("-" if value is None else form.format(value))
+        cells[0] += "" if row["is_finished"] else " (interrupted)"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def running_length(answers: dict[str, list], window: int = WINDOW) -> np.ndarray:
+    """Mean acceptance length over the last `window` answers, after each."""
+    sums = []
+    for name in _COUNTS:
+        total = np.cumsum([0, *answers[name]])
+        last = np.arange(1, len(total))
+        sums.append(total[last] - total[np.maximum(last - window, 0)])
+    return 1 + sums[1] / np.maximum(sums[0], 1)
+
+
+def plot_replays(rows: list[dict], path: Path) -> Path:
+    """Draws each run's acceptance along the stream; with losses, its regret."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    static = next((r for r in rows if r["config"] is None), None)
+    has_regret = static is not None and all("loss" in r["answers"] for r in rows)
+    figure, grid = plt.subplots(
+        1 + has_regret, 1, figsize=(9, 4 + 3 * has_regret), layout="constrained",
+        sharex=True, squeeze=False,
+    )  # fmt: skip
+    seeds = {row["seed"] for row in rows}
+    for row in rows:
+        label = row["learner"] + (f", seed {row['seed']}" if len(seeds) > 1 else "")
+        series = running_length(row["answers"])
+        numbers = np.arange(1, len(series) + 1)
+        grid[0, 0].plot(numbers, series, label=label, lw=1.5)
+        if has_regret and static is not None:
+            own, base = row["answers"]["loss"], static["answers"]["loss"]
+            grid[1, 0].plot(numbers, dynamic_regret_proxy(own, base[: len(own)]))
+    domains = max((row["answers"]["domain"] for row in rows), key=len)
+    changes = [i for i in range(1, len(domains)) if domains[i] != domains[i - 1]]
+    for axes in grid[:, 0]:
+        # Streams that change all the time would be all lines.
+        for i in changes if len(changes) <= _MAX_LINES else []:
+            axes.axvline(i + 0.5, color="#8a8f98", ls=":", lw=0.8)
+        axes.grid(alpha=0.3)
+    grid[0, 0].set(ylabel=f"acceptance length (last {WINDOW})")
+    grid[0, 0].legend(frameon=False)
+    if has_regret:
+        grid[1, 0].set(ylabel="summed loss over the static draft's, nats")
+    grid[-1, 0].set(xlabel="answer")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return path

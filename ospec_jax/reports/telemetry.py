@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a learner did along a stream: JSON lines, TensorBoard, plots.
+
+A file has one row an answer and one an update, in order, and is only ever added to.
+"""
+
+import importlib
+import json
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ospec_jax.config import ConfigError
+from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.online.windows import UpdateReport
+from ospec_jax.types import Draft
+
+WINDOW = 40
+"""Answers over which the running acceptance length is taken, the paper's chunk."""
+
+_TOLD = ("loss", "grad_norm", "agreement", "acceptance", "num_samples")
+_WRITERS = ("tensorboardX", "torch.utils.tensorboard", "flax.metrics.tensorboard")
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _is_within(row: dict, num_answered: int) -> bool:
+    """Whether a row tells of the first answers, or of what they taught."""
+    if row["kind"] == "update":  # is written before its answer is
+        return row["num_answers"] < num_answered
+    return row["number"] <= num_answered
+
+
+@jax.jit
+def distance(before, after):
+    """Euclidean distance of two trees of parameters."""
+    return optax.global_norm(jax.tree.map(jnp.subtract, after, before))
+
+
+class Telemetry:
+    """Writes rows as things happen; each is on disk before the next answer.
+
+    Rows of kind `answer` hold the request's and the running acceptance length, the
+    served `version` and its `staleness`: answer tokens since it changed. Rows of kind
+    `update` hold the loss before the update, agreement and acceptance by depth, the
+    gradient's norm, the decision and its counts, `step_length` and `path_length` (how
+    far the served parameters moved, now and in all), the `stride` of learning, seconds,
+    and whatever else the learner tells (`LearnerInfo.extra`): expert weights, hint
+    error. Of the learner `head`, whose updates are answers, there are loss and
+    agreement of what it drafted, and `num_samples`; of several steps in one answer,
+    `step_length` is the sum.
+    """
+
+    def __init__(
+        self, file: Path, tensorboard: Path | None = None,
+        num_answered: int | None = None,
+    ):  # fmt: skip
+        """Opens the file.
+
+        Args:
+          num_answered: Of a resumed run: answers that it goes on behind. Rows of later
+            ones, which it will give again, are dropped.
+
+        Raises:
+          ConfigError: It exists and is not to be resumed, or TensorBoard is missing.
+        """
+        self._writer = tensorboard and tensorboard_writer(tensorboard)
+        self._counts: dict[str, Any] = dict.fromkeys(
+            ("answers", "tokens", "updates", "promotions", "rollbacks"), 0
+        )
+        self._version, self._changed, self._path_length = -1, 0, 0.0
+        self._recent: deque = deque(maxlen=WINDOW)
+        if file.exists():
+            if num_answered is None:
+                raise ConfigError(
+                    f"{file} exists, and telemetry is only added to by the same run: "
+                    f"choose another file, or resume"
+                )
+            kept = [row for row in read_rows(file) if _is_within(row, num_answered)]
+            for row in kept:
+                self._recall(row)
+            file.write_text("".join(map(_line, kept)), "utf-8")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Ends writing."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def answer(
+        self, id: str, domain: str, num_tokens: int, stats: DecodingStats,
+        version: int = 0, learning_seconds: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Writes one answer's row.
+
+        Args:
+          version: Of the draft that was served.
+        """
+        row = {
+            "kind": "answer", "number": self._counts["answers"] + 1, "id": id,
+            "domain": domain, "num_tokens": num_tokens,
+            "num_drafts": stats.num_drafts,
+            "num_accepted_tokens": stats.num_accepted_tokens,
+            "mean_acceptance_length": stats.mean_acceptance_length,
+            "version": version, "learning_seconds": learning_seconds,
+        }  # fmt: skip
+        self._recall(row)
+        drafts, accepted = np.sum(self._recent, axis=0)
+        row["running_acceptance_length"] = 1 + float(accepted) / max(float(drafts), 1)
+        row["staleness"] = self._counts["tokens"] - self._changed
+        self._write(row, row["number"])
+
+    def update(self, report: UpdateReport, before: Draft, after: Draft) -> None:
+        """Writes one update's row.
+
+        Args:
+          before: What was served, and what is from now on (`after`).
+        """
+        info, step_length = report.info, report.step_length
+        if step_length is None:
+            is_moved = report.decision == "promote"
+            step_length = is_moved * float(distance(before.params, after.params))
+        told = {name: _plain(x) for name, x in getattr(info, "extra", {}).items()}
+        row = {
+            "kind": "update", "number": self._counts["updates"] + 1,
+            "num_answers": self._counts["answers"],
+            "num_tokens": self._counts["tokens"], "decision": report.decision,
+            "seconds": report.seconds, "stride": report.stride,
+            "step_length": step_length,
+            "path_length": self._path_length + step_length, "extra": told,
+        }  # fmt: skip
+        for name in _TOLD:
+            if hasattr(info, name):
+                row[name] = _plain(getattr(info, name))
+        self._recall(row)
+        row["num_promotions"] = self._counts["promotions"]
+        row["num_rollbacks"] = self._counts["rollbacks"]
+        self._write(row, row["number"])
+
+    def _recall(self, row: dict) -> None:
+        """Counts what a row, new or read back, says."""
+        counts = self._counts
+        counts[f"{row['kind']}s"] += 1
+        if row["kind"] == "update":
+            counts["promotions"] += row["decision"] == "promote"
+            counts["rollbacks"] += row["decision"] == "rollback"
+            self._path_length = row["path_length"]
+            return
+        self._recent.append((row["num_drafts"], row["num_accepted_tokens"]))
+        if row["version"] != self._version:
+            self._version, self._changed = row["version"], counts["tokens"]
+        counts["tokens"] += row["num_tokens"]
+
+    def _write(self, row: dict, number: int) -> None:
+        self._file.write(_line(row))
+        self._file.flush()
+        if self._writer is None:
+            return
+        # flax's writer calls it otherwise than the others.
+        add = getattr(self._writer, "add_scalar", None) or self._writer.scalar
+        for name, value in (row | row.get("extra", {})).items():
+            if name not in ("kind", "number", "id", "domain", "decision", "extra"):
+                for i, x in enumerate(np.ravel(value)):
+                    part = f"/{i}" if np.ndim(value) else ""
+                    add(f"{row['kind']}/{name}{part}", float(x), number)
+
+
+def _plain(value) -> Any:
+    return np.asarray(value, float).tolist()
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """Whichever `SummaryWriter` is installed.
+
+    Raises:
+      ConfigError: None is.
+    """
+    for name in _WRITERS:
+        try:
+            return importlib.import_module(name).SummaryWriter(str(folder))
+        except ImportError:
+            continue
+    raise ConfigError(
+        f"TensorBoard needs one of {', '.join(_WRITERS)}: pip install "
+        f"'ospec-jax[tensorboard]'"
+    )
+
+
+def read_rows(file: Path) -> list[dict]:
+    """All complete rows; a last one cut short by a crash is left out.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ConfigError: A row is none of telemetry's.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no telemetry file {file}")
+    lines, rows = file.read_text("utf-8").split("\n"), []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+            assert rows[-1]["kind"] in ("answer", "update")
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ConfigError(f"{file}, line {number}: no row of telemetry") from error
+    return rows
+
+
+def plot_telemetry(rows: list[dict], path: Path) -> Path:
+    """Draws acceptance, loss, movement and all that the learner told into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    answers = [row for row in rows if row["kind"] == "answer"]
+    updates = [row for row in rows if row["kind"] == "update"]
+    told = sorted({name for row in updates for name in row["extra"]})
+    panels = ["running_acceptance_length", "staleness"]
+    panels += ["loss", "agreement", "stride", "path_length", *told] if updates else []
+    figure, grid = plt.subplots(
+        -(-len(panels) // 2), 2, figsize=(10, 2.6 * -(-len(panels) // 2)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for axes, name in zip(grid.flat, panels, strict=False):
+        if name in ("running_acceptance_length", "staleness"):
+            axes.plot([r["number"] for r in answers], [r[name] for r in answers])
+        else:
+            found = [r for r in updates if name in r or name in r["extra"]]
+            values = [r[name] if name in r else r["extra"][name] for r in found]
+            axes.plot([r["num_answers"] for r in found], np.array(values, float))
+        axes.set(xlabel="answer", title=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return path

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target, its draft and what the draft has learned: the library's front door."""
+
+from ospec_jax.session.session import Result, Session
+
+__all__ = ["Result", "Session"]

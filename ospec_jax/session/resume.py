@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session's checkpoints: its draft, its learner, and where they stand."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+from ospec_jax.config import LearnerConfig, from_dict
+from ospec_jax.control.depth import DepthState
+from ospec_jax.loading import freely_placed
+from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import Meta
+from ospec_jax.types import Draft
+
+if TYPE_CHECKING:
+    from ospec_jax.session.session import Session
+
+
+def save(session: Session, folder: str | Path, with_feedback: bool = True) -> Path:
+    """See `Session.save`."""
+    if session.meta is None:
+        raise checkpoint.CheckpointError("there is no draft to save")
+    depth = dataclasses.asdict(session.depths.state) if session.depths else {}
+    meta = dataclasses.replace(
+        session.meta, storage="float32", depth=depth, num_admitted=session.num_admitted
+    )
+    draft = session.grouped(session.draft, is_inverse=True)
+    if session.learning is None:
+        return checkpoint.save(folder, 0, meta, draft)
+    meta = dataclasses.replace(
+        meta, draft_version=meta.draft_version + session.version,
+        learner=dataclasses.asdict(session.learning.config),
+        answered=tuple(session.answered),
+    )  # fmt: skip
+    state = session.grouped(session.learning.state, is_inverse=True)
+    traffic = session.learning.traffic if with_feedback else None
+    step = int(state.num_prompts)
+    return checkpoint.save(folder, step, meta, draft, state, traffic)
+
+
+def resume(session: Session, folder: str | Path) -> list[str]:
+    """See `Session.resume`."""
+    learning = session.learning
+    if learning is None:
+        raise checkpoint.CheckpointError("this session does not learn")
+
+    def learner_like(meta: Meta, draft: Draft):
+        if not meta.learner:
+            raise checkpoint.CheckpointError(
+                f"{folder} holds a draft but no learner; start from it with --draft"
+            )
+        saved = saved_config(meta.learner)
+        if saved != learning.config:
+            raise checkpoint.CheckpointError(
+                f"{folder} was learned with {saved}, not {learning.config}; "
+                f"resume with the same settings"
+            )
+        return jax.eval_shape(lambda: learning.adaptation.init(draft)[0])
+
+    mesh = session.target.mesh
+    restored = checkpoint.load(
+        folder, session.target, learner_like=learner_like, mesh=mesh
+    )
+    checkpoint.set_aside(folder, restored.step)
+    learning.state = session.grouped(freely_placed(restored.learner, mesh))
+    try:
+        traffic = learning.traffic
+        # Older traffic than the learner's would not be what it counted.
+        found = checkpoint.load(
+            folder, feedback_like=traffic, mesh=mesh, step=restored.step
+        )
+        learning.traffic = freely_placed(found.feedback, mesh)
+    except checkpoint.CheckpointError:
+        warnings.warn(
+            f"step {restored.step} of {folder} holds no feedback that can be read; "
+            f"learning goes on without past traffic",
+            stacklevel=2,
+        )
+    version = restored.meta.draft_version - session.version
+    session.meta = dataclasses.replace(restored.meta, draft_version=version)
+    session.serve(session.grouped(freely_placed(restored.draft, mesh)))
+    session.answered = list(restored.meta.answered)
+    session.num_admitted = restored.meta.num_admitted
+    _resume_depths(session, restored.meta.depth)
+    return session.answered
+
+
+def saved_config(settings: dict) -> LearnerConfig:
+    """A checkpoint's learner, of older versions, too."""
+    if settings["name"] in ("head", "memory"):  # a loss was written once, and not read
+        settings = {key: x for key, x in settings.items() if key != "loss"}
+    return from_dict(LearnerConfig, settings)
+
+
+def _resume_depths(session: Session, saved: dict) -> None:
+    """Goes on choosing depths; others, or other batches, start anew."""
+    if session.depths is None or not saved:
+        return
+    state, ours = from_dict(DepthState, saved), session.depths.state
+    if (state.depths, state.num_rows) == (ours.depths, ours.num_rows):
+        session.depths.state = state

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orbax checkpoints of drafts and of what learns them.
+
+A checkpoint folder holds numbered steps with up to four items. `draft` (parameters and
+draft vocabulary, of families that are trained) and `meta` (what they belong to) can be
+loaded alone. `learner` is the state of online learning; `feedback` is the traffic it
+keeps (recorded features and n-grams), from which users' prompts and answers can be read
+back: it is kept apart so that a draft can be given away without it.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from ospec_jax import sharding
+from ospec_jax.config import (
+    DraftConfig,
+    Precision,
+    TreeConfig,
+    draft_config_from,
+    from_dict,
+)
+from ospec_jax.drafters.base import dequantized
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.models.hub import Target
+from ospec_jax.models.quantization import cast_params
+from ospec_jax.models.tokenizer import tokenizer_hash
+from ospec_jax.storage import low_rank
+from ospec_jax.types import Draft
+
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or belongs to something else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a draft belongs to and how it came about.
+
+    Attributes:
+      family: Of drafters, one of `drafters.registry.FAMILIES`.
+      draft: The architecture; None for a family without parameters.
+      fingerprint: Of the target's weights; empty, like `tokenizer_hash`, for a draft
+        that was imported without its target.
+      storage: Precision of the stored draft parameters.
+      draft_version: Promotions so far.
+      learner: Name and hyper-parameters of the learner, or empty.
+      answered: Ids of the prompts that learning has seen, in order.
+      num_admitted: Requests that were ever begun; see `decoding.request.Request.key`.
+      depth: What is known for choosing depths, a `DepthState`, or empty.
+      card: Free facts: data, steps, scores.
+      base: Name or folder of the draft that the stored parameters are a difference to;
+        empty for one that stands alone. See `deltas`.
+      base_hash: Its fingerprint.
+      rank: Of the difference.
+    """
+
+    family: str
+    draft: DraftConfig | None
+    target: str
+    fingerprint: str
+    tokenizer_hash: str
+    storage: Precision = "float32"
+    draft_version: int = 0
+    learner: dict = dataclasses.field(default_factory=dict)
+    answered: tuple[str, ...] = ()
+    num_admitted: int = 0
+    depth: dict = dataclasses.field(default_factory=dict)
+    card: dict = dataclasses.field(default_factory=dict)
+    libraries: dict = dataclasses.field(default_factory=dict)
+    base: str = ""
+    base_hash: str = ""
+    rank: int = 0
+
+    @classmethod
+    def create(
+        cls,
+        target: Target | None,
+        draft: DraftConfig | None,
+        family: str = "eagle3",
+        **values,
+    ) -> "Meta":
+        """Describes a draft for `target` made with the installed libraries."""
+        libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        facts: dict[str, Any] = {
+            "target": "unknown",
+            "fingerprint": "",
+            "tokenizer_hash": "",
+        }
+        if target is not None:
+            facts = {
+                "target": target.name,
+                "fingerprint": target.fingerprint,
+                "tokenizer_hash": tokenizer_hash(target.tokenizer),
+            }
+        return cls(
+            family=family, draft=draft, libraries=libraries, **(facts | values)
+        )  # fmt: skip
+
+    def check(self, target: Target) -> None:
+        """Refuses a draft that cannot work for `target`; warns of other weights.
+
+        Raises:
+          CheckpointError: The vocabulary, tokenizer, width or taps do not fit.
+        """
+        config, draft = target.config, self.draft
+        found = []
+        if self.tokenizer_hash:
+            known = tokenizer_hash(target.tokenizer)
+            found.append(("tokenizer", self.tokenizer_hash, known))
+        if draft is not None:
+            found += [
+                ("vocabulary size", draft.vocab_size, config.vocab_size),
+                ("hidden size", draft.target_hidden_size, config.hidden_size),
+            ]
+        for what, ours, theirs in found:
+            if ours != theirs:
+                raise CheckpointError(
+                    f"this draft was made for {self.target} with {what} {ours}, but "
+                    f"{target.name} has {theirs}; use a draft of this target or train "
+                    f"one with `ospec distill`"
+                )
+        if draft is not None and max(draft.taps) > config.num_layers:
+            raise CheckpointError(
+                f"this draft reads layers {draft.taps}, but {target.name} has "
+                f"only {config.num_layers}: it was made for {self.target}"
+            )
+        if self.fingerprint not in ("", target.fingerprint):
+            warnings.warn(
+                f"this draft was made for other weights of {self.target} (fingerprint "
+                f"{self.fingerprint}, not {target.fingerprint}); output stays exact, "
+                f"but fewer tokens may be accepted",
+                stacklevel=3,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A restored checkpoint; `learner` and `feedback` may be None."""
+
+    step: int
+    meta: Meta
+    draft: Draft
+    learner: Any = None
+    feedback: Any = None
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    meta: Meta,
+    draft: Draft,
+    learner: Any = None,
+    feedback: Any = None,
+    num_kept: int = 2,
+) -> Path:
+    """Writes one step, in place of one of that number; removes all but `num_kept`.
+
+    Keys cannot be stored by Orbax, so state holds none: randomness derives from seeds
+    and counters. The step appears only once it is complete.
+
+    Raises:
+      CheckpointError: The folder holds a later step: it is of another run.
+    """
+    items: dict[str, Any] = {"meta": {"json": json.dumps(dataclasses.asdict(meta))}}
+    if meta.draft is not None:
+        stored: dict[str, Any] = {"params": cast_params(draft.params, meta.storage)}
+        if draft.token_ids is not None:
+            stored["token_ids"] = draft.token_ids
+        items["draft"] = stored
+    if learner is not None:
+        items["learner"] = learner
+    if feedback is not None:
+        items["feedback"] = feedback
+    path = Path(folder).resolve()
+    with _open(path, num_kept) as checkpointer:
+        newest = max((c.step for c in checkpointer.checkpoints), default=step)
+        if newest > step:
+            raise CheckpointError(
+                f"{folder} holds step {newest}, of a run that has gone further than "
+                f"this one's step {step}; choose another folder"
+            )
+        checkpointer.save_checkpointables(step, items, overwrite=True)
+    return path / str(step)
+
+
+def _open(path: Path, num_kept: int | None = None) -> Any:
+    """Orbax's checkpointer; without `num_kept` nothing is ever removed."""
+    policy: Any = None
+    if num_kept is not None:
+        policy = ocp.training.preservation_policies.LatestN(num_kept)
+    place: Any = path
+    return ocp.training.Checkpointer(place, preservation_policy=policy)
+
+
+def steps(folder: str | Path) -> list[int]:
+    """Complete steps of a checkpoint folder, oldest first."""
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        return []
+    with _open(path) as checkpointer:
+        return sorted(c.step for c in checkpointer.checkpoints)
+
+
+def set_aside(folder: str | Path, last: int) -> None:
+    """Renames the steps behind `last`, which could not be read, so that a run that goes
+    on from there may save."""
+    for step in steps(folder):
+        if step > last and jax.process_index() == 0:
+            old = Path(folder) / str(step)
+            old.rename(old.with_name(f"{step}.unreadable"))
+
+
+def load(
+    folder: str | Path,
+    target: Target | None = None,
+    learner_like: Any = None,
+    feedback_like: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    step: int | None = None,
+) -> Checkpoint:
+    """Restores the newest readable step, or a given one, onto this machine's devices.
+
+    Whatever mesh a checkpoint was written under, its arrays are in the files' order
+    (see `sharding`) and restore under any other, or none.
+
+    Args:
+      target: Checked against the draft's record, unless None.
+      learner_like: Arrays or shapes of the learner state to restore, or a function
+        from `Meta` and the restored `Draft` to them; None leaves it.
+      feedback_like: Likewise.
+      mesh: Devices to restore onto; the first one without a mesh.
+      step: Only this one.
+
+    Raises:
+      CheckpointError: There is no readable step, or the draft is for another target.
+    """
+    path = Path(folder).resolve()
+    found = steps(path)
+    if not found:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint; `ospec learn --checkpoint` and `ospec "
+            f"distill --out` write them"
+        )
+    failures = []
+    for number in reversed(found if step is None else [step]):
+        try:
+            checkpoint = _load_step(path, number, learner_like, feedback_like, mesh)
+        except CheckpointError:
+            raise  # readable, but not what was asked for
+        except Exception as error:
+            failures.append(f"step {number}: {str(error).splitlines()[0][:200]}")
+            continue
+        if failures:
+            warnings.warn(
+                f"{folder}: {'; '.join(failures)} could not be read; "
+                f"going on from step {number}",
+                stacklevel=2,
+            )
+        if target is not None:
+            checkpoint.meta.check(target)
+        return checkpoint
+    raise CheckpointError(f"{folder}: no step can be read ({'; '.join(failures)})")
+
+
+def _load_step(path: Path, step: int, learner_like, feedback_like, mesh) -> Checkpoint:
+    with _open(path) as checkpointer:
+        raw = checkpointer.load_checkpointables(step, {"meta": None})["meta"]
+        meta = read_meta(json.loads(str(raw["json"])))
+        draft = Draft(params={})
+        if meta.draft is not None:
+            like = abstract_draft(meta)
+            wanted = {"draft": _on_devices(like, mesh)}
+            stored = _restore(checkpointer, step, wanted)["draft"]
+            token_ids = stored.get("token_ids")
+            draft = Draft(params=_widen(stored["params"]), token_ids=token_ids)
+        rest = {}
+        for name, like in (("learner", learner_like), ("feedback", feedback_like)):
+            if like is not None:
+                like = like(meta, draft) if callable(like) else like
+                rest[name] = _on_devices(like, mesh)
+        restored = _restore(checkpointer, step, rest) if rest else {}
+    return Checkpoint(
+        step, meta, draft, restored.get("learner"), restored.get("feedback")
+    )
+
+
+def _restore(checkpointer, step, wanted):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]harding.*")
+        return checkpointer.load_checkpointables(step, wanted)
+
+
+def read_meta(values: dict) -> Meta:
+    """Rebuilds `Meta` from its stored form, refusing unknown keys."""
+    draft = values["draft"]
+    if draft is not None:
+        draft = draft_config_from(values["family"], draft)
+    return from_dict(Meta, values | {"draft": draft})
+
+
+def abstract_draft(meta: Meta) -> dict:
+    """Shapes of the stored draft."""
+    config = meta.draft
+    assert config is not None, "only drafts with parameters are stored"
+
+    def make():
+        drafter = build_drafter(meta.family, config, TreeConfig(num_steps=1))
+        params = drafter.init_params(jax.random.key(0))
+        if meta.base:
+            params = low_rank.empty(params, meta.rank)
+        stored = {"params": cast_params(params, meta.storage)}
+        if meta.base or not config.has_own_head:
+            return stored
+        return stored | {"token_ids": jnp.zeros(config.draft_vocab_size, int)}
+
+    return jax.eval_shape(make)
+
+
+def _on_devices(tree, mesh):
+    """Gives every leaf of an abstract tree its place: the mesh, or one device."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: device, tree)
+    if mesh is not None:
+        places = sharding.param_shardings(tree, mesh)
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(place, tree, places)
+
+
+def _widen(params):
+    """Stored parameters back to float32, dequantising int8 kernels."""
+    if "kernel" in params and params["kernel"].dtype == jnp.int8:
+        rest = {k: v for k, v in params.items() if k not in ("kernel", "scale")}
+        return {"kernel": dequantized(params)} | rest
+    return {
+        name: _widen(value) if isinstance(value, dict) else value.astype(jnp.float32)
+        for name, value in params.items()
+    }

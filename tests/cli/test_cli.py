@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands, on files as a user has them."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from model_files import hf_tensors, model_config, write_folder
+from reference import random_params
+
+from ospec_jax import LearnerConfig, cli
+from ospec_jax.bench.harness import MODES
+from ospec_jax.cli import arguments
+from ospec_jax.config import LEARNER_NAMES, ConfigError
+from ospec_jax.storage import checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BENCH_KEYS = {
+    "mode", "num_prompts", "num_tokens", "tokens_per_second",
+    "tokens_per_second_with_learning", "paired_speedup_quartiles",
+    "predicted_speedup", "mean_acceptance_length",
+    "mean_draft_length", "draft_acceptance_rate",
+    "acceptance_per_position", "num_mismatched_outputs",
+    "num_tie_flips", "repeated_token_share", "num_updates", "num_promotions",
+    "learning_seconds", "compile_seconds", "peak_rss_mb", "target", "precision",
+    "num_speculative_tokens", "device", "jax_version", "git_commit", "date",
+}  # fmt: skip
+
+
+class CommandLine:
+    """Runs `ospec` in this process, on a tiny model and a draft distilled for it."""
+
+    def __init__(self, folder):
+        config = model_config(tie_embeddings=False, num_layers=3)
+        tensors = hf_tensors(config, random_params(config))
+        self.folder = folder
+        self.target = write_folder(folder / "model", config, tensors)
+        rows = [{"id": f"q{i}", "prompt": f"What is {i} + {i}?"} for i in range(8)]
+        self.rows = [json.dumps(row) for row in rows]
+        self.prompts = self.write_prompts("prompts", self.rows)
+        self.draft = str(folder / "run" / "draft")
+
+    def write_prompts(self, name, lines):
+        file = self.folder / f"{name}.jsonl"
+        file.write_text("\n".join(lines) + "\n")
+        return str(file)
+
+    def __call__(self, command, *args):
+        """Exit code of `ospec COMMAND --target TINY ...`."""
+        limits = "--precision", "float32", "--max-new-tokens", 20
+        return self.run(command, *args, "--target", self.target, *limits)
+
+    def run(self, *args):
+        """Exit code of `ospec` with these arguments alone."""
+        before = sys.argv, warnings.showwarning
+        sys.argv = ["ospec", *map(str, args)]
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            sys.argv, warnings.showwarning = before
+        return 0
+
+    def json(self, command, *args):
+        file = self.folder / "result.json"
+        assert self(command, *args, "--json", file) == 0
+        return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def ospec(tmp_path_factory):
+    run = CommandLine(tmp_path_factory.mktemp("cli"))
+    assert run(
+        "distill", "--prompts", run.prompts, "--out", run.folder / "run",
+        "--num-updates", 2, "--batch-size", 2, "--draft-vocab-size", 100,
+        "--collect-batch-size", 2, "--ship", run.folder / "shipped",
+    ) == 0  # fmt: skip
+    return run
+
+
+def test_generate_writes_one_object(ospec, capsys):
+    args = ("--prompt", "Hello there", "--logprobs", "--stream")
+    plain = ospec.json("generate", *args, "--draft", "none")
+    assert capsys.readouterr().out.strip() == plain["text"].strip()
+    drafted = ospec.json("generate", *args, "--draft", ospec.draft)
+    assert set(plain) == {
+        "id",
+        "text",
+        "token_ids",
+        "finish_reason",
+        "metrics",
+        "logprobs",
+    }
+    assert drafted["token_ids"] == plain["token_ids"]
+    assert len(plain["logprobs"]) == len(plain["token_ids"])
+    metrics = drafted["metrics"]["speculative_decoding"]
+    assert metrics["num_draft_tokens"] > 0
+    assert plain["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram", None])
+def test_generate_verifies_a_prediction(ospec, tmp_path, draft):
+    args = ("--prompt", "Hello there", "--draft")
+    plain = ospec.json("generate", *args, "none")
+    file = tmp_path / "expected.txt"
+    file.write_text(plain["text"] or "Hello", "utf-8")
+    predicted = ospec.json(
+        "generate", *args, draft or ospec.draft, "--prediction", file
+    )
+    assert predicted["token_ids"] == plain["token_ids"]
+    assert predicted["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+
+
+@pytest.mark.parametrize("tree", ["chain", "static:2,1", "dynamic:2,4"])
+def test_generate_answers_a_file(ospec, tree):
+    args = ("--prompts", ospec.prompts, "--batch-size", 2)
+    plain = ospec.json("generate", *args, "--draft", "none")
+    drafted = ospec.json(
+        "generate", *args, "--draft", ospec.folder / "shipped", "--tree", tree
+    )
+    answers = lambda rows: {row["id"]: row["token_ids"] for row in rows}
+    assert answers(plain) == answers(drafted)
+    assert len(plain) == 8
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators"])
+def test_drafts_move_out_and_back_in(ospec, layout, tmp_path):
+    public, again = tmp_path / "public", tmp_path / "again"
+    to = ("--format", layout, "--out")
+    assert ospec.run("export", ospec.draft, *to, public) == 0
+    assert ospec.run(
+        "import", public, "--out", tmp_path / "draft", "--target", ospec.target,
+        "--precision", "float32", "--no-check",
+    ) == 0  # fmt: skip
+    assert ospec.run("export", tmp_path / "draft", *to, again) == 0
+    weights = [(f / "model.safetensors").read_bytes() for f in (public, again)]
+    assert weights[0] == weights[1]
+    prompt = ("--prompt", "Hello there")
+    drafted = ospec.json("generate", *prompt, "--draft", public)
+    plain = ospec.json("generate", *prompt, "--draft", "none")
+    assert drafted["token_ids"] == plain["token_ids"]
+    ours = ospec.json("generate", *prompt, "--draft", ospec.draft)
+    assert drafted["metrics"] == ours["metrics"]
+
+
+def test_imports_name_what_is_wrong(ospec, tmp_path, capsys):
+    assert ospec.run("export", ospec.draft, "--out", tmp_path) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 262}))
+    out = tmp_path / "draft"
+    assert ospec.run("import", tmp_path, "--out", out, "--target", ospec.target) == 2
+    assert "t2d of" in capsys.readouterr().err
+    assert ospec.run("import", tmp_path / "nowhere", "--out", out) == 2
+    assert "no config.json" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_only_heads_with_a_public_format_are_exported(ospec, tmp_path, capsys):
+    assert ospec(
+        "distill", "--prompts", ospec.prompts, "--out", tmp_path, "--family", "hydra",
+        "--data", ospec.folder / "run" / "data", "--num-updates", 1, "--batch-size", 2,
+        "--draft-vocab-size", 100, "--collect-batch-size", 2,
+    ) == 0  # fmt: skip
+    draft = tmp_path / "draft"
+    assert checkpoint.load(draft).meta.family == "hydra"
+    assert (draft / "training.png").exists()
+    assert ospec.run("export", draft, "--out", tmp_path / "public") == 2
+    assert "of the family 'hydra'" in capsys.readouterr().err
+    assert len(ospec.json("generate", "--prompt", "Hi", "--draft", draft)) > 0
+
+
+def test_experts_are_kept_as_differences(ospec, tmp_path, capsys):
+    args = (
+        "distill", "--prompts", ospec.prompts, "--data", ospec.folder / "run" / "data",
+        "--num-updates", 1, "--batch-size", 1, "--collect-batch-size", 2,
+        "--out", tmp_path / "run", "--ship", tmp_path / "expert", "--delta", 2,
+    )  # fmt: skip
+    assert ospec(*args) == 2
+    assert "name it with --from" in capsys.readouterr().err
+    unshipped = [arg for arg in args if arg not in ("--ship", tmp_path / "expert")]
+    assert ospec(*unshipped, "--from", ospec.draft) == 2
+    assert "the draft that --ship saves" in capsys.readouterr().err
+    assert ospec(*args, "--from", ospec.draft, "--domain", "nowhere") == 2
+    assert "no prompt of the domains 'nowhere'" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert ospec(*args, "--from", ospec.draft) == 0
+    meta = checkpoint.load(tmp_path / "expert").meta
+    assert (meta.base, meta.rank, meta.storage) == (ospec.draft, 2, "int8")
+    prompt = ("--prompt", "Hello there")
+    drafted = ospec.json("generate", *prompt, "--draft", tmp_path / "expert")
+    plain = ospec.json("generate", *prompt, "--draft", "none")
+    assert drafted["token_ids"] == plain["token_ids"]
+    assert ospec.run("export", tmp_path / "expert", "--out", tmp_path / "public") == 0
+
+
+def test_learn_resumes_where_it_stopped(ospec, tmp_path):
+    few = ospec.write_prompts("few", ospec.rows[:5])
+    args = ("--draft", ospec.draft, "--update-interval", 30, "--checkpoint", tmp_path)
+    args += ("--telemetry", tmp_path / "told.jsonl", "--learner", "gradient")
+    assert len(ospec.json("learn", *args, "--prompts", few)) == 5
+    saved = checkpoint.load(tmp_path).meta
+    assert saved.answered == tuple(f"q{i}" for i in range(5))
+    assert saved.draft_version > 0
+    assert ospec("learn", *args, "--prompts", few) == 2  # the folder is in use
+    rest = ospec.json("learn", *args, "--prompts", ospec.prompts, "--resume")
+    assert {row["id"] for row in rest} == {"q5", "q6", "q7"}
+    assert len(checkpoint.load(tmp_path).meta.answered) == 8
+    told = [json.loads(x) for x in (tmp_path / "told.jsonl").read_text().splitlines()]
+    numbers = [row["number"] for row in told if row["kind"] == "answer"]
+    assert numbers == list(range(1, 9))
+    assert told[-1]["version"] > saved.draft_version
+    assert sum(row["kind"] == "update" for row in told) > saved.draft_version
+    assert ospec.run(
+        "telemetry", tmp_path / "told.jsonl", "--plot", tmp_path / "told.png"
+    ) == 0  # fmt: skip
+    assert (tmp_path / "told.png").exists()
+
+
+def test_telemetry_of_the_default_learner(ospec, tmp_path):
+    file = tmp_path / "told.jsonl"
+    few = ospec.write_prompts("few", ospec.rows[:3])
+    args = ("--draft", ospec.draft, "--prompts", few, "--telemetry", file)
+    assert ospec("learn", *args, "--pace", "pays") == 0
+    told = [json.loads(line) for line in file.read_text().splitlines()]
+    updates = [row for row in told if row["kind"] == "update"]
+    assert len(updates) == 3
+    assert (updates[0]["stride"], updates[0]["loss"] > 0) == (1, True)
+    assert updates[-1]["path_length"] > updates[0]["step_length"] > 0
+
+
+def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
+    parts = ",".join(
+        f"{name}={ospec.write_prompts(name, rows)}"
+        for name, rows in (("sums", ospec.rows[:4]), ("more", ospec.rows[4:]))
+    )
+    drift, folder = tmp_path / "drift.jsonl", tmp_path / "recording"
+    args = ("--num-prompts", 6, "--kind", "alternating", "--block", 1, "--out", drift)
+    assert ospec.run("stream", "--domains", parts, *args) == 0
+    args = ("--draft", ospec.draft, "--batch-size", 2)
+    assert ospec("record", "--prompts", drift, "--out", folder, *args) == 0
+
+    results, plot = tmp_path / "results.json", tmp_path / "replays.png"
+    command = (
+        "replay", folder, "--target", ospec.target, "--draft", ospec.draft,
+        "--learners", "static,gradient,head", "--update-interval", 20,
+        "--json", results,
+    )  # fmt: skip
+    assert ospec.run(*command, "--telemetry", tmp_path / "told") == 0
+    first = json.loads(results.read_text())["runs"]
+    assert [row["learner"] for row in first] == ["static", "gradient", "head"]
+    assert first[0]["answers"]["domain"] == ["sums", "more"] * 3
+    assert first[1]["num_updates"] > 0
+    assert (tmp_path / "told" / "gradient-0.jsonl").exists()
+
+    # Finished runs are not replayed again, unless they lack what is asked for.
+    # Those that draw nothing run once, whatever the seeds.
+    drawing = tmp_path / "drawing.py"
+    drawing.write_text(
+        "from ospec_jax import LearnerConfig\n"
+        "get_config = lambda: LearnerConfig(replay_share=0.5)\n"
+    )
+    args = ("--learners", f"static,{drawing}", "--seeds", "0,1", "--plot", plot)
+    assert ospec.run(*command, *args) == 0
+    second = json.loads(results.read_text())["runs"]
+    assert second[:3] == first
+    assert [row["seed"] for row in second] == [0, 0, 0, 0, 1]
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    capsys.readouterr()
+    args = ("--learners", "static", "--prompts", drift, "--regret", "--chunk-size", 4)
+    assert ospec.run(*command, *args) == 0
+    assert "| static | 0 |" in capsys.readouterr().out
+    third = json.loads(results.read_text())
+    static = next(row for row in third["runs"] if row["config"] is None)
+    assert (
+        static["answers"]["num_accepted_tokens"]
+        == (first[0]["answers"]["num_accepted_tokens"])
+    )
+    assert len(static["answers"]["loss"]) == 6
+    assert [len(losses) for losses in third["hindsight"].values()] == [6]
+
+
+def test_bench_of_batches(ospec):
+    rows = ospec.json(
+        "bench", "--draft", ospec.draft, "--prompts", ospec.prompts,
+        "--num-prompts", 5, "--batch-size", 2, "--modes", "ngrams,learned",
+    )  # fmt: skip
+    for row in rows:
+        assert row["num_prompts"] == 5
+        assert row["num_mismatched_outputs"] == 0
+        assert row["predicted_speedup"] is None
+
+
+def test_bench_reports_every_mode(ospec, tmp_path):
+    plot = tmp_path / "plot.png"
+    rows = ospec.json(
+        "bench", "--draft", ospec.draft, "--prompts", ospec.prompts,
+        "--num-prompts", 3, "--plot", plot,
+    )  # fmt: skip
+    assert [row["mode"] for row in rows] == list(MODES)
+    for row in rows:
+        assert set(row) == BENCH_KEYS
+        assert row["num_mismatched_outputs"] == 0
+        assert row["num_prompts"] == 3
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_compares_drafts(ospec, tmp_path):
+    table = tmp_path / "table.md"
+    rows = ospec.json(
+        "bench", "--prompts", ospec.prompts, "--num-prompts", 2, "--markdown", table,
+        "--drafts", ospec.draft, f"{ospec.draft}@static:2,1", "ngram",
+    )  # fmt: skip
+    names = ["autoregressive", ospec.draft, f"{ospec.draft}@static:2,1", "ngram"]
+    assert [row["mode"] for row in rows if row["domain"] == "all"] == names
+    assert all(row["num_mismatched_outputs"] == 0 for row in rows)
+    assert f"| {ospec.draft}@static:2,1 |" in table.read_text()
+
+
+@pytest.mark.parametrize(("command", "args", "message"), [
+    ("generate", [], "give either --prompt or --prompts"),
+    ("generate", ["--prompt", "x", "--draft", "nowhere"], "holds no checkpoint"),
+    ("generate", ["--prompt", "x", "--draft", "shipped"], "made for smollm2-135m"),
+    ("generate", ["--prompt", "x", "--tree", "bush"], "unknown tree 'bush'"),
+    ("generate", ["--prompt", "x " * 600, "--draft", "none"], "shorten the prompt"),
+    ("generate", ["--prompts", "nowhere.jsonl"], "no prompt file nowhere.jsonl"),
+    ("generate", ["--prompt", "x", "--prediction", "nowhere"], "no prediction file"),
+    ("generate", ["--prompts", "{prompts}", "--prediction", "{bad}"], "goes with"),
+    ("learn", ["--prompts", "{prompts}", "--draft", "none"], "learning needs a draft"),
+    ("learn", ["--prompts", "{prompts}", "--resume"], "--resume needs --checkpoint"),
+    ("learn", ["--prompts", "{prompts}", "--learner", "magic"], "unknown learner"),
+    ("learn", ["--prompts", "{bad}"], "line 2"),
+    ("learn", ["--prompts", "{prompts}", "--tensorboard", "x"], "needs --telemetry"),
+    ("learn", ["--prompts", "{prompts}", "--save-every", "0"], "1 or more prompts"),
+    ("generate", ["--prompt", "x", "--batch-size", "0"], "batch_size is 0"),
+    ("bench", ["--prompts", "{empty}"], "holds no prompts"),
+    ("bench", ["--prompts", "{prompts}", "--modes", "fast"], "unknown modes"),
+    ("bench", ["--drafts", "ngram", "--batch-size", "2"], "batch size of 1"),
+    ("bench", ["--prompts", "{prompts}", "--drafts", "none"], "names no draft"),
+    ("generate", ["--prompt", "x", "--draft", "shipped:x"], "there are shipped:"),
+])  # fmt: skip
+def test_errors_name_value_and_remedy(ospec, capsys, command, args, message):
+    files = {
+        "prompts": ospec.prompts,
+        "bad": ospec.write_prompts("bad", ['{"prompt": "a"}', "{prompt"]),
+        "empty": ospec.write_prompts("empty", [""]),
+    }
+    filled = [files.get(arg.strip("{}"), arg) for arg in args]
+    assert ospec(command, *filled) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "error:" in printed
+    assert message in printed
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (("stream", "--domains", "math", "--out", "x"), "use NAME=FILE"),
+    (("stream", "--domains", "a={prompts}", "--out", "x"), "has 8 prompts"),
+    (("replay", "nowhere"), "holds no recording"),
+    (("replay", "nowhere", "--learners", "magic"), "unknown learner 'magic'"),
+    (("replay", "nowhere", "--seeds", "one"), "whole seeds"),
+    (("telemetry", "nowhere", "--plot", "x"), "no telemetry file"),
+])  # fmt: skip
+def test_streams_name_what_is_wrong(ospec, capsys, command, message):
+    assert ospec.run(*[part.format(prompts=ospec.prompts) for part in command]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_unknown_flags_are_refused(ospec, capsys):
+    assert ospec("generate", "--promt", "x") == 2
+    assert "--promt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", LEARNER_NAMES)
+def test_learners_are_known_by_name(name):
+    config = arguments.learner_config(name, seed=5, budget=None)
+    assert (config.name, config.seed) == (name, 5)
+    assert arguments.learner_config(name) == LearnerConfig(name=name)
+    if name in ("head", "memory"):
+        with pytest.raises(ConfigError, match="reads none of optimizer, learning_rate"):
+            arguments.learner_config(name, learning_rate=0.5)
+    else:
+        assert arguments.learner_config(name, learning_rate=0.5).learning_rate == 0.5
+
+
+def test_step_sizes_follow_the_optimizer():
+    rate = lambda name, **flags: arguments.learner_config(name, **flags).learning_rate
+    assert (rate("optimistic"), rate("optimistic", optimizer="adam")) == (0.1, 3e-4)
+    assert (rate("gradient"), rate("gradient", optimizer="sgd")) == (3e-4, 0.1)
+    file = str(CONFIGS / "online_eagle3.py")
+    assert (rate(file), rate(file, optimizer="sgd")) == (3e-4, 0.1)
+    assert rate(file, optimizer="sgd", learning_rate=0.5) == 0.5
+    assert LearnerConfig(name="osd", update_interval=9).update_every_prompts == 1
+
+
+def test_published_rules_keep_their_loss():
+    losses = {name: LearnerConfig(name=name).loss for name in ("optimistic", "osd")}
+    assert losses == {"optimistic": "jsd", "osd": "forward_kl"}
+    assert LearnerConfig(name="osd", loss="jsd").loss == "jsd"
+
+
+def test_a_flag_for_the_interval_wins_over_a_file_that_counts_prompts():
+    file = str(CONFIGS / "opt_hydra.py")
+    config = arguments.learner_config(file, update_interval=256)
+    assert (config.update_interval, config.update_every_prompts) == (256, 0)
+    assert arguments.learner_config(file).update_every_prompts == 80
+
+
+@pytest.mark.parametrize("setting", [{"loss": "jsd"}, {"budget": 0.1}, {}])
+def test_the_automatic_choice_heeds_what_only_gradients_keep_to(setting):
+    assert LearnerConfig(name="auto", **setting).asks_for_gradients == bool(setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"promotion": "guard"}, "use always or guarded"),
+        ({"replay_share": 0.9}, "leaves no window to new traffic"),
+        ({"window": 0}, "window is 0; use 1 or more"),
+        ({"name": "head", "head_damping": 0.0}, "head_damping is 0.0; use above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        LearnerConfig(**settings)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem)
+def test_shipped_configurations_are_learners(file):
+    assert isinstance(arguments.learner_config(str(file)), LearnerConfig)
+    assert arguments.learner_config(str(file), learning_rate=0.5).learning_rate == 0.5

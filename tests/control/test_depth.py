@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Depths chosen step by step: by what pays, from the past alone, and exactly."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax.config import ConfigError, from_dict
+from ospec_jax.control.depth import (
+    DepthChooser,
+    DepthPolicy,
+    DepthState,
+    Observation,
+    chances,
+    expected_emitted,
+    most_tokens_a_second,
+)
+from ospec_jax.decoding.engine import Engine, step_of_depth
+from ospec_jax.decoding.request import Request
+from ospec_jax.decoding.step import StepConfig
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.topology import parse_tree
+from ospec_jax.loading import LoadedDraft, load_draft
+from ospec_jax.storage.checkpoint import Meta
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.types import Draft
+
+DEPTHS = (0, 1, 3, 5)
+CHEAP = (1.0, 1.1, 1.2, 1.4)
+DEAR = (1.0, 1.6, 3.0, 5.0)
+PROMPTS = [f"What is {i} plus {i * 7}, and why is {'it ' * i}so?" for i in range(5)]
+LEARNER = LearnerConfig(
+    update_interval=60, batch_size=2, window=32, num_context=64, ring_capacity=8,
+    learning_rate=3e-3,
+)  # fmt: skip
+
+
+def run(costs, accepted, num_steps=600, remembered=50.0, state=None):
+    """Depths chosen while drafts are accepted up to `accepted` tokens, always."""
+    policy = most_tokens_a_second(remembered)
+    state = state or dataclasses.replace(policy.init(DEPTHS, 1), costs=costs)
+    chosen = []
+    for _ in range(num_steps):
+        depth = DEPTHS[policy.choose(state)]
+        chosen.append(depth)
+        state = policy.observe(state, Observation(depth, [min(depth, accepted)]))
+    return chosen, state
+
+
+def test_drafts_that_are_right_are_drafted_deep():
+    assert set(run(CHEAP, accepted=5)[0][20:]) == {5}
+
+
+def test_drafts_that_are_right_three_tokens_deep():
+    assert np.mean(np.asarray(run(CHEAP, accepted=3)[0][20:]) == 3) > 0.8
+
+
+def test_drafts_that_are_never_right_are_given_up_and_tried_again():
+    chosen, state = run(CHEAP, accepted=0)
+    tried = np.asarray(chosen[100:]) > 0
+    assert 0 < tried.mean() < 0.2
+    # As soon as they are right, they are drafted again.
+    again, _ = run(CHEAP, accepted=5, state=state, num_steps=200)
+    assert set(again[-20:]) == {5}
+
+
+def test_what_costs_more_than_it_yields_is_not_drafted():
+    """One token of two is worth 1.5 plain steps, and costs 1.6."""
+    policy = most_tokens_a_second()
+    state = dataclasses.replace(policy.init(DEPTHS, 16), costs=DEAR)
+    chosen = []
+    for _ in range(400):
+        depth = DEPTHS[policy.choose(state)]
+        chosen.append(depth)
+        accepted = [min(depth, row % 2) for row in range(16)]
+        state = policy.observe(state, Observation(depth, accepted))
+    assert np.mean(np.asarray(chosen) > 0) < 0.05
+
+
+def test_chances_are_of_tokens_whose_predecessors_were_accepted():
+    policy = most_tokens_a_second(1e9)
+    state = policy.init((0, 3), 4)
+    for _ in range(5000):
+        state = policy.observe(state, Observation(3, [0, 1, 2, 3]))
+    np.testing.assert_allclose(chances(state), [3 / 4, 2 / 3, 1 / 2], atol=1e-3)
+    emitted = expected_emitted(chances(state))
+    np.testing.assert_allclose(emitted, [1, 1.75, 2.25, 2.5], atol=1e-2)
+    # Those that were not drafted are judged by those before them.
+    state = policy.init((0, 3), 4)
+    for _ in range(500):
+        state = policy.observe(state, Observation(1, [0, 1]))
+    np.testing.assert_allclose(chances(state), 0.5, atol=1e-2)
+
+
+def test_states_are_kept_in_json_exactly():
+    state = run(CHEAP, accepted=2)[1]
+    text = json.dumps(dataclasses.asdict(state))
+    assert from_dict(DepthState, json.loads(text)) == state
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TreeConfig(num_steps=3, depths=(0, 2)), "largest of the depths"),
+        (lambda: TreeConfig(num_steps=3, depths=(3, 0)), "ascend"),
+        (
+            lambda: TreeConfig("static", 1, branching=(2,), depths=(0, 1)),
+            "only chains vary",
+        ),
+        (lambda: parse_tree("dynamic:2,4", "auto"), "instead of auto"),
+    ],
+)
+def test_depths_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    config = tiny_draft_config(target.config, draft_vocab_size=200)
+    params = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
+    return LoadedDraft(params, Meta.create(target, config))
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return answers(Session(target))
+
+
+def answers(session, prompts=PROMPTS):
+    done = sorted(session.generate(prompts, 40), key=lambda result: result.prompt.id)
+    return [result.token_ids for result in done]
+
+
+def switching(count=len(DEPTHS)):
+    """A policy that changes its mind at every step."""
+    cycle = itertools.cycle(range(count))
+    return most_tokens_a_second()._replace(choose=lambda state: next(cycle))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_greedy_output_does_not_depend_on_depths(target, draft, plain, batch_size):
+    session = Session(
+        target, draft, tree=TreeConfig.auto(DEPTHS), batch_size=batch_size,
+        depth_policy=switching(),
+    )  # fmt: skip
+    assert answers(session) == plain
+    for depth in DEPTHS:
+        step = session.engine.compiled(step_of_depth(depth), True)
+        # One executable for each capacity, here one.
+        assert step._cache_size() == 1
+    assert 0 < session.stats.mean_draft_length < 3
+    assert session.stats.num_accepted_tokens > 0
+
+
+def test_drafts_are_right_after_plain_steps():
+    """A model that drafts for itself is always right, unless its cache has holes."""
+    target, depths = tiny_target(16), (0, 1, 3)
+    build = lambda tree: build_drafter(
+        "model", target.config, tree, target.numerics, vocab_size=16
+    )
+    tree = TreeConfig.auto(depths)
+    chains = [tree.of_depth(depth) for depth in (0, 1)]
+    menu = {step_of_depth(c.num_steps): (c, build(c)) for c in chains}
+    config = StepConfig(target.config, target.numerics, tree)
+    engine = Engine(config, target.params, build(tree), menu=menu)
+    chooser = DepthChooser(switching(3), most_tokens_a_second().init(depths, 2))
+    requests = [Request(str(i), (1, 2, 3 + i), 40) for i in range(3)]
+    draft = Draft(target.params)
+    for done in engine.serve(requests, lambda: draft, 2, depths=chooser):
+        stats = done.stats
+        # But for the steps that the limit cut short.
+        assert stats.num_accepted_tokens >= stats.num_draft_tokens - 6
+        assert stats.num_accepted_tokens > 15
+
+
+def test_costs_are_measured_once_and_kept(target, draft, tmp_path):
+    session = Session(target, draft, tree=TreeConfig.auto(DEPTHS[:2]))
+    assert session.depths.state.costs == ()
+    session.warm_up()
+    costs = session.depths.state.costs
+    assert len(costs) == len(DEPTHS[:2])
+    assert all(0 < cost < 10 for cost in costs)
+    assert session.depths.state.trials == (0.0,)
+    session.warm_up()
+    answers(session, PROMPTS[:1])
+    assert session.depths.state.costs == costs
+    assert session.depths.state.trials[0] > 0
+    saved = load_draft(session.save(tmp_path).parent, target).meta.depth
+    assert from_dict(DepthState, saved) == session.depths.state
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path):
+    few = TreeConfig.auto(DEPTHS[:2])
+
+    def opened():
+        session = Session(target, draft, learner=LEARNER, tree=few)
+        state = dataclasses.replace(session.depths.state, costs=CHEAP[:2])
+        session.depths.state = state
+        return session
+
+    straight, first = opened(), opened()
+    expected = answers(straight)
+    head = answers(first, PROMPTS[:3])
+    first.save(tmp_path)
+    second = Session(target, draft, learner=LEARNER, tree=few)
+    second.resume(tmp_path)
+    assert head + answers(second, PROMPTS[3:]) == expected
+    assert second.depths.state == straight.depths.state
+    for a, b in zip(
+        jax.tree.leaves((second.learning.state, second.learning.traffic)),
+        jax.tree.leaves((straight.learning.state, straight.learning.traffic)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_useless_draft_is_given_up_while_serving(target, draft, plain):
+    never = max(set(range(target.config.vocab_size)) - set(sum(plain, [])))
+    wrong = np.full_like(draft.draft.token_ids, never)
+    useless = LoadedDraft(draft.draft.replace(token_ids=wrong), draft.meta)
+    few = TreeConfig.auto(DEPTHS[:2])
+    session = Session(target, useless, tree=few, ngrams=False)
+    session.depths.state = dataclasses.replace(session.depths.state, costs=CHEAP[:2])
+    assert answers(session) == plain
+    assert session.stats.mean_draft_length < 0.4
+
+
+def test_other_policies_may_choose(target, draft, plain):
+    """Anything with the same three functions."""
+    own = most_tokens_a_second()
+    never = DepthPolicy(own.init, lambda state: 0, lambda state, _: state)
+    few = TreeConfig.auto(DEPTHS[:2])
+    session = Session(target, draft, tree=few, depth_policy=never)
+    assert answers(session, PROMPTS[:2]) == plain[:2]
+    assert session.stats.mean_draft_length == 0

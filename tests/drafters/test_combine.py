@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two chains in one tree, and drafters asked in order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.decoding.verify import verify_greedy
+from ospec_jax.drafters import topology
+from ospec_jax.drafters.base import Hints
+from ospec_jax.drafters.combine import fallback, inner_tree, merge_chains
+from ospec_jax.drafters.hints import hinted_chain
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.types import DraftTree
+
+
+def chain(tokens, num_valid=None):
+    """A batch of one chain."""
+    n = len(tokens)
+    parents = np.arange(-1, n - 1, dtype=np.int32)
+    return DraftTree(
+        tokens=jnp.asarray([tokens], jnp.int32),
+        parents=jnp.asarray([parents]),
+        depths=jnp.arange(n, dtype=jnp.int32)[None],
+        is_valid=(jnp.arange(n) < (n if num_valid is None else num_valid))[None],
+        log_probs=jnp.zeros((1, n)),
+        ancestor_mask=jnp.asarray([topology.static_ancestor_mask(parents)]),
+        max_depth=n - 1,
+        is_chain=True,
+    )
+
+
+def paths(tree):
+    """The token paths from the root to every valid node."""
+    tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
+    found = []
+    for node in np.flatnonzero(np.asarray(tree.is_valid[0])):
+        path = []
+        while node > 0:
+            path.insert(0, tokens[node])
+            node = parents[node]
+        found.append(tuple(path))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("second", "num_valid", "expected"),
+    [
+        ([9, 5, 6, 7], 4, [(1,), (1, 2), (1, 2, 3), (5,), (5, 6), (5, 6, 7)]),
+        ([9, 1, 6, 7], 4, [(1,), (1, 2), (1, 2, 3), (1, 6), (1, 6, 7)]),
+        ([9, 1, 2, 7], 4, [(1,), (1, 2), (1, 2, 3), (1, 2, 7)]),
+        ([9, 1, 2, 3], 4, [(1,), (1, 2), (1, 2, 3)]),
+        ([9, 5, 6, 7], 2, [(1,), (1, 2), (1, 2, 3), (5,)]),
+        ([9, 5, 2, 3], 4, [(1,), (1, 2), (1, 2, 3), (5,), (5, 2), (5, 2, 3)]),
+    ],
+)
+def test_chains_share_what_they_agree_on(second, num_valid, expected):
+    tree = jax.jit(merge_chains)(chain([9, 1, 2, 3]), chain(second, num_valid))
+    assert paths(tree) == [(), *expected]
+    parents, depths = np.asarray(tree.parents[0]), np.asarray(tree.depths[0])
+    assert parents[0] == -1
+    assert np.all(parents[1:] < np.arange(1, 7))
+    np.testing.assert_array_equal(depths[1:], depths[parents[1:]] + 1)
+    mask = topology.static_ancestor_mask(parents)
+    np.testing.assert_array_equal(tree.ancestor_mask[0], mask)
+
+
+def test_the_branch_that_the_target_follows_is_accepted():
+    tree = merge_chains(chain([9, 1, 2, 3]), chain([9, 1, 6, 7]))
+    after = {9: 1, 1: 6, 6: 7, 7: 4}
+    best = [[after.get(token, 0) for token in tree.tokens[0].tolist()]]
+    verdict = verify_greedy(tree, jnp.asarray(best, jnp.int32))
+    assert int(verdict.num_accepted[0]) == 3
+    assert int(verdict.next_token[0]) == 4
+
+
+@pytest.mark.parametrize(("rate", "asked"), [(0.9, False), (0.3, True)])
+def test_the_other_drafter_runs_only_where_suggestions_are_unlikely(rate, asked):
+    tree = TreeConfig(num_steps=2)
+    calls = []
+    neural = hinted_chain(tree)._replace(
+        propose=lambda *args: (
+            jax.debug.callback(lambda: calls.append(1)),
+            (chain([9, 1, 2]), ()),
+        )[1]
+    )
+    suggest = lambda recent, depth: (
+        recent[..., -1] + 10, jnp.full(recent.shape[:2], jnp.log(rate)),
+    )  # fmt: skip
+    root = jnp.full((1,), 9, jnp.int32)
+    hints = Hints(root[:, None], suggest)
+    args = None, None, (), None, root, root, None, None, hints
+    drafted, _ = jax.jit(lambda: fallback(neural, tree).propose(*args))()
+    jax.effects_barrier()
+    assert bool(calls) == asked
+    assert drafted.tokens[0].tolist() == ([9, 1, 2] if asked else [9, 19, 29])
+
+
+def test_only_chains_are_mixed():
+    for tree in (
+        TreeConfig(num_steps=2, children="sampled"),
+        TreeConfig("static", 1, branching=(2,)),
+    ):
+        with pytest.raises(ConfigError, match="mixed as chains"):
+            inner_tree(tree)
+
+
+def test_one_drafter_makes_no_parallel_tree():
+    with pytest.raises(ConfigError, match="needs two drafters"):
+        build_drafter("eagle3", None, TreeConfig("parallel", 2))

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning the output projection: the rule, and its way into the served draft."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ospec_jax import ConfigError, LearnerConfig, Session, TreeConfig
+from ospec_jax.decoding.engine import Engine
+from ospec_jax.decoding.request import Completion
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.learners.last_layer import HeadSamples, head_learner
+from ospec_jax.loading import LoadedDraft, load_draft
+from ospec_jax.storage.checkpoint import Meta
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+HEAD = LearnerConfig(name="head")
+PROMPTS = [f"What is {i} plus {i * 7}, and why is {'it ' * i}so?" for i in range(6)]
+
+
+def samples_of(kernel, inputs, labels, is_real=None):
+    is_real = jnp.ones(len(labels), bool) if is_real is None else is_real
+    return HeadSamples(inputs, inputs @ kernel.T, jnp.asarray(labels), is_real)
+
+
+def stretched(rng, count, width=12):
+    """Inputs with a few directions of much energy."""
+    return jnp.asarray(
+        rng.normal(size=(count, width)) * np.geomspace(10, 0.1, width), jnp.float32
+    )
+
+
+def test_a_step_moves_a_sample_by_its_own_error():
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(0.1 * rng.normal(size=(9, 12)), jnp.float32)
+    learner = head_learner(rate=1.0, num_candidates=9)
+    samples = samples_of(kernel, stretched(rng, 1), [4])
+    state, rows, info = learner.update(learner.init(kernel), samples)
+    moved = (state.kernel - kernel) @ samples.inputs[0]
+    probs = jax.nn.softmax(samples.logits[0])
+    expected = jax.nn.one_hot(4, 9) - probs
+    np.testing.assert_allclose(moved, expected, atol=1e-4)
+    assert sorted(rows.tolist()) == list(range(9))
+    np.testing.assert_allclose(info.loss, -np.log(probs[4]), rtol=1e-5)
+
+
+def test_only_candidates_change_and_emitted_tokens_are_among_them():
+    rng = np.random.default_rng(1)
+    kernel = jnp.asarray(rng.normal(size=(50, 12)), jnp.float32)
+    learner = head_learner(num_candidates=6)
+    labels = [3, 17, 31, -1]
+    state, rows, _ = learner.update(
+        learner.init(kernel), samples_of(kernel, stretched(rng, 4), labels)
+    )
+    changed = np.flatnonzero(np.any(np.asarray(state.kernel != kernel), axis=1))
+    assert set(changed) <= set(rows.tolist())
+    assert {3, 17, 31} <= set(changed)
+
+
+def test_nothing_real_changes_nothing():
+    rng = np.random.default_rng(2)
+    kernel = jnp.asarray(rng.normal(size=(9, 12)), jnp.float32)
+    learner = head_learner()
+    samples = samples_of(kernel, stretched(rng, 5), [1] * 5, jnp.zeros(5, bool))
+    state, _, info = learner.update(learner.init(kernel), samples)
+    np.testing.assert_array_equal(state.kernel, kernel)
+    assert int(info.num_samples) == 0
+
+
+def test_preconditioning_learns_faster_than_plain_steps():
+    """A stream whose labels depend on directions of little energy."""
+    rng = np.random.default_rng(3)
+    teacher = rng.normal(size=(6, 12)) / np.geomspace(10, 0.1, 12)
+
+    def agreement(damping, rate):
+        learner = head_learner(rate, damping, num_candidates=6)
+        update = jax.jit(learner.update)
+        state, found = learner.init(jnp.zeros((6, 12))), []
+        draws = np.random.default_rng(4)
+        for _ in range(60):
+            x = stretched(draws, 16)
+            labels = np.argmax(3 * np.asarray(x) @ teacher.T, axis=1)
+            state, _, info = update(state, samples_of(state.kernel, x, labels))
+            found.append(float(info.agreement))
+        return np.mean(found[30:])
+
+    plain = max(agreement(1e4, rate) for rate in (0.03, 0.1, 0.3, 1.0))
+    assert agreement(0.1, 0.3) > plain + 0.05
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def any_target(request):
+    return tiny_target(precision=request.param)
+
+
+def loaded(target, family="eagle3", draft_vocab_size=200):
+    config = tiny_draft_config(target.config, draft_vocab_size, family)
+    drafter = build_drafter(family, config, TreeConfig(num_steps=1))
+    return LoadedDraft(tiny_draft(drafter, config), Meta.create(target, config, family))
+
+
+def answers(session, prompts=PROMPTS):
+    return [r.token_ids for r in session.generate(prompts, 40)]
+
+
+TREES = {
+    "chain": TreeConfig(),
+    "static": TreeConfig("static", 3, branching=(2, 2, 1)),
+    "dynamic": TreeConfig("dynamic", 3, 2, 6),
+}
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_recorded_states_are_those_that_the_draft_predicted_from(
+    monkeypatch, target, tree
+):
+    """The head over a recorded state drafts what was accepted there, and no more."""
+    seen: list[Completion] = []
+    complete = Engine._complete
+    monkeypatch.setattr(
+        Engine, "_complete", lambda *args: seen.append(complete(*args)) or seen[-1]
+    )
+    draft = loaded(target)
+    session = Session(target, draft, learner=HEAD, tree=tree, ngrams=False)
+    head_inputs = session.engine.drafter.head_inputs
+    answers(session, PROMPTS[:1])
+    completion = seen[0]
+    states = jnp.asarray(completion.feedback.states[0], jnp.float32)
+    known = np.asarray(completion.feedback.has_state[0])
+    inputs = np.asarray(head_inputs(draft.draft.params, states))
+    logits = inputs @ np.asarray(draft.draft.params["lm_head"]["kernel"]).T
+    ids = [*completion.request.prompt_ids, *completion.token_ids]
+    width = {"chain": 1, "static": 2, "dynamic": 2}[tree.kind]
+    first, stats = len(completion.request.prompt_ids), completion.stats
+    position, hits = first, 0
+    while position < completion.num_recorded:
+        # From a root on: as long as the next token is among the children, it was
+        # accepted, and the state after it is that of its node.
+        for _ in range(tree.num_steps):
+            assert known[position]
+            best = np.argsort(-logits[position], kind="stable")[:width]
+            drafted = np.asarray(draft.draft.token_ids)[best]
+            position += 1
+            if position >= len(ids) or ids[position] not in drafted:
+                break
+            hits += 1
+        else:
+            assert position >= completion.num_recorded or not known[position]
+            position += 1
+    if tree.kind == "chain":
+        assert hits == stats.num_accepted_tokens
+
+
+def test_it_learns_while_serving_and_never_changes_the_output(any_target, tmp_path):
+    target = any_target
+    plain = answers(Session(target))
+    session = Session(target, loaded(target), learner=HEAD, ngrams=False)
+    results = list(session.generate(PROMPTS * 6, 40))
+    assert [r.token_ids for r in results] == plain * 6
+    accepted = lambda part: sum(r.stats.num_accepted_tokens for r in part)
+    assert accepted(results[-6:]) > 2 * accepted(results[:6])
+    # What is served is what a load of the saved draft would serve.
+    session.save(tmp_path)
+    restored = Session(target, load_draft(tmp_path, target), ngrams=False)
+    assert restored.served_draft is not None
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        restored.served_draft.params,
+        session.served_draft.params,
+    )
+
+
+def test_a_loaded_draft_serves_two_sessions(target):
+    draft = loaded(target)
+    kept = np.array(draft.draft.params["lm_head"]["kernel"])
+    for _ in range(2):
+        session = Session(target, draft, learner=HEAD)
+        session.warm_up()
+        answers(session)
+    np.testing.assert_array_equal(draft.draft.params["lm_head"]["kernel"], kept)
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, tmp_path):
+    straight = Session(target, loaded(target), learner=HEAD)
+    expected = answers(straight)
+    first = Session(target, loaded(target), learner=HEAD)
+    head = answers(first, PROMPTS[:3])
+    first.save(tmp_path)
+    second = Session(target, load_draft(tmp_path, target), learner=HEAD)
+    assert len(second.resume(tmp_path)) == 3
+    assert head + answers(second, PROMPTS[3:]) == expected
+    for a, b in zip(
+        jax.tree.leaves((straight.learning.state, straight.draft.params)),
+        jax.tree.leaves((second.learning.state, second.draft.params)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_drafts_without_such_a_projection_are_refused(target):
+    for draft in (loaded(target, "hydra"), loaded(target, draft_vocab_size=0)):
+        with pytest.raises(ConfigError, match="output projection"):
+            Session(target, draft, learner=HEAD)
+
+
+def test_a_fallback_learns_from_what_it_drafted_itself(target):
+    """And from the state before a suggestion, but not from those that it never had."""
+    plain = answers(Session(target))
+    draft = dataclasses.replace(loaded(target), mix="fallback", suggestions="suffix")
+    session = Session(target, draft, learner=LearnerConfig(name="auto"))
+    assert session.learning.config.name == "head"
+    # Of suggested tokens there are states at the roots alone; the last prompts repeat.
+    assert answers(session, PROMPTS + PROMPTS[-2:]) == plain + plain[-2:]
+    counts = [report.info.num_samples for report in session.reports]
+    alone = Session(target, loaded(target), learner=HEAD, ngrams=False)
+    answers(alone)
+    assert 0 < counts[-1] < alone.reports[-1].info.num_samples
+
+
+def test_batches_learn(target):
+    plain = answers(Session(target))
+    learner = dataclasses.replace(HEAD, head_rate=0.5)
+    session = Session(target, loaded(target), learner=learner, batch_size=3)
+    found = {r.prompt.id: r.token_ids for r in session.generate(PROMPTS, 40)}
+    assert [found[f"prompt-{i}"] for i in range(len(PROMPTS))] == plain
+    assert session.version >= len(PROMPTS)
+
+
+def test_each_answer_is_reported(target):
+    session = Session(target, loaded(target), learner=HEAD, ngrams=False)
+    kernels = [np.array(session.draft.params["lm_head"]["kernel"])]
+    told = []
+
+    def note(report, before, after):
+        kernels.append(np.array(after.params["lm_head"]["kernel"]))
+        told.append(report)
+
+    session.on_update = note
+    results = list(session.generate(PROMPTS, 40))
+    assert told == session.reports
+    assert len(told) == len(results)
+    for report, result, before, after in zip(
+        told, results, kernels[:-1], kernels[1:], strict=True
+    ):
+        # Answers of fewer tokens than one step looks at.
+        moved = np.linalg.norm(after - before)
+        assert report.step_length == pytest.approx(moved, rel=1e-3)
+        stats, info = result.stats, report.info
+        assert info.num_samples >= stats.num_accepted_tokens
+        accepted = info.agreement * info.num_samples
+        assert round(float(accepted)) == stats.num_accepted_tokens
+        assert report.seconds > 0

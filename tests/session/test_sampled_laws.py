@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampled answers keep the target's law while the session adapts to earlier ones."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from reference import forward
+
+from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.control.depth import DepthChooser, most_tokens_a_second
+from ospec_jax.data.prompts import encode, parse_prompt
+from ospec_jax.decoding.engine import Engine, step_of_depth
+from ospec_jax.decoding.request import Request
+from ospec_jax.decoding.step import StepConfig
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.loading import load_draft
+from ospec_jax.testing import tiny_target
+from ospec_jax.types import Draft
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+MEMORY = LearnerConfig(name="memory", memory_slots=1024)
+PROMPT = "abcabcabcabc"
+LIMIT = 3.3
+"""Standard deviations; chance alone leaves them once in 1,000 times."""
+
+
+def likeliest(target, ids, top_k):
+    """The tokens that top-k sampling may choose next, and their probabilities."""
+    logits = forward(target.params, target.config, ids)[0][-1]
+    tokens = np.argsort(-logits, kind="stable")[:top_k]
+    weights = np.exp(logits[tokens] - logits[tokens[0]])
+    return tokens.tolist(), weights / weights.sum()
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+def ngram_session(target, learner=MEMORY):
+    return Session(target, load_draft("ngram", target), learner=learner)
+
+
+def tokens_of(session, prompts, num_tokens, **how):
+    found = session.generate(prompts, num_tokens, SamplingConfig(**how), is_raw=True)
+    return [result.token_ids for result in found]
+
+
+def test_an_answer_that_memory_drafted_follows_the_target(target):
+    """The second of two copies is drafted from what the first one taught."""
+    how = {"temperature": 1.0, "top_k": 3}
+    ids = encode(parse_prompt({"prompt": PROMPT}, "copy"), target.tokenizer, True)
+    first, first_probs = likeliest(target, ids, 3)
+    law = {}
+    for token, chance in zip(first, first_probs, strict=True):
+        second, second_probs = likeliest(target, [*ids, token], 3)
+        law |= dict(
+            zip(itertools.product([token], second), chance * second_probs, strict=True)
+        )
+
+    session = ngram_session(target)
+    session.warm_up()
+    start = jax.tree.map(np.asarray, session.learning.traffic)
+    state = session.learning.state
+    num_runs, num_accepted = 800, 0
+    counts = dict.fromkeys(law, 0)
+    for seed in range(num_runs):
+        session.learning.traffic = jax.tree.map(jax.numpy.asarray, start)
+        session.learning.state = state
+        session.num_admitted = 0
+        session.serve(session.draft)
+        sampling = SamplingConfig(seed=seed, **how)
+        *_, copy = session.generate([PROMPT] * 2, 3, sampling, is_raw=True)
+        counts[tuple(copy.token_ids[:2])] += 1
+        num_accepted += copy.stats.num_accepted_tokens
+
+    assert num_accepted > 20, "the memory drafted too little to show anything"
+    for path, chance in law.items():
+        deviation = np.sqrt(num_runs * chance * (1 - chance))
+        assert abs(counts[path] - num_runs * chance) < LIMIT * max(deviation, 1), path
+
+
+def uncertain_prompt(target, length, num_sure):
+    """A prompt whose answer has some sure tokens, then one of probability near half."""
+    rng = np.random.default_rng(length)
+
+    def law(ids):
+        logits = forward(target.params, target.config, ids)[0][-1] / 0.6
+        weights = np.exp(logits - logits.max())
+        return weights / weights.sum()
+
+    while True:
+        ids = rng.integers(0, 16, length).tolist()
+        path, chance = [], 1.0
+        for _ in range(num_sure):
+            probs = law([*ids, *path])
+            path.append(int(probs.argmax()))
+            chance *= probs.max()
+        probs = law([*ids, *path])
+        if chance > 0.8 and 0.4 < probs.max() < 0.6:
+            return tuple(ids), path, int(probs.argmax()), probs.max()
+
+
+def test_a_depth_that_a_neighbour_influenced_keeps_the_law():
+    """One row runs ahead; how deep the other drafts depends on what it accepted."""
+    target = tiny_target(16)
+    behind, sure, token, chance = uncertain_prompt(target, 6, 3)
+    ahead, sure_ahead, token_ahead, _ = uncertain_prompt(target, 8, 1)
+    never = next(t for t in range(16) if t not in sure)
+    tree = TreeConfig.auto((0, 1))
+    drafter = build_drafter("prediction", None, tree, target.numerics)
+    menu = {step_of_depth(0): (tree.of_depth(0), drafter)}
+    step = StepConfig(target.config, target.numerics, tree, (), is_greedy=False)
+    engine = Engine(step, target.params, drafter, menu=menu)
+    policy = most_tokens_a_second()
+    costly = dataclasses.replace(policy.init(tree.depths, 2), costs=(1.0, 1.45))
+
+    num_runs, num_seen, num_found = 250, 0, 0
+    for seed in range(num_runs):
+        sampling = SamplingConfig(0.6, seed=seed)
+        predicted = (*sure_ahead, token_ahead)
+        other = (never, never, never, token)
+        asked = [
+            Request("ahead", ahead, 8, sampling, prediction_ids=predicted),
+            Request("behind", behind, 5, sampling, prediction_ids=other),
+        ]
+        depths = DepthChooser(policy, costly)
+        for done in engine.serve(asked, lambda: Draft({}), 2, depths=depths):
+            if done.request.id == "behind" and done.token_ids[:3] == sure:
+                num_seen += 1
+                num_found += done.token_ids[3] == token
+
+    assert num_seen > 150
+    deviation = np.sqrt(num_seen * chance * (1 - chance))
+    assert abs(num_found - num_seen * chance) < LIMIT * deviation
+
+
+def test_copies_of_a_prompt_are_answered_independently(target):
+    session = ngram_session(target, None)
+    copies = tokens_of(session, [PROMPT] * 4, 12, temperature=1.0, seed=3)
+    again = tokens_of(session, [PROMPT] * 4, 12, temperature=1.0, seed=3)
+    assert len(set(map(tuple, copies + again))) == 8
+
+    anew = tokens_of(
+        ngram_session(target, None), [PROMPT] * 4, 12, temperature=1.0, seed=3
+    )
+    assert anew == copies
+
+
+def test_a_resumed_session_uses_no_numbers_twice(target, tmp_path):
+    whole = tokens_of(ngram_session(target), [PROMPT] * 4, 12, temperature=1.0)
+
+    session = ngram_session(target)
+    begun = tokens_of(session, [PROMPT] * 2, 12, temperature=1.0)
+    session.save(tmp_path)
+    resumed = ngram_session(target)
+    resumed.resume(tmp_path)
+    rest = tokens_of(resumed, [PROMPT] * 2, 12, temperature=1.0)
+
+    assert begun + rest == whole
+    assert resumed.num_admitted == 4
+
+
+def test_requests_that_were_begun_are_counted_when_a_batch_is_saved(target, tmp_path):
+    session = Session(target, load_draft("ngram", target), learner=MEMORY, batch_size=3)
+    answers = session.generate([PROMPT] * 5, 8, SamplingConfig(1.0), is_raw=True)
+    next(answers)
+    session.save(tmp_path)
+    resumed = Session(target, load_draft("ngram", target), learner=MEMORY, batch_size=3)
+    assert len(resumed.resume(tmp_path)) == 1
+    assert resumed.num_admitted == 3
+
+
+def test_a_seed_of_its_own_repeats_and_teaches_nothing(target):
+    own = {"prompt": PROMPT, "seed": 7}
+    session = ngram_session(target)
+    first, other, second = tokens_of(
+        session, [own, own | {"choice": 1}, own], 12, temperature=1.0
+    )
+    assert first == second != other
+    assert int(session.learning.state.num_prompts) == 0
+
+    [greedy] = tokens_of(session, [own], 12)
+    assert int(session.learning.state.num_prompts) == 1
+    assert tokens_of(session, [PROMPT], 12) == [greedy]
+
+
+def test_twins_in_a_batch_do_not_set_each_others_depth(target):
+    """Neither by what they accepted, nor by what they are sure of."""
+    tree = TreeConfig.auto((0, 1, 2))
+    session = Session(target, load_draft("ngram", target), tree=tree, batch_size=2)
+    session.warm_up()
+    before = session.depths.state
+    own = {"prompt": PROMPT, "seed": 7}
+    first, second = tokens_of(session, [own, own], 16, temperature=1.0)
+    assert first == second
+    assert session.depths.state == before
+    tokens_of(session, [PROMPT], 16, temperature=1.0)
+    assert session.depths.state != before
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": True}, "seed is True"),
+        ({"seed": 1, "choice": "0"}, "choice is '0'"),
+        ({"choice": 1}, "counts answers under a `seed`"),
+    ],
+)
+def test_seeds_that_are_none_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_prompt({"prompt": PROMPT} | values, "row")

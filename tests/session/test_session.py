@@ -1,0 +1,489 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning while serving: exact output, exact resume, no second target pass."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from model_files import hf_tensors, model_config, write_folder
+from reference import random_params
+
+from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax.config import LEARNER_NAMES, ConfigError, SamplingConfig
+from ospec_jax.config import TreeConfig as Tree
+from ospec_jax.decoding.request import PromptTooLongError
+from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.loading import LoadedDraft, load_draft
+from ospec_jax.models.hub import load_target
+from ospec_jax.session import resume
+from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import CheckpointError, Meta
+from ospec_jax.testing import byte_tokenizer, tiny_draft, tiny_draft_config, tiny_target
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+LEARNER = LearnerConfig(
+    update_interval=60, batch_size=2, window=32, num_context=64, ring_capacity=8,
+    learning_rate=3e-3,
+)  # fmt: skip
+PROMPTS = [f"What is {i} plus {i * 7}, and why is {'it ' * i}so?" for i in range(8)]
+NEW_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    config = tiny_draft_config(target.config, draft_vocab_size=200)
+    params = tiny_draft(eagle3(config, Tree(num_steps=1)), config)
+    return LoadedDraft(params, Meta.create(target, config))
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return [r.token_ids for r in Session(target).generate(PROMPTS, NEW_TOKENS)]
+
+
+def answers(session, prompts=PROMPTS):
+    return [r.token_ids for r in session.generate(prompts, NEW_TOKENS)]
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("promotion", ["always", "guarded"])
+def test_learning_never_changes_the_output(target, draft, plain, promotion):
+    learner = dataclasses.replace(LEARNER, promotion=promotion, min_windows=2)
+    session = Session(target, draft, learner=learner)
+    assert answers(session) == plain
+    assert int(session.learning.state.learner.num_updates) > 0
+    if promotion == "always":
+        assert session.version == len(session.reports)
+
+
+def test_only_fresh_windows_vote_on_a_promotion(target, draft):
+    learner = dataclasses.replace(
+        LEARNER, promotion="guarded", min_windows=100, batch_size=4, replay_share=0.5,
+        update_interval=20,
+    )  # fmt: skip
+    session = Session(target, draft, learner=learner)
+    answers(session)
+    assert len(session.reports) > 3
+    assert 0 < int(session.learning.state.guard.count) <= 2 * len(session.reports)
+
+
+def test_learning_raises_acceptance_on_repeated_traffic(target, draft):
+    session = Session(target, draft, learner=LEARNER, ngrams=False)
+    results = list(session.generate(PROMPTS[:2] * 12, NEW_TOKENS))
+    accepted = lambda part: sum(r.stats.num_accepted_tokens for r in part)
+    assert accepted(results[-6:]) > 2 * accepted(results[:6])
+
+
+@pytest.mark.parametrize("family", ["eagle1", "hydra"])
+def test_every_trained_family_learns_while_serving(target, plain, family, tmp_path):
+    config = tiny_draft_config(target.config, 200, family)
+    drafter = build_drafter(family, config, Tree(num_steps=1))
+    made = LoadedDraft(tiny_draft(drafter, config), Meta.create(target, config, family))
+    eager = dataclasses.replace(LEARNER, update_interval=20, learning_rate=1e-2)
+    session = Session(target, made, learner=eager, ngrams=False)
+    longest = max(range(len(plain)), key=lambda i: len(plain[i]))
+    results = list(session.generate([PROMPTS[longest]] * 10, NEW_TOKENS))
+    assert [r.token_ids for r in results] == [plain[longest]] * 10
+    accepted = lambda part: sum(r.stats.num_accepted_tokens for r in part)
+    assert accepted(results[-3:]) > 2 * accepted(results[:3])
+    session.save(tmp_path)
+    restored = load_draft(tmp_path, target)
+    assert (restored.meta.family, restored.meta.draft) == (family, config)
+    assert_same(restored.draft.params, session.draft.params)
+
+
+def test_memory_alone_raises_acceptance_on_repeated_traffic(target, draft, plain):
+    learner = LearnerConfig(name="memory")
+    session = Session(target, draft, learner=learner)
+    assert answers(session) == plain
+    first = session.stats.mean_acceptance_length
+    session.stats = DecodingStats(num_spec_tokens=3)
+    assert answers(session) == plain
+    assert session.stats.mean_acceptance_length > 1.5 * first
+    assert session.version == 0  # the draft itself is as it was
+    np.testing.assert_array_equal(
+        session.draft.params["fc"]["kernel"], draft.draft.params["fc"]["kernel"]
+    )
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path):
+    straight = Session(target, draft, learner=LEARNER)
+    expected = answers(straight)
+
+    first = Session(target, draft, learner=LEARNER)
+    head = answers(first, PROMPTS[:5])
+    first.save(tmp_path)
+    second = Session(target, draft, learner=LEARNER)
+    assert second.resume(tmp_path) == [f"prompt-{i}" for i in range(5)]
+    tail = answers(second, PROMPTS[5:])
+
+    assert head + tail == expected
+    assert_same(second.learning.state, straight.learning.state)
+    assert_same(second.learning.traffic, straight.learning.traffic)
+    assert_same(second.draft, straight.draft)
+
+
+@pytest.mark.parametrize("name", sorted({*LEARNER_NAMES} - {"memory", "auto"}))
+def test_every_learner_serves_exactly_and_resumes_bitwise(
+    target, draft, plain, tmp_path, name
+):
+    learner = LearnerConfig(
+        name=name, update_every_prompts=int(name != "head"), num_epochs=2,
+        batch_size=2, window=32, ring_capacity=4, num_steps=2, buffer_requests=2,
+    )  # fmt: skip
+    session = Session(target, draft, learner=learner, ngrams=False)
+    assert answers(session, PROMPTS[:3]) == plain[:3]
+    session.save(tmp_path)
+    resumed = Session(target, draft, learner=learner, ngrams=False)
+    resumed.resume(tmp_path)
+    for one in (session, resumed):
+        assert answers(one, PROMPTS[3:5]) == plain[3:5]
+    assert_same(resumed.learning.state, session.learning.state)
+    assert_same(resumed.draft, session.draft)
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()), session.draft.params,
+        draft.draft.params,
+    )  # fmt: skip
+    assert max(jax.tree.leaves(moved)) > 1e-6
+    np.testing.assert_array_equal(session.draft.token_ids, draft.draft.token_ids)
+
+
+def test_a_chunk_of_prompts_is_learned_from_as_a_whole(target, draft, plain):
+    """Every window of the chunk, oldest first, in each epoch."""
+    learner = dataclasses.replace(LEARNER, update_every_prompts=3, num_epochs=2)
+    session = Session(target, draft, learner=learner, ngrams=False)
+    state = lambda: session.learning.state
+    adaptation, seen = session.learning.adaptation, []
+    learn = adaptation._learn
+
+    def watch(learner, served, batch):
+        seen.append(batch)
+        return learn(learner, served, batch)
+
+    adaptation._learn = watch
+    assert answers(session, PROMPTS[:2]) == plain[:2]
+    assert not seen
+    assert answers(session, PROMPTS[2:4]) == plain[2:4]
+    ring = session.learning.traffic.ring
+    num_windows = int(ring.num_added - state().num_fresh)  # those of three prompts
+    num_batches = -(-num_windows // learner.batch_size)
+    assert 3 <= num_windows <= ring.capacity
+    assert len(seen) == 2 * num_batches
+    trained = [
+        (int(start), np.asarray(tokens).tobytes())
+        for batch in seen
+        for start, tokens, weight in zip(
+            batch.start, batch.feedback.tokens, batch.weight, strict=True
+        )
+        if weight.sum() > 0
+    ]
+    assert len(trained) == 2 * num_windows
+    assert trained[:num_windows] == trained[num_windows:]
+    assert len(set(trained)) == num_windows
+
+
+@pytest.mark.parametrize("family", ["ngram", "suffix"])
+def test_an_ngram_draft_learns_and_resumes_without_parameters(
+    target, plain, tmp_path, family
+):
+    draft = load_draft(family, target)
+    straight = Session(target, draft, learner=LearnerConfig())
+    assert answers(straight) == plain
+    first = Session(target, draft, learner=LearnerConfig())
+    assert answers(first, PROMPTS[:5]) == plain[:5]
+    first.save(tmp_path)
+    second = Session(target, load_draft(tmp_path, target), learner=LearnerConfig())
+    assert second.resume(tmp_path) == [f"prompt-{i}" for i in range(5)]
+    assert_same(second.memory, first.memory)
+    assert answers(second, PROMPTS[5:]) == plain[5:]
+    assert_same(second.memory, straight.memory)
+    assert_same(second.learning.state, straight.learning.state)
+
+
+@pytest.fixture(scope="module")
+def model_folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    config = model_config()
+    return [
+        write_folder(folder / str(seed), config, hf_tensors(config, params))
+        for seed, params in enumerate((random_params(config), random_params(config, 1)))
+    ]
+
+
+def test_a_model_drafts_and_its_memory_resumes(model_folders, tmp_path):
+    target = load_target(model_folders[0], "float32")
+    draft = load_draft(f"model:{model_folders[1]}", target)
+    expected = answers(Session(target), PROMPTS[:4])
+    session = Session(target, draft, learner=LearnerConfig())
+    assert answers(session, PROMPTS[:4]) == expected
+    session.save(tmp_path)
+    with pytest.raises(CheckpointError, match="pass --draft model:"):
+        load_draft(tmp_path, target)
+    resumed = Session(target, draft, learner=LearnerConfig())
+    resumed.resume(tmp_path)
+    assert_same(resumed.memory, session.memory)
+
+
+@pytest.mark.parametrize(
+    "name", ["self:int4", "self:exit-2", "mixed:ngram,self:exit-1"]
+)
+def test_a_target_is_loaded_as_its_own_draft(target, plain, tmp_path, name):
+    draft = load_draft(name, target)
+    session = Session(target, draft, learner=LearnerConfig())
+    assert answers(session, PROMPTS[:2]) == plain[:2]
+    session.save(tmp_path)
+    with pytest.raises(CheckpointError, match="pass --draft self:"):
+        load_draft(tmp_path, target)
+
+
+def test_two_drafts_are_loaded_by_name(target, draft, plain, tmp_path):
+    checkpoint.save(tmp_path, 0, draft.meta, draft.draft)
+    fallback = load_draft(f"fallback:suffix,{tmp_path}", target)
+    session = Session(target, fallback, learner=LEARNER)
+    assert session.memory.max_match == 8
+    assert answers(session, PROMPTS[:3]) == plain[:3]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("self:exit-4", "with N from 1 to 3"),
+        ("self:exit-x", "use self:int4"),
+        ("self:half", "use self:int4"),
+        ("mixed:ngram", "cannot mix 'ngram'"),
+        ("mixed:ngram,suffix", "cannot mix 'ngram,suffix'"),
+        ("fallback:shipped,ngram", "the first one of ngram, suffix, prediction"),
+    ],
+)
+def test_drafts_that_cannot_be_are_refused(target, name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_draft(name, target)
+
+
+def test_a_model_with_another_tokenizer_is_refused(model_folders):
+    target = load_target(model_folders[0], "float32")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|another|>"])
+    tokenizer.save_pretrained(model_folders[1])
+    with pytest.raises(CheckpointError, match="another tokenizer than"):
+        load_draft(f"model:{model_folders[1]}", target)
+
+
+def test_resume_without_feedback_warns_and_starts_an_empty_ring(
+    target, draft, tmp_path
+):
+    session = Session(target, draft, learner=LEARNER)
+    answers(session, PROMPTS[:2])
+    session.save(tmp_path, with_feedback=False)
+    assert not list(tmp_path.glob("*/feedback"))
+    resumed = Session(target, draft, learner=LEARNER)
+    with pytest.warns(UserWarning, match="holds no feedback"):
+        resumed.resume(tmp_path)
+    assert int(resumed.learning.traffic.ring.num_added) == 0
+
+
+def test_a_budget_is_measured_before_the_first_answer(target, draft):
+    """Without a warm-up by hand, too: or every answer would bring an update."""
+    learner = LearnerConfig(batch_size=2, window=32, ring_capacity=4, budget=0.001)
+    session = Session(target, draft, learner=learner)
+    assert not session.learning.is_calibrated
+    answers(session, PROMPTS[:3])
+    assert int(session.learning.state.update_interval) > 3 * NEW_TOKENS
+    assert not session.reports
+
+
+def test_a_budget_counts_passes_which_cost_the_same_however_much_they_yield(
+    target, draft
+):
+    learner = LearnerConfig(batch_size=2, window=32, ring_capacity=4, budget=0.001)
+    session = Session(target, draft, learner=learner)
+    (result,) = session.generate(PROMPTS[:1], NEW_TOKENS)
+    assert result.stats.num_drafts < len(result.token_ids)
+    assert int(session.learning.state.num_waiting) == result.stats.num_drafts
+
+
+def test_a_budget_counts_the_work_of_all_rows(target, draft, monkeypatch):
+    learner = LearnerConfig(batch_size=2, window=32, ring_capacity=4)
+    session = Session(target, draft, learner=learner, batch_size=2)
+    asked, calibrate = [], session.learning.adaptation.calibrate
+    monkeypatch.setattr(
+        session.learning.adaptation, "calibrate",
+        lambda *args: (asked.append(args[-2:]), calibrate(*args))[1],
+    )  # fmt: skip
+    completions = []
+    observed = session.learning.calibrate
+    session.learning.calibrate = lambda completion, *rest: (
+        completions.append(completion), observed(completion, *rest)
+    )  # fmt: skip
+    session.warm_up()
+    (done,) = completions
+    seconds = done.seconds / 2
+    per_token, per_step = seconds / len(done.token_ids), seconds / done.stats.num_drafts
+    assert asked == [pytest.approx((per_token, per_step))]
+
+
+def test_older_feedback_is_not_taken_for_the_newest_steps(target, draft, tmp_path):
+    session = Session(target, draft, learner=LEARNER)
+    answers(session, PROMPTS[:1])
+    session.save(tmp_path)
+    answers(session, PROMPTS[1:2])
+    session.save(tmp_path, with_feedback=False)
+    resumed = Session(target, draft, learner=LEARNER)
+    with pytest.warns(UserWarning, match="step 2 .* holds no feedback"):
+        resumed.resume(tmp_path)
+    assert int(resumed.learning.traffic.ring.num_added) == 0
+    assert_same(resumed.learning.state, session.learning.state)
+
+
+def test_settings_that_were_never_read_do_not_hinder_a_resume():
+    ours = LearnerConfig(name="head")
+    older = dataclasses.asdict(ours) | {"loss": "forward_kl"}
+    assert resume.saved_config(older) == ours
+
+
+def test_resume_with_other_settings_is_refused(target, draft, tmp_path):
+    session = Session(target, draft, learner=LEARNER)
+    answers(session, PROMPTS[:1])
+    session.save(tmp_path)
+    other = dataclasses.replace(LEARNER, learning_rate=1.0)
+    with pytest.raises(CheckpointError, match="resume with the same settings"):
+        Session(target, draft, learner=other).resume(tmp_path)
+
+
+def test_one_target_pass_a_step_whether_learning_or_not(target, draft, monkeypatch):
+    """Every target pass is a prefill chunk or a verification; learning adds none."""
+
+    def count(learner):
+        session = Session(target, draft, learner=learner)
+        passes = []
+        compiled = session.engine.compiled
+
+        def counted(name, is_greedy):
+            function = compiled(name, is_greedy)
+            return lambda *args: (passes.append(name), function(*args))[1]
+
+        monkeypatch.setattr(session.engine, "compiled", counted)
+        results = list(session.generate(PROMPTS[:3], NEW_TOKENS))
+        steps = sum(r.stats.num_drafts for r in results)
+        # One step may have been sent ahead of a stop token.
+        assert steps <= passes.count("step") <= steps + len(results)
+        return len(passes)
+
+    slow = dataclasses.replace(LEARNER, update_interval=10**6)
+    assert count(None) == count(slow)
+
+
+def test_sampling_without_a_draft_follows_the_seed(target):
+    def draw(seed):
+        sampling = SamplingConfig(1.0, seed=seed)
+        answers = Session(target).generate(PROMPTS[:2], NEW_TOKENS, sampling)
+        return [answer.token_ids for answer in answers]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_too_long_a_prompt_is_refused_before_anything_is_decoded(target):
+    session = Session(target)
+    with pytest.raises(PromptTooLongError, match="lower max_new_tokens"):
+        next(session.generate(["short", "long " * 200], NEW_TOKENS))
+
+
+def test_stop_string_ends_and_trims_the_answer(target, draft):
+    session = Session(target, draft, learner=LEARNER)
+    whole = next(session.generate(PROMPTS[:1], NEW_TOKENS))
+    text = whole.text
+    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    stopped = Session(target, draft, learner=LEARNER, stop=(stop,))
+    result = next(stopped.generate(PROMPTS[:1], NEW_TOKENS))
+    assert result.finish_reason == "stop"
+    assert stop not in result.text
+    assert text.startswith(result.text)
+    assert whole.token_ids[: len(result.token_ids)] == result.token_ids
+    # What was trimmed is not learned from either.
+    assert int(stopped.learning.state.num_waiting) == len(result.token_ids)
+
+
+def test_streamed_text_adds_up(target, draft):
+    session = Session(target, draft, tree=TreeConfig(num_steps=3))
+    pieces = []
+    results = list(
+        session.generate(PROMPTS[:1], NEW_TOKENS, on_text=lambda _, t: pieces.append(t))
+    )
+    assert "".join(pieces) == results[0].text
+
+
+def test_collapsed_acceptance_warns(target, draft, plain, monkeypatch):
+    # Random weights may end most answers early: how early differs between machines.
+    monkeypatch.setattr("ospec_jax.session.session._COLLAPSE_STEPS", 40)
+    never = max(set(range(target.config.vocab_size)) - set(sum(plain, [])))
+    wrong = np.full_like(draft.draft.token_ids, never)
+    useless = LoadedDraft(draft.draft.replace(token_ids=wrong), draft.meta)
+    session = Session(target, useless, ngrams=False)
+    with pytest.warns(UserWarning, match="mean acceptance length is 1.0"):
+        list(session.generate(PROMPTS, NEW_TOKENS))
+
+
+def test_predicted_answers_come_faster(target, draft, plain):
+    """Somewhat: random bytes are no text, so little of it is the answer's own."""
+    texts = [r.text for r in Session(target).generate(PROMPTS[:2], NEW_TOKENS)]
+    for drafted in (draft, load_draft("prediction", target)):
+        session = Session(target, drafted, ngrams=False)
+        assert answers(session, PROMPTS[:2]) == plain[:2]
+        before, session.stats = session.stats, DecodingStats(num_spec_tokens=12)
+        results = session.generate(PROMPTS[:2], NEW_TOKENS, predictions=texts)
+        assert [r.token_ids for r in results] == plain[:2]
+        length = session.stats.mean_acceptance_length
+        assert length > before.mean_acceptance_length
+
+
+@pytest.mark.filterwarnings("ignore:the mean acceptance length")
+def test_counts_go_on_after_a_look_at_them(target, draft, monkeypatch):
+    monkeypatch.setattr("ospec_jax.session.session._COLLAPSE_STEPS", 1)
+    session = Session(target, draft, ngrams=False)
+    results = list(session.generate(PROMPTS[:3], NEW_TOKENS))
+    counts = [result.stats.num_drafts for result in results]
+    assert session.stats.num_drafts == sum(counts) > max(counts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("name", ["prediction", "suffix"])
+def test_nothing_is_compiled_after_warming_up(target, name, batch_size):
+    """Not even what runs only once a prediction, or memory, has proved right."""
+    session = Session(target, load_draft(name, target), batch_size=batch_size)
+    has_predictions = name == "prediction"
+    session.warm_up(has_predictions=has_predictions)
+    count = lambda: {
+        key: function._cache_size() for key, function in
+        session.engine._functions.items()
+    }  # fmt: skip
+    before = count()
+    assert before["predicted_step", True] == 1
+    texts = [r.text for r in session.generate(PROMPTS[:2], NEW_TOKENS)]
+    predictions = texts if has_predictions else None
+    list(session.generate(PROMPTS[:2], NEW_TOKENS, predictions=predictions))
+    assert count() == before
+
+
+def test_predictions_need_a_draft(target):
+    with pytest.raises(ConfigError, match="give it a draft"):
+        next(Session(target).generate(["a"], predictions=["b"]))
+
+
+def test_session_without_draft_has_nothing_to_save(target, tmp_path):
+    with pytest.raises(CheckpointError, match="no draft"):
+        Session(target).save(tmp_path)
+    assert checkpoint.steps(tmp_path) == []

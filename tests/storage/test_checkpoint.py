@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what comes back, on which devices, and what is refused."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import CheckpointError, Meta
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def made(target):
+    config = tiny_draft_config(target.config)
+    draft = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
+    return draft, Meta.create(target, config, card={"history": [{"step": 1}]})
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_draft_and_meta_round_trip(target, made, storage, tmp_path):
+    draft, meta = made
+    meta = dataclasses.replace(meta, storage=storage)
+    checkpoint.save(tmp_path, 3, meta, draft)
+    restored = checkpoint.load(tmp_path, target)
+    assert (restored.step, restored.meta) == (3, meta)
+    np.testing.assert_array_equal(restored.draft.token_ids, draft.token_ids)
+    for old, new in zip(
+        jax.tree.leaves(draft.params), jax.tree.leaves(restored.draft.params),
+        strict=True,
+    ):  # fmt: skip
+        assert new.dtype == jnp.float32
+        if storage == "float32":
+            np.testing.assert_array_equal(old, new)
+        else:
+            np.testing.assert_allclose(old, new, atol=0.02 * float(jnp.abs(old).max()))
+    again = checkpoint.save(tmp_path / "again", 1, meta, restored.draft)
+    twice = checkpoint.load(again.parent, target)
+    # Storing what was read changes nothing more than the last bit of a scale.
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(same, twice.draft, restored.draft)
+
+
+def test_older_steps_are_removed(made, tmp_path):
+    draft, meta = made
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, meta, draft)
+    assert checkpoint.steps(tmp_path) == [2, 3]
+
+
+def test_a_step_takes_the_place_of_its_like_but_not_of_a_later_one(made, tmp_path):
+    draft, meta = made
+    other = jax.tree.map(lambda x: x + 1, draft.params)
+    checkpoint.save(tmp_path, 3, meta, draft)
+    checkpoint.save(tmp_path, 3, meta, draft.replace(params=other))
+    found = checkpoint.load(tmp_path).draft.params
+    jax.tree.map(np.testing.assert_array_equal, found, other)
+    with pytest.raises(checkpoint.CheckpointError, match="holds step 3"):
+        checkpoint.save(tmp_path, 2, meta, draft)
+    checkpoint.set_aside(tmp_path, 1)
+    checkpoint.save(tmp_path, 2, meta, draft)
+    assert checkpoint.steps(tmp_path) == [2]
+
+
+def test_corrupt_step_falls_back_to_the_one_before_and_says_so(target, made, tmp_path):
+    draft, meta = made
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, meta, draft)
+    for file in (tmp_path / "2" / "draft").rglob("*"):
+        if file.is_file() and file.stat().st_size > 200:
+            file.write_bytes(file.read_bytes()[:50])
+    with pytest.warns(UserWarning, match="step 2.*going on from step 1"):
+        assert checkpoint.load(tmp_path, target).step == 1
+
+
+def test_half_written_step_is_not_taken_for_one(target, made, tmp_path):
+    draft, meta = made
+    checkpoint.save(tmp_path, 1, meta, draft)
+    shutil.copytree(tmp_path / "1", tmp_path / "2")
+    shutil.rmtree(tmp_path / "2" / "meta")
+    with pytest.warns(UserWarning, match="going on from step 1"):
+        assert checkpoint.load(tmp_path, target).step == 1
+
+
+def test_no_readable_step_is_an_error(made, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 300}, "vocabulary size"),
+        ({"target_hidden_size": 64}, "hidden size"),
+        ({"taps": (1, 2, 9)}, "reads layers"),
+    ],
+)
+def test_draft_for_another_target_is_refused(target, made, changes, message):
+    meta = dataclasses.replace(
+        made[1], draft=dataclasses.replace(made[1].draft, **changes)
+    )
+    with pytest.raises(CheckpointError, match=message):
+        meta.check(target)
+
+
+def test_other_tokenizer_is_refused_other_weights_warn(target, made):
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        dataclasses.replace(made[1], tokenizer_hash="other").check(target)
+    with pytest.warns(UserWarning, match="other weights"):
+        made[1].check(dataclasses.replace(target, fingerprint="other"))
+
+
+def test_unknown_meta_key_is_an_error(made):
+    values = dataclasses.asdict(made[1]) | {"draft_versoin": 3}
+    with pytest.raises(ConfigError, match="did you mean 'draft_version'"):
+        checkpoint.read_meta(values)
+
+
+_ON_FOUR_DEVICES = """
+import jax, sys
+from jax.sharding import NamedSharding, PartitionSpec as P
+from ospec_jax import checkpoint
+from ospec_jax.config import TreeConfig
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+
+assert jax.device_count() == 4
+target = tiny_target()
+config = tiny_draft_config(target.config)
+draft = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
+mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+split = lambda x: jax.device_put(x, NamedSharding(mesh, P("model" if x.shape[0] % 4 == 0 else None)))
+draft = draft.replace(params=jax.tree.map(split, draft.params))
+checkpoint.save(sys.argv[1], 1, checkpoint.Meta.create(target, config), draft)
+"""  # noqa: E501
+
+
+def test_checkpoint_of_four_devices_restores_on_one(target, made, tmp_path):
+    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", _ON_FOUR_DEVICES, str(tmp_path)]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    restored = checkpoint.load(tmp_path, target)
+    jax.tree.map(np.testing.assert_array_equal, restored.draft, made[0])
