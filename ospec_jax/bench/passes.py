@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ospec_jax.decoding.engine import fetch
+from ospec_jax.decoding.batch import fetch
 from ospec_jax.decoding.timing import time_steps
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
@@ -75,7 +75,7 @@ def measure_passes(
     for _ in _rounds(num_rounds):
         for name, session in sessions.items():
             step = functools.partial(
-                session.engine.compiled("step", True),
+                session.engine.compiled(session.engine.action, True),
                 session.target.params, session.served_draft,
             )  # fmt: skip
             seconds, runs[name] = time_steps(step, runs[name])

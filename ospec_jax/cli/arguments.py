@@ -42,8 +42,10 @@ class Decoding:
         one tree).
       precision: Of weights and products; auto measures what is fastest here.
       batch_size: Requests decoded together.
-      num_speculative_tokens: Depth of the draft, K; 0 decodes plainly; auto takes, for
-        every step, the depth that pays.
+      num_speculative_tokens: Depth of the draft, K, by default 3; 0 decodes plainly;
+        auto is short for --controller auto.
+      controller: What each step drafts: fixed, always the tree; auto, a chain of the
+        depth that pays.
       tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the
         best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
         sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...
@@ -63,7 +65,8 @@ class Decoding:
     draft: str = "shipped"
     precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     batch_size: int = 1
-    num_speculative_tokens: int | Literal["auto"] = 3
+    num_speculative_tokens: int | Literal["auto"] | None = None
+    controller: Literal["fixed", "auto"] | None = None
     tree: str = "chain"
     min_path_probability: float = 0.0
     draft_sample_method: ChildrenKind = "topk"
@@ -85,12 +88,34 @@ class Decoding:
         return SamplingConfig(self.temperature, self.top_k, self.top_p, self.seed)
 
     @property
+    def depth(self) -> int | Literal["auto"]:
+        """The chain's, or `auto`.
+
+        Raises:
+          ConfigError: The flags contradict each other.
+        """
+        asked = self.num_speculative_tokens
+        if self.controller == "fixed" and asked == "auto":
+            raise ConfigError(
+                "--controller fixed contradicts --num-speculative-tokens auto; give a "
+                "number, or leave one of the two out"
+            )
+        if self.controller == "auto" and asked not in (None, "auto"):
+            raise ConfigError(
+                f"--controller auto contradicts --num-speculative-tokens {asked}; "
+                f"leave one of the two out"
+            )
+        if self.controller == "auto":
+            return "auto"
+        return 3 if asked is None else asked
+
+    @property
     def tree_config(self) -> TreeConfig:
         """How much is drafted."""
         if self.draft == "none":
             return TreeConfig(num_steps=0)
         return parse_tree(
-            self.tree, self.num_speculative_tokens, self.draft_sample_method,
+            self.tree, self.depth, self.draft_sample_method,
             self.min_path_probability, self.verification,
         )  # fmt: skip
 

@@ -15,10 +15,11 @@ clock nor of what the step in question drafts. So output stays exact.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
+
+from ospec_jax.control.base import Action, Controller, Outcome
 
 _HOPE = 0.9
 """Chance of a first drafted token of which nothing is known."""
@@ -46,82 +47,58 @@ class DepthState:
     trials: tuple[float, ...] = ()
 
 
-class Observation(NamedTuple):
-    """What one step came to.
-
-    Attributes:
-      depth: Tokens that it could draft for each row.
-      num_accepted: Of the rows that it did not end.
-    """
-
-    depth: int
-    num_accepted: Sequence[int]
-
-
-class DepthPolicy(NamedTuple):
-    """A rule for how deep to draft.
-
-    Attributes:
-      init: `(depths, num_rows) -> state`.
-      choose: `state -> index` of the depth to draft next.
-      observe: `(state, observation) -> state`.
-    """
-
-    init: Callable[[tuple[int, ...], int], DepthState]
-    choose: Callable[[DepthState], int]
-    observe: Callable[[DepthState, Observation], DepthState]
-
-
-def most_tokens_a_second(num_steps_remembered: float = 200.0) -> DepthPolicy:
+def most_tokens_a_second(
+    actions: tuple[Action, ...], num_steps_remembered: float = 200.0
+) -> Controller:
     """Builds the rule described above.
 
     Args:
+      actions: Chains of ascending depth.
       num_steps_remembered: After so many steps evidence weighs 1 / e of what it did.
     """
+    depths = tuple(action.tree.num_steps for action in actions)
     kept = float(np.exp(-1.0 / num_steps_remembered))
 
-    def init(depths, num_rows):
+    def init(num_rows: int) -> DepthState:
         nothing = (0.0,) * max(depths)
         return DepthState(depths, num_rows, hits=nothing, trials=nothing)
 
-    def choose(state):
+    def choose(state: DepthState, rows) -> Action:
         if not state.costs:
-            return len(state.depths) - 1
-        emitted = expected_emitted(chances(state))[list(state.depths)]
-        return int(np.argmax(emitted / np.asarray(state.costs)))
+            return actions[-1]
+        emitted = expected_emitted(chances(state))[list(depths)]
+        return actions[int(np.argmax(emitted / np.asarray(state.costs)))]
 
-    def observe(state, observation):
-        accepted = np.asarray(observation.num_accepted, int)[:, None]
+    def observe(state: DepthState, action: Action, outcome: Outcome) -> DepthState:
+        accepted = np.asarray(outcome.num_accepted, int)[:, None]
         depth = np.arange(1, len(state.hits) + 1)
-        is_tried = (accepted >= depth - 1) & (depth <= observation.depth)
+        is_tried = (accepted >= depth - 1) & (depth <= action.tree.num_steps)
         is_hit = is_tried & (accepted >= depth)
-        book = lambda old, new: tuple(
-            (kept * np.asarray(old) + np.sum(new, axis=0)).tolist()
-        )
+
+        def book(old, new):
+            return tuple((kept * np.asarray(old) + np.sum(new, axis=0)).tolist())
+
         return dataclasses.replace(
             state, hits=book(state.hits, is_hit), trials=book(state.trials, is_tried)
         )
 
-    return DepthPolicy(init, choose, observe)
+    def resume(fresh: DepthState, saved: DepthState) -> DepthState:
+        # Other depths, or batches of another size, have other costs.
+        is_same = (saved.depths, saved.num_rows) == (fresh.depths, fresh.num_rows)
+        return saved if is_same else fresh
 
+    def set_costs(state: DepthState, seconds: Sequence[float]) -> DepthState:
+        return dataclasses.replace(state, costs=tuple(seconds))
 
-@dataclasses.dataclass
-class DepthChooser:
-    """A session's rule for how deep to draft, and where it stands."""
-
-    policy: DepthPolicy
-    state: DepthState
-
-    @property
-    def depth(self) -> int:
-        """What the next step shall draft."""
-        return self.state.depths[self.policy.choose(self.state)]
-
-    def observe(self, depth: int, num_accepted: Sequence[int]) -> None:
-        """Books a step; one that left no row running is forgotten."""
-        if num_accepted:
-            observation = Observation(depth, num_accepted)
-            self.state = self.policy.observe(self.state, observation)
+    return Controller(
+        actions=actions,
+        init=init,
+        choose=choose,
+        observe=observe,
+        set_costs=set_costs,
+        has_costs=lambda state: bool(state.costs),
+        resume=resume,
+    )
 
 
 def chances(state: DepthState) -> np.ndarray:

@@ -8,23 +8,17 @@ tokens cannot depend on its neighbours.
 
 import dataclasses
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, Recording, TreeConfig
-from ospec_jax.control.depth import DepthChooser
-from ospec_jax.decoding.request import (
-    Completion,
-    PromptTooLongError,
-    Request,
-    Slot,
-)
+from ospec_jax.config import ConfigError, Recording
+from ospec_jax.control.base import Action, Chooser, fixed
+from ospec_jax.decoding.batch import Batch
+from ospec_jax.decoding.request import Completion, PromptTooLongError, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
 from ospec_jax.drafters.base import Drafter
@@ -36,18 +30,6 @@ from ospec_jax.typing import Params
 PREFILL_CHUNK = 64
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Cache sizes that are compiled for; a request takes the smallest that holds it."""
-PREDICTED = "predicted_step"
-"""The step of a menu that is taken where suggestions are sure to be right."""
-
-
-def step_of_depth(depth: int) -> str:
-    """Name of the step of a menu that drafts so many tokens."""
-    return f"step_{depth}"
-
-
-def fetch(output: Any) -> Any:
-    """The only place where the host waits for the device while decoding."""
-    return jax.device_get(output)
 
 
 def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
@@ -73,40 +55,6 @@ def _finish(is_finished, slot):
     return is_finished.at[slot].set(True)
 
 
-class _Sent(NamedTuple):
-    """A pass that was sent to the device.
-
-    Attributes:
-      rows: Number of the slot and of the output's row, for each request.
-      depth: That was chosen for a step, None where there was no choice.
-    """
-
-    is_step: bool
-    rows: list[tuple[int, int, Slot]]
-    output: StepOutput
-    depth: int | None = None
-
-
-def _accepted_by_running(sent: _Sent) -> list[int]:
-    """Accepted tokens of the rows that a step did not end, and that may be told."""
-    output = sent.output
-    return [
-        int(output.num_accepted[row])
-        for _, row, slot in sent.rows
-        if not slot.is_done and not output.is_finished[row] and slot.request.can_teach
-    ]
-
-
-def _share_numbers(slots: list[Slot]) -> bool:
-    """Whether two rows draw the same random numbers."""
-    own = [
-        (slot.request.seed, slot.request.choice)
-        for slot in slots
-        if not slot.request.can_teach
-    ]
-    return len(set(own)) < len(own)
-
-
 class Engine:
     """Compiled prefill and step functions for one target, drafter and tree."""
 
@@ -116,24 +64,25 @@ class Engine:
         target_params: Params,
         drafter: Drafter | None = None,
         recording: Recording = "nothing",
-        menu: Mapping[str, tuple[TreeConfig, Drafter | None]] | None = None,
+        menu: Mapping[Action, Drafter | None] | None = None,
     ):
         """Prepares the functions; they are compiled when first needed.
 
         Args:
           recording: What to keep of verified tokens; see `Feedback`.
-          menu: Other steps by name: how much they draft, and what with. Their state
-            must be that of `drafter`. One is `PREDICTED`, for where suggestions are
-            sure to be right (`StepOutput.is_sure`); others are named by
-            `step_of_depth`, for `serve` to choose from, beside that of `config`.
+          menu: Other actions, and the drafters of their trees, for a controller to
+            choose from beside the tree of `config`. Their state must be that of
+            `drafter`.
         """
         if drafter is None and config.tree.num_steps:
             raise ConfigError(
                 f"a tree of depth {config.tree.num_steps} needs a drafter; attach a "
                 f"draft or set num_speculative_tokens to 0"
             )
-        self._menu = {"step": (config.tree, drafter), **(menu or {})}
-        largest = max(tree.num_nodes for tree, _ in self._menu.values())
+        self.action = Action(config.tree)
+        self._menu: dict[Action, Drafter | None] = {self.action: drafter}
+        self._menu |= menu or {}
+        largest = max(action.tree.num_nodes for action in self._menu)
         room = min(config.model.max_position, CAPACITIES[-1]) - 1
         if largest > room:
             raise ConfigError(
@@ -148,22 +97,25 @@ class Engine:
         self.config, self.drafter = config, drafter
         self.target_params = target_params
         self.recording: Recording = recording
-        kinds = [("prefill", build_prefill, config, drafter)]
-        for name, (tree, drafts) in self._menu.items():
-            special = dataclasses.replace(config, tree=tree)
-            kinds += [(name, build_step, special, drafts)]
-        mesh, rows = config.mesh, sharding.row_shardings
+        mesh = config.mesh
+        rows = sharding.row_shardings
         # The host reads outputs, and learning keeps feedback, whatever its process.
         pinned = lambda function, *places: sharding.pinned(function, mesh, *places)
-        self._functions = {}
-        for name, build, special, drafts in kinds:
-            for is_greedy in (True, False):
-                special = dataclasses.replace(special, is_greedy=is_greedy)
-                function = pinned(build(special, drafts), rows, sharding.replicated)
-                self._functions[name, is_greedy] = jax.jit(function, donate_argnums=2)
+
+        def compiled(build, config: StepConfig, drafter: Drafter | None) -> Callable:
+            function = pinned(build(config, drafter), rows, sharding.replicated)
+            return jax.jit(function, donate_argnums=2)
+
+        self._prefills: dict[bool, Callable] = {}
+        self._steps: dict[tuple[Action, bool], Callable] = {}
         for is_greedy in (True, False):
-            own = step_of_depth(config.tree.num_steps)
-            self._functions[own, is_greedy] = self._functions["step", is_greedy]
+            own = dataclasses.replace(config, is_greedy=is_greedy)
+            self._prefills[is_greedy] = compiled(build_prefill, own, drafter)
+            for action, member in self._menu.items():
+                special = dataclasses.replace(own, tree=action.tree)
+                step = compiled(build_step, special, member)
+                self._steps[action, is_greedy] = step
+
         self._start_row = jax.jit(pinned(self._new_row, rows), static_argnums=(0, 1))
         self._start_batch = jax.jit(
             pinned(self._empty_rows, rows), static_argnums=(0, 1, 2)
@@ -172,26 +124,56 @@ class Engine:
         self._take_row = jax.jit(pinned(_take_row, sharding.replicated))
         self._finish = jax.jit(pinned(_finish, rows), donate_argnums=0)
 
-    def compiled(self, name: str, is_greedy: bool) -> Callable:
-        """The jitted `prefill`, `step` or another step of the menu."""
-        return self._functions[name, is_greedy]
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """The menu, the engine's own action first."""
+        return tuple(self._menu)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a request."""
+        return self.config.stop_ids
+
+    def compiled(self, action: Action, is_greedy: bool) -> Callable:
+        """The jitted `(target_params, draft, state) -> (state, output)` of an action.
+
+        Raises:
+          ConfigError: The action is not on the menu.
+        """
+        if (action, is_greedy) not in self._steps:
+            raise ConfigError(
+                f"{action} is not on this engine's menu; a controller chooses among "
+                f"its own actions, here {self.actions}"
+            )
+        return self._steps[action, is_greedy]
+
+    def compiled_prefill(self, is_greedy: bool) -> Callable:
+        """The jitted pass over one chunk of a prompt; see `step.build_prefill`."""
+        return self._prefills[is_greedy]
 
     @property
     def num_extra_slots(self) -> int:
         """Cache slots needed beyond a request's tokens."""
-        nodes = [tree.num_nodes for tree, _ in self._menu.values()]
-        scratch = [drafter.num_scratch for _, drafter in self._menu.values() if drafter]
+        nodes = [action.tree.num_nodes for action in self._menu]
+        scratch = [drafter.num_scratch for drafter in self._menu.values() if drafter]
         return max(nodes + scratch) + 2
 
-    def capacity_for(self, requests: Iterable[Request]) -> int:
-        """The smallest compiled capacity that holds every request.
+    def capacity_for(
+        self, requests: Iterable[Request], capacity: int | None = None
+    ) -> int:
+        """Cache slots of a row that hold every request, as they are compiled for.
+
+        Args:
+          capacity: Slots that are wanted; by default the smallest that fit. Rounded up
+            to whole prefill chunks.
 
         Raises:
-          PromptTooLongError: One of them fits no cache.
+          ConfigError: A prompt is empty.
+          PromptTooLongError: One of the requests does not fit.
         """
         largest = CAPACITIES[-1] - self.num_extra_slots
         limit = min(self.config.model.max_position, largest)
-        needed = 0
+        needed = self.num_extra_slots
         for request in requests:
             length = len(request.prompt_ids) + request.max_new_tokens
             if not request.prompt_ids:
@@ -202,8 +184,21 @@ class Engine:
                     f"and {request.max_new_tokens} new ones exceed the limit of "
                     f"{limit} tokens; shorten the prompt or lower max_new_tokens"
                 )
-            needed = max(needed, length)
-        return next(c for c in CAPACITIES if c >= needed + self.num_extra_slots)
+            needed = max(needed, self.needed_slots(request))
+
+        if capacity is None:
+            return next(c for c in CAPACITIES if c >= needed)
+        if capacity < needed:
+            raise PromptTooLongError(
+                f"the cache has {capacity} slots a row, the longest request needs "
+                f"{needed}; raise the capacity or lower max_new_tokens"
+            )
+        return -(-capacity // PREFILL_CHUNK) * PREFILL_CHUNK
+
+    def needed_slots(self, request: Request) -> int:
+        """Cache slots that a request takes at most."""
+        num_tokens = len(request.prompt_ids) + request.max_new_tokens
+        return num_tokens + self.num_extra_slots
 
     def prefill(
         self,
@@ -225,7 +220,7 @@ class Engine:
         key = request.key(ordinal)
         state = self._initial_state(request, capacity, has_prediction, key)
         ids = np.asarray(request.prompt_ids, np.int32)
-        run = self.compiled("prefill", is_greedy)
+        run = self.compiled_prefill(is_greedy)
         output = None
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
@@ -248,7 +243,7 @@ class Engine:
         state = None
         for slot in range(batch_size):
             row, _ = self.prefill(draft, request, capacity)
-            state = self._place(state, row, slot, batch_size, capacity)
+            state = self.place(state, row, slot, batch_size, capacity)
         assert state is not None, "a batch has rows"
         return state
 
@@ -287,7 +282,7 @@ class Engine:
         capacity: int | None = None,
         on_tokens: Callable[[Request, list[int]], None] | None = None,
         lag: int = 1,
-        depths: DepthChooser | None = None,
+        chooser: Chooser | None = None,
         ordinals: Iterator[int] | None = None,
     ) -> Iterator[Completion]:
         """Answers requests as rows become free; yields them in order of completion.
@@ -301,153 +296,80 @@ class Engine:
           on_tokens: Called with each request's new tokens as they come.
           lag: Steps dispatched before the oldest one is read: with one, the device
             computes while the host reads and dispatches.
-          depths: Says how deep each step drafts, of those on the menu, and hears what
-            came of it; by default all steps are alike.
+          chooser: Says what each step runs, of the menu, and hears what came of it; by
+            default the engine's own action.
           ordinals: Gives each request its number when it is admitted (`Request.key`),
             none of them twice in the life of a session; by default 0, 1, 2, ...
         """
         sharding.check_batch(self.config.mesh, batch_size)
+        chooser = chooser or Chooser.start(fixed((self.action,)), batch_size)
         ordinals = itertools.count() if ordinals is None else ordinals
-        if batch_size == 1:
-            for request in requests:
-                slots = self._checked_capacity([request], capacity)
-                yield from self._serve_batch(
-                    [request], draft_fn, 1, slots, on_tokens, lag, depths, ordinals
-                )
-            return
-        requests = list(requests)
-        if not requests:
-            return
-        slots = self._checked_capacity(requests, capacity)
-        yield from self._serve_batch(
-            requests, draft_fn, batch_size, slots, on_tokens, lag, depths, ordinals
-        )
-
-    def _checked_capacity(self, requests, capacity: int | None) -> int:
-        """The capacity to use; a chosen one in whole prefill chunks."""
-        needed = max(
-            len(request.prompt_ids) + request.max_new_tokens + self.num_extra_slots
-            for request in requests
-        )
-        fitting = self.capacity_for(requests)
-        if capacity is None:
-            return fitting
-        if capacity < needed:
-            raise PromptTooLongError(
-                f"the cache has {capacity} slots a row, the longest request needs "
-                f"{needed}; raise the capacity or lower max_new_tokens"
+        groups = ([r] for r in requests) if batch_size == 1 else [list(requests)]
+        for group in groups:
+            if not group:
+                continue
+            slots = self.capacity_for(group, capacity)
+            has_prediction = self._has_prediction(group)
+            pending = iter(group)
+            batch = Batch(
+                self, batch_size, slots, has_prediction, on_tokens, chooser.observe
             )
-        return -(-capacity // PREFILL_CHUNK) * PREFILL_CHUNK
-
-    def _serve_batch(
-        self, requests, draft_fn, batch_size, capacity, on_tokens, lag, depths, ordinals
-    ):
-        has_prediction = any(request.prediction_ids for request in requests)
-        if has_prediction:
-            self._check_predictions()
-        pending = iter(requests)
-        slots: list[Slot | None] = [None] * batch_size
-        state = None
-        in_flight: deque[_Sent] = deque()
-        while True:
-            for i in range(batch_size):
-                if slots[i] is None and (request := next(pending, None)) is not None:
-                    slot = Slot(request, self._new_stats())
-                    slots[i] = slot
-                    row, output = self.prefill(
-                        draft_fn(), request, capacity, has_prediction, next(ordinals)
-                    )
-                    state = self._place(state, row, i, batch_size, capacity)
-                    in_flight.append(_Sent(False, [(i, 0, slot)], output))
-            active = [(i, i, slot) for i, slot in enumerate(slots) if slot]
-            if not active and not in_flight:
-                return
-            # No step is sent ahead that would find all rows at their limit.
-            unread = sum(sent.output.tokens.shape[1] for sent in in_flight)
-            if any(slot.num_remaining > unread for _, _, slot in active):
-                step, depth = self._next_step([slot for *_, slot in active], depths)
-                state, output = step(self.target_params, draft_fn(), state)
-                in_flight.append(_Sent(True, active, output, depth))
-                num_ahead = lag
-            else:
+            while True:
+                for request in itertools.islice(pending, batch.num_free):
+                    batch.admit(request, draft_fn(), next(ordinals))
+                if batch.is_idle:
+                    break
                 num_ahead = 0
-            while len(in_flight) > num_ahead:
-                sent = in_flight.popleft()
-                sent = sent._replace(output=fetch(sent.output))
-                if sent.depth is not None:
-                    depths.observe(sent.depth, _accepted_by_running(sent))
-                for i, slot in self._read(sent, on_tokens):
-                    state = self._without(state, i)
-                    slots[i] = None
-                    yield self._complete(slot, state, i)
+                if batch.has_work:
+                    batch.dispatch(draft_fn(), chooser.choose(batch.rows))
+                    num_ahead = lag
+                yield from batch.collect(num_ahead)
 
-    def _next_step(self, slots: list[Slot], depths: DepthChooser | None):
-        """The function for these rows' next step, and its depth if that was chosen."""
-        is_greedy = all(slot.request.sampling.temperature == 0 for slot in slots)
-        all_are_sure = all(slot.is_sure for slot in slots)
-        # What one row drafts must not follow from numbers that its twin has yet to use.
-        if PREDICTED in self._menu and all_are_sure and not _share_numbers(slots):
-            return self.compiled(PREDICTED, is_greedy), None
-        if depths is None:
-            return self.compiled("step", is_greedy), None
-        depth = depths.depth
-        return self.compiled(step_of_depth(depth), is_greedy), depth
-
-    def rehearse_longer(
-        self,
-        request: Request,
-        draft_fn: Callable[[], Draft | None],
-        batch_size: int,
-        capacity: int | None = None,
-    ) -> None:
-        """Compiles the step for sure suggestions, if anybody is ever sure of them."""
-        if PREDICTED not in self._menu:
-            return
-        slots = self._checked_capacity([request], capacity)
-        row, output = self.prefill(draft_fn(), request, slots)
-        if output.is_sure is None:
-            return
-        state = self._place(None, row, 0, batch_size, slots)
-        is_greedy = request.sampling.temperature == 0
-        step = self.compiled(PREDICTED, is_greedy)
-        jax.block_until_ready(step(self.target_params, draft_fn(), state))
-
-    def _check_predictions(self) -> None:
-        if self.config.tree.children != "topk":
+    def _has_prediction(self, requests: list[Request]) -> bool:
+        """Whether rows need room for predictions, and may have them."""
+        has_prediction = any(request.prediction_ids for request in requests)
+        if has_prediction and self.config.tree.children != "topk":
             raise ConfigError(
                 f"a prediction is exact only among children='topk', not "
                 f"{self.config.tree.children!r}"
             )
+        return has_prediction
 
-    def _place(self, state, row, slot, batch_size, capacity):
+    def step(
+        self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
+    ) -> tuple[DecodeState, StepOutput]:
+        """Runs one step of an action of the menu; the state is donated."""
+        return self.compiled(action, is_greedy)(self.target_params, draft, state)
+
+    def place(
+        self,
+        state: DecodeState | None,
+        row: DecodeState,
+        slot: int,
+        batch_size: int,
+        capacity: int,
+    ) -> DecodeState:
+        """Puts a prefilled request into a row of a batch; None begins one."""
         if batch_size == 1:
             return row
+
         if state is None:
             has_prediction = row.prediction is not None
             state = self._start_batch(batch_size, capacity, has_prediction)
         return self._insert(state, row, np.int32(slot))
 
-    def _without(self, state, row: int):
-        is_finished = self._finish(state.is_finished, np.int32(row))
+    def finish(self, state: DecodeState, slot: int) -> DecodeState:
+        """Marks a row as done: it emits nothing more."""
+        is_finished = self._finish(state.is_finished, np.int32(slot))
         return state.replace(is_finished=is_finished)
 
-    def _new_stats(self) -> DecodingStats:
-        deepest = max(tree.num_steps for tree, _ in self._menu.values())
+    def feedback_of(self, state: DecodeState, slot: int) -> Feedback | None:
+        """What was recorded of a row, `[1, capacity, ...]`."""
+        if state.feedback is None:
+            return None
+        return self._take_row(state.feedback, np.int32(slot))
+
+    def new_stats(self) -> DecodingStats:
+        """Counters of a request that has not been decoded yet."""
+        deepest = max(action.tree.num_steps for action in self._menu)
         return DecodingStats(num_spec_tokens=deepest)
-
-    def _read(self, sent: _Sent, on_tokens):
-        """Books one pass's tokens; yields the slots that are done."""
-        for i, row, slot in sent.rows:
-            if slot.is_done:
-                continue
-            tokens = slot.book(sent.output, row, sent.is_step, self.config.stop_ids)
-            if tokens and on_tokens is not None:
-                on_tokens(slot.request, tokens)
-            if slot.is_done:
-                yield i, slot
-
-    def _complete(self, slot: Slot, state: DecodeState, row: int) -> Completion:
-        feedback = state.feedback
-        if feedback is not None:
-            feedback = self._take_row(feedback, np.int32(row))
-        return slot.completion(feedback, state.cache.capacity)

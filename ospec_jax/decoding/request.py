@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Key
 
 from ospec_jax.config import SamplingConfig
+from ospec_jax.control.base import Row
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import Feedback, StepOutput
 
@@ -61,6 +62,11 @@ class Request:
 
         own = jax.random.fold_in(jax.random.key(self.seed), 1)
         return jax.random.fold_in(own, self.choice)
+
+    @property
+    def own_key(self) -> tuple[int | None, int]:
+        """What its numbers follow from, if it has a seed of its own."""
+        return self.seed, self.choice
 
     @property
     def can_teach(self) -> bool:
@@ -117,6 +123,11 @@ class Slot:
     def num_remaining(self) -> int:
         """Tokens that the host knows to be still wanted."""
         return self.request.max_new_tokens - len(self.token_ids)
+
+    def as_row(self) -> Row:
+        """What a controller may know of it."""
+        num_tokens = len(self.request.prompt_ids) + len(self.token_ids)
+        return Row(self.is_sure, num_tokens, self.num_remaining)
 
     def book(
         self, output: StepOutput, row: int, is_step: bool, stop_ids: Sequence[int]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ospec_jax.decoding.engine import fetch
+from ospec_jax.decoding.batch import fetch
 from ospec_jax.types import DecodeState, StepOutput
 
 Step = Callable[[DecodeState], tuple[DecodeState, StepOutput]]

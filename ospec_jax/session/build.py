@@ -3,9 +3,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 
 from ospec_jax.config import HydraConfig, LearnerConfig, TreeConfig
-from ospec_jax.decoding.engine import PREDICTED, Engine, step_of_depth
+from ospec_jax.control.base import SUGGESTIONS, Action, Controller, follow_predictions
+from ospec_jax.control.registry import BuildController, find_controller
+from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.registry import build_drafter
@@ -26,6 +29,7 @@ class Parts:
     """
 
     engine: Engine
+    controller: Controller
     drafter: Drafter | None
     learner: LearnerConfig | None
     has_ngrams: bool
@@ -55,11 +59,14 @@ def _within_reach(tree: TreeConfig, draft: LoadedDraft | None) -> TreeConfig:
 def assembled(
     target: Target, draft: LoadedDraft | None, tree: TreeConfig,
     learner: LearnerConfig | None, ngrams: bool, num_predicted_tokens: int,
-    has_log_probs: bool,
+    has_log_probs: bool, controller: str | BuildController | None,
 ) -> Parts:  # fmt: skip
     """Builds the engine, and a drafter for each kind of step; see `Session`."""
     has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
-    drafter, menu, recording = None, {}, "nothing"
+    drafter, recording = None, "nothing"
+    plain = tree.of_depth(tree.num_steps) if tree.depths else tree
+    menu: Mapping[Action, Drafter | None] = {Action(plain): None}
+    long = None
     if draft is not None:
         if draft.mix:
             has_ngrams = draft.suggestions != "prediction"
@@ -69,30 +76,46 @@ def assembled(
             numerics=target.numerics, has_ngrams=has_ngrams,
             vocab_size=target.config.vocab_size, mix=draft.mix,
         )  # fmt: skip
-        drafter = build(tree=tree)
-        menu = _menu(build, drafter, tree, num_predicted_tokens)
+        drafters, long = _menu_of(build, tree, num_predicted_tokens)
+        menu = drafters
+        drafter = drafters[Action(plain)]
         learner = learner and learner_for(learner, draft, drafter, target)
         recording = learner.recording if learner else recording
     config = StepConfig(
-        model=target.config, numerics=target.numerics, tree=tree,
+        model=target.config, numerics=target.numerics, tree=plain,
         taps=draft.taps if draft else (), stop_ids=stop_token_ids(target.tokenizer),
         has_log_probs=has_log_probs, mesh=target.mesh,
     )  # fmt: skip
     engine = Engine(config, target.params, drafter, recording, menu)
-    return Parts(engine, drafter, learner, has_ngrams)
+    actions = tuple(action for action in menu if action != long)
+    rule = find_controller(controller, actions)(actions)
+    if long is not None:
+        rule = follow_predictions(rule, long)
+    return Parts(engine, rule, drafter, learner, has_ngrams)
 
 
-def _menu(build, drafter: Drafter, tree: TreeConfig, num_predicted_tokens: int) -> dict:
-    """Steps beside the tree's own: while a prediction holds, and of other depths."""
-    menu = {}
-    if 0 < tree.num_steps < num_predicted_tokens:
-        chain = TreeConfig(num_steps=num_predicted_tokens)
-        menu[PREDICTED] = chain, build(tree=tree, predicted=chain)
-    for depth in tree.depths[:-1]:  # the last one is the tree's own
-        chain = tree.of_depth(depth)
-        # Nothing is proposed at depth 0, but the draft is kept up to date.
-        menu[step_of_depth(depth)] = chain, build(tree=chain) if depth else drafter
-    return menu
+def _menu_of(
+    build: Callable[..., Drafter], tree: TreeConfig, num_predicted_tokens: int
+) -> tuple[dict[Action, Drafter], Action | None]:
+    """Drafters of every action: one a depth, and one while a prediction holds.
+
+    Returns:
+      The menu, deepest action last, and the action for held predictions, if any.
+    """
+    trees = [tree.of_depth(depth) for depth in tree.depths] or [tree]
+    deepest = build(tree=trees[-1])
+    # Nothing is proposed at depth 0, but the draft is kept up to date.
+    menu = {
+        Action(tree): build(tree=tree) if tree.num_steps else deepest
+        for tree in trees[:-1]
+    }
+    menu[Action(trees[-1])] = deepest
+    if not 0 < tree.num_steps < num_predicted_tokens:
+        return menu, None
+
+    chain = TreeConfig(num_steps=num_predicted_tokens)
+    long = Action(chain, SUGGESTIONS)
+    return menu | {long: build(tree=trees[-1], predicted=chain)}, long
 
 
 def learner_for(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import jax
 
 from ospec_jax.config import LearnerConfig, from_dict
-from ospec_jax.control.depth import DepthState
 from ospec_jax.loading import freely_placed
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta
@@ -25,9 +24,12 @@ def save(session: Session, folder: str | Path, with_feedback: bool = True) -> Pa
     """See `Session.save`."""
     if session.meta is None:
         raise checkpoint.CheckpointError("there is no draft to save")
-    depth = dataclasses.asdict(session.depths.state) if session.depths else {}
+    controller = session.chooser.to_json()
     meta = dataclasses.replace(
-        session.meta, storage="float32", depth=depth, num_admitted=session.num_admitted
+        session.meta,
+        storage="float32",
+        controller=controller,
+        num_admitted=session.num_admitted,
     )
     draft = session.grouped(session.draft, is_inverse=True)
     if session.learning is None:
@@ -86,7 +88,7 @@ def resume(session: Session, folder: str | Path) -> list[str]:
     session.serve(session.grouped(freely_placed(restored.draft, mesh)))
     session.answered = list(restored.meta.answered)
     session.num_admitted = restored.meta.num_admitted
-    _resume_depths(session, restored.meta.depth)
+    session.chooser.resume(restored.meta.controller)
     return session.answered
 
 
@@ -95,12 +97,3 @@ def saved_config(settings: dict) -> LearnerConfig:
     if settings["name"] in ("head", "memory"):  # a loss was written once, and not read
         settings = {key: x for key, x in settings.items() if key != "loss"}
     return from_dict(LearnerConfig, settings)
-
-
-def _resume_depths(session: Session, saved: dict) -> None:
-    """Goes on choosing depths; others, or other batches, start anew."""
-    if session.depths is None or not saved:
-        return
-    state, ours = from_dict(DepthState, saved), session.depths.state
-    if (state.depths, state.num_rows) == (ours.depths, ours.num_rows):
-        session.depths.state = state

@@ -15,7 +15,8 @@ import jax
 
 from ospec_jax import sharding
 from ospec_jax.config import ConfigError, LearnerConfig, SamplingConfig, TreeConfig
-from ospec_jax.control.depth import DepthChooser, DepthPolicy, most_tokens_a_second
+from ospec_jax.control.base import Chooser
+from ospec_jax.control.registry import BuildController
 from ospec_jax.data.prompts import (
     Prompt,
     add_predictions,
@@ -90,7 +91,9 @@ class Session:
         children (`tree.children` other than `topk`) leave no room for them.
       num_predicted_tokens: Tokens verified at once while a request's prediction holds;
         0 keeps to the tree.
-      depth_policy: How a tree of varying depth chooses it.
+      controller: What each step runs, of the tree's depths: `fixed`, `auto`, or a
+        function from actions to a `control.base.Controller`. By default `auto` where
+        the tree has several depths.
 
     Sampled answers draw from `SamplingConfig.seed` and the number of requests that the
     session, or the checkpoint it resumed, has begun before: copies of a prompt are
@@ -113,7 +116,7 @@ class Session:
         has_log_probs: bool = False,
         ngrams: bool = True,
         num_predicted_tokens: int = 12,
-        depth_policy: DepthPolicy | None = None,
+        controller: str | BuildController | None = None,
     ):
         tree = build.fitting_tree(tree, draft)
         self.target, self.batch_size, self.stop = target, batch_size, stop
@@ -121,13 +124,11 @@ class Session:
         sharding.check_batch(mesh, batch_size)
         suggestions = draft.suggestions if draft else ""
         parts = build.assembled(
-            target, draft, tree, learner, ngrams, num_predicted_tokens, has_log_probs
-        )
+            target, draft, tree, learner, ngrams, num_predicted_tokens, has_log_probs,
+            controller,
+        )  # fmt: skip
         self.engine, learner = parts.engine, parts.learner
-        self.depths: DepthChooser | None = None
-        if tree.depths:
-            policy = depth_policy or most_tokens_a_second()
-            self.depths = DepthChooser(policy, policy.init(tree.depths, batch_size))
+        self.chooser = Chooser.start(parts.controller, batch_size)
         self.learning: Learning | None = None
         self.meta = draft.meta if draft else None
         cast = lambda params: cast_params(params, target.numerics.precision)
@@ -276,8 +277,8 @@ class Session:
         capacity = self.engine.capacity_for(request for _, request in pairs)
         if pairs and self.learning is not None and not self.learning.is_calibrated:
             warm_up.warm_up(self, [capacity], sampling, has_predictions=False)
-        elif pairs and self.depths is not None and not self.depths.state.costs:
-            warm_up.measure_depths(self, capacity, sampling)
+        elif pairs and not self.chooser.has_costs:
+            warm_up.measure_costs(self, capacity, sampling)
         prompt_of = {id(request): prompt for prompt, request in pairs}
         streams: dict[int, TextStream] = {}
 
@@ -290,7 +291,7 @@ class Session:
         completions = self.engine.serve(
             (request for _, request in pairs), lambda: self.served_draft,
             self.batch_size, on_tokens=on_tokens if on_text else None,
-            depths=self.depths, ordinals=self._ordinals(),
+            chooser=self.chooser, ordinals=self._ordinals(),
         )  # fmt: skip
         for completion in completions:
             stream = streams.pop(id(completion.request), None)
@@ -345,8 +346,8 @@ class Session:
     def _warn_of_collapse(self, newest: DecodingStats) -> None:
         self._unjudged = stats = self._unjudged + newest
         if stats.num_draft_tokens and stats.num_drafts >= _COLLAPSE_STEPS:
-            # Of its own accord `auto` hardly drafts where that does not pay.
-            if stats.mean_acceptance_length < 1.05 and self.depths is None:
+            # A controller of its own accord hardly drafts where that does not pay.
+            if stats.mean_acceptance_length < 1.05 and not self.tree.depths:
                 warnings.warn(
                     f"the mean acceptance length is {stats.mean_acceptance_length:.2f} "
                     f"over {stats.num_drafts} steps: the draft hardly ever predicts "

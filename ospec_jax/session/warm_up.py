@@ -9,15 +9,17 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import jax
+
 from ospec_jax import sharding
 from ospec_jax._platform import release_memory
 from ospec_jax.config import SamplingConfig
-from ospec_jax.decoding.engine import step_of_depth
+from ospec_jax.control.base import SUGGESTIONS
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.timing import seconds_of_steps
 
 if TYPE_CHECKING:
-    from ospec_jax.session.session import Session
+    from ospec_jax.session import Session
 
 
 def warm_up(
@@ -31,8 +33,8 @@ def warm_up(
     kinds = [predicted, probe] if has_predictions and session.is_drafting else [probe]
     completions, served = [], session.served_draft
     for capacity in capacities:
-        if session.depths is not None:
-            measure_depths(session, capacity, sampling)
+        if session.tree.depths:
+            measure_costs(session, capacity, sampling)
         for kind in kinds:
             completions = _rehearse(session, kind, capacity)
         if session.learning is not None and served is not None:
@@ -49,36 +51,56 @@ def _rehearse(
     session: Session, request: Request, capacity: int | None
 ) -> list[Completion]:
     """Serves a request twice, and takes a longer step where one may come."""
-    args = (lambda: session.served_draft), session.batch_size, capacity
-    depths = session.depths and dataclasses.replace(session.depths)
     requests = [request] * session.batch_size
-    serve = lambda: list(session.engine.serve(requests, *args, depths=depths))
+    draft_fn = lambda: session.served_draft
+    # A copy: the controller shall not hear of rehearsals.
+    chooser = dataclasses.replace(session.chooser)
+    serve = lambda: list(
+        session.engine.serve(
+            requests, draft_fn, session.batch_size, capacity, chooser=chooser
+        )
+    )
     serve()
     completions = serve()
-    session.engine.rehearse_longer(request, *args)
+    _rehearse_longer(session, request, capacity)
     return completions
 
 
-def measure_depths(
+def _rehearse_longer(session: Session, request: Request, capacity: int | None) -> None:
+    """Compiles the step for sure suggestions, if anybody is ever sure of them."""
+    engine = session.engine
+    longer = [action for action in engine.actions if action.drafter == SUGGESTIONS]
+    if not longer:
+        return
+
+    slots = engine.capacity_for([request], capacity)
+    row, output = engine.prefill(session.served_draft, request, slots)
+    if output.is_sure is None:
+        return
+
+    state = engine.place(None, row, 0, session.batch_size, slots)
+    is_greedy = request.sampling.temperature == 0
+    for action in longer:
+        state, output = engine.step(action, is_greedy, session.served_draft, state)
+    jax.block_until_ready(output)
+
+
+def measure_costs(
     session: Session, capacity: int | None, sampling: SamplingConfig
-) -> None:  # fmt: skip
-    """Compiles the steps of every depth; measures their costs if none are known."""
-    assert session.depths is not None
-    is_known = bool(session.depths.state.costs)
+) -> None:
+    """Compiles the steps to choose from, and times them for who weighs time."""
     engine, draft = session.engine, session.served_draft
+    is_timed = not session.chooser.has_costs
     request = session.probe_request(48, sampling)
-    slots = capacity or engine.capacity_for([request])
+    slots = engine.capacity_for([request], capacity)
     state = engine.start(draft, request, session.batch_size, slots)
     is_greedy = sampling.temperature == 0
     steps = {
-        depth: functools.partial(
-            engine.compiled(step_of_depth(depth), is_greedy),
-            engine.target_params, draft,
+        action: functools.partial(engine.step, action, is_greedy, draft)
+        for action in session.chooser.controller.actions
+    }
+    seconds, _ = seconds_of_steps(steps, state, num_rounds=5 if is_timed else 0)
+    if is_timed:
+        session.chooser.set_costs(
+            {action: float(sharding.agreed(x)) for action, x in seconds.items()}
         )
-        for depth in session.tree.depths
-    }  # fmt: skip
-    costs, _ = seconds_of_steps(steps, state, num_rounds=0 if is_known else 5)
-    if not is_known:
-        costs = tuple(float(sharding.agreed(costs[d])) for d in session.tree.depths)
-        state = dataclasses.replace(session.depths.state, costs=costs)
-        session.depths.state = state

@@ -58,7 +58,7 @@ class Meta:
       learner: Name and hyper-parameters of the learner, or empty.
       answered: Ids of the prompts that learning has seen, in order.
       num_admitted: Requests that were ever begun; see `decoding.request.Request.key`.
-      depth: What is known for choosing depths, a `DepthState`, or empty.
+      controller: State of what chooses each step's action (`control`), or empty.
       card: Free facts: data, steps, scores.
       base: Name or folder of the draft that the stored parameters are a difference to;
         empty for one that stands alone. See `deltas`.
@@ -76,7 +76,7 @@ class Meta:
     learner: dict = dataclasses.field(default_factory=dict)
     answered: tuple[str, ...] = ()
     num_admitted: int = 0
-    depth: dict = dataclasses.field(default_factory=dict)
+    controller: dict = dataclasses.field(default_factory=dict)
     card: dict = dataclasses.field(default_factory=dict)
     libraries: dict = dataclasses.field(default_factory=dict)
     base: str = ""
@@ -304,6 +304,8 @@ def _restore(checkpointer, step, wanted):
 
 def read_meta(values: dict) -> Meta:
     """Rebuilds `Meta` from its stored form, refusing unknown keys."""
+    if "depth" in values:  # what older versions called it
+        values = {("controller" if k == "depth" else k): v for k, v in values.items()}
     draft = values["draft"]
     if draft is not None:
         draft = draft_config_from(values["family"], draft)

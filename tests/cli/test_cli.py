@@ -18,7 +18,7 @@ from ospec_jax.storage import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 BENCH_KEYS = {
     "mode", "num_prompts", "num_tokens", "tokens_per_second",
     "tokens_per_second_with_learning", "paired_speedup_quartiles",

@@ -11,16 +11,14 @@ import pytest
 
 from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import ConfigError, from_dict
+from ospec_jax.control.base import Action, Chooser, Controller, Outcome
 from ospec_jax.control.depth import (
-    DepthChooser,
-    DepthPolicy,
     DepthState,
-    Observation,
     chances,
     expected_emitted,
     most_tokens_a_second,
 )
-from ospec_jax.decoding.engine import Engine, step_of_depth
+from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.eagle import eagle3
@@ -41,15 +39,20 @@ LEARNER = LearnerConfig(
 )  # fmt: skip
 
 
+def chains(depths):
+    return tuple(Action(TreeConfig(num_steps=depth)) for depth in depths)
+
+
 def run(costs, accepted, num_steps=600, remembered=50.0, state=None):
     """Depths chosen while drafts are accepted up to `accepted` tokens, always."""
-    policy = most_tokens_a_second(remembered)
-    state = state or dataclasses.replace(policy.init(DEPTHS, 1), costs=costs)
+    rule = most_tokens_a_second(chains(DEPTHS), remembered)
+    state = state or dataclasses.replace(rule.init(1), costs=costs)
     chosen = []
     for _ in range(num_steps):
-        depth = DEPTHS[policy.choose(state)]
+        action = rule.choose(state, ())
+        depth = action.tree.num_steps
         chosen.append(depth)
-        state = policy.observe(state, Observation(depth, [min(depth, accepted)]))
+        state = rule.observe(state, action, Outcome((min(depth, accepted),)))
     return chosen, state
 
 
@@ -72,29 +75,31 @@ def test_drafts_that_are_never_right_are_given_up_and_tried_again():
 
 def test_what_costs_more_than_it_yields_is_not_drafted():
     """One token of two is worth 1.5 plain steps, and costs 1.6."""
-    policy = most_tokens_a_second()
-    state = dataclasses.replace(policy.init(DEPTHS, 16), costs=DEAR)
+    rule = most_tokens_a_second(chains(DEPTHS))
+    state = dataclasses.replace(rule.init(16), costs=DEAR)
     chosen = []
     for _ in range(400):
-        depth = DEPTHS[policy.choose(state)]
+        action = rule.choose(state, ())
+        depth = action.tree.num_steps
         chosen.append(depth)
-        accepted = [min(depth, row % 2) for row in range(16)]
-        state = policy.observe(state, Observation(depth, accepted))
+        accepted = tuple(min(depth, row % 2) for row in range(16))
+        state = rule.observe(state, action, Outcome(accepted))
     assert np.mean(np.asarray(chosen) > 0) < 0.05
 
 
 def test_chances_are_of_tokens_whose_predecessors_were_accepted():
-    policy = most_tokens_a_second(1e9)
-    state = policy.init((0, 3), 4)
+    deepest = chains((0, 3))[1]
+    rule = most_tokens_a_second(chains((0, 3)), 1e9)
+    state = rule.init(4)
     for _ in range(5000):
-        state = policy.observe(state, Observation(3, [0, 1, 2, 3]))
+        state = rule.observe(state, deepest, Outcome((0, 1, 2, 3)))
     np.testing.assert_allclose(chances(state), [3 / 4, 2 / 3, 1 / 2], atol=1e-3)
     emitted = expected_emitted(chances(state))
     np.testing.assert_allclose(emitted, [1, 1.75, 2.25, 2.5], atol=1e-2)
     # Those that were not drafted are judged by those before them.
-    state = policy.init((0, 3), 4)
+    state = rule.init(4)
     for _ in range(500):
-        state = policy.observe(state, Observation(1, [0, 1]))
+        state = rule.observe(state, chains((1,))[0], Outcome((0, 1)))
     np.testing.assert_allclose(chances(state), 0.5, atol=1e-2)
 
 
@@ -143,21 +148,22 @@ def answers(session, prompts=PROMPTS):
     return [result.token_ids for result in done]
 
 
-def switching(count=len(DEPTHS)):
-    """A policy that changes its mind at every step."""
-    cycle = itertools.cycle(range(count))
-    return most_tokens_a_second()._replace(choose=lambda state: next(cycle))
+def switching(actions):
+    """A rule that changes its mind at every step."""
+    cycle = itertools.cycle(actions)
+    rule = most_tokens_a_second(actions)
+    return rule._replace(choose=lambda state, rows: next(cycle))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_greedy_output_does_not_depend_on_depths(target, draft, plain, batch_size):
     session = Session(
         target, draft, tree=TreeConfig.auto(DEPTHS), batch_size=batch_size,
-        depth_policy=switching(),
+        controller=switching,
     )  # fmt: skip
     assert answers(session) == plain
-    for depth in DEPTHS:
-        step = session.engine.compiled(step_of_depth(depth), True)
+    for action in chains(DEPTHS):
+        step = session.engine.compiled(action, True)
         # One executable for each capacity, here one.
         assert step._cache_size() == 1
     assert 0 < session.stats.mean_draft_length < 3
@@ -170,15 +176,14 @@ def test_drafts_are_right_after_plain_steps():
     build = lambda tree: build_drafter(
         "model", target.config, tree, target.numerics, vocab_size=16
     )
-    tree = TreeConfig.auto(depths)
-    chains = [tree.of_depth(depth) for depth in (0, 1)]
-    menu = {step_of_depth(c.num_steps): (c, build(c)) for c in chains}
-    config = StepConfig(target.config, target.numerics, tree)
-    engine = Engine(config, target.params, build(tree), menu=menu)
-    chooser = DepthChooser(switching(3), most_tokens_a_second().init(depths, 2))
+    *shallow, deepest = chains(depths)
+    menu = {action: build(action.tree) for action in shallow}
+    config = StepConfig(target.config, target.numerics, deepest.tree)
+    engine = Engine(config, target.params, build(deepest.tree), menu=menu)
+    chooser = Chooser.start(switching(chains(depths)), 2)
     requests = [Request(str(i), (1, 2, 3 + i), 40) for i in range(3)]
     draft = Draft(target.params)
-    for done in engine.serve(requests, lambda: draft, 2, depths=chooser):
+    for done in engine.serve(requests, lambda: draft, 2, chooser=chooser):
         stats = done.stats
         # But for the steps that the limit cut short.
         assert stats.num_accepted_tokens >= stats.num_draft_tokens - 6
@@ -187,18 +192,18 @@ def test_drafts_are_right_after_plain_steps():
 
 def test_costs_are_measured_once_and_kept(target, draft, tmp_path):
     session = Session(target, draft, tree=TreeConfig.auto(DEPTHS[:2]))
-    assert session.depths.state.costs == ()
+    assert session.chooser.state.costs == ()
     session.warm_up()
-    costs = session.depths.state.costs
+    costs = session.chooser.state.costs
     assert len(costs) == len(DEPTHS[:2])
     assert all(0 < cost < 10 for cost in costs)
-    assert session.depths.state.trials == (0.0,)
+    assert session.chooser.state.trials == (0.0,)
     session.warm_up()
     answers(session, PROMPTS[:1])
-    assert session.depths.state.costs == costs
-    assert session.depths.state.trials[0] > 0
-    saved = load_draft(session.save(tmp_path).parent, target).meta.depth
-    assert from_dict(DepthState, saved) == session.depths.state
+    assert session.chooser.state.costs == costs
+    assert session.chooser.state.trials[0] > 0
+    saved = load_draft(session.save(tmp_path).parent, target).meta.controller
+    assert from_dict(DepthState, saved) == session.chooser.state
 
 
 def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path):
@@ -206,8 +211,8 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path
 
     def opened():
         session = Session(target, draft, learner=LEARNER, tree=few)
-        state = dataclasses.replace(session.depths.state, costs=CHEAP[:2])
-        session.depths.state = state
+        state = dataclasses.replace(session.chooser.state, costs=CHEAP[:2])
+        session.chooser.state = state
         return session
 
     straight, first = opened(), opened()
@@ -217,7 +222,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path
     second = Session(target, draft, learner=LEARNER, tree=few)
     second.resume(tmp_path)
     assert head + answers(second, PROMPTS[3:]) == expected
-    assert second.depths.state == straight.depths.state
+    assert second.chooser.state == straight.chooser.state
     for a, b in zip(
         jax.tree.leaves((second.learning.state, second.learning.traffic)),
         jax.tree.leaves((straight.learning.state, straight.learning.traffic)),
@@ -232,16 +237,23 @@ def test_a_useless_draft_is_given_up_while_serving(target, draft, plain):
     useless = LoadedDraft(draft.draft.replace(token_ids=wrong), draft.meta)
     few = TreeConfig.auto(DEPTHS[:2])
     session = Session(target, useless, tree=few, ngrams=False)
-    session.depths.state = dataclasses.replace(session.depths.state, costs=CHEAP[:2])
+    session.chooser.state = dataclasses.replace(session.chooser.state, costs=CHEAP[:2])
     assert answers(session) == plain
     assert session.stats.mean_draft_length < 0.4
 
 
-def test_other_policies_may_choose(target, draft, plain):
-    """Anything with the same three functions."""
-    own = most_tokens_a_second()
-    never = DepthPolicy(own.init, lambda state: 0, lambda state, _: state)
+def test_users_rules_may_choose(target, draft, plain):
+    """Anything from actions to a controller; here one without a state."""
+
+    def never(actions):
+        return Controller(
+            actions=actions,
+            init=lambda num_rows: None,
+            choose=lambda state, rows: actions[0],
+            observe=lambda state, action, outcome: state,
+        )
+
     few = TreeConfig.auto(DEPTHS[:2])
-    session = Session(target, draft, tree=few, depth_policy=never)
+    session = Session(target, draft, tree=few, controller=never)
     assert answers(session, PROMPTS[:2]) == plain[:2]
     assert session.stats.mean_draft_length == 0

@@ -7,7 +7,7 @@ import pytest
 from reference import forward, random_params
 
 from ospec_jax.config import ConfigError, TreeConfig
-from ospec_jax.decoding import engine as engines
+from ospec_jax.decoding import batch as batches
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import PromptTooLongError, Request
 from ospec_jax.decoding.step import StepConfig
@@ -115,8 +115,8 @@ def test_lag_changes_nothing(plain, expected, lag):
 
 
 def test_one_read_a_step(plain, monkeypatch):
-    reads, original = [], engines.fetch
-    monkeypatch.setattr(engines, "fetch", lambda x: reads.append(1) or original(x))
+    reads, original = [], batches.fetch
+    monkeypatch.setattr(batches, "fetch", lambda x: reads.append(1) or original(x))
     list(plain.serve(requests(10)[:1]))
     assert len(reads) == 10  # the prefill's and nine steps'
 
@@ -125,12 +125,10 @@ def test_one_read_a_step(plain, monkeypatch):
 def test_one_read_a_speculative_step(params, monkeypatch, batch_size, lag):
     """However many tokens it drafts and emits, and however many rows it has."""
     engine, draft = engine_for(params, WIDE)
-    reads, steps, original = [], [], engines.fetch
-    monkeypatch.setattr(engines, "fetch", lambda x: reads.append(1) or original(x))
-    step = engine.compiled("step", True)
-    monkeypatch.setitem(
-        engine._functions, ("step", True), lambda *args: steps.append(1) or step(*args)
-    )
+    reads, steps, original = [], [], batches.fetch
+    monkeypatch.setattr(batches, "fetch", lambda x: reads.append(1) or original(x))
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda *args: steps.append(1) or step(*args))
     found = answers(engine, draft, batch_size, lag=lag)
     assert len(reads) == len(steps) + len(PROMPTS)
     assert len(steps) < sum(map(len, found)) - len(PROMPTS)
@@ -151,9 +149,12 @@ def test_one_trace_for_each_shape(params):
     for _ in range(2):
         for count in (3, 9):
             answers(engine, count=count)
-    for name in ("prefill", "step"):
-        assert engine.compiled(name, True)._cache_size() == 1
-        assert engine.compiled(name, False)._cache_size() == 0
+    for is_greedy in (True, False):
+        for function in (
+            engine.compiled(engine.action, is_greedy),
+            engine.compiled_prefill(is_greedy),
+        ):
+            assert function._cache_size() == is_greedy
 
 
 def test_recorded_feedback_is_what_one_pass_says(params, expected):

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
-from ospec_jax.decoding.engine import PREDICTED, Engine
+from ospec_jax.control.base import (
+    SUGGESTIONS,
+    Action,
+    Chooser,
+    fixed,
+    follow_predictions,
+)
+from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import StepConfig
@@ -76,8 +83,8 @@ def requests(sampling=None):
     ]
 
 
-def answers(engine, draft, batch_size=1, sampling=None):
-    done = engine.serve(requests(sampling), lambda: draft, batch_size)
+def answers(engine, draft, batch_size=1, sampling=None, chooser=None):
+    done = engine.serve(requests(sampling), lambda: draft, batch_size, chooser=chooser)
     return sorted(done, key=lambda completion: completion.request.id)
 
 
@@ -107,7 +114,7 @@ def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
         assert tokens(done) == plain
         assert sum(c.stats.num_accepted_tokens for c in done) > 0
     # One executable for single requests and one for the batch of each capacity.
-    assert engine.compiled("step", True)._cache_size() == 2
+    assert engine.compiled(engine.action, True)._cache_size() == 2
 
 
 @pytest.mark.parametrize("family", ["eagle1", "hydra", "exit"])
@@ -145,17 +152,24 @@ def test_ngrams_alone_draft_exactly(target, plain, family, batch_size):
     drafter = build_drafter(family, None, tree)
     config = StepConfig(target.config, target.numerics, tree)
     draft = Draft(params={}, memory=init_memory(64, memory_orders(family)))
-    menu = {PREDICTED: (longer, build_drafter(family, None, tree, predicted=longer))}
+    long = Action(longer, SUGGESTIONS)
+    menu = {long: build_drafter(family, None, tree, predicted=longer)}
     engine = Engine(config, target.params, drafter, menu=menu)
-    done = answers(engine, draft, batch_size)
+    done = answers(engine, draft, batch_size, chooser=following(engine, long))
     assert tokens(done) == plain
     if batch_size == 1:  # sixteen tokens repeat for long
-        is_long = engine.compiled(PREDICTED, True)._cache_size() > 0
+        is_long = engine.compiled(long, True)._cache_size() > 0
         assert is_long == (family == "suffix")
     stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=7))
     assert stats.num_accepted_tokens > 0
     # Where nothing matched, nothing was drafted.
     assert stats.num_draft_tokens < 3 * stats.num_drafts
+
+
+def following(engine, long):
+    """Takes the longer step where suggestions are sure to be right."""
+    controller = follow_predictions(fixed((engine.action,)), long)
+    return Chooser.start(controller, 1)
 
 
 def predictions_of(plain, kind):
@@ -187,7 +201,8 @@ def test_predicted_answers_are_verified_exactly(target, plain, family, kind):
     draft = draft.replace(memory=init_memory(64))
     taps = config.taps if config else ()
     step = StepConfig(target.config, target.numerics, tree, taps)
-    menu = {PREDICTED: (longer, build(predicted=longer))}
+    long = Action(longer, SUGGESTIONS)
+    menu = {long: build(predicted=longer)}
     engine = Engine(step, target.params, drafter, menu=menu)
     expected = predictions_of(plain, kind)
     asked = [
@@ -196,13 +211,14 @@ def test_predicted_answers_are_verified_exactly(target, plain, family, kind):
     ]
     stats = DecodingStats(num_spec_tokens=6)
     for batch_size in (1, 3):
-        done = list(engine.serve(asked, lambda: draft, batch_size))
+        chooser = following(engine, long)
+        done = engine.serve(asked, lambda: draft, batch_size, chooser=chooser)
         done = sorted(done, key=lambda completion: completion.request.id)
         assert tokens(done) == plain
         stats = sum((c.stats for c in done), stats)
     if kind == "right":
         assert stats.mean_acceptance_length > 4
-        assert engine.compiled(PREDICTED, True)._cache_size() > 0
+        assert engine.compiled(long, True)._cache_size() > 0
     if kind == "edited":
         assert stats.mean_acceptance_length > 2
 
@@ -344,7 +360,7 @@ def test_finished_rows_stay_as_they_are(target):
     engine, draft = engine_for(target, TREES["chain-5"])
     request = Request("0", PROMPTS[0], 3)
     state, _ = engine.prefill(draft, request, 256)
-    step = engine.compiled("step", True)
+    step = engine.compiled(engine.action, True)
     for _ in range(4):
         state, _ = step(target.params, draft, state)
     assert bool(state.is_finished[0])

@@ -11,9 +11,10 @@ from reference import forward
 
 from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import ConfigError, SamplingConfig
-from ospec_jax.control.depth import DepthChooser, most_tokens_a_second
+from ospec_jax.control.base import Action, Chooser
+from ospec_jax.control.depth import most_tokens_a_second
 from ospec_jax.data.prompts import encode, parse_prompt
-from ospec_jax.decoding.engine import Engine, step_of_depth
+from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.registry import build_drafter
@@ -112,13 +113,13 @@ def test_a_depth_that_a_neighbour_influenced_keeps_the_law():
     behind, sure, token, chance = uncertain_prompt(target, 6, 3)
     ahead, sure_ahead, token_ahead, _ = uncertain_prompt(target, 8, 1)
     never = next(t for t in range(16) if t not in sure)
-    tree = TreeConfig.auto((0, 1))
+    tree = TreeConfig(num_steps=1)
+    plain = Action(TreeConfig(num_steps=0))
     drafter = build_drafter("prediction", None, tree, target.numerics)
-    menu = {step_of_depth(0): (tree.of_depth(0), drafter)}
     step = StepConfig(target.config, target.numerics, tree, (), is_greedy=False)
-    engine = Engine(step, target.params, drafter, menu=menu)
-    policy = most_tokens_a_second()
-    costly = dataclasses.replace(policy.init(tree.depths, 2), costs=(1.0, 1.45))
+    engine = Engine(step, target.params, drafter, menu={plain: drafter})
+    controller = most_tokens_a_second((plain, engine.action))
+    costly = dataclasses.replace(controller.init(2), costs=(1.0, 1.45))
 
     num_runs, num_seen, num_found = 250, 0, 0
     for seed in range(num_runs):
@@ -129,8 +130,8 @@ def test_a_depth_that_a_neighbour_influenced_keeps_the_law():
             Request("ahead", ahead, 8, sampling, prediction_ids=predicted),
             Request("behind", behind, 5, sampling, prediction_ids=other),
         ]
-        depths = DepthChooser(policy, costly)
-        for done in engine.serve(asked, lambda: Draft({}), 2, depths=depths):
+        chooser = Chooser(controller, costly)
+        for done in engine.serve(asked, lambda: Draft({}), 2, chooser=chooser):
             if done.request.id == "behind" and done.token_ids[:3] == sure:
                 num_seen += 1
                 num_found += done.token_ids[3] == token
@@ -195,13 +196,13 @@ def test_twins_in_a_batch_do_not_set_each_others_depth(target):
     tree = TreeConfig.auto((0, 1, 2))
     session = Session(target, load_draft("ngram", target), tree=tree, batch_size=2)
     session.warm_up()
-    before = session.depths.state
+    before = session.chooser.state
     own = {"prompt": PROMPT, "seed": 7}
     first, second = tokens_of(session, [own, own], 16, temperature=1.0)
     assert first == second
-    assert session.depths.state == before
+    assert session.chooser.state == before
     tokens_of(session, [PROMPT], 16, temperature=1.0)
-    assert session.depths.state != before
+    assert session.chooser.state != before
 
 
 @pytest.mark.parametrize(

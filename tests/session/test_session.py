@@ -12,6 +12,7 @@ from reference import random_params
 from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import LEARNER_NAMES, ConfigError, SamplingConfig
 from ospec_jax.config import TreeConfig as Tree
+from ospec_jax.control.base import SUGGESTIONS
 from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.drafters.eagle import eagle3
@@ -370,17 +371,18 @@ def test_one_target_pass_a_step_whether_learning_or_not(target, draft, monkeypat
     def count(learner):
         session = Session(target, draft, learner=learner)
         passes = []
-        compiled = session.engine.compiled
+        for name in ("compiled", "compiled_prefill"):
+            found = getattr(session.engine, name)
 
-        def counted(name, is_greedy):
-            function = compiled(name, is_greedy)
-            return lambda *args: (passes.append(name), function(*args))[1]
+            def counted(*key, name=name, found=found):
+                function = found(*key)
+                return lambda *args: (passes.append(name), function(*args))[1]
 
-        monkeypatch.setattr(session.engine, "compiled", counted)
+            monkeypatch.setattr(session.engine, name, counted)
         results = list(session.generate(PROMPTS[:3], NEW_TOKENS))
         steps = sum(r.stats.num_drafts for r in results)
         # One step may have been sent ahead of a stop token.
-        assert steps <= passes.count("step") <= steps + len(results)
+        assert steps <= passes.count("compiled") <= steps + len(results)
         return len(passes)
 
     slow = dataclasses.replace(LEARNER, update_interval=10**6)
@@ -467,11 +469,12 @@ def test_nothing_is_compiled_after_warming_up(target, name, batch_size):
     has_predictions = name == "prediction"
     session.warm_up(has_predictions=has_predictions)
     count = lambda: {
-        key: function._cache_size() for key, function in
-        session.engine._functions.items()
-    }  # fmt: skip
+        action: session.engine.compiled(action, True)._cache_size()
+        for action in session.engine.actions
+    }
     before = count()
-    assert before["predicted_step", True] == 1
+    [longer] = [action for action in before if action.drafter == SUGGESTIONS]
+    assert before[longer] == 1
     texts = [r.text for r in session.generate(PROMPTS[:2], NEW_TOKENS)]
     predictions = texts if has_predictions else None
     list(session.generate(PROMPTS[:2], NEW_TOKENS, predictions=predictions))

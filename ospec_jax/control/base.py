@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the next step shall run, chosen from what earlier ones came to.
+
+A controller is a function of stored state: of what was accepted before, never of the
+clock nor of what the step in question drafts. So whatever it chooses, output stays
+exact; only its speed depends on the choice.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ospec_jax.config import TreeConfig, from_dict
+
+SUGGESTIONS = -1
+"""In place of a drafter's number: suggestions alone, in the state of the first one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """What one step of decoding runs; the key of the engine's compiled steps.
+
+    Attributes:
+      tree: How much is drafted, and in which shape.
+      drafter: Number of the drafter that proposes, or `SUGGESTIONS`.
+    """
+
+    tree: TreeConfig
+    drafter: int = 0
+
+
+class Row(NamedTuple):
+    """What is known of a running request when its next step is chosen.
+
+    Attributes:
+      is_sure: A long chain of suggestions is likely to be right next.
+      num_tokens: Of its prompt and of the answer, as far as the host has read it.
+      num_remaining: Tokens that may still come.
+    """
+
+    is_sure: bool
+    num_tokens: int
+    num_remaining: int
+
+
+class Outcome(NamedTuple):
+    """What one step came to.
+
+    Attributes:
+      num_accepted: Draft tokens, of each row that the step did not end.
+    """
+
+    num_accepted: tuple[int, ...]
+
+
+class Controller(NamedTuple):
+    """A rule for what to run next.
+
+    Its state is None, or a frozen dataclass of numbers, strings and tuples, which a
+    checkpoint keeps as JSON.
+
+    Attributes:
+      actions: What it weighs; each is compiled once, and timed if it wants costs.
+      init: `num_rows -> state`, for batches of so many rows.
+      choose: `(state, rows) -> Action`. `rows` are the running requests, or none where
+        two of them share their random numbers: a choice that followed from what one
+        had accepted would then bias the other.
+      observe: `(state, action, outcome) -> state`. Rows whose numbers may come again
+        are left out of the outcome.
+      set_costs: `(state, seconds) -> state`: told once what a step of each of
+        `actions` takes, before the first choice; None if that does not matter.
+      has_costs: `state -> bool`: whether it knows them, from a checkpoint.
+      resume: `(fresh, saved) -> state`: where to go on, given the state that it begins
+        with here and one that was saved; the fresh one where the other does not fit.
+    """
+
+    actions: tuple[Action, ...]
+    init: Callable[[int], Any]
+    choose: Callable[[Any, Sequence[Row]], Action]
+    observe: Callable[[Any, Action, Outcome], Any]
+    set_costs: Callable[[Any, Sequence[float]], Any] | None = None
+    has_costs: Callable[[Any], bool] = lambda state: True
+    resume: Callable[[Any, Any], Any] = lambda fresh, saved: saved
+
+
+def fixed(actions: tuple[Action, ...]) -> Controller:
+    """Runs the only action, or the last of several, at every step."""
+    return Controller(
+        actions=actions[-1:],
+        init=lambda num_rows: None,
+        choose=lambda state, rows: actions[-1],
+        observe=lambda state, action, outcome: state,
+    )
+
+
+def follow_predictions(inner: Controller, long: Action) -> Controller:
+    """Takes a longer step where all rows' suggestions are sure to be right.
+
+    Args:
+      inner: Chooses elsewhere; it hears nothing of the longer steps.
+      long: The longer step, of suggestions alone.
+    """
+
+    def choose(state, rows: Sequence[Row]) -> Action:
+        if rows and all(row.is_sure for row in rows):
+            return long
+        return inner.choose(state, rows)
+
+    def observe(state, action: Action, outcome: Outcome):
+        if action == long:
+            return state
+        return inner.observe(state, action, outcome)
+
+    # The inner rule weighs its own actions: it is not asked when the longer one comes.
+    return inner._replace(choose=choose, observe=observe)
+
+
+@dataclasses.dataclass
+class Chooser:
+    """A session's controller, and where it stands."""
+
+    controller: Controller
+    state: Any
+
+    @classmethod
+    def start(cls, controller: Controller, num_rows: int) -> "Chooser":
+        """One that has seen nothing."""
+        return cls(controller, controller.init(num_rows))
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether it knows what steps take, or does not want to."""
+        return self.controller.set_costs is None or self.controller.has_costs(
+            self.state
+        )
+
+    def set_costs(self, seconds: Mapping[Action, float]) -> None:
+        """Tells what a step of each action takes."""
+        if self.controller.set_costs is not None:
+            costs = [seconds[action] for action in self.controller.actions]
+            self.state = self.controller.set_costs(self.state, costs)
+
+    def to_json(self) -> dict:
+        """The state as a checkpoint keeps it; empty for a rule without any."""
+        return {} if self.state is None else dataclasses.asdict(self.state)
+
+    def resume(self, saved: dict) -> None:
+        """Goes on from a checkpoint's state, if it is one of this rule."""
+        if not saved or self.state is None:
+            return
+        if set(saved) != {field.name for field in dataclasses.fields(self.state)}:
+            return
+        state = from_dict(type(self.state), saved)
+        self.state = self.controller.resume(self.state, state)
+
+    def choose(self, rows: Sequence[Row]) -> Action:
+        """What to run next."""
+        return self.controller.choose(self.state, rows)
+
+    def observe(self, action: Action, outcome: Outcome) -> None:
+        """Books a step."""
+        self.state = self.controller.observe(self.state, action, outcome)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Controllers by name."""
+
+from collections.abc import Callable
+
+from ospec_jax.config import ConfigError
+from ospec_jax.control.base import Action, Controller, fixed
+from ospec_jax.control.depth import most_tokens_a_second
+
+BuildController = Callable[[tuple[Action, ...]], Controller]
+
+CONTROLLERS: dict[str, BuildController] = {
+    "fixed": fixed,
+    "auto": most_tokens_a_second,
+}
+"""Rules for what to run next, each built for the actions to choose from."""
+
+
+def find_controller(
+    name_or_rule: str | BuildController | None, actions: tuple[Action, ...]
+) -> BuildController:
+    """The rule of a name, or the one that is given.
+
+    Args:
+      name_or_rule: None stands for `auto` where there is a choice, else for `fixed`.
+
+    Raises:
+      ConfigError: There is no rule of that name, or it contradicts the actions.
+    """
+    if name_or_rule is None:
+        return CONTROLLERS["auto" if len(actions) > 1 else "fixed"]
+    if callable(name_or_rule):
+        return name_or_rule
+    if name_or_rule not in CONTROLLERS:
+        raise ConfigError(
+            f"unknown controller {name_or_rule!r}; use {', '.join(CONTROLLERS)}, or a "
+            f"function from actions to a `Controller`"
+        )
+    if name_or_rule == "fixed" and len(actions) > 1:
+        depths = [action.tree.num_steps for action in actions]
+        raise ConfigError(
+            f"the controller 'fixed' cannot choose among the depths {depths}; give one "
+            f"number of speculative tokens, or the controller 'auto'"
+        )
+    if name_or_rule == "auto" and len(actions) == 1 and actions[0].tree.num_steps:
+        raise ConfigError(
+            f"the controller 'auto' has nothing to choose from: only trees of depth "
+            f"{actions[0].tree.num_steps} are drafted; use num_speculative_tokens auto "
+            f"(in Python `TreeConfig.auto()`)"
+        )
+    return CONTROLLERS[name_or_rule]

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that are decoded together, as they come and go.
+
+A batch is the one place of decoding that changes. Between two steps requests are
+admitted to free rows or cancelled, the draft is swapped, another action is taken; a
+row's greedy tokens depend on none of that.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from ospec_jax.config import ConfigError
+from ospec_jax.control.base import Action, Outcome, Row
+from ospec_jax.decoding.request import Completion, Request, Slot
+from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.types import DecodeState, Draft, Feedback, StepOutput
+
+
+def fetch(output: Any) -> Any:
+    """The only place where the host waits for the device while decoding."""
+    return jax.device_get(output)
+
+
+class Device(Protocol):
+    """What a batch asks of the engine: compiled functions, and what they fit."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    def prefill(
+        self,
+        draft: Draft | None,
+        request: Request,
+        capacity: int,
+        has_prediction: bool | None,
+        ordinal: int,
+    ) -> tuple[DecodeState, StepOutput]: ...
+
+    def step(
+        self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
+    ) -> tuple[DecodeState, StepOutput]: ...
+
+    def place(
+        self,
+        state: DecodeState | None,
+        row: DecodeState,
+        slot: int,
+        batch_size: int,
+        capacity: int,
+    ) -> DecodeState: ...
+
+    def finish(self, state: DecodeState, slot: int) -> DecodeState: ...
+
+    def feedback_of(self, state: DecodeState, slot: int) -> Feedback | None: ...
+
+    def needed_slots(self, request: Request) -> int: ...
+
+    def new_stats(self) -> DecodingStats: ...
+
+
+class _Sent(NamedTuple):
+    """A pass that was sent to the device.
+
+    Attributes:
+      action: Of a step; None for a prompt.
+      rows: For each request, its slot's number, its row in the output, and the slot.
+    """
+
+    action: Action | None
+    rows: list[tuple[int, int, Slot]]
+    output: StepOutput
+
+
+class Batch:
+    """Running requests of one compiled shape.
+
+    Args:
+      engine: Compiled functions; see `decoding.engine`.
+      batch_size: Rows.
+      capacity: Cache slots of each row, one of those that are compiled for.
+      has_prediction: Requests may have predictions, which need room.
+      on_tokens: Called with each request's new tokens as they are read.
+      on_step: Called with what each step came to, of the rows that it did not end.
+    """
+
+    def __init__(
+        self,
+        engine: Device,
+        batch_size: int,
+        capacity: int,
+        has_prediction: bool = False,
+        on_tokens: Callable[[Request, list[int]], None] | None = None,
+        on_step: Callable[[Action, Outcome], None] | None = None,
+    ):
+        self.capacity = capacity
+        self._engine = engine
+        self._has_prediction = has_prediction
+        self._on_tokens = on_tokens
+        self._on_step = on_step
+        self._slots: list[Slot | None] = [None] * batch_size
+        self._state: DecodeState | None = None
+        self._in_flight: deque[_Sent] = deque()
+
+    @property
+    def num_free(self) -> int:
+        """Rows without a request."""
+        return self._slots.count(None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is left and nothing waits to be read."""
+        return not self._in_flight and self.num_free == len(self._slots)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a further step would find a row that is not at its limit."""
+        unread = sum(sent.output.tokens.shape[1] for sent in self._in_flight)
+        return any(slot.num_remaining > unread for slot in self._running)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """What a controller may know of the running requests.
+
+        Nothing where two of them share their random numbers: what one of them drafts
+        must not follow from numbers that the other has yet to use.
+        """
+        running = self._running
+        own = [slot.request.own_key for slot in running if not slot.request.can_teach]
+        if len(set(own)) < len(own):
+            return ()
+        return tuple(slot.as_row() for slot in running)
+
+    @property
+    def _running(self) -> list[Slot]:
+        return [slot for slot in self._slots if slot is not None]
+
+    def fits(self, request: Request) -> bool:
+        """Whether a row of this batch, when free, can hold the request."""
+        has_room = self._has_prediction or not request.prediction_ids
+        return has_room and self._engine.needed_slots(request) <= self.capacity
+
+    def admit(self, request: Request, draft: Draft | None, ordinal: int = 0) -> None:
+        """Prefills a request and gives it a free row.
+
+        Args:
+          ordinal: Its number among all that were ever admitted; see `Request.key`.
+
+        Raises:
+          ConfigError: No row is free, or the request does not fit.
+        """
+        if not self.num_free:
+            raise ConfigError(
+                f"request {request.id} comes while all {len(self._slots)} rows are "
+                f"taken; admit it when `num_free` is above 0"
+            )
+        if not self.fits(request):
+            num_slots = self._engine.needed_slots(request)
+            predicted = " and room for a prediction" if request.prediction_ids else ""
+            raise ConfigError(
+                f"request {request.id} needs {num_slots} cache slots{predicted}; this "
+                f"batch has {self.capacity} a row: begin one that fits"
+            )
+
+        number = self._slots.index(None)
+        row, output = self._engine.prefill(
+            draft, request, self.capacity, self._has_prediction, ordinal
+        )
+        self._state = self._engine.place(
+            self._state, row, number, len(self._slots), self.capacity
+        )
+        slot = Slot(request, self._engine.new_stats())
+        self._slots[number] = slot
+        self._in_flight.append(_Sent(None, [(number, 0, slot)], output))
+
+    def dispatch(self, draft: Draft | None, action: Action) -> None:
+        """Sends one step of all rows to the device, without waiting for it."""
+        rows = [(i, i, slot) for i, slot in enumerate(self._slots) if slot is not None]
+        assert self._state is not None, "a batch with rows has a state"
+        is_greedy = all(slot.request.sampling.temperature == 0 for *_, slot in rows)
+        self._state, output = self._engine.step(action, is_greedy, draft, self._state)
+        self._in_flight.append(_Sent(action, rows, output))
+
+    def collect(self, num_ahead: int = 0) -> Iterator[Completion]:
+        """Reads passes, oldest first; yields the requests that they ended.
+
+        Args:
+          num_ahead: Newest passes to leave unread: with one, the device computes while
+            the host reads and dispatches.
+        """
+        while len(self._in_flight) > num_ahead:
+            sent = self._in_flight.popleft()
+            sent = sent._replace(output=fetch(sent.output))
+            self._report(sent)
+            for number, row, slot in sent.rows:
+                if self._read(sent, row, slot):
+                    yield self._end(number, slot)
+
+    def cancel(self, request: Request) -> bool:
+        """Gives up a running request; returns whether there was one.
+
+        Its row is free at once. What was sent to the device for it is not read.
+        """
+        for number, slot in enumerate(self._slots):
+            if slot is not None and slot.request is request:
+                slot.is_done = True
+                self._end(number, slot)
+                return True
+        return False
+
+    def _report(self, sent: _Sent) -> None:
+        """Tells the controller of a step's rows that go on, if it may know of them."""
+        if sent.action is None or self._on_step is None:
+            return
+        accepted = tuple(
+            int(sent.output.num_accepted[row])
+            for _, row, slot in sent.rows
+            if not slot.is_done
+            and not sent.output.is_finished[row]
+            and slot.request.can_teach
+        )
+        if accepted:
+            self._on_step(sent.action, Outcome(accepted))
+
+    def _read(self, sent: _Sent, row: int, slot: Slot) -> bool:
+        """Books one pass's tokens of a request; whether they were its last."""
+        if slot.is_done:
+            return False
+        is_step = sent.action is not None
+        tokens = slot.book(sent.output, row, is_step, self._engine.stop_ids)
+        if tokens and self._on_tokens is not None:
+            self._on_tokens(slot.request, tokens)
+        return slot.is_done
+
+    def _end(self, number: int, slot: Slot) -> Completion:
+        """Frees a row; returns its answer."""
+        assert self._state is not None, "a batch with rows has a state"
+        self._state = self._engine.finish(self._state, number)
+        self._slots[number] = None
+        feedback = self._engine.feedback_of(self._state, number)
+        return slot.completion(feedback, self.capacity)
