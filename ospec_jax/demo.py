@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ospec_jax import atomic
 from ospec_jax.bench.harness import BenchConfig
 from ospec_jax.bench.report import markdown_table, plot_stream
 from ospec_jax.config import LearnerConfig, TreeConfig
@@ -42,9 +43,8 @@ def run_demo(
     )
     is_again = (out / "results.json").exists()
     run, rows = run_with_progress(target, draft, stream, config)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (out / "results.md").write_text(markdown_table(rows) + "\n")
+    atomic.write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    atomic.write_text(out / "results.md", markdown_table(rows) + "\n")
     plot = plot_stream(run, out / "acceptance.png")
     if is_again:  # the checkpoint is an earlier demonstration's
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
