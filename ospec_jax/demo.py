@@ -14,6 +14,7 @@ from ospec_jax.config import LearnerConfig, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
+from ospec_jax.progress import Interrupt
 
 
 def run_demo(
@@ -42,7 +43,8 @@ def run_demo(
         learner=learner,
     )
     is_again = (out / "results.json").exists()
-    run, rows = run_with_progress(target, draft, stream, config)
+    interrupt = Interrupt()
+    run, rows = run_with_progress(target, draft, stream, config, interrupt)
     atomic.write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
     atomic.write_text(out / "results.md", markdown_table(rows) + "\n")
     plot = plot_stream(run, out / "acceptance.png")
@@ -50,4 +52,6 @@ def run_demo(
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
     saved = run.modes["learned"].session.save(out / "checkpoint")
     console.print(f"plot        {plot}\ncheckpoint  {saved}")
+    if len(run.prompts) < len(stream):
+        interrupt.raise_if_set()
     return rows
