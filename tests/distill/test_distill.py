@@ -3,6 +3,7 @@
 
 import dataclasses
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from ospec_jax import Session, checkpoint, load_draft
 from ospec_jax.checkpoint import CheckpointError
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.distill import train as train_module
 from ospec_jax.distill.collect import collect
 from ospec_jax.distill.families import (
     TRAINED,
@@ -24,6 +26,7 @@ from ospec_jax.distill.train import DistillConfig, train
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.llama import head_table
+from ospec_jax.progress import Interrupted
 from ospec_jax.testing import tiny_target
 
 NEW_TOKENS = 24
@@ -109,6 +112,21 @@ def test_interrupted_training_resumes_bitwise(
     resumed = checkpoint.load(tmp_path, target)
     assert resumed.step == whole.step == 12
     jax.tree.map(np.testing.assert_array_equal, whole.draft, resumed.draft)
+
+
+def test_a_signal_saves_and_tells_that_training_is_unfinished(
+    target, folder, draft_config, tmp_path, monkeypatch
+):
+    describe = train_module._describe
+
+    def terminated(info):
+        signal.raise_signal(signal.SIGTERM)
+        return describe(info)
+
+    monkeypatch.setattr(train_module, "_describe", terminated)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        train(target, folder, tmp_path, CONFIG, draft_config)
+    assert checkpoint.steps(tmp_path) == [1]
 
 
 def test_training_goes_on_from_a_draft(target, folder, trained, tmp_path):
