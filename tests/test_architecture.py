@@ -12,10 +12,11 @@ ROOT = Path(ospec_jax.__file__).parent
 NOUNS = {"typing", "types", "config"}
 ALLOWED = {
     "typing": set(),
+    "atomic": set(),
     "config": {"config"},
     "kernels": set(),
     "sharding": {"config"},
-    "models": NOUNS | {"models", "data", "kernels", "sharding"},
+    "models": NOUNS | {"models", "data", "kernels", "sharding", "atomic"},
     "types": NOUNS | {"models"},
     "sampling": NOUNS | {"models"},
     "tree": NOUNS,

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ospec_jax import atomic
 from ospec_jax.bench.harness import BenchConfig
 from ospec_jax.bench.report import markdown_table, plot_stream
 from ospec_jax.config import LearnerConfig, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
+from ospec_jax.reports.progress import Interrupt
 
 
 def run_demo(
@@ -41,13 +43,15 @@ def run_demo(
         learner=learner,
     )
     is_again = (out / "results.json").exists()
-    run, rows = run_with_progress(target, draft, stream, config)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (out / "results.md").write_text(markdown_table(rows) + "\n")
+    interrupt = Interrupt()
+    run, rows = run_with_progress(target, draft, stream, config, interrupt)
+    atomic.write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    atomic.write_text(out / "results.md", markdown_table(rows) + "\n")
     plot = plot_stream(run, out / "acceptance.png")
     if is_again:  # the checkpoint is an earlier demonstration's
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
     saved = run.modes["learned"].session.save(out / "checkpoint")
     console.print(f"plot        {plot}\ncheckpoint  {saved}")
+    if len(run.prompts) < len(stream):
+        interrupt.raise_if_set()
     return rows

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from ospec_jax import atomic
 from ospec_jax.bench.harness import BenchRun
 from ospec_jax.bench.passes import Machine, PassCost
 
@@ -82,16 +83,7 @@ def plot_modes(rows: Sequence[dict], path: Path) -> Path:
     axes.invert_yaxis()
     axes.set(xlabel="tokens/s, learning time included")
     axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
-
-
-def _save(figure, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
-    return path
+    return atomic.write_figure(figure, path)
 
 
 def acceptance_series(run: BenchRun, mode: str, window: int = 8) -> np.ndarray:
@@ -151,7 +143,7 @@ def plot_stream(run: BenchRun, path: Path) -> Path:
     axes.set_xlim(1, max(2, len(run.prompts)))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="upper right", frameon=False)
-    return _save(figure, path)
+    return atomic.write_figure(figure, path)
 
 
 def _shade_domains(axes, domains: list[str]) -> None:

@@ -18,6 +18,7 @@ from ospec_jax.drafters.combine import MIXES
 from ospec_jax.drafters.registry import FAMILIES
 from ospec_jax.loading import shipped_drafts
 from ospec_jax.models.weights import WeightsError
+from ospec_jax.reports.progress import Interrupted
 from ospec_jax.storage import checkpoint
 
 _USER_ERRORS = (
@@ -47,7 +48,8 @@ def main() -> None:
     except _USER_ERRORS as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         with contextlib.suppress(Exception):
             console.print("interrupted")
-        sys.exit(130)
+        is_saved = isinstance(interrupt, Interrupted)
+        sys.exit(interrupt.exit_code if is_saved else 130)

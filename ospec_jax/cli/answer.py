@@ -22,8 +22,10 @@ from ospec_jax.data.prompts import (
     read_prediction,
     read_prompts,
 )
+from ospec_jax.reports.answers import AnswerLog, check_unused
 from ospec_jax.reports.progress import Interrupt, progress_bar
 from ospec_jax.reports.telemetry import Telemetry
+from ospec_jax.session import Session
 from ospec_jax.storage import checkpoint
 
 
@@ -35,6 +37,7 @@ def generate(
     stream: bool = False,
     logprobs: bool = False,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    jsonl: Path | None = None,
 ) -> None:
     """Answers a prompt, or every prompt of a file.
 
@@ -46,7 +49,9 @@ def generate(
       stream: Print text as it comes.
       logprobs: Report each token's log-probability.
       json_file: Write one object (a list for several prompts); - for standard output.
+      jsonl: Write each answer as one line, as soon as it is complete; likewise.
     """
+    check_unused(jsonl)
     if prompts is not None and prompt is None:
         rows = read_prompts(prompts)
     elif prompt is not None and prompts is None:
@@ -65,15 +70,15 @@ def generate(
     target, draft = decoding.load()
     session = decoding.open(target, draft, has_log_probs=logprobs)
     write = lambda _, text: print(text, end="", flush=True)
-    results = []
+    log = AnswerLog([jsonl])
     for result in session.generate(
         rows, decoding.max_new_tokens, decoding.sampling, is_raw=decoding.raw,
         on_text=write if stream else None,
     ):  # fmt: skip
-        results.append(result)
         if stream:
             print()
-        elif json_file is None:
+        log.add(result.to_json())
+        if not stream and json_file is None and jsonl is None:
             print(result.text)
         length = result.stats.mean_acceptance_length
         console.print(
@@ -81,7 +86,8 @@ def generate(
             f"{len(result.token_ids) / result.seconds:.1f} tokens/s (compilation "
             f"included), mean acceptance length {length:.2f}[/dim]"
         )
-    write_json(json_file, [r.to_json() for r in results], is_list=prompts is not None)
+    log.close()
+    write_json(json_file, log.rows, is_list=prompts is not None)
 
 
 def learn(
@@ -99,6 +105,7 @@ def learn(
     save_every: int = 50,
     save_feedback: bool = True,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    jsonl: Path | None = None,
     telemetry: Path | None = None,
     tensorboard: Path | None = None,
 ) -> None:
@@ -113,12 +120,16 @@ def learn(
       update_interval: Tokens between updates; 0 derives it from the budget.
       pace: Learn always, or ever more rarely while learning does not pay for its time.
       promotion: Serve every iterate, or only those that proved better.
-      checkpoint_dir: Where to save; Ctrl-C saves too.
+      checkpoint_dir: Where to save; Ctrl-C saves too. The answers are kept there as
+        well, in `answers.jsonl`.
       resume: Go on where the checkpoint stopped: at batch size 1 as if nothing had
         happened; in a larger batch, requests that were on their way begin again.
       save_every: Prompts between two checkpoints.
-      save_feedback: Also save recent traffic, which learning needs to go on as before.
-      json_file: Write the answers and metrics.
+      save_feedback: Also save recent traffic, which learning needs to go on as before,
+        and the answers.
+      json_file: Write the answers and metrics at the end; with --resume those of the
+        whole run.
+      jsonl: Write each answer as one line before it is saved that it was given.
       telemetry: Write what learning does, line by line; see `ospec telemetry`.
       tensorboard: Folder to write it to for TensorBoard, too.
     """
@@ -136,6 +147,8 @@ def learn(
         )
     if save_every < 1:
         raise ConfigError(f"--save-every is {save_every}; use 1 or more prompts")
+    if not resume:
+        check_unused(jsonl)
     config = learner_config(
         learner, optimizer=optimizer, learning_rate=learning_rate,
         budget=learn_budget, update_interval=update_interval, pace=pace,
@@ -150,32 +163,56 @@ def learn(
             f"{len(answered)} prompts were answered before, {len(rows)} are left; "
             f"draft version {session.version}"
         )
+    log = _open_log(session, checkpoint_dir, save_feedback, jsonl, json_file)
     num_answered = len(session.answered) if resume else None
     writer = telemetry and Telemetry(telemetry, tensorboard, num_answered)
     has_predictions = any(row.prediction for row in rows)
-    session.warm_up(sampling=decoding.sampling, has_predictions=has_predictions)
+    if rows:
+        session.warm_up(sampling=decoding.sampling, has_predictions=has_predictions)
     session.on_update = writer.update if writer else None
     results = []
-    with Interrupt() as interrupt, progress_bar() as bar:
-        task = bar.add_task("learn", total=len(rows))
-        answers = session.generate(
-            rows, decoding.max_new_tokens, decoding.sampling, is_raw=decoding.raw
-        )
-        for result in answers:
-            results.append(result)
-            bar.update(task, advance=1, description=live(result, results))
-            if writer:
-                writer.answer(
-                    result.prompt.id, result.prompt.domain, len(result.token_ids),
-                    result.stats, result.version, result.learning_seconds,
-                )  # fmt: skip
-            if checkpoint_dir is not None and len(results) % save_every == 0:
-                session.save(checkpoint_dir, save_feedback)
-            if interrupt:
-                break
-    if checkpoint_dir is not None:
-        path = session.save(checkpoint_dir, save_feedback)
-        console.print(f"saved {path}")
+    with Interrupt() as interrupt:
+        with progress_bar() as bar:
+            task = bar.add_task("learn", total=len(rows))
+            answers = session.generate(
+                rows, decoding.max_new_tokens, decoding.sampling, is_raw=decoding.raw
+            )
+            for result in answers:
+                results.append(result)
+                log.add(result.to_json())
+                bar.update(task, advance=1, description=live(result, results))
+                if writer:
+                    writer.answer(
+                        result.prompt.id, result.prompt.domain, len(result.token_ids),
+                        result.stats, result.version, result.learning_seconds,
+                    )  # fmt: skip
+                if checkpoint_dir is not None and len(results) % save_every == 0:
+                    with interrupt.held():
+                        session.save(checkpoint_dir, save_feedback)
+                if interrupt:
+                    break
+        # Another signal would end this else, and with it what was learned.
+        with interrupt.held():
+            log.close()
+            if checkpoint_dir is not None:
+                path = session.save(checkpoint_dir, save_feedback)
+                console.print(f"saved {path}")
+            write_json(json_file, log.rows, is_list=True)
     if writer:
         writer.close()
-    write_json(json_file, [r.to_json() for r in results], is_list=True)
+    if len(results) < len(rows):
+        interrupt.raise_if_set()
+
+
+def _open_log(
+    session: Session, folder: Path | None, save_feedback: bool, jsonl: Path | None,
+    json_file: Path | None,
+) -> AnswerLog:  # fmt: skip
+    """The log of a run, behind what its session has resumed.
+
+    Answers are the users' as feedback is: without it the folder gets none of them.
+    """
+    kept = folder and folder / "answers.jsonl"
+    files = [kept if save_feedback else None, jsonl]
+    older = None if save_feedback else kept
+    return AnswerLog(files, session.answered, older, json_file)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from ospec_jax import sharding
+from ospec_jax import atomic, sharding
 from ospec_jax.config import (
     LEARNER_NAMES,
     ChildrenKind,
@@ -195,5 +195,4 @@ def write_json(file: Path | None, rows: list, is_list: bool) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text + "\n", "utf-8")
+    atomic.write_text(file, text + "\n")

@@ -92,7 +92,8 @@ def bench(
         _compare(drafts, decoding, rows, config, json_file, markdown)
         return
     target, draft = decoding.load()
-    run, table = run_with_progress(target, draft, rows, config, others)
+    interrupt = Interrupt()
+    run, table = run_with_progress(target, draft, rows, config, interrupt, others)
     write_json(json_file, table, is_list=True)
     if markdown is not None:
         write_text(markdown, markdown_table(table))
@@ -100,6 +101,8 @@ def bench(
         console.print(f"plot: {plot_modes(table, plot)}")
     if stream_plot is not None:
         console.print(f"plot: {plot_stream(run, stream_plot)}")
+    if len(run.prompts) < len(rows):
+        interrupt.raise_if_set()
 
 
 def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) -> None:
@@ -118,13 +121,16 @@ def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) ->
     drafts = {
         text: (load_draft(name, target), tree) for text, (name, tree) in chosen.items()
     }
-    run = run_live(target, None, prompts, config, drafts=drafts)
+    interrupt = Interrupt()
+    run = run_live(target, None, prompts, config, interrupt, drafts=drafts)
     table = domain_rows(run)
     text = drafts_table(table)
     console.print(text, soft_wrap=True, markup=False)
     write_json(json_file, table, is_list=True)
     if markdown is not None:
         write_text(markdown, text)
+    if len(run.prompts) < len(prompts):
+        interrupt.raise_if_set()
 
 
 def roofline(
@@ -146,11 +152,11 @@ def roofline(
     print(roofline_table(costs, machine))
 
 
-def run_live(target, draft, prompts, config, peers=(), drafts=None):
-    """Runs a benchmark behind a live bar."""
+def run_live(target, draft, prompts, config, interrupt, peers=(), drafts=None):
+    """Runs a benchmark behind a live bar, until `interrupt` is set."""
     from ospec_jax.bench.harness import ModeRun, run_bench
 
-    with Interrupt() as interrupt, progress_bar() as bar:
+    with interrupt, progress_bar() as bar:
         task = bar.add_task("compiling", total=len(prompts))
 
         def show(number, name, turns):
@@ -165,12 +171,12 @@ def run_live(target, draft, prompts, config, peers=(), drafts=None):
         )
 
 
-def run_with_progress(target, draft, prompts, config, peers=()):
+def run_with_progress(target, draft, prompts, config, interrupt, peers=()):
     """Runs a benchmark behind a live bar and prints its table."""
     from ospec_jax.bench.report import markdown_table, terminal_table
     from ospec_jax.bench.rows import to_rows
 
-    run = run_live(target, draft, prompts, config, peers)
+    run = run_live(target, draft, prompts, config, interrupt, peers)
     table = to_rows(run)
     if console.is_terminal:
         title = f"{target.name}, {target.numerics.precision}"

@@ -146,6 +146,7 @@ def replay(
     kind = meta.fingerprint, meta.precision, str(meta.max_new_tokens)
     content = " ".join([*kind, low_rank.fingerprint(replayer.draft.draft)])
     rows = []
+    is_cut_short = False
     with Interrupt() as interrupt, progress_bar() as bar:
         for name, config in configs.items():
             is_random = config is not None and config.replay_share > 0
@@ -161,14 +162,18 @@ def replay(
                                label)  # fmt: skip
                     results.put(row)
                 rows += [row] if row else []
+                is_cut_short |= row is None
         hindsight = None
         if regret and not interrupt:
             names = [draft, key, content]
             hindsight = _hindsight(replayer, results, chunk_size, bar, names)
+        is_cut_short |= regret and hindsight is None
     results.add_regret(rows, hindsight)
     print(results.markdown_table(rows))
     if plot is not None and rows:
         console.print(f"plot: {results.plot_replays(rows, plot)}")
+    if is_cut_short or not all(row["is_finished"] for row in rows):
+        interrupt.raise_if_set()
 
 
 def _replayed(name: str, **flags) -> LearnerConfig:

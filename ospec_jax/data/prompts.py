@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ospec_jax import atomic
 from ospec_jax.config import ConfigError
 
 DEMO_DOMAINS = ("math", "html", "yaml")
@@ -189,10 +190,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 def write_prompts(path: str | Path, prompts: Sequence[Prompt]) -> None:
     """Writes a JSONL file that `read_prompts` reads back as the same prompts."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(_row_of(prompt), ensure_ascii=False) for prompt in prompts]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    atomic.write_text(Path(path).expanduser(), "\n".join(lines) + "\n")
 
 
 def _row_of(prompt: Prompt) -> dict:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import export
 from jax.sharding import AbstractMesh
 
-from ospec_jax import sharding
+from ospec_jax import atomic, sharding
 from ospec_jax.config import (
     AttentionKind,
     ConfigError,
@@ -190,14 +190,13 @@ def as_data(tree) -> list:
 
 def write(lowered: dict[str, export.Exported], folder: Path) -> list[Path]:
     """Writes each artefact as `NAME.jax_export`, and `artefacts.json` about them."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths, facts = [], {}
     for name, exported in lowered.items():
         path = folder / f"{name}.jax_export"
-        path.write_bytes(exported.serialize())
+        atomic.write_bytes(path, exported.serialize())
         paths.append(path)
         facts[name] = describe(exported) | {"bytes": path.stat().st_size}
-    (folder / "artefacts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    atomic.write_text(folder / "artefacts.json", json.dumps(facts, indent=1) + "\n")
     return paths
 
 

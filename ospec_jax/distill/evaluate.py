@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ospec_jax import atomic
 from ospec_jax.learners.base import Learner
 from ospec_jax.replay.store import FeedbackStore
 
@@ -98,7 +99,4 @@ def plot_history(history: list[dict], path: Path) -> Path:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
-    return path
+    return atomic.write_figure(figure, path)

@@ -153,7 +153,7 @@ def train(
 ) -> list[dict]:
     """Trains, or goes on training, the draft in `out`; returns the history.
 
-    Beside its checkpoints lies `training.png`. Ctrl-C saves and returns.
+    Beside its checkpoints lies `training.png`.
 
     Args:
       initial: A trained draft to start from; it brings its own family, architecture
@@ -163,6 +163,8 @@ def train(
     Raises:
       ConfigError: The family is not trained, or the recorded features are not those
         that it reads.
+      Interrupted: By Ctrl-C or another signal, before the last update. All is saved,
+        and the same call goes on.
     """
     store = FeedbackStore(store_folder)
     if initial is not None:
@@ -262,10 +264,15 @@ class _Run:
     def loop(self, state: LearnerState, card: dict) -> list[dict]:
         config, token_ids = self.config, self.draft.token_ids
         history = list(card.get("history", []))
-        save = lambda: self._save(state, step, card | {"history": history})
         update = jax.jit(self.learner.update, donate_argnums=0)
         step = int(state.num_updates)
+        saved = step
         batches = _batches(self.store_folder, config, step)
+
+        def save():
+            with interrupt.held():
+                self._save(state, step, card | {"history": history})
+
         with Interrupt() as interrupt, progress_bar() as bar:
             task = bar.add_task("distill", total=config.num_updates, completed=step)
             if step == 0 and "started_from" in card:
@@ -287,8 +294,11 @@ class _Run:
                     bar.console.print(history[-1])
                 if step % config.save_every == 0 or is_last:
                     save()
-            if interrupt:
+                    saved = step
+            if step > saved:
                 save()
+        if step < config.num_updates:
+            interrupt.raise_if_set()
         return history
 
     def _score(self, state, step, info: LearnerInfo | None) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from ospec_jax import atomic
 from ospec_jax.models.weights import WeightsError
 
 DTYPES = {
@@ -90,10 +91,9 @@ def write_folder(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> 
     """Writes config.json and model.safetensors."""
     from safetensors.numpy import save
 
-    folder.mkdir(parents=True, exist_ok=True)
     whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     # Not `save_file`, whose files nobody but their owner may read.
-    file = folder / "model.safetensors"
-    file.write_bytes(save(whole, metadata={"format": "pt"}))
+    content = save(whole, metadata={"format": "pt"})
+    atomic.write_bytes(folder / "model.safetensors", content)
     text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", "utf-8")
+    atomic.write_text(folder / "config.json", text + "\n")

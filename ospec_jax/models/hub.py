@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from ospec_jax import sharding
+from ospec_jax import atomic, sharding
 from ospec_jax.config import ConfigError, ModelConfig, Precision
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.models import gguf, weights
@@ -197,11 +197,10 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
         rows = len(ids) // length
         texts = np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
         found = measure_ranges(config, numerics, params, texts)
-        file.parent.mkdir(exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part.npz")
         columns: Any = {n: np.stack([r[n] for r in found]) for n in names}
-        np.savez(part, **columns)
-        part.rename(file)
+        with atomic.replacing(file) as part, part.open("wb") as out:
+            # To a name, not an open file, `.npz` would be added.
+            np.savez(out, **columns)
     with np.load(file) as stored:
         columns = {name: stored[name] for name in names}
     return [{n: columns[n][i] for n in names} for i in range(config.num_layers)]
@@ -291,8 +290,7 @@ def _is_genuine(file: Path, sha256: str) -> bool:
         return True
     if _sha256(file) != sha256:
         return False
-    stamp.parent.mkdir(exist_ok=True)
-    stamp.write_text(f"{file} {file.stat().st_mtime_ns}")
+    atomic.write_text(stamp, f"{file} {file.stat().st_mtime_ns}")
     return True
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ospec_jax import atomic
 from ospec_jax.config import Precision
 from ospec_jax.kernels import native
 from ospec_jax.models.layers import Numerics, linear
@@ -105,8 +106,7 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
             for precision in ("int8", "float32")
         }
         known[key] = min(times, key=times.__getitem__)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(known, indent=1))
+        atomic.write_text(file, json.dumps(known, indent=1))
     return of(known[key])
 
 

@@ -38,6 +38,7 @@ def collect(
 
     Raises:
       ConfigError: No prompt would fit beside so many new tokens.
+      Interrupted: By Ctrl-C or another signal; the same call goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = recorded_ids(folder)
@@ -72,11 +73,14 @@ def collect(
         task = bar.add_task("collect", total=len(requests))
         for shard in _grouped(completions, shard_size):
             recordings = [_record(c, domain_of[c.request.id]) for c in shard]
-            write_shard(folder, number, recordings)
+            with interrupt.held():
+                write_shard(folder, number, recordings)
             number, count = number + 1, count + len(recordings)
             bar.update(task, completed=count)
             if interrupt:
                 break
+    if count < len(requests):
+        interrupt.raise_if_set()
     return count
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ospec_jax import atomic
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.data.prompts import Prompt, encode
 from ospec_jax.decoding.engine import CAPACITIES
@@ -81,9 +82,8 @@ def record(
     if capacity not in CAPACITIES:
         raise ConfigError(f"the capacity is {capacity}; use one of {CAPACITIES}")
     order = dict.fromkeys([*known, *(prompt.id for prompt in prompts)])
-    folder.mkdir(parents=True, exist_ok=True)
     fields = dataclasses.asdict(meta) | {"order": list(order)}
-    (folder / _FILE).write_text(json.dumps(fields, indent=1))
+    atomic.write_text(folder / _FILE, json.dumps(fields, indent=1))
     return collect(
         target, prompts, folder, taps, max_new_tokens=max_new_tokens,
         sampling=sampling, batch_size=batch_size, capacity=capacity,

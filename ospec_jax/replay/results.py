@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ospec_jax import atomic
 from ospec_jax.config import ConfigError, LearnerConfig
 from ospec_jax.replay.hindsight import dynamic_regret_proxy
 from ospec_jax.replay.replayer import Run
@@ -139,11 +140,8 @@ class Results:
         """Replaces the file, whole or not at all."""
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_name(self.file.name + ".part")
         content = {"runs": self.runs, "hindsight": self.hindsight}
-        part.write_text(json.dumps(content, indent=1), "utf-8")
-        part.replace(self.file)
+        atomic.write_text(self.file, json.dumps(content, indent=1))
 
 
 def add_regret(rows: list[dict], hindsight: list[float] | None) -> None:
@@ -228,7 +226,4 @@ def plot_replays(rows: list[dict], path: Path) -> Path:
     if has_regret:
         grid[1, 0].set(ylabel="summed loss over the static draft's, nats")
     grid[-1, 0].set(xlabel="answer")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
-    return path
+    return atomic.write_figure(figure, path)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progress bars, and interruption that loses nothing."""
 
+import contextlib
+import os
 import signal
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -47,27 +50,87 @@ def progress_bar() -> Progress:
     )
 
 
+class Interrupted(KeyboardInterrupt):
+    """What could be was saved, but a signal left work undone.
+
+    Attributes:
+      number: Of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """As shells tell of a process that a signal ended."""
+        return 128 + self.number
+
+
 class Interrupt:
-    """Turns the first Ctrl-C or termination signal into a flag, the second into an end.
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a flag, the second into an end.
+
+    A signal that is ignored from the start stays so, as under `nohup`.
 
     >>> with Interrupt() as interrupt:
     ...     bool(interrupt)
     False
+
+    Attributes:
+      number: Of the first signal; 0 before it.
     """
 
     def __init__(self):
-        self._is_set = False
+        self.number = 0
+        self._is_held = False
         self._before: dict = {}
+        self._terminals: list[int] = []
 
     def __bool__(self) -> bool:
-        return self._is_set
+        return self.number != 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, no signal ends anything: for what must be written as a whole."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+
+    def raise_if_set(self) -> None:
+        """For the end of what a signal cut short, once the results are saved.
+
+        Raises:
+          Interrupted: There was a signal.
+        """
+        if self:
+            raise Interrupted(self.number)
 
     def _handle(self, number, frame):
-        self._is_set = True
-        signal.signal(number, self._before[number])
+        if number == signal.SIGHUP:
+            self._leave_terminals()
+        if not self:
+            self.number = number
+        elif not self._is_held:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+
+    def _leave_terminals(self) -> None:
+        """Lets output go nowhere: writing to a terminal that is gone would fail, and
+        with it what is to be saved."""
+        for descriptor in self._terminals:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
+        self._terminals = []
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # None is a handler that was not installed from Python.
+            if signal.getsignal(number) in (signal.SIG_IGN, None):
+                continue
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:  # not in the main thread: no signals arrive here

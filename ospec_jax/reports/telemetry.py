@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ospec_jax import atomic
 from ospec_jax.config import ConfigError
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.online.windows import UpdateReport
@@ -86,7 +87,7 @@ class Telemetry:
             kept = [row for row in read_rows(file) if _is_within(row, num_answered)]
             for row in kept:
                 self._recall(row)
-            file.write_text("".join(map(_line, kept)), "utf-8")
+            atomic.write_text(file, "".join(map(_line, kept)))
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = file.open("a", encoding="utf-8")
 
@@ -241,7 +242,4 @@ def plot_telemetry(rows: list[dict], path: Path) -> Path:
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
-    return path
+    return atomic.write_figure(figure, path)

@@ -17,32 +17,70 @@ from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.types import Draft
 
 if TYPE_CHECKING:
-    from ospec_jax.session.session import Session
+    from ospec_jax.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a learning session last wrote or read.
+
+    Attributes:
+      place: The step's folder.
+      meta: Its record; what was answered since would change it.
+      has_all_feedback: Nothing that the session remembers is missing there.
+    """
+
+    place: Path
+    meta: Meta
+    has_all_feedback: bool
+
+    def holds(self, place: Path, meta: Meta, with_feedback: bool) -> bool:
+        """Whether saving would change nothing."""
+        if (self.place, self.meta) != (place, meta) or not place.is_dir():
+            return False
+        if with_feedback:
+            return self.has_all_feedback
+        return not (place / "feedback").exists()
 
 
 def save(session: Session, folder: str | Path, with_feedback: bool = True) -> Path:
     """See `Session.save`."""
     if session.meta is None:
         raise checkpoint.CheckpointError("there is no draft to save")
-    controller = session.chooser.to_json()
+    meta = _current_meta(session)
+    if session.learning is None:
+        draft = session.grouped(session.draft, is_inverse=True)
+        return checkpoint.save(folder, 0, meta, draft)
+
+    step = int(session.learning.state.num_prompts)
+    place = Path(folder).resolve() / str(step)
+    if session.saved is not None and session.saved.holds(place, meta, with_feedback):
+        return place
+
+    draft = session.grouped(session.draft, is_inverse=True)
+    state = session.grouped(session.learning.state, is_inverse=True)
+    traffic = session.learning.traffic if with_feedback else None
+    checkpoint.save(folder, step, meta, draft, state, traffic)
+    session.saved = Saved(place, meta, with_feedback)
+    return place
+
+
+def _current_meta(session: Session) -> Meta:
+    """The record that a checkpoint of the session as it is now would hold."""
+    assert session.meta is not None, "there is a draft"
     meta = dataclasses.replace(
         session.meta,
         storage="float32",
-        controller=controller,
+        controller=session.chooser.to_json(),
         num_admitted=session.num_admitted,
     )
-    draft = session.grouped(session.draft, is_inverse=True)
     if session.learning is None:
-        return checkpoint.save(folder, 0, meta, draft)
-    meta = dataclasses.replace(
+        return meta
+    return dataclasses.replace(
         meta, draft_version=meta.draft_version + session.version,
         learner=dataclasses.asdict(session.learning.config),
         answered=tuple(session.answered),
     )  # fmt: skip
-    state = session.grouped(session.learning.state, is_inverse=True)
-    traffic = session.learning.traffic if with_feedback else None
-    step = int(state.num_prompts)
-    return checkpoint.save(folder, step, meta, draft, state, traffic)
 
 
 def resume(session: Session, folder: str | Path) -> list[str]:
@@ -89,6 +127,8 @@ def resume(session: Session, folder: str | Path) -> list[str]:
     session.answered = list(restored.meta.answered)
     session.num_admitted = restored.meta.num_admitted
     session.chooser.resume(restored.meta.controller)
+    place = Path(folder).resolve() / str(restored.step)
+    session.saved = Saved(place, _current_meta(session), has_all_feedback=True)
     return session.answered
 
 

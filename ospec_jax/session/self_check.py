@@ -5,7 +5,7 @@ from ospec_jax.config import HydraConfig, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
-from ospec_jax.session.session import Session
+from ospec_jax.session import Session
 from ospec_jax.storage.checkpoint import CheckpointError
 
 _USELESS = 1.01

@@ -139,6 +139,7 @@ class Session:
         self.on_update: Callable[[UpdateReport, Draft, Draft], None] | None = None
         self.answered: list[str] = []
         self.num_admitted = 0
+        self.saved: resume.Saved | None = None
         # Without learning there is nothing to remember but the rates.
         orders = memory_orders(suggestions or (draft.meta.family if draft else ""))
         self._memory = sharding.put_params(init_memory(1, orders), mesh)
@@ -359,6 +360,9 @@ class Session:
 
     def save(self, folder: str | Path, with_feedback: bool = True) -> Path:
         """Writes a checkpoint of the draft and of what learning needs to go on.
+
+        Nothing is written if the step is there as this session last wrote or read it,
+        nothing was answered since, and it holds feedback as wished.
 
         Args:
           with_feedback: Also store recent traffic and remembered n-grams, from which

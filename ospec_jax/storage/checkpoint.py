@@ -6,12 +6,20 @@ draft vocabulary, of families that are trained) and `meta` (what they belong to)
 loaded alone. `learner` is the state of online learning; `feedback` is the traffic it
 keeps (recorded features and n-grams), from which users' prompts and answers can be read
 back: it is kept apart so that a draft can be given away without it.
+
+Whenever a save is killed, each step that was complete before can still be loaded. A new
+step is renamed into place by Orbax once it is written. One that replaces a step `N` is
+written into `N.writing`; then `N` becomes `N.replaced`, and the new one becomes `N`. A
+`N.replaced` without `N` is what a kill between these two renames leaves: whoever opens
+the folder next gives it back its name. Other leftovers are removed by the next save
+alone, since someone may be reading.
 """
 
 import dataclasses
 import importlib.metadata
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,6 +45,9 @@ from ospec_jax.storage import low_rank
 from ospec_jax.types import Draft
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+_WRITING = ".writing"
+_REPLACED = ".replaced"
+_ORBAX_PART = ".orbax-checkpoint-tmp"
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
@@ -168,7 +179,8 @@ def save(
     """Writes one step, in place of one of that number; removes all but `num_kept`.
 
     Keys cannot be stored by Orbax, so state holds none: randomness derives from seeds
-    and counters. The step appears only once it is complete.
+    and counters. The step appears only once it is complete, and until then the one that
+    it replaces stays.
 
     Raises:
       CheckpointError: The folder holds a later step: it is of another run.
@@ -185,18 +197,92 @@ def save(
         items["feedback"] = feedback
     path = Path(folder).resolve()
     with _open(path, num_kept) as checkpointer:
-        newest = max((c.step for c in checkpointer.checkpoints), default=step)
+        found = sorted(c.step for c in checkpointer.checkpoints)
+        newest = max(found, default=step)
         if newest > step:
             raise CheckpointError(
                 f"{folder} holds step {newest}, of a run that has gone further than "
                 f"this one's step {step}; choose another folder"
             )
-        checkpointer.save_checkpointables(step, items, overwrite=True)
+        _sweep(path)
+        if step in found:
+            _replace(path, step, items)
+            for number in found[:-num_kept]:
+                checkpointer.delete(number)
+        else:
+            checkpointer.save_checkpointables(step, items)
     return path / str(step)
+
+
+def _replace(path: Path, step: int, items: dict[str, Any]) -> None:
+    """Writes a step beside the one of its number, then swaps the two."""
+    place = path / str(step)
+    writing = place.with_name(place.name + _WRITING)
+    with _open(writing) as checkpointer:
+        checkpointer.save_checkpointables(step, items)
+    try:
+        if jax.process_index() == 0:
+            _swap(writing / place.name, place)
+    finally:
+        # The others wait also where this process fails, and would wait for ever.
+        _wait_for_all()
+    _sweep(path)
+
+
+def _swap(new: Path, place: Path) -> None:
+    """Gives `new` the name `place`, and what had it another one."""
+    replaced = place.with_name(place.name + _REPLACED)
+    while True:
+        place.rename(replaced)
+        try:
+            new.rename(place)
+            return
+        except OSError:
+            # Someone who opened the folder just now took the step that was set aside
+            # for a leftover, and gave it back its name.
+            if not place.exists():
+                raise
+
+
+def _recover(path: Path) -> None:
+    """Gives a step that was set aside its name back if no other has taken it."""
+    if jax.process_index() == 0:
+        for replaced in path.glob(f"*{_REPLACED}"):
+            place = replaced.with_suffix("")
+            try:
+                if not place.exists():
+                    replaced.rename(place)
+            except OSError:  # the one who set it aside, or another reader, was faster
+                if not place.exists():
+                    raise
+    _wait_for_all()
+
+
+def _sweep(path: Path) -> None:
+    """Removes what killed saves left; `_recover` comes before."""
+    if jax.process_index() == 0:
+        for replaced in path.glob(f"*{_REPLACED}"):
+            # Under its name it is always whole: what is half deleted has another one.
+            rest = replaced.with_suffix(_WRITING)
+            rest.mkdir(exist_ok=True)
+            replaced.rename(rest / replaced.name)
+        for pattern in (f"*{_WRITING}", f"*{_ORBAX_PART}*"):
+            for rest in path.glob(pattern):
+                shutil.rmtree(rest)
+    _wait_for_all()
+
+
+def _wait_for_all() -> None:
+    """A barrier of all processes, before which only the first one renames."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("ospec checkpoint")
 
 
 def _open(path: Path, num_kept: int | None = None) -> Any:
     """Orbax's checkpointer; without `num_kept` nothing is ever removed."""
+    _recover(path)
     policy: Any = None
     if num_kept is not None:
         policy = ocp.training.preservation_policies.LatestN(num_kept)
@@ -216,7 +302,10 @@ def steps(folder: str | Path) -> list[int]:
 def set_aside(folder: str | Path, last: int) -> None:
     """Renames the steps behind `last`, which could not be read, so that a run that goes
     on from there may save."""
-    for step in steps(folder):
+    found = steps(folder)
+    # Else what a renamed step had replaced would come back in its place.
+    _sweep(Path(folder))
+    for step in found:
         if step > last and jax.process_index() == 0:
             old = Path(folder) / str(step)
             old.rename(old.with_name(f"{step}.unreadable"))

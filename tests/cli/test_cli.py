@@ -2,6 +2,7 @@
 """The commands, on files as a user has them."""
 
 import json
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from reference import random_params
 
 from ospec_jax import LearnerConfig, cli
 from ospec_jax.bench.harness import MODES
-from ospec_jax.cli import arguments
+from ospec_jax.cli import answer, arguments
 from ospec_jax.config import LEARNER_NAMES, ConfigError
 from ospec_jax.storage import checkpoint
 
@@ -209,7 +210,7 @@ def test_learn_resumes_where_it_stopped(ospec, tmp_path):
     assert saved.draft_version > 0
     assert ospec("learn", *args, "--prompts", few) == 2  # the folder is in use
     rest = ospec.json("learn", *args, "--prompts", ospec.prompts, "--resume")
-    assert {row["id"] for row in rest} == {"q5", "q6", "q7"}
+    assert [row["id"] for row in rest] == [f"q{i}" for i in range(8)]
     assert len(checkpoint.load(tmp_path).meta.answered) == 8
     told = [json.loads(x) for x in (tmp_path / "told.jsonl").read_text().splitlines()]
     numbers = [row["number"] for row in told if row["kind"] == "answer"]
@@ -220,6 +221,116 @@ def test_learn_resumes_where_it_stopped(ospec, tmp_path):
         "telemetry", tmp_path / "told.jsonl", "--plot", tmp_path / "told.png"
     ) == 0  # fmt: skip
     assert (tmp_path / "told.png").exists()
+
+
+class Killed(BaseException):
+    """Stands for a signal that ends the process."""
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_killed_run_loses_no_answer_and_repeats_none(ospec, tmp_path, monkeypatch):
+    args = ("--draft", ospec.draft, "--learner", "gradient", "--update-interval", 30)
+    args += ("--prompts", ospec.prompts, "--save-every", 2, "--checkpoint")
+    straight = ospec.json("learn", *args, tmp_path / "straight")
+
+    kept, told = tmp_path / "run" / "answers.jsonl", tmp_path / "told.jsonl"
+    args += (kept.parent, "--jsonl", told)
+    save = checkpoint.save
+
+    def dying_save(folder, step, *rest):
+        if step == 6:
+            raise Killed
+        return save(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", dying_save)
+    with pytest.raises(Killed):
+        ospec("learn", *args)
+    monkeypatch.undo()
+    # Six answers were given, of which the checkpoint counts four.
+    assert checkpoint.steps(kept.parent) == [2, 4]
+    assert read_lines(kept) == read_lines(told) == straight[:6]
+
+    told.unlink()
+    stale = straight[:4] + [straight[4] | {"text": "before"}, straight[5]]
+    kept.write_text("".join(json.dumps(row) + "\n" for row in stale) + '{"id": "q')
+    assert ospec.json("learn", *args, "--resume") == straight
+    assert read_lines(kept) == read_lines(told) == straight
+
+
+def test_a_finished_run_that_is_resumed_writes_nothing_new(ospec, tmp_path):
+    few = ospec.write_prompts("few", ospec.rows[:2])
+    args = ("--draft", ospec.draft, "--learner", "memory", "--prompts", few)
+    args += ("--checkpoint", tmp_path, "--save-every", 2)
+    rows = ospec.json("learn", *args)
+    before = (tmp_path / "2").stat().st_ino
+    assert ospec.json("learn", *args, "--resume") == rows
+    assert (tmp_path / "2").stat().st_ino == before
+
+
+@pytest.mark.filterwarnings("default")
+def test_answers_stay_out_of_a_folder_without_feedback(ospec, tmp_path, capsys):
+    few = ospec.write_prompts("few", ospec.rows[:2])
+    args = ("--draft", ospec.draft, "--learner", "memory", "--no-save-feedback")
+    args += ("--checkpoint", tmp_path, "--prompts")
+    rows = ospec.json("learn", *args, few)
+    assert not (tmp_path / "answers.jsonl").exists()
+    args += (ospec.write_prompts("more", ospec.rows[:3]), "--resume")
+    # The file that the earlier run wrote is written again.
+    whole = ospec.json("learn", *args)
+    assert whole[:2] == rows
+    assert [row["id"] for row in whole] == ["q0", "q1", "q2"]
+    assert ospec("learn", *args, "--jsonl", tmp_path / "none.jsonl") == 0
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "3 of 3 earlier answers were not kept, the first is 'q0'" in printed
+
+
+def test_generate_writes_each_answer_as_a_line(ospec, tmp_path, capsys):
+    few = ospec.write_prompts("few", ospec.rows[:2])
+    args = ("--prompts", few, "--draft", "none", "--jsonl")
+    file = tmp_path / "told.jsonl"
+    rows = ospec.json("generate", *args, file)
+    assert read_lines(file) == rows
+    capsys.readouterr()
+    assert ospec("generate", *args, "-") == 0
+    assert list(map(json.loads, capsys.readouterr().out.splitlines())) == rows
+    for command in ("generate", "learn"):
+        assert ospec(command, *args, file) == 2
+    assert read_lines(file) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)]
+)
+def test_signals_save_and_tell_whether_work_is_left(
+    ospec, tmp_path, monkeypatch, name, code
+):
+    few = ospec.write_prompts("few", ospec.rows[:3])
+    args = ("--draft", ospec.draft, "--learner", "memory", "--prompts", few)
+    args += ("--checkpoint", tmp_path, "--json", tmp_path / "result.json")
+    save, live = checkpoint.save, answer.live
+    interrupt = lambda: signal.raise_signal(signal.Signals[name])
+
+    def interrupted_live(result, results):
+        if result.prompt.id in ("q1", "q2"):
+            interrupt()
+        return live(result, results)
+
+    def interrupted_save(*rest):
+        interrupt()  # the second one: it waits until the step is whole
+        return save(*rest)
+
+    monkeypatch.setattr(answer, "live", interrupted_live)
+    monkeypatch.setattr(checkpoint, "save", interrupted_save)
+    assert ospec("learn", *args) == code
+    assert checkpoint.steps(tmp_path) == [2]
+    assert len(json.loads((tmp_path / "result.json").read_text())) == 2
+    # After the last answer there is nothing to go on with.
+    assert ospec("learn", *args, "--resume") == 0
+    assert checkpoint.load(tmp_path).meta.answered == ("q0", "q1", "q2")
 
 
 def test_telemetry_of_the_default_learner(ospec, tmp_path):

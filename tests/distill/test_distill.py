@@ -3,6 +3,7 @@
 
 import dataclasses
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from ospec_jax import Session, load_draft
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.distill import train as train_module
 from ospec_jax.distill.starts import (
     TRAINED,
     default_draft_config,
@@ -23,6 +25,7 @@ from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.llama import head_table
 from ospec_jax.replay.collect import collect
 from ospec_jax.replay.store import FeedbackStore, recorded_ids
+from ospec_jax.reports.progress import Interrupted
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import CheckpointError
 from ospec_jax.testing import tiny_target
@@ -110,6 +113,21 @@ def test_interrupted_training_resumes_bitwise(
     resumed = checkpoint.load(tmp_path, target)
     assert resumed.step == whole.step == 12
     jax.tree.map(np.testing.assert_array_equal, whole.draft, resumed.draft)
+
+
+def test_a_signal_saves_and_tells_that_training_is_unfinished(
+    target, folder, draft_config, tmp_path, monkeypatch
+):
+    describe = train_module._describe
+
+    def terminated(info):
+        signal.raise_signal(signal.SIGTERM)
+        return describe(info)
+
+    monkeypatch.setattr(train_module, "_describe", terminated)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        train(target, folder, tmp_path, CONFIG, draft_config)
+    assert checkpoint.steps(tmp_path) == [1]
 
 
 def test_training_goes_on_from_a_draft(target, folder, trained, tmp_path):

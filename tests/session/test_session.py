@@ -138,6 +138,38 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path
     assert_same(second.draft, straight.draft)
 
 
+def test_a_save_that_changes_nothing_writes_nothing(target, draft, tmp_path):
+    learner = LearnerConfig(name="memory")
+    first = Session(target, draft, learner=learner)
+    answers(first, PROMPTS[:2])
+    place = first.save(tmp_path, with_feedback=False)
+    written = lambda: place.stat().st_ino  # another folder has another number
+    before = written()
+    assert first.save(tmp_path, with_feedback=False) == place
+    assert written() == before
+    first.save(tmp_path)  # now with feedback
+    assert written() != before
+
+    second = Session(target, draft, learner=learner)
+    second.resume(tmp_path)
+    before = written()
+    assert second.save(tmp_path) == place
+    assert written() == before
+    second.save(tmp_path, with_feedback=False)
+    assert not (place / "feedback").exists()
+
+    third = Session(target, draft, learner=learner)
+    with pytest.warns(UserWarning, match="holds no feedback"):
+        third.resume(tmp_path)
+    before = written()
+    third.save(tmp_path)
+    assert written() == before
+    answers(third, PROMPTS[2:3])
+    assert third.save(tmp_path) == tmp_path / "3"
+    third.save(tmp_path / "elsewhere")
+    assert checkpoint.steps(tmp_path / "elsewhere") == [3]
+
+
 @pytest.mark.parametrize("name", sorted({*LEARNER_NAMES} - {"memory", "auto"}))
 def test_every_learner_serves_exactly_and_resumes_bitwise(
     target, draft, plain, tmp_path, name
@@ -430,7 +462,7 @@ def test_streamed_text_adds_up(target, draft):
 
 def test_collapsed_acceptance_warns(target, draft, plain, monkeypatch):
     # Random weights may end most answers early: how early differs between machines.
-    monkeypatch.setattr("ospec_jax.session.session._COLLAPSE_STEPS", 40)
+    monkeypatch.setattr("ospec_jax.session.session.session._COLLAPSE_STEPS", 40)
     never = max(set(range(target.config.vocab_size)) - set(sum(plain, [])))
     wrong = np.full_like(draft.draft.token_ids, never)
     useless = LoadedDraft(draft.draft.replace(token_ids=wrong), draft.meta)
@@ -454,7 +486,7 @@ def test_predicted_answers_come_faster(target, draft, plain):
 
 @pytest.mark.filterwarnings("ignore:the mean acceptance length")
 def test_counts_go_on_after_a_look_at_them(target, draft, monkeypatch):
-    monkeypatch.setattr("ospec_jax.session.session._COLLAPSE_STEPS", 1)
+    monkeypatch.setattr("ospec_jax.session.session.session._COLLAPSE_STEPS", 1)
     session = Session(target, draft, ngrams=False)
     results = list(session.generate(PROMPTS[:3], NEW_TOKENS))
     counts = [result.stats.num_drafts for result in results]

@@ -4,8 +4,10 @@
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,134 @@ def test_a_step_takes_the_place_of_its_like_but_not_of_a_later_one(made, tmp_pat
     checkpoint.set_aside(tmp_path, 1)
     checkpoint.save(tmp_path, 2, meta, draft)
     assert checkpoint.steps(tmp_path) == [2]
+
+
+class Killed(BaseException):
+    """Stands for a signal that ends the process."""
+
+
+def die(*args, **kwargs):
+    raise Killed
+
+
+POINTS = ["while writing", "before the swap", "within the swap", "while cleaning up"]
+
+
+def kill_at(monkeypatch, point):
+    """Lets the next save of a step that is there end at `point`."""
+    rename = Path.rename
+    doomed = {"before the swap": "3.replaced", "within the swap": "3"}
+
+    def dying_rename(self, to):
+        if Path(to).name == doomed[point]:
+            raise Killed
+        return rename(self, to)
+
+    if point == "while writing":
+        checkpointer = checkpoint.ocp.training.Checkpointer
+        monkeypatch.setattr(checkpointer, "save_checkpointables", die)
+    elif point == "while cleaning up":
+        monkeypatch.setattr(shutil, "rmtree", die)
+    else:
+        monkeypatch.setattr(Path, "rename", dying_rename)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_save_killed_anywhere_leaves_the_old_step_or_the_new(
+    made, tmp_path, monkeypatch, point
+):
+    draft, meta = made
+    changed = lambda by: draft.replace(
+        params=jax.tree.map(lambda x: x + by, draft.params)
+    )
+    for step in (2, 3):
+        checkpoint.save(tmp_path, step, meta, draft)
+    with monkeypatch.context() as patch:
+        kill_at(patch, point)
+        with pytest.raises(Killed):
+            checkpoint.save(tmp_path, 3, meta, changed(1))
+
+    found = checkpoint.load(tmp_path)
+    expected = changed(1) if point == "while cleaning up" else draft
+    assert found.step == 3
+    jax.tree.map(np.testing.assert_array_equal, found.draft, expected)
+    assert checkpoint.steps(tmp_path) == [2, 3]
+
+    checkpoint.save(tmp_path, 3, meta, changed(2))
+    found = checkpoint.load(tmp_path).draft
+    jax.tree.map(np.testing.assert_array_equal, found, changed(2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_loading_removes_no_leftovers_and_a_set_aside_step_stays_away(made, tmp_path):
+    draft, meta = made
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, meta, draft)
+    for name in ("2.replaced", "2.writing", "2.orbax-checkpoint-tmp-9"):
+        shutil.copytree(tmp_path / "2", tmp_path / name)
+    checkpoint.load(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+    checkpoint.set_aside(tmp_path, 1)
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_a_reader_may_give_the_step_its_name_back_within_the_swap(
+    made, tmp_path, monkeypatch
+):
+    draft, meta = made
+    other = draft.replace(params=jax.tree.map(lambda x: x + 1, draft.params))
+    checkpoint.save(tmp_path, 3, meta, draft)
+    rename, seen = Path.rename, []
+
+    def rename_and_read(self, to):
+        result = rename(self, to)
+        if Path(to).name == "3.replaced" and not seen:
+            seen.append(checkpoint.steps(tmp_path))
+        return result
+
+    monkeypatch.setattr(Path, "rename", rename_and_read)
+    checkpoint.save(tmp_path, 3, meta, other)
+    assert seen == [[3]]
+    found = checkpoint.load(tmp_path).draft
+    jax.tree.map(np.testing.assert_array_equal, found, other)
+
+
+def test_a_step_that_takes_the_place_of_its_like_removes_older_ones(made, tmp_path):
+    draft, meta = made
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, meta, draft, num_kept=3)
+    checkpoint.save(tmp_path, 3, meta, draft)
+    assert checkpoint.steps(tmp_path) == [2, 3]
+
+
+_KILLED = """
+import os, pathlib, signal, sys
+from ospec_jax import checkpoint
+
+found = checkpoint.load(sys.argv[1])
+rename = pathlib.Path.rename
+
+def die_within_the_swap(self, to):
+    if pathlib.Path(to).name == "3":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, to)
+
+pathlib.Path.rename = die_within_the_swap
+checkpoint.save(sys.argv[1], 3, found.meta, found.draft)
+"""
+
+
+def test_a_save_that_is_really_killed_loses_nothing(made, tmp_path):
+    draft, meta = made
+    checkpoint.save(tmp_path, 3, meta, draft)
+    command = [sys.executable, "-c", _KILLED, str(tmp_path)]
+    done = subprocess.run(command, check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "3").exists()
+    found = checkpoint.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, found.draft, draft)
+    checkpoint.save(tmp_path, 3, meta, draft)
+    assert [p.name for p in tmp_path.iterdir()] == ["3"]
 
 
 def test_corrupt_step_falls_back_to_the_one_before_and_says_so(target, made, tmp_path):

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Result files: whole or as before."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ospec_jax import atomic
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
+    file = tmp_path / "result.json"
+    atomic.write_text(file, "old")
+
+    def write_half(part):
+        part.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), atomic.replacing(file) as part:
+        write_half(part)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_part_is_not_taken_for_a_result(tmp_path):
+    with atomic.replacing(tmp_path / "a.safetensors") as part:
+        part.write_bytes(b"half")
+        assert list(tmp_path.glob("*")) == [part]
+        assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_links_and_permissions_stay(tmp_path):
+    file, link = tmp_path / "folder" / "file", tmp_path / "link"
+    atomic.write_bytes(file, b"old")
+    file.chmod(0o600)
+    link.symlink_to(file)
+    atomic.write_bytes(link, b"new")
+    assert link.is_symlink()
+    assert file.read_bytes() == b"new"
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_pipes_are_written_to():
+    reader, writer = os.pipe()
+    atomic.write_text(Path(f"/dev/fd/{writer}"), "text")
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        assert lines.read() == "text"
+
+
+def test_figures_are_of_the_kind_that_their_name_says(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    png = atomic.write_figure(plt.figure(), tmp_path / "plots" / "a.png")
+    svg = atomic.write_figure(plt.figure(), tmp_path / "a.svg")
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert b"<svg" in svg.read_bytes()
+    assert not plt.get_fignums()
