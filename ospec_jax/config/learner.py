@@ -122,7 +122,8 @@ class LearnerConfig:
       num_context: Pairs before each window that are attended to.
       num_steps: Unrolled draft steps.
       num_candidates: Draft tokens that an update looks at, the likeliest ones; its loss
-        knows no others. 0 for all, at twice the cost.
+        knows no others, and it tells `candidate_agreement` and `candidate_acceptance`
+        instead of `agreement` and `acceptance`. 0 for all, at twice the cost.
       num_epochs: Updates done at each interval; or see `update_every_prompts`.
       replay_share: Part of each batch drawn from older windows.
       promotion: `always` serves each iterate; `guarded` only proven ones.
