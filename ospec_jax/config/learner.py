@@ -103,7 +103,9 @@ class LearnerConfig:
         that a batch should hold the windows of one.
       loss: forward_kl, reverse_kl, jsd, total_variation or acceptance_length. The
         default is jsd, whose acceptance length was 1.0 to 2.7% longer than forward_kl's
-        on eight real streams; for `momentum` and `osd` forward_kl, as published.
+        on eight real streams; for `momentum` and `osd` forward_kl, as published. All
+        of them compare raw logits; total_variation and acceptance_length are chances of
+        acceptance at temperature 1, whatever the traffic is sampled at.
       forward_share: Of forward KL in jsd, the rest is reverse KL.
       decay: Weight of each depth relative to the one before.
       position_decay: Weight of each position of a window relative to the one before.
