@@ -5,15 +5,29 @@ import datetime
 import resource
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from ospec_jax.bench.harness import BenchRun, ModeRun, Turns
+from ospec_jax.config import LearnerConfig
 from ospec_jax.data.prompts import encode
 from ospec_jax.decoding.engine import PREFILL_CHUNK
 from ospec_jax.decoding.reference import is_tie
+from ospec_jax.learners.optimizers import is_parameter_free
 from ospec_jax.metrics import repeated_token_share
+
+
+def optimizer_of(config: LearnerConfig | None) -> dict[str, Any]:
+    """What a learner follows gradients with, as JSON; None where it does not."""
+    if config is None or not config.is_training:
+        return {"optimizer": None, "learning_rate": None}
+    has_rate = not is_parameter_free(config.optimizer)
+    return {
+        "optimizer": config.optimizer,
+        "learning_rate": config.learning_rate if has_rate else None,
+    }
 
 
 def predicted_seconds(run: BenchRun, name: str) -> float:
@@ -82,6 +96,8 @@ def _row(run: BenchRun, name: str) -> dict:
         "num_mismatched_outputs": mismatched,
         "num_tie_flips": ties,
         "repeated_token_share": float(np.dot(shares, weights) / max(sum(weights), 1)),
+        "learner": learning.config.name if learning else None,
+        **optimizer_of(learning.config if learning else None),
         "num_updates": int(learning.state.learner.num_updates) if learning else 0,
         "num_promotions": session.version,
         "learning_seconds": mode.learning_seconds,

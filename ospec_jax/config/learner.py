@@ -58,6 +58,11 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
+def _usual_rate(optimizer: str) -> float:
+    """Of an optimizer whose rate is not given; Adam's steps are normalised."""
+    return 0.1 if optimizer == "sgd" else 3e-4
+
+
 @dataclasses.dataclass(frozen=True)
 class LearnerConfig:
     """How a draft learns from the traffic it serves.
@@ -77,7 +82,8 @@ class LearnerConfig:
         size: mechanize, cocob, dog, prodigy, ... By default adam, or what the learner
         was published with.
       learning_rate: By default 3e-4, with plain SGD 0.1, of osd 1e-4. An ensemble's is
-        the middle of its grid.
+        the middle of its grid. With `momentum` and `optimistic`, which were published
+        with SGD, it takes an `optimizer` beside it.
       momentum: Of the momentum learner.
       hint_decay: Optimistic: the hint is the last gradient (0), or an average of past
         ones that keeps this part of its old value at each update.
@@ -231,13 +237,37 @@ class LearnerConfig:
         elif self.name != "auto":
             defaults |= {"optimizer": "adam", "loss": "jsd"}
         defaults |= _OWN_DEFAULTS.get(self.name, {})
+        self._check_optimizer(defaults.get("optimizer", ""))
         optimizer = self.optimizer or defaults.get("optimizer")
         if optimizer:
-            rate = 0.1 if optimizer == "sgd" else 3e-4  # Adam's steps are normalised
-            defaults = {"learning_rate": rate} | defaults
+            defaults = {"learning_rate": _usual_rate(optimizer)} | defaults
         for key, value in defaults.items():
             if not getattr(self, key):
                 object.__setattr__(self, key, value)
+
+    def _check_optimizer(self, own: str):
+        """Refuses a rate that does not say whose it is, and what a rule cannot use.
+
+        Rates differ by orders of magnitude between optimizers: what suits Adam would
+        leave a rule that was published with plain SGD without any visible step.
+
+        Args:
+          own: The optimizer that the rule has by default.
+        """
+        if self.name == "momentum" and self.optimizer not in ("", own):
+            raise ConfigError(
+                f"the momentum learner is SGD with momentum, not {self.optimizer!r}; "
+                f"leave the optimizer out, or use the gradient learner"
+            )
+        if self.optimizer or not self.learning_rate or own in ("", "adam"):
+            return
+        others = "" if self.name == "momentum" else ", or 'adam' (--optimizer adam)"
+        raise ConfigError(
+            f"the learner {self.name!r} was published with {own!r} at a rate of "
+            f"{_usual_rate(own)}, and learning_rate {self.learning_rate} does not say "
+            f"which optimizer it is for: set optimizer {own!r} (--optimizer {own})"
+            f"{others} beside it, or leave the rate out"
+        )
 
     @property
     def _sets_unread(self) -> bool:
