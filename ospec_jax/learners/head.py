@@ -110,7 +110,9 @@ class HeadInfo(NamedTuple):
       loss: Mean cross-entropy of the tokens inside the draft vocabulary, nats; of
         sampled ones at their temperature, nothing being cut off.
       agreement: Share of samples whose likeliest token was the target's. The samples
-        are the draft's own, so this is the share of drafted tokens that is right.
+        are the draft's own, so for a chain of likeliest tokens this is the share of
+        drafted ones that is right; of drawn children, and with several of them, other
+        tokens are accepted, too.
       num_samples: How many there were.
       step_norm: How far the projection moved.
     """
