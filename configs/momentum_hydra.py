@@ -10,6 +10,7 @@ from ospec_jax import LearnerConfig
 def get_config() -> LearnerConfig:
     return LearnerConfig(
         name="momentum",
+        optimizer="sgd",
         learning_rate=0.1,
         momentum=0.9,
         update_every_prompts=80,

@@ -23,7 +23,8 @@ ALLOWED = {
     "drafters": NOUNS | {"models", "sampling", "tree", "drafters"},
     "decoding": NOUNS
     | {"models", "sampling", "sharding", "tree", "drafters", "decoding", "metrics"},
-    "learners": NOUNS | {"drafters", "learners"},
+    # Sampling: what is learned of drawn tokens is processed as they were.
+    "learners": NOUNS | {"sampling", "drafters", "learners"},
     "metrics": set(),
 }
 

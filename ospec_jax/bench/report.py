@@ -21,6 +21,11 @@ _COLUMNS = (
     ("acceptance length", "mean_acceptance_length", "{:.2f}"),
     ("drafted", "mean_draft_length", "{:.2f}"),
     ("acceptance rate", "draft_acceptance_rate", "{:.0%}"),
+    # Loops flatter n-grams: what these gain is to be read beside it.
+    ("repeated tokens", "repeated_token_share", "{:.0%}"),
+    ("learner", "learner", "{}"),
+    ("optimizer", "optimizer", "{}"),
+    ("rate", "learning_rate", "{:g}"),
     ("updates", "num_updates", "{}"),
     ("identical", "identical", "{}"),
 )

@@ -13,7 +13,8 @@ from ospec_jax.bench.harness import BenchRun, ModeRun, Turns
 from ospec_jax.data.prompts import encode
 from ospec_jax.decoding.engine import PREFILL_CHUNK
 from ospec_jax.decoding.reference import is_tie
-from ospec_jax.decoding.stats import repeated_token_share
+from ospec_jax.decoding.stats import repeated_share
+from ospec_jax.learners.optimizers import optimizer_of
 
 
 def predicted_seconds(run: BenchRun, name: str) -> float:
@@ -70,8 +71,6 @@ def _row(run: BenchRun, name: str) -> dict:
         plain = predicted_seconds(run, "autoregressive")
         predicted = plain / max(predicted_seconds(run, name), 1e-9)
     mismatched, ties = count_mismatches(run, mode)
-    shares = [repeated_token_share(r.token_ids) for r in mode.results]
-    weights = [len(r.token_ids) for r in mode.results]
     return _shared(run, name, mode) | {
         "tokens_per_second": mode.tokens_per_second,
         "predicted_speedup": predicted,
@@ -81,7 +80,9 @@ def _row(run: BenchRun, name: str) -> dict:
         "acceptance_per_position": stats.acceptance_per_position,
         "num_mismatched_outputs": mismatched,
         "num_tie_flips": ties,
-        "repeated_token_share": float(np.dot(shares, weights) / max(sum(weights), 1)),
+        "repeated_token_share": repeated_share([r.token_ids for r in mode.results]),
+        "learner": learning.config.name if learning else None,
+        **optimizer_of(learning.config if learning else None),
         "num_updates": int(learning.state.learner.num_updates) if learning else 0,
         "num_promotions": session.version,
         "learning_seconds": mode.learning_seconds,

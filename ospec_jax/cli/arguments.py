@@ -149,8 +149,11 @@ def as_precision(name: str) -> Precision | None:
 def learner_config(name_or_file: str, **flags) -> LearnerConfig:
     """A learner by name or from a configuration file; flags that are given win.
 
+    A rate that is given alone is for the optimizer of the file.
+
     Raises:
-      ConfigError: There is no such learner or file, or the file gives something else.
+      ConfigError: There is no such learner or file, or the file gives something else,
+        or the flags do not go together.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     if name_or_file in LEARNER_NAMES:

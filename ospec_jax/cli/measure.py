@@ -32,6 +32,7 @@ def bench(
     learner: str = "auto",
     learn_budget: float | None = None,
     learning_rate: float | None = None,
+    optimizer: str | None = None,
     peers: str = "",
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     markdown: Path | None = None,
@@ -53,6 +54,9 @@ def bench(
       learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
         head, memory, or a Python file with `get_config() -> LearnerConfig`.
       learn_budget: Share of the learned mode's time for learning.
+      learning_rate: Learners that were published with SGD (optimistic, momentum) take
+        an --optimizer beside it.
+      optimizer: Any optax optimizer.
       peers: Comma-separated other decoders of the same weights: transformers,
         transformers-bfloat16, transformers-lookup, transformers-assisted, llama-cpp,
         llama-cpp-lookup.
@@ -76,7 +80,8 @@ def bench(
         modes=tuple(m for m in modes.split(",") if m), tree=decoding.tree_config,
         max_new_tokens=decoding.max_new_tokens,
         learner=learner_config(
-            learner, learning_rate=learning_rate, budget=learn_budget
+            learner, learning_rate=learning_rate, optimizer=optimizer,
+            budget=learn_budget,
         ),
         sampling=decoding.sampling, is_raw=decoding.raw, ngrams=decoding.ngrams,
         batch_size=decoding.batch_size, stop=decoding.stop,
@@ -194,6 +199,7 @@ def demo(
     learner: str = "auto",
     learn_budget: float | None = None,
     learning_rate: float | None = None,
+    optimizer: str | None = None,
 ) -> None:
     """The main job: a draft that learns while its stream moves through three domains.
 
@@ -201,10 +207,15 @@ def demo(
       out: Folder of the plot, the table and the learned draft's checkpoint.
       learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
         head, memory, or a Python file with `get_config() -> LearnerConfig`.
+      optimizer: Any optax optimizer; a --learning-rate of learners that were published
+        with SGD (optimistic, momentum) takes it beside it.
     """
     from ospec_jax.bench.demo import run_demo
 
     run_demo(
         out, num_prompts_per_domain, max_new_tokens, num_speculative_tokens,
-        learner_config(learner, budget=learn_budget, learning_rate=learning_rate),
+        learner_config(
+            learner, budget=learn_budget, learning_rate=learning_rate,
+            optimizer=optimizer,
+        ),
     )  # fmt: skip

@@ -94,6 +94,7 @@ def replay(
     num_speculative_tokens: int = 3,
     update_interval: int | None = None,
     learning_rate: float | None = None,
+    optimizer: str | None = None,
     seeds: Annotated[str, tyro.conf.arg(aliases=["--seed"])] = "0",
     regret: bool = False,
     chunk_size: int = 40,
@@ -114,6 +115,10 @@ def replay(
       draft: shipped, or a checkpoint folder.
       prompts: Replay these recorded prompts in this order: a stream's file.
       update_interval: Tokens between updates; 512 for learners that name none.
+      learning_rate: Of all learners that follow gradients; those that were published
+        with SGD (optimistic, momentum) take an --optimizer beside it.
+      optimizer: Likewise: any optax optimizer, in place of what a learner has by
+        default or by its file.
       seeds: Comma-separated, of learners that draw old windows (`replay_share`);
         others run once. The stream's order has a seed of its own.
       regret: Also measure losses, and the regret against drafts trained on each chunk
@@ -129,7 +134,8 @@ def replay(
 
     configs = {
         name: None if name == "static" else _replayed(
-            name, update_interval=update_interval, learning_rate=learning_rate
+            name, update_interval=update_interval, learning_rate=learning_rate,
+            optimizer=optimizer,
         )
         for name in dict.fromkeys(n for n in learners.split(",") if n)
     }  # fmt: skip

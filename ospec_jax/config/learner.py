@@ -58,6 +58,11 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
+def _usual_rate(optimizer: str) -> float:
+    """Of an optimizer whose rate is not given; Adam's steps are normalised."""
+    return 0.1 if optimizer == "sgd" else 3e-4
+
+
 @dataclasses.dataclass(frozen=True)
 class LearnerConfig:
     """How a draft learns from the traffic it serves.
@@ -77,7 +82,8 @@ class LearnerConfig:
         size: mechanize, cocob, dog, prodigy, ... By default adam, or what the learner
         was published with.
       learning_rate: By default 3e-4, with plain SGD 0.1, of osd 1e-4. An ensemble's is
-        the middle of its grid.
+        the middle of its grid. With `momentum` and `optimistic`, which were published
+        with SGD, it takes an `optimizer` beside it.
       momentum: Of the momentum learner.
       hint_decay: Optimistic: the hint is the last gradient (0), or an average of past
         ones that keeps this part of its old value at each update.
@@ -103,7 +109,9 @@ class LearnerConfig:
         that a batch should hold the windows of one.
       loss: forward_kl, reverse_kl, jsd, total_variation or acceptance_length. The
         default is jsd, whose acceptance length was 1.0 to 2.7% longer than forward_kl's
-        on eight real streams; for `momentum` and `osd` forward_kl, as published.
+        on eight real streams; for `momentum` and `osd` forward_kl, as published. All
+        of them compare raw logits; total_variation and acceptance_length are chances of
+        acceptance at temperature 1, whatever the traffic is sampled at.
       forward_share: Of forward KL in jsd, the rest is reverse KL.
       decay: Weight of each depth relative to the one before.
       position_decay: Weight of each position of a window relative to the one before.
@@ -122,14 +130,15 @@ class LearnerConfig:
       num_context: Pairs before each window that are attended to.
       num_steps: Unrolled draft steps.
       num_candidates: Draft tokens that an update looks at, the likeliest ones; its loss
-        knows no others. 0 for all, at twice the cost.
+        knows no others, and it tells `candidate_agreement` and `candidate_acceptance`
+        instead of `agreement` and `acceptance`. 0 for all, at twice the cost.
       num_epochs: Updates done at each interval; or see `update_every_prompts`.
       replay_share: Part of each batch drawn from older windows.
       promotion: `always` serves each iterate; `guarded` only proven ones.
       min_windows: Compared windows before a guarded promotion.
       ring_capacity: Windows remembered.
       head_rate: Step size of `head`; 1 is a whole Newton step for a token.
-      head_damping: Of its preconditioner; see `learners.head`.
+      head_damping: Of its preconditioner; see `learners.last_layer`.
       head_candidates: Draft tokens whose rows of the projection one step may change.
     """
 
@@ -228,13 +237,37 @@ class LearnerConfig:
         elif self.name != "auto":
             defaults |= {"optimizer": "adam", "loss": "jsd"}
         defaults |= _OWN_DEFAULTS.get(self.name, {})
+        self._check_optimizer(defaults.get("optimizer", ""))
         optimizer = self.optimizer or defaults.get("optimizer")
         if optimizer:
-            rate = 0.1 if optimizer == "sgd" else 3e-4  # Adam's steps are normalised
-            defaults = {"learning_rate": rate} | defaults
+            defaults = {"learning_rate": _usual_rate(optimizer)} | defaults
         for key, value in defaults.items():
             if not getattr(self, key):
                 object.__setattr__(self, key, value)
+
+    def _check_optimizer(self, own: str):
+        """Refuses a rate that does not say whose it is, and what a rule cannot use.
+
+        Rates differ by orders of magnitude between optimizers: what suits Adam would
+        leave a rule that was published with plain SGD without any visible step.
+
+        Args:
+          own: The optimizer that the rule has by default.
+        """
+        if self.name == "momentum" and self.optimizer not in ("", own):
+            raise ConfigError(
+                f"the momentum learner is SGD with momentum, not {self.optimizer!r}; "
+                f"leave the optimizer out, or use the gradient learner"
+            )
+        if self.optimizer or not self.learning_rate or own in ("", "adam"):
+            return
+        others = "" if self.name == "momentum" else ", or 'adam' (--optimizer adam)"
+        raise ConfigError(
+            f"the learner {self.name!r} was published with {own!r} at a rate of "
+            f"{_usual_rate(own)}, and learning_rate {self.learning_rate} does not say "
+            f"which optimizer it is for: set optimizer {own!r} (--optimizer {own})"
+            f"{others} beside it, or leave the rate out"
+        )
 
     @property
     def _sets_unread(self) -> bool:

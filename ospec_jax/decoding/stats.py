@@ -6,6 +6,7 @@ one target pass yields.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -90,10 +91,18 @@ class DecodingStats:
         }
 
 
+def repeated_share(answers: Sequence[list[int]]) -> float:
+    """`repeated_token_share` of all tokens of some answers together."""
+    shares = [repeated_token_share(answer) for answer in answers]
+    lengths = [len(answer) for answer in answers]
+    repeated = sum(s * n for s, n in zip(shares, lengths, strict=True))
+    return repeated / max(sum(lengths), 1)
+
+
 def repeated_token_share(token_ids: list[int], length: int = 16) -> float:
     """Share of tokens inside a run of `length` tokens seen before in the answer.
 
-    Small greedy models loop, and loops flatter speculation.
+    Small greedy models loop, and loops flatter speculation, n-grams most of all.
     """
     seen: dict[tuple, int] = {}
     is_repeated = [False] * len(token_ids)

@@ -20,7 +20,8 @@ class HeldOutScore:
 
     Attributes:
       loss: Mean over domains; None when there are too few held-out windows.
-      mean_acceptance_length: By domain, for a chain of `num_steps` tokens.
+      mean_acceptance_length: By domain, for a chain of `num_steps` tokens whose depths
+        are right independently of each other; not what decoding counts.
     """
 
     loss: float | None
@@ -70,7 +71,7 @@ def evaluate_held_out(
         if not infos:
             continue
         losses += [float(info.loss) for info in infos]
-        agreement = np.mean([info.agreement for info in infos], axis=0)
+        agreement = np.mean([np.asarray(info.agreement) for info in infos], axis=0)
         lengths[domain] = float(1 + np.cumprod(agreement).sum())
     return HeldOutScore(float(np.mean(losses)) if losses else None, lengths)
 

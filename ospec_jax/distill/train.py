@@ -334,5 +334,7 @@ class _Run:
 
 
 def _describe(info: LearnerInfo) -> str:
+    """Of the batch just learned from, all of the draft vocabulary considered."""
+    assert info.agreement is not None, "training looks at all tokens"
     length = 1 + float(np.cumprod(info.agreement).sum())
-    return f"loss {float(info.loss):.3f}, acceptance length {length:.2f}"
+    return f"loss {float(info.loss):.3f}, teacher-forced length {length:.2f}"

@@ -51,23 +51,47 @@ class LearnerState:
 class LearnerInfo(NamedTuple):
     """For looking at; the next update does not need it.
 
+    An update with `num_candidates` computes no other logits of the draft, and does not
+    know how likely they are: what it can say of the draft it says under names of their
+    own, and `agreement` and `acceptance`, claims about the whole draft vocabulary, are
+    None. Serving's acceptance is what decoding counts (`DecodingStats`).
+
     Attributes:
-      loss: Weighted mean over depths.
+      loss: What is minimised, weighted mean over depths; with candidates that of a
+        draft with these tokens alone.
       agreement: `[j]` share of positions at which the draft's best token is the
-        target's, by depth.
-      acceptance: `[j]` mean of sum(min(p, q)), by depth.
+        target's, by depth, all drafted tokens before it being right; None with
+        candidates.
+      acceptance: `[j]` mean of sum(min(p, q)), by depth, of the distributions at
+        temperature 1; None with candidates.
       grad_norm: Global norm of the gradient.
       weight: Of all positions that the loss counts; without any there is no signal.
       extra: What only this learner has to say, under names that never change between
         its updates: scalars, or `[m]` one for each expert.
+      candidate_agreement: `agreement` of the draft that has the candidates alone: it
+        hears of no position at which the draft prefers another token. None without
+        candidates.
+      candidate_acceptance: Likewise `acceptance`, its softmax over the candidates
+        alone, which is more than the draft gives them.
     """
 
     loss: Float[Array, ""]
-    agreement: Float[Array, " j"]
-    acceptance: Float[Array, " j"]
+    agreement: Float[Array, " j"] | None
+    acceptance: Float[Array, " j"] | None
     grad_norm: Float[Array, ""]
     weight: Float[Array, ""]
     extra: dict[str, Array] = {}
+    candidate_agreement: Float[Array, " j"] | None = None
+    candidate_acceptance: Float[Array, " j"] | None = None
+
+    def of_candidates(self) -> "LearnerInfo":
+        """The same figures, said of the candidates alone."""
+        return self._replace(
+            agreement=None,
+            acceptance=None,
+            candidate_agreement=self.agreement,
+            candidate_acceptance=self.acceptance,
+        )
 
 
 def unchanged(state: LearnerState) -> LearnerState:

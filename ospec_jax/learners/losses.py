@@ -5,6 +5,12 @@ Verification recorded the target's final hidden state and the logsumexp of its l
 every position. The frozen head's rows of the draft vocabulary times that hidden state,
 less that logsumexp, are the target's exact log-probabilities there: they need not sum
 to one, what is missing belongs to tokens that cannot be drafted.
+
+All of it is of raw logits, of the target's and the draft's alike, however the tokens
+were sampled: a draft that matches them matches at any temperature, and after top-k and
+top-p. But losses that are chances of acceptance, total variation and what is made of
+it, are those at temperature 1 with nothing cut off. At others they are proxies, as
+agreement is of anything but greedy decoding.
 """
 
 import functools
@@ -84,7 +90,10 @@ def jsd(
 def total_variation(
     probs: Float[Array, "b t q"], logits: Float[Array, "b t q"]
 ) -> Float[Array, "b t"]:
-    """1 - sum(min(p, q)): the probability that a sampled draft token is rejected."""
+    """1 - sum(min(p, q)): the probability that a sampled draft token is rejected.
+
+    At temperature 1, with nothing cut off.
+    """
     return 1.0 - jnp.sum(jnp.minimum(probs, jax.nn.softmax(logits, axis=-1)), axis=-1)
 
 

@@ -60,8 +60,9 @@ def build_objective(
       num_candidates: Tokens that an update looks at: those to which the target gives
         most probability in its segments. The loss is then that of a draft with these
         tokens alone, its softmax included: an approximation that leaves the rows of
-        all other tokens as they are. 0 looks at the whole draft vocabulary, at twice
-        the cost.
+        all other tokens as they are. What it reports is named after them: a draft
+        that is sure of another token looks right among them. 0 looks at the whole
+        draft vocabulary, at twice the cost.
       positions: `rejected` counts only those where drafting would fail; see
         `unrolled_loss`.
       position_decay: Weight of each position of a window relative to the one before.
@@ -108,9 +109,13 @@ def build_objective(
             candidates = jax.lax.top_k(mass, num_candidates)[1]
             probs = probs[..., candidates]
         args = params, segments, shared, token_ids, candidates
-        of_tokens = lambda logits: unrolled_loss(
-            logits, probs, weight, loss, decay, positions, counted
-        )
+
+        def of_tokens(logits):
+            total, info = unrolled_loss(
+                logits, probs, weight, loss, decay, positions, counted
+            )
+            return total, info if candidates is None else info.of_candidates()
+
         if unroll_features is None or not feature_weight:
             return of_tokens(forward(unroll, *args))
         logits, features = forward(unroll_features, *args)

@@ -44,11 +44,6 @@ def _gradient(objective: Objective, config: LearnerConfig) -> Learner:
 
 def _momentum(objective: Objective, config: LearnerConfig) -> Learner:
     """Heavy-ball momentum: what OnlineSPEC's released code runs as optimism."""
-    if config.optimizer != "sgd":
-        raise ConfigError(
-            f"the momentum learner is SGD with momentum, not {config.optimizer!r}; "
-            f"leave the optimizer out, or use the gradient learner"
-        )
     return gradient(
         objective,
         make_optimizer("sgd", config.learning_rate, momentum=config.momentum),

@@ -12,9 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ospec_jax.config import ConfigError, LearnerConfig
+from ospec_jax.config import ConfigError, LearnerConfig, SamplingConfig
 from ospec_jax.decoding.request import Completion
-from ospec_jax.learners.last_layer import HeadInfo, HeadSamples, HeadState, head_learner
+from ospec_jax.learners.last_layer import (
+    HeadInfo,
+    HeadSamples,
+    HeadSampling,
+    HeadState,
+    head_learner,
+)
 from ospec_jax.models.layers import Numerics, linear
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.online import pace
@@ -95,8 +101,9 @@ class HeadAdaptation:
         """
         params = dict(served.params)
         head, infos = params.pop(HEAD), []
+        sampling = as_drawn(completion.request.sampling)
         for args in self._chunks(params, served, completion):
-            state, head, info = self._learn(state, head, *args)
+            state, head, info = self._learn(state, head, sampling, *args)
             infos.append(info)
         draft = served.replace(params={**params, HEAD: head})
         return state, draft, lambda: _summed(jax.device_get(infos))
@@ -136,9 +143,10 @@ class HeadAdaptation:
         is_real = take(feedback.has_state[0]) & (positions < end)
         return HeadSamples(inputs, jnp.zeros((CHUNK, 0)), labels, is_real)
 
-    def _chunk(self, state, head, *args):
+    def _chunk(self, state, head, sampling, *args):
         samples = self._samples(*args)
-        samples = samples.replace(logits=linear(samples.inputs, head, self._numerics))
+        logits = linear(samples.inputs, head, self._numerics)
+        samples = samples.replace(logits=logits, sampling=sampling)
         state, rows, info = self._learner.update(state, samples)
         changed = cast_params({"kernel": state.kernel[rows]}, self._numerics.precision)
         head = {name: head[name].at[rows].set(changed[name]) for name in head}
@@ -148,6 +156,8 @@ class HeadAdaptation:
         """`[1]` accepted tokens a step with each projection, and the samples' weight.
 
         A share of a drafted tokens that are right makes a + a^2 + ... accepted ones.
+        Right is the likeliest token: of sampled answers this tells what children of
+        the kind `topk` get accepted, and only nearly what drawn ones do.
         """
         samples = self._samples(*args)
         count = jnp.sum(samples.is_real)[None]
@@ -159,6 +169,24 @@ class HeadAdaptation:
             return sum(share ** (i + 1) for i in range(self._num_steps))
 
         return *(accepted(head) for head in heads), count
+
+
+def as_drawn(sampling: SamplingConfig) -> HeadSampling | None:
+    """How an answer's tokens were drawn, as `HeadSamples` says it.
+
+    An executable each for greedy answers and those of the unchanged law, for those of
+    another temperature, and for those of which top-k or top-p cut something off.
+    """
+    is_cut = sampling.top_k > 0 or sampling.top_p < 1
+    is_greedy = sampling.temperature == 0 or sampling.top_k == 1
+    if is_greedy or (sampling.temperature == 1 and not is_cut):
+        return None
+    drawn = HeadSampling(jnp.float32(sampling.temperature))
+    if not is_cut:
+        return drawn
+    return drawn.replace(
+        top_k=jnp.int32(sampling.top_k), top_p=jnp.float32(sampling.top_p)
+    )
 
 
 def _summed(infos: list[HeadInfo]) -> HeadInfo:

@@ -5,7 +5,8 @@ The paper is Qian et al., *When Drafts Evolve: Speculative Decoding Meets Online
 Learning*, arXiv 2603.12617. It bounds the acceleration of speculative decoding from
 below by a function of the draft's dynamic regret. Its constants are not copied here:
 the bounds below are reconstructed from their ingredients, each derived where it stands.
-They speak of *sampled* verification, whose acceptance probability is 1 - TV(p, q).
+They speak of *sampled* verification, whose acceptance probability is 1 - TV(p, q), at
+temperature 1: that of a replay, whose answers are greedy, is another one.
 """
 
 from collections.abc import Callable

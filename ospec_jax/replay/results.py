@@ -12,6 +12,7 @@ import numpy as np
 
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError, LearnerConfig
+from ospec_jax.learners.optimizers import optimizer_of
 from ospec_jax.replay.hindsight import dynamic_regret_proxy
 from ospec_jax.replay.replayer import Run
 
@@ -55,10 +56,12 @@ def to_row(run: Run, settings: dict, is_finished: bool) -> dict:
     columns |= {name: [getattr(a.stats, name) for a in run.answers] for name in _COUNTS}
     if run.answers and run.answers[0].loss is not None:
         columns["loss"] = [a.loss for a in run.answers]
+    config = run.learning.config if run.learning else None
     decisions = [report.decision for report in run.reports]
     seconds = [report.seconds for report in run.reports]
     return settings | {
         "is_finished": is_finished,
+        **optimizer_of(config),
         "mean_acceptance_length": mean_length(columns),
         "mean_acceptance_length_last_quarter": mean_length(columns, 0.75),
         "num_updates": len(decisions),
@@ -158,7 +161,8 @@ def add_regret(rows: list[dict], hindsight: list[float] | None) -> None:
 
 
 _COLUMNS = {
-    "learner": ("learner", "{}"), "seed": ("seed", "{}"),
+    "learner": ("learner", "{}"), "optimizer": ("optimizer", "{}"),
+    "rate": ("learning_rate", "{:g}"), "seed": ("seed", "{}"),
     "acceptance length": ("mean_acceptance_length", "{:.3f}"),
     "last quarter": ("mean_acceptance_length_last_quarter", "{:.3f}"),
     "regret": ("regret", "{:.1f}"), "over static": ("regret_static", "{:+.1f}"),
@@ -174,6 +178,8 @@ def markdown_table(rows: list[dict]) -> str:
         cells = []
         for name, form in _COLUMNS.values():
             value: Any = row.get(name)
+            if name not in row:  # an older version's, which has it in its settings
+                value = (row["config"] or {}).get(name) or None
             if name == "median_update_seconds":
                 value = 1e3 * value
             cells.append("-" if value is None else form.format(value))

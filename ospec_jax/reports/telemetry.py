@@ -7,6 +7,7 @@ A file has one row an answer and one an update, in order, and is only ever added
 import importlib
 import json
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,17 @@ from ospec_jax.types import Draft
 WINDOW = 40
 """Answers over which the running acceptance length is taken, the paper's chunk."""
 
-_TOLD = ("loss", "grad_norm", "agreement", "acceptance", "num_samples")
+_TOLD = (
+    "loss", "grad_norm", "agreement", "acceptance", "candidate_agreement",
+    "candidate_acceptance", "num_samples",
+)  # fmt: skip
+_LEARNED_FROM = ("loss", "agreement", "candidate_agreement")
+_TITLES = {
+    "acceptance_per_position": "measured acceptance, by position",
+    "agreement": "agreement, by depth",
+    "candidate_agreement": "agreement among candidates only, by depth",
+}
+"""Of panels for which the row's name does not say it all."""
 _WRITERS = ("tensorboardX", "torch.utils.tensorboard", "flax.metrics.tensorboard")
 
 
@@ -48,13 +59,17 @@ def distance(before, after):
 class Telemetry:
     """Writes rows as things happen; each is on disk before the next answer.
 
-    Rows of kind `answer` hold the request's and the running acceptance length, the
-    served `version` and its `staleness`: answer tokens since it changed. Rows of kind
-    `update` hold the loss before the update, agreement and acceptance by depth, the
-    gradient's norm, the decision and its counts, `step_length` and `path_length` (how
-    far the served parameters moved, now and in all), the `stride` of learning, seconds,
-    and whatever else the learner tells (`LearnerInfo.extra`): expert weights, hint
-    error. Of the learner `head`, whose updates are answers, there are loss and
+    Rows of kind `answer` hold the request's and the running acceptance length, both as
+    decoding counted them, likewise `acceptance_per_position` (the running share of
+    steps that accepted at least one, two, ... tokens), the served `version` and its
+    `staleness`: answer tokens since it changed. Rows of kind `update` hold the loss
+    before the update, `agreement` and `acceptance` by depth on the windows it learns
+    from (with `num_candidates` it knows both among the candidates only, which flatters
+    the draft: then they are called `candidate_agreement` and `candidate_acceptance`),
+    the gradient's norm, the decision and its counts, `step_length` and `path_length`
+    (how far the served parameters moved, now and in all), the `stride` of learning,
+    seconds, and whatever else the learner tells (`LearnerInfo.extra`): expert weights,
+    hint error. Of the learner `head`, whose updates are answers, there are loss and
     agreement of what it drafted, and `num_samples`; of several steps in one answer,
     `step_length` is the sum.
     """
@@ -112,11 +127,14 @@ class Telemetry:
             "num_drafts": stats.num_drafts,
             "num_accepted_tokens": stats.num_accepted_tokens,
             "mean_acceptance_length": stats.mean_acceptance_length,
+            "acceptance_histogram": stats.acceptance_histogram,
             "version": version, "learning_seconds": learning_seconds,
         }  # fmt: skip
         self._recall(row)
-        drafts, accepted = np.sum(self._recent, axis=0)
+        drafts, accepted = np.sum([counts[:2] for counts in self._recent], axis=0)
         row["running_acceptance_length"] = 1 + float(accepted) / max(float(drafts), 1)
+        histograms = [histogram for _, _, histogram in self._recent]
+        row["acceptance_per_position"] = _shares_by_position(histograms)
         row["staleness"] = self._counts["tokens"] - self._changed
         self._write(row, row["number"])
 
@@ -140,8 +158,9 @@ class Telemetry:
             "path_length": self._path_length + step_length, "extra": told,
         }  # fmt: skip
         for name in _TOLD:
-            if hasattr(info, name):
-                row[name] = _plain(getattr(info, name))
+            value = getattr(info, name, None)
+            if value is not None:
+                row[name] = _plain(value)
         self._recall(row)
         row["num_promotions"] = self._counts["promotions"]
         row["num_rollbacks"] = self._counts["rollbacks"]
@@ -156,7 +175,9 @@ class Telemetry:
             counts["rollbacks"] += row["decision"] == "rollback"
             self._path_length = row["path_length"]
             return
-        self._recent.append((row["num_drafts"], row["num_accepted_tokens"]))
+        # Rows of older versions have no histogram.
+        histogram = row.get("acceptance_histogram", [])
+        self._recent.append((row["num_drafts"], row["num_accepted_tokens"], histogram))
         if row["version"] != self._version:
             self._version, self._changed = row["version"], counts["tokens"]
         counts["tokens"] += row["num_tokens"]
@@ -177,6 +198,15 @@ class Telemetry:
 
 def _plain(value) -> Any:
     return np.asarray(value, float).tolist()
+
+
+def _shares_by_position(histograms: Sequence[list[int]]) -> list[float]:
+    """Share of steps that got at least one, two, ... drafted tokens accepted."""
+    total = np.zeros(max(map(len, histograms), default=0))
+    for histogram in histograms:
+        total[: len(histogram)] += histogram
+    survived = np.cumsum(total[::-1])[::-1]
+    return (survived[1:] / max(total.sum(), 1)).tolist()
 
 
 def tensorboard_writer(folder: Path) -> Any:
@@ -225,20 +255,31 @@ def plot_telemetry(rows: list[dict], path: Path) -> Path:
     answers = [row for row in rows if row["kind"] == "answer"]
     updates = [row for row in rows if row["kind"] == "update"]
     told = sorted({name for row in updates for name in row["extra"]})
-    panels = ["running_acceptance_length", "staleness"]
-    panels += ["loss", "agreement", "stride", "path_length", *told] if updates else []
+    measured = ["running_acceptance_length", "staleness"]
+    if any("acceptance_per_position" in row for row in answers):
+        measured.append("acceptance_per_position")
+    panels = list(measured)
+    if updates:
+        # Agreement over the whole vocabulary or among candidates: whichever is known.
+        known = [name for name in _LEARNED_FROM if any(name in r for r in updates)]
+        panels += [*known, "stride", "path_length", *told]
     figure, grid = plt.subplots(
         -(-len(panels) // 2), 2, figsize=(10, 2.6 * -(-len(panels) // 2)),
         layout="constrained", squeeze=False,
     )  # fmt: skip
     for axes, name in zip(grid.flat, panels, strict=False):
-        if name in ("running_acceptance_length", "staleness"):
-            axes.plot([r["number"] for r in answers], [r[name] for r in answers])
+        if name in measured:
+            found = [r for r in answers if name in r]
+            width = max((np.size(r[name]) for r in found), default=0)
+            values = [np.ravel(r[name]) for r in found]
+            # Chains of suggestions may go deeper in some answers than in others.
+            padded = [np.pad(v, (0, width - len(v))) for v in values]
+            axes.plot([r["number"] for r in found], np.array(padded, float))
         else:
             found = [r for r in updates if name in r or name in r["extra"]]
             values = [r[name] if name in r else r["extra"][name] for r in found]
             axes.plot([r["num_answers"] for r in found], np.array(values, float))
-        axes.set(xlabel="answer", title=name.replace("_", " "))
+        axes.set(xlabel="answer", title=_TITLES.get(name, name.replace("_", " ")))
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)

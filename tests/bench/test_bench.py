@@ -10,10 +10,16 @@ from ospec_jax.bench import passes
 from ospec_jax.bench.harness import BenchConfig, run_bench
 from ospec_jax.bench.passes import Machine, measure_machine, roofline
 from ospec_jax.bench.peers import Peer, open_peer
-from ospec_jax.bench.report import markdown_table, plot_modes, roofline_table
+from ospec_jax.bench.report import (
+    markdown_table,
+    plot_modes,
+    roofline_table,
+    terminal_table,
+)
 from ospec_jax.bench.rows import to_rows
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.decoding.stats import repeated_share
 from ospec_jax.testing import tiny_target
 
 PROMPTS = [parse_prompt({"prompt": f"What is {i}?"}, f"q{i}") for i in range(3)]
@@ -47,6 +53,31 @@ def test_peers_take_turns_on_the_same_token_ids(target, tmp_path):
     assert plain["paired_speedup_quartiles"] == [1.0, 1.0, 1.0]
     assert markdown_table([plain, other]).count("\n") == 3
     assert plot_modes([plain, other], tmp_path / "speed.png").stat().st_size > 1000
+    # What only our own modes know is a dash for others.
+    of = lambda row: markdown_table([plain | row, other]).splitlines()
+    names, _, mine, theirs = (
+        [cell.strip() for cell in line.split("|")]
+        for line in of(
+            {
+                "repeated_token_share": 0.25,
+                "learner": "osd",
+                "optimizer": "adam",
+                "learning_rate": 1e-4,
+            }
+        )
+    )
+    columns = "repeated tokens", "learner", "optimizer", "rate"
+    shown = lambda cells: [cells[names.index(name)] for name in columns]
+    assert shown(mine) == ["25%", "osd", "adam", "0.0001"]
+    assert shown(theirs) == ["-"] * 4
+    headers = [c.header for c in terminal_table([plain, other], "").columns]
+    assert set(columns) <= set(headers)
+
+
+def test_repeated_tokens_are_those_of_runs_seen_before():
+    loop, fresh = [*range(16)] * 2, [*range(100, 116)]
+    assert repeated_share([loop, fresh]) == pytest.approx(16 / 48)
+    assert repeated_share([]) == 0
 
 
 @pytest.mark.parametrize(

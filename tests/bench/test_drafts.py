@@ -10,6 +10,7 @@ from ospec_jax.bench.drafts import domain_rows, drafts_table, parse_contender
 from ospec_jax.bench.harness import BenchConfig, run_bench
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.decoding.stats import repeated_share
 from ospec_jax.drafters.topology import parse_tree
 from ospec_jax.testing import tiny_target
 
@@ -62,12 +63,23 @@ def test_the_fastest_of_each_domain_stands_out(run):
         row["speedup"] = 2.0 if (row["mode"], row["domain"]) == ("ngram", "b") else 1.5
     table = drafts_table(rows).splitlines()
     assert table[0] == "| draft | draft cost | step cost | a | b | unnamed | all |"
-    assert [line.split(" |")[0] for line in table[2:5]] == [
-        "| ngram", "| suffix", "| plain, tokens/s",
+    assert [line.split(" |")[0] for line in table[2:6]] == [
+        "| ngram", "| suffix", "| plain, tokens/s", "| plain, repeated tokens",
     ]  # fmt: skip
     assert table[2].count("**2.00**") == 1
     assert "**" not in table[3].split("|")[5]
-    assert table[-1].endswith("plain ones: 0.")
+    assert table[-2].endswith("plain ones: 0.")
+
+
+def test_loops_are_told_beside_n_grams(run):
+    rows = domain_rows(run)
+    answers = [r.token_ids for r in run.modes["ngram"].results]
+    whole = next(r for r in rows if (r["mode"], r["domain"]) == ("ngram", "all"))
+    assert whole["repeated_token_share"] == repeated_share(answers)
+    for row in rows:
+        row["repeated_token_share"] = 0.25 if row["domain"] == "a" else 0.5
+    line = next(x for x in drafts_table(rows).splitlines() if "repeated" in x)
+    assert line == "| plain, repeated tokens | - | - | 25% | 50% | 50% | 50% |"
 
 
 def parse(text="chain", children="topk", verification="token"):
@@ -115,7 +127,7 @@ def test_drawn_answers_are_not_compared_token_by_token():
     rows = [row for row in domain_rows(run) if row["domain"] == "all"]
     assert 1 < rows[1]["mean_acceptance_length"] < 4
     assert rows[1]["num_mismatched_outputs"] is None
-    assert drafts_table(domain_rows(run)).endswith("plain ones: not compared.")
+    assert "plain ones: not compared." in drafts_table(domain_rows(run))
 
 
 def test_batches_cannot_be_told_apart(run):

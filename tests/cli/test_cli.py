@@ -26,7 +26,8 @@ BENCH_KEYS = {
     "predicted_speedup", "mean_acceptance_length",
     "mean_draft_length", "draft_acceptance_rate",
     "acceptance_per_position", "num_mismatched_outputs",
-    "num_tie_flips", "repeated_token_share", "num_updates", "num_promotions",
+    "num_tie_flips", "repeated_token_share", "learner", "optimizer",
+    "learning_rate", "num_updates", "num_promotions",
     "learning_seconds", "compile_seconds", "peak_rss_mb", "target", "precision",
     "num_speculative_tokens", "device", "jax_version", "git_commit", "date",
 }  # fmt: skip
@@ -360,13 +361,19 @@ def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
     command = (
         "replay", folder, "--target", ospec.target, "--draft", ospec.draft,
         "--learners", "static,gradient,head", "--update-interval", 20,
-        "--json", results,
+        "--learning-rate", 0.002, "--optimizer", "sgd", "--json", results,
     )  # fmt: skip
     assert ospec.run(*command, "--telemetry", tmp_path / "told") == 0
     first = json.loads(results.read_text())["runs"]
     assert [row["learner"] for row in first] == ["static", "gradient", "head"]
     assert first[0]["answers"]["domain"] == ["sums", "more"] * 3
     assert first[1]["num_updates"] > 0
+    used = [(row["optimizer"], row["learning_rate"]) for row in first]
+    assert used == [(None, None), ("sgd", 0.002), (None, None)]
+    table = capsys.readouterr().out
+    assert "| learner | optimizer | rate | seed |" in table
+    assert "| gradient | sgd | 0.002 | 0 |" in table
+    assert "| head | - | - | 0 |" in table
     assert (tmp_path / "told" / "gradient-0.jsonl").exists()
 
     # Finished runs are not replayed again, unless they lack what is asked for.
@@ -385,7 +392,7 @@ def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
     capsys.readouterr()
     args = ("--learners", "static", "--prompts", drift, "--regret", "--chunk-size", 4)
     assert ospec.run(*command, *args) == 0
-    assert "| static | 0 |" in capsys.readouterr().out
+    assert "| static | - | - | 0 |" in capsys.readouterr().out
     third = json.loads(results.read_text())
     static = next(row for row in third["runs"] if row["config"] is None)
     assert (
@@ -474,6 +481,12 @@ def test_errors_name_value_and_remedy(ospec, capsys, command, args, message):
     (("replay", "nowhere"), "holds no recording"),
     (("replay", "nowhere", "--learners", "magic"), "unknown learner 'magic'"),
     (("replay", "nowhere", "--seeds", "one"), "whole seeds"),
+    (("replay", "nowhere", "--learners", "gradient,optimistic", "--learning-rate",
+      "1e-3"), "optimizer 'sgd' (--optimizer sgd), or 'adam'"),
+    (("replay", "nowhere", "--learners", "momentum", "--optimizer", "adam"),
+     "SGD with momentum, not 'adam'"),
+    (("demo", "--learner", "optimistic", "--learning-rate", "1e-3"),
+     "published with 'sgd' at a rate of 0.1"),
     (("telemetry", "nowhere", "--plot", "x"), "no telemetry file"),
 ])  # fmt: skip
 def test_streams_name_what_is_wrong(ospec, capsys, command, message):
@@ -494,6 +507,9 @@ def test_learners_are_known_by_name(name):
     if name in ("head", "memory"):
         with pytest.raises(ConfigError, match="reads none of optimizer, learning_rate"):
             arguments.learner_config(name, learning_rate=0.5)
+    elif name in ("momentum", "optimistic"):
+        with pytest.raises(ConfigError, match="--optimizer sgd"):
+            arguments.learner_config(name, learning_rate=0.5)
     else:
         assert arguments.learner_config(name, learning_rate=0.5).learning_rate == 0.5
 
@@ -505,6 +521,9 @@ def test_step_sizes_follow_the_optimizer():
     file = str(CONFIGS / "online_eagle3.py")
     assert (rate(file), rate(file, optimizer="sgd")) == (3e-4, 0.1)
     assert rate(file, optimizer="sgd", learning_rate=0.5) == 0.5
+    # A rate alone is for the file's optimizer, whatever the rule was published with.
+    config = arguments.learner_config(str(CONFIGS / "opt_hydra.py"), learning_rate=0.5)
+    assert (config.optimizer, config.learning_rate) == ("sgd", 0.5)
     assert LearnerConfig(name="osd", update_interval=9).update_every_prompts == 1
 
 

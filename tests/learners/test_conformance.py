@@ -24,7 +24,8 @@ from ospec_jax.types import Draft, Feedback
 VOCAB, CONTEXT, WINDOW, STEPS, ROWS = 32, 64, 8, 2, 2
 LENGTH = CONTEXT + WINDOW + STEPS
 TRAINING = [name for name in LEARNER_NAMES if name not in ("head", "memory", "auto")]
-RATES = {"momentum": 0.05, "optimistic": 0.3}  # of SGD
+SGD = {"momentum": 0.05, "optimistic": 0.3}
+"""Rates of the rules that were published with it."""
 EXTRA = {
     "gradient": {"step_norm"},
     "momentum": {"step_norm"},
@@ -105,7 +106,8 @@ def make_learner(name, drafter) -> Learner:
     config = LearnerConfig(
         name=name, num_steps=STEPS, num_context=CONTEXT, window=WINDOW,
         batch_size=ROWS, num_candidates=0, buffer_requests=2,
-        learning_rate=RATES.get(name, 3e-3),
+        optimizer="sgd" if name in SGD else "adam",
+        learning_rate=SGD.get(name, 3e-3),
     )  # fmt: skip
     learner = build_learner(config, drafter.unroll)
     assert learner is not None
@@ -205,6 +207,26 @@ def test_memory_has_no_learner():
 def test_what_cannot_be_is_refused(changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         build_learner(LearnerConfig(**changes), unroll)
+
+
+@pytest.mark.parametrize("name", SGD)
+def test_a_rate_says_whose_it_is_where_the_rule_was_published_with_sgd(name):
+    cause = (
+        f"'{name}' was published with 'sgd' at a rate of 0.1, and learning_rate 0.001"
+    )
+    with pytest.raises(ConfigError, match=cause) as refused:
+        LearnerConfig(name=name, learning_rate=1e-3)
+    assert "set optimizer 'sgd' (--optimizer sgd)" in str(refused.value)
+    # Momentum is a rule of SGD alone.
+    assert ("--optimizer adam" in str(refused.value)) == (name == "optimistic")
+
+    published = LearnerConfig(name=name)
+    stated = LearnerConfig(name=name, optimizer="sgd", learning_rate=1e-3)
+    assert dataclasses.replace(published, learning_rate=1e-3) == stated
+    assert dataclasses.replace(stated, num_epochs=2).learning_rate == 1e-3
+    if name == "optimistic":
+        adam = LearnerConfig(name=name, optimizer="adam", learning_rate=1e-3)
+        assert adam.optimizer == "adam"
 
 
 def test_defaults_are_the_learners_own():

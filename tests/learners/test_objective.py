@@ -15,10 +15,12 @@ LENGTH = CONTEXT + WINDOW + STEPS
 ids = jnp.arange(VOCAB)
 
 
-def unroll(params, token_ids, shared, feedback, start, num_context, num_steps, _):
+def unroll(
+    params, token_ids, shared, feedback, start, num_context, num_steps, candidates=None
+):
     """A draft whose logits are its parameters, at every position."""
     logits = params["bias"] + jnp.zeros((ROWS, WINDOW, VOCAB))
-    return [logits] * num_steps
+    return [logits if candidates is None else logits[..., candidates]] * num_steps
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,31 @@ def test_rejected_positions_alone_make_the_loss(batch):
     assert 0 < float(some.weight) < float(whole.weight)
     np.testing.assert_allclose(some.agreement, whole.agreement)
     assert float(score.weight) == pytest.approx(float(whole.weight))
+
+
+def test_candidates_alone_do_not_tell_of_the_whole_draft(batch):
+    """A draft that is sure of a token outside of them is never right."""
+    segments, shared = batch
+    # The target never says the last token: its states all point away from that.
+    hidden = segments.feedback.hidden.at[..., 0].set(1.0)
+    head = shared.head["kernel"].at[-1].set(jnp.array([-50.0, 0, 0, 0]))
+    feedback = segments.feedback.replace(
+        hidden=hidden, logsumexp=jax.nn.logsumexp(hidden @ head.T, axis=-1)
+    )
+    data = segments.replace(feedback=feedback), shared.replace(head={"kernel": head})
+    params = {"bias": jnp.zeros(VOCAB).at[-1].set(50.0)}
+    loss = lambda count: build_objective(
+        unroll, CONTEXT, STEPS, num_candidates=count
+    ).loss(params, *data, ids)[1]
+
+    whole = loss(0)
+    np.testing.assert_allclose(whole.agreement, 0.0, atol=1e-6)
+    np.testing.assert_allclose(whole.acceptance, 0.0, atol=1e-6)
+    assert whole.candidate_agreement is whole.candidate_acceptance is None
+
+    some = loss(4)
+    assert some.agreement is some.acceptance is None
+    assert np.all(some.candidate_agreement > 0.1)
+    assert np.all(some.candidate_acceptance > 0.1)
+    # As many candidates as tokens are no approximation.
+    np.testing.assert_array_equal(loss(VOCAB).agreement, whole.agreement)

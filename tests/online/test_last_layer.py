@@ -8,14 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ospec_jax import ConfigError, LearnerConfig, Session, TreeConfig
+from ospec_jax import (
+    ConfigError,
+    LearnerConfig,
+    SamplingConfig,
+    Session,
+    TreeConfig,
+)
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.last_layer import HeadSamples, head_learner
 from ospec_jax.loading import LoadedDraft, load_draft
+from ospec_jax.online.last_layer import as_drawn
+from ospec_jax.sampling import processed_probs
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.types import SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -47,6 +56,107 @@ def test_a_step_moves_a_sample_by_its_own_error():
     np.testing.assert_allclose(moved, expected, atol=1e-4)
     assert sorted(rows.tolist()) == list(range(9))
     np.testing.assert_allclose(info.loss, -np.log(probs[4]), rtol=1e-5)
+
+
+LAWS = {
+    "cold": (0.7, 0, 1.0),
+    "hot": (1.5, 0, 1.0),
+    "top-p": (1.0, 0, 0.9),
+    "cold top-k": (0.7, 3, 1.0),
+}
+
+
+def processed(logits, temperature, top_k, top_p):
+    one = lambda value, dtype: jnp.full(len(logits), value, dtype)
+    params = SamplingParams(
+        one(temperature, float), one(top_k, jnp.int32), one(top_p, float)
+    )
+    return processed_probs(logits, params)
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_the_targets_own_projection_is_where_sampled_labels_leave_it(law):
+    """The expected step is zero there, over all labels that the target may draw."""
+    rng = np.random.default_rng(5)
+    kernel = jnp.asarray(0.5 * rng.normal(size=(9, 12)), jnp.float32)
+    inputs = jnp.asarray(rng.normal(size=(1, 12)), jnp.float32)
+    learner = head_learner(rate=1.0, num_candidates=9)
+
+    def expected_step(sampling, law_of_labels):
+        probs = processed(inputs @ kernel.T, *law_of_labels)[0]
+        total = 0.0
+        for label, chance in enumerate(np.asarray(probs)):
+            samples = samples_of(kernel, inputs, [label]).replace(sampling=sampling)
+            state, _, _ = learner.update(learner.init(kernel), samples)
+            total += chance * (state.kernel - kernel)
+        return total
+
+    config = SamplingConfig(*law)
+    sampling = as_drawn(config)
+    assert sampling is not None
+    np.testing.assert_allclose(expected_step(sampling, law), 0.0, atol=1e-5)
+    # Taken for draws of the softmax they would move it.
+    assert np.max(np.abs(expected_step(None, law))) > 0.01
+    assert np.max(np.abs(expected_step(sampling, (1.0, 0, 1.0)))) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("temperature", "factor"), [(1.5, 1.5), (0.7, 0.7), (0.2, 0.5)]
+)
+def test_a_step_is_as_long_as_the_temperature_down_to_a_half(temperature, factor):
+    rng = np.random.default_rng(6)
+    kernel = jnp.asarray(0.1 * rng.normal(size=(9, 12)), jnp.float32)
+    samples = samples_of(kernel, stretched(rng, 1), [4])
+    samples = samples.replace(sampling=as_drawn(SamplingConfig(temperature)))
+    learner = head_learner(rate=1.0, num_candidates=9)
+    state, _, info = learner.update(learner.init(kernel), samples)
+    moved = (state.kernel - kernel) @ samples.inputs[0]
+    probs = jax.nn.softmax(samples.logits[0] / temperature)
+    expected = factor * (jax.nn.one_hot(4, 9) - probs)
+    np.testing.assert_allclose(moved, expected, atol=1e-4)
+    np.testing.assert_allclose(info.loss, -np.log(probs[4]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_drawn_children_stay_accepted_at_any_temperature(law):
+    """A draft that begins at the target stays there but for the steps' noise."""
+    rng = np.random.default_rng(7)
+    truth = jnp.asarray(0.6 * rng.normal(size=(6, 8)), jnp.float32)
+    learner = head_learner(rate=0.3)
+    update, state = jax.jit(learner.update), learner.init(truth)
+    law_of = jax.jit(lambda kernel, x: processed(x @ kernel.T, *law))
+    fresh = jnp.asarray(rng.normal(size=(1000, 8)), jnp.float32)
+    accepted = lambda kernel: float(
+        np.minimum(law_of(truth, fresh), law_of(kernel, fresh)).sum(1).mean()
+    )
+    for _ in range(200):
+        inputs = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+        sums = np.cumsum(law_of(truth, inputs), axis=1)
+        labels = (sums < rng.random((64, 1)) * sums[:, -1:]).sum(1).astype(np.int32)
+        samples = samples_of(state.kernel, inputs, labels)
+        samples = samples.replace(sampling=as_drawn(SamplingConfig(*law)))
+        state, _, _ = update(state, samples)
+    assert accepted(state.kernel) > 0.95
+    # Not the projection whose softmax is what was sampled.
+    scale = float(jnp.sum(state.kernel * truth) / jnp.sum(truth**2))
+    assert scale == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_was_asked_tells_the_law_of_an_answer():
+    for config in (
+        SamplingConfig(),
+        SamplingConfig(0.0, top_p=0.9),
+        SamplingConfig(0.7, top_k=1),
+        SamplingConfig(1.0),
+    ):
+        assert as_drawn(config) is None
+    warm = as_drawn(SamplingConfig(0.7))
+    assert warm is not None
+    assert warm.top_k is warm.top_p is None
+    cut = as_drawn(SamplingConfig(0.7, top_p=0.9))
+    assert cut is not None
+    values = cut.temperature, cut.top_k, cut.top_p
+    np.testing.assert_allclose(values, (0.7, 0, 0.9), rtol=1e-6)
 
 
 def test_only_candidates_change_and_emitted_tokens_are_among_them():
@@ -178,6 +288,25 @@ def test_it_learns_while_serving_and_never_changes_the_output(any_target, tmp_pa
         restored.served_draft.params,
         session.served_draft.params,
     )
+
+
+def test_each_answer_is_learned_by_its_own_law(target):
+    session = Session(target, loaded(target), learner=HEAD, ngrams=False)
+    head = session.learning.head
+    laws, learn = [], head._learn
+    head._learn = lambda state, served, law, *args: (
+        laws.append(law) or learn(state, served, law, *args)
+    )
+    for sampling in (SamplingConfig(), SamplingConfig(0.5), SamplingConfig(1.5)):
+        list(session.generate(PROMPTS[:1], 24, sampling))
+    greedy, cold, hot = laws
+    assert greedy is None
+    assert (float(cold.temperature), float(hot.temperature)) == (0.5, 1.5)
+    # A temperature is a number like others: another one compiles nothing.
+    assert learn._cache_size() == 2
+    list(session.generate(PROMPTS[:1], 24, SamplingConfig(0.5, top_p=0.8)))
+    assert float(laws[-1].top_p) == pytest.approx(0.8)
+    assert np.isfinite(session.reports[-1].info.loss)
 
 
 def test_a_loaded_draft_serves_two_sessions(target):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Telemetry: what its rows say, that it resumes, and what it refuses."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -76,6 +77,38 @@ def test_updates_tell_movement_and_what_the_learner_says(rows):
     assert updates[0]["extra"] == {"expert_weights": [0.25, 0.75], "hint_error": 1.0}
     assert updates[0]["agreement"] == [0.5, 0.25]
     assert updates[0]["seconds"] == 0.125
+
+
+def test_answers_tell_what_decoding_accepted_by_position(rows):
+    answers = [row for row in rows if row["kind"] == "answer"]
+    # Steps that accepted 0, 1, 2, 3, 0, ... tokens.
+    assert answers[1]["acceptance_per_position"] == [0.5, 0, 0]
+    assert answers[3]["acceptance_per_position"] == [0.75, 0.5, 0.25]
+
+
+def test_figures_of_candidates_have_names_of_their_own(tmp_path):
+    told = report()
+    told = dataclasses.replace(told, info=told.info.of_candidates())
+    telemetry = Telemetry(tmp_path / "t.jsonl")
+    telemetry.update(told, draft(0.0), draft(0.0))
+    telemetry.close()
+    (row,) = read_rows(tmp_path / "t.jsonl")
+    assert row["candidate_agreement"] == row["candidate_acceptance"] == [0.5, 0.25]
+    assert not {"agreement", "acceptance"} & set(row)
+
+
+def test_plots_say_whose_agreement_it_is(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.set", lambda axes, **said: titles.append(said["title"])
+    )
+    whole = {"kind": "update", "num_answers": 1, "loss": 2.0, "extra": {}}
+    whole |= {"stride": 1, "path_length": 0.0}
+    for name in ("agreement", "candidate_agreement"):
+        plot_telemetry([whole | {name: [0.5]}], tmp_path / "t.png")
+        is_named = ["candidates" in title for title in titles if "agree" in title]
+        assert is_named == [name == "candidate_agreement"]
+        titles.clear()
 
 
 def test_a_head_tells_what_it_knows(tmp_path):
