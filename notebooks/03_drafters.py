@@ -29,9 +29,9 @@ import numpy as np
 from ospec_jax import TreeConfig, load_draft, load_target
 from ospec_jax.bench.drafts import domain_rows
 from ospec_jax.bench.harness import BenchConfig, run_bench
+from ospec_jax.cli.notation import parse_tree
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts, parse_prompt
 from ospec_jax.decoding.step import shared_tables
-from ospec_jax.drafters.topology import parse_tree
 
 BLUE, GREY = "#1f6feb", "#8a8f98"
 CHAIN, TREE = TreeConfig(num_steps=3), parse_tree("dynamic:4,8", 3)

@@ -37,8 +37,9 @@ from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.data.streams import build_stream
 from ospec_jax.drafters.base import dequantized
 from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.learners import bounds as theory
 from ospec_jax.learners.objective import build_objective
-from ospec_jax.replay import hindsight
+from ospec_jax.replay.hindsight import best_per_chunk_in_hindsight, dynamic_regret_proxy
 from ospec_jax.replay.record import record
 from ospec_jax.replay.replayer import Replayer
 from ospec_jax.storage.checkpoint import Meta
@@ -134,10 +135,10 @@ rounds = np.arange(1, ROUNDS + 1)
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 table = {}
 for color, (name, (kl, acceptance)) in enumerate(runs.items()):
-    tokens = hindsight.expected_tokens(acceptance, STEPS).mean(axis=1)
-    measured = hindsight.acceleration_rate(np.cumsum(tokens) / rounds, STEPS, COST)
+    tokens = theory.expected_tokens(acceptance, STEPS).mean(axis=1)
+    measured = theory.acceleration_rate(np.cumsum(tokens) / rounds, STEPS, COST)
     total = np.cumsum(np.asarray(kl, float))
-    bound = hindsight.acceleration_lower_bound(total, rounds, STEPS, COST)
+    bound = theory.acceleration_lower_bound(total, rounds, STEPS, COST)
     assert np.all(bound <= measured + 1e-6), name
     axes[0].plot(rounds, total, color=f"C{color}", label=name)
     axes[1].plot(rounds, measured, color=f"C{color}")
@@ -181,11 +182,11 @@ steepest = float(np.sqrt(2) * jnp.linalg.norm(contexts, axis=-1).mean(axis=1).ma
 paths, measured, bounds = [], [], []
 for drift in (0.0, 0.004, 0.02, 0.1):
     moving = wander(drift)
-    paths.append(hindsight.path_length(moving))
+    paths.append(theory.path_length(moving))
     known = ROUNDS, paths[-1], diameter, steepest
-    step = hindsight.best_step_size(*known)
+    step = theory.best_step_size(*known)
     measured.append(float(play(optax.sgd(step), moving)[0].sum()))
-    bounds.append(hindsight.gradient_descent_bound(*known))
+    bounds.append(theory.gradient_descent_bound(*known))
 assert np.all(np.asarray(measured) <= bounds)
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 ax.plot(paths, measured, "o-", label="measured")
@@ -228,13 +229,13 @@ learned = replayer.run(
     learner, count.append,
     on_update=lambda _, before, after: served.update({len(count) + 1: after.params}),
 )  # fmt: skip
-hindsight = hindsight.best_per_chunk_in_hindsight(
+hindsight = best_per_chunk_in_hindsight(
     replayer, 10, num_epochs=8, learning_rate=3e-3, window=32
 )
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 for name, run in (("static", static), ("learned", learned)):
     losses = [answer.loss for answer in run.answers]
-    proxy = hindsight.dynamic_regret_proxy(losses, hindsight)
+    proxy = dynamic_regret_proxy(losses, hindsight)
     ax.plot(proxy, label=name)
     table[name] = proxy
 ax.axvline(29.5, color="gray", ls=":")
@@ -267,9 +268,9 @@ for first in range(0, 60, 10):
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     divergence.append(float(info.loss - jnp.sum(entropy * weight) / weight.sum()))
     tokens = 1 + np.cumprod(info.acceptance).sum()
-    speed.append(float(hindsight.acceleration_rate(tokens, 3, COST)))
+    speed.append(float(theory.acceleration_rate(tokens, 3, COST)))
 chunks = 10 * np.arange(1, len(speed) + 1)
-bound = hindsight.acceleration_lower_bound(divergence, 1, 3, COST)
+bound = theory.acceleration_lower_bound(divergence, 1, 3, COST)
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 ax.plot(chunks, speed, "o-", label="measured")
 ax.plot(chunks, bound, "--", label="bound")

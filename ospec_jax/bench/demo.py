@@ -5,16 +5,15 @@ import json
 import shutil
 from pathlib import Path
 
-from rich.console import Console
-
 from ospec_jax import atomic
 from ospec_jax.bench.harness import BenchConfig
+from ospec_jax.bench.live import run_with_progress
 from ospec_jax.bench.report import markdown_table, plot_stream
 from ospec_jax.config import LearnerConfig, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
-from ospec_jax.reports.progress import Interrupt
+from ospec_jax.reports.progress import Interrupt, console
 
 
 def run_demo(
@@ -27,9 +26,6 @@ def run_demo(
     """Runs the stream and writes `acceptance.png`, `results.json`, `results.md` and
     the `checkpoint` of the learned draft into `out`; returns the table's rows.
     """
-    from ospec_jax.cli.measure import run_with_progress
-
-    console = Console(stderr=True)
     target = load_target("smollm2-135m")
     draft = load_draft("shipped", target)
     stream = [

@@ -8,7 +8,6 @@ import warnings
 import tyro
 
 from ospec_jax.cli.answer import generate, learn
-from ospec_jax.cli.arguments import console
 from ospec_jax.cli.make import distill, export_draft, import_draft, lower
 from ospec_jax.cli.measure import bench, demo, roofline
 from ospec_jax.cli.streams import record, replay, stream, telemetry
@@ -18,7 +17,7 @@ from ospec_jax.drafters.combine import MIXES
 from ospec_jax.drafters.registry import FAMILIES
 from ospec_jax.loading import shipped_drafts
 from ospec_jax.models.weights import WeightsError
-from ospec_jax.reports.progress import Interrupted
+from ospec_jax.reports.progress import Interrupted, console
 from ospec_jax.storage import checkpoint
 
 _USER_ERRORS = (

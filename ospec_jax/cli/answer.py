@@ -10,9 +10,7 @@ import tyro
 from ospec_jax.cli.arguments import (
     Decoding,
     Shared,
-    console,
     learner_config,
-    live,
     write_json,
 )
 from ospec_jax.config import ConfigError
@@ -23,7 +21,7 @@ from ospec_jax.data.prompts import (
     read_prompts,
 )
 from ospec_jax.reports.answers import AnswerLog, check_unused
-from ospec_jax.reports.progress import Interrupt, progress_bar
+from ospec_jax.reports.progress import Interrupt, console, live, progress_bar
 from ospec_jax.reports.telemetry import Telemetry
 from ospec_jax.session import Session
 from ospec_jax.storage import checkpoint

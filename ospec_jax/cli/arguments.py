@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from ospec_jax import atomic, sharding
+from ospec_jax.cli.notation import parse_tree
 from ospec_jax.config import (
     LEARNER_NAMES,
     ChildrenKind,
@@ -21,12 +21,9 @@ from ospec_jax.config import (
     TreeConfig,
     Verification,
 )
-from ospec_jax.drafters.topology import parse_tree
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import Session
-
-console = Console(stderr=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,19 +169,6 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
     if "update_interval" in given:
         given = {"update_every_prompts": 0} | given
     return dataclasses.replace(config, **given)
-
-
-def live(result, results) -> str:
-    """Progress of a stream: speed and acceptance over the last ten prompts."""
-    recent = results[-10:]
-    tokens = sum(len(r.token_ids) for r in recent)
-    seconds = sum(r.seconds + r.learning_seconds for r in recent)
-    drafts = sum(r.stats.num_drafts for r in recent)
-    accepted = sum(r.stats.num_accepted_tokens for r in recent)
-    return (
-        f"{tokens / max(seconds, 1e-9):.1f} tokens/s, acceptance length "
-        f"{1 + accepted / max(drafts, 1):.2f}, draft v{result.version}"
-    )
 
 
 def write_json(file: Path | None, rows: list, is_list: bool) -> None:

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 import tyro
 
 from ospec_jax import sharding
-from ospec_jax.cli.arguments import as_precision, console
+from ospec_jax.cli.arguments import as_precision
+from ospec_jax.cli.notation import parse_tree
 from ospec_jax.config import AttentionKind, ConfigError, Precision, SamplingConfig
 from ospec_jax.data.prompts import read_prompts
-from ospec_jax.drafters.topology import parse_tree
 from ospec_jax.loading import LoadedDraft, draft_folder, load_draft, restore
 from ospec_jax.models.hub import load_config, load_target
+from ospec_jax.reports.progress import console
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
 
@@ -71,8 +72,9 @@ def distill(
       delta: Of the shipped draft, keep only its difference to the one that it started
         from, of this rank; 0 keeps all. Loading it takes that one.
     """
-    from ospec_jax.distill.starts import TAPPED, default_draft_config, eagle3_taps
+    from ospec_jax.distill.starts import default_draft_config, eagle3_taps
     from ospec_jax.distill.train import DistillConfig, score, train
+    from ospec_jax.drafters.registry import TAPPED
     from ospec_jax.replay.record import record
 
     if ship is not None and max(checkpoint.steps(ship), default=0) > num_updates:

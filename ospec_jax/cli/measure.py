@@ -7,20 +7,19 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ospec_jax.bench.live import run_live, run_with_progress
 from ospec_jax.cli.arguments import (
     Decoding,
     Shared,
     as_precision,
-    console,
     learner_config,
-    live,
     write_json,
     write_text,
 )
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import demo_prompts, read_prompts
 from ospec_jax.models.hub import load_target
-from ospec_jax.reports.progress import Interrupt, progress_bar
+from ospec_jax.reports.progress import Interrupt, console
 
 
 def bench(
@@ -155,40 +154,6 @@ def roofline(
     machine = passes.measure_machine(loaded)
     costs = passes.roofline(loaded, machine, capacity=capacity)
     print(roofline_table(costs, machine))
-
-
-def run_live(target, draft, prompts, config, interrupt, peers=(), drafts=None):
-    """Runs a benchmark behind a live bar, until `interrupt` is set."""
-    from ospec_jax.bench.harness import ModeRun, run_bench
-
-    with interrupt, progress_bar() as bar:
-        task = bar.add_task("compiling", total=len(prompts))
-
-        def show(number, name, turns):
-            text = f"{turns.tokens_per_second_with_learning:.1f} tokens/s"
-            if isinstance(turns, ModeRun):
-                text = live(turns.results[-1], turns.results)
-            bar.update(task, completed=number, description=f"{name}: {text}")
-
-        should_stop = lambda: bool(interrupt)
-        return run_bench(
-            target, draft, prompts, config, show, should_stop, peers, drafts
-        )
-
-
-def run_with_progress(target, draft, prompts, config, interrupt, peers=()):
-    """Runs a benchmark behind a live bar and prints its table."""
-    from ospec_jax.bench.report import markdown_table, terminal_table
-    from ospec_jax.bench.rows import to_rows
-
-    run = run_live(target, draft, prompts, config, interrupt, peers)
-    table = to_rows(run)
-    if console.is_terminal:
-        title = f"{target.name}, {target.numerics.precision}"
-        console.print(terminal_table(table, title))
-    else:
-        console.print(markdown_table(table), soft_wrap=True, markup=False)
-    return run, table
 
 
 def demo(

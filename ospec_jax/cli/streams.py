@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ospec_jax.cli.arguments import as_precision, console, learner_config
+from ospec_jax.cli.arguments import as_precision, learner_config
 from ospec_jax.config import ConfigError, LearnerConfig
 from ospec_jax.data.prompts import read_prompts, write_prompts
 from ospec_jax.data.streams import build_stream
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
-from ospec_jax.reports.progress import Interrupt, progress_bar
+from ospec_jax.reports.progress import Interrupt, console, progress_bar
 from ospec_jax.storage import low_rank
 
 StreamKind = Literal["single", "shifts", "gradual", "alternating", "fast"]

@@ -14,14 +14,9 @@ from ospec_jax.config import (
     ModelConfig,
 )
 from ospec_jax.drafters.base import dequantized
+from ospec_jax.drafters.registry import TRAINED
 from ospec_jax.models.hub import Target
 from ospec_jax.models.llama import head_table
-
-TRAINED = ("eagle3", "eagle1", "hydra", "exit")
-"""Families that `ospec distill` trains."""
-
-TAPPED = ("eagle3", "exit")
-"""Those of them that read states from within the target, not its final ones."""
 
 FEATURE_WEIGHTS = {"eagle1": 10.0}
 """Published (arXiv 2401.15077): 1 for the predicted states, 0.1 for the tokens."""

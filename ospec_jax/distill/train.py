@@ -15,12 +15,11 @@ from ospec_jax.decoding.step import shared_tables
 from ospec_jax.distill.evaluate import evaluate_held_out, is_held_out, plot_history
 from ospec_jax.distill.starts import (
     FEATURE_WEIGHTS,
-    TAPPED,
     default_draft_config,
     warm_start,
 )
 from ospec_jax.drafters.base import Drafter
-from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.registry import TAPPED, build_drafter
 from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState
 from ospec_jax.learners.gradient import gradient
 from ospec_jax.learners.losses import named_loss

@@ -32,6 +32,12 @@ FAMILIES = {
     "prediction": "no parameters: only what a request's user expects the answer to be",
 }
 
+TRAINED = ("eagle3", "eagle1", "hydra", "exit")
+"""Families that `ospec distill` trains."""
+
+TAPPED = ("eagle3", "exit")
+"""Those of them that read states from within the target, not its final ones."""
+
 
 def memory_orders(family: str) -> tuple[int, ...]:
     """Lengths of the n-grams that a family's memory holds."""

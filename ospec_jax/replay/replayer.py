@@ -23,8 +23,7 @@ from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import shared_tables
-from ospec_jax.distill.starts import TAPPED
-from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.registry import TAPPED, build_drafter
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params

@@ -19,6 +19,9 @@ from rich.progress import (
 
 LOG_SECONDS = 20.0
 
+console = Console(stderr=True)
+"""Standard error, so that standard output stays data."""
+
 
 class _Progress(Progress):
     """A bar on a terminal; elsewhere, such as in a log file, now and then a line."""
@@ -46,7 +49,7 @@ def progress_bar() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
     )
 
 
@@ -140,3 +143,16 @@ class Interrupt:
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def live(result, results) -> str:
+    """Progress of a stream: speed and acceptance over the last ten prompts."""
+    recent = results[-10:]
+    tokens = sum(len(r.token_ids) for r in recent)
+    seconds = sum(r.seconds + r.learning_seconds for r in recent)
+    drafts = sum(r.stats.num_drafts for r in recent)
+    accepted = sum(r.stats.num_accepted_tokens for r in recent)
+    return (
+        f"{tokens / max(seconds, 1e-9):.1f} tokens/s, acceptance length "
+        f"{1 + accepted / max(drafts, 1):.2f}, draft v{result.version}"
+    )

@@ -8,10 +8,10 @@ import pytest
 from ospec_jax import load_draft
 from ospec_jax.bench.drafts import domain_rows, drafts_table, parse_contender
 from ospec_jax.bench.harness import BenchConfig, run_bench
+from ospec_jax.cli.notation import parse_tree
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.stats import repeated_share
-from ospec_jax.drafters.topology import parse_tree
 from ospec_jax.testing import tiny_target
 
 ROWS = [("one", "a"), ("two", "b"), ("three", "a"), ("four", "")]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax.cli.notation import parse_tree
 from ospec_jax.config import ConfigError, from_dict
 from ospec_jax.control.base import Action, Chooser, Controller, Outcome
 from ospec_jax.control.depth import (
@@ -23,7 +24,6 @@ from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.drafters.topology import parse_tree
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ospec_jax.cli.notation import parse_tree
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.control.base import (
     SUGGESTIONS,
@@ -24,7 +25,6 @@ from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
 from ospec_jax.drafters.registry import build_drafter, memory_orders
 from ospec_jax.drafters.self_draft import in_four_bits
-from ospec_jax.drafters.topology import parse_tree
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 from ospec_jax.types import Draft

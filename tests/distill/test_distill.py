@@ -14,13 +14,12 @@ from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.distill import train as train_module
 from ospec_jax.distill.starts import (
-    TRAINED,
     default_draft_config,
     default_taps,
     warm_start,
 )
 from ospec_jax.distill.train import DistillConfig, train
-from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.registry import TRAINED, build_drafter
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.llama import head_table
 from ospec_jax.replay.collect import collect

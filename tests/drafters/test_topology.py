@@ -7,9 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
+from ospec_jax.cli.notation import parse_tree
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters import topology
-from ospec_jax.drafters.topology import best_parents, parse_tree
+from ospec_jax.drafters.topology import best_parents
 
 
 def promised(parents, rates):

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks that show how they get on."""
+
+from ospec_jax.bench.harness import ModeRun, run_bench
+from ospec_jax.bench.report import markdown_table, terminal_table
+from ospec_jax.bench.rows import to_rows
+from ospec_jax.reports.progress import console, live, progress_bar
+
+
+def run_live(target, draft, prompts, config, interrupt, peers=(), drafts=None):
+    """Runs a benchmark behind a live bar, until `interrupt` is set."""
+    with interrupt, progress_bar() as bar:
+        task = bar.add_task("compiling", total=len(prompts))
+
+        def show(number, name, turns):
+            text = f"{turns.tokens_per_second_with_learning:.1f} tokens/s"
+            if isinstance(turns, ModeRun):
+                text = live(turns.results[-1], turns.results)
+            bar.update(task, completed=number, description=f"{name}: {text}")
+
+        should_stop = lambda: bool(interrupt)
+        return run_bench(
+            target, draft, prompts, config, show, should_stop, peers, drafts
+        )
+
+
+def run_with_progress(target, draft, prompts, config, interrupt, peers=()):
+    """Runs a benchmark behind a live bar and prints its table."""
+    run = run_live(target, draft, prompts, config, interrupt, peers)
+    table = to_rows(run)
+    if console.is_terminal:
+        title = f"{target.name}, {target.numerics.precision}"
+        console.print(terminal_table(table, title))
+    else:
+        console.print(markdown_table(table), soft_wrap=True, markup=False)
+    return run, table
