@@ -191,9 +191,8 @@ class Adaptation:
         """
         if not self.has_gradient:
             return state
-        batch = self._batch(
-            traffic.ring, jnp.int32(0), jnp.int32(0), jnp.int32(0)
-        )  # fmt: skip
+        none = jnp.int32(0)
+        batch = self._batch(traffic.ring, none, none, none, np.bool_(True))
         # An empty ring weighs nothing, and an update of nothing would cost less.
         batch = batch.replace(weight=jnp.ones_like(batch.weight))
         learner = jax.tree.map(jnp.copy, self._begin(state.learner))
@@ -309,8 +308,9 @@ class Adaptation:
         for epoch in range(self.config.num_epochs):
             for num_newer in self._batches(state, traffic):
                 batch = self._batch(
-                    traffic.ring, state.num_fresh, state.learner.num_updates, num_newer
-                )
+                    traffic.ring, state.num_fresh, state.learner.num_updates, num_newer,
+                    np.bool_(epoch == 0),
+                )  # fmt: skip
                 if epoch == 0 and self.config.promotion == "guarded":
                     state = state.replace(guard=self._compare(state, served, batch))
                 if epoch == 0 and is_compared:
@@ -355,16 +355,23 @@ class Adaptation:
             served.token_ids,
         )  # fmt: skip
 
-    def _make_batch(self, ring, num_fresh, num_updates, num_newer) -> Segments:
+    def _make_batch(
+        self, ring, num_fresh, num_updates, num_newer, is_first_epoch
+    ) -> Segments:
         """The newest windows but some, and older ones against forgetting."""
         num_old = self.config.batch_size - self._num_newest
         fresh = buffer.newest(ring, self._num_newest, num_fresh, num_newer)
+        is_fresh = jnp.full((self._num_newest,), is_first_epoch)
+        fresh = fresh.replace(is_fresh=is_fresh)
         if num_old == 0:
             return fresh
         key = jax.random.fold_in(jax.random.key(self.config.seed), num_updates)
-        old = buffer.draw(ring, key, num_old)
+        # Not from this round's: they would be trained on before they are judged.
+        old = buffer.draw(ring, key, num_old, num_fresh)
         # Nothing fresh, nothing to learn: the batch must weigh nothing as a whole.
-        old = old.replace(weight=old.weight * (num_fresh > 0))
+        old = old.replace(
+            weight=old.weight * (num_fresh > 0), is_fresh=jnp.zeros((num_old,), bool)
+        )
         join = lambda a, b: jnp.concatenate([a, b])
         return jax.tree.map(join, fresh, old)
 
@@ -387,8 +394,7 @@ class Adaptation:
 
     def _fresh_weight(self, batch: Segments):
         """`[b]`, without the windows that were drawn from older ones."""
-        weight = jnp.sum(batch.weight, axis=1)
-        return weight * (jnp.arange(len(weight)) < self._num_newest)
+        return jnp.sum(batch.weight, axis=1) * batch.is_fresh
 
     def judged(self, state: AdaptationState, num_updates: int) -> AdaptationState:
         """Notes a round of learning, and sets the pace where a span ends with it."""

@@ -199,6 +199,31 @@ def test_a_chunk_of_prompts_is_learned_from_as_a_whole(target, draft, plain):
     assert len(set(trained)) == num_windows
 
 
+def test_experts_are_not_judged_by_what_they_were_trained_on(target, draft):
+    learner = dataclasses.replace(
+        LEARNER, name="ensemble", loss="jsd", update_every_prompts=4, num_epochs=3,
+        step_ratio=4.0,
+    )  # fmt: skip
+    session = Session(target, draft, learner=learner, ngrams=False)
+    adaptation, seen, changes = session.learning.adaptation, set(), []
+    learn = adaptation._learn
+
+    def watch(learner, served, batch):
+        tokens = np.asarray(batch.feedback.tokens).tobytes()
+        before = np.asarray(learner.opt_state.weights)
+        result = learn(learner, served, batch)
+        is_same = np.array_equal(result[0].opt_state.weights, before)
+        changes.append((tokens in seen, is_same))
+        seen.add(tokens)
+        return result
+
+    adaptation._learn = watch
+    answers(session)
+    assert {is_same for is_old, is_same in changes if is_old} == {True}
+    assert [is_same for is_old, is_same in changes if not is_old].count(False) > 2
+    assert adaptation._update._cache_size() == 1
+
+
 @pytest.mark.parametrize("family", ["ngram", "suffix"])
 def test_an_ngram_draft_learns_and_resumes_without_parameters(
     target, plain, tmp_path, family

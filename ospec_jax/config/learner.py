@@ -123,7 +123,8 @@ class LearnerConfig:
       num_steps: Unrolled draft steps.
       num_candidates: Draft tokens that an update looks at, the likeliest ones; its loss
         knows no others. 0 for all, at twice the cost.
-      num_epochs: Updates done at each interval; or see `update_every_prompts`.
+      num_epochs: Updates done at each interval; or see `update_every_prompts`. An
+        ensemble weighs its experts in the first of them only.
       replay_share: Part of each batch drawn from older windows.
       promotion: `always` serves each iterate; `guarded` only proven ones.
       min_windows: Compared windows before a guarded promotion.

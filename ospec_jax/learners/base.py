@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ospec_jax.types import Feedback
 from ospec_jax.typing import Params
@@ -26,11 +26,14 @@ class Segments:
       start: `[b]` position of the first token; negative ones pad short contexts.
       weight: `[b, t]` how much the target's distribution after token i counts; 0 where
         nothing was verified.
+      is_fresh: `[b]` whether no update has trained on the window before; None if that
+        holds for all. Windows come round again in later epochs, and to be rehearsed.
     """
 
     feedback: Feedback
     start: Int[Array, " b"]
     weight: Float[Array, "b t"]
+    is_fresh: Bool[Array, " b"] | None = None
 
 
 @flax.struct.dataclass
@@ -60,6 +63,8 @@ class LearnerInfo(NamedTuple):
       weight: Of all positions that the loss counts; without any there is no signal.
       extra: What only this learner has to say, under names that never change between
         its updates: scalars, or `[m]` one for each expert.
+      fresh_loss: `loss` of the windows that no update has trained on before.
+      fresh_weight: Their part of `weight`; without any there is no `fresh_loss`.
     """
 
     loss: Float[Array, ""]
@@ -68,6 +73,8 @@ class LearnerInfo(NamedTuple):
     grad_norm: Float[Array, ""]
     weight: Float[Array, ""]
     extra: dict[str, Array] = {}
+    fresh_loss: Float[Array, ""] | None = None
+    fresh_weight: Float[Array, ""] | None = None
 
 
 def unchanged(state: LearnerState) -> LearnerState:
@@ -111,7 +118,12 @@ def moved_if(
     """
     # Chosen number by number, in the pass that computes them: branches copy the state.
     moved = move(state).replace(num_updates=state.num_updates + 1)
-    return jax.tree.map(lambda new, old: jnp.where(has_signal, new, old), moved, state)
+    return chosen(has_signal, moved, state)
+
+
+def chosen(is_first: Array, first: Any, second: Any) -> Any:
+    """One of two trees of the same structure."""
+    return jax.tree.map(lambda a, b: jnp.where(is_first, a, b), first, second)
 
 
 def stepped(

@@ -109,7 +109,7 @@ def build_objective(
             probs = probs[..., candidates]
         args = params, segments, shared, token_ids, candidates
         of_tokens = lambda logits: unrolled_loss(
-            logits, probs, weight, loss, decay, positions, counted
+            logits, probs, weight, loss, decay, positions, counted, segments.is_fresh
         )
         if unroll_features is None or not feature_weight:
             return of_tokens(forward(unroll, *args))
