@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ospec_jax import Session, checkpoint, load_draft
+from ospec_jax import Session, checkpoint, finite, load_draft
 from ospec_jax.checkpoint import CheckpointError
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
@@ -109,6 +109,20 @@ def test_interrupted_training_resumes_bitwise(
     resumed = checkpoint.load(tmp_path, target)
     assert resumed.step == whole.step == 12
     jax.tree.map(np.testing.assert_array_equal, whole.draft, resumed.draft)
+
+
+def test_a_draft_that_is_not_finite_ends_training(
+    target, folder, draft_config, tmp_path
+):
+    # The first step is as long as float32 goes, so that the second has no loss.
+    config = dataclasses.replace(
+        CONFIG, learning_rate=3e38, warm_up=1, num_updates=6, save_every=1
+    )
+    with pytest.raises(FloatingPointError, match=r"at update \d .*lower learning_rate"):
+        train(target, folder, tmp_path, config, draft_config)
+    for step in checkpoint.steps(tmp_path):
+        draft = checkpoint.load(tmp_path, step=step).draft
+        assert not finite.find_not_finite(draft)
 
 
 def test_training_goes_on_from_a_draft(target, folder, trained, tmp_path):
