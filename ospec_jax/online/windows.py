@@ -143,8 +143,10 @@ class Adaptation:
         """
         if not self.has_gradient:
             return state
-        none = jnp.int32(0)
-        batch = self._batch(traffic.ring, none, none, none, np.bool_(True))
+        # As updates get them, or they would be dispatched anew.
+        zero = jnp.int32(0)
+        none = np.int32(0)
+        batch = self._batch(traffic.ring, zero, zero, none, np.bool_(True))
         # An empty ring weighs nothing, and an update of nothing would cost less.
         batch = batch.replace(weight=jnp.ones_like(batch.weight))
         learner = jax.tree.map(jnp.copy, self._begin(state.learner))
