@@ -13,6 +13,6 @@ def get_config() -> LearnerConfig:
         optimizer="sgd",
         learning_rate=0.3,
         promotion="guarded",
-        min_windows=8,
+        promotion_level=0.1,
         budget=0.05,
     )

@@ -225,7 +225,9 @@ def test_an_update_gathers_no_weight(session_target, loaded):
     split = split_target(session_target, sharding.make_mesh("data=2,model=4"))
     session, _ = learned(split, loaded)
     adaptation, learning = session.learning.adaptation, session.learning
-    batch = adaptation._batch(learning.traffic.ring, *np.int32([4, 0, 0]))
+    batch = adaptation._batch(
+        learning.traffic.ring, *np.int32([4, 0, 0]), np.bool_(True)
+    )
     assert batch.start.sharding.shard_shape(batch.start.shape) == (2,)
     state = learning.state.learner
     args = batch, adaptation.shared, session.draft.token_ids

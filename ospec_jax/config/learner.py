@@ -2,6 +2,7 @@
 """How a draft learns."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -41,7 +42,7 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("radius expert_pull update_every_prompts", lambda x: x >= 0, "0 (off) or more"),
     ("momentum hint_decay replay_share", lambda x: 0 <= x < 1, "0 to below 1"),
     ("head_rate head_damping", lambda x: x > 0, "above 0"),
-    ("budget", lambda x: 0 < x < 1, "above 0 and below 1"),
+    ("budget promotion_level", lambda x: 0 < x < 1, "above 0 and below 1"),
     ("token_share meta_discount", lambda x: 0 < x <= 1, "above 0, and at most 1"),
     ("forward_share", lambda x: 0 <= x <= 1, "0 to 1"),
     ("num_experts", lambda x: x >= 2, "2 (the static draft and another) or more"),
@@ -51,7 +52,7 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("decay position_decay", lambda x: x > 0, "above 0"),
     (
         "buffer_requests num_epochs num_scored round_length batch_size window "
-        "num_steps min_windows head_candidates",
+        "num_steps promotion_patience head_candidates",
         lambda x: x >= 1,
         "1 or more",
     ),
@@ -132,10 +133,14 @@ class LearnerConfig:
       num_candidates: Draft tokens that an update looks at, the likeliest ones; its loss
         knows no others, and it tells `candidate_agreement` and `candidate_acceptance`
         instead of `agreement` and `acceptance`. 0 for all, at twice the cost.
-      num_epochs: Updates done at each interval; or see `update_every_prompts`.
+      num_epochs: Updates done at each interval; or see `update_every_prompts`. An
+        ensemble weighs its experts in the first of them only.
       replay_share: Part of each batch drawn from older windows.
       promotion: `always` serves each iterate; `guarded` only proven ones.
-      min_windows: Compared windows before a guarded promotion.
+      promotion_level: Probability that a run with guarded promotion ever serves an
+        iterate that is no better than the one before; see `learners.promotion`.
+      promotion_patience: Requests on which a candidate is scored before the newest
+        iterate takes its place: each of a chunk of prompts, one for each interval.
       ring_capacity: Windows remembered.
       head_rate: Step size of `head`; 1 is a whole Newton step for a token.
       head_damping: Of its preconditioner; see `learners.last_layer`.
@@ -179,7 +184,8 @@ class LearnerConfig:
     num_epochs: int = 1
     replay_share: float = 0.0
     promotion: Literal["always", "guarded"] = "always"
-    min_windows: int = 8
+    promotion_level: float = 0.1
+    promotion_patience: int = 128
     ring_capacity: int = 64
     head_rate: float = 1.0
     head_damping: float = 0.1
@@ -289,6 +295,10 @@ class LearnerConfig:
         return {"memory": "nothing", "head": "states"}.get(self.name, "features")  # type: ignore[return-value]
 
     def _check_ranges(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name} is {value}; use a finite number")
         for keys, is_good, wanted in _LIMITS:
             for key in keys.split():
                 if not is_good(getattr(self, key)):

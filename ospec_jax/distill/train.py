@@ -25,6 +25,7 @@ from ospec_jax.learners.gradient import gradient
 from ospec_jax.learners.losses import named_loss
 from ospec_jax.learners.objective import build_objective
 from ospec_jax.loading import LoadedDraft
+from ospec_jax.models import finite
 from ospec_jax.models.hub import Target
 from ospec_jax.replay.store import FeedbackStore
 from ospec_jax.reports.progress import Interrupt, progress_bar
@@ -64,6 +65,12 @@ class DistillConfig:
     evaluate_every: int = 100
     seed: int = 0
     domains: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("learning_rate", "feature_weight"):
+            value = getattr(self, name)
+            if value is not None and not np.isfinite(value):
+                raise ConfigError(f"{name} is {value}; use a finite number")
 
     def learns_from(self, entry) -> bool:
         """Whether an answer of the store is in the training set."""
@@ -263,7 +270,12 @@ class _Run:
     def loop(self, state: LearnerState, card: dict) -> list[dict]:
         config, token_ids = self.config, self.draft.token_ids
         history = list(card.get("history", []))
-        update = jax.jit(self.learner.update, donate_argnums=0)
+
+        def update_and_check(state, *data):
+            state, info = self.learner.update(state, *data)
+            return state, info, finite.is_finite((state.params, state.opt_state))
+
+        update = jax.jit(update_and_check, donate_argnums=0)
         step = int(state.num_updates)
         saved = step
         batches = _batches(self.store_folder, config, step)
@@ -278,13 +290,17 @@ class _Run:
                 history.append(self._score(state, step, None))
                 bar.console.print(history[-1])
             while step < config.num_updates and not interrupt:
-                state, info = update(state, next(batches), self.shared, token_ids)
+                state, info, is_good = update(
+                    state, next(batches), self.shared, token_ids
+                )  # fmt: skip
                 step += 1
                 bar.update(task, completed=step, description=_describe(info))
-                if not np.isfinite(info.loss):
+                if not np.isfinite(info.loss) or not bool(is_good):
                     raise FloatingPointError(
-                        f"the loss is {info.loss} at update {step}; the last "
-                        f"checkpoint in {self.out} is kept: lower learning_rate"
+                        f"at update {step} the loss is {info.loss}, and the draft is "
+                        f"{'' if bool(is_good) else 'not '}finite behind it; the last "
+                        f"checkpoint in {self.out} is kept: lower learning_rate, "
+                        f"{self.config.learning_rate}"
                     )
                 is_last = step == config.num_updates
                 if step % config.evaluate_every == 0 or is_last:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from ospec_jax import atomic
+from ospec_jax.models import finite
 from ospec_jax.models.weights import WeightsError
 
 DTYPES = {
@@ -40,7 +41,8 @@ def read_tensors(folder: Path, pickles: str = "*.bin") -> dict[str, np.ndarray]:
       pickles: Names of the PyTorch files that hold weights.
 
     Raises:
-      WeightsError: There are none, a file is corrupt, or a pickle is met without torch.
+      WeightsError: There are none, a file is corrupt, a pickle is met without torch, or
+        numbers are not finite.
     """
     files = sorted(folder.glob("*.safetensors"))
     read = _read_safetensors
@@ -58,6 +60,11 @@ def read_tensors(folder: Path, pickles: str = "*.bin") -> dict[str, np.ndarray]:
             raise WeightsError(
                 f"{file} cannot be read ({error}): it is truncated or corrupt"
             ) from error
+    if name := finite.find_not_finite(tensors):
+        raise WeightsError(
+            f"{folder}: the tensor {name!r} holds infinities or NaNs; get another copy "
+            f"of this draft"
+        )
     return tensors
 
 
@@ -88,9 +95,18 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
 
 
 def write_folder(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> None:
-    """Writes config.json and model.safetensors."""
+    """Writes config.json and model.safetensors.
+
+    Raises:
+      WeightsError: A tensor is not finite.
+    """
     from safetensors.numpy import save
 
+    if name := finite.find_not_finite(tensors):
+        raise WeightsError(
+            f"the tensor {name!r}, as {tensors[name].dtype}, holds infinities or NaNs, "
+            f"and is not written; if the draft itself is finite, export it as float32"
+        )
     whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     # Not `save_file`, whose files nobody but their owner may read.
     content = save(whole, metadata={"format": "pt"})

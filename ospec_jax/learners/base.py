@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ospec_jax.types import Feedback
 from ospec_jax.typing import Params
@@ -26,11 +26,14 @@ class Segments:
       start: `[b]` position of the first token; negative ones pad short contexts.
       weight: `[b, t]` how much the target's distribution after token i counts; 0 where
         nothing was verified.
+      is_fresh: `[b]` whether no update has trained on the window before; None if that
+        holds for all. Windows come round again in later epochs, and to be rehearsed.
     """
 
     feedback: Feedback
     start: Int[Array, " b"]
     weight: Float[Array, "b t"]
+    is_fresh: Bool[Array, " b"] | None = None
 
 
 @flax.struct.dataclass
@@ -73,6 +76,8 @@ class LearnerInfo(NamedTuple):
         candidates.
       candidate_acceptance: Likewise `acceptance`, its softmax over the candidates
         alone, which is more than the draft gives them.
+      fresh_loss: `loss` of the windows that no update has trained on before.
+      fresh_weight: Their part of `weight`; without any there is no `fresh_loss`.
     """
 
     loss: Float[Array, ""]
@@ -83,6 +88,8 @@ class LearnerInfo(NamedTuple):
     extra: dict[str, Array] = {}
     candidate_agreement: Float[Array, " j"] | None = None
     candidate_acceptance: Float[Array, " j"] | None = None
+    fresh_loss: Float[Array, ""] | None = None
+    fresh_weight: Float[Array, ""] | None = None
 
     def of_candidates(self) -> "LearnerInfo":
         """The same figures, said of the candidates alone."""
@@ -135,7 +142,12 @@ def moved_if(
     """
     # Chosen number by number, in the pass that computes them: branches copy the state.
     moved = move(state).replace(num_updates=state.num_updates + 1)
-    return jax.tree.map(lambda new, old: jnp.where(has_signal, new, old), moved, state)
+    return chosen(has_signal, moved, state)
+
+
+def chosen(is_first: Array, first: Any, second: Any) -> Any:
+    """One of two trees of the same structure."""
+    return jax.tree.map(lambda a, b: jnp.where(is_first, a, b), first, second)
 
 
 def stepped(

@@ -20,6 +20,7 @@ from ospec_jax.learners.base import (
     Learner,
     LearnerInfo,
     LearnerState,
+    chosen,
     distance,
     moved_if,
     new_state,
@@ -69,9 +70,11 @@ def ensemble(
 ) -> Learner:
     """Builds the learner of `1 + len(steps)` experts.
 
-    An expert's loss is that of a batch before it trains on it. `extra` holds
-    `expert_weights` and `expert_losses` `[m]`, `step_norm` and `path_length`; other
-    facts are the experts' means under the weights that were played.
+    An expert's loss is that of a batch before it trains on it, without the windows that
+    it has trained on before; a batch of such windows alone trains experts, and leaves
+    their weights as they are. `extra` holds `expert_weights` and `expert_losses` `[m]`,
+    `step_norm` and `path_length`; other facts are the experts' means under the weights
+    that were played.
 
     Args:
       optimizer: With step size 1; the experts' steps multiply what it does.
@@ -123,7 +126,9 @@ def ensemble(
         infos = jax.tree.map(lambda a, b: jnp.append(a[None], b, 0), static, infos)
 
         def move(state: LearnerState):
-            seen, weights = meta.observe(old.meta, infos.loss, old.weights)
+            heard = meta.observe(old.meta, infos.fresh_loss, old.weights)
+            # What experts have trained on flatters those that follow it fastest.
+            seen, weights = chosen(is_heard, heard, (old.meta, old.weights))
             played = averaged(weights, old.anchor, experts)
             length = old.path_length + distance(played, state.params)
             new = old.replace(
@@ -132,19 +137,23 @@ def ensemble(
             )  # fmt: skip
             return state.replace(params=played, opt_state=new)
 
+        is_heard = jnp.max(infos.fresh_weight) > 0
         new = moved_if(jnp.max(infos.weight) > 0, state, move)
-        return new, _summary(infos, old.weights, new, state)
+        losses = jnp.where(is_heard, infos.fresh_loss, infos.loss)
+        return new, _summary(infos, losses, old.weights, new, state)
 
     return Learner(init=init, update=update, evaluate=objective.score, begin=begin)
 
 
-def _summary(infos, weights, new: LearnerState, old: LearnerState) -> LearnerInfo:
+def _summary(
+    infos, losses, weights, new: LearnerState, old: LearnerState
+) -> LearnerInfo:
     """Means over experts, and what each of them did."""
     mean = jax.tree.map(lambda x: jnp.tensordot(weights, x, 1), infos)
     return mean._replace(
         extra={
             "expert_weights": new.opt_state.weights,
-            "expert_losses": infos.loss,
+            "expert_losses": losses,
             "step_norm": distance(new.params, old.params),
             "path_length": new.opt_state.path_length,
         }

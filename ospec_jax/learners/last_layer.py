@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ospec_jax.learners.base import chosen
 from ospec_jax.sampling import processed_probs
 from ospec_jax.types import SamplingParams
 from ospec_jax.typing import typed
@@ -115,12 +116,14 @@ class HeadInfo(NamedTuple):
         tokens are accepted, too.
       num_samples: How many there were.
       step_norm: How far the projection moved.
+      num_refused: Updates that would not have been finite, and were not done.
     """
 
     loss: Float[Array, ""]
     agreement: Float[Array, ""]
     num_samples: Int[Array, ""]
     step_norm: Float[Array, ""]
+    num_refused: Int[Array, ""] | int = 0
 
 
 class HeadLearner(NamedTuple):
@@ -129,7 +132,7 @@ class HeadLearner(NamedTuple):
     Attributes:
       init: `kernel [q, d] -> HeadState`.
       update: `(state, samples) -> (state, rows [c], info)`; the projection's other rows
-        are as before.
+        are as before. All of the state is, if the new one would not be finite.
     """
 
     init: Callable
@@ -202,15 +205,25 @@ def head_learner(
             # gradient is 1 / T of that on u and its curvature 1 / T**2, so the step is
             # T times as long: u moves by the error of its probabilities, as ever.
             shift = jnp.maximum(samples.sampling.temperature, SHORTEST) * shift
+        energy = energy.at[rows].add(jnp.sum(error**2, axis=0))
+        # The projection may be served already, and is overwritten: refused here, or
+        # never. Only some of its rows change, so that all of it need not be read.
+        kept = state.moment, state.preconditioner, state.energy
+        changed = moment, preconditioner, energy
+        results = state.kernel[rows] + shift, shift, *changed
+        is_finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in results]))
+        shift = jnp.where(is_finite, shift, 0.0)
+        moment, preconditioner, energy = chosen(is_finite, changed, kept)
         new = HeadState(
             kernel=state.kernel.at[rows].add(shift),
             moment=moment,
-            weight=weight,
+            weight=jnp.where(is_finite, weight, state.weight),
             preconditioner=preconditioner,
-            energy=energy.at[rows].add(jnp.sum(error**2, axis=0)),
-            num_updates=state.num_updates + 1,
+            energy=energy,
+            num_updates=state.num_updates + is_finite,
         )
-        return new, rows, _info(samples, total, jnp.sqrt(jnp.sum(shift**2)))
+        step_norm = jnp.sqrt(jnp.sum(shift**2))
+        return new, rows, _info(samples, total, step_norm, ~is_finite)
 
     return HeadLearner(init, update)
 
@@ -264,7 +277,7 @@ def _kept_probs(samples: HeadSamples):
     return processed_probs(samples.logits, params) * samples.is_real[:, None]
 
 
-def _info(samples: HeadSamples, total, step_norm) -> HeadInfo:
+def _info(samples: HeadSamples, total, step_norm, is_refused) -> HeadInfo:
     is_inside, labels = _inside(samples)
     chosen = jnp.take_along_axis(samples.logits, labels[:, None], axis=1)
     is_right = is_inside & (chosen[:, 0] >= jnp.max(samples.logits, axis=-1))
@@ -275,4 +288,5 @@ def _info(samples: HeadSamples, total, step_norm) -> HeadInfo:
         agreement=share(is_right, samples.is_real),
         num_samples=jnp.sum(samples.is_real),
         step_norm=step_norm,
+        num_refused=is_refused.astype(jnp.int32),
     )

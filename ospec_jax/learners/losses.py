@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ospec_jax.config import ConfigError
 from ospec_jax.learners.base import LearnerInfo
@@ -136,6 +136,7 @@ def unrolled_loss(
     decay: float = 0.8,
     positions: Positions = "all",
     counted: Float[Array, "b t"] | None = None,
+    is_fresh: Bool[Array, " b"] | None = None,
 ) -> tuple[Float[Array, ""], LearnerInfo]:
     """Mean over depths, weighted by `decay**depth`, of the mean loss (EAGLE-3).
 
@@ -148,11 +149,13 @@ def unrolled_loss(
         verification of that chain, drafted by these very parameters, would reject.
         Which chains serving drafted is not recorded.
       counted: The rows' weight in the loss, if another one.
+      is_fresh: Windows of which `fresh_loss` tells; None for all.
     """
     length = logits[0].shape[1]
     counted = weight if counted is None else counted
     total, scale, signal = jnp.float32(0.0), 0.0, jnp.float32(0.0)
     survival = on_path = agreed_so_far = jnp.ones_like(weight[:, :length])
+    fresh_total, fresh_signal = jnp.float32(0.0), jnp.float32(0.0)
     agreement, acceptance = [], []
     for depth, depth_logits in enumerate(logits):
         rows = slice(depth, depth + length)
@@ -171,6 +174,9 @@ def unrolled_loss(
             agreed_so_far = agreed_so_far * is_same
         total += decay**depth * _mean(rejection, used)
         signal += decay**depth * jnp.sum(used)
+        fresh = used if is_fresh is None else used * is_fresh[:, None]
+        fresh_total += decay**depth * _mean(rejection, fresh)
+        fresh_signal += decay**depth * jnp.sum(fresh)
         scale += decay**depth
         agreement.append(_mean(is_same, w))
         acceptance.append(1.0 - _mean(total_variation(p, depth_logits), w))
@@ -180,6 +186,8 @@ def unrolled_loss(
         acceptance=jnp.stack(acceptance),
         grad_norm=jnp.float32(0.0),
         weight=signal,
+        fresh_loss=fresh_total / scale,
+        fresh_weight=fresh_signal,
     )
     return total / scale, jax.lax.stop_gradient(info)
 

@@ -112,8 +112,9 @@ def build_objective(
 
         def of_tokens(logits):
             total, info = unrolled_loss(
-                logits, probs, weight, loss, decay, positions, counted
-            )
+                logits, probs, weight, loss, decay, positions, counted,
+                segments.is_fresh,
+            )  # fmt: skip
             return total, info if candidates is None else info.of_candidates()
 
         if unroll_features is None or not feature_weight:

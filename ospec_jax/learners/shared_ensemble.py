@@ -17,7 +17,9 @@ static draft itself, the first expert, never moves.
 
 To judge and to move all experts costs most of what another learner would. So it is done
 once in a *round* of several updates. Until then directions add up, and the ensemble
-plays as if its weights stayed: `w_play <- w_play - sum_i weight_i eta_i d_t`.
+plays as if its weights stayed: `w_play <- w_play - sum_i weight_i eta_i d_t`. A round
+that would end with a batch that has been trained on before goes on to the next fresh
+one: on the others experts cannot be judged.
 """
 
 from typing import Any
@@ -26,7 +28,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ospec_jax.control.weighting import Meta, MetaState, init_meta
 from ospec_jax.learners.base import (
@@ -55,6 +57,7 @@ class SharedEnsembleState:
       losses: `[m]` of the last round.
       weights: `[m]`.
       path_length: How far the played average has moved in all.
+      is_overdue: Whether the round waits for a fresh batch to end with.
     """
 
     anchor: Params
@@ -65,6 +68,7 @@ class SharedEnsembleState:
     losses: Float[Array, " m"]
     weights: Float[Array, " m"]
     path_length: Float[Array, ""]
+    is_overdue: Bool[Array, ""]
 
 
 def shared_ensemble(
@@ -108,11 +112,12 @@ def shared_ensemble(
             losses=jnp.zeros(count),
             weights=jnp.ones(count) / count,
             path_length=jnp.zeros(()),
+            is_overdue=jnp.zeros((), bool),
         )
         return new_state(params, opt_state)
 
     def judge(old: SharedEnsembleState, segments, shared, token_ids):
-        """`[m]` losses on the newest windows, and what they weigh."""
+        """`[m]` losses on the newest windows that are fresh, and what they weigh."""
         newest = jax.tree.map(lambda x: x[:num_scored], segments)
 
         def loss_of(expert):
@@ -122,10 +127,11 @@ def shared_ensemble(
             move = lambda a, s, d: a + is_moved * s[number] + size * d
             point = jax.tree.map(move, old.anchor, old.shifts, old.ahead)
             info = objective.loss(point, newest, shared, token_ids)[1]
-            return info.loss, info.weight
+            return info.fresh_loss, info.fresh_weight
 
-        losses, weight = jax.lax.map(loss_of, jnp.arange(count))
-        return losses, jnp.min(weight)
+        losses, weights = jax.lax.map(loss_of, jnp.arange(count))
+        weight = jnp.min(weights)
+        return jnp.where(weight > 0, losses, old.losses), weight
 
     def moved(old: SharedEnsembleState, shifts, ahead):
         """Experts after a round whose directions add up to `ahead`."""
@@ -144,8 +150,10 @@ def shared_ensemble(
     def update(state: LearnerState, segments, shared, token_ids):
         old, data = state.opt_state, (segments, shared, token_ids)
         grads, info = jax.grad(objective.loss, has_aux=True)(state.params, *data)
-        is_last = (state.num_updates + 1) % round_length == 0
-        is_last = is_last & (info.weight > 0)
+        has_signal, is_fresh = info.weight > 0, info.fresh_weight > 0
+        is_due = (state.num_updates + 1) % round_length == 0
+        is_due = (is_due & has_signal) | old.is_overdue
+        is_last = is_due & is_fresh
         losses, scored = jax.lax.cond(
             is_last, lambda: judge(old, *data), lambda: (old.losses, jnp.zeros(()))
         )
@@ -173,7 +181,7 @@ def shared_ensemble(
             new = old.replace(ahead=ahead, inner=inner)
             return state.replace(params=played, opt_state=new)
 
-        new = moved_if(info.weight > 0, state, move)
+        new = moved_if(has_signal, state, move)
         # A loop of one pass or none works in place, where a branch would copy.
         carry = new.opt_state.shifts, new.opt_state.ahead, new.params
         shifts, ahead, played = jax.lax.fori_loop(
@@ -182,7 +190,7 @@ def shared_ensemble(
         step_norm = distance(played, state.params)
         opt_state = new.opt_state.replace(
             shifts=shifts, ahead=ahead, meta=seen, losses=losses, weights=weights,
-            path_length=old.path_length + step_norm,
+            path_length=old.path_length + step_norm, is_overdue=is_due & ~is_fresh,
         )  # fmt: skip
         extra = {
             "expert_weights": weights,

@@ -192,7 +192,9 @@ def as_drawn(sampling: SamplingConfig) -> HeadSampling | None:
 def _summed(infos: list[HeadInfo]) -> HeadInfo:
     """One answer's, of its parts'; without any sample, zeros."""
     found = np.asarray(infos, np.float32).reshape(-1, len(HeadInfo._fields))
-    loss, agreement, counts, norms = found.T
+    loss, agreement, counts, norms, refused = found.T
     mean = lambda values: values @ counts / max(counts.sum(), 1)
-    values: Any = mean(loss), mean(agreement), counts.sum(), norms.sum()
+    values: Any = (
+        mean(loss), mean(agreement), counts.sum(), norms.sum(), refused.sum()
+    )  # fmt: skip
     return HeadInfo(*values)

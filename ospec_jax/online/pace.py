@@ -28,8 +28,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ospec_jax.online import promotion
-
 MAX_STRIDE = 16
 _ALARM = 6.0
 """CUSUM of standardised drops, less half a one each, that is taken for drift. Noise
@@ -39,6 +37,25 @@ _MEMORY = 64
 _NUM_KNOWN = 8
 """Answers of a regime before any can be out of line."""
 _MIN_DEVIATION = 0.03
+
+
+_Z_90 = 1.2816
+"""One-sided 90% quantile of the normal distribution."""
+
+
+@flax.struct.dataclass
+class Gains:
+    """Paired gains of windows.
+
+    Attributes:
+      count: Windows compared.
+      total: Sum of their gains in expected accepted tokens.
+      total_square: Sum of the squares.
+    """
+
+    count: Int[Array, ""]
+    total: Float[Array, ""]
+    total_square: Float[Array, ""]
 
 
 @flax.struct.dataclass
@@ -70,7 +87,7 @@ class PaceState:
     cost: Float[Array, ""]
     spent: Float[Array, ""]
     num_tokens: Int[Array, ""]
-    gains: promotion.GuardState
+    gains: Gains
     length: Float[Array, ""]
     num_answers: Int[Array, ""]
     mean: Float[Array, ""]
@@ -85,7 +102,7 @@ def start(snapshot: Any, first: int | Array, cost: float | Array) -> PaceState:
     return PaceState(
         snapshot=snapshot, first=first, span=first, num_rounds=count,
         stride=count + 1, cost=jnp.asarray(cost, jnp.float32), spent=number,
-        num_tokens=count, gains=promotion.init_guard(), length=number,
+        num_tokens=count, gains=Gains(count, number, number), length=number,
         num_answers=count, mean=number, variance=number, alarm=number,
     )  # fmt: skip
 
@@ -140,9 +157,15 @@ def compared(
     Args:
       weight: `[b]`; windows without any are none.
     """
-    lengths = jnp.where(weight > 0, 1.0 + newest, 0.0)
+    is_real, old = weight > 0, pace.gains
+    gains = jnp.where(is_real, newest - oldest, 0.0)
+    lengths = jnp.where(is_real, 1.0 + newest, 0.0)
     return pace.replace(
-        gains=promotion.observe(pace.gains, newest - oldest, weight),
+        gains=Gains(
+            count=old.count + jnp.sum(is_real),
+            total=old.total + jnp.sum(gains),
+            total_square=old.total_square + jnp.sum(gains**2),
+        ),
         length=pace.length + jnp.sum(lengths),
     )
 
@@ -164,7 +187,9 @@ def is_over(pace: PaceState) -> bool:
 def judged(pace: PaceState) -> PaceState:
     """Sets the pace of the next span, whose `snapshot` is to be taken."""
     count = jnp.maximum(pace.gains.count, 1)
-    mean, margin = promotion.interval(pace.gains)
+    mean = pace.gains.total / count
+    variance = jnp.maximum(pace.gains.total_square / count - mean**2, 0.0)
+    margin = _Z_90 * jnp.sqrt(variance / jnp.maximum(count - 1, 1))
     gain = (mean - margin) / jnp.maximum(pace.length / count, 1.0)
     has_paid = gain * pace.num_tokens > pace.spent
     stride = jnp.where(has_paid, pace.stride // 2, pace.stride * 2)
@@ -175,7 +200,7 @@ def judged(pace: PaceState) -> PaceState:
         span=2 * pace.span,
         num_rounds=jnp.zeros_like(pace.num_rounds),
         spent=jnp.zeros_like(pace.spent),
-        gains=promotion.init_guard(),
+        gains=jax.tree.map(jnp.zeros_like, pace.gains),
         length=jnp.zeros_like(pace.length),
     )
 

@@ -1,66 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
 """When the learner's iterate is served.
 
-`always` serves it after every update, as the papers do. `guarded` scores each fresh
-window with the served and the learning parameters *before* training on it, and promotes
-once the paired gain in accepted tokens is positive with 90% confidence; if the iterate
-is worse with the same confidence it is rolled back to what is served.
+`always` serves it after every update, as the papers do. `guarded` serves what has been
+proved better. A *candidate* is the learner's iterate at one moment, frozen: it is
+scored against what is served, on requests that came after that moment, so that neither
+has trained on them, while the learner goes on. Exactly the candidate is served once it
+has won; the learner begins anew from what is served once it has lost. A candidate
+without a verdict after many requests is dropped, and the newest iterate becomes the
+next one.
+
+Windows of one request are alike, so that a request is one observation: the mean gain of
+its windows in expected accepted tokens, divided by the number of drafted ones, x in
+[-1, 1]. The test is by betting (Waudby-Smith and Ramdas 2023, "Estimating means of
+bounded random variables by betting", https://arxiv.org/abs/2010.09686, section 4). If
+the candidate is no better, E[x] <= 0 given the past, then
+
+    wealth_n = mean over bets b of (1 + b x_1) ... (1 + b x_n)
+
+is a nonnegative supermartingale that starts at 1, and by Ville's inequality exceeds 1 /
+a at *any* time with probability a at most: it may be looked at after every request.
+`-x` tests likewise whether the candidate is worse. The j-th candidate of a run gets the
+level a_j = level / (j (j + 1)), which add up to `level`: so much is the probability
+that a run ever serves a candidate that is no better, whatever becomes of the others.
 """
 
-import flax.struct
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import functools
+from collections.abc import Callable
+from typing import Any
 
-Z_90 = 1.2816
-"""One-sided 90% quantile of the normal distribution."""
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+BETS = (0.125, 0.25, 0.5, 0.95)
+"""Small ones win on noisy gains, large ones on clear ones; one of 1 could lose all."""
 
 
 @flax.struct.dataclass
 class GuardState:
-    """Paired gains since the last promotion or rollback.
+    """The candidate, and the evidence on it.
 
     Attributes:
-      count: Windows compared.
-      total: Sum of gains in expected accepted tokens.
-      total_square: Sum of their squares.
+      candidate: Parameters. Without one, any that are in memory anyway.
+      is_open: Whether there is a candidate.
+      number: Candidates of the run so far, this one counted.
+      num_requests: On which it has been scored.
+      better: `[k]` log-wealth of each bet that it is better than what is served.
+      worse: `[k]` that it is worse.
     """
 
-    count: Int[Array, ""]
-    total: Float[Array, ""]
-    total_square: Float[Array, ""]
+    candidate: Any
+    is_open: Bool[Array, ""]
+    number: Int[Array, ""]
+    num_requests: Int[Array, ""]
+    better: Float[Array, " k"]
+    worse: Float[Array, " k"]
 
 
-def init_guard() -> GuardState:
-    """No windows compared."""
-    zero = jnp.zeros(())
-    return GuardState(jnp.zeros((), jnp.int32), zero, zero)
+def init_guard(params: Any) -> GuardState:
+    """No candidate yet."""
+    count, wealth = jnp.zeros((), jnp.int32), jnp.zeros(len(BETS))
+    return GuardState(params, jnp.zeros((), bool), count, count, wealth, wealth)
 
 
-def observe(
-    guard: GuardState, gains: Float[Array, " b"], weight: Float[Array, " b"]
-) -> GuardState:
-    """Adds the gains of windows with positive weight."""
-    is_real = weight > 0
-    return GuardState(
-        count=guard.count + jnp.sum(is_real),
-        total=guard.total + jnp.sum(jnp.where(is_real, gains, 0.0)),
-        total_square=guard.total_square + jnp.sum(jnp.where(is_real, gains**2, 0.0)),
+def _compiled(move: Callable[..., GuardState]) -> Callable[..., GuardState]:
+    """Compiles a transition; parameters stay outside, so that nothing copies them."""
+    compiled = jax.jit(move)
+
+    @functools.wraps(move)
+    def run(guard: GuardState, *args) -> GuardState:
+        light = compiled(guard.replace(candidate=None), *args)
+        return light.replace(candidate=guard.candidate)
+
+    return run
+
+
+def nominate(guard: GuardState, params: Any) -> GuardState:
+    """Freezes parameters as the next candidate."""
+    return init_guard(params).replace(
+        is_open=jnp.ones((), bool), number=guard.number + 1
     )
 
 
-def interval(guard: GuardState) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean gain, and how far below and above it one-sided 90% bounds are."""
-    count = jnp.maximum(guard.count, 1)
-    mean = guard.total / count
-    variance = jnp.maximum(guard.total_square / count - mean**2, 0.0)
-    return mean, Z_90 * jnp.sqrt(variance / jnp.maximum(count - 1, 1))
+def dismiss(guard: GuardState, params: Any) -> GuardState:
+    """Leaves the candidate, which may have won; `params` take its place in memory."""
+    return init_guard(params).replace(number=guard.number)
 
 
-def verdict(guard: GuardState, min_count: int) -> str:
-    """`promote`, `rollback` or `wait`."""
-    if int(guard.count) < max(min_count, 2):
+def gain_of(
+    candidate: Float[Array, " b"], served: Float[Array, " b"], weight, num_steps: int
+) -> Float[Array, ""]:
+    """A request's gain, between -1 and 1.
+
+    Args:
+      candidate: Expected accepted tokens of each of its windows; `served` likewise. A
+        draft whose outputs are no numbers gets nothing accepted.
+      weight: `[b]`; windows without any are none.
+      num_steps: Tokens that are drafted, more than which cannot be accepted.
+    """
+    is_real = weight > 0
+    accepted = lambda x: jnp.nan_to_num(x, nan=0.0)
+    gains = jnp.where(is_real, accepted(candidate) - accepted(served), 0.0)
+    mean = jnp.sum(gains) / jnp.maximum(jnp.sum(is_real), 1)
+    return jnp.clip(mean / num_steps, -1.0, 1.0)
+
+
+@_compiled
+def observe(guard: GuardState, gain: Float[Array, ""]) -> GuardState:
+    """Adds one request's gain."""
+    bets = jnp.asarray(BETS)
+    return guard.replace(
+        num_requests=guard.num_requests + 1,
+        better=guard.better + jnp.log1p(bets * gain),
+        worse=guard.worse + jnp.log1p(-bets * gain),
+    )
+
+
+def verdict(guard: GuardState, level: float, patience: int) -> str:
+    """`promote`, `rollback`, `expire` after `patience` requests without either, `wait`.
+
+    Args:
+      level: Probability that the run promotes any candidate that is no better.
+    """
+    is_open, number, num_requests, better, worse = jax.device_get(
+        (guard.is_open, guard.number, guard.num_requests, guard.better, guard.worse)
+    )
+    if not is_open:
         return "wait"
-    mean, margin = (float(x) for x in interval(guard))
-    if mean - margin > 0:
+    needed = np.log(number * (number + 1.0) / level)
+    if log_wealth(better) >= needed:
         return "promote"
-    return "rollback" if mean + margin < 0 else "wait"
+    if log_wealth(worse) >= needed:
+        return "rollback"
+    return "expire" if num_requests >= patience else "wait"
+
+
+def log_wealth(bets: np.ndarray) -> np.ndarray:
+    """Of the mean of bets `[..., k]`, each given by its own log-wealth."""
+    return np.logaddexp.reduce(np.asarray(bets, float), axis=-1) - np.log(len(BETS))

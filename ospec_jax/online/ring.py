@@ -95,8 +95,16 @@ def newest(ring: FeedbackRing, count: int, num_fresh, num_newer=0) -> Segments:
     return segments.replace(weight=segments.weight * is_fresh[:, None])
 
 
-def draw(ring: FeedbackRing, key, count: int) -> Segments:
-    """`count` windows drawn evenly from all that the ring holds."""
+def draw(ring: FeedbackRing, key, count: int, num_fresh=0) -> Segments:
+    """`count` windows drawn evenly from those that the ring holds.
+
+    Args:
+      num_fresh: The newest windows, which are left out; if there are no others, what is
+        drawn weighs nothing.
+    """
     held = jnp.minimum(ring.num_added, ring.capacity)
-    slots = jax.random.randint(key, (count,), 0, jnp.maximum(held, 1))
-    return jax.tree.map(lambda x: x[slots], ring.segments)
+    num_old = held - jnp.minimum(num_fresh, held)
+    age = num_fresh + jax.random.randint(key, (count,), 0, jnp.maximum(num_old, 1))
+    slots = (ring.num_added - 1 - age) % ring.capacity
+    segments = jax.tree.map(lambda x: x[slots], ring.segments)
+    return segments.replace(weight=segments.weight * (num_old > 0))

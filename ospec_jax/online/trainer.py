@@ -3,6 +3,7 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -93,13 +94,29 @@ class Learning:
         """
         served, report = self.observe(completion, served)
         draft = self.master(draft)
+        self.state = self.adaptation.compare(
+            self.state, self.traffic, draft, completion
+        )  # fmt: skip
         if self.is_due:
             draft, report = self.update(draft)
             if report.decision == "promote":
                 served = as_served(draft)
         # The learner is drained here, so that its time is nobody else's.
         jax.block_until_ready((self.state, self.traffic, served))
+        if report is not None and report.decision == "stopped":
+            warnings.warn(f"{self.describe_stop()}", stacklevel=4)
         return draft, served, report
+
+    def describe_stop(self) -> str:
+        """Why there is no more learning, and what to do."""
+        name = self.config.name
+        key = "head_rate" if self.head is not None else "learning_rate"
+        rate, count = getattr(self.config, key), int(self.state.learner.num_updates)
+        return (
+            f"learning has stopped: after {count} updates the next one of the learner "
+            f"{name!r} with {key} {rate} was not finite; the last good draft is served "
+            f"and saved. Start a new run from it with --draft and a lower {key}"
+        )
 
     def observe(
         self, completion: Completion, served: Draft
@@ -133,10 +150,13 @@ class Learning:
         stride = self.adaptation.stride(state)
         state = state.replace(learner=learner, version=learned.num_updates)
         num_passes *= head.num_chunks(completion)
-        self.state = self.adaptation.judged(state, num_passes)
-        info = info()  # waits
+        state = self.adaptation.judged(state, num_passes)
+        info, decision = info(), "promote"  # waits
+        if info.num_refused > 0:
+            state, decision = state.replace(is_stopped=jnp.ones((), bool)), "stopped"
+        self.state = state
         report = UpdateReport(
-            info, "promote", time.perf_counter() - start, stride, float(info.step_norm)
+            info, decision, time.perf_counter() - start, stride, float(info.step_norm)
         )
         return served, report
 

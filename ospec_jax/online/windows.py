@@ -6,100 +6,36 @@ the traffic, never of the clock: a budget in seconds becomes an interval in targ
 passes once. Not in tokens, for those cost less as the draft learns.
 """
 
-import dataclasses
 import functools
 import time
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
 from ospec_jax import sharding
 from ospec_jax.config import LearnerConfig
 from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters import ngram
-from ospec_jax.learners.base import (
-    Learner,
-    LearnerInfo,
-    LearnerState,
-    Segments,
-    restarted,
-)
-from ospec_jax.learners.last_layer import HeadInfo
+from ospec_jax.learners.base import Learner, LearnerState, Segments, restarted
 from ospec_jax.learners.registry import build_learner
-from ospec_jax.online import pace, promotion
+from ospec_jax.models import finite
+from ospec_jax.online import batches, pace, promotion
 from ospec_jax.online.last_layer import CHUNK, HeadAdaptation
 from ospec_jax.online.pace import PaceState
+from ospec_jax.online.promotion import GuardState
 from ospec_jax.online.ring import (
-    FeedbackRing,
     add_window,
-    draw,
     init_ring,
-    newest,
     window_starts,
 )
+from ospec_jax.online.state import AdaptationState, Traffic, UpdateReport
 from ospec_jax.types import Draft, NgramMemory, SharedTables
 
 _FIRST_SPAN, _FIRST_HEAD_SPAN = 8, 16
 """Rounds of a regime's first span (see `pace`); an answer's are the smaller ones."""
 _TOKENS_OF_AN_ANSWER = 64
 """Taken for granted where what updates cost has not been measured."""
-
-
-@flax.struct.dataclass
-class AdaptationState:
-    """What learning remembers between requests.
-
-    Attributes:
-      learner: The iterate (`w_play`) and its optimizer.
-      guard: Evidence for the next promotion.
-      num_prompts: Requests seen, so that a resumed run knows where it stands.
-      num_waiting: Answer tokens since the last update; under a budget, target passes.
-      num_fresh: Windows added since the last update.
-      version: Promotions so far; the version of the served draft.
-      update_interval: Of what is waiting, between updates.
-      pace: How often learning is worth its time; None if it always is.
-    """
-
-    learner: LearnerState
-    guard: promotion.GuardState
-    num_prompts: Int[Array, ""]
-    num_waiting: Int[Array, ""]
-    num_fresh: Int[Array, ""]
-    version: Int[Array, ""]
-    update_interval: Int[Array, ""]
-    pace: PaceState | None = None
-
-
-@flax.struct.dataclass
-class Traffic:
-    """What is kept of users' prompts and answers; both can be read back from it.
-
-    Attributes:
-      ring: Recent windows to train on, or None.
-      memory: n-grams, or None.
-    """
-
-    ring: FeedbackRing | None
-    memory: NgramMemory | None
-
-
-@dataclasses.dataclass(frozen=True)
-class UpdateReport:
-    """What one round of learning did; for looking at.
-
-    Attributes:
-      stride: Occasions to learn, for each that is taken.
-      step_length: How far the served parameters moved, if the learner knows.
-    """
-
-    info: LearnerInfo | HeadInfo
-    decision: str
-    seconds: float
-    stride: int = 1
-    step_length: float | None = None
 
 
 class Adaptation:
@@ -128,13 +64,19 @@ class Adaptation:
         if self.has_gradient:
             self._begin = pinned(self.learner.begin, params)
             # The iterate may be what is being served: it alone is never donated.
-            self._update = pinned(self._updated, params, everywhere, donate_argnums=0)
+            self._update = pinned(
+                self._updated, params, everywhere, everywhere, donate_argnums=0
+            )
             self._evaluate = pinned(self.learner.evaluate, everywhere, everywhere)
         add = sharding.pinned(add_window, mesh, everywhere)
         self._add = jax.jit(add, donate_argnums=0)
         self._remember = pinned(ngram.remember, everywhere)
         # Windows are split over devices, as rows of a batch are.
-        self._batch = pinned(self._make_batch, sharding.row_shardings)
+        place = sharding.row_shardings
+        make_batch = functools.partial(batches.make_batch, config)
+        self._batch = pinned(make_batch, place)
+        self._request = pinned(functools.partial(batches.of_request, config), place)
+        self._gain = pinned(self._gain_of, everywhere)
         self.mesh = mesh
         self.head: HeadAdaptation | None = None
 
@@ -158,10 +100,12 @@ class Adaptation:
         if self.head is not None:
             learner = learner.replace(opt_state=self.head.init(draft))
         state = AdaptationState(
-            learner=learner, guard=promotion.init_guard(),
-            num_prompts=zero, num_waiting=zero, num_fresh=zero, version=zero,
+            learner=learner, num_prompts=zero, num_waiting=zero, num_fresh=zero,
+            version=zero, is_stopped=jnp.zeros((), bool),
             update_interval=jnp.asarray(self.config.update_interval, jnp.int32),
         )  # fmt: skip
+        if self.has_gradient and self.config.promotion == "guarded":
+            state = state.replace(guard=promotion.init_guard(learner.params))
         if self.config.pace == "pays" and (self.has_gradient or self.head is not None):
             state = state.replace(pace=self._started(state))
         ring = init_ring(*self._ring_shape) if self.has_gradient else None
@@ -199,18 +143,21 @@ class Adaptation:
         """
         if not self.has_gradient:
             return state
-        batch = self._batch(
-            traffic.ring, jnp.int32(0), jnp.int32(0), jnp.int32(0)
-        )  # fmt: skip
+        # As updates get them, or they would be dispatched anew.
+        zero = jnp.int32(0)
+        none = np.int32(0)
+        batch = self._batch(traffic.ring, zero, zero, none, np.bool_(True))
         # An empty ring weighs nothing, and an update of nothing would cost less.
         batch = batch.replace(weight=jnp.ones_like(batch.weight))
         learner = jax.tree.map(jnp.copy, self._begin(state.learner))
-        learner, _ = self._learn(learner, draft, batch)
-        is_compared = self.config.promotion == "guarded" or state.pace is not None
-        if is_compared:
-            accepted = jax.block_until_ready(self._accepted(draft.params, draft, batch))
+        learner, *_ = self._learn(learner, draft, batch)
         if state.pace is not None:
+            accepted = self._accepted(draft.params, draft, batch)
             pace.rehearse(state.pace, len(accepted))
+        guard = state.guard
+        if guard is not None:
+            guard = self._scored(guard, traffic, draft, none)
+        jax.block_until_ready(guard)
         if seconds_per_token is None:
             return state
         # Some rules do more in the last update of a round than in the others.
@@ -218,12 +165,10 @@ class Adaptation:
         jax.block_until_ready(learner)
         start = time.perf_counter()
         for _ in range(num_updates):
-            learner, _ = self._learn(learner, draft, batch)
-        if self.config.promotion == "guarded":
-            for _ in range(2 * num_updates):  # the iterate's and the served draft's
-                accepted = self._accepted(draft.params, draft, batch)
-            jax.block_until_ready(accepted)
-        jax.block_until_ready(learner)
+            learner, *_ = self._learn(learner, draft, batch)
+            if guard is not None:  # an answer is scored for each update
+                guard = self._scored(guard, traffic, draft, none)
+        jax.block_until_ready((learner, guard))
         seconds = (time.perf_counter() - start) / num_updates
         state = self.priced(state, seconds / seconds_per_token)
         if int(state.update_interval) > 0 or self.config.update_every_prompts:
@@ -244,12 +189,7 @@ class Adaptation:
     ) -> tuple[AdaptationState, Traffic]:
         """Keeps what an answered request taught."""
         num_prompt = len(completion.request.prompt_ids)
-        ring, starts = traffic.ring, []
-        if self.has_gradient:
-            starts = window_starts(
-                num_prompt, completion.num_recorded, self.config.num_context,
-                self.config.window,
-            )  # fmt: skip
+        ring, starts = traffic.ring, self._window_starts(completion)
         for start in starts:
             ring = self._add(
                 ring, completion.feedback, np.int32(start), np.int32(num_prompt),
@@ -266,6 +206,14 @@ class Adaptation:
         )
         state = self._paced(state, completion)
         return state, Traffic(ring, self._remembered(traffic.memory, completion))
+
+    def _window_starts(self, completion: Completion) -> list[int]:
+        if not self.has_gradient:
+            return []
+        return window_starts(
+            len(completion.request.prompt_ids), completion.num_recorded,
+            self.config.num_context, self.config.window,
+        )  # fmt: skip
 
     def _paced(self, state: AdaptationState, completion: Completion):
         """Notes how the answer was drafted; after a shift, a new regime begins."""
@@ -293,6 +241,8 @@ class Adaptation:
 
     def is_due(self, state: AdaptationState) -> bool:
         """Whether enough prompts, tokens or passes came since the last update."""
+        if bool(state.is_stopped):
+            return False
         stride, num_prompts = self.stride(state), int(state.num_prompts)
         if self.head is not None:
             return num_prompts % stride == 0
@@ -306,81 +256,129 @@ class Adaptation:
         """Occasions to learn, for each that is taken."""
         return 1 if state.pace is None else int(state.pace.stride)
 
+    def compare(
+        self, state: AdaptationState, traffic: Traffic, served: Draft,
+        completion: Completion,
+    ) -> AdaptationState:  # fmt: skip
+        """Scores the candidate on an answer just observed, which nobody trained on.
+
+        Each answer of a chunk, and the last one of an interval: so that scoring is a
+        bounded share of learning.
+        """
+        guard, num_windows = state.guard, len(self._window_starts(completion))
+        if guard is None or num_windows == 0 or bool(state.is_stopped):
+            return state
+        is_wanted = bool(self.config.update_every_prompts) or self.is_due(state)
+        if not is_wanted or not bool(guard.is_open) or self._verdict(guard) != "wait":
+            return state
+        return state.replace(
+            guard=self._scored(guard, traffic, served, np.int32(num_windows))
+        )
+
+    def _scored(
+        self, guard: GuardState, traffic: Traffic, served: Draft, num_windows
+    ) -> GuardState:
+        batch = self._request(traffic.ring, num_windows)
+        gain = self._gain(
+            self._accepted(guard.candidate, served, batch),
+            self._accepted(served.params, served, batch),
+            batch.weight,
+        )
+        return promotion.observe(guard, gain)
+
+    def _verdict(self, guard: GuardState) -> str:
+        config = self.config
+        return promotion.verdict(
+            guard, config.promotion_level, config.promotion_patience
+        )
+
     def update(
         self, state: AdaptationState, traffic: Traffic, served: Draft
     ) -> tuple[AdaptationState, Draft, UpdateReport]:
-        """One round of learning; returns the draft to serve from now on."""
-        start = time.perf_counter()
+        """One round of learning; returns the draft to serve from now on.
+
+        If the iterate is not finite after it, learning has stopped: what was served
+        goes on being served, and there is nothing else left to learn from.
+        """
+        start, before, was_served = time.perf_counter(), state, served
         info, stride, num_passes = None, self.stride(state), 0
         is_compared = state.pace is not None and pace.is_compared(state.pace)
+        state, served, decision = self._decided(state, served)
         state = state.replace(learner=self._begin(state.learner))
+        is_finite, num_fresh = np.bool_(True), int(state.num_fresh)
+        assert traffic.ring is not None
         for epoch in range(self.config.num_epochs):
-            for num_newer in self._batches(state, traffic):
+            for num_newer in batches.of_round(self.config, traffic.ring, num_fresh):
                 batch = self._batch(
-                    traffic.ring, state.num_fresh, state.learner.num_updates, num_newer
-                )
-                if epoch == 0 and self.config.promotion == "guarded":
-                    state = state.replace(guard=self._compare(state, served, batch))
+                    traffic.ring, state.num_fresh, state.learner.num_updates, num_newer,
+                    np.bool_(epoch == 0),
+                )  # fmt: skip
                 if epoch == 0 and is_compared:
                     state = state.replace(pace=self._progress(state, served, batch))
-                learner, info = self._learn(state.learner, served, batch)
+                learner, info, is_good = self._learn(state.learner, served, batch)
+                # Not read yet: the device would have to be waited for each time.
+                is_finite = is_good & is_finite
                 state = state.replace(learner=learner)
                 num_passes += 1 + (epoch == 0 and is_compared)
-        state, served, decision = self._promote(state, served)
+        assert info is not None
+        if not bool(is_finite):
+            state = self._stopped(before, state.learner, was_served)
+            seconds = time.perf_counter() - start
+            return state, was_served, UpdateReport(info, "stopped", seconds, stride)
+        state, served = self._offered(state, served)
         state = self.judged(state, num_passes)
         zero = jnp.zeros((), jnp.int32)
         state = state.replace(num_waiting=zero, num_fresh=zero)
         jax.block_until_ready(state.learner.params)
-        assert info is not None
         seconds = time.perf_counter() - start
         return state, served, UpdateReport(info, decision, seconds, stride)
 
-    def _batches(self, state: AdaptationState, traffic: Traffic) -> list[np.int32]:
-        """How many windows are newer than each batch's; the oldest batch comes first.
+    def _decided(self, state: AdaptationState, served: Draft):
+        """Acts on the candidate's verdict, if promotion is guarded."""
+        guard = state.guard
+        if guard is None:
+            return state, served, "promote"
+        decision = self._verdict(guard)
+        if decision == "wait":
+            return state, served, decision
+        if decision == "promote":
+            served = served.replace(params=guard.candidate)
+            state = state.replace(version=state.version + 1)
+        if decision == "rollback":
+            learner = restarted(self.learner, state.learner, served.params)
+            state = state.replace(learner=_owned(learner))
+        guard = promotion.dismiss(guard, state.learner.params)
+        return state.replace(guard=guard), served, decision
 
-        An interval trains on one batch, a chunk of prompts on all that it left.
-        """
-        if not self.config.update_every_prompts:
-            return [np.int32(0)]
-        assert traffic.ring is not None
-        num_held = min(int(state.num_fresh), traffic.ring.capacity)
-        num_batches = -(-num_held // self._num_newest)
-        return [np.int32(i * self._num_newest) for i in reversed(range(num_batches))]
+    def _offered(self, state: AdaptationState, served: Draft):
+        """Serves the new iterate, or makes it the candidate if there is none."""
+        if state.guard is None:
+            served = served.replace(params=state.learner.params)
+            return state.replace(version=state.version + 1), served
+        if not bool(state.guard.is_open):
+            guard = promotion.nominate(state.guard, state.learner.params)
+            state = state.replace(guard=guard)
+        return state, served
 
-    @property
-    def _num_newest(self) -> int:
-        """Windows of a batch that are not drawn from older ones."""
-        num_old = round(self.config.batch_size * self.config.replay_share)
-        return self.config.batch_size - num_old
+    def _stopped(
+        self, before: AdaptationState, learner: LearnerState, served: Draft
+    ) -> AdaptationState:
+        """The state before a round that failed; its optimizer's was overwritten."""
+        learner = learner.replace(num_updates=before.learner.num_updates)
+        learner = _owned(restarted(self.learner, learner, served.params))
+        return before.replace(learner=learner, is_stopped=jnp.ones((), bool))
 
     def _updated(self, opt_state, params, num_updates, *data):
         state = LearnerState(params, opt_state, num_updates)
-        return self.learner.update(state, *data)
+        state, info = self.learner.update(state, *data)
+        return state, info, finite.is_finite((state.params, state.opt_state))
 
     def _learn(self, learner: LearnerState, served: Draft, batch: Segments):
+        """State, info, and whether the state is finite."""
         return self._update(
             learner.opt_state, learner.params, learner.num_updates, batch, self.shared,
             served.token_ids,
         )  # fmt: skip
-
-    def _make_batch(self, ring, num_fresh, num_updates, num_newer) -> Segments:
-        """The newest windows but some, and older ones against forgetting."""
-        num_old = self.config.batch_size - self._num_newest
-        fresh = newest(ring, self._num_newest, num_fresh, num_newer)
-        if num_old == 0:
-            return fresh
-        key = jax.random.fold_in(jax.random.key(self.config.seed), num_updates)
-        old = draw(ring, key, num_old)
-        # Nothing fresh, nothing to learn: the batch must weigh nothing as a whole.
-        old = old.replace(weight=old.weight * (num_fresh > 0))
-        join = lambda a, b: jnp.concatenate([a, b])
-        return jax.tree.map(join, fresh, old)
-
-    def _compare(self, state, served: Draft, batch: Segments) -> promotion.GuardState:
-        """Scores windows that neither side has trained on."""
-        score = lambda params: self._accepted(params, served, batch)
-        gains = score(state.learner.params) - score(served.params)
-        return promotion.observe(state.guard, gains, self._fresh_weight(batch))
 
     def _accepted(self, params, served: Draft, batch: Segments):
         """`[b]` tokens that a step would get accepted, by window."""
@@ -391,12 +389,13 @@ class Adaptation:
         assert state.pace is not None
         score = lambda params: self._accepted(params, served, batch)
         newest, oldest = score(state.learner.params), score(state.pace.snapshot)
-        return pace.compared(state.pace, newest, oldest, self._fresh_weight(batch))
+        assert batch.is_fresh is not None
+        weight = jnp.sum(batch.weight, axis=1) * batch.is_fresh
+        return pace.compared(state.pace, newest, oldest, weight)
 
-    def _fresh_weight(self, batch: Segments):
-        """`[b]`, without the windows that were drawn from older ones."""
-        weight = jnp.sum(batch.weight, axis=1)
-        return weight * (jnp.arange(len(weight)) < self._num_newest)
+    def _gain_of(self, candidate, served, weight):
+        steps = self.config.num_steps
+        return promotion.gain_of(candidate, served, jnp.sum(weight, axis=1), steps)
 
     def judged(self, state: AdaptationState, num_updates: int) -> AdaptationState:
         """Notes a round of learning, and sets the pace where a span ends with it."""
@@ -406,19 +405,6 @@ class Adaptation:
         if pace.is_over(after):
             after = pace.judged(after).replace(snapshot=self.learned(state))
         return state.replace(pace=after)
-
-    def _promote(self, state: AdaptationState, served: Draft):
-        decision = "promote"
-        if self.config.promotion == "guarded":
-            decision = promotion.verdict(state.guard, self.config.min_windows)
-        if decision == "wait":
-            return state, served, decision
-        state = state.replace(guard=promotion.init_guard())
-        if decision == "rollback":
-            learner = restarted(self.learner, state.learner, served.params)
-            return state.replace(learner=_owned(learner)), served, decision
-        served = served.replace(params=state.learner.params)
-        return state.replace(version=state.version + 1), served, decision
 
 
 @functools.partial(jax.jit, static_argnames="every")

@@ -17,6 +17,7 @@ from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.types import Draft
 
 if TYPE_CHECKING:
+    from ospec_jax.online.trainer import Learning
     from ospec_jax.session import Session
 
 
@@ -107,7 +108,10 @@ def resume(session: Session, folder: str | Path) -> list[str]:
         folder, session.target, learner_like=learner_like, mesh=mesh
     )
     checkpoint.set_aside(folder, restored.step)
-    learning.state = session.grouped(freely_placed(restored.learner, mesh))
+    state = _completed(restored.learner, learning, restored.draft)
+    learning.state = session.grouped(freely_placed(state, mesh))
+    if bool(learning.state.is_stopped):
+        warnings.warn(f"{folder}: {learning.describe_stop()}", stacklevel=3)
     try:
         traffic = learning.traffic
         # Older traffic than the learner's would not be what it counted.
@@ -132,8 +136,21 @@ def resume(session: Session, folder: str | Path) -> list[str]:
     return session.answered
 
 
+def _completed(state, learning: Learning, draft: Draft):
+    """Adds what an older version did not store, as it is at the start."""
+    is_missing = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    if not any(map(is_missing, jax.tree.leaves(state))):
+        return state
+    start = learning.adaptation.init(draft)[0]
+    fill = lambda found, new: new if is_missing(found) else found
+    return jax.tree.map(fill, state, start)
+
+
 def saved_config(settings: dict) -> LearnerConfig:
     """A checkpoint's learner, of older versions, too."""
+    # Guarded promotion once waited for so many windows; now it tests at every request.
+    gone = {"min_windows"}
     if settings["name"] in ("head", "memory"):  # a loss was written once, and not read
-        settings = {key: x for key, x in settings.items() if key != "loss"}
+        gone.add("loss")
+    settings = {key: x for key, x in settings.items() if key not in gone}
     return from_dict(LearnerConfig, settings)

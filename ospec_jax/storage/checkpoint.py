@@ -38,10 +38,11 @@ from ospec_jax.config import (
 )
 from ospec_jax.drafters.base import dequantized
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.models import finite
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.models.tokenizer import tokenizer_hash
-from ospec_jax.storage import low_rank
+from ospec_jax.storage import low_rank, older
 from ospec_jax.types import Draft
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
@@ -183,8 +184,10 @@ def save(
     it replaces stays.
 
     Raises:
-      CheckpointError: The folder holds a later step: it is of another run.
+      CheckpointError: The folder holds a later step: it is of another run. Or the draft
+        is not finite.
     """
+    _check_finite(draft, f"the draft to be saved as step {step} of {folder}")
     items: dict[str, Any] = {"meta": {"json": json.dumps(dataclasses.asdict(meta))}}
     if meta.draft is not None:
         stored: dict[str, Any] = {"params": cast_params(draft.params, meta.storage)}
@@ -327,13 +330,15 @@ def load(
     Args:
       target: Checked against the draft's record, unless None.
       learner_like: Arrays or shapes of the learner state to restore, or a function
-        from `Meta` and the restored `Draft` to them; None leaves it.
+        from `Meta` and the restored `Draft` to them; None leaves it. What an older
+        version did not store comes back as it is there.
       feedback_like: Likewise.
       mesh: Devices to restore onto; the first one without a mesh.
       step: Only this one.
 
     Raises:
-      CheckpointError: There is no readable step, or the draft is for another target.
+      CheckpointError: There is no readable step, or the draft is for another target,
+        or is not finite.
     """
     path = Path(folder).resolve()
     found = steps(path)
@@ -374,15 +379,28 @@ def _load_step(path: Path, step: int, learner_like, feedback_like, mesh) -> Chec
             stored = _restore(checkpointer, step, wanted)["draft"]
             token_ids = stored.get("token_ids")
             draft = Draft(params=_widen(stored["params"]), token_ids=token_ids)
-        rest = {}
+            _check_finite(draft, f"step {step} of {path}")
+        rest, likes = {}, {}
+        kept = checkpointer.checkpointables_metadata(step).metadata
         for name, like in (("learner", learner_like), ("feedback", feedback_like)):
             if like is not None:
                 like = like(meta, draft) if callable(like) else like
+                likes[name] = like
+                if name in kept:  # else Orbax says that it is not there
+                    like = older.stored_like(like, kept[name])
                 rest[name] = _on_devices(like, mesh)
         restored = _restore(checkpointer, step, rest) if rest else {}
-    return Checkpoint(
-        step, meta, draft, restored.get("learner"), restored.get("feedback")
-    )
+    found = {name: older.brought_up(likes[name], restored[name]) for name in likes}
+    return Checkpoint(step, meta, draft, found.get("learner"), found.get("feedback"))
+
+
+def _check_finite(draft: Draft, what: str) -> None:
+    """Refuses a draft that would predict nothing."""
+    if name := finite.find_not_finite(draft.params):
+        raise CheckpointError(
+            f"{what} is not finite: the tensor {name!r} holds infinities or NaNs; use "
+            f"an earlier step, or train again with a lower learning rate"
+        )
 
 
 def _restore(checkpointer, step, wanted):

@@ -21,6 +21,7 @@ from ospec_jax.distill.starts import (
 from ospec_jax.distill.train import DistillConfig, train
 from ospec_jax.drafters.registry import TRAINED, build_drafter
 from ospec_jax.loading import LoadedDraft
+from ospec_jax.models import finite
 from ospec_jax.models.llama import head_table
 from ospec_jax.replay.collect import collect
 from ospec_jax.replay.store import FeedbackStore, recorded_ids
@@ -127,6 +128,20 @@ def test_a_signal_saves_and_tells_that_training_is_unfinished(
     with pytest.raises(Interrupted, match="SIGTERM"):
         train(target, folder, tmp_path, CONFIG, draft_config)
     assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_a_draft_that_is_not_finite_ends_training(
+    target, folder, draft_config, tmp_path
+):
+    # The first step is as long as float32 goes, so that the second has no loss.
+    config = dataclasses.replace(
+        CONFIG, learning_rate=3e38, warm_up=1, num_updates=6, save_every=1
+    )
+    with pytest.raises(FloatingPointError, match=r"at update \d .*lower learning_rate"):
+        train(target, folder, tmp_path, config, draft_config)
+    for step in checkpoint.steps(tmp_path):
+        draft = checkpoint.load(tmp_path, step=step).draft
+        assert not finite.find_not_finite(draft)
 
 
 def test_training_goes_on_from_a_draft(target, folder, trained, tmp_path):

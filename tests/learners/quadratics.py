@@ -40,7 +40,14 @@ def chasing(counter: Counter | None = None) -> Objective:
         total = jnp.maximum(jnp.sum(weight), 1e-6)
         value = jnp.sum(0.5 * jnp.sum(gaps**2, -1) * weight) / total
         nothing = jnp.zeros(1)
-        return value, LearnerInfo(value, nothing, nothing, jnp.zeros(()), weight.sum())
+        fresh = weight if segments.is_fresh is None else weight * segments.is_fresh
+        fresh_total = jnp.maximum(jnp.sum(fresh), 1e-6)
+        info = LearnerInfo(
+            value, nothing, nothing, jnp.zeros(()), weight.sum(),
+            fresh_loss=jnp.sum(0.5 * jnp.sum(gaps**2, -1) * fresh) / fresh_total,
+            fresh_weight=fresh.sum(),
+        )  # fmt: skip
+        return value, info
 
     def score(params, segments, shared, token_ids):
         info = loss(params, segments, shared, token_ids)[1]
@@ -49,7 +56,7 @@ def chasing(counter: Counter | None = None) -> Objective:
     return Objective(loss, score)
 
 
-def points(values, weight=1.0) -> Segments:
+def points(values, weight=1.0, is_fresh=None) -> Segments:
     """A batch of points `[b, d]`."""
     values = jnp.asarray(values, jnp.float32)
     b = values.shape[0]
@@ -59,7 +66,10 @@ def points(values, weight=1.0) -> Segments:
         hidden=values[:, None],
         logsumexp=jnp.zeros((b, 1)),
     )
-    return Segments(feedback, jnp.zeros(b, jnp.int32), jnp.full((b, 1), weight))
+    if is_fresh is not None:
+        is_fresh = jnp.asarray(is_fresh)
+    start, weights = jnp.zeros(b, jnp.int32), jnp.full((b, 1), weight)
+    return Segments(feedback, start, weights, is_fresh)
 
 
 def run(learner, stream, dim=4):

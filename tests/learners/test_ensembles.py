@@ -188,3 +188,59 @@ def test_experts_in_a_ball(form):
     norms = np.linalg.norm(state.opt_state.shifts["w"], axis=-1)
     assert np.all(norms <= 0.5 + 1e-6)
     np.testing.assert_allclose(state.opt_state.shifts["w"][-1], [0.3, 0.4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [weighting.hedge(), weighting.last_chunk()])
+def test_what_was_trained_on_before_trains_but_is_not_heard(form, rule):
+    """A batch of a later epoch: experts move on, what is known of them stays."""
+    kwargs = {} if form == "independent" else {"round_length": 2}
+    learner = built(form, rule=rule, **kwargs)
+    update = jax.jit(learner.update)
+    learn = lambda state, is_fresh: update(
+        state, points([[2.0, 0.0], [1.0, 1.0]], is_fresh=[is_fresh] * 2), None, None
+    )
+    state = learner.init({"w": jnp.zeros(2)})
+    for _ in range(4):
+        state, _ = learn(state, True)
+    again = state
+    for _ in range(4):
+        again, info = learn(again, False)
+        for name in ("meta", "weights"):
+            old, new = (getattr(x.opt_state, name) for x in (state, again))
+            jax.tree.map(np.testing.assert_array_equal, old, new)
+        assert info.extra["step_norm"] > 0
+    heard, info = learn(again, True)
+    assert np.any(heard.opt_state.weights != state.opt_state.weights)
+    assert heard.opt_state.meta.count == state.opt_state.meta.count + 1
+    assert np.ptp(info.extra["expert_losses"]) > 0
+    assert update._cache_size() == 1
+
+
+def test_rehearsed_windows_of_a_mixed_batch_are_not_heard(form):
+    kwargs = {} if form == "independent" else {"num_scored": 2}
+    learner = built(form, **kwargs)
+    state = learner.init({"w": jnp.zeros(2)})
+    state, _ = learner.update(state, points([[2.0, 0.0]] * 2), None, None)
+    learn = lambda old: learner.update(
+        state, points([[2.0, 0.0], old], is_fresh=[True, False]), None, None
+    )  # fmt: skip
+    (one, first), (other, second) = learn([1.0, 1.0]), learn([9.0, -9.0])
+    for a, b in (
+        (one.opt_state.weights, other.opt_state.weights),
+        (first.extra["expert_losses"], second.extra["expert_losses"]),
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert np.any(one.params["w"] != other.params["w"])
+
+
+def test_a_round_waits_for_a_fresh_batch_to_end_with(form):
+    """Or where it always ends in a later epoch experts would never be judged."""
+    if form == "independent":
+        return
+    learner = built(form, round_length=4)
+    state, counts = learner.init({"w": jnp.zeros(2)}), []
+    for i in range(16):
+        batch = points([[2.0, i % 3]], is_fresh=[i % 4 < 2])  # two epochs of two
+        state, _ = learner.update(state, batch, None, None)
+        counts.append(int(state.opt_state.meta.count))
+    assert counts == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]

@@ -15,7 +15,7 @@ from ospec_jax import (
     Session,
     TreeConfig,
 )
-from ospec_jax.decoding.engine import Engine
+from ospec_jax.decoding.batch import Batch
 from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.last_layer import HeadSamples, head_learner
@@ -236,9 +236,9 @@ def test_recorded_states_are_those_that_the_draft_predicted_from(
 ):
     """The head over a recorded state drafts what was accepted there, and no more."""
     seen: list[Completion] = []
-    complete = Engine._complete
+    end = Batch._end
     monkeypatch.setattr(
-        Engine, "_complete", lambda *args: seen.append(complete(*args)) or seen[-1]
+        Batch, "_end", lambda *args: seen.append(end(*args)) or seen[-1]
     )
     draft = loaded(target)
     session = Session(target, draft, learner=HEAD, tree=tree, ngrams=False)

@@ -68,3 +68,14 @@ def test_windows_behind_newer_ones_are_reached():
     np.testing.assert_array_equal(batch.feedback.tokens[:2, 0], [300, 200])
     # The ring holds four: nothing is trained on twice.
     np.testing.assert_array_equal(batch.weight.sum(axis=1) > 0, [True, True, False])
+
+
+def test_old_windows_are_drawn_from_behind_the_fresh_ones():
+    ring = init_ring(CAPACITY, SIZE, 6, 3)
+    for seed in range(6):
+        ring = add_window(ring, feedback(seed=seed), jnp.int32(0), 1, 20)
+    drawn = draw(ring, jax.random.key(0), 64, num_fresh=2)
+    assert set(drawn.feedback.tokens[:, 0].tolist()) == {200, 300}
+    for num_fresh in (4, 9):  # as many as the ring holds, or more
+        drawn = draw(ring, jax.random.key(0), 3, num_fresh)
+        assert float(drawn.weight.sum()) == 0.0

@@ -12,6 +12,7 @@ from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, load_draft
+from ospec_jax.online.windows import Adaptation
 from ospec_jax.replay.hindsight import best_per_chunk_in_hindsight, dynamic_regret_proxy
 from ospec_jax.replay.record import open_recording, read_meta, record
 from ospec_jax.replay.replayer import DEFAULT_INTERVAL, Replayer
@@ -79,16 +80,22 @@ def histograms(answers):
     ("family", "promotion"),
     [("eagle3", "always"), ("hydra", "guarded")],
 )
-def test_replay_equals_the_engine(target, folder, family, promotion):
+def test_replay_equals_the_engine(target, folder, family, promotion, monkeypatch):
     """Per request and step; learner and served draft at the end, too."""
+    # Random models hardly gain anything: half of what there is to gain is a gift.
+    gain_of = Adaptation._gain_of
+    monkeypatch.setattr(
+        Adaptation, "_gain_of", lambda *args: 0.5 + 0.5 * gain_of(*args)
+    )  # fmt: skip
     draft = make_draft(target, family)
-    config = dataclasses.replace(LEARNER, promotion=promotion, min_windows=2)
+    config = dataclasses.replace(LEARNER, promotion=promotion, promotion_level=0.9)
     session, results = serve(target, draft, config)
     replayer = Replayer(target, draft, folder, STEPS)
     run = replayer.run(config)
     assert [a.id for a in run.answers] == [r.prompt.id for r in results]
     assert histograms(run.answers) == histograms(results)
-    assert sum(sum(h[1:]) for h in histograms(run.answers)) > 20
+    assert sum(sum(h[1:]) for h in histograms(run.answers)) > 10
+    assert run.answers[-1].version > 0
     assert [a.version for a in run.answers] == [r.version for r in results]
     assert [r.decision for r in run.reports] == [r.decision for r in session.reports]
     assert len(run.reports) > 5
