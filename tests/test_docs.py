@@ -119,6 +119,17 @@ def test_floors_are_those_of_the_architecture():
     assert told == [set(rooms) for rooms in floors]
 
 
+def test_modules_of_the_rooms_exist():
+    text = (ROOT / "docs" / "design.md").read_text()
+    section = text.partition("## Rooms\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE)
+    assert len(rows) > 10
+    for room, modules in rows:
+        for name in set(re.findall(r"`(\w+)`", modules)) - {"ospec"}:
+            place = ROOT / "ospec_jax" / room / name
+            assert place.is_dir() or place.with_suffix(".py").exists(), place
+
+
 def test_the_command_line_page_is_that_of_the_code():
     """Else run tools/make_cli_page.py."""
     text = TOOL["PAGE"].read_text()
