@@ -149,7 +149,7 @@ def replay(
     if not configs or not all(s.strip().isdecimal() for s in seeds.split(",")):
         raise ConfigError(f"use learners and whole seeds, not {learners!r}, {seeds!r}")
     ids = [row.id for row in read_prompts(prompts)] if prompts else []
-    results = results.Results.open(json_file)
+    kept = results.Results.open(json_file)
     meta = read_meta(folder)
     loaded = load_target(target, as_precision(meta.precision))
     replayer = Replayer(
@@ -168,18 +168,18 @@ def replay(
                 settings = results.settings_of(
                     name, config, draft, num_speculative_tokens, key, content
                 )
-                row = results.find(settings, regret)
+                row = kept.find(settings, regret)
                 if row is None and not interrupt:
                     label = f"{Path(name).stem}-{seed}"
                     row = _run(replayer, config, settings, bar, interrupt, telemetry,
                                label)  # fmt: skip
-                    results.put(row)
+                    kept.put(row)
                 rows += [row] if row else []
                 is_cut_short |= row is None
         hindsight = None
         if regret and not interrupt:
             names = [draft, key, content]
-            hindsight = _hindsight(replayer, results, chunk_size, bar, names)
+            hindsight = _hindsight(replayer, kept, chunk_size, bar, names)
         is_cut_short |= regret and hindsight is None
     results.add_regret(rows, hindsight)
     print(results.markdown_table(rows))
@@ -238,19 +238,19 @@ def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:
     return results.to_row(run, settings, len(run.answers) == len(replayer.order))
 
 
-def _hindsight(replayer, results, chunk_size: int, bar, names) -> list[float]:
+def _hindsight(replayer, kept, chunk_size: int, bar, names) -> list[float]:
     """Losses in hindsight, kept in the results."""
     from ospec_jax.replay.hindsight import best_per_chunk_in_hindsight
 
     key = " ".join([*names, str(replayer.num_steps), str(chunk_size)])
-    if key not in results.hindsight:
+    if key not in kept.hindsight:
         task = bar.add_task("hindsight", total=len(replayer.order))
         show = lambda count: bar.update(task, completed=count)
-        results.hindsight[key] = best_per_chunk_in_hindsight(
+        kept.hindsight[key] = best_per_chunk_in_hindsight(
             replayer, chunk_size, on_chunk=show
         )
-        results.write()
-    return results.hindsight[key]
+        kept.write()
+    return kept.hindsight[key]
 
 
 def telemetry(file: tyro.conf.Positional[Path], plot: Path) -> None:
