@@ -150,9 +150,9 @@ def plot_stream(run: BenchRun, path: Path) -> Path:
 
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     styles = {
-        "static": ("#8a8f98", "static draft"),
-        "ngrams": ("#bf8700", "and n-grams of the request"),
-        "learned": ("#1f6feb", "and learning from earlier ones"),
+        "static": ("#8a8f98", "the draft as it is"),
+        "ngrams": ("#bf8700", "with n-grams of the request"),
+        "learned": ("#1f6feb", "with what was learned from earlier requests"),
     }
     for mode, (color, label) in styles.items():
         if mode in run.modes:
@@ -167,7 +167,7 @@ def plot_stream(run: BenchRun, path: Path) -> Path:
     )  # fmt: skip
     axes.set_xlim(1, max(2, len(run.prompts)))
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="upper right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(styles), frameon=False)
     return atomic.write_figure(figure, path)
 
 

@@ -4,6 +4,7 @@
 import contextlib
 import sys
 import warnings
+from collections.abc import Callable
 
 import tyro
 
@@ -35,15 +36,30 @@ def drafters() -> None:
         print(f"shipped:{name:8} {meta.family} for {meta.target}")
 
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "learn": learn,
+    "distill": distill,
+    "bench": bench,
+    "roofline": roofline,
+    "lower": lower,
+    "drafters": drafters,
+    "demo": demo,
+    "stream": stream,
+    "record": record,
+    "replay": replay,
+    "telemetry": telemetry,
+    "import": import_draft,
+    "export": export_draft,
+}
+"""Commands by name; `docs/cli.md` lists all of them."""
+
+
 def main() -> None:
     """Entry point of `ospec`."""
-    functions = (generate, learn, distill, bench, roofline, lower, drafters, demo)
-    functions += (stream, record, replay, telemetry)
-    commands = {function.__name__: function for function in functions}
-    commands |= {"import": import_draft, "export": export_draft}
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]{message}")
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="ospec")
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ospec")
     except _USER_ERRORS as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         sys.exit(2)

@@ -47,7 +47,7 @@ def generate(
       stream: Print text as it comes.
       logprobs: Report each token's log-probability.
       json_file: Write one object (a list for several prompts); - for standard output.
-      jsonl: Write each answer as one line, as soon as it is complete; likewise.
+      jsonl: Write each answer as one line, as soon as it is complete; - likewise.
     """
     check_unused(jsonl)
     if prompts is not None and prompt is None:
@@ -113,11 +113,13 @@ def learn(
       prompts: A JSONL file.
       learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
         head, memory, or a Python file with `get_config() -> LearnerConfig`.
+      learning_rate: Of the optimizer. Learners that were published with SGD
+        (optimistic, momentum) take an --optimizer beside it.
       optimizer: Any optax optimizer.
-      learn_budget: Share of wall-clock time for learning.
+      learn_budget: Share of wall-clock time for learning, by default 0.02.
       update_interval: Tokens between updates; 0 derives it from the budget.
       pace: Learn always, or ever more rarely while learning does not pay for its time.
-      promotion: Serve every iterate, or only those that proved better.
+      promotion: Serve every iterate of the learner, or only those that proved better.
       checkpoint_dir: Where to save; Ctrl-C saves too. The answers are kept there as
         well, in `answers.jsonl`.
       resume: Go on where the checkpoint stopped: at batch size 1 as if nothing had
@@ -127,9 +129,10 @@ def learn(
         and the answers.
       json_file: Write the answers and metrics at the end; with --resume those of the
         whole run.
-      jsonl: Write each answer as one line before it is saved that it was given.
-      telemetry: Write what learning does, line by line; see `ospec telemetry`.
-      tensorboard: Folder to write it to for TensorBoard, too.
+      jsonl: Write each answer as one line, before a checkpoint counts it.
+      telemetry: File to write what learning does to, line by line; see `ospec
+        telemetry`.
+      tensorboard: Folder to write the same to for TensorBoard; needs --telemetry.
     """
     rows = read_prompts(prompts)
     if tensorboard is not None and telemetry is None:

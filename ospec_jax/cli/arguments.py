@@ -37,7 +37,7 @@ class Decoding:
         folder or that of a public EAGLE-3 or Hydra head, or two drafts:
         fallback:ngram,DRAFT (n-grams where they are likely), mixed:ngram,DRAFT (both in
         one tree).
-      precision: Of weights and products; auto measures what is fastest here.
+      precision: Of weights and products; auto measures which is fastest on this device.
       batch_size: Requests decoded together.
       num_speculative_tokens: Depth of the draft, K, by default 3; 0 decodes plainly;
         auto is short for --controller auto.
@@ -47,7 +47,8 @@ class Decoding:
         best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
         sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...
         children).
-      min_path_probability: Draft no deeper once the draft gives its best path less.
+      min_path_probability: Draft no deeper once the draft gives its most probable path
+        less than this.
       draft_sample_method: How children are drawn when sampling.
       verification: token by token, or by whole paths: block (chains), traversal (static
         trees).
@@ -56,6 +57,11 @@ class Decoding:
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens.
       mesh: Devices to split over, like data=2,model=4; empty for a single one.
       num_predicted_tokens: Tokens verified at once while a prediction holds.
+      max_new_tokens: Longest answer, in tokens.
+      temperature: 0 takes the most probable token (greedy); above 0 tokens are sampled.
+      top_p: Sample from the most probable tokens of so much probability; 1 takes all.
+      top_k: Sample from so many of the most probable tokens; 0 takes all.
+      seed: Of the random numbers of sampling; each answer draws its own.
     """
 
     target: str = "smollm2-135m"

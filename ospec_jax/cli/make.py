@@ -50,6 +50,8 @@ def distill(
     Args:
       prompts: A JSONL file.
       out: Folder of the recorded answers and of the draft's checkpoints.
+      target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
+      precision: Of weights and products; auto measures which is fastest on this device.
       start: A trained draft to start from: none, shipped, shipped:NAME, or a folder;
         it brings its own family.
       family: What to train; one recording serves all of them but exit, which reads the
@@ -60,17 +62,23 @@ def distill(
       draft_vocab_size: Tokens that can be drafted, the most frequent ones; 0 for all,
         with the target's frozen head.
       num_steps: Drafted tokens that training looks ahead; Hydra gets as many heads.
+      num_updates: Updates in all, those of an earlier run that it goes on with counted.
+      batch_size: Windows of one update.
+      learning_rate: Of Adam, at its highest.
       loss: On tokens: forward_kl, reverse_kl, jsd, total_variation or
         acceptance_length.
       feature_weight: Of the loss on predicted states (eagle1); by default the
         published one.
+      max_new_tokens: Longest recorded answer, in tokens.
       temperature: Of the recorded outputs.
       capacity: Tokens of a prompt and its output; longer prompts are left out. 0 takes
         all.
+      collect_batch_size: Requests decoded together while recording.
       collect_only: Stop after recording.
       ship: Also save the draft alone, in int8, into this folder.
       delta: Of the shipped draft, keep only its difference to the one that it started
         from, of this rank; 0 keeps all. Loading it takes that one.
+      seed: Of the draft's first parameters, of the order of training, and of sampling.
     """
     from ospec_jax.distill.starts import default_draft_config, eagle3_taps
     from ospec_jax.distill.train import DistillConfig, score, train
@@ -161,6 +169,7 @@ def import_draft(
       out: Folder of the checkpoint.
       target: What the head was trained for; Hydra heads cannot be read without it.
         Without it only an EAGLE-3 head's own files are checked.
+      precision: Of the target's weights and products while the head is checked.
       taps: Target layers whose input an EAGLE-3 head reads, if its files say it
         wrongly.
       check: Decode a few prompts, and refuse a head that is never right.
@@ -236,6 +245,10 @@ def lower(
       target: Only its architecture is read.
       draft: none, shipped, shipped:NAME, or a checkpoint folder; likewise.
       platforms: Comma-separated: cpu, cuda, rocm, tpu.
+      precision: Of weights and products.
+      num_speculative_tokens: Depth of the draft, K.
+      tree: As for `ospec generate`.
+      batch_size: Requests decoded together.
       capacity: Slots of each row's cache.
       stop_ids: Tokens that end an answer.
       scan: Lower one layer, run over stacked weights, instead of each.

@@ -146,6 +146,8 @@ def roofline(
     """Times target passes by rows, against this machine's memory and arithmetic.
 
     Args:
+      target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
+      precision: Of weights and products; auto measures which is fastest on this device.
       capacity: Slots of the cache.
     """
     from ospec_jax.bench import passes
@@ -171,10 +173,15 @@ def demo(
 
     Args:
       out: Folder of the plot, the table and the learned draft's checkpoint.
+      num_prompts_per_domain: Prompts of each of the three domains, 28 at most.
+      max_new_tokens: Longest answer, in tokens.
+      num_speculative_tokens: Depth of the draft, K.
       learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
         head, memory, or a Python file with `get_config() -> LearnerConfig`.
-      optimizer: Any optax optimizer; a --learning-rate of learners that were published
-        with SGD (optimistic, momentum) takes it beside it.
+      learn_budget: Share of the learned mode's time for learning.
+      learning_rate: Learners that were published with SGD (optimistic, momentum) take
+        an --optimizer beside it.
+      optimizer: Any optax optimizer.
     """
     from ospec_jax.bench.demo import run_demo
 

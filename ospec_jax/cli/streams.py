@@ -35,7 +35,9 @@ def stream(
       kind: single; shifts (each domain once, in one block); gradual (from one to the
         next); alternating (short blocks that come back); fast (another one with every
         prompt, by chance).
+      num_prompts: Prompts of the stream; the files must have enough of each domain.
       block: Prompts of a block, for alternating.
+      seed: Of the choice and order of the prompts.
     """
     files = {}
     for part in domains.split(","):
@@ -68,7 +70,10 @@ def record(
     Args:
       prompts: A JSONL file.
       out: Folder of the recording; of other prompts, more can be added later.
+      target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
       draft: Whose view of the target is recorded: shipped, or a checkpoint folder.
+      precision: Of weights and products; auto measures which is fastest on this device.
+      max_new_tokens: Longest answer, in tokens.
       batch_size: Requests decoded together.
       capacity: Tokens of a prompt and its answer; longer prompts are left out. 0 takes
         all.
@@ -113,7 +118,9 @@ def replay(
       learners: Comma-separated: static (the draft as it is), names or Python files as
         for `ospec learn`.
       draft: shipped, or a checkpoint folder.
+      target: The one that was recorded.
       prompts: Replay these recorded prompts in this order: a stream's file.
+      num_speculative_tokens: Depth of the draft, K.
       update_interval: Tokens between updates; 512 for learners that name none.
       learning_rate: Of all learners that follow gradients; those that were published
         with SGD (optimistic, momentum) take an --optimizer beside it.
@@ -250,6 +257,7 @@ def telemetry(file: tyro.conf.Positional[Path], plot: Path) -> None:
     """Draws what `ospec learn --telemetry` or `ospec replay --telemetry` wrote.
 
     Args:
+      file: The JSONL file that was written.
       plot: The PNG to write.
     """
     from ospec_jax.reports.telemetry import plot_telemetry, read_rows

@@ -38,7 +38,7 @@ class TreeConfig:
       min_path_probability: A chain or dynamic tree grows no deeper once the draft gives
         its most probable path less than this.
       depths: Instead of drafting `num_steps` always: depths, `num_steps` the largest,
-        of which every step takes the one that pays; see `decoding.depth`.
+        of which every step takes the one that pays; see `control.depth`.
     """
 
     kind: Literal["chain", "static", "dynamic", "parallel"] = "chain"

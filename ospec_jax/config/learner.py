@@ -96,7 +96,7 @@ class LearnerConfig:
       reset_experts: Experts begin each round at their average (released code).
       meta: How experts are weighed: `hedge` on their cumulative normalised losses, or
         `last_chunk`, softmax of their mean loss in the last round (released code).
-      meta_rate: Of Hedge; see `learners.meta`. By default 1, of the shared
+      meta_rate: Of Hedge; see `control.weighting`. By default 1, of the shared
         ensemble 3.
       meta_discount: Of older losses at each update, in Hedge; 1 never forgets, the
         default but of the shared ensemble, 0.8.
@@ -125,7 +125,7 @@ class LearnerConfig:
         of target passes by a measurement at the start and then kept.
       pace: `always` learns on every occasion (an interval, a chunk of prompts, for
         `head` an answer); `pays` on ever fewer while the gain of learning is less than
-        the time it takes, and on all of them again after a shift; see `learners.pace`.
+        the time it takes, and on all of them again after a shift; see `online.pace`.
       batch_size: Windows in one update.
       window: Pairs trained in a window.
       num_context: Pairs before each window that are attended to.
@@ -138,7 +138,7 @@ class LearnerConfig:
       replay_share: Part of each batch drawn from older windows.
       promotion: `always` serves each iterate; `guarded` only proven ones.
       promotion_level: Probability that a run with guarded promotion ever serves an
-        iterate that is no better than the one before; see `learners.promotion`.
+        iterate that is no better than the one before; see `online.promotion`.
       promotion_patience: Requests on which a candidate is scored before the newest
         iterate takes its place: each of a chunk of prompts, one for each interval.
       ring_capacity: Windows remembered.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replaying learners on recorded answers, with the draft alone and no target.
 
-Greedy answers do not depend on the draft. `scoring` tells how many drafted tokens each
+Greedy answers do not depend on the draft. `score` tells how many drafted tokens each
 step on a recorded answer would get accepted; learning then sees what a `Session` at
 batch 1 sees, in the same order.
 

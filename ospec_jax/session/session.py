@@ -2,7 +2,7 @@
 """A target, its draft and what the draft has learned: the library's front door.
 
 A `Session` is the one mutable object: it owns the current state, and moves it on by the
-pure transitions of `decoding` and `adaptation`, which meet only here.
+pure transitions of `decoding` and `online`, which meet only here.
 """
 
 import dataclasses

@@ -73,7 +73,7 @@ class Meta:
       controller: State of what chooses each step's action (`control`), or empty.
       card: Free facts: data, steps, scores.
       base: Name or folder of the draft that the stored parameters are a difference to;
-        empty for one that stands alone. See `deltas`.
+        empty for one that stands alone. See `storage.low_rank`.
       base_hash: Its fingerprint.
       rank: Of the difference.
     """
