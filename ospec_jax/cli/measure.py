@@ -45,7 +45,8 @@ def bench(
       num_prompts: Prompts taken from its beginning.
       modes: Comma-separated: autoregressive, static (the draft as it is), ngrams (and
         n-grams of the request), learned (and of earlier ones; the draft is trained).
-        All of them by default; with --drafts, autoregressive alone.
+        These by default; with --drafts, autoregressive alone. Also unpadded: plain
+        decoding that need not be exact, the faster baseline.
       drafts: Compare these drafts, each as it is, by the prompts' domains instead:
         DRAFT, or DRAFT@TREE@CHILDREN@VERIFICATION, or fewer of these, for others than
         --tree, --draft-sample-method and --verification: shipped@static:2,2,2@hub. The

@@ -2,12 +2,13 @@
 """The harness beside other decoders, and what passes cost, on a tiny target."""
 
 import builtins
+import dataclasses
 
 import numpy as np
 import pytest
 
 from ospec_jax.bench import passes
-from ospec_jax.bench.harness import BenchConfig, run_bench
+from ospec_jax.bench.harness import UNPADDED, BenchConfig, run_bench
 from ospec_jax.bench.passes import Machine, measure_machine, roofline
 from ospec_jax.bench.peers import Peer, open_peer
 from ospec_jax.bench.report import (
@@ -15,6 +16,7 @@ from ospec_jax.bench.report import (
     plot_modes,
     roofline_table,
     terminal_table,
+    with_ratios,
 )
 from ospec_jax.bench.rows import to_rows
 from ospec_jax.config import ConfigError, SamplingConfig
@@ -147,3 +149,23 @@ def test_long_passes_are_timed_in_fewer_rounds(monkeypatch):
     monkeypatch.setattr(passes, "_ENOUGH_SECONDS", -1.0)
     assert list(passes._rounds(16)) == list(range(passes._FEWEST_ROUNDS))
     assert list(passes._rounds(2)) == [0, 1]
+
+
+def test_ratios_are_also_to_the_faster_plain_decoding(target):
+    modes = ("autoregressive", UNPADDED)
+    run = run_bench(target, None, PROMPTS, dataclasses.replace(PLAIN, modes=modes))
+    plain, unpadded = to_rows(run)
+    numerics = run.modes[UNPADDED].session.target.numerics
+    assert not numerics.is_row_invariant
+    assert run.modes["autoregressive"].session.target.numerics.is_row_invariant
+
+    speeds = {"tokens_per_second": 120.0, "tokens_per_second_with_learning": 120.0}
+    slower, faster = with_ratios(
+        [plain | {k: 100.0 for k in speeds}, unpadded | speeds]
+    )
+    assert slower["speedup"] == 1.0
+    assert faster["speedup"] == pytest.approx(1.2)
+    assert slower["speedup_over_fastest_plain"] == pytest.approx(1 / 1.2)
+    assert faster["speedup_over_fastest_plain"] == 1.0
+    assert "over the fastest plain" in markdown_table([plain, unpadded])
+    assert "over the fastest plain" not in markdown_table([plain])
