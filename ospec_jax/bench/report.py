@@ -80,7 +80,7 @@ def terminal_table(rows: Sequence[dict], title: str) -> Table:
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
-    """For the README."""
+    """For documents."""
     extended = with_ratios(rows)
     columns = _columns_of(extended)
     lines = ["| " + " | ".join(name for name, _, _ in columns) + " |"]
