@@ -7,8 +7,10 @@ tokens cannot depend on its neighbours.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,71 @@ def _finish(is_finished, slot):
     return is_finished.at[slot].set(True)
 
 
+# Engines of one configuration share their programs, so that a second session of the
+# same models compiles nothing. What is kept holds no weights: they are arguments.
+# Drafters are the same if they are the same object, as `build_drafter` gives them.
+_share = functools.lru_cache(maxsize=64)
+
+
+@_share
+def _compiled(
+    build: Callable, config: StepConfig, drafter: Drafter | None
+) -> Callable[..., tuple[DecodeState, StepOutput]]:
+    """The jitted step or prefill that `build` makes."""
+    # The host reads outputs, and learning keeps feedback, whatever its process.
+    places = sharding.row_shardings, sharding.replicated
+    function = sharding.pinned(build(config, drafter), config.mesh, *places)
+    return jax.jit(function, donate_argnums=2)
+
+
+class _Rows(NamedTuple):
+    """Jitted functions that begin, place and end rows of a batch."""
+
+    start_row: Callable[..., DecodeState]
+    start_batch: Callable[[int, int, bool], DecodeState]
+    insert: Callable[..., DecodeState]
+    take: Callable[..., Feedback]
+    finish: Callable[..., jax.Array]
+
+
+@_share
+def _compiled_rows(
+    config: StepConfig, drafter: Drafter | None, recording: Recording
+) -> _Rows:
+    rows = sharding.row_shardings
+    pinned = lambda function, place: sharding.pinned(function, config.mesh, place)
+
+    def start_batch(batch_size, capacity, has_prediction) -> DecodeState:
+        return empty_state(
+            config, drafter, batch_size, capacity, recording, has_prediction
+        )
+
+    def start_row(capacity, has_prediction, key, values, num_remaining) -> DecodeState:
+        """The state of one request before its prefill."""
+        state = start_batch(1, capacity, has_prediction)
+        sampling = SamplingParams(*values)
+        fill = lambda old, value: jnp.full_like(old, value)
+        return state.replace(
+            request_keys=key[None],
+            sampling=jax.tree.map(fill, state.sampling, sampling),
+            num_remaining=fill(state.num_remaining, num_remaining),
+        )
+
+    return _Rows(
+        start_row=jax.jit(pinned(start_row, rows), static_argnums=(0, 1)),
+        start_batch=jax.jit(pinned(start_batch, rows), static_argnums=(0, 1, 2)),
+        insert=jax.jit(pinned(_insert, rows), donate_argnums=0),
+        take=jax.jit(pinned(_take_row, sharding.replicated)),
+        finish=jax.jit(pinned(_finish, rows), donate_argnums=0),
+    )
+
+
+def forget_programs() -> None:
+    """Lets go of the programs that engines share; those in use stay with theirs."""
+    _compiled.cache_clear()
+    _compiled_rows.cache_clear()
+
+
 class Engine:
     """Compiled prefill and step functions for one target, drafter and tree."""
 
@@ -97,32 +164,17 @@ class Engine:
         self.config, self.drafter = config, drafter
         self.target_params = target_params
         self.recording: Recording = recording
-        mesh = config.mesh
-        rows = sharding.row_shardings
-        # The host reads outputs, and learning keeps feedback, whatever its process.
-        pinned = lambda function, *places: sharding.pinned(function, mesh, *places)
-
-        def compiled(build, config: StepConfig, drafter: Drafter | None) -> Callable:
-            function = pinned(build(config, drafter), rows, sharding.replicated)
-            return jax.jit(function, donate_argnums=2)
-
         self._prefills: dict[bool, Callable] = {}
         self._steps: dict[tuple[Action, bool], Callable] = {}
         for is_greedy in (True, False):
             own = dataclasses.replace(config, is_greedy=is_greedy)
-            self._prefills[is_greedy] = compiled(build_prefill, own, drafter)
+            self._prefills[is_greedy] = _compiled(build_prefill, own, drafter)
             for action, member in self._menu.items():
                 special = dataclasses.replace(own, tree=action.tree)
-                step = compiled(build_step, special, member)
+                step = _compiled(build_step, special, member)
                 self._steps[action, is_greedy] = step
 
-        self._start_row = jax.jit(pinned(self._new_row, rows), static_argnums=(0, 1))
-        self._start_batch = jax.jit(
-            pinned(self._empty_rows, rows), static_argnums=(0, 1, 2)
-        )
-        self._insert = jax.jit(pinned(_insert, rows), donate_argnums=0)
-        self._take_row = jax.jit(pinned(_take_row, sharding.replicated))
-        self._finish = jax.jit(pinned(_finish, rows), donate_argnums=0)
+        self._rows = _compiled_rows(config, drafter, recording)
 
     @property
     def actions(self) -> tuple[Action, ...]:
@@ -251,28 +303,11 @@ class Engine:
         sampling = request.sampling
         values = (sampling.temperature, sampling.top_k, sampling.top_p)
         args = capacity, has_prediction, key, values, request.max_new_tokens
-        state = self._start_row(*args)
+        state = self._rows.start_row(*args)
         if not has_prediction:
             return state
         ids, confidence = request.prediction_ids, request.prediction_confidence
         return state.replace(prediction=as_prediction(ids, capacity, confidence))
-
-    def _empty_rows(self, batch_size, capacity, has_prediction) -> DecodeState:
-        return empty_state(
-            self.config, self.drafter, batch_size, capacity, self.recording,
-            has_prediction,
-        )  # fmt: skip
-
-    def _new_row(self, capacity, has_prediction, key, values, num_remaining):
-        """The state of one request before its prefill."""
-        state = self._empty_rows(1, capacity, has_prediction)
-        sampling = SamplingParams(*values)
-        fill = lambda old, value: jnp.full_like(old, value)
-        return state.replace(
-            request_keys=key[None],
-            sampling=jax.tree.map(fill, state.sampling, sampling),
-            num_remaining=fill(state.num_remaining, num_remaining),
-        )
 
     def serve(
         self,
@@ -355,19 +390,19 @@ class Engine:
 
         if state is None:
             has_prediction = row.prediction is not None
-            state = self._start_batch(batch_size, capacity, has_prediction)
-        return self._insert(state, row, np.int32(slot))
+            state = self._rows.start_batch(batch_size, capacity, has_prediction)
+        return self._rows.insert(state, row, np.int32(slot))
 
     def finish(self, state: DecodeState, slot: int) -> DecodeState:
         """Marks a row as done: it emits nothing more."""
-        is_finished = self._finish(state.is_finished, np.int32(slot))
+        is_finished = self._rows.finish(state.is_finished, np.int32(slot))
         return state.replace(is_finished=is_finished)
 
     def feedback_of(self, state: DecodeState, slot: int) -> Feedback | None:
         """What was recorded of a row, `[1, capacity, ...]`."""
         if state.feedback is None:
             return None
-        return self._take_row(state.feedback, np.int32(slot))
+        return self._rows.take(state.feedback, np.int32(slot))
 
     def new_stats(self) -> DecodingStats:
         """Counters of a request that has not been decoded yet."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Families of drafters by name."""
 
+import functools
+
 from ospec_jax.config import (
     ConfigError,
     DraftConfig,
@@ -44,6 +46,8 @@ def memory_orders(family: str) -> tuple[int, ...]:
     return SUFFIX_ORDERS if family == "suffix" else ORDERS
 
 
+# The same arguments give the same object, so that engines find their programs again.
+@functools.lru_cache(maxsize=64)
 def build_drafter(
     family: str, config: DraftConfig | ModelConfig | None, tree: TreeConfig,
     numerics: Numerics | None = None, has_ngrams: bool = False, vocab_size: int = 0,

@@ -156,6 +156,7 @@ def switching(actions):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.usefixtures("own_programs")
 def test_greedy_output_does_not_depend_on_depths(target, draft, plain, batch_size):
     session = Session(
         target, draft, tree=TreeConfig.auto(DEPTHS), batch_size=batch_size,

@@ -144,6 +144,7 @@ def test_nothing_else_is_read(params):
         assert answers(engine, draft, 3) == before
 
 
+@pytest.mark.usefixtures("own_programs")
 def test_one_trace_for_each_shape(params):
     engine = engine_for(params, PLAIN)[0]
     for _ in range(2):

@@ -105,6 +105,7 @@ def only_one_tree_in_int8(target, name):
 
 @pytest.mark.parametrize("draft_vocab_size", [12, 0])
 @pytest.mark.parametrize("name", list(TREES))
+@pytest.mark.usefixtures("own_programs")
 def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
     if draft_vocab_size == 0 and name != "chain-5":
         pytest.skip("one tree suffices for the full head")
@@ -147,6 +148,7 @@ def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("family", ["ngram", "suffix"])
+@pytest.mark.usefixtures("own_programs")
 def test_ngrams_alone_draft_exactly(target, plain, family, batch_size):
     tree, longer = NGRAM_TREES["chain"], TreeConfig(num_steps=7)
     drafter = build_drafter(family, None, tree)
@@ -188,6 +190,7 @@ def predictions_of(plain, kind):
     [("prediction", kind) for kind in ("right", "edited", "some", "wrong")]
     + [("ngram", "edited"), ("eagle3", "edited"), ("eagle3", "wrong")],
 )
+@pytest.mark.usefixtures("own_programs")
 def test_predicted_answers_are_verified_exactly(target, plain, family, kind):
     if target.numerics.precision == "int8" and (family, kind) != ("eagle3", "edited"):
         pytest.skip("one case suffices in int8")

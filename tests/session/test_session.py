@@ -721,6 +721,7 @@ def test_counts_go_on_after_a_look_at_them(target, draft, monkeypatch):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("name", ["prediction", "suffix"])
+@pytest.mark.usefixtures("own_programs")
 def test_nothing_is_compiled_after_warming_up(target, name, batch_size):
     """Not even what runs only once a prediction, or memory, has proved right."""
     session = Session(target, load_draft(name, target), batch_size=batch_size)
