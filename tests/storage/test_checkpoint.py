@@ -178,7 +178,7 @@ def test_a_step_that_takes_the_place_of_its_like_removes_older_ones(made, tmp_pa
 
 _KILLED = """
 import os, pathlib, signal, sys
-from ospec_jax import checkpoint
+from ospec_jax.storage import checkpoint
 
 found = checkpoint.load(sys.argv[1])
 rename = pathlib.Path.rename
@@ -263,7 +263,7 @@ def test_unknown_meta_key_is_an_error(made):
 _ON_FOUR_DEVICES = """
 import jax, sys
 from jax.sharding import NamedSharding, PartitionSpec as P
-from ospec_jax import checkpoint
+from ospec_jax.storage import checkpoint
 from ospec_jax.config import TreeConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
