@@ -7,9 +7,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ospec_jax.config import ConfigError
+from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
+from ospec_jax.drafters.base import Family
 from ospec_jax.drafters.combine import MIXES
+from ospec_jax.drafters.registry import FAMILIES, SUGGESTIONS, build_drafter
 from ospec_jax.drafters.self_draft import in_four_bits
+from ospec_jax.drafters.starts import start_warm
 from ospec_jax.formats.importing import is_public_folder, load_folder
 from ospec_jax.models.hub import Target, load_target
 from ospec_jax.models.tokenizer import tokenizer_hash
@@ -19,8 +22,8 @@ from ospec_jax.types import Draft
 
 _SHIPPED = Path(__file__).parent / "shipped"
 _SHIPPED_TARGET = "smollm2-135m"
-_SUGGESTIONS = ("ngram", "suffix", "prediction")
-"""Families that need no parameters, and stand beside others."""
+_NUM_HEADS = 5
+"""Tokens that a new draft can draft one after the other, if it must know before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,7 @@ class LoadedDraft:
       model: The language model that drafts, for the families `model` and `self`.
       mix: `fallback` or `mixed`: how suggestions are drafted beside it, if they are.
       suggestions: Where they come from: `ngram`, `suffix` or `prediction`.
+      own_family: The record of a family that the package does not know.
     """
 
     draft: Draft
@@ -38,6 +42,23 @@ class LoadedDraft:
     model: Target | None = None
     mix: str = ""
     suggestions: str = ""
+    own_family: Family | None = None
+
+    @property
+    def family(self) -> Family:
+        """What drafts with it."""
+        return checkpoint.family_of(self.meta.family, self.own_family)
+
+    @property
+    def architecture(self) -> DraftConfig | ModelConfig | None:
+        """What its family's drafters are built from."""
+        return self.model.config if self.model is not None else self.meta.draft
+
+    @property
+    def memory_orders(self) -> tuple[int, ...]:
+        """Lengths of the n-grams that stand by it."""
+        source = FAMILIES[self.suggestions] if self.suggestions else self.family
+        return source.memory_orders
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -45,7 +66,11 @@ class LoadedDraft:
         return self.meta.draft.taps if self.meta.draft else ()
 
 
-def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
+def load_draft(
+    name_or_folder: str | Path | Family,
+    target: Target,
+    family: Family | None = None,
+) -> LoadedDraft:
     """Loads what the command line's `--draft` names, but for `none`.
 
     Args:
@@ -53,15 +78,18 @@ def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
         `shipped` or `shipped:NAME`, the folder of a checkpoint or of a public EAGLE-3
         or Hydra head, `model:TARGET`, `self:int4`, `self:exit-N`, or
         `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`.
+        Or the record of a family, one of the user's own, too: then a new draft of it.
+      family: Of a checkpoint's draft, where the package does not know it.
 
     Raises:
       CheckpointError: Nothing readable is there, or it is for another target.
       ConfigError: A public head has an architecture that is not supported.
       WeightsError: A public head lacks tensors.
     """
-    if name_or_folder in _SUGGESTIONS:
-        meta = Meta.create(target, None, str(name_or_folder))
-        return LoadedDraft(Draft(params={}), meta)
+    if isinstance(name_or_folder, Family):
+        return new_draft(name_or_folder, target)
+    if name_or_folder in SUGGESTIONS:
+        return new_draft(FAMILIES[str(name_or_folder)], target)
     kind, _, name = str(name_or_folder).partition(":")
     if kind == "model":
         return model_draft(name, target)
@@ -72,14 +100,40 @@ def load_draft(name_or_folder: str | Path, target: Target) -> LoadedDraft:
     folder = draft_folder(name_or_folder)
     if is_public_folder(folder):
         return LoadedDraft(*load_folder(folder, target))
-    restored = restore(name_or_folder, target)
-    if restored.meta.family in ("model", "self"):
+    restored = restore(name_or_folder, target, family)
+    known = checkpoint.family_of(restored.meta.family, family)
+    if known.config is ModelConfig:
         name = f"{restored.meta.family}:{restored.meta.card['model']}"
         raise checkpoint.CheckpointError(
             f"{folder} was learned beside the drafting model {name!r}, which it does "
             f"not hold; pass --draft {name}"
         )
-    return LoadedDraft(freely_placed(restored.draft, target.mesh), restored.meta)
+    draft = freely_placed(restored.draft, target.mesh)
+    return LoadedDraft(draft, restored.meta, own_family=family)
+
+
+def new_draft(family: Family, target: Target) -> LoadedDraft:
+    """A draft that has learned nothing yet, of a target's own shape if it has one.
+
+    Its vocabulary is the target's, whose head it uses; `ospec distill` makes drafts
+    with a smaller one, and a head of their own.
+
+    Raises:
+      ConfigError: A language model drafts, which one is not said.
+    """
+    if family.config is ModelConfig:
+        raise ConfigError(
+            f"a draft of the family {family.name!r} is a language model; say which, "
+            f"as in 'model:TARGET' or 'self:int4'"
+        )
+    config = None
+    if family.default_config is not None:
+        config = family.default_config(target.config, 0, _NUM_HEADS, 0)
+    drafter = build_drafter(family, config, TreeConfig(num_steps=1), target.numerics)
+    params = drafter.init_params(jax.random.key(0))
+    draft = Draft(start_warm(family, params, target, None))
+    own = None if FAMILIES.get(family.name) is family else family
+    return LoadedDraft(draft, Meta.create(target, config, family.name), own_family=own)
 
 
 def shipped_drafts() -> dict[str, Path]:
@@ -107,20 +161,26 @@ def draft_folder(name_or_folder: str | Path) -> Path:
 
 
 def restore(
-    name_or_folder: str | Path, target: Target | None = None
+    name_or_folder: str | Path,
+    target: Target | None = None,
+    family: Family | None = None,
 ) -> checkpoint.Checkpoint:
     """A draft's checkpoint, its difference to a base draft added to that.
+
+    Args:
+      family: See `load_draft`.
 
     Raises:
       CheckpointError: Nothing readable is there, it is for another target, or its base
         is not what it was.
     """
     mesh = target.mesh if target is not None else None
-    found = checkpoint.load(draft_folder(name_or_folder), target, mesh=mesh)
+    folder = draft_folder(name_or_folder)
+    found = checkpoint.load(folder, target, mesh=mesh, family=family)
     meta = found.meta
     if not meta.base:
         return found
-    base = restore(meta.base, target).draft
+    base = restore(meta.base, target, family).draft
     known = low_rank.fingerprint(base)
     if known != meta.base_hash:
         raise checkpoint.CheckpointError(
@@ -155,6 +215,10 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
     token_ids = None
     if model.config.vocab_size < target.config.vocab_size:
         token_ids = jnp.arange(model.config.vocab_size, dtype=jnp.int32)
+    elif model.config.vocab_size > target.config.vocab_size:
+        # What is beyond the common tokenizer is padding of the head.
+        own = dataclasses.replace(model.config, vocab_size=target.config.vocab_size)
+        model = dataclasses.replace(model, config=own)
     return LoadedDraft(Draft(model.params, token_ids), meta, model)
 
 
@@ -190,10 +254,10 @@ def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
       ConfigError: They are not one of each.
     """
     suggestions, _, name = names.partition(",")
-    if suggestions not in _SUGGESTIONS or not name or name in _SUGGESTIONS:
+    if suggestions not in SUGGESTIONS or not name or name in SUGGESTIONS:
         raise ConfigError(
             f"cannot mix {names!r}; use {mix}:SUGGESTIONS,DRAFT, the first one of "
-            f"{', '.join(_SUGGESTIONS)}, the second a draft of another kind"
+            f"{', '.join(SUGGESTIONS)}, the second a draft of another kind"
         )
     inner = load_draft(name, target)
     return dataclasses.replace(inner, mix=mix, suggestions=suggestions)

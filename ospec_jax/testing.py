@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models for tests, notebooks and examples: random weights, no downloads."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ospec_jax.config import (
-    DraftConfig,
-    ExitConfig,
-    HydraConfig,
-    ModelConfig,
-    Precision,
-)
+from ospec_jax.config import DraftConfig, ModelConfig, Precision
+from ospec_jax.drafters.base import Family
+from ospec_jax.drafters.registry import default_draft_config, find_family
 from ospec_jax.models.hub import Target, cache_folder
 from ospec_jax.models.llama import init_params
 from ospec_jax.models.quantization import calibrated_numerics, cast_params
@@ -88,29 +85,25 @@ def tiny_target(
 
 
 def tiny_draft_config(
-    model: ModelConfig, draft_vocab_size: int = 12, family: str = "eagle3", **changes
+    model: ModelConfig,
+    draft_vocab_size: int = 12,
+    family: str | Family = "eagle3",
+    **changes,
 ) -> DraftConfig:
-    """A trainable draft's architecture for a tiny target."""
-    known = {"eagle3": (1, 2, 3), "exit": (2,)}
-    taps = known.get(family, (model.num_layers,))
-    values: dict[str, Any] = dict(
-        vocab_size=model.vocab_size,
-        target_hidden_size=model.hidden_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=40,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        taps=taps,
-        draft_vocab_size=draft_vocab_size,
-    )
-    values |= changes
-    if family == "hydra":
-        return HydraConfig(**{"depth": 5, **values})
-    if family == "exit":
-        same = ("intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-        return ExitConfig(**(values | {name: getattr(model, name) for name in same}))
-    return DraftConfig(**values)
+    """A trainable draft's architecture for a tiny target.
+
+    Args:
+      changes: Fields of the architecture that shall have other values.
+    """
+    family = find_family(family)
+    layer = model.num_layers // 2 if family.has_layer else 0
+    config = default_draft_config(model, draft_vocab_size, family, 5, layer)
+    if not family.has_layer:  # else its block has the target's shape
+        changes = {"intermediate_size": 40} | changes
+    if family.reads_taps and len(config.taps) > 1:
+        # Of four layers the last three: the first has seen nothing but a token.
+        changes = {"taps": (1, 2, 3)} | changes
+    return dataclasses.replace(config, **changes)
 
 
 def tiny_draft(drafter, config: DraftConfig, seed: int = 0) -> Draft:

@@ -29,7 +29,8 @@ _USER_ERRORS = (
 
 def drafters() -> None:
     """Lists the families of drafters, and the drafts that come with the package."""
-    for name, description in (FAMILIES | MIXES).items():
+    families = {name: family.description for name, family in FAMILIES.items()}
+    for name, description in (families | MIXES).items():
         print(f"{name:16} {description}")
     for name, folder in shipped_drafts().items():
         meta = checkpoint.load(folder).meta

@@ -3,7 +3,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -12,11 +12,18 @@ from ospec_jax.cli.arguments import as_precision
 from ospec_jax.cli.notation import parse_tree
 from ospec_jax.config import AttentionKind, ConfigError, Precision, SamplingConfig
 from ospec_jax.data.prompts import read_prompts
+from ospec_jax.drafters.eagle import eagle3_taps
+from ospec_jax.drafters.registry import TRAINED, default_draft_config, find_family
 from ospec_jax.loading import LoadedDraft, draft_folder, load_draft, restore
 from ospec_jax.models.hub import load_config, load_target
 from ospec_jax.reports.progress import console
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
+
+if TYPE_CHECKING:
+    TrainedFamily = str
+else:
+    TrainedFamily = tyro.extras.literal_type_from_choices(TRAINED)
 
 
 def distill(
@@ -25,7 +32,7 @@ def distill(
     target: str = "smollm2-135m",
     precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
     start: Annotated[str, tyro.conf.arg(name="from")] = "none",
-    family: Literal["eagle3", "eagle1", "hydra", "exit"] = "eagle3",
+    family: TrainedFamily = "eagle3",
     exit_layer: int = 0,
     data: Path | None = None,
     domain: str = "",
@@ -80,9 +87,7 @@ def distill(
         from, of this rank; 0 keeps all. Loading it takes that one.
       seed: Of the draft's first parameters, of the order of training, and of sampling.
     """
-    from ospec_jax.distill.starts import default_draft_config, eagle3_taps
     from ospec_jax.distill.train import DistillConfig, score, train
-    from ospec_jax.drafters.registry import TAPPED
     from ospec_jax.replay.record import record
 
     if ship is not None and max(checkpoint.steps(ship), default=0) > num_updates:
@@ -102,10 +107,10 @@ def distill(
         loaded.config, draft_vocab_size, family, num_steps, exit_layer
     )
     initial = _trained(start, loaded)
-    kind = family if initial is None else initial.meta.family
+    kind = find_family(family) if initial is None else initial.family
     if initial is not None and initial.meta.draft is not None:
         draft_config = initial.meta.draft
-    taps = draft_config.taps if kind in TAPPED else eagle3_taps(loaded.config)
+    taps = draft_config.taps if kind.reads_taps else eagle3_taps(loaded.config)
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
     count = record(

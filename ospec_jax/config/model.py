@@ -153,12 +153,15 @@ class ExitConfig(DraftConfig):
         return ModelConfig(**shared, num_layers=self.num_layers)
 
 
-_CONFIGS = {"hydra": HydraConfig, "exit": ExitConfig}
+def draft_config_from(
+    architecture: type[DraftConfig], values: dict[str, Any]
+) -> DraftConfig:
+    """Rebuilds a draft's architecture from its stored form.
 
-
-def draft_config_from(family: str, values: dict[str, Any]) -> DraftConfig:
-    """Rebuilds a draft's architecture from its stored form."""
+    Args:
+      architecture: The class that the draft's family has for it.
+    """
     scaling = values.get("rope_scaling")
     if isinstance(scaling, dict):
         values = values | {"rope_scaling": from_dict(RopeScaling, scaling)}
-    return from_dict(_CONFIGS.get(family, DraftConfig), values)
+    return from_dict(architecture, values)

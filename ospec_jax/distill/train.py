@@ -13,13 +13,13 @@ import optax
 from ospec_jax.config import ConfigError, DraftConfig, TreeConfig
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.distill.evaluate import evaluate_held_out, is_held_out, plot_history
-from ospec_jax.distill.starts import (
-    FEATURE_WEIGHTS,
+from ospec_jax.drafters.base import Drafter, Family
+from ospec_jax.drafters.registry import (
+    build_drafter,
     default_draft_config,
-    warm_start,
+    find_family,
 )
-from ospec_jax.drafters.base import Drafter
-from ospec_jax.drafters.registry import TAPPED, build_drafter
+from ospec_jax.drafters.starts import start_warm
 from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState
 from ospec_jax.learners.gradient import gradient
 from ospec_jax.learners.losses import named_loss
@@ -102,11 +102,11 @@ def coverage_by_domain(store: FeedbackStore, token_ids: np.ndarray) -> dict[str,
     return {domain: inside / total for domain, (inside, total) in seen.items()}
 
 
-def distill_learner(config: DistillConfig, drafter: Drafter, family: str) -> Learner:
+def distill_learner(config: DistillConfig, drafter: Drafter, family: Family) -> Learner:
     """The learner that offline training runs."""
     feature_weight = config.feature_weight
     if feature_weight is None:
-        feature_weight = FEATURE_WEIGHTS.get(family, 0.0)
+        feature_weight = family.feature_weight
     decay_steps = max(1, int(config.num_updates * config.decay_share))
     schedule = optax.join_schedules(
         [
@@ -155,7 +155,7 @@ def train(
     config: DistillConfig = DistillConfig(),
     draft_config: DraftConfig | None = None,
     initial: LoadedDraft | None = None,
-    family: str = "eagle3",
+    family: str | Family = "eagle3",
 ) -> list[dict]:
     """Trains, or goes on training, the draft in `out`; returns the history.
 
@@ -164,7 +164,7 @@ def train(
     Args:
       initial: A trained draft to start from; it brings its own family, architecture
         and draft vocabulary.
-      family: One of `TRAINED`.
+      family: What to train, by its name or record.
 
     Raises:
       ConfigError: The family is not trained, or the recorded features are not those
@@ -173,10 +173,11 @@ def train(
         and the same call goes on.
     """
     store = FeedbackStore(store_folder)
+    family = find_family(family)
     if initial is not None:
-        family, draft_config = initial.meta.family, initial.meta.draft
+        family, draft_config = initial.family, initial.meta.draft
     draft_config = draft_config or default_draft_config(
-        target.config, family=family, depth=config.num_steps
+        target.config, family=family, num_steps=config.num_steps
     )
     _check_taps(family, draft_config, store)
     _check_domains(config, store)
@@ -186,11 +187,6 @@ def train(
     if checkpoint.steps(out):
 
         def like(meta, draft):
-            if meta.family != family:
-                raise checkpoint.CheckpointError(
-                    f"{out} holds a draft of the family {meta.family!r}, not "
-                    f"{family!r}; choose another folder"
-                )
             if meta.draft != draft_config:
                 raise checkpoint.CheckpointError(
                     f"{out} holds a draft of another shape, {meta.draft}, not "
@@ -198,7 +194,7 @@ def train(
                 )
             return jax.eval_shape(learner.init, draft.params)
 
-        restored = checkpoint.load(out, target, learner_like=like)
+        restored = checkpoint.load(out, target, learner_like=like, family=family)
         checkpoint.set_aside(out, restored.step)
         draft, state, card = restored.draft, restored.learner, restored.meta.card
     elif initial is not None:
@@ -214,7 +210,7 @@ def train(
                 frequent_tokens(store, target.config.vocab_size, size)
             )
         params = drafter.init_params(jax.random.key(config.seed))
-        draft = Draft(warm_start(family, params, target, token_ids), token_ids)
+        draft = Draft(start_warm(family, params, target, token_ids), token_ids)
         state, card = learner.init(draft.params), {}
     run = _Run(
         target, store_folder, out, config, family, draft_config, learner, draft, shared
@@ -227,19 +223,19 @@ def score(
 ) -> dict[str, float]:
     """Held-out acceptance length by domain of any draft of a trained family."""
     meta = draft.meta
-    drafter = build_drafter(meta.family, meta.draft, TreeConfig(num_steps=1))
+    drafter = build_drafter(draft.family, meta.draft, TreeConfig(num_steps=1))
     return evaluate_held_out(
-        distill_learner(config, drafter, meta.family), draft.draft.params,
+        distill_learner(config, drafter, draft.family), draft.draft.params,
         FeedbackStore(store_folder), config, shared_tables(target.params),
         draft.draft.token_ids,
     ).rounded  # fmt: skip
 
 
-def _check_taps(family: str, config: DraftConfig, store: FeedbackStore) -> None:
+def _check_taps(family: Family, config: DraftConfig, store: FeedbackStore) -> None:
     """Some families read the final state instead, which is always recorded."""
     found = store.entries[0].arrays["taps"].shape[-1]
     needed = len(config.taps) * config.target_hidden_size
-    if family in TAPPED and found != needed:
+    if family.reads_taps and found != needed:
         raise ConfigError(
             f"the recorded features are {found} wide, but layers {config.taps} give "
             f"{needed}: they were recorded for another draft; record into a new folder"
@@ -261,7 +257,7 @@ class _Run:
     store_folder: Path
     out: Path
     config: DistillConfig
-    family: str
+    family: Family
     draft_config: DraftConfig
     learner: Learner
     draft: Draft
@@ -342,7 +338,7 @@ class _Run:
             ids = np.asarray(self.draft.token_ids)
             card["coverage"] = coverage_by_domain(store, ids)
         meta = checkpoint.Meta.create(
-            self.target, self.draft_config, self.family, card=card
+            self.target, self.draft_config, self.family.name, card=card
         )
         draft = Draft(state.params, self.draft.token_ids)
         checkpoint.save(self.out, step, meta, draft, learner=state)

@@ -6,13 +6,13 @@ full acceptance; `unroll` reproduces what `propose` computed; rows are independe
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ospec_jax.config import ConfigError, DraftConfig
+from ospec_jax.config import ConfigError, DraftConfig, ModelConfig
 from ospec_jax.types import DraftContext, SharedTables
 
 
@@ -76,6 +76,68 @@ class Drafter(NamedTuple):
     predict: Callable | None = None
     reads_target: bool = False
     head_inputs: Callable | None = None
+
+
+class Family(NamedTuple):
+    """All that sets one family of drafters apart.
+
+    Attributes:
+      name: What checkpoints and the command line call it.
+      description: One line about what drafts, and from what.
+      build: `(config, tree, numerics) -> Drafter`. `config` is of the class below.
+      config: Of a draft's architecture: a `DraftConfig` for families that are stored
+        with their parameters, `ModelConfig` where a language model drafts, None for
+        families without parameters.
+      default_config: `(model, draft_vocab_size, num_steps, layer) -> config` of a draft
+        for a target of the architecture `model` that shall draft `num_steps` tokens;
+        `layer` matters if `has_layer` alone, and 0 leaves the choice of it to the
+        family. None for families that are not trained.
+      warm_start: `(params, target) -> params`: of freshly initialised parameters those
+        that a target of the draft's own shape gives a better start; None for none.
+      max_depth: `config -> int`, the most tokens that it can draft one after the other;
+        None for any number.
+      reads_taps: Its features are states within the target, at the layers `taps`; else
+        they are the target's final states, or none.
+      has_layer: A draft belongs to one layer of the target, which a user may choose.
+      feature_weight: Of the loss on predicted states, where these are trained.
+      ngrams: Whether n-grams suggest tokens to it: where that is `wanted`, or `always`
+        or `never`, whatever is wanted.
+      memory_orders: Lengths of the n-grams that its memory holds.
+    """
+
+    name: str
+    description: str
+    build: Callable[..., Drafter]
+    config: type[DraftConfig] | type[ModelConfig] | None = None
+    default_config: Callable[[ModelConfig, int, int, int], DraftConfig] | None = None
+    warm_start: Callable[[Any, Any], dict] | None = None
+    max_depth: Callable[[Any], int] | None = None
+    reads_taps: bool = False
+    has_layer: bool = False
+    feature_weight: float = 0.0
+    ngrams: Literal["wanted", "always", "never"] = "wanted"
+    memory_orders: tuple[int, ...] = (2, 3)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its drafts have an architecture and parameters that are stored."""
+        return self.config is not None and issubclass(self.config, DraftConfig)
+
+
+def shape_of(model: ModelConfig) -> dict[str, Any]:
+    """Values of a `DraftConfig`, all but two, for one layer of the target's shape."""
+    return dict(
+        vocab_size=model.vocab_size,
+        target_hidden_size=model.hidden_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        rope_theta=model.rope_theta,
+        rms_norm_eps=model.rms_norm_eps,
+        rope_scaling=model.rope_scaling,
+    )
 
 
 def stateless(

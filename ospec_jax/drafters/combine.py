@@ -41,6 +41,16 @@ def inner_tree(tree: TreeConfig) -> TreeConfig:
     )
 
 
+def combine(mix: str, drafter: Drafter, tree: TreeConfig) -> Drafter:
+    """Lets chains of suggestions stand beside those of `drafter`, as `mix` says.
+
+    Args:
+      mix: One of `MIXES`.
+      tree: What both draft together.
+    """
+    return {"fallback": fallback, "mixed": parallel}[mix](drafter, tree)
+
+
 def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
     """Drafts suggestions where the first is likely, else what `drafter` drafts."""
     suggested = hinted_chain(inner_tree(tree))

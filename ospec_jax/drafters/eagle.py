@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ospec_jax.config import DraftConfig, TreeConfig
+from ospec_jax.config import DraftConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.attention import (
     attend_cached,
     attend_unrolled,
@@ -29,11 +29,14 @@ from ospec_jax.drafters.attention import (
 )
 from ospec_jax.drafters.base import (
     Drafter,
+    Family,
     embedding_table,
+    shape_of,
     take_row,
     training_head,
 )
 from ospec_jax.drafters.growth import num_scratch, propose_static, propose_uniform
+from ospec_jax.drafters.starts import last_layer, passing
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import (
     Linear,
@@ -288,3 +291,73 @@ def _eagle(
         head_inputs=head_inputs if config.has_own_head else None,
         predict=predict,
     )
+
+
+def eagle3_taps(model: ModelConfig) -> tuple[int, ...]:
+    """Layers that EAGLE-3 reads of a target unless its configuration says otherwise."""
+    n = model.num_layers
+    return (2, n // 2, n - 3) if n >= 6 else tuple(range(min(n, 3)))
+
+
+def _eagle3_config(
+    model: ModelConfig, draft_vocab_size: int, num_steps: int, layer: int
+) -> DraftConfig:
+    taps = eagle3_taps(model)
+    return DraftConfig(**shape_of(model), taps=taps, draft_vocab_size=draft_vocab_size)
+
+
+def _start_eagle3(params, target) -> dict:
+    """The newest tap passes through the target's last layer.
+
+    That layer reads features where it read its residual stream.
+    """
+    layer = last_layer(target)
+    fused = params["fc"]["kernel"]
+    qkv = layer["qkv_proj"]["kernel"]
+    small = 0.01 * jax.random.normal(jax.random.key(0), qkv.shape)
+    layer["hidden_norm"] = layer.pop("input_layernorm")
+    layer["qkv_proj"] = {"kernel": jnp.concatenate([small, qkv], axis=1)}
+    width, num_features = fused.shape
+    return layer | {"fc": {"kernel": passing(fused, num_features - width)}}
+
+
+def _eagle1_config(
+    model: ModelConfig, draft_vocab_size: int, num_steps: int, layer: int
+) -> DraftConfig:
+    return DraftConfig(
+        **shape_of(model),
+        taps=(model.num_layers,),
+        draft_vocab_size=draft_vocab_size,
+        has_fc_bias=True,
+    )
+
+
+def _start_eagle1(params, target) -> dict:
+    """The final state passes through the target's last layer, again."""
+    layer = last_layer(target)
+    fused = params["fc"]["kernel"]
+    del layer["input_layernorm"], layer["norm"]
+    joined = {"kernel": passing(fused, fused.shape[0])}
+    return layer | {"fc": params["fc"] | joined}
+
+
+EAGLE3 = Family(
+    name="eagle3",
+    description="one decoder layer over three of the target's hidden states (EAGLE-3)",
+    build=eagle3,
+    config=DraftConfig,
+    default_config=_eagle3_config,
+    warm_start=_start_eagle3,
+    reads_taps=True,
+)
+
+EAGLE1 = Family(
+    name="eagle1",
+    description="one decoder layer that predicts the target's final states (EAGLE-1/2)",
+    build=eagle1,
+    config=DraftConfig,
+    default_config=_eagle1_config,
+    warm_start=_start_eagle1,
+    # Published (arXiv 2401.15077): 1 for the predicted states, 0.1 for the tokens.
+    feature_weight=10.0,
+)

@@ -16,10 +16,18 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ospec_jax.config import ExitConfig, TreeConfig
-from ospec_jax.drafters.base import Drafter, stateless, training_head
+from ospec_jax.config import ConfigError, ExitConfig, ModelConfig, TreeConfig
+from ospec_jax.drafters.base import (
+    Drafter,
+    Family,
+    shape_of,
+    stateless,
+    training_head,
+)
+from ospec_jax.drafters.eagle import eagle3_taps
 from ospec_jax.drafters.growth import num_scratch
 from ospec_jax.drafters.self_draft import first_layers, propose_from_root
+from ospec_jax.drafters.starts import last_layer
 from ospec_jax.models import llama
 from ospec_jax.models.layers import (
     Linear,
@@ -146,3 +154,39 @@ def early_exit(
         state_width=config.hidden_size,
         head_inputs=head_inputs if config.has_own_head else None,
     )
+
+
+def _default_config(
+    model: ModelConfig, draft_vocab_size: int, num_steps: int, layer: int
+) -> ExitConfig:
+    """An exit behind `layer` layers, by default where EAGLE-3's first tap is."""
+    if layer and not 0 < layer < model.num_layers:
+        raise ConfigError(
+            f"exit_layer is {layer}; of this target it is one from 1 "
+            f"to {model.num_layers - 1}"
+        )
+    return ExitConfig(
+        **shape_of(model),
+        taps=(layer or max(eagle3_taps(model)[0], 1),),
+        draft_vocab_size=draft_vocab_size,
+        has_qkv_bias=model.has_qkv_bias,
+        has_qk_norm=model.has_qk_norm,
+    )
+
+
+def _warm_start(params, target) -> dict:
+    """The block and the norm are those of the target's last layer."""
+    layer = last_layer(target)
+    return {name: layer[name] for name in ("post_attention_layernorm", "mlp", "norm")}
+
+
+EXIT = Family(
+    name="exit",
+    description="the target's first layers and a trained head behind them (early exit)",
+    build=early_exit,
+    config=ExitConfig,
+    default_config=_default_config,
+    warm_start=_warm_start,
+    reads_taps=True,
+    has_layer=True,
+)

@@ -6,8 +6,9 @@ import numpy as np
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters import topology
-from ospec_jax.drafters.base import Drafter, Hints, stateless
+from ospec_jax.drafters.base import Drafter, Family, Hints, stateless
 from ospec_jax.drafters.growth import extend_path
+from ospec_jax.models.layers import Numerics
 from ospec_jax.types import DraftTree
 
 
@@ -74,3 +75,17 @@ def hinted_chain(tree: TreeConfig) -> Drafter:
         ), cache
 
     return stateless(propose)
+
+
+def suggested_chain(config: None, tree: TreeConfig, numerics: Numerics) -> Drafter:
+    """`hinted_chain` as families build it: there is no architecture, nor arithmetic."""
+    del config, numerics
+    return hinted_chain(tree)
+
+
+PREDICTION = Family(
+    name="prediction",
+    description=("no parameters: only what a request's user expects the answer to be"),
+    build=suggested_chain,
+    ngrams="never",
+)

@@ -23,15 +23,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ospec_jax.config import ConfigError, HydraConfig, TreeConfig
+from ospec_jax.config import ConfigError, HydraConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.attention import (
     attend_cached,
     attend_unrolled,
     seen_in_window,
     split_heads,
 )
-from ospec_jax.drafters.base import Drafter, take_row, training_head
+from ospec_jax.drafters.base import (
+    Drafter,
+    Family,
+    shape_of,
+    take_row,
+    training_head,
+)
 from ospec_jax.drafters.growth import num_scratch, propose_static, propose_uniform
+from ospec_jax.drafters.starts import last_layer
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import (
     Linear,
@@ -285,3 +292,49 @@ def hydra(
         unroll=unroll,
         num_scratch=num_scratch(tree),
     )
+
+
+def _default_config(
+    model: ModelConfig, draft_vocab_size: int, num_steps: int, layer: int
+) -> HydraConfig:
+    return HydraConfig(
+        **shape_of(model),
+        taps=(model.num_layers,),
+        draft_vocab_size=draft_vocab_size,
+        depth=num_steps,
+    )
+
+
+def _warm_start(params, target) -> dict:
+    """The target's last layer is the prefix layer, and each head passes its state on.
+
+    The blocks add nothing yet, as published; a tenth of the state is passed on, since
+    it is sure of a token that the head already knows.
+    """
+    started = {}
+    for name, head in params.items():
+        if not name.startswith("heads_"):
+            continue
+
+        kernel = head["residual"]["kernel"]
+        passed = {"kernel": 0.1 * (jnp.eye(*kernel.shape) + kernel)}
+        started[name] = {
+            block: jax.tree.map(jnp.zeros_like, values)
+            for block, values in head.items()
+            if block != "residual"
+        } | {"residual": head["residual"] | passed}
+
+    if "prefix" in params:
+        started["prefix"] = last_layer(target)
+    return started
+
+
+HYDRA = Family(
+    name="hydra",
+    description="a head a token over the target's final state (Hydra, Hydra++)",
+    build=hydra,
+    config=HydraConfig,
+    default_config=_default_config,
+    warm_start=_warm_start,
+    max_depth=lambda config: config.depth,
+)

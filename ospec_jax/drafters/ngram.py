@@ -23,8 +23,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ospec_jax.config import ConfigError, TreeConfig
-from ospec_jax.drafters.base import Drafter, Hints
-from ospec_jax.drafters.hints import either
+from ospec_jax.drafters.base import Drafter, Family, Hints
+from ospec_jax.drafters.hints import either, suggested_chain
 from ospec_jax.models import cache as kv
 from ospec_jax.types import Draft, NgramMemory
 from ospec_jax.typing import typed
@@ -299,3 +299,20 @@ def with_ngrams(
     return drafter._replace(
         init_cache=init_cache, extend=extend, propose=propose, is_sure=is_sure
     )
+
+
+NGRAM = Family(
+    name="ngram",
+    description="no parameters: what followed the same tokens before (prompt lookup)",
+    build=suggested_chain,
+    ngrams="always",
+    memory_orders=ORDERS,
+)
+
+SUFFIX = Family(
+    name="suffix",
+    description="likewise, with longer n-grams of past answers and deeper drafts",
+    build=suggested_chain,
+    ngrams="always",
+    memory_orders=SUFFIX_ORDERS,
+)

@@ -1,99 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families of drafters by name."""
+"""Families of drafters by name, and building a drafter of one."""
 
-import functools
+from typing import Any
 
-from ospec_jax.config import (
-    ConfigError,
-    DraftConfig,
-    ExitConfig,
-    HydraConfig,
-    ModelConfig,
-    TreeConfig,
-)
-from ospec_jax.drafters.base import Drafter
-from ospec_jax.drafters.combine import fallback, inner_tree, parallel
-from ospec_jax.drafters.eagle import eagle1, eagle3
-from ospec_jax.drafters.early_exit import early_exit
-from ospec_jax.drafters.hints import hinted_chain
-from ospec_jax.drafters.hydra import hydra
-from ospec_jax.drafters.ngram import ORDERS, SUFFIX_ORDERS, with_ngrams
-from ospec_jax.drafters.self_draft import self_draft
-from ospec_jax.drafters.small_lm import small_lm
+from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
+from ospec_jax.drafters.base import Drafter, Family
+from ospec_jax.drafters.combine import combine, inner_tree
+from ospec_jax.drafters.eagle import EAGLE1, EAGLE3
+from ospec_jax.drafters.early_exit import EXIT
+from ospec_jax.drafters.hints import PREDICTION, hinted_chain
+from ospec_jax.drafters.hydra import HYDRA
+from ospec_jax.drafters.ngram import NGRAM, SUFFIX, with_ngrams
+from ospec_jax.drafters.self_draft import SELF
+from ospec_jax.drafters.small_lm import MODEL
 from ospec_jax.models.layers import Numerics
 
-FAMILIES = {
-    "eagle3": "one decoder layer over three of the target's hidden states (EAGLE-3)",
-    "eagle1": "one decoder layer that predicts the target's final states (EAGLE-1/2)",
-    "hydra": "a head a token over the target's final state (Hydra, Hydra++)",
-    "exit": "the target's first layers and a trained head behind them (early exit)",
-    "model": "a smaller language model with the same tokenizer",
-    "self": "the target itself: int4 (its weights in four bits), exit-N (N layers)",
-    "ngram": "no parameters: what followed the same tokens before (prompt lookup)",
-    "suffix": "likewise, with longer n-grams of past answers and deeper drafts",
-    "prediction": "no parameters: only what a request's user expects the answer to be",
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        EAGLE3,
+        EAGLE1,
+        HYDRA,
+        EXIT,
+        MODEL,
+        SELF,
+        NGRAM,
+        SUFFIX,
+        PREDICTION,
+    )
 }
+"""All that the package knows; what else there is to say of one, its record says."""
 
-TRAINED = ("eagle3", "eagle1", "hydra", "exit")
+TRAINED = tuple(name for name, family in FAMILIES.items() if family.default_config)
 """Families that `ospec distill` trains."""
 
-TAPPED = ("eagle3", "exit")
-"""Those of them that read states from within the target, not its final ones."""
+SUGGESTIONS = tuple(name for name, family in FAMILIES.items() if family.config is None)
+"""Families without parameters, which may stand beside others."""
 
 
-def memory_orders(family: str) -> tuple[int, ...]:
-    """Lengths of the n-grams that a family's memory holds."""
-    return SUFFIX_ORDERS if family == "suffix" else ORDERS
+def find_family(name_or_family: str | Family) -> Family:
+    """The family of a name, or the one that is given.
+
+    Raises:
+      ConfigError: There is no family of that name.
+    """
+    if isinstance(name_or_family, Family):
+        return name_or_family
+    if name_or_family not in FAMILIES:
+        raise ConfigError(
+            f"unknown family of drafters {name_or_family!r}; known: "
+            f"{', '.join(FAMILIES)}; one of your own is passed as its `Family` record"
+        )
+    return FAMILIES[name_or_family]
 
 
-# The same arguments give the same object, so that engines find their programs again.
-@functools.lru_cache(maxsize=64)
+def default_draft_config(
+    model: ModelConfig,
+    draft_vocab_size: int = 8192,
+    family: str | Family = "eagle3",
+    num_steps: int = 3,
+    layer: int = 0,
+) -> DraftConfig:
+    """A draft of the target's own shape: one layer of it, or heads beside it.
+
+    Args:
+      model: The target's architecture.
+      draft_vocab_size: Tokens that can be drafted; 0 for all.
+      num_steps: Tokens that it shall draft one after the other.
+      layer: Of the target, that the draft belongs to, for families that have one; 0
+        stands for the family's own choice.
+
+    Raises:
+      ConfigError: The family is not trained, or has no such layer.
+    """
+    family = find_family(family)
+    if family.default_config is None:
+        raise ConfigError(
+            f"drafts of the family {family.name!r} are not trained; use "
+            f"{', '.join(TRAINED)}"
+        )
+    if layer and not family.has_layer:
+        raise ConfigError(
+            f"exit_layer is {layer}, but drafts of the family {family.name!r} do not "
+            f"belong to one layer; it is for the family 'exit'"
+        )
+    return family.default_config(model, draft_vocab_size, num_steps, layer)
+
+
 def build_drafter(
-    family: str, config: DraftConfig | ModelConfig | None, tree: TreeConfig,
-    numerics: Numerics | None = None, has_ngrams: bool = False, vocab_size: int = 0,
-    predicted: TreeConfig | None = None, mix: str = "",
-) -> Drafter:  # fmt: skip
+    family: str | Family,
+    config: DraftConfig | ModelConfig | None,
+    tree: TreeConfig,
+    numerics: Numerics | None = None,
+    has_ngrams: bool = False,
+    predicted: TreeConfig | None = None,
+    mix: str = "",
+) -> Drafter:
     """Builds the drafter of a family.
 
     Args:
       config: The draft's architecture, for families that have one.
-      vocab_size: The target's.
-      has_ngrams: Let n-grams suggest tokens to a neural drafter; the families `ngram`
-        and `suffix` always do.
+      has_ngrams: Let n-grams suggest tokens, unless the family never or always does.
       predicted: Draft such a chain from suggestions alone, with the state of the
         family's drafter: for stretches where a prediction holds.
       mix: How chains of suggestions stand beside those of the family: one of
-        `mixed.MIXES`, or not at all.
+        `combine.MIXES`, or not at all.
 
     Raises:
       ConfigError: There is no such family, or it cannot draft such a tree.
     """
-    numerics = numerics or Numerics()
-    lend = lambda drafter, tree: with_ngrams(drafter, tree, numerics.has_batched_writes)
-    if family in ("ngram", "suffix"):
-        return lend(hinted_chain(predicted or tree), tree)
-    if family == "prediction":
-        return hinted_chain(predicted or tree)
+    family, numerics = find_family(family), numerics or Numerics()
     if tree.kind == "parallel" and mix != "mixed":
         raise ConfigError("a parallel tree needs two drafters: use mixed:ngram,DRAFT")
-    outer, tree = tree, inner_tree(tree) if mix else tree
-    trained = {"eagle3": eagle3, "eagle1": eagle1}
-    if family in trained and isinstance(config, DraftConfig):
-        drafter = trained[family](config, tree, numerics)
-    elif family == "hydra" and isinstance(config, HydraConfig):
-        drafter = hydra(config, tree, numerics)
-    elif family == "exit" and isinstance(config, ExitConfig):
-        drafter = early_exit(config, tree, numerics)
-    elif family == "model" and isinstance(config, ModelConfig):
-        drafter = small_lm(config, tree, numerics, vocab_size)
-    elif family == "self" and isinstance(config, ModelConfig):
-        drafter = self_draft(config, tree, numerics)
-    else:
-        raise ConfigError(
-            f"unknown family of drafters {family!r}; known: {', '.join(FAMILIES)}"
-        )
+    _check_architecture(family, config)
+
+    drafter = family.build(config, inner_tree(tree) if mix else tree, numerics)
     if mix:
-        drafter = {"fallback": fallback, "mixed": parallel}[mix](drafter, outer)
+        drafter = combine(mix, drafter, tree)
     if predicted is not None:
         drafter = drafter._replace(propose=hinted_chain(predicted).propose)
-    return lend(drafter, outer) if has_ngrams else drafter
+    if family.ngrams == "always" or (has_ngrams and family.ngrams == "wanted"):
+        drafter = with_ngrams(drafter, tree, numerics.has_batched_writes)
+    return drafter
+
+
+def _check_architecture(family: Family, config: Any) -> None:
+    if isinstance(config, family.config or type(None)):
+        return
+    wanted = family.config.__name__ if family.config else None
+    raise ConfigError(
+        f"a drafter of the family {family.name!r} is built from {wanted}, not from "
+        f"{type(config).__name__ if config is not None else None}"
+    )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ospec_jax.config import ModelConfig, TreeConfig
-from ospec_jax.drafters.base import Drafter, stateless
+from ospec_jax.drafters.base import Drafter, Family, stateless
 from ospec_jax.drafters.growth import num_scratch, propose_static, propose_uniform
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
@@ -111,3 +111,11 @@ def _rounded(linear: dict) -> dict:
     if kernel.dtype == jnp.int8:  # in units of the row's scale, at most 127
         values = jnp.round(values)
     return {"kernel": values.astype(kernel.dtype)}
+
+
+SELF = Family(
+    name="self",
+    description="the target itself: int4 (its weights in four bits), exit-N (N layers)",
+    build=self_draft,
+    config=ModelConfig,
+)

@@ -8,7 +8,7 @@ arXiv 2211.17192), for any pair of targets that share a tokenizer.
 import jax.numpy as jnp
 
 from ospec_jax.config import ConfigError, ModelConfig, TreeConfig
-from ospec_jax.drafters.base import Drafter, take_row
+from ospec_jax.drafters.base import Drafter, Family, take_row
 from ospec_jax.drafters.growth import num_scratch, propose_static, propose_uniform
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
@@ -19,17 +19,15 @@ _SPARE_SLOTS = 64
 """A pass over a prompt's chunk writes one entry more than the chunk has."""
 
 
-def small_lm(
-    config: ModelConfig, tree: TreeConfig, numerics: Numerics, vocab_size: int
-) -> Drafter:
+def small_lm(config: ModelConfig, tree: TreeConfig, numerics: Numerics) -> Drafter:
     """Builds the drafter; a `Draft`'s parameters are the model's, ready to run.
 
     Args:
-      config: The drafting model's architecture.
-      vocab_size: The target's; padding rows of the draft's head beyond it are cut.
+      config: The drafting model's architecture. Its `vocab_size` is at most the
+        target's: rows of the model's head beyond it are padding, and cut off.
     """
     model = llama.build(config, numerics)
-    num_ids = min(config.vocab_size, vocab_size)
+    num_ids = config.vocab_size
 
     def run(draft, cache, tokens, positions, bias, starts):
         hidden, _, cache = model(draft.params, tokens, positions, bias, cache, starts)
@@ -89,3 +87,11 @@ def small_lm(
         unroll=unroll,
         num_scratch=num_scratch(tree) + 1,  # the root has a slot, too
     )
+
+
+MODEL = Family(
+    name="model",
+    description="a smaller language model with the same tokenizer",
+    build=small_lm,
+    config=ModelConfig,
+)

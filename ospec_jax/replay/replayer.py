@@ -23,7 +23,7 @@ from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import shared_tables
-from ospec_jax.drafters.registry import TAPPED, build_drafter
+from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
@@ -130,12 +130,12 @@ class Replayer:
         self.draft, self.num_steps, self.decay = draft, num_steps, decay
         self.has_losses, self._numerics = has_losses, target.numerics
         # Other families read the final states, which every recording has.
-        self._is_tapped = draft.meta.family in TAPPED
+        self._is_tapped = draft.family.reads_taps
         taps = draft.taps if self._is_tapped else None
         self.store, self.order = record.open_recording(folder, target, taps, ids)
         self.shared = shared_tables(target.params)
         self.drafter = build_drafter(
-            draft.meta.family, draft.meta.draft, TreeConfig(num_steps=num_steps),
+            draft.family, draft.meta.draft, TreeConfig(num_steps=num_steps),
             target.numerics,
         )  # fmt: skip
         precision = target.numerics.precision

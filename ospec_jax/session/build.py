@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
-from ospec_jax.config import HydraConfig, LearnerConfig, TreeConfig
+from ospec_jax.config import LearnerConfig, TreeConfig
 from ospec_jax.control.base import SUGGESTIONS, Action, Controller, follow_predictions
 from ospec_jax.control.registry import BuildController, find_controller
 from ospec_jax.decoding.engine import Engine
@@ -49,10 +49,10 @@ def _within_reach(tree: TreeConfig, draft: LoadedDraft | None) -> TreeConfig:
         return tree
     if draft is None:
         return tree.of_depth(0)
-    config = draft.meta.draft
-    if not isinstance(config, HydraConfig):
+    if draft.family.max_depth is None:
         return tree
-    depths = tuple(depth for depth in tree.depths if depth <= config.depth)
+    deepest = draft.family.max_depth(draft.architecture)
+    depths = tuple(depth for depth in tree.depths if depth <= deepest)
     return dataclasses.replace(tree, num_steps=max(depths), depths=depths)
 
 
@@ -71,10 +71,8 @@ def assembled(
         if draft.mix:
             has_ngrams = draft.suggestions != "prediction"
         build = functools.partial(
-            build_drafter, draft.meta.family,
-            draft.model.config if draft.model else draft.meta.draft,
-            numerics=target.numerics, has_ngrams=has_ngrams,
-            vocab_size=target.config.vocab_size, mix=draft.mix,
+            build_drafter, draft.family, draft.architecture,
+            numerics=target.numerics, has_ngrams=has_ngrams, mix=draft.mix,
         )  # fmt: skip
         drafters, long = _menu_of(build, tree, num_predicted_tokens)
         menu = drafters

@@ -105,8 +105,9 @@ def resume(session: Session, folder: str | Path) -> list[str]:
 
     mesh = session.target.mesh
     restored = checkpoint.load(
-        folder, session.target, learner_like=learner_like, mesh=mesh
-    )
+        folder, session.target, learner_like=learner_like, mesh=mesh,
+        family=session.own_family,
+    )  # fmt: skip
     checkpoint.set_aside(folder, restored.step)
     state = _completed(restored.learner, learning, restored.draft)
     learning.state = session.grouped(freely_placed(state, mesh))
@@ -116,7 +117,11 @@ def resume(session: Session, folder: str | Path) -> list[str]:
         traffic = learning.traffic
         # Older traffic than the learner's would not be what it counted.
         found = checkpoint.load(
-            folder, feedback_like=traffic, mesh=mesh, step=restored.step
+            folder,
+            feedback_like=traffic,
+            mesh=mesh,
+            step=restored.step,
+            family=session.own_family,
         )
         learning.traffic = freely_placed(found.feedback, mesh)
     except checkpoint.CheckpointError:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a draft predict its target at all? A head read wrongly decodes, at no gain."""
 
-from ospec_jax.config import HydraConfig, TreeConfig
+from ospec_jax.config import TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
@@ -19,8 +19,9 @@ def self_check(
     Raises:
       CheckpointError: (Almost) nothing that was drafted was accepted.
     """
-    config = draft.meta.draft
-    depth = min(3, config.depth) if isinstance(config, HydraConfig) else 3
+    depth, max_depth = 3, draft.family.max_depth
+    if max_depth is not None:
+        depth = min(depth, max_depth(draft.architecture))
     session = Session(target, draft, tree=TreeConfig(num_steps=depth), ngrams=False)
     prompts = [p for domain in DEMO_DOMAINS for p in demo_prompts(domain)[:num_prompts]]
     results = list(session.generate(prompts, max_new_tokens))

@@ -26,8 +26,7 @@ from ospec_jax.data.prompts import (
 )
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.drafters.ngram import init_memory
-from ospec_jax.drafters.registry import memory_orders
+from ospec_jax.drafters.ngram import ORDERS, init_memory
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
@@ -122,7 +121,6 @@ class Session:
         self.target, self.batch_size, self.stop = target, batch_size, stop
         self.tree, mesh = tree, target.mesh
         sharding.check_batch(mesh, batch_size)
-        suggestions = draft.suggestions if draft else ""
         parts = build.assembled(
             target, draft, tree, learner, ngrams, num_predicted_tokens, has_log_probs,
             controller,
@@ -131,6 +129,7 @@ class Session:
         self.chooser = Chooser.start(parts.controller, batch_size)
         self.learning: Learning | None = None
         self.meta = draft.meta if draft else None
+        self.own_family = draft.own_family if draft else None
         cast = lambda params: cast_params(params, target.numerics.precision)
         self._cast = jax.jit(sharding.pinned(cast, mesh, sharding.param_shardings))
         self.stats = DecodingStats(num_spec_tokens=tree.num_steps)
@@ -141,7 +140,7 @@ class Session:
         self.num_admitted = 0
         self.saved: resume.Saved | None = None
         # Without learning there is nothing to remember but the rates.
-        orders = memory_orders(suggestions or (draft.meta.family if draft else ""))
+        orders = draft.memory_orders if draft else ORDERS
         self._memory = sharding.put_params(init_memory(1, orders), mesh)
         if draft is not None:
             self.serve(self.grouped(draft.draft))

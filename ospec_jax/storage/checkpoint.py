@@ -36,8 +36,8 @@ from ospec_jax.config import (
     draft_config_from,
     from_dict,
 )
-from ospec_jax.drafters.base import dequantized
-from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.base import Family, dequantized
+from ospec_jax.drafters.registry import FAMILIES, build_drafter
 from ospec_jax.models import finite
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
@@ -61,7 +61,8 @@ class Meta:
     """What a draft belongs to and how it came about.
 
     Attributes:
-      family: Of drafters, one of `drafters.registry.FAMILIES`.
+      family: Name of the family of drafters, one of `drafters.registry.FAMILIES` or of
+        the user's own.
       draft: The architecture; None for a family without parameters.
       fingerprint: Of the target's weights; empty, like `tokenizer_hash`, for a draft
         that was imported without its target.
@@ -143,7 +144,7 @@ class Meta:
                     f"{target.name} has {theirs}; use a draft of this target or train "
                     f"one with `ospec distill`"
                 )
-        if draft is not None and max(draft.taps) > config.num_layers:
+        if draft is not None and max(draft.taps, default=0) > config.num_layers:
             raise CheckpointError(
                 f"this draft reads layers {draft.taps}, but {target.name} has "
                 f"only {config.num_layers}: it was made for {self.target}"
@@ -321,6 +322,7 @@ def load(
     feedback_like: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     step: int | None = None,
+    family: Family | None = None,
 ) -> Checkpoint:
     """Restores the newest readable step, or a given one, onto this machine's devices.
 
@@ -335,6 +337,7 @@ def load(
       feedback_like: Likewise.
       mesh: Devices to restore onto; the first one without a mesh.
       step: Only this one.
+      family: That the draft must be of; for those that the package does not know.
 
     Raises:
       CheckpointError: There is no readable step, or the draft is for another target,
@@ -350,7 +353,9 @@ def load(
     failures = []
     for number in reversed(found if step is None else [step]):
         try:
-            checkpoint = _load_step(path, number, learner_like, feedback_like, mesh)
+            checkpoint = _load_step(
+                path, number, learner_like, feedback_like, mesh, family
+            )
         except CheckpointError:
             raise  # readable, but not what was asked for
         except Exception as error:
@@ -368,13 +373,15 @@ def load(
     raise CheckpointError(f"{folder}: no step can be read ({'; '.join(failures)})")
 
 
-def _load_step(path: Path, step: int, learner_like, feedback_like, mesh) -> Checkpoint:
+def _load_step(
+    path: Path, step: int, learner_like, feedback_like, mesh, own: Family | None
+) -> Checkpoint:
     with _open(path) as checkpointer:
         raw = checkpointer.load_checkpointables(step, {"meta": None})["meta"]
-        meta = read_meta(json.loads(str(raw["json"])))
+        meta = read_meta(json.loads(str(raw["json"])), own)
         draft = Draft(params={})
         if meta.draft is not None:
-            like = abstract_draft(meta)
+            like = abstract_draft(meta, own)
             wanted = {"draft": _on_devices(like, mesh)}
             stored = _restore(checkpointer, step, wanted)["draft"]
             token_ids = stored.get("token_ids")
@@ -409,23 +416,61 @@ def _restore(checkpointer, step, wanted):
         return checkpointer.load_checkpointables(step, wanted)
 
 
-def read_meta(values: dict) -> Meta:
-    """Rebuilds `Meta` from its stored form, refusing unknown keys."""
+def family_of(name: str, own: Family | None = None) -> Family:
+    """The family that a checkpoint names.
+
+    Args:
+      own: A family of the user's, which the package does not know.
+
+    Raises:
+      CheckpointError: It is neither known nor the user's.
+    """
+    if own is not None and own.name == name:
+        return own
+    if own is not None:
+        raise CheckpointError(
+            f"this is a draft of the family {name!r}, not {own.name!r}; choose another "
+            f"folder, or the other family"
+        )
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"this is a draft of the family {name!r}, which is not one of "
+            f"{', '.join(FAMILIES)}; pass its record, as in `load_draft(folder, "
+            f"target, family=MY_FAMILY)`"
+        )
+    return FAMILIES[name]
+
+
+def read_meta(values: dict, own: Family | None = None) -> Meta:
+    """Rebuilds `Meta` from its stored form, refusing unknown keys.
+
+    Args:
+      own: See `family_of`.
+    """
     if "depth" in values:  # what older versions called it
         values = {("controller" if k == "depth" else k): v for k, v in values.items()}
-    draft = values["draft"]
+    draft, family = values["draft"], family_of(values["family"], own)
     if draft is not None:
-        draft = draft_config_from(values["family"], draft)
+        if family.config is None or not issubclass(family.config, DraftConfig):
+            raise CheckpointError(
+                f"a draft with parameters is stored, but those of the family "
+                f"{family.name!r} have none"
+            )
+        draft = draft_config_from(family.config, draft)
     return from_dict(Meta, values | {"draft": draft})
 
 
-def abstract_draft(meta: Meta) -> dict:
-    """Shapes of the stored draft."""
-    config = meta.draft
+def abstract_draft(meta: Meta, own: Family | None = None) -> dict:
+    """Shapes of the stored draft.
+
+    Args:
+      own: See `family_of`.
+    """
+    config, family = meta.draft, family_of(meta.family, own)
     assert config is not None, "only drafts with parameters are stored"
 
     def make():
-        drafter = build_drafter(meta.family, config, TreeConfig(num_steps=1))
+        drafter = build_drafter(family, config, TreeConfig(num_steps=1))
         params = drafter.init_params(jax.random.key(0))
         if meta.base:
             params = low_rank.empty(params, meta.rank)

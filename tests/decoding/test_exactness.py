@@ -23,7 +23,7 @@ from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
-from ospec_jax.drafters.registry import build_drafter, memory_orders
+from ospec_jax.drafters.registry import FAMILIES, build_drafter
 from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
@@ -153,7 +153,7 @@ def test_ngrams_alone_draft_exactly(target, plain, family, batch_size):
     tree, longer = NGRAM_TREES["chain"], TreeConfig(num_steps=7)
     drafter = build_drafter(family, None, tree)
     config = StepConfig(target.config, target.numerics, tree)
-    draft = Draft(params={}, memory=init_memory(64, memory_orders(family)))
+    draft = Draft(params={}, memory=init_memory(64, FAMILIES[family].memory_orders))
     long = Action(longer, SUGGESTIONS)
     menu = {long: build_drafter(family, None, tree, predicted=longer)}
     engine = Engine(config, target.params, drafter, menu=menu)
@@ -289,7 +289,7 @@ def test_a_small_model_drafts_exactly(target, plain, name):
     tree, small = NGRAM_TREES[name], tiny_target(VOCAB, seed=1, num_layers=1)
     precision = target.numerics.precision
     drafter = build_drafter(
-        "model", small.config, tree, target.numerics, has_ngrams=False, vocab_size=VOCAB
+        "model", small.config, tree, target.numerics, has_ngrams=False
     )
     config = StepConfig(target.config, target.numerics, tree)
     draft = Draft(cast_params(small.params, precision))
@@ -301,9 +301,7 @@ def test_a_small_model_drafts_exactly(target, plain, name):
 def test_a_model_that_drafts_for_itself_is_always_right(target, plain, children):
     """Any slip of its cache or positions would show in what it drafts."""
     tree = TreeConfig(num_steps=3, children=children)
-    drafter = build_drafter(
-        "model", target.config, tree, target.numerics, vocab_size=VOCAB
-    )
+    drafter = build_drafter("model", target.config, tree, target.numerics)
     config = StepConfig(target.config, target.numerics, tree)
     engine = Engine(config, target.params, drafter)
     kinds = [SamplingConfig(1.0, seed=3)] * 4 if children == "sampled" else None

@@ -14,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from ospec_jax.config import ConfigError, ModelConfig, TreeConfig
 from ospec_jax.decoding.lowering import LoweringConfig, as_data, lower, write
 from ospec_jax.decoding.step import StepConfig, build_step, empty_state
-from ospec_jax.distill.starts import default_draft_config
+from ospec_jax.drafters.registry import default_draft_config
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.llama import stack_layers
 from ospec_jax.models.quantization import cast_params

@@ -13,13 +13,14 @@ from ospec_jax import Session, load_draft
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.distill import train as train_module
-from ospec_jax.distill.starts import (
-    default_draft_config,
-    default_taps,
-    warm_start,
-)
 from ospec_jax.distill.train import DistillConfig, train
-from ospec_jax.drafters.registry import TRAINED, build_drafter
+from ospec_jax.drafters.registry import (
+    FAMILIES,
+    TRAINED,
+    build_drafter,
+    default_draft_config,
+)
+from ospec_jax.drafters.starts import start_warm
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models import finite
 from ospec_jax.models.llama import head_table
@@ -186,7 +187,7 @@ def test_every_family_is_trained(target, folder, prompts, family, tmp_path):
     eagle3_folder = folder
     if family == "exit":  # one recording serves all but this one
         folder = tmp_path / "store"
-        taps = default_taps(target.config, family)
+        taps = default_draft_config(target.config, 128, family).taps
         collect(
             target, prompts, folder, taps, max_new_tokens=NEW_TOKENS, batch_size=4
         )  # fmt: skip
@@ -215,7 +216,7 @@ def test_drafts_start_from_the_targets_last_layer(target, family):
     ids = np.arange(128)
     drafter = build_drafter(family, config, TreeConfig(num_steps=1))
     params = drafter.init_params(jax.random.key(0))
-    started = warm_start(family, params, target, ids)
+    started = start_warm(FAMILIES[family], params, target, ids)
     layer = started["prefix"] if family == "hydra" else started
     last = target.params[f"layers_{target.config.num_layers - 1}"]
     kernel = layer["mlp"]["down_proj"]["kernel"]
@@ -225,7 +226,7 @@ def test_drafts_start_from_the_targets_last_layer(target, family):
     narrow = dataclasses.replace(config, intermediate_size=16)
     drafter = build_drafter(family, narrow, TreeConfig(num_steps=1))
     params = drafter.init_params(jax.random.key(0))
-    assert warm_start(family, params, target, ids) is params
+    assert start_warm(FAMILIES[family], params, target, ids) is params
 
 
 def test_features_of_other_layers_are_refused(target, folder, tmp_path):
@@ -236,10 +237,17 @@ def test_features_of_other_layers_are_refused(target, folder, tmp_path):
         train(target, folder, tmp_path, CONFIG, family="exit")
 
 
-@pytest.mark.parametrize(("family", "layer"), [("exit", 4), ("exit", -1), ("hydra", 2)])
-def test_exits_that_cannot_be_are_refused(target, family, layer):
-    with pytest.raises(ConfigError, match=f"exit_layer is {layer}.* from 1 to 3"):
-        default_draft_config(target.config, 128, family, exit_layer=layer)
+@pytest.mark.parametrize(
+    ("family", "layer", "message"),
+    [
+        ("exit", 4, "exit_layer is 4; .* from 1 to 3"),
+        ("exit", -1, "exit_layer is -1; .* from 1 to 3"),
+        ("hydra", 2, "exit_layer is 2, but .* 'hydra' do not belong to one layer"),
+    ],
+)
+def test_exits_that_cannot_be_are_refused(target, family, layer, message):
+    with pytest.raises(ConfigError, match=message):
+        default_draft_config(target.config, 128, family, layer=layer)
 
 
 def test_unknown_families_and_losses_are_refused(target, folder, tmp_path):

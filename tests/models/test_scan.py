@@ -69,7 +69,7 @@ def answers(target, tree, draft_with, batch_size):
         draft = tiny_draft(drafter, config)
     elif draft_with == "model":
         how = target.numerics
-        drafter = build_drafter("model", target.config, tree, how, vocab_size=VOCAB)
+        drafter = build_drafter("model", target.config, tree, how)
         draft = Draft(target.params)
     engine = Engine(step, target.params, drafter, recording="features")
     requests = [
