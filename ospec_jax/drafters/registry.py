@@ -87,6 +87,8 @@ def default_draft_config(
     return family.default_config(model, draft_vocab_size, num_steps, layer)
 
 
+# The same arguments give the same object, so that engines find their programs again.
+@functools.lru_cache(maxsize=64)
 def build_drafter(
     family: str | Family,
     config: DraftConfig | ModelConfig | None,
