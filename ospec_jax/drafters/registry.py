@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Families of drafters by name, and building a drafter of one."""
 
+import functools
 from typing import Any
 
 from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
