@@ -174,9 +174,7 @@ def test_greedy_output_does_not_depend_on_depths(target, draft, plain, batch_siz
 def test_drafts_are_right_after_plain_steps():
     """A model that drafts for itself is always right, unless its cache has holes."""
     target, depths = tiny_target(16), (0, 1, 3)
-    build = lambda tree: build_drafter(
-        "model", target.config, tree, target.numerics, vocab_size=16
-    )
+    build = lambda tree: build_drafter("model", target.config, tree, target.numerics)
     *shallow, deepest = chains(depths)
     menu = {action: build(action.tree) for action in shallow}
     config = StepConfig(target.config, target.numerics, deepest.tree)
