@@ -14,6 +14,7 @@ from ospec_jax.drafters.registry import default_draft_config, find_family
 from ospec_jax.models.hub import Target, cache_folder
 from ospec_jax.models.llama import init_params
 from ospec_jax.models.quantization import calibrated_numerics, cast_params
+from ospec_jax.models.tokenizer import quiet_import
 from ospec_jax.types import Draft
 
 CHAT_TEMPLATE = (
@@ -44,7 +45,9 @@ def byte_tokenizer():
     """A transformers tokenizer of one token a byte, with a chat template."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+
+    with quiet_import():
+        from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -13,7 +13,7 @@ enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # Most time of tiny models is compilation, and theirs need not make fast code. Where
-# single bits matter, and with real weights, programs are compiled as those of users.
+# single bits matter, and with real weights, programs are compiled as users' are.
 _AS_FOR_USERS = ("optimized", "slow")
 _QUICK = "jax_disable_most_optimizations"
 _QUICK_VARIABLE = _QUICK.upper()

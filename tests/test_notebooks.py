@@ -11,7 +11,12 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
 REAL_WEIGHTS = {"02_speed", "03_drafters"}
 SMALLER = {
-    "02_speed": {"NUM_PROMPTS, NEW_TOKENS = 8, 64": "NUM_PROMPTS, NEW_TOKENS = 2, 32"},
+    "02_speed": {
+        "NUM_PROMPTS, NEW_TOKENS = 8, 64": "NUM_PROMPTS, NEW_TOKENS = 2, 32",
+        # Each is a program of thirty layers.
+        "DEPTHS = (0, 1, 3, 5, 7)": "DEPTHS = (0, 3, 7)",
+        "rows=(1, 2, 4, 8, 16, 32)": "rows=(1, 4, 16)",
+    },
     "03_drafters": {
         "NUM_PROMPTS, NEW_TOKENS = 3, 40": "NUM_PROMPTS, NEW_TOKENS = 2, 24",
         '    "shipped:hydra": CHAIN,\n': "",

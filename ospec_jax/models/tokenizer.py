@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers and chat templates, through transformers."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,33 @@ _SPLIT_PATTERNS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
     r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-# transformers announces at import that it found no PyTorch, which nobody misses here.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 _CONTROL_TOKEN = 3
 """GGUF's token type for special tokens."""
 
 
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """For the first import of transformers, which else says that PyTorch is missing.
+
+    Nobody misses it here. What transformers logs later is left as its user has it: its
+    variable for advice holds for the import alone.
+    """
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    chosen = os.environ.get(name)
+    os.environ[name] = chosen or "1"
+    try:
+        yield
+    finally:
+        if chosen is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = chosen
+
+
 def tokenizer_from_folder(folder: Path):
     """Loads a Hugging Face tokenizer from a local folder."""
-    from transformers import AutoTokenizer
+    with quiet_import():
+        from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(folder))
 
@@ -41,7 +59,9 @@ def tokenizer_from_gguf(file: GGUFFile):
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+
+    with quiet_import():
+        from transformers import PreTrainedTokenizerFast
 
     kind, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in (*_SPLIT_PATTERNS, "smollm"):

@@ -15,12 +15,14 @@ the folder next gives it back its name. Other leftovers are removed by the next 
 alone, since someone may be reading.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import logging
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,6 @@ _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 _WRITING = ".writing"
 _REPLACED = ".replaced"
 _ORBAX_PART = ".orbax-checkpoint-tmp"
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class CheckpointError(ValueError):
@@ -284,14 +285,35 @@ def _wait_for_all() -> None:
         multihost_utils.sync_global_devices("ospec checkpoint")
 
 
-def _open(path: Path, num_kept: int | None = None) -> Any:
+@contextlib.contextmanager
+def _open(path: Path, num_kept: int | None = None) -> Iterator[Any]:
     """Orbax's checkpointer; without `num_kept` nothing is ever removed."""
     _recover(path)
     policy: Any = None
     if num_kept is not None:
         policy = ocp.training.preservation_policies.LatestN(num_kept)
     place: Any = path
-    return ocp.training.Checkpointer(place, preservation_policy=policy)
+    with (
+        _only_errors("absl"),
+        ocp.training.Checkpointer(place, preservation_policy=policy) as checkpointer,
+    ):
+        yield checkpointer
+
+
+@contextlib.contextmanager
+def _only_errors(name: str) -> Iterator[None]:
+    """Keeps a logger, here the one that Orbax writes to, from telling less than errors.
+
+    Orbax warns of what is meant so: that shardings come from the files, that items have
+    no registered handler. Afterwards the logger is as its owner left it.
+    """
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def steps(folder: str | Path) -> list[int]:

@@ -254,4 +254,5 @@ def test_target_probs_are_the_targets_softmax(drafted, precision):
         dequantized(frozen_head(shared, ids)), hidden,
         jax.nn.logsumexp(logits, axis=-1),
     )  # fmt: skip
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    # Logits of a few units are sums whose order differs: so do probabilities.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 """Checkpoints: what comes back, on which devices, and what is refused."""
 
 import dataclasses
+import logging
 import os
 import shutil
 import signal
@@ -287,3 +288,16 @@ def test_checkpoint_of_four_devices_restores_on_one(target, made, tmp_path):
     subprocess.run(command, check=True, env=environment, timeout=300)
     restored = checkpoint.load(tmp_path, target)
     jax.tree.map(np.testing.assert_array_equal, restored.draft, made[0])
+
+
+def test_the_logger_of_others_is_as_it_was(tmp_path):
+    logger = logging.getLogger("absl")
+    before = logger.level
+    try:
+        for level in (logging.DEBUG, logging.CRITICAL):
+            logger.setLevel(level)
+            with checkpoint._open(tmp_path):
+                assert logger.level == max(level, logging.ERROR)
+            assert logger.level == level
+    finally:
+        logger.setLevel(before)
