@@ -194,7 +194,7 @@ def test_learning_and_its_checkpoints(session_target, loaded, tmp_path):
     session, found = learned(split, loaded)
     assert found == tokens
     assert session.version == alone.version > 0
-    moments = jax.tree.leaves(session.learning.state.learner.params)
+    moments = jax.tree.leaves(session.state.trainer.learner.params)
     assert any(not x.sharding.is_fully_replicated for x in moments)
 
     # Written under a mesh, read without one.
@@ -207,15 +207,15 @@ def test_learning_and_its_checkpoints(session_target, loaded, tmp_path):
     assert change > 1e-3, "nothing was learned"
     resumed = Session(session_target, loaded, learner=LEARNER, batch_size=4)
     assert resumed.resume(tmp_path / "mesh") == alone.answered
-    same(resumed.learning.state, alone.learning.state, atol=1e-5)
-    same(resumed.learning.traffic, alone.learning.traffic, atol=1e-2)
+    same(resumed.state.trainer, alone.state.trainer, atol=1e-5)
+    same(resumed.state.traffic, alone.state.traffic, atol=1e-2)
 
     # And the reverse, to go on from.
     alone.save(tmp_path / "one")
     back = Session(split, loaded, learner=LEARNER, batch_size=4)
     back.resume(tmp_path / "one")
     same(back.draft.params, session.draft.params, atol=1e-5)
-    same(back.learning.state, session.learning.state, atol=1e-5)
+    same(back.state.trainer, session.state.trainer, atol=1e-5)
     assert kernel(back.draft).sharding == kernel(session.draft).sharding
     list(back.generate(["more", "of", "the", "same"], 20))
     assert back.version > session.version
@@ -224,14 +224,12 @@ def test_learning_and_its_checkpoints(session_target, loaded, tmp_path):
 def test_an_update_gathers_no_weight(session_target, loaded):
     split = split_target(session_target, sharding.make_mesh("data=2,model=4"))
     session, _ = learned(split, loaded)
-    adaptation, learning = session.learning.adaptation, session.learning
-    batch = adaptation._batch(
-        learning.traffic.ring, *np.int32([4, 0, 0]), np.bool_(True)
-    )
+    windows, now = session.trainer.is_due.__self__, session.state
+    batch = windows._batch(now.traffic.ring, *np.int32([4, 0, 0]), np.bool_(True))
     assert batch.start.sharding.shard_shape(batch.start.shape) == (2,)
-    state = learning.state.learner
-    args = batch, adaptation.shared, session.draft.token_ids
-    compiled = adaptation._update.lower(
+    state = now.trainer.learner
+    args = batch, windows.shared, session.draft.token_ids
+    compiled = windows._update.lower(
         state.opt_state, state.params, state.num_updates, *args
     ).compile()
     weights = shapes_of_weights((split.params, session.draft.params))

@@ -31,7 +31,7 @@ target = split_target(
 )
 draft = load_draft(folder / "initial", target)
 session, tokens = on_devices.learned(target, draft)
-assert not session.learning.state.learner.params["fc"]["kernel"].is_fully_addressable
+assert not session.state.trainer.learner.params["fc"]["kernel"].is_fully_addressable
 session.save(folder / "learned", with_feedback=False)
 session.save(folder / "learned")  # in place of the other
 result = {"tokens": tokens, "version": session.version, "interval": interval}

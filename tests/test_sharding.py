@@ -75,7 +75,7 @@ def test_two_processes_decode_learn_and_save_together(tmp_path):
     same(restored.draft.params, session.draft.params, atol=1e-5)
     resumed = Session(target, loaded, learner=LEARNER, batch_size=4)
     resumed.resume(tmp_path / "learned")
-    same(resumed.learning.state, session.learning.state, atol=1e-5)
+    same(resumed.state.trainer, session.state.trainer, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -64,7 +64,8 @@ def _peer_row(run: BenchRun, name: str) -> dict:
 
 def _row(run: BenchRun, name: str) -> dict:
     mode, stats = run.modes[name], run.modes[name].stats
-    session, learning = mode.session, mode.session.learning
+    session = mode.session
+    learner, trained = session.learner, session.state.trainer
     predicted = None
     is_known = run.config.batch_size == 1 and not session.tree.depths
     if "autoregressive" in run.modes and is_known:
@@ -81,9 +82,9 @@ def _row(run: BenchRun, name: str) -> dict:
         "num_mismatched_outputs": mismatched,
         "num_tie_flips": ties,
         "repeated_token_share": repeated_share([r.token_ids for r in mode.results]),
-        "learner": learning.config.name if learning else None,
-        **optimizer_of(learning.config if learning else None),
-        "num_updates": int(learning.state.learner.num_updates) if learning else 0,
+        "learner": learner.name if learner else None,
+        **optimizer_of(learner),
+        "num_updates": int(trained.num_updates) if trained else 0,
         "num_promotions": session.version,
         "learning_seconds": mode.learning_seconds,
         "compile_seconds": mode.compile_seconds,

@@ -17,6 +17,7 @@ from ospec_jax.config.learner import (
     LearnerConfig,
     LearnerName,
     Recording,
+    as_learner_config,
 )
 from ospec_jax.config.model import (
     AttentionKind,
@@ -47,6 +48,7 @@ __all__ = [
     "SamplingConfig",
     "TreeConfig",
     "Verification",
+    "as_learner_config",
     "draft_config_from",
     "from_dict",
 ]

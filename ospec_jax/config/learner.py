@@ -2,6 +2,7 @@
 """How a draft learns."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -59,6 +60,10 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
+Rule = Callable[[Any], Any]
+"""An update rule that a user wrote: `learners.objective.Objective -> Learner`."""
+
+
 def _usual_rate(optimizer: str) -> float:
     """Of an optimizer whose rate is not given; Adam's steps are normalised."""
     return 0.1 if optimizer == "sgd" else 3e-4
@@ -77,7 +82,8 @@ class LearnerConfig:
         projection alone, after every answer, at next to no cost; `memory` only
         remembers n-grams, as all of them do; `auto` is `head` where the draft has an
         output projection of its own, on a single device, and nothing is set that
-        only gradients keep to (`asks_for_gradients`), else `gradient`.
+        only gradients keep to (`asks_for_gradients`; guarded promotion is one of them,
+        `pace` is not), else `gradient`. A rule of your own gives its name.
       memory_slots: n-grams of each order that are remembered; 0 for none.
       optimizer: Any optax optimizer that takes a learning rate, or finds its own step
         size: mechanize, cocob, dog, prodigy, ... By default adam, or what the learner
@@ -145,9 +151,12 @@ class LearnerConfig:
       head_rate: Step size of `head`; 1 is a whole Newton step for a token.
       head_damping: Of its preconditioner; see `learners.last_layer`.
       head_candidates: Draft tokens whose rows of the projection one step may change.
+      rule: An update rule of your own, from an `Objective` to a `Learner`, in place of
+        one by name; `optimizer` and `learning_rate` are its own affair. A checkpoint
+        stores its name (`rule_name`), not its code: give the same one to resume.
     """
 
-    name: LearnerName = "gradient"
+    name: LearnerName | str = "gradient"
     memory_slots: int = 65536
     optimizer: str = ""
     learning_rate: float = 0.0
@@ -191,9 +200,12 @@ class LearnerConfig:
     head_damping: float = 0.1
     head_candidates: int = 256
     seed: int = 0
+    rule: Rule | None = None
 
     def __post_init__(self):
-        if self.name not in LEARNER_NAMES:
+        if self.rule is not None:
+            self._check_rule()
+        elif self.name not in LEARNER_NAMES:
             raise ConfigError(
                 f"unknown learner {self.name!r}; use one of {', '.join(LEARNER_NAMES)}"
             )
@@ -230,10 +242,32 @@ class LearnerConfig:
                 f"needed for a window's first pairs to see what they saw when serving"
             )
 
+    def _check_rule(self):
+        """Takes the name of the user's rule."""
+        if not callable(self.rule):
+            raise ConfigError(
+                f"rule is {self.rule!r}; use a function from an `Objective` to a "
+                f"`Learner`"
+            )
+        if self.name in LEARNER_NAMES and self.name != LearnerConfig.name:
+            raise ConfigError(
+                f"both the learner {self.name!r} and the rule {self.rule_name!r} are "
+                f"set; leave one of them out"
+            )
+        if self.optimizer or self.learning_rate:
+            raise ConfigError(
+                f"optimizer and learning_rate are not read by the rule "
+                f"{self.rule_name!r}; leave them out, and set them in the rule"
+            )
+        _, _, name = self.rule_name.partition(":")
+        object.__setattr__(self, "name", name)
+
     def _fill_in(self):
         """What is unset becomes the learner's own default; `auto` leaves it open."""
         defaults: dict[str, Any] = {"meta_rate": 1.0, "meta_discount": 1.0}
-        if self.name in ("head", "memory"):
+        if self.rule is not None:
+            defaults["loss"] = "jsd"
+        elif self.name in ("head", "memory"):
             if self._sets_unread:
                 raise ConfigError(
                     f"the learner {self.name!r} reads none of "
@@ -287,12 +321,25 @@ class LearnerConfig:
     def renamed(self, name: LearnerName) -> "LearnerConfig":
         """Another learner with these settings, as far as it reads them."""
         unread = _OF_GRADIENTS if name in ("head", "memory") else {}
-        return dataclasses.replace(self, name=name, **unread)  # type: ignore[arg-type]
+        return dataclasses.replace(self, name=name, rule=None, **unread)
+
+    @property
+    def rule_name(self) -> str:
+        """Where the user's rule comes from; empty for a learner by name."""
+        return "" if self.rule is None else _name_of(self.rule)
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings; of a rule, if there is one, the name."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        settings = {name: getattr(self, name) for name in fields}
+        del settings["rule"]
+        return settings | ({"rule": self.rule_name} if self.rule else {})
 
     @property
     def recording(self) -> Recording:
         """What it needs to know of verified tokens."""
-        return {"memory": "nothing", "head": "states"}.get(self.name, "features")  # type: ignore[return-value]
+        needed: dict[str, Recording] = {"memory": "nothing", "head": "states"}
+        return needed.get(self.name, "features")
 
     def _check_ranges(self):
         for field in dataclasses.fields(self):
@@ -313,3 +360,32 @@ class LearnerConfig:
     def is_training(self) -> bool:
         """Whether the draft is trained as a whole, along gradients."""
         return self.recording == "features"
+
+
+def _name_of(rule: Rule) -> str:
+    """`module:name`, with the arguments that a `functools.partial` adds."""
+    if isinstance(rule, functools.partial):
+        given = [*map(repr, rule.args)]
+        given += [f"{key}={value!r}" for key, value in rule.keywords.items()]
+        return f"{_name_of(rule.func)}({', '.join(given)})"
+    owner: Any = rule if hasattr(rule, "__qualname__") else type(rule)
+    return f"{owner.__module__}:{owner.__qualname__}"
+
+
+def as_learner_config(learner: Any) -> LearnerConfig | None:
+    """What `Session(learner=...)` takes: settings, a name, a rule, or None.
+
+    Raises:
+      ConfigError: It is something else.
+    """
+    if learner is None or isinstance(learner, LearnerConfig):
+        return learner
+    if isinstance(learner, str):
+        return LearnerConfig(name=learner)
+    if callable(learner) and not isinstance(learner, type):
+        return LearnerConfig(rule=learner)
+    raise ConfigError(
+        f"learner is {learner!r}; use a LearnerConfig(...), the name of a learner "
+        f"({', '.join(LEARNER_NAMES)}), or a function from an `Objective` to a "
+        f"`Learner`"
+    )

@@ -79,7 +79,7 @@ def _takes_rate(factory) -> bool:
 
 def optimizer_of(config: LearnerConfig | None) -> dict[str, Any]:
     """What a learner follows gradients with, as JSON; None where it does not."""
-    if config is None or not config.is_training:
+    if config is None or not config.is_training or config.rule is not None:
         return {"optimizer": None, "learning_rate": None}
     has_rate = not is_parameter_free(config.optimizer)
     return {

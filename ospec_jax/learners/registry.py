@@ -16,18 +16,16 @@ from ospec_jax.learners.osd import osd
 from ospec_jax.learners.shared_ensemble import shared_ensemble
 
 
-def build_learner(config: LearnerConfig, unroll: Callable) -> Learner | None:
-    """The learner that a configuration describes; None for those without gradients.
+def build_learner(config: LearnerConfig, unroll: Callable) -> Learner:
+    """The learner that a configuration describes, of those that train along gradients.
 
     Args:
       unroll: The drafter's training forward pass.
 
     Raises:
       ConfigError: The configuration names something that there is not, or that does
-        not go together.
+        not go together, or the user's rule makes no learner.
     """
-    if not config.is_training:
-        return None
     objective = build_objective(
         unroll, config.num_context, config.num_steps,
         named_loss(config.loss, config.forward_share), config.decay,
@@ -35,7 +33,16 @@ def build_learner(config: LearnerConfig, unroll: Callable) -> Learner | None:
         "rejected" if config.name == "osd" else config.positions,
         config.position_decay, config.token_share,
     )  # fmt: skip
-    return _LEARNERS[config.name](objective, config)
+    if config.rule is None:
+        return _LEARNERS[config.name](objective, config)
+
+    learner = config.rule(objective)
+    if not isinstance(learner, Learner):
+        raise ConfigError(
+            f"the rule {config.rule_name!r} returned {learner!r}; it must return a "
+            f"`learners.base.Learner` for the `Objective` that it is given"
+        )
+    return learner
 
 
 def _gradient(objective: Objective, config: LearnerConfig) -> Learner:

@@ -5,13 +5,17 @@ The learner's projection is in float32, the served one in the target's precision
 an update only the rows that changed are cast again.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
+from ospec_jax import sharding
 from ospec_jax.config import ConfigError, LearnerConfig, SamplingConfig
 from ospec_jax.decoding.request import Completion
 from ospec_jax.learners.last_layer import (
@@ -24,20 +28,76 @@ from ospec_jax.learners.last_layer import (
 from ospec_jax.models.layers import Numerics, linear
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.online import pace
+from ospec_jax.online.trainer import (
+    Speed,
+    Traffic,
+    Trainer,
+    TrainerState,
+    UpdateReport,
+    new_counts,
+)
 from ospec_jax.types import Draft
 
 CHUNK = 64
 """Positions of an answer that one update looks at."""
 HEAD = "lm_head"
+_FIRST_SPAN = 16
+"""Rounds of a regime's first span (see `pace`): an answer's are small ones."""
 
 
-class HeadAdaptation:
-    """Compiled functions that learn a draft's output projection; holds no state.
+@flax.struct.dataclass
+class LastLayerState(TrainerState):
+    """What learning the last layer remembers between answers.
+
+    Attributes:
+      learner: The projection in float32, and its preconditioner.
+    """
+
+    learner: HeadState = flax.struct.field(kw_only=True)
+
+    @property
+    def num_updates(self) -> Int[Array, ""]:
+        """Steps that the update rule has taken."""
+        return self.learner.num_updates
+
+
+def last_layer_trainer(
+    config: LearnerConfig,
+    head_inputs: Callable | None,
+    numerics: Numerics,
+    vocab_size: int,
+    serve: Callable[[Draft], Draft],
+    mesh: jax.sharding.Mesh | None = None,
+) -> Trainer:
+    """Trains the draft's output projection alone, after every answer.
 
     Args:
       head_inputs: The drafter's.
       vocab_size: The target's.
+      serve: The draft of a float32 one that decodes.
+
+    Raises:
+      ConfigError: The draft has no output projection of its own, or it is split over
+        devices.
     """
+    last_layer = LastLayer(config, head_inputs, numerics, vocab_size, mesh)
+    return Trainer(
+        recording="states",
+        init=last_layer.init,
+        serve=lambda draft: last_layer.own(serve(draft)),
+        warm_up=last_layer.warm_up,
+        is_ready=lambda state: True,
+        observe=last_layer.observe,
+        is_due=last_layer.is_due,
+        answers_until_due=last_layer.answers_until_due,
+        update=last_layer.update,
+        label=f"{config.name!r} with head_rate {config.head_rate}",
+        remedy="a lower head_rate",
+    )
+
+
+class LastLayer:
+    """Compiled functions of `last_layer_trainer`; holds no state."""
 
     def __init__(
         self,
@@ -45,6 +105,7 @@ class HeadAdaptation:
         head_inputs: Callable | None,
         numerics: Numerics,
         vocab_size: int,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         if head_inputs is None:
             raise ConfigError(
@@ -55,67 +116,139 @@ class HeadAdaptation:
             raise ConfigError(
                 "the learner 'head' works on a single device; use --learner gradient"
             )
-        self._head_inputs, self._numerics = head_inputs, numerics
+        self.config = config
+        self._head_inputs = head_inputs
+        self._numerics = numerics
         self._vocab_size = vocab_size
+        self._mesh = mesh
         self._learner = head_learner(
             config.head_rate, config.head_damping, config.head_candidates
         )
-        self._num_steps = config.num_steps
         self._learn = jax.jit(self._chunk, donate_argnums=(0, 1))
         self._compare = jax.jit(self._accepted)
 
-    def init(self, draft: Draft) -> HeadState:
+    def init(self, draft: Draft) -> tuple[LastLayerState, Traffic]:
         """A state that has seen nothing."""
-        return self._learner.init(draft.params[HEAD]["kernel"])
+        learner = self._learner.init(draft.params[HEAD]["kernel"])
+        state = LastLayerState(*new_counts(), learner=learner)
+        if self.config.pace == "pays":
+            cost = self.config.budget_share * CHUNK
+            first = pace.start(self._projection(state), _FIRST_SPAN, cost)
+            state = state.replace(pace=first)
+        return sharding.put_params((state, Traffic()), self._mesh)
 
     def own(self, served: Draft) -> Draft:
         """A served draft whose projection nobody else holds: updates overwrite it."""
         copy = jax.tree.map(lambda x: jnp.array(x, copy=True), served.params[HEAD])
         return served.replace(params={**served.params, HEAD: copy})
 
-    def master(self, state: HeadState, draft: Draft) -> Draft:
-        """A draft with the learned projection, in float32."""
-        return draft.replace(params={**draft.params, HEAD: {"kernel": state.kernel}})
-
-    def served(self, state: HeadState) -> dict:
+    def _projection(self, state: LastLayerState) -> dict:
         """A copy of the learned projection, in the target's precision."""
-        served = cast_params({"kernel": state.kernel}, self._numerics.precision)
+        served = cast_params(
+            {"kernel": state.learner.kernel}, self._numerics.precision
+        )  # fmt: skip
         return jax.tree.map(lambda x: jnp.array(x, copy=True), served)
 
-    def num_chunks(self, completion: Completion) -> int:
-        """Updates that an answer is worth."""
-        return len(range(*self._span(completion), CHUNK))
+    def warm_up(
+        self, state: LastLayerState, traffic: Traffic, draft: Draft, served: Draft,
+        completion: Completion, speed: Speed | None = None,
+    ) -> LastLayerState:  # fmt: skip
+        """See `Trainer`."""
 
-    def _span(self, completion: Completion) -> tuple[int, int]:
-        """Where an answer's samples begin and end; its first token came from prefill
-        and was never drafted."""
-        return len(completion.request.prompt_ids), completion.num_recorded
+        def seconds_of_update() -> float:
+            # An update overwrites both.
+            copies = jax.tree.map(jnp.copy, (state, served))
+            jax.block_until_ready(copies)
+            start = time.perf_counter()
+            observed, _ = self.observe(copies[0], traffic, draft, completion)
+            results = self.update(observed, traffic, draft, copies[1], completion)
+            jax.block_until_ready(results[:3])
+            return time.perf_counter() - start
+
+        seconds_of_update()
+        if state.pace is None:
+            return state
+        self._compared(state.pace, served, completion)
+        pace.warm_up(state.pace, num_windows=1)
+        if speed is None or int(state.num_prompts) > 0:
+            return state  # what is on its way keeps its price
+        seconds = min(seconds_of_update() for _ in range(4))
+        cost = seconds / max(_num_chunks(completion), 1) / speed.seconds_per_token
+        return state.replace(pace=pace.set_cost(state.pace, cost))
 
     def observe(
-        self, state: HeadState, served: Draft, completion: Completion
-    ) -> tuple[HeadState, Draft, Callable[[], HeadInfo]]:
-        """Learns from an answer; the state and the served projection are donated.
+        self, state: LastLayerState, traffic: Traffic, draft: Draft,
+        completion: Completion,
+    ) -> tuple[LastLayerState, Traffic]:  # fmt: skip
+        """Counts an answer; all that is learned from it comes with the update."""
+        take_snapshot = lambda: self._projection(state)
+        return state.replace(
+            num_prompts=state.num_prompts + 1,
+            pace=pace.observe(state.pace, completion, take_snapshot),
+        ), traffic
 
-        Returns:
-          State, draft, and what waits for the device and tells what was learned.
+    def is_due(self, state: LastLayerState) -> bool:
+        """After every answer, or as often as the pace allows."""
+        if bool(state.is_stopped):
+            return False
+        return int(state.num_prompts) % state.stride == 0
+
+    def answers_until_due(
+        self, state: LastLayerState, num_tokens: Sequence[int]
+    ) -> int:
+        """See `Trainer`."""
+        if bool(state.is_stopped):
+            return len(num_tokens)
+        stride = state.stride
+        return min(len(num_tokens), stride - int(state.num_prompts) % stride)
+
+    def update(
+        self, state: LastLayerState, traffic: Traffic, draft: Draft, served: Draft,
+        completion: Completion,
+    ) -> tuple[LastLayerState, Draft, Draft, UpdateReport]:  # fmt: skip
+        """Learns from an answer, part by part; the served projection is overwritten.
+
+        The draft of before shares the learned projection's memory, which is
+        overwritten, too: go on with the one that is returned.
         """
+        start, stride = time.perf_counter(), state.stride
+        num_updates = num_chunks = _num_chunks(completion)
+        if state.pace is not None and pace.is_compared(state.pace):
+            compared = self._compared(state.pace, served, completion)
+            state = state.replace(pace=compared)
+            num_updates = 2 * num_chunks
+
         params = dict(served.params)
-        head, infos = params.pop(HEAD), []
+        head, learner, infos = params.pop(HEAD), state.learner, []
         sampling = as_drawn(completion.request.sampling)
         for args in self._chunks(params, served, completion):
-            state, head, info = self._learn(state, head, sampling, *args)
+            learner, head, info = self._learn(learner, head, sampling, *args)
             infos.append(info)
-        draft = served.replace(params={**params, HEAD: head})
-        return state, draft, lambda: _summed(jax.device_get(infos))
+        state = state.replace(learner=learner)
+        served = served.replace(params={**params, HEAD: head})
+        draft = draft.replace(params={**draft.params, HEAD: {"kernel": learner.kernel}})
+        take_snapshot = lambda: self._projection(state)
+        after = pace.finish_round(state.pace, num_updates, take_snapshot)
+        info = _summed(jax.device_get(infos))  # waits
 
-    def compare(
+        is_changed = num_chunks > info.num_refused
+        decision = "promote" if is_changed else "wait"
+        if info.num_refused > 0:
+            state = state.replace(is_stopped=jnp.ones((), bool))
+            decision = "stopped"
+        state = state.replace(version=state.version + int(is_changed), pace=after)
+        seconds = time.perf_counter() - start
+        report = UpdateReport(info, decision, seconds, stride, float(info.step_norm))
+        return state, draft, served, report
+
+    def _compared(
         self, state: pace.PaceState, served: Draft, completion: Completion
     ) -> pace.PaceState:
         """Holds the served projection against the snapshot, before learning."""
         params = dict(served.params)
         heads = params.pop(HEAD), state.snapshot
         for args in self._chunks(params, served, completion):
-            state = pace.compared(state, *self._compare(heads, *args))
+            state = pace.record_gain(state, *self._compare(heads, *args))
         return state
 
     def _chunks(self, params, served: Draft, completion: Completion):
@@ -123,7 +256,7 @@ class HeadAdaptation:
         ids = [*completion.request.prompt_ids, *completion.token_ids]
         tokens = np.full(completion.capacity + 1, -1, np.int32)
         tokens[: len(ids)] = ids
-        first, last = self._span(completion)
+        first, last = _span(completion)
         for start in range(first, last, CHUNK):
             yield (
                 params, served.token_ids, completion.feedback, tokens,
@@ -166,9 +299,22 @@ class HeadAdaptation:
             best = jnp.argmax(linear(samples.inputs, head, self._numerics), axis=-1)
             is_right = samples.is_real & (best == samples.labels)
             share = jnp.sum(is_right) / jnp.maximum(count, 1)
-            return sum(share ** (i + 1) for i in range(self._num_steps))
+            return sum(share ** (i + 1) for i in range(self.config.num_steps))
 
         return *(accepted(head) for head in heads), count
+
+
+def _span(completion: Completion) -> tuple[int, int]:
+    """Where an answer's samples begin and end.
+
+    Its first token came from prefill, and was never drafted.
+    """
+    return len(completion.request.prompt_ids), completion.num_recorded
+
+
+def _num_chunks(completion: Completion) -> int:
+    """Updates that an answer is worth."""
+    return len(range(*_span(completion), CHUNK))
 
 
 def as_drawn(sampling: SamplingConfig) -> HeadSampling | None:

@@ -28,6 +28,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ospec_jax import sharding
+from ospec_jax.decoding.request import Completion
+
 MAX_STRIDE = 16
 _ALARM = 6.0
 """CUSUM of standardised drops, less half a one each, that is taken for drift. Noise
@@ -120,7 +123,7 @@ def _compiled(move: Callable[..., PaceState]) -> Callable[..., PaceState]:
 
 
 @_compiled
-def heard(pace: PaceState, num_tokens, num_drafted, num_accepted) -> PaceState:
+def record_answer(pace: PaceState, num_tokens, num_drafted, num_accepted) -> PaceState:
     """Notes an answer, and how many of its drafted tokens were accepted."""
     has_drafts = jnp.asarray(num_drafted) > 0
     seen = pace.num_answers + has_drafts
@@ -144,12 +147,15 @@ def is_drift(pace: PaceState) -> bool:
 
 
 def is_compared(pace: PaceState) -> bool:
-    """Whether the coming round's windows are to be `compared` before it."""
+    """Whether the coming round's windows are to be compared before it.
+
+    See `record_gain`.
+    """
     return int(pace.num_rounds) >= int(pace.span) - int(pace.first) // 2
 
 
 @_compiled
-def compared(
+def record_gain(
     pace: PaceState, newest: Float[Array, " b"], oldest: Float[Array, " b"], weight
 ) -> PaceState:
     """Adds windows' accepted tokens a pass, with the newest iterate and the snapshot.
@@ -171,7 +177,7 @@ def compared(
 
 
 @_compiled
-def learned(pace: PaceState, num_updates) -> PaceState:
+def record_update(pace: PaceState, num_updates) -> PaceState:
     """Notes a round of so many updates; a comparison counts as another one."""
     return pace.replace(
         num_rounds=pace.num_rounds + 1, spent=pace.spent + num_updates * pace.cost
@@ -179,12 +185,12 @@ def learned(pace: PaceState, num_updates) -> PaceState:
 
 
 def is_over(pace: PaceState) -> bool:
-    """Whether the span has ended and is to be `judged`."""
+    """Whether the span has ended; see `end_span`."""
     return int(pace.num_rounds) >= int(pace.span)
 
 
 @_compiled
-def judged(pace: PaceState) -> PaceState:
+def end_span(pace: PaceState) -> PaceState:
     """Sets the pace of the next span, whose `snapshot` is to be taken."""
     count = jnp.maximum(pace.gains.count, 1)
     mean = pace.gains.total / count
@@ -205,11 +211,55 @@ def judged(pace: PaceState) -> PaceState:
     )
 
 
-def rehearse(pace: PaceState, num_windows: int) -> None:
+def warm_up(pace: PaceState, num_windows: int) -> None:
     """Compiles all transitions.
 
     Args:
       num_windows: That are compared at once.
     """
     windows = jnp.zeros(num_windows)
-    judged(learned(compared(pace, windows, windows, windows), 1))
+    end_span(record_update(record_gain(pace, windows, windows, windows), 1))
+
+
+def set_cost(pace: PaceState | None, cost: float) -> PaceState | None:
+    """Fixes what an update costs, in tokens that could be decoded meanwhile."""
+    if pace is None:
+        return None
+    return pace.replace(cost=jnp.asarray(sharding.agreed(cost), jnp.float32))
+
+
+def observe(
+    pace: PaceState | None, completion: Completion, take_snapshot: Callable[[], Any]
+) -> PaceState | None:
+    """Notes how an answer was drafted; after a shift, a new regime begins.
+
+    Args:
+      take_snapshot: Returns what has been learned so far.
+    """
+    if pace is None:
+        return None
+    stats = completion.stats
+    pace = record_answer(
+        pace, len(completion.token_ids), stats.num_draft_tokens,
+        stats.num_accepted_tokens,
+    )  # fmt: skip
+    if is_drift(pace):
+        return start(take_snapshot(), pace.first, pace.cost)
+    return pace
+
+
+def finish_round(
+    pace: PaceState | None, num_updates: int, take_snapshot: Callable[[], Any]
+) -> PaceState | None:
+    """Notes a round of learning, and sets the pace where a span ends with it.
+
+    Args:
+      num_updates: Of the round; a comparison counts as another one.
+      take_snapshot: Returns what has been learned so far.
+    """
+    if pace is None:
+        return None
+    pace = record_update(pace, num_updates)
+    if is_over(pace):
+        return end_span(pace).replace(snapshot=take_snapshot())
+    return pace

@@ -1,186 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A session's learner: adaptation, or the head's, on the state that it owns."""
+"""What learns from answers while serving: one protocol, whatever it is that learns.
+
+All that happens is a function of a trainer's state and of the traffic, never of the
+clock: what a budget in seconds buys is measured once, when everything is compiled.
+"""
 
 import dataclasses
-import time
 import warnings
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
-from ospec_jax.config import LearnerConfig
+from ospec_jax.config import Recording
 from ospec_jax.decoding.request import Completion
-from ospec_jax.online import pace
-from ospec_jax.online.last_layer import HeadAdaptation
-from ospec_jax.online.windows import Adaptation, AdaptationState, Traffic, UpdateReport
-from ospec_jax.types import Draft
+from ospec_jax.learners.base import LearnerInfo
+from ospec_jax.learners.last_layer import HeadInfo
+from ospec_jax.online.pace import PaceState
+from ospec_jax.online.ring import FeedbackRing
+from ospec_jax.types import Draft, NgramMemory
 
 
-@dataclasses.dataclass
-class Learning:
-    """What to run, and where it stands."""
+@flax.struct.dataclass
+class TrainerState:
+    """What every trainer counts; those that train a draft remember more.
 
-    config: LearnerConfig
-    adaptation: Adaptation
-    state: AdaptationState
+    Attributes:
+      num_prompts: Answers observed, so that a resumed run knows where it stands.
+      version: How often learning has replaced or changed the served draft. An update
+        that is served counts as one, however many steps it took.
+      is_stopped: Whether an update was not finite, behind which there is no learning.
+      pace: How often learning is worth its time; None if it always is.
+    """
+
+    num_prompts: Int[Array, ""]
+    version: Int[Array, ""]
+    is_stopped: Bool[Array, ""]
+    pace: PaceState | None = None
+
+    @property
+    def num_updates(self) -> Int[Array, ""] | int:
+        """Steps that the update rule has taken."""
+        return 0
+
+    @property
+    def stride(self) -> int:
+        """Occasions to learn, for each that is taken."""
+        return 1 if self.pace is None else int(self.pace.stride)
+
+
+@flax.struct.dataclass
+class Traffic:
+    """What is kept of users' prompts and answers; both can be read back from it.
+
+    Attributes:
+      ring: Recent windows to train on, or None.
+      memory: n-grams, or None.
+    """
+
+    ring: FeedbackRing | None = None
+    memory: NgramMemory | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateReport:
+    """What one round of learning did; for looking at.
+
+    Attributes:
+      decision: `promote`: the served draft is another one now. Of guarded promotion
+        also `rollback`, `expire` or `wait`; see `promotion.verdict`. `stopped` if the
+        update was not finite: learning has ended, the served draft stays.
+      stride: Occasions to learn, for each that is taken.
+      step_length: How far the served parameters moved, if the learner knows.
+    """
+
+    info: LearnerInfo | HeadInfo
+    decision: str
+    seconds: float
+    stride: int = 1
+    step_length: float | None = None
+
+
+class Speed(NamedTuple):
+    """How fast decoding is on this machine, learning not included.
+
+    Attributes:
+      seconds_per_token: Of an answer.
+      seconds_per_step: Of a target pass and its draft.
+    """
+
+    seconds_per_token: float
+    seconds_per_step: float
+
+
+def speed_of(completion: Completion, batch_size: int = 1) -> Speed:
+    """How fast an answer was decoded.
+
+    Args:
+      batch_size: Requests that were decoded beside each other in that time.
+    """
+    seconds = completion.seconds / batch_size
+    return Speed(
+        seconds_per_token=seconds / max(len(completion.token_ids), 1),
+        seconds_per_step=seconds / max(completion.stats.num_drafts, 1),
+    )
+
+
+class Trainer(NamedTuple):
+    """Learns from answered requests.
+
+    In all of it `draft` is what is served, in float32, as it is learned and stored;
+    `served` is the same draft in the precision that decodes. A trainer's state is a
+    pytree whose class extends `TrainerState`. `observe` may overwrite the traffic it is
+    given, and `update` the state and the served draft: go on with what they return.
+
+    Attributes:
+      recording: What the engine must record of verified tokens.
+      init: `draft -> (state, traffic)`.
+      serve: `draft -> served`.
+      warm_up: `(state, traffic, draft, served, completion, speed) -> state`: compiles
+        what an answer in a cache of this size needs, and learns nothing. If `speed` is
+        given, it also fixes the interval between updates and what they cost.
+      is_ready: `state -> bool`: whether it is known when to learn; a budget of time
+        has to be measured first.
+      observe: `(state, traffic, draft, completion) -> (state, traffic)`: counts an
+        answer, and keeps what may be learned from it.
+      is_due: `state -> bool`: whether to update now, after the answer observed last.
+      answers_until_due: `(state, num_tokens) -> int`: how many of the answers to come,
+        of so many tokens each, will have been observed when the next update is due; all
+        of them if that is later.
+      update: `(state, traffic, draft, served, completion) -> (state, draft, served,
+        UpdateReport)`, given the answer that was observed last.
+      label: Of the learner, for messages: its name and its rate.
+      remedy: What to start anew with where updates are not finite.
+    """
+
+    recording: Recording
+    init: Callable[[Draft], tuple[Any, Traffic]]
+    serve: Callable[[Draft], Draft]
+    warm_up: Callable[..., Any]
+    is_ready: Callable[[Any], bool]
+    observe: Callable[..., tuple[Any, Traffic]]
+    is_due: Callable[[Any], bool]
+    answers_until_due: Callable[..., int]
+    update: Callable[..., tuple[Any, Draft, Draft, UpdateReport]]
+    label: str
+    remedy: str
+
+
+class Learned(NamedTuple):
+    """Where a trainer and its draft stand after an answer.
+
+    Attributes:
+      state: The trainer's; `traffic` likewise.
+      draft: In float32; `served`, as it decodes.
+      report: Of the update, if one was due.
+    """
+
+    state: Any
     traffic: Traffic
+    draft: Draft
+    served: Draft
+    report: UpdateReport | None = None
 
-    @property
-    def head(self) -> HeadAdaptation | None:
-        """What learns the projection alone, if that is learned."""
-        return self.adaptation.head
 
-    def rehearse(
-        self, completion: Completion, served: Draft, num_rounds: int = 1
-    ) -> float:
-        """Compiles what an answer of this cache's size needs; remembers nothing.
+def learn_from(trainer: Trainer, now: Learned, completion: Completion) -> Learned:
+    """Observes an answer, and learns where that is due; waits until it is done.
 
-        Returns:
-          Seconds that the quickest round took.
-        """
-        seconds = float("inf")
-        for _ in range(num_rounds):
-            traffic = jax.tree.map(jnp.copy, self.traffic)  # observing donates it
-            state, draft = self.state, served
-            if state.pace is not None:  # which may pass over an answer
-                stride = jnp.ones_like(state.pace.stride)
-                state = state.replace(pace=state.pace.replace(stride=stride))
-            if self.head is not None:
-                state, draft = jax.tree.map(jnp.copy, (state, draft))
-            copy = dataclasses.replace(self, state=state, traffic=traffic)
-            jax.block_until_ready((state, draft, traffic))
-            start = time.perf_counter()
-            result = copy.observe(completion, draft)[0]
-            jax.block_until_ready((result, copy.traffic))
-            seconds = min(seconds, time.perf_counter() - start)
-        return seconds
-
-    def calibrate(
-        self, completion: Completion, draft: Draft, served: Draft, batch_size: int = 1
-    ) -> None:
-        """Compiles; fixes the interval between updates, and what they cost.
-
-        Args:
-          completion: Decoded at full speed.
-          batch_size: Requests that were decoded beside each other in that time.
-        """
-        seconds = completion.seconds / batch_size
-        seconds_per_token = seconds / max(len(completion.token_ids), 1)
-        seconds_per_step = seconds / max(completion.stats.num_drafts, 1)
-        self.state = self.adaptation.calibrate(
-            self.state, self.traffic, draft, seconds_per_token, seconds_per_step
+    Args:
+      now: What an earlier call returned, or the beginning.
+    """
+    state, traffic = trainer.observe(now.state, now.traffic, now.draft, completion)
+    draft, served, report = now.draft, now.served, None
+    if trainer.is_due(state):
+        state, draft, served, report = trainer.update(
+            state, traffic, draft, served, completion
         )
-        if self.head is not None and self.state.pace is not None:
-            seconds = self.rehearse(completion, served, num_rounds=4)
-            self.head.compare(self.state.pace, served, completion)
-            pace.rehearse(self.state.pace, num_windows=1)
-            num_updates = self.head.num_chunks(completion)
-            cost = seconds / max(num_updates, 1) / seconds_per_token
-            self.state = self.adaptation.priced(self.state, cost)
+    if traffic.memory is not None:
+        served = served.replace(memory=traffic.memory)
 
-    def learn_from(
-        self, completion: Completion, draft: Draft, served: Draft,
-        as_served: Callable[[Draft], Draft],
-    ) -> tuple[Draft, Draft, UpdateReport | None]:  # fmt: skip
-        """Remembers an answer, and learns when it is time; waits until that is done.
+    # Wait here: learning would run during the next decoding, and be counted as that.
+    jax.block_until_ready((state, traffic, served))
+    if report is not None and report.decision == "stopped":
+        warnings.warn(describe_stop(trainer, state), stacklevel=4)
+    return Learned(state, traffic, draft, served, report)
 
-        Args:
-          draft: In float32; `served`, what is served of it.
-          as_served: What to serve of a draft.
 
-        Returns:
-          Both, from now on, and what was learned.
-        """
-        served, report = self.observe(completion, served)
-        draft = self.master(draft)
-        self.state = self.adaptation.compare(
-            self.state, self.traffic, draft, completion
-        )  # fmt: skip
-        if self.is_due:
-            draft, report = self.update(draft)
-            if report.decision == "promote":
-                served = as_served(draft)
-        # The learner is drained here, so that its time is nobody else's.
-        jax.block_until_ready((self.state, self.traffic, served))
-        if report is not None and report.decision == "stopped":
-            warnings.warn(f"{self.describe_stop()}", stacklevel=4)
-        return draft, served, report
+def describe_stop(trainer: Trainer, state: TrainerState) -> str:
+    """Why there is no more learning, and what to do."""
+    return (
+        f"learning has stopped: after {int(state.num_updates)} updates the next one of "
+        f"the learner {trainer.label} was not finite; the last good draft is served "
+        f"and saved. Start a new run from it with --draft and {trainer.remedy}"
+    )
 
-    def describe_stop(self) -> str:
-        """Why there is no more learning, and what to do."""
-        name = self.config.name
-        key = "head_rate" if self.head is not None else "learning_rate"
-        rate, count = getattr(self.config, key), int(self.state.learner.num_updates)
-        return (
-            f"learning has stopped: after {count} updates the next one of the learner "
-            f"{name!r} with {key} {rate} was not finite; the last good draft is served "
-            f"and saved. Start a new run from it with --draft and a lower {key}"
-        )
 
-    def observe(
-        self, completion: Completion, served: Draft
-    ) -> tuple[Draft, UpdateReport | None]:
-        """Remembers an answer, and learns from it where the head alone is learned.
-
-        Returns:
-          The draft to serve, and what was learned.
-        """
-        report = None
-        self.state, self.traffic = self.adaptation.observe(
-            self.state, self.traffic, completion
-        )
-        if self.head is not None and self.adaptation.is_due(self.state):
-            served, report = self._learn_head(self.head, completion, served)
-        if self.traffic.memory is None:
-            return served, report
-        return served.replace(memory=self.traffic.memory), report
-
-    def _learn_head(self, head: HeadAdaptation, completion: Completion, served: Draft):
-        start, state, num_passes = time.perf_counter(), self.state, 1
-        if state.pace is not None and pace.is_compared(state.pace):
-            compared = head.compare(state.pace, served, completion)
-            state, num_passes = state.replace(pace=compared), 2
-        learned, served, info = head.observe(
-            state.learner.opt_state, served, completion
-        )
-        learner = state.learner.replace(
-            opt_state=learned, num_updates=learned.num_updates
-        )
-        stride = self.adaptation.stride(state)
-        state = state.replace(learner=learner, version=learned.num_updates)
-        num_passes *= head.num_chunks(completion)
-        state = self.adaptation.judged(state, num_passes)
-        info, decision = info(), "promote"  # waits
-        if info.num_refused > 0:
-            state, decision = state.replace(is_stopped=jnp.ones((), bool)), "stopped"
-        self.state = state
-        report = UpdateReport(
-            info, decision, time.perf_counter() - start, stride, float(info.step_norm)
-        )
-        return served, report
-
-    def master(self, draft: Draft) -> Draft:
-        """The draft to keep, in float32, given the one before the last answer."""
-        if self.head is None:
-            return draft
-        return self.head.master(self.state.learner.opt_state, draft)
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether it is known when to learn: a budget of time has to be measured."""
-        if not self.adaptation.has_gradient or self.config.update_every_prompts:
-            return True
-        return int(self.state.update_interval) > 0
-
-    @property
-    def is_due(self) -> bool:
-        """Whether a round of learning from all that waits has come."""
-        return self.head is None and self.adaptation.is_due(self.state)
-
-    def update(self, draft: Draft) -> tuple[Draft, UpdateReport]:
-        """Learns; returns the draft to serve."""
-        self.state, draft, report = self.adaptation.update(
-            self.state, self.traffic, draft
-        )
-        return draft, report
+def new_counts() -> tuple[Array, Array, Array]:
+    """`num_prompts`, `version` and `is_stopped` of a trainer that has seen nothing."""
+    zero = jnp.zeros((), jnp.int32)
+    return zero, zero, jnp.zeros((), bool)

@@ -1,148 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning while serving: when to update, what from, and what to serve.
+"""Training a whole draft while serving: on windows of the answers' features.
 
-`AdaptationState` is all there is to checkpoint. What happens is a function of it and of
+`WindowsState` is all there is to checkpoint. What happens is a function of it and of
 the traffic, never of the clock: a budget in seconds becomes an interval in target
 passes once. Not in tokens, for those cost less as the draft learns.
 """
 
 import functools
 import time
+from collections.abc import Callable, Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from ospec_jax import sharding
 from ospec_jax.config import LearnerConfig
 from ospec_jax.decoding.request import Completion
-from ospec_jax.drafters import ngram
 from ospec_jax.learners.base import Learner, LearnerState, Segments, restarted
-from ospec_jax.learners.registry import build_learner
 from ospec_jax.models import finite
 from ospec_jax.online import batches, pace, promotion
-from ospec_jax.online.last_layer import CHUNK, HeadAdaptation
-from ospec_jax.online.pace import PaceState
 from ospec_jax.online.promotion import GuardState
 from ospec_jax.online.ring import (
     add_window,
     init_ring,
     window_starts,
 )
-from ospec_jax.online.state import AdaptationState, Traffic, UpdateReport
-from ospec_jax.types import Draft, NgramMemory, SharedTables
+from ospec_jax.online.trainer import (
+    Speed,
+    Traffic,
+    Trainer,
+    TrainerState,
+    UpdateReport,
+    new_counts,
+)
+from ospec_jax.types import Draft, SharedTables
 
-_FIRST_SPAN, _FIRST_HEAD_SPAN = 8, 16
-"""Rounds of a regime's first span (see `pace`); an answer's are the smaller ones."""
+_FIRST_SPAN = 8
+"""Rounds of a regime's first span (see `pace`)."""
 _TOKENS_OF_AN_ANSWER = 64
 """Taken for granted where what updates cost has not been measured."""
 
 
-class Adaptation:
-    """Compiled learning functions for one draft; holds no state."""
+@flax.struct.dataclass
+class WindowsState(TrainerState):
+    """What learning from windows remembers between answers.
+
+    Attributes:
+      learner: The iterate (`w_play`) and its optimizer.
+      num_waiting: Answer tokens since the last update; under a budget, target passes.
+      num_fresh: Windows added since the last update.
+      update_interval: Of what is waiting, between updates.
+      guard: The candidate for promotion; None if every iterate is served.
+    """
+
+    learner: LearnerState = flax.struct.field(kw_only=True)
+    num_waiting: Int[Array, ""] = flax.struct.field(kw_only=True)
+    num_fresh: Int[Array, ""] = flax.struct.field(kw_only=True)
+    update_interval: Int[Array, ""] = flax.struct.field(kw_only=True)
+    guard: GuardState | None = None
+
+    @property
+    def num_updates(self) -> Int[Array, ""]:
+        """Steps that the update rule has taken."""
+        return self.learner.num_updates
+
+
+def windows_trainer(
+    config: LearnerConfig,
+    learner: Learner,
+    shared: SharedTables,
+    serve: Callable[[Draft], Draft],
+    tap_width: int,
+    hidden_size: int,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Trainer:
+    """Trains the draft as a whole, along gradients.
+
+    Args:
+      learner: The update rule.
+      shared: The target's embedding and head.
+      serve: The draft of a float32 one that decodes.
+      tap_width: Width of the features that are recorded for the draft.
+      hidden_size: Width of the target's final states.
+    """
+    windows = Windows(config, learner, shared, tap_width, hidden_size, mesh)
+    return Trainer(
+        recording="features",
+        init=windows.init,
+        serve=serve,
+        warm_up=windows.warm_up,
+        is_ready=windows.is_ready,
+        observe=windows.observe,
+        is_due=windows.is_due,
+        answers_until_due=windows.answers_until_due,
+        update=functools.partial(_serving, windows.update, serve),
+        label=windows.label,
+        remedy=windows.remedy,
+    )
+
+
+def _serving(update, serve, state, traffic, draft, served, completion):
+    """An update's result with the draft as it decodes, made anew if it is another."""
+    state, draft, report = update(state, traffic, draft)
+    if report.decision == "promote":
+        served = serve(draft)
+    return state, draft, served, report
+
+
+class Windows:
+    """Compiled functions of `windows_trainer`; holds no state."""
 
     def __init__(
-        self, config: LearnerConfig, unroll, shared: SharedTables, tap_width: int,
-        hidden_size: int, has_memory: bool = True,
-        mesh: jax.sharding.Mesh | None = None,
-        orders: tuple[int, ...] = ngram.ORDERS,
+        self, config: LearnerConfig, learner: Learner, shared: SharedTables,
+        tap_width: int, hidden_size: int, mesh: jax.sharding.Mesh | None = None,
     ):  # fmt: skip
-        self.config, self.shared = config, shared
-        self._orders = orders
-        self.has_memory = has_memory and config.memory_slots > 0
+        self.config = config
+        self.learner = learner
+        self.shared = shared
+        self.mesh = mesh
         self._ring_shape = (
             config.ring_capacity,
             config.num_context + config.window + config.num_steps,
             tap_width,
             hidden_size,
         )
-        self._learner = build_learner(config, unroll)
         pinned = lambda function, *places, **options: jax.jit(
             sharding.pinned(function, mesh, *places), **options
         )
         everywhere, params = sharding.replicated, sharding.param_shardings
-        if self.has_gradient:
-            self._begin = pinned(self.learner.begin, params)
-            # The iterate may be what is being served: it alone is never donated.
-            self._update = pinned(
-                self._updated, params, everywhere, everywhere, donate_argnums=0
-            )
-            self._evaluate = pinned(self.learner.evaluate, everywhere, everywhere)
+        self._begin = pinned(learner.begin, params)
+        # The iterate may be what is being served: it alone is never donated.
+        self._update = pinned(
+            self._updated, params, everywhere, everywhere, donate_argnums=0
+        )
+        self._evaluate = pinned(learner.evaluate, everywhere, everywhere)
         add = sharding.pinned(add_window, mesh, everywhere)
         self._add = jax.jit(add, donate_argnums=0)
-        self._remember = pinned(ngram.remember, everywhere)
         # Windows are split over devices, as rows of a batch are.
         place = sharding.row_shardings
         make_batch = functools.partial(batches.make_batch, config)
         self._batch = pinned(make_batch, place)
         self._request = pinned(functools.partial(batches.of_request, config), place)
         self._gain = pinned(self._gain_of, everywhere)
-        self.mesh = mesh
-        self.head: HeadAdaptation | None = None
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether the draft is trained."""
-        return self._learner is not None
-
-    @property
-    def learner(self) -> Learner:
-        """What trains the draft."""
-        assert self._learner is not None, "only n-grams are remembered"
-        return self._learner
-
-    def init(self, draft: Draft) -> tuple[AdaptationState, Traffic]:
+    def init(self, draft: Draft) -> tuple[WindowsState, Traffic]:
         """A state that has seen nothing."""
+        config = self.config
         zero = jnp.zeros((), jnp.int32)
-        learner = LearnerState(params={}, opt_state=(), num_updates=zero)
-        if self.has_gradient:
-            learner = _owned(self.learner.init(draft.params))
-        if self.head is not None:
-            learner = learner.replace(opt_state=self.head.init(draft))
-        state = AdaptationState(
-            learner=learner, num_prompts=zero, num_waiting=zero, num_fresh=zero,
-            version=zero, is_stopped=jnp.zeros((), bool),
-            update_interval=jnp.asarray(self.config.update_interval, jnp.int32),
-        )  # fmt: skip
-        if self.has_gradient and self.config.promotion == "guarded":
+        learner = _owned(self.learner.init(draft.params))
+        state = WindowsState(
+            *new_counts(),
+            learner=learner,
+            num_waiting=zero,
+            num_fresh=zero,
+            update_interval=jnp.asarray(config.update_interval, jnp.int32),
+        )
+        if config.promotion == "guarded":
             state = state.replace(guard=promotion.init_guard(learner.params))
-        if self.config.pace == "pays" and (self.has_gradient or self.head is not None):
-            state = state.replace(pace=self._started(state))
-        ring = init_ring(*self._ring_shape) if self.has_gradient else None
-        slots = self.config.memory_slots
-        memory = ngram.init_memory(slots, self._orders) if self.has_memory else None
-        return sharding.put_params((state, Traffic(ring, memory)), self.mesh)
+        if config.pace == "pays":
+            first = pace.start(learner.params, _FIRST_SPAN, self._expected_cost())
+            state = state.replace(pace=first)
+        traffic = Traffic(ring=init_ring(*self._ring_shape))
+        return sharding.put_params((state, traffic), self.mesh)
 
-    def learned(self, state: AdaptationState):
-        """What is learned, as served and compared: the head alone, or all."""
-        if self.head is None:
-            return state.learner.params
-        return self.head.served(state.learner.opt_state)
+    def _expected_cost(self) -> float:
+        """Of an update, in tokens, before it is measured: what the budget allows."""
+        interval = self.config.update_interval
+        if every := self.config.update_every_prompts:
+            interval = every * _TOKENS_OF_AN_ANSWER
+        return self.config.budget_share * interval
 
-    def _started(self, state: AdaptationState, cost=None) -> PaceState:
-        """A new regime; before they are measured, costs are what the budget allows."""
-        if cost is None:
-            interval = self.config.update_interval
-            if self.head is not None:
-                interval = CHUNK
-            elif every := self.config.update_every_prompts:
-                interval = every * _TOKENS_OF_AN_ANSWER
-            cost = self.config.budget_share * interval
-        first = _FIRST_SPAN if self.head is None else _FIRST_HEAD_SPAN
-        return pace.start(self.learned(state), first, cost)
+    @property
+    def label(self) -> str:
+        """The rule and its rate."""
+        if self.config.rule is not None:
+            return repr(self.config.name)
+        return f"{self.config.name!r} with learning_rate {self.config.learning_rate}"
 
-    def calibrate(
-        self, state: AdaptationState, traffic: Traffic, draft: Draft,
-        seconds_per_token: float | None = None, seconds_per_step: float = 0.0,
-    ) -> AdaptationState:  # fmt: skip
-        """Compiles everything, and turns the budget into an interval if there is none.
+    @property
+    def remedy(self) -> str:
+        """What helps against updates that are not finite."""
+        return "a lower learning_rate" if self.config.rule is None else "smaller steps"
 
-        Args:
-          seconds_per_token: Of decoding, on this machine; None measures nothing.
-          seconds_per_step: Of a target pass and its draft, likewise.
-        """
-        if not self.has_gradient:
-            return state
+    def is_ready(self, state: WindowsState) -> bool:
+        """Whether it is known when to learn: a budget of time has to be measured."""
+        if self.config.update_every_prompts:
+            return True
+        return int(state.update_interval) > 0
+
+    def warm_up(
+        self, state: WindowsState, traffic: Traffic, draft: Draft, served: Draft,
+        completion: Completion, speed: Speed | None = None,
+    ) -> WindowsState:  # fmt: skip
+        """See `Trainer`."""
+        # Adding windows overwrites the ring.
+        copy = traffic.replace(ring=jax.tree.map(jnp.copy, traffic.ring))
+        self.observe(state, copy, draft, completion)
         # As updates get them, or they would be dispatched anew.
         zero = jnp.int32(0)
         none = np.int32(0)
@@ -153,16 +209,16 @@ class Adaptation:
         learner, *_ = self._learn(learner, draft, batch)
         if state.pace is not None:
             accepted = self._accepted(draft.params, draft, batch)
-            pace.rehearse(state.pace, len(accepted))
+            pace.warm_up(state.pace, len(accepted))
         guard = state.guard
         if guard is not None:
             guard = self._scored(guard, traffic, draft, none)
-        jax.block_until_ready(guard)
-        if seconds_per_token is None:
+        jax.block_until_ready((learner, guard))
+        if speed is None:
             return state
+
         # Some rules do more in the last update of a round than in the others.
         num_updates = max(2, self.config.round_length)
-        jax.block_until_ready(learner)
         start = time.perf_counter()
         for _ in range(num_updates):
             learner, *_ = self._learn(learner, draft, batch)
@@ -170,118 +226,99 @@ class Adaptation:
                 guard = self._scored(guard, traffic, draft, none)
         jax.block_until_ready((learner, guard))
         seconds = (time.perf_counter() - start) / num_updates
-        state = self.priced(state, seconds / seconds_per_token)
-        if int(state.update_interval) > 0 or self.config.update_every_prompts:
+        return self._priced(state, seconds, speed)
+
+    def _priced(self, state: WindowsState, seconds: float, speed: Speed):
+        """Fixes what an update costs, and the interval that a budget buys."""
+        if int(state.num_prompts) == 0:  # what is on its way keeps its price
+            cost = pace.set_cost(state.pace, seconds / speed.seconds_per_token)
+            state = state.replace(pace=cost)
+        if self.is_ready(state):
             return state
         seconds *= self.config.num_epochs / self.config.budget_share
-        interval = sharding.agreed(max(1, round(seconds / seconds_per_step)))
-        return state.replace(update_interval=jnp.asarray(interval, jnp.int32))
-
-    def priced(self, state: AdaptationState, cost: float) -> AdaptationState:
-        """Fixes what an update costs, in tokens; what is on its way keeps its price."""
-        if state.pace is None or int(state.num_prompts) > 0:
-            return state
-        agreed = jnp.asarray(sharding.agreed(cost), jnp.float32)
-        return state.replace(pace=state.pace.replace(cost=agreed))
+        interval = max(1, round(seconds / speed.seconds_per_step))
+        interval = jnp.asarray(sharding.agreed(interval), jnp.int32)
+        return state.replace(update_interval=interval)
 
     def observe(
-        self, state: AdaptationState, traffic: Traffic, completion: Completion
-    ) -> tuple[AdaptationState, Traffic]:
-        """Keeps what an answered request taught."""
+        self, state: WindowsState, traffic: Traffic, draft: Draft,
+        completion: Completion,
+    ) -> tuple[WindowsState, Traffic]:  # fmt: skip
+        """Keeps an answer's windows, and scores the candidate on them, if there is one.
+
+        Each answer of a chunk is scored, and the last one of an interval: so that
+        scoring is a bounded share of learning.
+        """
         num_prompt = len(completion.request.prompt_ids)
-        ring, starts = traffic.ring, self._window_starts(completion)
+        ring = traffic.ring
+        starts = window_starts(
+            num_prompt, completion.num_recorded, self.config.num_context,
+            self.config.window,
+        )  # fmt: skip
         for start in starts:
             ring = self._add(
                 ring, completion.feedback, np.int32(start), np.int32(num_prompt),
                 np.int32(completion.num_recorded),
             )  # fmt: skip
-        is_timed, stats = self.config.update_interval == 0, completion.stats
-        num_prompts, num_waiting, num_fresh = _counted(
-            state.num_prompts, state.num_waiting, state.num_fresh,
-            stats.num_drafts if is_timed else len(completion.token_ids),
-            len(starts), self.config.update_every_prompts,
+        traffic = traffic.replace(ring=ring)
+        state = self._counted(state, completion, len(starts))
+        take_snapshot = lambda: state.learner.params
+        state = state.replace(pace=pace.observe(state.pace, completion, take_snapshot))
+
+        guard = state.guard
+        if guard is not None and self._is_scored(state, guard, len(starts)):
+            guard = self._scored(guard, traffic, draft, np.int32(len(starts)))
+        return state.replace(guard=guard), traffic
+
+    def _counted(self, state: WindowsState, completion: Completion, num_windows: int):
+        """Counts an answer."""
+        num_waited = len(completion.token_ids)
+        if self.config.update_interval == 0:
+            num_waited = completion.stats.num_drafts
+        num_prompts, num_waiting, num_fresh = _count(
+            state.num_prompts, state.num_waiting, state.num_fresh, num_waited,
+            num_windows, self.config.update_every_prompts,
         )  # fmt: skip
-        state = state.replace(
+        return state.replace(
             num_prompts=num_prompts, num_waiting=num_waiting, num_fresh=num_fresh
         )
-        state = self._paced(state, completion)
-        return state, Traffic(ring, self._remembered(traffic.memory, completion))
 
-    def _window_starts(self, completion: Completion) -> list[int]:
-        if not self.has_gradient:
-            return []
-        return window_starts(
-            len(completion.request.prompt_ids), completion.num_recorded,
-            self.config.num_context, self.config.window,
-        )  # fmt: skip
-
-    def _paced(self, state: AdaptationState, completion: Completion):
-        """Notes how the answer was drafted; after a shift, a new regime begins."""
-        if state.pace is None:
-            return state
-        stats = completion.stats
-        heard = pace.heard(
-            state.pace, len(completion.token_ids), stats.num_draft_tokens,
-            stats.num_accepted_tokens,
-        )  # fmt: skip
-        if pace.is_drift(heard):
-            heard = self._started(state, heard.cost)
-        return state.replace(pace=heard)
-
-    def _remembered(self, memory: NgramMemory | None, completion: Completion):
-        if memory is None:
-            return None
-        ids = [*completion.request.prompt_ids, *completion.token_ids]
-        padded = np.zeros(completion.capacity, np.int32)  # few lengths, few executables
-        padded[: len(ids)] = ids
-        num_prompt = len(completion.request.prompt_ids)
-        return self._remember(
-            memory, padded, np.int32(num_prompt), np.int32(len(ids))
-        )  # fmt: skip
-
-    def is_due(self, state: AdaptationState) -> bool:
+    def is_due(self, state: WindowsState) -> bool:
         """Whether enough prompts, tokens or passes came since the last update."""
         if bool(state.is_stopped):
             return False
-        stride, num_prompts = self.stride(state), int(state.num_prompts)
-        if self.head is not None:
-            return num_prompts % stride == 0
-        if not self.has_gradient:
-            return False
         if every := self.config.update_every_prompts:
-            return num_prompts % (every * stride) == 0 and int(state.num_fresh) > 0
-        return int(state.num_waiting) >= int(state.update_interval) * stride
+            is_over = int(state.num_prompts) % (every * state.stride) == 0
+            return is_over and int(state.num_fresh) > 0
+        return int(state.num_waiting) >= int(state.update_interval) * state.stride
 
-    def stride(self, state: AdaptationState) -> int:
-        """Occasions to learn, for each that is taken."""
-        return 1 if state.pace is None else int(state.pace.stride)
+    def answers_until_due(self, state: WindowsState, num_tokens: Sequence[int]) -> int:
+        """See `Trainer`; under a budget, as if each token took a target pass."""
+        if bool(state.is_stopped):
+            return len(num_tokens)
+        if every := self.config.update_every_prompts:
+            every *= state.stride
+            return min(len(num_tokens), every - int(state.num_prompts) % every)
+        missing = int(state.update_interval) * state.stride - int(state.num_waiting)
+        totals = np.cumsum(num_tokens)
+        return min(len(num_tokens), 1 + int(np.sum(totals < missing)))
 
-    def compare(
-        self, state: AdaptationState, traffic: Traffic, served: Draft,
-        completion: Completion,
-    ) -> AdaptationState:  # fmt: skip
-        """Scores the candidate on an answer just observed, which nobody trained on.
-
-        Each answer of a chunk, and the last one of an interval: so that scoring is a
-        bounded share of learning.
-        """
-        guard, num_windows = state.guard, len(self._window_starts(completion))
-        if guard is None or num_windows == 0 or bool(state.is_stopped):
-            return state
+    def _is_scored(
+        self, state: WindowsState, guard: GuardState, num_windows: int
+    ) -> bool:
+        """Whether the answer just observed tells of a candidate's gain."""
+        if num_windows == 0 or bool(state.is_stopped):
+            return False
         is_wanted = bool(self.config.update_every_prompts) or self.is_due(state)
-        if not is_wanted or not bool(guard.is_open) or self._verdict(guard) != "wait":
-            return state
-        return state.replace(
-            guard=self._scored(guard, traffic, served, np.int32(num_windows))
-        )
+        return is_wanted and bool(guard.is_open) and self._verdict(guard) == "wait"
 
     def _scored(
-        self, guard: GuardState, traffic: Traffic, served: Draft, num_windows
+        self, guard: GuardState, traffic: Traffic, draft: Draft, num_windows
     ) -> GuardState:
         batch = self._request(traffic.ring, num_windows)
         gain = self._gain(
-            self._accepted(guard.candidate, served, batch),
-            self._accepted(served.params, served, batch),
+            self._accepted(guard.candidate, draft, batch),
+            self._accepted(draft.params, draft, batch),
             batch.weight,
         )
         return promotion.observe(guard, gain)
@@ -293,20 +330,43 @@ class Adaptation:
         )
 
     def update(
-        self, state: AdaptationState, traffic: Traffic, served: Draft
-    ) -> tuple[AdaptationState, Draft, UpdateReport]:
-        """One round of learning; returns the draft to serve from now on.
+        self, state: WindowsState, traffic: Traffic, draft: Draft
+    ) -> tuple[WindowsState, Draft, UpdateReport]:
+        """One round of learning; returns the draft to serve from now on, in float32.
 
         If the iterate is not finite after it, learning has stopped: what was served
         goes on being served, and there is nothing else left to learn from.
         """
-        start, before, was_served = time.perf_counter(), state, served
-        info, stride, num_passes = None, self.stride(state), 0
-        is_compared = state.pace is not None and pace.is_compared(state.pace)
-        state, served, decision = self._decided(state, served)
-        state = state.replace(learner=self._begin(state.learner))
-        is_finite, num_fresh = np.bool_(True), int(state.num_fresh)
+        start = time.perf_counter()
+        before, was_served = state, draft
+        state, draft, decision = self._decided(state, draft)
+        state, info, num_passes, is_finite = self._train(state, traffic, draft)
+        if not bool(is_finite):
+            state = self._stopped(before, state.learner, was_served)
+            draft, decision = was_served, "stopped"
+        else:
+            state, draft = self._offered(state, draft)
+            take_snapshot = lambda: state.learner.params
+            after = pace.finish_round(state.pace, num_passes, take_snapshot)
+            zero = jnp.zeros((), jnp.int32)
+            state = state.replace(pace=after, num_waiting=zero, num_fresh=zero)
+            jax.block_until_ready(state.learner.params)
+
+        seconds = time.perf_counter() - start
+        return state, draft, UpdateReport(info, decision, seconds, before.stride)
+
+    def _train(self, state: WindowsState, traffic: Traffic, draft: Draft):
+        """All updates of a round.
+
+        Returns:
+          The state, the last update's info, how many passes were made, and whether all
+          of it is finite.
+        """
         assert traffic.ring is not None
+        info, num_passes, is_finite = None, 0, np.bool_(True)
+        is_compared = state.pace is not None and pace.is_compared(state.pace)
+        num_fresh = int(state.num_fresh)
+        state = state.replace(learner=self._begin(state.learner))
         for epoch in range(self.config.num_epochs):
             for num_newer in batches.of_round(self.config, traffic.ring, num_fresh):
                 batch = self._batch(
@@ -314,58 +374,49 @@ class Adaptation:
                     np.bool_(epoch == 0),
                 )  # fmt: skip
                 if epoch == 0 and is_compared:
-                    state = state.replace(pace=self._progress(state, served, batch))
-                learner, info, is_good = self._learn(state.learner, served, batch)
+                    state = state.replace(pace=self._progress(state, draft, batch))
+                    num_passes += 1
+                learner, info, is_good = self._learn(state.learner, draft, batch)
+                num_passes += 1
                 # Not read yet: the device would have to be waited for each time.
                 is_finite = is_good & is_finite
                 state = state.replace(learner=learner)
-                num_passes += 1 + (epoch == 0 and is_compared)
         assert info is not None
-        if not bool(is_finite):
-            state = self._stopped(before, state.learner, was_served)
-            seconds = time.perf_counter() - start
-            return state, was_served, UpdateReport(info, "stopped", seconds, stride)
-        state, served = self._offered(state, served)
-        state = self.judged(state, num_passes)
-        zero = jnp.zeros((), jnp.int32)
-        state = state.replace(num_waiting=zero, num_fresh=zero)
-        jax.block_until_ready(state.learner.params)
-        seconds = time.perf_counter() - start
-        return state, served, UpdateReport(info, decision, seconds, stride)
+        return state, info, num_passes, is_finite
 
-    def _decided(self, state: AdaptationState, served: Draft):
+    def _decided(self, state: WindowsState, draft: Draft):
         """Acts on the candidate's verdict, if promotion is guarded."""
         guard = state.guard
         if guard is None:
-            return state, served, "promote"
+            return state, draft, "promote"
         decision = self._verdict(guard)
         if decision == "wait":
-            return state, served, decision
+            return state, draft, decision
         if decision == "promote":
-            served = served.replace(params=guard.candidate)
+            draft = draft.replace(params=guard.candidate)
             state = state.replace(version=state.version + 1)
         if decision == "rollback":
-            learner = restarted(self.learner, state.learner, served.params)
+            learner = restarted(self.learner, state.learner, draft.params)
             state = state.replace(learner=_owned(learner))
         guard = promotion.dismiss(guard, state.learner.params)
-        return state.replace(guard=guard), served, decision
+        return state.replace(guard=guard), draft, decision
 
-    def _offered(self, state: AdaptationState, served: Draft):
+    def _offered(self, state: WindowsState, draft: Draft):
         """Serves the new iterate, or makes it the candidate if there is none."""
         if state.guard is None:
-            served = served.replace(params=state.learner.params)
-            return state.replace(version=state.version + 1), served
+            draft = draft.replace(params=state.learner.params)
+            return state.replace(version=state.version + 1), draft
         if not bool(state.guard.is_open):
             guard = promotion.nominate(state.guard, state.learner.params)
             state = state.replace(guard=guard)
-        return state, served
+        return state, draft
 
     def _stopped(
-        self, before: AdaptationState, learner: LearnerState, served: Draft
-    ) -> AdaptationState:
+        self, before: WindowsState, learner: LearnerState, draft: Draft
+    ) -> WindowsState:
         """The state before a round that failed; its optimizer's was overwritten."""
         learner = learner.replace(num_updates=before.learner.num_updates)
-        learner = _owned(restarted(self.learner, learner, served.params))
+        learner = _owned(restarted(self.learner, learner, draft.params))
         return before.replace(learner=learner, is_stopped=jnp.ones((), bool))
 
     def _updated(self, opt_state, params, num_updates, *data):
@@ -373,42 +424,33 @@ class Adaptation:
         state, info = self.learner.update(state, *data)
         return state, info, finite.is_finite((state.params, state.opt_state))
 
-    def _learn(self, learner: LearnerState, served: Draft, batch: Segments):
+    def _learn(self, learner: LearnerState, draft: Draft, batch: Segments):
         """State, info, and whether the state is finite."""
         return self._update(
             learner.opt_state, learner.params, learner.num_updates, batch, self.shared,
-            served.token_ids,
+            draft.token_ids,
         )  # fmt: skip
 
-    def _accepted(self, params, served: Draft, batch: Segments):
+    def _accepted(self, params, draft: Draft, batch: Segments):
         """`[b]` tokens that a step would get accepted, by window."""
-        return self._evaluate(params, batch, self.shared, served.token_ids)[1]
+        return self._evaluate(params, batch, self.shared, draft.token_ids)[1]
 
-    def _progress(self, state: AdaptationState, served: Draft, batch: Segments):
+    def _progress(self, state: WindowsState, draft: Draft, batch: Segments):
         """Compares the iterate with that of the span's beginning, on fresh windows."""
         assert state.pace is not None
-        score = lambda params: self._accepted(params, served, batch)
+        score = lambda params: self._accepted(params, draft, batch)
         newest, oldest = score(state.learner.params), score(state.pace.snapshot)
         assert batch.is_fresh is not None
         weight = jnp.sum(batch.weight, axis=1) * batch.is_fresh
-        return pace.compared(state.pace, newest, oldest, weight)
+        return pace.record_gain(state.pace, newest, oldest, weight)
 
     def _gain_of(self, candidate, served, weight):
         steps = self.config.num_steps
         return promotion.gain_of(candidate, served, jnp.sum(weight, axis=1), steps)
 
-    def judged(self, state: AdaptationState, num_updates: int) -> AdaptationState:
-        """Notes a round of learning, and sets the pace where a span ends with it."""
-        if state.pace is None:
-            return state
-        after = pace.learned(state.pace, num_updates)
-        if pace.is_over(after):
-            after = pace.judged(after).replace(snapshot=self.learned(state))
-        return state.replace(pace=after)
-
 
 @functools.partial(jax.jit, static_argnames="every")
-def _counted(num_prompts, num_waiting, num_fresh, num_waited, num_windows, every: int):
+def _count(num_prompts, num_waiting, num_fresh, num_waited, num_windows, every: int):
     """Counts an answer; windows of a chunk that was passed over are fresh no more."""
     if every:
         num_fresh = jnp.where(num_prompts % every == 0, 0, num_fresh)

@@ -27,9 +27,14 @@ from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
-from ospec_jax.online.last_layer import HeadAdaptation
-from ospec_jax.online.trainer import Learning
-from ospec_jax.online.windows import UpdateReport
+from ospec_jax.online.trainer import (
+    Learned,
+    Traffic,
+    Trainer,
+    TrainerState,
+    UpdateReport,
+    learn_from,
+)
 from ospec_jax.replay import record
 from ospec_jax.replay.score import (
     answer_window,
@@ -39,7 +44,7 @@ from ospec_jax.replay.score import (
     whole_answer,
 )
 from ospec_jax.replay.store import Recording
-from ospec_jax.session.build import build_adaptation, learner_for
+from ospec_jax.session.build import learner_for, trainer_for
 from ospec_jax.types import Draft, Feedback
 
 _ROWS = (1, 4, 8)
@@ -92,15 +97,17 @@ class Run:
     """A learner's way along a stream.
 
     Attributes:
-      draft: What is served at its end.
-      learning: The learner at its end, None for a static draft.
+      draft: What is served at its end, in float32.
+      learner: Its settings, `auto` made up its mind; None for a static draft.
+      state: The trainer's at its end, likewise.
       seconds: Wall-clock time of it all.
     """
 
     answers: list[Answered]
     reports: list[UpdateReport]
     draft: Draft
-    learning: Learning | None
+    learner: LearnerConfig | None = None
+    state: TrainerState | None = None
     seconds: float = 0.0
 
 
@@ -224,41 +231,49 @@ class Replayer:
             feedback, length, self._capacity,
         )  # fmt: skip
 
-    def learning(self, config: LearnerConfig) -> Learning:
-        """A learner at its start, compiled.
+    def trainer(self, config: LearnerConfig) -> tuple[LearnerConfig, Trainer]:
+        """What learns with these settings, and the settings, all of them decided.
 
         Raises:
           ConfigError: It trains nothing, or would choose its interval by the clock.
         """
         is_auto = config.name == "auto"
         config = learner_for(config, self.draft, self.drafter, self._target)
-        if config.recording == "nothing":
+        trainer = self._trainer(config)
+        if trainer.recording == "nothing":
             raise ConfigError(
                 f"the learner {config.name!r} trains nothing, and a replay knows no "
                 f"n-grams; replay those that train the draft"
             )
-        is_timed = config.update_interval < 1 and not config.update_every_prompts
-        if config.is_training and is_timed and is_auto:
-            config = dataclasses.replace(config, update_interval=DEFAULT_INTERVAL)
-        elif config.is_training and is_timed:
+        if trainer.is_ready(trainer.init(self.draft.draft)[0]):
+            return config, trainer
+        if not is_auto:
             raise ConfigError(
                 "a replayed learner needs an update_interval, in tokens: a budget of "
                 "time would make the result depend on the machine"
             )
-        draft, first = self.draft.draft, self.store.recording(self.order[0])
-        adaptation = build_adaptation(
-            self._target, self.draft, self.drafter, config, has_ngrams=False,
+        config = dataclasses.replace(config, update_interval=DEFAULT_INTERVAL)
+        return config, self._trainer(config)
+
+    def _trainer(self, config: LearnerConfig) -> Trainer:
+        first = self.store.recording(self.order[0])
+        return trainer_for(
+            config, self._target, self.draft, self.drafter, self._serve,
             tap_width=first.arrays["taps"].shape[-1],
         )  # fmt: skip
+
+    def _begin(self, trainer: Trainer) -> Learned:
+        """Before the first answer, all compiled; costs are those of the budget."""
+        first = self.store.recording(self.order[0])
+        draft = self.draft.draft
+        served = trainer.serve(draft)
         score = None
-        if adaptation.head is not None:
-            draft = self._as_served(draft, adaptation.head)
-            (score,) = self.score(draft.params, self.order[:1], has_states=True)
-        learning = Learning(config, adaptation, *adaptation.init(self.draft.draft))
-        learning.rehearse(self.completion(first, DecodingStats(), score), draft)
-        # Compiles; costs are those of the budget, not of this machine.
-        learning.state = adaptation.calibrate(learning.state, learning.traffic, draft)
-        return learning
+        if trainer.recording == "states":
+            (score,) = self.score(served.params, self.order[:1], has_states=True)
+        completion = self.completion(first, DecodingStats(), score)
+        state, traffic = trainer.init(draft)
+        state = trainer.warm_up(state, traffic, draft, served, completion, None)
+        return Learned(state, traffic, draft, served)
 
     def run(
         self,
@@ -273,71 +288,62 @@ class Replayer:
           config: None replays the draft as it is.
           on_update: Called with the draft served before and after each update.
         """
-        learning = None if config is None else self.learning(config)
-        run = Run([], [], self.draft.draft, learning)
-        head = learning.head if learning else None
-        served, begin = self._as_served(run.draft, head), time.perf_counter()
+        draft = self.draft.draft
+        if config is None:
+            run, trainer = Run([], [], draft), None
+            now = Learned(None, Traffic(), draft, self._serve(draft))
+        else:
+            config, trainer = self.trainer(config)
+            now = self._begin(trainer)
+            run = Run([], [], draft, config, now.state)
+        begin = time.perf_counter()
         position = 0
         while position < len(self.order) and not should_stop():
-            batch = self.order[
-                position : position + self._num_ahead(learning, position)
-            ]
-            scores = self.score(served.params, batch, has_states=head is not None)
+            batch = self.order[position:][: self._num_ahead(trainer, now, position)]
+            has_states = trainer is not None and trainer.recording == "states"
+            scores = self.score(now.served.params, batch, has_states)
             for entry, score in zip(batch, scores, strict=True):
-                found, before = self.store.recording(entry), served
-                num_tokens = len(found.arrays["tokens"]) - found.num_prompt + 1
-                stats = walk(score.accepted, num_tokens, self.num_steps)
-                version = int(learning.state.version) if learning else 0
-                answered = Answered(
-                    found.id, found.domain, num_tokens, stats, version, 0.0, score.loss
-                )
-                if learning is not None:
-                    completion = self.completion(found, stats, score)
-                    args = run, learning, served, completion, on_update
-                    served, seconds = self._learn(*args)
-                    answered = dataclasses.replace(answered, learning_seconds=seconds)
+                before = now.served
+                now, answered = self._answer(run, trainer, now, entry, score, on_update)
                 run.answers.append(answered)
                 on_answer(answered)
                 position += 1
-                if served is not before:
+                if now.served is not before:
                     break  # what else was scored ahead was so with the draft of before
+        run.draft, run.state = now.draft, now.state
         run.seconds = time.perf_counter() - begin
         return run
 
-    def _as_served(self, draft: Draft, head: HeadAdaptation | None) -> Draft:
-        served = draft.replace(params=self.serving(draft.params))
-        return served if head is None else head.own(served)
+    def _answer(
+        self, run: Run, trainer: Trainer | None, now: Learned, entry: int,
+        score: Score, on_update,
+    ) -> tuple[Learned, Answered]:  # fmt: skip
+        """Gives a recorded answer, and learns from it as `Session` does."""
+        found = self.store.recording(entry)
+        num_tokens = len(found.arrays["tokens"]) - found.num_prompt + 1
+        stats = walk(score.accepted, num_tokens, self.num_steps)
+        answered = Answered(found.id, found.domain, num_tokens, stats, loss=score.loss)
+        if trainer is None:
+            return now, answered
 
-    def _num_ahead(self, learning: Learning | None, position: int) -> int:
-        """Requests to score at once: as many as the next update is likely to leave."""
-        limit = min(_ROWS[-1], len(self.order) - position)
-        if learning is None:
-            return limit
-        state, count = learning.state, 0
-        if learning.head is not None:
-            stride = learning.adaptation.stride(state)
-            return min(limit, stride - int(state.num_prompts) % stride)
-        if every := learning.config.update_every_prompts:
-            return min(limit, every - int(state.num_prompts) % every)
-        waiting, interval = int(state.num_waiting), int(state.update_interval)
-        while count < limit and (count == 0 or waiting < interval):
-            entry = self.store.entries[self.order[position + count]]
-            waiting += entry.length - entry.num_prompt + 1
-            count += 1
-        return count
-
-    def _learn(
-        self, run: Run, learning: Learning, served: Draft, completion: Completion,
-        on_update,
-    ) -> tuple[Draft, float]:  # fmt: skip
-        """As `Session` learns from a completion; with the time that it took."""
-        start, before = time.perf_counter(), run.draft
-        run.draft, served, report = learning.learn_from(
-            completion, run.draft, served, lambda draft: self._as_served(draft, None)
-        )
+        start, before = time.perf_counter(), now
+        now = learn_from(trainer, now, self.completion(found, stats, score))
         seconds = time.perf_counter() - start
-        if report is not None:
-            run.reports.append(report)
+        if now.report is not None:
+            run.reports.append(now.report)
             if on_update is not None:
-                on_update(report, before, run.draft)
-        return served, seconds
+                on_update(now.report, before.draft, now.draft)
+        return now, dataclasses.replace(
+            answered, version=int(before.state.version), learning_seconds=seconds
+        )
+
+    def _serve(self, draft: Draft) -> Draft:
+        return draft.replace(params=self.serving(draft.params))
+
+    def _num_ahead(self, trainer: Trainer | None, now: Learned, position: int) -> int:
+        """Requests to score at once: until the next update, at most eight."""
+        entries = [self.store.entries[i] for i in self.order[position:][: _ROWS[-1]]]
+        if trainer is None:
+            return len(entries)
+        num_tokens = [entry.length - entry.num_prompt + 1 for entry in entries]
+        return trainer.answers_until_due(now.state, num_tokens)

@@ -43,7 +43,7 @@ def settings_of(
         "num_speculative_tokens": num_steps,
         "stream": stream,
         "content": content,
-        "config": dataclasses.asdict(config) if config else None,
+        "config": config.to_json() if config else None,
     }
 
 
@@ -56,7 +56,7 @@ def to_row(run: Run, settings: dict, is_finished: bool) -> dict:
     columns |= {name: [getattr(a.stats, name) for a in run.answers] for name in _COUNTS}
     if run.answers and run.answers[0].loss is not None:
         columns["loss"] = [a.loss for a in run.answers]
-    config = run.learning.config if run.learning else None
+    config = run.learner
     decisions = [report.decision for report in run.reports]
     seconds = [report.seconds for report in run.reports]
     return settings | {

@@ -19,7 +19,7 @@ import optax
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.online.windows import UpdateReport
+from ospec_jax.online.trainer import UpdateReport
 from ospec_jax.types import Draft
 
 WINDOW = 40

@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a session is made of: drafters for its steps, their engine, and adaptation."""
+"""What a session is made of: drafters for its steps, their engine, and a trainer."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
-from ospec_jax.config import LearnerConfig, TreeConfig
+import jax
+
+from ospec_jax import sharding
+from ospec_jax.config import ConfigError, DraftConfig, LearnerConfig, TreeConfig
 from ospec_jax.control.base import SUGGESTIONS, Action, Controller, follow_predictions
 from ospec_jax.control.registry import BuildController, find_controller
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.base import Drafter
+from ospec_jax.drafters.ngram import ORDERS, init_memory
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
+from ospec_jax.models.quantization import cast_params
 from ospec_jax.models.tokenizer import stop_token_ids
-from ospec_jax.online.last_layer import HeadAdaptation
-from ospec_jax.online.windows import Adaptation
+from ospec_jax.online.registry import build_trainer
+from ospec_jax.online.trainer import Trainer
+from ospec_jax.types import Draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +30,16 @@ class Parts:
     """What was built.
 
     Attributes:
-      learner: The one that `auto` stands for, or what can be learned of such a draft.
-      has_ngrams: Whether n-grams suggest tokens.
+      learner: The one that `auto` stands for, or what can be learned of such a draft;
+        `trainer`, what it built. None without learning.
+      serve: The draft of a float32 one that decodes.
     """
 
     engine: Engine
     controller: Controller
-    drafter: Drafter | None
     learner: LearnerConfig | None
-    has_ngrams: bool
+    trainer: Trainer | None
+    serve: Callable[[Draft], Draft]
 
 
 def fitting_tree(tree: TreeConfig | None, draft: LoadedDraft | None) -> TreeConfig:
@@ -61,9 +68,11 @@ def assembled(
     learner: LearnerConfig | None, ngrams: bool, num_predicted_tokens: int,
     has_log_probs: bool, controller: str | BuildController | None,
 ) -> Parts:  # fmt: skip
-    """Builds the engine, and a drafter for each kind of step; see `Session`."""
+    """Builds the engine, a drafter for each kind of step, and what learns."""
     has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
-    drafter, recording = None, "nothing"
+    drafter, trainer = None, None
+    orders = draft.memory_orders if draft else ORDERS
+    serve = serving(target, draft, orders)
     plain = tree.of_depth(tree.num_steps) if tree.depths else tree
     menu: Mapping[Action, Drafter | None] = {Action(plain): None}
     long = None
@@ -77,19 +86,24 @@ def assembled(
         drafters, long = _menu_of(build, tree, num_predicted_tokens)
         menu = drafters
         drafter = drafters[Action(plain)]
-        learner = learner and learner_for(learner, draft, drafter, target)
-        recording = learner.recording if learner else recording
+        if learner is not None:
+            learner = learner_for(learner, draft, drafter, target)
+            orders = orders if has_ngrams else ()
+            trainer = trainer_for(learner, target, draft, drafter, serve, orders)
     config = StepConfig(
         model=target.config, numerics=target.numerics, tree=plain,
         taps=draft.taps if draft else (), stop_ids=stop_token_ids(target.tokenizer),
         has_log_probs=has_log_probs, mesh=target.mesh,
     )  # fmt: skip
+    recording = trainer.recording if trainer else "nothing"
     engine = Engine(config, target.params, drafter, recording, menu)
     actions = tuple(action for action in menu if action != long)
     rule = find_controller(controller, actions)(actions)
     if long is not None:
         rule = follow_predictions(rule, long)
-    return Parts(engine, rule, drafter, learner, has_ngrams)
+    if trainer is None:
+        return Parts(engine, rule, None, None, serve)
+    return Parts(engine, rule, learner, trainer, trainer.serve)
 
 
 def _menu_of(
@@ -119,8 +133,18 @@ def _menu_of(
 def learner_for(
     learner: LearnerConfig, draft: LoadedDraft, drafter: Drafter, target: Target
 ) -> LearnerConfig:
-    """What can be learned of a draft that is not trained, and what `auto` is."""
+    """What can be learned of a draft that is not trained, and what `auto` is.
+
+    Raises:
+      ConfigError: A rule of the user's would have nothing to train.
+    """
     if draft.meta.draft is None:
+        if learner.rule is not None:
+            raise ConfigError(
+                f"the rule {learner.rule_name!r} trains a draft's parameters, and "
+                f"{draft.meta.family!r} has none; give a trained draft, or leave the "
+                f"rule out to learn n-grams"
+            )
         return learner.renamed("memory")
     if learner.name != "auto":
         return learner
@@ -129,23 +153,65 @@ def learner_for(
     return learner.renamed("head" if is_head else "gradient")
 
 
-def build_adaptation(
-    target: Target, draft: LoadedDraft, drafter: Drafter, learner: LearnerConfig,
-    has_ngrams: bool, orders: tuple[int, ...] = (), tap_width: int = 0,
-) -> Adaptation:  # fmt: skip
+def trainer_for(
+    learner: LearnerConfig, target: Target, draft: LoadedDraft, drafter: Drafter,
+    serve: Callable[[Draft], Draft], orders: tuple[int, ...] = (), tap_width: int = 0,
+) -> Trainer:  # fmt: skip
     """What learning runs.
 
     Args:
-      has_ngrams: Remember n-grams, of these `orders`.
+      serve: The draft of a float32 one that decodes.
+      orders: Lengths of the n-grams to remember, if any.
       tap_width: Of what is recorded, if it is more than the draft reads.
     """
     width = target.config.hidden_size
-    adaptation = Adaptation(
-        learner, drafter.unroll, shared_tables(target.params),
-        tap_width or len(draft.taps) * width, width, has_ngrams, target.mesh, orders,
+    return build_trainer(
+        learner, drafter, shared_tables(target.params), serve,
+        tap_width=tap_width or len(draft.taps) * width, hidden_size=width,
+        vocab_size=target.config.vocab_size, numerics=target.numerics, orders=orders,
+        mesh=target.mesh,
     )  # fmt: skip
-    if learner.name == "head":
-        adaptation.head = HeadAdaptation(
-            learner, drafter.head_inputs, target.numerics, target.config.vocab_size
+
+
+def serving(
+    target: Target, draft: LoadedDraft | None, orders: tuple[int, ...]
+) -> Callable[[Draft], Draft]:
+    """From a draft in float32 to the one that decodes, in the target's precision.
+
+    It remembers no n-grams; there is nothing in its table but their rates.
+    """
+    mesh, precision = target.mesh, target.numerics.precision
+    is_trained = draft is not None and draft.meta.draft is not None
+    cast = jax.jit(
+        sharding.pinned(
+            lambda params: cast_params(params, precision), mesh,
+            sharding.param_shardings,
         )
-    return adaptation
+    )  # fmt: skip
+    nothing = sharding.put_params(init_memory(1, orders), mesh)
+
+    def serve(draft: Draft) -> Draft:
+        params = cast(draft.params) if is_trained else draft.params
+        return draft.replace(params=params, memory=nothing)
+
+    return serve
+
+
+def grouped(
+    tree, config: DraftConfig | None, mesh: jax.sharding.Mesh | None,
+    is_inverse: bool = False,
+):  # fmt: skip
+    """A draft or trainer's state in the mesh's order of rows, or back in the files'.
+
+    Args:
+      config: The draft's architecture; None for one that is not trained.
+    """
+    if mesh is None or config is None:
+        return sharding.put_params(tree, mesh)
+    sharding.check_model(mesh, config, "the draft")
+    move = lambda tree: sharding.regroup(
+        tree, config, sharding.num_groups(mesh), is_inverse
+    )
+    return jax.jit(sharding.pinned(move, mesh, sharding.param_shardings))(
+        sharding.put_params(tree, mesh)
+    )

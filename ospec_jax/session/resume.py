@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A session's checkpoints: its draft, its learner, and where they stand."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 
 from ospec_jax.config import LearnerConfig, from_dict
+from ospec_jax.drafters.base import Family
 from ospec_jax.loading import freely_placed
+from ospec_jax.models.hub import Target
+from ospec_jax.online.trainer import Trainer, describe_stop
+from ospec_jax.session.build import grouped
+from ospec_jax.session.state import SessionState
 from ospec_jax.storage import checkpoint
-from ospec_jax.storage.checkpoint import Meta
+from ospec_jax.storage.checkpoint import CheckpointError, Meta
 from ospec_jax.types import Draft
-
-if TYPE_CHECKING:
-    from ospec_jax.online.trainer import Learning
-    from ospec_jax.session import Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,118 +42,175 @@ class Saved:
         return not (place / "feedback").exists()
 
 
-def save(session: Session, folder: str | Path, with_feedback: bool = True) -> Path:
-    """See `Session.save`."""
-    if session.meta is None:
-        raise checkpoint.CheckpointError("there is no draft to save")
-    meta = _current_meta(session)
-    if session.learning is None:
-        draft = session.grouped(session.draft, is_inverse=True)
-        return checkpoint.save(folder, 0, meta, draft)
+def save(
+    folder: str | Path,
+    state: SessionState,
+    learner: LearnerConfig | None,
+    mesh: jax.sharding.Mesh | None = None,
+    with_feedback: bool = True,
+    last: Saved | None = None,
+) -> Saved:
+    """Writes a checkpoint, unless it is there already.
 
-    step = int(session.learning.state.num_prompts)
-    place = Path(folder).resolve() / str(step)
-    if session.saved is not None and session.saved.holds(place, meta, with_feedback):
-        return place
+    Args:
+      with_feedback: Also store recent traffic and remembered n-grams.
+      last: What the session wrote or read before.
 
-    draft = session.grouped(session.draft, is_inverse=True)
-    state = session.grouped(session.learning.state, is_inverse=True)
-    traffic = session.learning.traffic if with_feedback else None
-    checkpoint.save(folder, step, meta, draft, state, traffic)
-    session.saved = Saved(place, meta, with_feedback)
-    return place
+    Raises:
+      CheckpointError: There is no draft, or the folder is of another run.
+    """
+    if state.meta is None or state.draft is None:
+        raise CheckpointError("there is no draft to save")
+    meta, config = current_meta(state, learner), state.meta.draft
+    place = step_folder(folder, state)
+    if last is not None and last.holds(place, meta, with_feedback):
+        return last
+
+    draft = grouped(state.draft, config, mesh, is_inverse=True)
+    trainer, traffic = state.trainer, None
+    if trainer is not None:
+        trainer = grouped(trainer, config, mesh, is_inverse=True)
+        traffic = state.traffic if with_feedback else None
+    checkpoint.save(folder, int(place.name), meta, draft, trainer, traffic)
+    return Saved(place, meta, with_feedback and state.trainer is not None)
 
 
-def _current_meta(session: Session) -> Meta:
-    """The record that a checkpoint of the session as it is now would hold."""
-    assert session.meta is not None, "there is a draft"
+def step_folder(folder: str | Path, state: SessionState) -> Path:
+    """Where a checkpoint of this state lies: by the number of answers learned from."""
+    step = 0 if state.trainer is None else int(state.trainer.num_prompts)
+    return Path(folder).resolve() / str(step)
+
+
+def current_meta(state: SessionState, learner: LearnerConfig | None) -> Meta:
+    """The record that a checkpoint of this state holds."""
+    assert state.meta is not None, "there is a draft"
     meta = dataclasses.replace(
-        session.meta,
+        state.meta,
         storage="float32",
-        controller=session.chooser.to_json(),
-        num_admitted=session.num_admitted,
+        controller=state.controller,
+        num_admitted=state.num_admitted,
     )
-    if session.learning is None:
+    if learner is None:
         return meta
     return dataclasses.replace(
-        meta, draft_version=meta.draft_version + session.version,
-        learner=dataclasses.asdict(session.learning.config),
-        answered=tuple(session.answered),
-    )  # fmt: skip
+        meta,
+        draft_version=meta.draft_version + state.version,
+        learner=learner.to_json(),
+        answered=state.answered,
+    )
 
 
-def resume(session: Session, folder: str | Path) -> list[str]:
-    """See `Session.resume`."""
-    learning = session.learning
-    if learning is None:
-        raise checkpoint.CheckpointError("this session does not learn")
+def resume(
+    folder: str | Path,
+    target: Target,
+    learner: LearnerConfig | None,
+    trainer: Trainer | None,
+    like: SessionState,
+    family: Family | None = None,
+) -> SessionState:
+    """Reads where a session stood that learned with the same settings.
+
+    Args:
+      learner: The settings; `trainer`, what they built.
+      like: A state that this session could be in, whose traffic stands in for what the
+        checkpoint does not hold.
+      family: Of the user's own that the draft is of.
+
+    Raises:
+      CheckpointError: There is no such state.
+    """
+    if learner is None or trainer is None:
+        raise CheckpointError("this session does not learn")
 
     def learner_like(meta: Meta, draft: Draft):
-        if not meta.learner:
-            raise checkpoint.CheckpointError(
-                f"{folder} holds a draft but no learner; start from it with --draft"
-            )
-        saved = saved_config(meta.learner)
-        if saved != learning.config:
-            raise checkpoint.CheckpointError(
-                f"{folder} was learned with {saved}, not {learning.config}; "
-                f"resume with the same settings"
-            )
-        return jax.eval_shape(lambda: learning.adaptation.init(draft)[0])
+        check_settings(folder, meta, learner)
+        return jax.eval_shape(lambda: trainer.init(draft)[0])
 
-    mesh = session.target.mesh
-    restored = checkpoint.load(
-        folder, session.target, learner_like=learner_like, mesh=mesh,
-        family=session.own_family,
-    )  # fmt: skip
-    checkpoint.set_aside(folder, restored.step)
-    state = _completed(restored.learner, learning, restored.draft)
-    learning.state = session.grouped(freely_placed(state, mesh))
-    if bool(learning.state.is_stopped):
-        warnings.warn(f"{folder}: {learning.describe_stop()}", stacklevel=3)
+    mesh = target.mesh
+    found = checkpoint.load(
+        folder, target, learner_like=learner_like, mesh=mesh, family=family
+    )
+    checkpoint.set_aside(folder, found.step)
+    place = lambda tree: grouped(freely_placed(tree, mesh), found.meta.draft, mesh)
+    state = place(_completed(found.learner, trainer, found.draft))
+    if bool(state.is_stopped):
+        warnings.warn(f"{folder}: {describe_stop(trainer, state)}", stacklevel=3)
+
+    traffic = like.traffic
     try:
-        traffic = learning.traffic
         # Older traffic than the learner's would not be what it counted.
-        found = checkpoint.load(
-            folder,
-            feedback_like=traffic,
-            mesh=mesh,
-            step=restored.step,
-            family=session.own_family,
-        )
-        learning.traffic = freely_placed(found.feedback, mesh)
-    except checkpoint.CheckpointError:
+        kept = checkpoint.load(
+            folder, feedback_like=traffic, mesh=mesh, step=found.step, family=family
+        ).feedback
+        traffic = freely_placed(kept, mesh)
+    except CheckpointError:
         warnings.warn(
-            f"step {restored.step} of {folder} holds no feedback that can be read; "
+            f"step {found.step} of {folder} holds no feedback that can be read; "
             f"learning goes on without past traffic",
-            stacklevel=2,
+            stacklevel=3,
         )
-    version = restored.meta.draft_version - session.version
-    session.meta = dataclasses.replace(restored.meta, draft_version=version)
-    session.serve(session.grouped(freely_placed(restored.draft, mesh)))
-    session.answered = list(restored.meta.answered)
-    session.num_admitted = restored.meta.num_admitted
-    session.chooser.resume(restored.meta.controller)
-    place = Path(folder).resolve() / str(restored.step)
-    session.saved = Saved(place, _current_meta(session), has_all_feedback=True)
-    return session.answered
+    version = found.meta.draft_version - int(state.version)
+    return SessionState(
+        meta=dataclasses.replace(found.meta, draft_version=version),
+        draft=place(found.draft),
+        trainer=state,
+        traffic=traffic,
+        controller=found.meta.controller,
+        answered=found.meta.answered,
+        num_admitted=found.meta.num_admitted,
+    )
 
 
-def _completed(state, learning: Learning, draft: Draft):
+def check_settings(folder: str | Path, meta: Meta, learner: LearnerConfig) -> None:
+    """Refuses a checkpoint that was learned in another way.
+
+    Raises:
+      CheckpointError: It holds no learner, or one of other settings.
+    """
+    if not meta.learner:
+        raise CheckpointError(
+            f"{folder} holds a draft but no learner; start from it with --draft"
+        )
+    rule = meta.learner.get("rule", "")
+    if rule != learner.rule_name:
+        ours = f"the rule {learner.rule_name!r}" if learner.rule else "a built-in one"
+        remedy = f"give Session(learner=...) the same rule {rule!r} again, whose code "
+        remedy += "a checkpoint does not hold"
+        if not rule:
+            remedy = f"resume with the learner {meta.learner['name']!r}"
+        theirs = f"the rule {rule!r}" if rule else "a built-in learner"
+        raise CheckpointError(
+            f"{folder} was learned with {theirs}, not with {ours}; {remedy}"
+        )
+    saved = saved_config(meta.learner, learner)
+    if saved != learner:
+        raise CheckpointError(
+            f"{folder} was learned with {saved}, not {learner}; resume with the same "
+            f"settings"
+        )
+
+
+def _completed(state, trainer: Trainer, draft: Draft):
     """Adds what an older version did not store, as it is at the start."""
     is_missing = lambda x: isinstance(x, jax.ShapeDtypeStruct)
     if not any(map(is_missing, jax.tree.leaves(state))):
         return state
-    start = learning.adaptation.init(draft)[0]
+    start = trainer.init(draft)[0]
     fill = lambda found, new: new if is_missing(found) else found
     return jax.tree.map(fill, state, start)
 
 
-def saved_config(settings: dict) -> LearnerConfig:
-    """A checkpoint's learner, of older versions, too."""
+def saved_config(settings: dict, ours: LearnerConfig | None = None) -> LearnerConfig:
+    """A checkpoint's learner, of older versions, too.
+
+    Args:
+      ours: Settings with the rule that the checkpoint names, if it names one.
+    """
     # Guarded promotion once waited for so many windows; now it tests at every request.
-    gone = {"min_windows"}
+    gone = {"min_windows", "rule"}
     if settings["name"] in ("head", "memory"):  # a loss was written once, and not read
         gone.add("loss")
     settings = {key: x for key, x in settings.items() if key not in gone}
+    if ours is not None:
+        settings["rule"] = ours.rule
     return from_dict(LearnerConfig, settings)

@@ -11,10 +11,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import jax
-
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, LearnerConfig, SamplingConfig, TreeConfig
+from ospec_jax._platform import release_memory
+from ospec_jax.config import (
+    ConfigError,
+    LearnerConfig,
+    SamplingConfig,
+    TreeConfig,
+    as_learner_config,
+)
+from ospec_jax.config.learner import Rule
 from ospec_jax.control.base import Chooser
 from ospec_jax.control.registry import BuildController
 from ospec_jax.data.prompts import (
@@ -26,14 +32,13 @@ from ospec_jax.data.prompts import (
 )
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.drafters.ngram import ORDERS, init_memory
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
-from ospec_jax.models.quantization import cast_params
 from ospec_jax.models.tokenizer import TextStream
-from ospec_jax.online.trainer import Learning
-from ospec_jax.online.windows import UpdateReport
+from ospec_jax.online.trainer import Learned, UpdateReport, learn_from
 from ospec_jax.session import build, resume, warm_up
+from ospec_jax.session.state import SessionState
+from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.types import Draft, NgramMemory
 
 _COLLAPSE_STEPS = 200
@@ -47,7 +52,8 @@ class Result:
       stats: Of this request; see `ospec_jax.decoding.stats`.
       seconds: Decoding time, learning not included.
       learning_seconds: Time that learning took after this answer.
-      version: Of the draft that was served when the answer ended.
+      version: Of the draft that was served when the answer ended: how often learning
+        had changed it; see `online.trainer.TrainerState`.
     """
 
     prompt: Prompt
@@ -77,8 +83,11 @@ class Session:
     Args:
       target: From `load_target`.
       draft: From `load_draft`; None decodes plainly.
-      learner: How to learn; None serves the draft as it is. Of drafts that are not
-        trained (`ngram`, `model`) only n-grams are learned.
+      learner: How to learn: settings, the name of a learner, or an update rule of your
+        own, a function from a `learners.objective.Objective` to a
+        `learners.base.Learner` (with settings: `LearnerConfig(rule=...)`). None serves
+        the draft as it is. Of drafts that are not trained (`ngram`, `model`) only
+        n-grams are learned.
       tree: How much to draft; a chain of three by default. `TreeConfig.auto()` drafts
         as deep as pays, which is measured once, at warm-up or before the first answer.
         How deep that is, neighbours in the batch have a say in: greedy tokens do not
@@ -108,7 +117,7 @@ class Session:
         target: Target,
         draft: LoadedDraft | None = None,
         *,
-        learner: LearnerConfig | None = None,
+        learner: LearnerConfig | str | Rule | None = None,
         tree: TreeConfig | None = None,
         batch_size: int = 1,
         stop: tuple[str, ...] = (),
@@ -117,80 +126,95 @@ class Session:
         num_predicted_tokens: int = 12,
         controller: str | BuildController | None = None,
     ):
+        sharding.check_batch(target.mesh, batch_size)
         tree = build.fitting_tree(tree, draft)
-        self.target, self.batch_size, self.stop = target, batch_size, stop
-        self.tree, mesh = tree, target.mesh
-        sharding.check_batch(mesh, batch_size)
         parts = build.assembled(
-            target, draft, tree, learner, ngrams, num_predicted_tokens, has_log_probs,
-            controller,
+            target, draft, tree, as_learner_config(learner), ngrams,
+            num_predicted_tokens, has_log_probs, controller,
         )  # fmt: skip
-        self.engine, learner = parts.engine, parts.learner
+        self.target = target
+        self.tree = tree
+        self.batch_size = batch_size
+        self.stop = stop
+        self.engine = parts.engine
         self.chooser = Chooser.start(parts.controller, batch_size)
-        self.learning: Learning | None = None
-        self.meta = draft.meta if draft else None
         self.own_family = draft.own_family if draft else None
-        cast = lambda params: cast_params(params, target.numerics.precision)
-        self._cast = jax.jit(sharding.pinned(cast, mesh, sharding.param_shardings))
+        self.learner = parts.learner
+        self.trainer = parts.trainer
+        self._serve = parts.serve
+
         self.stats = DecodingStats(num_spec_tokens=tree.num_steps)
         self._unjudged = self.stats
         self.reports: list[UpdateReport] = []
         self.on_update: Callable[[UpdateReport, Draft, Draft], None] | None = None
-        self.answered: list[str] = []
-        self.num_admitted = 0
-        self.saved: resume.Saved | None = None
-        # Without learning there is nothing to remember but the rates.
-        orders = draft.memory_orders if draft else ORDERS
-        self._memory = sharding.put_params(init_memory(1, orders), mesh)
-        if draft is not None:
-            self.serve(self.grouped(draft.draft))
-        if draft is not None and learner is not None:
-            assert parts.drafter is not None
-            adaptation = build.build_adaptation(
-                target, draft, parts.drafter, learner, parts.has_ngrams, orders
-            )
-            self.learning = Learning(learner, adaptation, *adaptation.init(self.draft))
-            self.serve(self.draft)
+        self._saved: resume.Saved | None = None
+        self._adopt(self._first_state(draft))
 
-    def serve(self, draft: Draft) -> None:
-        """Makes `draft` the served one; in the target's precision, for speed."""
-        self.draft, self._served = draft, self._as_served(draft)
+    def _first_state(self, loaded: LoadedDraft | None) -> SessionState:
+        """Before anything was answered."""
+        if loaded is None:
+            return SessionState()
+        meta = loaded.meta
+        draft = build.grouped(loaded.draft, meta.draft, self.target.mesh)
+        if self.trainer is None:
+            return SessionState(meta, draft)
+        return SessionState(meta, draft, *self.trainer.init(draft))
 
-    def _as_served(self, draft: Draft) -> Draft:
-        is_trained = self.meta is not None and self.meta.draft is not None
-        params = self._cast(draft.params) if is_trained else draft.params
-        served = draft.replace(params=params, memory=self.memory)
-        head = self.learning.head if self.learning is not None else None
-        return served if head is None else head.own(served)
-
-    def grouped(self, tree, is_inverse: bool = False):
-        """A draft or learner in the mesh's order of rows, or back in the files'."""
-        mesh, config = self.target.mesh, self.meta.draft if self.meta else None
-        if mesh is None or config is None:
-            return sharding.put_params(tree, mesh)
-        sharding.check_model(mesh, config, "the draft")
-        move = lambda tree: sharding.regroup(
-            tree, config, sharding.num_groups(mesh), is_inverse
-        )
-        return jax.jit(sharding.pinned(move, mesh, sharding.param_shardings))(
-            sharding.put_params(tree, mesh)
-        )
+    def _adopt(self, state: SessionState) -> None:
+        """Goes on from a state, whatever was before."""
+        self._state = state
+        self._served = None
+        if state.draft is not None:
+            self._served = self._serve(state.draft)
+        if state.traffic is not None and state.traffic.memory is not None:
+            assert self._served is not None
+            self._served = self._served.replace(memory=state.traffic.memory)
+        self.chooser.resume(state.controller)
 
     @property
-    def memory(self) -> NgramMemory:
-        """The n-grams in use."""
-        learned = self.learning.traffic.memory if self.learning else None
-        return self._memory if learned is None else learned
+    def state(self) -> SessionState:
+        """Where it stands: all that `save` writes."""
+        return dataclasses.replace(self._state, controller=self.chooser.to_json())
+
+    @property
+    def meta(self) -> Meta | None:
+        """What the draft belongs to; None when decoding plainly."""
+        return self._state.meta
+
+    @property
+    def draft(self) -> Draft | None:
+        """The draft in use, in float32; None when decoding plainly."""
+        return self._state.draft
+
+    @property
+    def served_draft(self) -> Draft | None:
+        """The same, as it decodes: in the target's precision, with its n-grams."""
+        return self._served
+
+    @property
+    def memory(self) -> NgramMemory | None:
+        """The n-grams in use; None when decoding plainly."""
+        return None if self._served is None else self._served.memory
+
+    @property
+    def answered(self) -> list[str]:
+        """Ids of the answered prompts, in order."""
+        return list(self._state.answered)
+
+    @property
+    def num_admitted(self) -> int:
+        """Requests that were ever begun."""
+        return self._state.num_admitted
+
+    @property
+    def version(self) -> int:
+        """Of the served draft: how often learning has changed it."""
+        return self._state.version
 
     @property
     def is_drafting(self) -> bool:
         """Whether anything is ever proposed."""
         return self.engine.drafter is not None and self.tree.num_steps > 0
-
-    @property
-    def version(self) -> int:
-        """Version of the served draft."""
-        return int(self.learning.state.version) if self.learning else 0
 
     def warm_up(
         self, capacities: Iterable[int | None] = (None,),
@@ -205,7 +229,29 @@ class Session:
           capacities: Of the caches to compile for; None is the smallest one.
           has_predictions: Some of the prompts to come have one.
         """
-        return warm_up.warm_up(self, capacities, sampling, has_predictions)
+        start = time.perf_counter()
+        self._warm_up(capacities, sampling, has_predictions)
+        release_memory()
+        return time.perf_counter() - start
+
+    def _warm_up(
+        self, capacities: Iterable[int | None], sampling: SamplingConfig,
+        has_predictions: bool = False,
+    ) -> None:  # fmt: skip
+        request = self.probe_request(24, sampling)
+        requests = [request]
+        if has_predictions and self.is_drafting:
+            predicted = dataclasses.replace(request, prediction_ids=request.prompt_ids)
+            requests = [predicted, request]
+        completions = warm_up.warm_up(
+            self.engine, self.chooser, self._served, requests, capacities,
+            self.batch_size,
+        )  # fmt: skip
+        if self.trainer is not None and self._served is not None:
+            trained = warm_up.warm_up_trainer(
+                self.trainer, self._state, self._served, completions, self.batch_size
+            )
+            self._state = dataclasses.replace(self._state, trainer=trained)
 
     def probe_request(
         self, max_new_tokens: int = 128, sampling: SamplingConfig = SamplingConfig()
@@ -214,11 +260,6 @@ class Session:
         prompt = parse_prompt({"prompt": "Tell me about the sea."}, "probe")
         ids = encode(prompt, self.target.tokenizer)
         return Request("probe", ids, max_new_tokens, sampling)
-
-    @property
-    def served_draft(self) -> Draft | None:
-        """The draft in use, in serving precision; None when decoding plainly."""
-        return self._served if self.meta is not None else None
 
     def requests(
         self, prompts: Iterable[Prompt], max_new_tokens: int, sampling: SamplingConfig,
@@ -275,10 +316,14 @@ class Session:
         pairs = list(self.requests(parsed, max_new_tokens, sampling, is_raw))
         # Refuse what does not fit before anything is decoded.
         capacity = self.engine.capacity_for(request for _, request in pairs)
-        if pairs and self.learning is not None and not self.learning.is_calibrated:
-            warm_up.warm_up(self, [capacity], sampling, has_predictions=False)
+        if pairs and self.trainer and not self.trainer.is_ready(self._state.trainer):
+            self._warm_up([capacity], sampling)
+            release_memory()
         elif pairs and not self.chooser.has_costs:
-            warm_up.measure_costs(self, capacity, sampling)
+            warm_up.measure_costs(
+                self.engine, self.chooser, self._served,
+                self.probe_request(sampling=sampling), self.batch_size, capacity,
+            )  # fmt: skip
         prompt_of = {id(request): prompt for prompt, request in pairs}
         streams: dict[int, TextStream] = {}
 
@@ -299,7 +344,7 @@ class Session:
                 on_text(prompt_of[id(completion.request)], rest)
             version = self.version
             learning_seconds = self._learn_from(completion)
-            self.answered.append(completion.request.id)
+            self._move_on(answered=(*self._state.answered, completion.request.id))
             self.stats = self.stats + completion.stats
             self._warn_of_collapse(completion.stats)
             yield Result(
@@ -321,26 +366,37 @@ class Session:
         kept may depend on the numbers that it was accepted with before.
         """
         while True:
-            ordinal = self.num_admitted
-            self.num_admitted += 1
+            ordinal = self._state.num_admitted
+            self._move_on(num_admitted=ordinal + 1)
             yield ordinal
+
+    def _move_on(self, **changes) -> None:
+        """Changes a part of the state; the served draft is kept in step by callers."""
+        self._state = dataclasses.replace(self._state, **changes)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _learn_from(self, completion: Completion) -> float:
         """Remembers the answer and updates the draft when it is time."""
-        if self.learning is None or not completion.request.can_teach:
+        if self.trainer is None or not completion.request.can_teach:
             return 0.0
-        start, before = time.perf_counter(), self.draft
-        self.draft, self._served, report = self.learning.learn_from(
-            completion, self.draft, self._served, self._as_served
+        start, before = time.perf_counter(), self._state
+        assert before.draft is not None
+        assert before.traffic is not None
+        assert self._served is not None
+        now = learn_from(
+            self.trainer,
+            Learned(before.trainer, before.traffic, before.draft, self._served),
+            completion,
         )
+        self._served = now.served
+        self._move_on(trainer=now.state, traffic=now.traffic, draft=now.draft)
         seconds = time.perf_counter() - start
-        if report is not None:
-            self.reports.append(report)
+        if now.report is not None:
+            self.reports.append(now.report)
             if self.on_update is not None:
-                self.on_update(report, before, self.draft)
+                self.on_update(now.report, before.draft, now.draft)
         return seconds
 
     def _warn_of_collapse(self, newest: DecodingStats) -> None:
@@ -368,7 +424,12 @@ class Session:
             users' prompts and answers can be read back; without them a resumed run
             starts with none.
         """
-        return resume.save(self, folder, with_feedback)
+        last = self._saved if self.trainer is not None else None
+        saved = resume.save(
+            folder, self.state, self.learner, self.target.mesh, with_feedback, last
+        )
+        self._saved = saved
+        return saved.place
 
     def resume(self, folder: str | Path) -> list[str]:
         """Goes on from a checkpoint; returns the ids of the prompts it had answered.
@@ -379,7 +440,18 @@ class Session:
         Raises:
           CheckpointError: It holds no state of the same learner.
         """
-        return resume.resume(self, folder)
+        state = resume.resume(
+            folder, self.target, self.learner, self.trainer, self._state,
+            self.own_family,
+        )  # fmt: skip
+        self._adopt(state)
+        # What could not be read back counts as saved: it is gone for good.
+        self._saved = resume.Saved(
+            place=resume.step_folder(folder, self._state),
+            meta=resume.current_meta(self.state, self.learner),
+            has_all_feedback=True,
+        )
+        return self.answered
 
 
 def _as_prompt(prompt: Prompt | str | dict, number: int) -> Prompt:

@@ -1,106 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
 """Before the first answer: compiling what a session needs, and measuring its costs."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
-import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import jax
 
 from ospec_jax import sharding
-from ospec_jax._platform import release_memory
-from ospec_jax.config import SamplingConfig
-from ospec_jax.control.base import SUGGESTIONS
+from ospec_jax.control.base import SUGGESTIONS, Chooser
+from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.timing import seconds_of_steps
-
-if TYPE_CHECKING:
-    from ospec_jax.session import Session
+from ospec_jax.online.trainer import Trainer, TrainerState, speed_of
+from ospec_jax.session.state import SessionState
+from ospec_jax.types import Draft
 
 
 def warm_up(
-    session: Session, capacities: Iterable[int | None], sampling: SamplingConfig,
-    has_predictions: bool,
-) -> float:  # fmt: skip
-    """See `Session.warm_up`."""
-    start = time.perf_counter()
-    probe = session.probe_request(24, sampling)
-    predicted = dataclasses.replace(probe, prediction_ids=probe.prompt_ids)
-    kinds = [predicted, probe] if has_predictions and session.is_drafting else [probe]
-    completions, served = [], session.served_draft
+    engine: Engine, chooser: Chooser, served: Draft | None, requests: list[Request],
+    capacities: Iterable[int | None], batch_size: int,
+) -> list[Completion]:  # fmt: skip
+    """Compiles what decoding needs, and tells a controller that asks for it the costs.
+
+    Args:
+      requests: One of each kind that is to come.
+      capacities: Of the caches to compile for; None is the smallest one.
+
+    Returns:
+      An answer in a cache of each capacity, decoded at full speed.
+    """
+    answered = []
     for capacity in capacities:
-        if session.tree.depths:
-            measure_costs(session, capacity, sampling)
-        for kind in kinds:
-            completions = _rehearse(session, kind, capacity)
-        if session.learning is not None and served is not None:
-            session.learning.rehearse(completions[-1], served)
-    if session.learning is not None and served is not None:
-        session.learning.calibrate(
-            completions[-1], session.draft, served, session.batch_size
+        if len(chooser.controller.actions) > 1 or not chooser.has_costs:
+            measure_costs(engine, chooser, served, requests[-1], batch_size, capacity)
+        completions = []
+        for request in requests:
+            completions = _decode_twice(
+                engine, chooser, served, request, capacity, batch_size
+            )
+        answered.append(completions[-1])
+    return answered
+
+
+def warm_up_trainer(
+    trainer: Trainer,
+    state: SessionState,
+    served: Draft,
+    completions: list[Completion],
+    batch_size: int,
+) -> TrainerState:
+    """Compiles what learning needs, and fixes its interval and its costs.
+
+    Args:
+      completions: One of each capacity; the last one was decoded at full speed.
+      batch_size: Requests that were decoded beside each other.
+
+    Returns:
+      The trainer's state, which has learned nothing.
+    """
+    speeds = [None] * (len(completions) - 1) + [speed_of(completions[-1], batch_size)]
+    trained = state.trainer
+    for completion, speed in zip(completions, speeds, strict=True):
+        trained = trainer.warm_up(
+            trained, state.traffic, state.draft, served, completion, speed
         )
-    release_memory()
-    return time.perf_counter() - start
+    assert trained is not None
+    return trained
 
 
-def _rehearse(
-    session: Session, request: Request, capacity: int | None
-) -> list[Completion]:
+def _decode_twice(
+    engine: Engine, chooser: Chooser, served: Draft | None, request: Request,
+    capacity: int | None, batch_size: int,
+) -> list[Completion]:  # fmt: skip
     """Serves a request twice, and takes a longer step where one may come."""
-    requests = [request] * session.batch_size
-    draft_fn = lambda: session.served_draft
-    # A copy: the controller shall not hear of rehearsals.
-    chooser = dataclasses.replace(session.chooser)
+    requests = [request] * batch_size
+    # A copy: the controller shall not hear of what is no traffic.
+    own = dataclasses.replace(chooser)
     serve = lambda: list(
-        session.engine.serve(
-            requests, draft_fn, session.batch_size, capacity, chooser=chooser
-        )
+        engine.serve(requests, lambda: served, batch_size, capacity, chooser=own)
     )
     serve()
     completions = serve()
-    _rehearse_longer(session, request, capacity)
+    _compile_longer_steps(engine, served, request, capacity, batch_size)
     return completions
 
 
-def _rehearse_longer(session: Session, request: Request, capacity: int | None) -> None:
+def _compile_longer_steps(
+    engine: Engine, served: Draft | None, request: Request, capacity: int | None,
+    batch_size: int,
+) -> None:  # fmt: skip
     """Compiles the step for sure suggestions, if anybody is ever sure of them."""
-    engine = session.engine
     longer = [action for action in engine.actions if action.drafter == SUGGESTIONS]
     if not longer:
         return
 
     slots = engine.capacity_for([request], capacity)
-    row, output = engine.prefill(session.served_draft, request, slots)
+    row, output = engine.prefill(served, request, slots)
     if output.is_sure is None:
         return
 
-    state = engine.place(None, row, 0, session.batch_size, slots)
+    state = engine.place(None, row, 0, batch_size, slots)
     is_greedy = request.sampling.temperature == 0
     for action in longer:
-        state, output = engine.step(action, is_greedy, session.served_draft, state)
+        state, output = engine.step(action, is_greedy, served, state)
     jax.block_until_ready(output)
 
 
 def measure_costs(
-    session: Session, capacity: int | None, sampling: SamplingConfig
-) -> None:
+    engine: Engine, chooser: Chooser, served: Draft | None, request: Request,
+    batch_size: int, capacity: int | None,
+) -> None:  # fmt: skip
     """Compiles the steps to choose from, and times them for who weighs time."""
-    engine, draft = session.engine, session.served_draft
-    is_timed = not session.chooser.has_costs
-    request = session.probe_request(48, sampling)
+    is_timed = not chooser.has_costs
+    request = dataclasses.replace(request, max_new_tokens=48, prediction_ids=())
     slots = engine.capacity_for([request], capacity)
-    state = engine.start(draft, request, session.batch_size, slots)
-    is_greedy = sampling.temperature == 0
+    state = engine.start(served, request, batch_size, slots)
+    is_greedy = request.sampling.temperature == 0
     steps = {
-        action: functools.partial(engine.step, action, is_greedy, draft)
-        for action in session.chooser.controller.actions
+        action: functools.partial(engine.step, action, is_greedy, served)
+        for action in chooser.controller.actions
     }
     seconds, _ = seconds_of_steps(steps, state, num_rounds=5 if is_timed else 0)
     if is_timed:
-        session.chooser.set_costs(
+        chooser.set_costs(
             {action: float(sharding.agreed(x)) for action, x in seconds.items()}
         )

@@ -7,8 +7,20 @@ import jax
 
 _ADDED = ("is_stopped", "guard/", "learner/opt_state/is_overdue")
 """What older versions did not store, or how its path begins."""
-_RETIRED = ("guard/count", "guard/total", "guard/total_square")
-"""What they stored and nothing reads now: evidence on an iterate that moved on."""
+_RETIRED = (
+    # Evidence on an iterate that moved on.
+    "guard/count",
+    "guard/total",
+    "guard/total_square",
+    # Counts of windows, where none were learned from.
+    "num_waiting",
+    "num_fresh",
+    "update_interval",
+    "learner/num_updates",
+)
+"""What they stored and nothing reads now."""
+_MOVED = {"learner/opt_state/": "learner/"}
+"""How paths began, and begin now: the last layer's learner lay in another's state."""
 
 
 def stored_like(like: Any, stored: Any) -> Any:
@@ -22,13 +34,14 @@ def stored_like(like: Any, stored: Any) -> Any:
       Shapes in the stored structure, which may lack what is new, were it only a None;
       `like` if it is not known how the two belong together.
     """
-    ours, theirs = _by_path(like), _by_path(stored)
+    ours = _by_path(like)
+    theirs = _under_new_names(ours, stored)
     added, retired = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
     if not all(name.startswith(_ADDED) for name in added) or retired - {*_RETIRED}:
         return like
 
     def shape_of(path, leaf):
-        wanted = ours.get(_name(path), leaf)
+        wanted = ours.get(_new_name(ours, _name(path)), leaf)
         return jax.ShapeDtypeStruct(wanted.shape, wanted.dtype)
 
     return jax.tree_util.tree_map_with_path(shape_of, stored)
@@ -36,9 +49,25 @@ def stored_like(like: Any, stored: Any) -> Any:
 
 def brought_up(like: Any, restored: Any) -> Any:
     """A restored state in today's structure; what it lacks is a shape, as in `like`."""
-    found = _by_path(restored)
+    found = _under_new_names(_by_path(like), restored)
     take = lambda path, shape: found.get(_name(path), shape)
     return jax.tree_util.tree_map_with_path(take, like)
+
+
+def _under_new_names(ours: dict[str, Any], stored: Any) -> dict[str, Any]:
+    """Stored leaves by the paths that they have now."""
+    return {_new_name(ours, name): leaf for name, leaf in _by_path(stored).items()}
+
+
+def _new_name(ours: dict[str, Any], name: str) -> str:
+    """The path that a stored leaf has now; its old one, if it has none."""
+    if name in ours:
+        return name
+    for old, new in _MOVED.items():
+        moved = new + name.removeprefix(old)
+        if name.startswith(old) and moved in ours:
+            return moved
+    return name
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -223,8 +223,8 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path
     assert head + answers(second, PROMPTS[3:]) == expected
     assert second.chooser.state == straight.chooser.state
     for a, b in zip(
-        jax.tree.leaves((second.learning.state, second.learning.traffic)),
-        jax.tree.leaves((straight.learning.state, straight.learning.traffic)),
+        jax.tree.leaves((second.state.trainer, second.state.traffic)),
+        jax.tree.leaves((straight.state.trainer, straight.state.traffic)),
         strict=True,
     ):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -164,7 +164,7 @@ def test_the_head_stops_and_its_last_good_projection_is_served(
         session.version,
         np.array(session.draft.params["lm_head"]["kernel"]),
     )
-    head = session.learning.head
+    head = session.trainer.update.__self__
     inner = head._head_inputs
 
     def spoil(params, states):

@@ -292,7 +292,7 @@ def test_it_learns_while_serving_and_never_changes_the_output(any_target, tmp_pa
 
 def test_each_answer_is_learned_by_its_own_law(target):
     session = Session(target, loaded(target), learner=HEAD, ngrams=False)
-    head = session.learning.head
+    head = session.trainer.update.__self__
     laws, learn = [], head._learn
     head._learn = lambda state, served, law, *args: (
         laws.append(law) or learn(state, served, law, *args)
@@ -329,8 +329,8 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, tmp_path):
     assert len(second.resume(tmp_path)) == 3
     assert head + answers(second, PROMPTS[3:]) == expected
     for a, b in zip(
-        jax.tree.leaves((straight.learning.state, straight.draft.params)),
-        jax.tree.leaves((second.learning.state, second.draft.params)),
+        jax.tree.leaves((straight.state.trainer, straight.draft.params)),
+        jax.tree.leaves((second.state.trainer, second.draft.params)),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
@@ -347,7 +347,7 @@ def test_a_fallback_learns_from_what_it_drafted_itself(target):
     plain = answers(Session(target))
     draft = dataclasses.replace(loaded(target), mix="fallback", suggestions="suffix")
     session = Session(target, draft, learner=LearnerConfig(name="auto"))
-    assert session.learning.config.name == "head"
+    assert session.learner.name == "head"
     # Of suggested tokens there are states at the roots alone; the last prompts repeat.
     assert answers(session, PROMPTS + PROMPTS[-2:]) == plain + plain[-2:]
     counts = [report.info.num_samples for report in session.reports]

@@ -28,10 +28,10 @@ def span(state, gain, noise=0.0, seed=0):
         if pace.is_compared(state):
             noises = noise * rng.normal(size=4)
             newest = 1.0 + gain * int(state.num_rounds) + noises
-            state = pace.compared(state, newest, np.ones(4), np.ones(4))
-        state = pace.learned(state, 1)
+            state = pace.record_gain(state, newest, np.ones(4), np.ones(4))
+        state = pace.record_update(state, 1)
         if pace.is_over(state):
-            return pace.judged(state).replace(snapshot="newest")
+            return pace.end_span(state).replace(snapshot="newest")
 
 
 def strides(gain, noise=0.0, count=6):
@@ -70,17 +70,17 @@ def test_a_gain_brings_learning_back_step_by_step():
 
 def test_without_evidence_the_pace_stays():
     state = pace.start("", FIRST, COST).replace(stride=jnp.int32(4))
-    state = pace.compared(state, np.ones(4), np.zeros(4), np.zeros(4))
+    state = pace.record_gain(state, np.ones(4), np.zeros(4), np.zeros(4))
     for _ in range(FIRST):
-        state = pace.learned(state, 1)
+        state = pace.record_update(state, 1)
     assert pace.is_over(state)
-    assert int(pace.judged(state).stride) == 4
+    assert int(pace.end_span(state).stride) == 4
 
 
 def serve(state, rates, num_drafted=40):
     """Answers of these acceptance rates; how many until drift is found, and state."""
     for i, rate in enumerate(rates):
-        state = pace.heard(state, 64, num_drafted, round(rate * num_drafted))
+        state = pace.record_answer(state, 64, num_drafted, round(rate * num_drafted))
         if pace.is_drift(state):
             return i, state
     return None, state
@@ -108,7 +108,7 @@ def test_a_regime_is_known_before_it_can_end():
 
 def test_answers_without_drafts_say_nothing():
     _, state = serve(pace.start(None, FIRST, COST), calm(20))
-    silent = pace.heard(state, 64, 0, 0)
+    silent = pace.record_answer(state, 64, 0, 0)
     assert int(silent.num_tokens) == int(state.num_tokens) + 64
     again = silent.replace(num_tokens=state.num_tokens)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
@@ -136,7 +136,7 @@ def draft(target):
 def test_learning_has_a_price_before_it_is_measured(target, draft, own):
     learner = LearnerConfig(name="gradient", pace="pays", budget=0.2, **own)
     session = Session(target, draft, learner=learner)
-    assert float(session.learning.state.pace.cost) == pytest.approx(256 / 4)
+    assert float(session.state.trainer.pace.cost) == pytest.approx(256 / 4)
 
 
 @pytest.mark.filterwarnings("ignore:the mean acceptance length")
@@ -158,7 +158,7 @@ def test_a_session_slows_down_resumes_bitwise_and_wakes(target, draft, tmp_path,
 
     session = open_session()
     answer(session, [ONCE] * 32)
-    state = session.learning.state
+    state = session.state.trainer
     assert int(state.pace.stride) > 1
     num_updates = len(session.reports)
     assert num_updates < 32
@@ -171,11 +171,11 @@ def test_a_session_slows_down_resumes_bitwise_and_wakes(target, draft, tmp_path,
     for one in (session, resumed):
         assert answer(one, new) == expected[1:]
     for a, b in zip(
-        jax.tree.leaves((session.learning.state, session.draft.params)),
-        jax.tree.leaves((resumed.learning.state, resumed.draft.params)),
+        jax.tree.leaves((session.state.trainer, session.draft.params)),
+        jax.tree.leaves((resumed.state.trainer, resumed.draft.params)),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
-    again = session.learning.state.pace
+    again = session.state.trainer.pace
     assert int(again.num_tokens) < int(state.pace.num_tokens)  # of another regime
     assert 1 in [report.stride for report in session.reports[num_updates:]]

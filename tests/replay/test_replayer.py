@@ -11,8 +11,9 @@ from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.learners.registry import build_learner
 from ospec_jax.loading import LoadedDraft, load_draft
-from ospec_jax.online.windows import Adaptation
+from ospec_jax.online.windows import Windows
 from ospec_jax.replay.hindsight import best_per_chunk_in_hindsight, dynamic_regret_proxy
 from ospec_jax.replay.record import open_recording, read_meta, record
 from ospec_jax.replay.replayer import DEFAULT_INTERVAL, Replayer
@@ -83,10 +84,8 @@ def histograms(answers):
 def test_replay_equals_the_engine(target, folder, family, promotion, monkeypatch):
     """Per request and step; learner and served draft at the end, too."""
     # Random models hardly gain anything: half of what there is to gain is a gift.
-    gain_of = Adaptation._gain_of
-    monkeypatch.setattr(
-        Adaptation, "_gain_of", lambda *args: 0.5 + 0.5 * gain_of(*args)
-    )  # fmt: skip
+    gain_of = Windows._gain_of
+    monkeypatch.setattr(Windows, "_gain_of", lambda *args: 0.5 + 0.5 * gain_of(*args))
     draft = make_draft(target, family)
     config = dataclasses.replace(LEARNER, promotion=promotion, promotion_level=0.9)
     session, results = serve(target, draft, config)
@@ -102,8 +101,8 @@ def test_replay_equals_the_engine(target, folder, family, promotion, monkeypatch
     # The logsumexp that a session records is summed in passes of other shapes, which
     # may round its last bit otherwise; all else that learning reads is the same.
     for found, expected in zip(
-        jax.tree.leaves((run.learning.state, run.draft.params)),
-        jax.tree.leaves((session.learning.state, session.draft.params)),
+        jax.tree.leaves((run.state, run.draft.params)),
+        jax.tree.leaves((session.state.trainer, session.draft.params)),
         strict=True,
     ):
         np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -151,7 +150,7 @@ def test_losses_are_those_of_forward_kl(target, folder, draft):
     replayer = Replayer(target, draft, folder, STEPS, has_losses=True)
     run = replayer.run(None)
     learner = dataclasses.replace(LEARNER, loss="forward_kl")
-    evaluate = jax.jit(replayer.learning(learner).adaptation.learner.evaluate)
+    evaluate = jax.jit(build_learner(learner, replayer.drafter.unroll).evaluate)
     for entry, answer in list(zip(replayer.order, run.answers, strict=True))[:4]:
         e = replayer.store.entries[entry]
         segments = replayer.store.segments(
@@ -203,7 +202,7 @@ def test_what_does_not_fit_is_refused(target, folder, draft, tmp_path):
     with pytest.raises(ConfigError, match="update_interval"):
         replayer.run(dataclasses.replace(LEARNER, update_interval=0))
     auto = LearnerConfig(name="auto", memory_slots=0, learning_rate=1e-3)
-    assert replayer.learning(auto).config.update_interval == DEFAULT_INTERVAL
+    assert replayer.trainer(auto)[0].update_interval == DEFAULT_INTERVAL
     with pytest.raises(ConfigError, match="knows no n-grams"):
         replayer.run(LearnerConfig(name="memory"))
     hydra = Replayer(target, make_draft(target, "hydra"), folder, STEPS)

@@ -13,7 +13,7 @@ from ospec_jax.config import ConfigError
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.learners.base import LearnerInfo
 from ospec_jax.learners.last_layer import HeadInfo
-from ospec_jax.online.windows import UpdateReport
+from ospec_jax.online.trainer import UpdateReport
 from ospec_jax.reports.telemetry import (
     Telemetry,
     plot_telemetry,

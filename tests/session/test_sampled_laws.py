@@ -66,15 +66,13 @@ def test_an_answer_that_memory_drafted_follows_the_target(target):
 
     session = ngram_session(target)
     session.warm_up()
-    start = jax.tree.map(np.asarray, session.learning.traffic)
-    state = session.learning.state
+    start = session.state
+    traffic = jax.tree.map(np.asarray, start.traffic)
     num_runs, num_accepted = 800, 0
     counts = dict.fromkeys(law, 0)
     for seed in range(num_runs):
-        session.learning.traffic = jax.tree.map(jax.numpy.asarray, start)
-        session.learning.state = state
-        session.num_admitted = 0
-        session.serve(session.draft)
+        kept = jax.tree.map(jax.numpy.asarray, traffic)
+        session._adopt(dataclasses.replace(start, traffic=kept))
         sampling = SamplingConfig(seed=seed, **how)
         *_, copy = session.generate([PROMPT] * 2, 3, sampling, is_raw=True)
         counts[tuple(copy.token_ids[:2])] += 1
@@ -184,10 +182,10 @@ def test_a_seed_of_its_own_repeats_and_teaches_nothing(target):
         session, [own, own | {"choice": 1}, own], 12, temperature=1.0
     )
     assert first == second != other
-    assert int(session.learning.state.num_prompts) == 0
+    assert int(session.state.trainer.num_prompts) == 0
 
     [greedy] = tokens_of(session, [own], 12)
-    assert int(session.learning.state.num_prompts) == 1
+    assert int(session.state.trainer.num_prompts) == 1
     assert tokens_of(session, [PROMPT], 12) == [greedy]
 
 

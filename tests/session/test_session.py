@@ -17,6 +17,8 @@ from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.learners.base import LearnerState
+from ospec_jax.learners.last_layer import HeadState
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models import finite
 from ospec_jax.models.hub import load_target
@@ -67,9 +69,14 @@ def test_learning_never_changes_the_output(target, draft, plain, promotion):
     learner = dataclasses.replace(LEARNER, promotion=promotion)
     session = Session(target, draft, learner=learner)
     assert answers(session) == plain
-    assert int(session.learning.state.learner.num_updates) > 0
+    assert int(session.state.trainer.learner.num_updates) > 0
     if promotion == "always":
         assert session.version == len(session.reports)
+
+
+def windows_of(session):
+    """What a session's trainer runs, to watch it at work."""
+    return session.trainer.is_due.__self__
 
 
 def leaves_of(params):
@@ -80,11 +87,11 @@ def leaves_of(params):
 def test_what_is_promoted_was_scored_on_what_nobody_trained_on(target, draft, own):
     """Bitwise: not what the learner has become since."""
     session = guarded(target, draft, 0.9, batch_size=4, replay_share=0.5, **own)
-    adaptation = session.learning.adaptation
+    windows = windows_of(session)
     scored, trained, promoted, counts = [], set(), [], []
-    accepted, learn = adaptation._accepted, adaptation._learn
+    accepted, learn = windows._accepted, windows._learn
 
-    def windows(batch):
+    def windows_in(batch):
         for tokens, start, weight in zip(
             batch.feedback.tokens, batch.start, batch.weight, strict=True
         ):
@@ -94,12 +101,12 @@ def test_what_is_promoted_was_scored_on_what_nobody_trained_on(target, draft, ow
 
     def watch_score(params, served, batch):
         scored.append(leaves_of(params))
-        counts.append(len(list(windows(batch))))
-        assert not trained & set(windows(batch))
+        counts.append(len(list(windows_in(batch))))
+        assert not trained & set(windows_in(batch))
         return accepted(params, served, batch)
 
     def watch_learning(state, served, batch):
-        trained.update(windows(batch))
+        trained.update(windows_in(batch))
         return learn(state, served, batch)
 
     def note(report, before, after):
@@ -108,7 +115,7 @@ def test_what_is_promoted_was_scored_on_what_nobody_trained_on(target, draft, ow
         else:
             assert leaves_of(before.params) == leaves_of(after.params)
 
-    adaptation._accepted, adaptation._learn = watch_score, watch_learning
+    windows._accepted, windows._learn = watch_score, watch_learning
     session.on_update = note
     prompts = [f"What is {i} plus {i % 7}?" for i in range(48)]
     results = list(session.generate(prompts, NEW_TOKENS))
@@ -127,7 +134,7 @@ def guarded(target, draft, gain, **own):
         LEARNER, promotion="guarded", promotion_level=0.9, update_interval=30, **own
     )
     session = Session(target, draft, learner=learner, ngrams=False)
-    session.learning.adaptation._gain = lambda *args: jax.numpy.float32(gain)
+    windows_of(session)._gain = lambda *args: jax.numpy.float32(gain)
     return session
 
 
@@ -136,22 +143,22 @@ def test_a_guarded_run_resumes_bitwise(target, draft, tmp_path):
     answers(straight, PROMPTS * 2)
     first = guarded(target, draft, 0.9)
     answers(first, PROMPTS)
-    guard = first.learning.state.guard
+    guard = first.state.trainer.guard
     assert guard.is_open
     assert int(guard.num_requests) > 0
     first.save(tmp_path)
     second = guarded(target, draft, 0.9)
     second.resume(tmp_path)
     answers(second, PROMPTS)
-    assert_same(second.learning.state, straight.learning.state)
+    assert_same(second.state.trainer, straight.state.trainer)
     assert_same(second.draft, straight.draft)
     assert straight.version > 0
 
 
 def test_what_is_worse_is_rolled_back(target, draft):
     session = guarded(target, draft, -0.9, optimizer="sgd", learning_rate=0.1)
-    adaptation, starts, ends = session.learning.adaptation, [], []
-    learn = adaptation._learn
+    windows, starts, ends = windows_of(session), [], []
+    learn = windows._learn
 
     def watch(state, served, batch):
         starts.append(leaves_of(state.params))
@@ -159,7 +166,7 @@ def test_what_is_worse_is_rolled_back(target, draft):
         ends.append(leaves_of(result[0].params))
         return result
 
-    adaptation._learn = watch
+    windows._learn = watch
     answers(session, PROMPTS * 2)
     decisions = [report.decision for report in session.reports]
     assert decisions[:4] == ["wait", "wait", "wait", "rollback"]
@@ -178,7 +185,7 @@ def test_what_stays_unclear_makes_way_for_the_newest_iterate(target, draft):
     decisions = [report.decision for report in session.reports]
     assert decisions[:5] == ["wait", "wait", "expire", "wait", "expire"]
     assert session.version == 0
-    state = session.learning.state
+    state = session.state.trainer
     assert int(state.guard.number) == 1 + decisions.count("expire")
     if decisions[-1] == "expire":
         assert leaves_of(state.guard.candidate) == leaves_of(state.learner.params)
@@ -199,7 +206,7 @@ def test_an_update_that_is_not_finite_ends_learning(
     *_, last = session.reports
     assert last.decision == "stopped"
     assert [r.decision for r in session.reports].count("stopped") == 1
-    served, state = session.served_draft.params, session.learning.state
+    served, state = session.served_draft.params, session.state.trainer
     assert not finite.find_not_finite((served, session.draft.params))
     assert not finite.find_not_finite(state)
     session.save(tmp_path)
@@ -217,9 +224,9 @@ def test_a_good_draft_outlives_the_update_that_is_not_finite(target, draft):
     answers(session, PROMPTS[:4])
     assert session.version > 0
     before, version = leaves_of(session.draft.params), session.version
-    adaptation = session.learning.adaptation
-    learn = adaptation._learn
-    adaptation._learn = lambda learner, served, batch: learn(
+    windows = windows_of(session)
+    learn = windows._learn
+    windows._learn = lambda learner, served, batch: learn(
         learner,
         served,
         batch.replace(
@@ -232,11 +239,23 @@ def test_a_good_draft_outlives_the_update_that_is_not_finite(target, draft):
     assert session.version == version
 
 
-def older_state(state):
-    """As it was stored before promotion was a test by betting."""
-    fields = {
+def shared_structure(state):
+    """As it was stored when all trainers' states had one structure."""
+    zero = jax.numpy.zeros((), int)
+    fields = {"num_waiting": zero, "num_fresh": zero, "update_interval": zero}
+    fields |= {"learner": LearnerState({}, (), zero), "guard": None}
+    fields |= {
         field.name: getattr(state, field.name) for field in dataclasses.fields(state)
     }
+    if isinstance(fields["learner"], HeadState):
+        head = fields["learner"]
+        fields["learner"] = LearnerState({}, head, head.num_updates)
+    return fields
+
+
+def older_state(state):
+    """As it was stored before promotion was a test by betting."""
+    fields = shared_structure(state)
     del fields["is_stopped"]
     zero = np.zeros((), np.float32)
     counts = {"count": np.int32(3), "total": zero, "total_square": zero}
@@ -254,33 +273,45 @@ def older_traffic(traffic):
     return fields | {"ring": ring}
 
 
+@pytest.mark.parametrize("structure", [shared_structure, older_state])
 @pytest.mark.parametrize(
-    "own", [{}, {"promotion": "guarded"}, {"pace": "pays"}, {"name": "head"}]
+    "own",
+    [
+        {},
+        {"promotion": "guarded"},
+        {"pace": "pays"},
+        {"name": "head"},
+        {"name": "head", "pace": "pays"},
+        {"name": "memory"},
+    ],
 )
-def test_a_checkpoint_of_an_older_version_resumes(target, draft, tmp_path, own):
+def test_a_checkpoint_of_an_older_version_resumes(
+    target, draft, tmp_path, own, structure
+):
     learner = LearnerConfig(**own)
-    if learner.name != "head":
+    if learner.is_training:
         learner = dataclasses.replace(LEARNER, **own)
     session = Session(target, draft, learner=learner)
     answers(session, PROMPTS[:4])
-    state, folder = session.learning.state, tmp_path / "old"
-    settings = dataclasses.asdict(learner) | {"min_windows": 8}
+    state, folder = session.state.trainer, tmp_path / "old"
+    settings = learner.to_json() | {"min_windows": 8}
     del settings["promotion_level"], settings["promotion_patience"]
     meta = dataclasses.replace(session.meta, learner=settings)
     checkpoint.save(
-        folder, int(state.num_prompts), meta, session.draft, older_state(state),
-        older_traffic(session.learning.traffic),
+        folder, int(state.num_prompts), meta, session.draft, structure(state),
+        older_traffic(session.state.traffic),
     )  # fmt: skip
     resumed = Session(target, draft, learner=learner)
     resumed.resume(folder)
-    found = resumed.learning.state
+    found = resumed.state.trainer
     assert not found.is_stopped
-    assert_same(found.replace(guard=None), state.replace(guard=None))
-    assert_same(resumed.learning.traffic, session.learning.traffic)
-    if learner.promotion == "guarded":
+    if learner.promotion == "guarded" and structure is older_state:
         assert not found.guard.is_open
+        found, state = found.replace(guard=None), state.replace(guard=None)
+    assert_same(found, state)
+    assert_same(resumed.state.traffic, session.state.traffic)
     answers(resumed, PROMPTS[4:])
-    assert len(resumed.reports) > 0
+    assert bool(resumed.reports) == (learner.name != "memory")
 
 
 def test_learning_raises_acceptance_on_repeated_traffic(target, draft):
@@ -334,8 +365,8 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path
     tail = answers(second, PROMPTS[5:])
 
     assert head + tail == expected
-    assert_same(second.learning.state, straight.learning.state)
-    assert_same(second.learning.traffic, straight.learning.traffic)
+    assert_same(second.state.trainer, straight.state.trainer)
+    assert_same(second.state.traffic, straight.state.traffic)
     assert_same(second.draft, straight.draft)
 
 
@@ -386,7 +417,7 @@ def test_every_learner_serves_exactly_and_resumes_bitwise(
     resumed.resume(tmp_path)
     for one in (session, resumed):
         assert answers(one, PROMPTS[3:5]) == plain[3:5]
-    assert_same(resumed.learning.state, session.learning.state)
+    assert_same(resumed.state.trainer, session.state.trainer)
     assert_same(resumed.draft, session.draft)
     moved = jax.tree.map(
         lambda a, b: float(np.abs(a - b).max()), session.draft.params,
@@ -400,19 +431,19 @@ def test_a_chunk_of_prompts_is_learned_from_as_a_whole(target, draft, plain):
     """Every window of the chunk, oldest first, in each epoch."""
     learner = dataclasses.replace(LEARNER, update_every_prompts=3, num_epochs=2)
     session = Session(target, draft, learner=learner, ngrams=False)
-    state = lambda: session.learning.state
-    adaptation, seen = session.learning.adaptation, []
-    learn = adaptation._learn
+    state = lambda: session.state.trainer
+    windows, seen = windows_of(session), []
+    learn = windows._learn
 
     def watch(learner, served, batch):
         seen.append(batch)
         return learn(learner, served, batch)
 
-    adaptation._learn = watch
+    windows._learn = watch
     assert answers(session, PROMPTS[:2]) == plain[:2]
     assert not seen
     assert answers(session, PROMPTS[2:4]) == plain[2:4]
-    ring = session.learning.traffic.ring
+    ring = session.state.traffic.ring
     num_windows = int(ring.num_added - state().num_fresh)  # those of three prompts
     num_batches = -(-num_windows // learner.batch_size)
     assert 3 <= num_windows <= ring.capacity
@@ -436,8 +467,8 @@ def test_experts_are_not_judged_by_what_they_were_trained_on(target, draft):
         step_ratio=4.0,
     )  # fmt: skip
     session = Session(target, draft, learner=learner, ngrams=False)
-    adaptation, seen, changes = session.learning.adaptation, set(), []
-    learn = adaptation._learn
+    windows, seen, changes = windows_of(session), set(), []
+    learn = windows._learn
 
     def watch(learner, served, batch):
         tokens = np.asarray(batch.feedback.tokens).tobytes()
@@ -448,11 +479,11 @@ def test_experts_are_not_judged_by_what_they_were_trained_on(target, draft):
         seen.add(tokens)
         return result
 
-    adaptation._learn = watch
+    windows._learn = watch
     answers(session)
     assert {is_same for is_old, is_same in changes if is_old} == {True}
     assert [is_same for is_old, is_same in changes if not is_old].count(False) > 2
-    assert adaptation._update._cache_size() == 1
+    assert windows._update._cache_size() == 1
 
 
 @pytest.mark.parametrize("family", ["ngram", "suffix"])
@@ -470,7 +501,7 @@ def test_an_ngram_draft_learns_and_resumes_without_parameters(
     assert_same(second.memory, first.memory)
     assert answers(second, PROMPTS[5:]) == plain[5:]
     assert_same(second.memory, straight.memory)
-    assert_same(second.learning.state, straight.learning.state)
+    assert_same(second.state.trainer, straight.state.trainer)
 
 
 @pytest.fixture(scope="module")
@@ -552,16 +583,16 @@ def test_resume_without_feedback_warns_and_starts_an_empty_ring(
     resumed = Session(target, draft, learner=LEARNER)
     with pytest.warns(UserWarning, match="holds no feedback"):
         resumed.resume(tmp_path)
-    assert int(resumed.learning.traffic.ring.num_added) == 0
+    assert int(resumed.state.traffic.ring.num_added) == 0
 
 
 def test_a_budget_is_measured_before_the_first_answer(target, draft):
     """Without a warm-up by hand, too: or every answer would bring an update."""
     learner = LearnerConfig(batch_size=2, window=32, ring_capacity=4, budget=0.001)
     session = Session(target, draft, learner=learner)
-    assert not session.learning.is_calibrated
+    assert not session.trainer.is_ready(session.state.trainer)
     answers(session, PROMPTS[:3])
-    assert int(session.learning.state.update_interval) > 3 * NEW_TOKENS
+    assert int(session.state.trainer.update_interval) > 3 * NEW_TOKENS
     assert not session.reports
 
 
@@ -572,27 +603,25 @@ def test_a_budget_counts_passes_which_cost_the_same_however_much_they_yield(
     session = Session(target, draft, learner=learner)
     (result,) = session.generate(PROMPTS[:1], NEW_TOKENS)
     assert result.stats.num_drafts < len(result.token_ids)
-    assert int(session.learning.state.num_waiting) == result.stats.num_drafts
+    assert int(session.state.trainer.num_waiting) == result.stats.num_drafts
 
 
-def test_a_budget_counts_the_work_of_all_rows(target, draft, monkeypatch):
+def test_a_budget_counts_the_work_of_all_rows(target, draft):
     learner = LearnerConfig(batch_size=2, window=32, ring_capacity=4)
     session = Session(target, draft, learner=learner, batch_size=2)
-    asked, calibrate = [], session.learning.adaptation.calibrate
-    monkeypatch.setattr(
-        session.learning.adaptation, "calibrate",
-        lambda *args: (asked.append(args[-2:]), calibrate(*args))[1],
-    )  # fmt: skip
-    completions = []
-    observed = session.learning.calibrate
-    session.learning.calibrate = lambda completion, *rest: (
-        completions.append(completion), observed(completion, *rest)
-    )  # fmt: skip
-    session.warm_up()
-    (done,) = completions
+    asked, warm_up = [], session.trainer.warm_up
+
+    def watch(*args):
+        asked.append(args[-2:])
+        return warm_up(*args)
+
+    session.trainer = session.trainer._replace(warm_up=watch)
+    session.warm_up(capacities=[None, 256])
+    [(_, nothing), (done, speed)] = asked
+    assert nothing is None
     seconds = done.seconds / 2
     per_token, per_step = seconds / len(done.token_ids), seconds / done.stats.num_drafts
-    assert asked == [pytest.approx((per_token, per_step))]
+    assert speed == pytest.approx((per_token, per_step))
 
 
 def test_older_feedback_is_not_taken_for_the_newest_steps(target, draft, tmp_path):
@@ -604,8 +633,8 @@ def test_older_feedback_is_not_taken_for_the_newest_steps(target, draft, tmp_pat
     resumed = Session(target, draft, learner=LEARNER)
     with pytest.warns(UserWarning, match="step 2 .* holds no feedback"):
         resumed.resume(tmp_path)
-    assert int(resumed.learning.traffic.ring.num_added) == 0
-    assert_same(resumed.learning.state, session.learning.state)
+    assert int(resumed.state.traffic.ring.num_added) == 0
+    assert_same(resumed.state.trainer, session.state.trainer)
 
 
 def test_settings_that_were_never_read_do_not_hinder_a_resume():
@@ -674,7 +703,7 @@ def test_stop_string_ends_and_trims_the_answer(target, draft):
     assert text.startswith(result.text)
     assert whole.token_ids[: len(result.token_ids)] == result.token_ids
     # What was trimmed is not learned from either.
-    assert int(stopped.learning.state.num_waiting) == len(result.token_ids)
+    assert int(stopped.state.trainer.num_waiting) == len(result.token_ids)
 
 
 def test_streamed_text_adds_up(target, draft):
@@ -688,7 +717,7 @@ def test_streamed_text_adds_up(target, draft):
 
 def test_collapsed_acceptance_warns(target, draft, plain, monkeypatch):
     # Random weights may end most answers early: how early differs between machines.
-    monkeypatch.setattr("ospec_jax.session.session.session._COLLAPSE_STEPS", 40)
+    monkeypatch.setattr("ospec_jax.session.session._COLLAPSE_STEPS", 40)
     never = max(set(range(target.config.vocab_size)) - set(sum(plain, [])))
     wrong = np.full_like(draft.draft.token_ids, never)
     useless = LoadedDraft(draft.draft.replace(token_ids=wrong), draft.meta)
@@ -712,7 +741,7 @@ def test_predicted_answers_come_faster(target, draft, plain):
 
 @pytest.mark.filterwarnings("ignore:the mean acceptance length")
 def test_counts_go_on_after_a_look_at_them(target, draft, monkeypatch):
-    monkeypatch.setattr("ospec_jax.session.session.session._COLLAPSE_STEPS", 1)
+    monkeypatch.setattr("ospec_jax.session.session._COLLAPSE_STEPS", 1)
     session = Session(target, draft, ngrams=False)
     results = list(session.generate(PROMPTS[:3], NEW_TOKENS))
     counts = [result.stats.num_drafts for result in results]

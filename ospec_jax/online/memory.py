@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning n-grams: beside whatever else is learned, or alone."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from ospec_jax import sharding
+from ospec_jax.decoding.request import Completion
+from ospec_jax.drafters import ngram
+from ospec_jax.online.trainer import (
+    Traffic,
+    Trainer,
+    TrainerState,
+    UpdateReport,
+    new_counts,
+)
+from ospec_jax.types import Draft
+
+
+def with_memory(
+    trainer: Trainer, num_slots: int, orders: tuple[int, ...],
+    mesh: jax.sharding.Mesh | None = None,
+) -> Trainer:  # fmt: skip
+    """A trainer that also remembers the n-grams of answers; it changes nothing else.
+
+    Args:
+      num_slots: n-grams of each order that are remembered; 0 leaves the trainer as it
+        is.
+      orders: Lengths of the n-grams.
+    """
+    if num_slots == 0:
+        return trainer
+    remember = jax.jit(sharding.pinned(ngram.remember, mesh, sharding.replicated))
+
+    def init(draft: Draft):
+        state, traffic = trainer.init(draft)
+        memory = sharding.put_params(ngram.init_memory(num_slots, orders), mesh)
+        return state, traffic.replace(memory=memory)
+
+    def observe(state, traffic: Traffic, draft: Draft, completion: Completion):
+        assert traffic.memory is not None
+        memory = remember(traffic.memory, *_ngrams_of(completion))
+        state, traffic = trainer.observe(state, traffic, draft, completion)
+        return state, traffic.replace(memory=memory)
+
+    def warm_up(state, traffic: Traffic, draft, served, completion, speed=None):
+        jax.block_until_ready(remember(traffic.memory, *_ngrams_of(completion)))
+        return trainer.warm_up(state, traffic, draft, served, completion, speed)
+
+    return trainer._replace(init=init, observe=observe, warm_up=warm_up)
+
+
+def _ngrams_of(completion: Completion) -> tuple[np.ndarray, np.int32, np.int32]:
+    """Padded tokens `[capacity]`, where the answer begins, and how many are real."""
+    ids = [*completion.request.prompt_ids, *completion.token_ids]
+    padded = np.zeros(completion.capacity, np.int32)  # few lengths, few executables
+    padded[: len(ids)] = ids
+    return padded, np.int32(len(completion.request.prompt_ids)), np.int32(len(ids))
+
+
+def counting_trainer(
+    serve: Callable[[Draft], Draft], mesh: jax.sharding.Mesh | None = None
+) -> Trainer:
+    """Trains nothing, and counts the answers; `with_memory` it learns n-grams alone.
+
+    Args:
+      serve: The draft of a float32 one that decodes.
+    """
+
+    def init(draft: Draft):
+        state = sharding.put_params(TrainerState(*new_counts()), mesh)
+        return state, Traffic()
+
+    def observe(state: TrainerState, traffic, draft, completion):
+        return state.replace(num_prompts=state.num_prompts + 1), traffic
+
+    def warm_up(state, traffic, draft, served, completion, speed=None):
+        observe(state, traffic, draft, completion)
+        return state
+
+    def update(*_) -> tuple[TrainerState, Draft, Draft, UpdateReport]:
+        raise AssertionError("there is nothing to train")
+
+    return Trainer(
+        recording="nothing",
+        init=init,
+        serve=serve,
+        warm_up=warm_up,
+        is_ready=lambda state: True,
+        observe=observe,
+        is_due=lambda state: False,
+        answers_until_due=lambda state, num_tokens: len(num_tokens),
+        update=update,
+        label="'memory'",
+        remedy="",
+    )

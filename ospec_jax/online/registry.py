@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainers by what a learner needs to know."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+from ospec_jax.config import LearnerConfig
+from ospec_jax.drafters.base import Drafter
+from ospec_jax.learners.registry import build_learner
+from ospec_jax.models.layers import Numerics
+from ospec_jax.online.last_layer import last_layer_trainer
+from ospec_jax.online.memory import counting_trainer, with_memory
+from ospec_jax.online.trainer import Trainer
+from ospec_jax.online.windows import windows_trainer
+from ospec_jax.types import Draft, SharedTables
+
+
+def build_trainer(
+    config: LearnerConfig,
+    drafter: Drafter,
+    shared: SharedTables,
+    serve: Callable[[Draft], Draft],
+    *,
+    tap_width: int,
+    hidden_size: int,
+    vocab_size: int,
+    numerics: Numerics,
+    orders: Sequence[int] = (),
+    mesh: jax.sharding.Mesh | None = None,
+) -> Trainer:
+    """The trainer of a configuration.
+
+    Args:
+      drafter: Of the draft that is trained.
+      shared: The target's embedding and head.
+      serve: The draft of a float32 one that decodes.
+      tap_width: Width of the features that are recorded for the draft.
+      hidden_size: Width of the target's final states.
+      vocab_size: The target's.
+      orders: Lengths of the n-grams to remember; none remembers none.
+
+    Raises:
+      ConfigError: The draft cannot be trained like this, or settings do not go
+        together.
+    """
+    if config.recording == "nothing":
+        trainer = counting_trainer(serve, mesh)
+    elif config.recording == "states":
+        trainer = last_layer_trainer(
+            config, drafter.head_inputs, numerics, vocab_size, serve, mesh
+        )
+    else:
+        learner = build_learner(config, drafter.unroll)
+        trainer = windows_trainer(
+            config, learner, shared, serve, tap_width, hidden_size, mesh
+        )
+    num_slots = config.memory_slots if orders else 0
+    return with_memory(trainer, num_slots, tuple(orders), mesh)
