@@ -35,7 +35,7 @@ from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.tokenizer import TextStream
-from ospec_jax.online.trainer import Learned, UpdateReport, learn_from
+from ospec_jax.online.trainer import Learned, UpdateReport, go_on_from, learn_from
 from ospec_jax.session import build, resume, warm_up
 from ospec_jax.session.state import SessionState
 from ospec_jax.storage.checkpoint import Meta
@@ -163,11 +163,11 @@ class Session:
         """Goes on from a state, whatever was before."""
         self._state = state
         self._served = None
-        if state.draft is not None:
+        if state.draft is not None and self.trainer is None:
             self._served = self._serve(state.draft)
-        if state.traffic is not None and state.traffic.memory is not None:
-            assert self._served is not None
-            self._served = self._served.replace(memory=state.traffic.memory)
+        elif state.draft is not None and state.traffic is not None:
+            now = go_on_from(self.trainer, state.trainer, state.traffic, state.draft)
+            self._served = now.served
         self.chooser.resume(state.controller)
 
     @property
