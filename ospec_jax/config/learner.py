@@ -131,7 +131,7 @@ class LearnerConfig:
         of target passes by a measurement at the start and then kept.
       pace: `always` learns on every occasion (an interval, a chunk of prompts, for
         `head` an answer); `pays` on ever fewer while the gain of learning is less than
-        the time it takes, and on all of them again after a shift; see `learners.pace`.
+        the time it takes, and on all of them again after a shift; see `online.pace`.
       batch_size: Windows in one update.
       window: Pairs trained in a window.
       num_context: Pairs before each window that are attended to.
@@ -144,7 +144,7 @@ class LearnerConfig:
       replay_share: Part of each batch drawn from older windows.
       promotion: `always` serves each iterate; `guarded` only proven ones.
       promotion_level: Probability that a run with guarded promotion ever serves an
-        iterate that is no better than the one before; see `learners.promotion`.
+        iterate that is no better than the one before; see `online.promotion`.
       promotion_patience: Requests on which a candidate is scored before the newest
         iterate takes its place: each of a chunk of prompts, one for each interval.
       ring_capacity: Windows remembered.
