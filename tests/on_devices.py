@@ -224,7 +224,7 @@ def test_learning_and_its_checkpoints(session_target, loaded, tmp_path):
 def test_an_update_gathers_no_weight(session_target, loaded):
     split = split_target(session_target, sharding.make_mesh("data=2,model=4"))
     session, _ = learned(split, loaded)
-    windows, now = session.trainer.is_due.__self__, session.state
+    windows, now = session.trainer.update.__self__, session.state
     batch = windows._batch(now.traffic.ring, *np.int32([4, 0, 0]), np.bool_(True))
     assert batch.start.sharding.shard_shape(batch.start.shape) == (2,)
     state = now.trainer.learner

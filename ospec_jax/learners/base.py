@@ -27,7 +27,7 @@ class Segments:
       weight: `[b, t]` how much the target's distribution after token i counts; 0 where
         nothing was verified.
       is_fresh: `[b]` whether no update has trained on the window before; None if that
-        holds for all. Windows come round again in later epochs, and to be rehearsed.
+        holds for all. Windows come round again in later epochs, and to be repeated.
     """
 
     feedback: Feedback
@@ -107,24 +107,33 @@ def unchanged(state: LearnerState) -> LearnerState:
 
 
 class Learner(NamedTuple):
-    """An online learner.
+    """An online learner: a rule that moves a draft's parameters.
+
+    Its functions are pure, and compiled once. States keep their structure, shapes and
+    dtypes, and hold arrays alone: they are stored as they are. Compiled, `update`
+    overwrites all of a state but `params`, which may be in use elsewhere; whoever
+    compiles it so gives it copies of what `init` and `restart` return.
 
     Attributes:
-      init: `params -> LearnerState`. Learners that keep a static draft (`anchor` in
-        their state) take it as another argument, if it is not `params`.
-      update: `(state, segments, shared, token_ids) -> (state, LearnerInfo)`. Of the
-        target it sees the frozen embedding and head only, so it cannot run it again.
+      init: `params -> LearnerState`.
+      update: `(state, segments, shared, token_ids) -> (state, LearnerInfo)`. Where the
+        segments weigh nothing, the state stays as it is. `shared` (of the target the
+        frozen embedding and head only, so that it cannot be run again) and `token_ids`
+        (the draft vocabulary) are there to be handed on to the objective.
       evaluate: `(params, segments, shared, token_ids) -> (LearnerInfo, accepted [b])`,
         forward only; accepted draft tokens by window.
       begin: `state -> state`, called before the first update on a new round of traffic
         (an interval, a chunk of prompts). Most learners do nothing then, and all of
         them learn without it.
+      restart: `(state, params) -> state`: begins anew at `params`, keeping what a
+        learner shall not forget (a static draft, say); None begins as `init` does.
     """
 
     init: Callable
     update: Callable
     evaluate: Callable
     begin: Callable = unchanged
+    restart: Callable | None = None
 
 
 def new_state(params: Params, opt_state: Any) -> LearnerState:
@@ -183,7 +192,9 @@ def distance(left: Params, right: Params) -> Float[Array, ""]:
 
 
 def restarted(learner: Learner, state: LearnerState, params: Params) -> LearnerState:
-    """Begins anew at `params`; the static draft, where a learner keeps one, stays."""
-    anchor = getattr(state.opt_state, "anchor", None)
-    args = (params,) if anchor is None else (params, anchor)
-    return learner.init(*args).replace(num_updates=state.num_updates)
+    """Begins anew at `params`, and goes on counting."""
+    if learner.restart is None:
+        new = learner.init(params)
+    else:
+        new = learner.restart(state, params)
+    return new.replace(num_updates=state.num_updates)

@@ -85,6 +85,9 @@ def ensemble(
     """
     sizes = jnp.asarray(steps)
 
+    def restart(state: LearnerState, params):
+        return init(params, state.opt_state.anchor)
+
     def init(params, anchor=None):
         copies = lambda x: jnp.repeat(x[None], len(steps), axis=0)
         count = 1 + len(steps)
@@ -142,7 +145,7 @@ def ensemble(
         losses = jnp.where(is_heard, infos.fresh_loss, infos.loss)
         return new, _summary(infos, losses, old.weights, new, state)
 
-    return Learner(init=init, update=update, evaluate=objective.score, begin=begin)
+    return Learner(init, update, objective.score, begin, restart)
 
 
 def _summary(

@@ -100,6 +100,9 @@ def shared_ensemble(
     pulls = 1.0 - (1.0 - jnp.minimum(pull * sizes / middle, 1.0)) ** round_length
     count = 1 + len(steps)
 
+    def restart(state: LearnerState, params):
+        return init(params, state.opt_state.anchor)
+
     def init(params, anchor=None):
         anchor = params if anchor is None else anchor
         each = lambda x: jnp.repeat(x[None], len(steps), axis=0)
@@ -201,7 +204,7 @@ def shared_ensemble(
         info = info._replace(grad_norm=optax.global_norm(grads), extra=extra)
         return new.replace(params=played, opt_state=opt_state), info
 
-    return Learner(init=init, update=update, evaluate=objective.score)
+    return Learner(init, update, objective.score, restart=restart)
 
 
 def _each(factors: Float[Array, " m"], stacked: Array) -> Array:

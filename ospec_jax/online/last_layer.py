@@ -74,7 +74,7 @@ def last_layer_trainer(
     Args:
       head_inputs: The drafter's.
       vocab_size: The target's.
-      serve: The draft of a float32 one that decodes.
+      serve: Makes the draft that decodes of one in float32.
 
     Raises:
       ConfigError: The draft has no output projection of its own, or it is split over
@@ -168,7 +168,7 @@ class LastLayer:
         seconds_of_update()
         if state.pace is None:
             return state
-        self._compared(state.pace, served, completion)
+        self._record_gains(state.pace, served, completion)
         pace.warm_up(state.pace, num_windows=1)
         if speed is None or int(state.num_prompts) > 0:
             return state  # what is on its way keeps its price
@@ -214,7 +214,7 @@ class LastLayer:
         start, stride = time.perf_counter(), state.stride
         num_updates = num_chunks = _num_chunks(completion)
         if state.pace is not None and pace.is_compared(state.pace):
-            compared = self._compared(state.pace, served, completion)
+            compared = self._record_gains(state.pace, served, completion)
             state = state.replace(pace=compared)
             num_updates = 2 * num_chunks
 
@@ -241,7 +241,7 @@ class LastLayer:
         report = UpdateReport(info, decision, seconds, stride, float(info.step_norm))
         return state, draft, served, report
 
-    def _compared(
+    def _record_gains(
         self, state: pace.PaceState, served: Draft, completion: Completion
     ) -> pace.PaceState:
         """Holds the served projection against the snapshot, before learning."""

@@ -66,7 +66,7 @@ def counting_trainer(
     """Trains nothing, and counts the answers; `with_memory` it learns n-grams alone.
 
     Args:
-      serve: The draft of a float32 one that decodes.
+      serve: Makes the draft that decodes of one in float32.
     """
 
     def init(draft: Draft):

@@ -34,7 +34,7 @@ def build_trainer(
     Args:
       drafter: Of the draft that is trained.
       shared: The target's embedding and head.
-      serve: The draft of a float32 one that decodes.
+      serve: Makes the draft that decodes of one in float32.
       tap_width: Width of the features that are recorded for the draft.
       hidden_size: Width of the target's final states.
       vocab_size: The target's.

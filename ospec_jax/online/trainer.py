@@ -167,6 +167,14 @@ class Learned(NamedTuple):
     report: UpdateReport | None = None
 
 
+def go_on_from(trainer: Trainer, state: Any, traffic: Traffic, draft: Draft) -> Learned:
+    """Where a trainer stands that begins, or was restored: with a draft to serve."""
+    served = trainer.serve(draft)
+    if traffic.memory is not None:
+        served = served.replace(memory=traffic.memory)
+    return Learned(state, traffic, draft, served)
+
+
 def learn_from(trainer: Trainer, now: Learned, completion: Completion) -> Learned:
     """Observes an answer, and learns where that is due; waits until it is done.
 

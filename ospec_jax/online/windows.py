@@ -8,31 +8,29 @@ passes once. Not in tokens, for those cost less as the draft learns.
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
 from ospec_jax import sharding
 from ospec_jax.config import LearnerConfig
 from ospec_jax.decoding.request import Completion
 from ospec_jax.learners.base import Learner, LearnerState, Segments, restarted
 from ospec_jax.models import finite
-from ospec_jax.online import batches, pace, promotion
+from ospec_jax.online import batches, pace, promotion, rounds
 from ospec_jax.online.promotion import GuardState
 from ospec_jax.online.ring import (
     add_window,
     init_ring,
     window_starts,
 )
+from ospec_jax.online.rounds import WindowsState
 from ospec_jax.online.trainer import (
     Speed,
     Traffic,
     Trainer,
-    TrainerState,
     UpdateReport,
     new_counts,
 )
@@ -42,30 +40,6 @@ _FIRST_SPAN = 8
 """Rounds of a regime's first span (see `pace`)."""
 _TOKENS_OF_AN_ANSWER = 64
 """Taken for granted where what updates cost has not been measured."""
-
-
-@flax.struct.dataclass
-class WindowsState(TrainerState):
-    """What learning from windows remembers between answers.
-
-    Attributes:
-      learner: The iterate (`w_play`) and its optimizer.
-      num_waiting: Answer tokens since the last update; under a budget, target passes.
-      num_fresh: Windows added since the last update.
-      update_interval: Of what is waiting, between updates.
-      guard: The candidate for promotion; None if every iterate is served.
-    """
-
-    learner: LearnerState = flax.struct.field(kw_only=True)
-    num_waiting: Int[Array, ""] = flax.struct.field(kw_only=True)
-    num_fresh: Int[Array, ""] = flax.struct.field(kw_only=True)
-    update_interval: Int[Array, ""] = flax.struct.field(kw_only=True)
-    guard: GuardState | None = None
-
-    @property
-    def num_updates(self) -> Int[Array, ""]:
-        """Steps that the update rule has taken."""
-        return self.learner.num_updates
 
 
 def windows_trainer(
@@ -82,32 +56,24 @@ def windows_trainer(
     Args:
       learner: The update rule.
       shared: The target's embedding and head.
-      serve: The draft of a float32 one that decodes.
+      serve: Makes the draft that decodes of one in float32.
       tap_width: Width of the features that are recorded for the draft.
       hidden_size: Width of the target's final states.
     """
-    windows = Windows(config, learner, shared, tap_width, hidden_size, mesh)
+    windows = Windows(config, learner, shared, serve, tap_width, hidden_size, mesh)
     return Trainer(
         recording="features",
         init=windows.init,
         serve=serve,
         warm_up=windows.warm_up,
-        is_ready=windows.is_ready,
+        is_ready=functools.partial(rounds.is_ready, config),
         observe=windows.observe,
-        is_due=windows.is_due,
-        answers_until_due=windows.answers_until_due,
-        update=functools.partial(_serving, windows.update, serve),
+        is_due=functools.partial(rounds.is_due, config),
+        answers_until_due=functools.partial(rounds.answers_until_due, config),
+        update=windows.update,
         label=windows.label,
         remedy=windows.remedy,
     )
-
-
-def _serving(update, serve, state, traffic, draft, served, completion):
-    """An update's result with the draft as it decodes, made anew if it is another."""
-    state, draft, report = update(state, traffic, draft)
-    if report.decision == "promote":
-        served = serve(draft)
-    return state, draft, served, report
 
 
 class Windows:
@@ -115,11 +81,13 @@ class Windows:
 
     def __init__(
         self, config: LearnerConfig, learner: Learner, shared: SharedTables,
-        tap_width: int, hidden_size: int, mesh: jax.sharding.Mesh | None = None,
+        serve: Callable[[Draft], Draft], tap_width: int, hidden_size: int,
+        mesh: jax.sharding.Mesh | None = None,
     ):  # fmt: skip
         self.config = config
         self.learner = learner
         self.shared = shared
+        self.serve = serve
         self.mesh = mesh
         self._ring_shape = (
             config.ring_capacity,
@@ -185,12 +153,6 @@ class Windows:
         """What helps against updates that are not finite."""
         return "a lower learning_rate" if self.config.rule is None else "smaller steps"
 
-    def is_ready(self, state: WindowsState) -> bool:
-        """Whether it is known when to learn: a budget of time has to be measured."""
-        if self.config.update_every_prompts:
-            return True
-        return int(state.update_interval) > 0
-
     def warm_up(
         self, state: WindowsState, traffic: Traffic, draft: Draft, served: Draft,
         completion: Completion, speed: Speed | None = None,
@@ -226,14 +188,14 @@ class Windows:
                 guard = self._scored(guard, traffic, draft, none)
         jax.block_until_ready((learner, guard))
         seconds = (time.perf_counter() - start) / num_updates
-        return self._priced(state, seconds, speed)
+        return self._set_costs(state, seconds, speed)
 
-    def _priced(self, state: WindowsState, seconds: float, speed: Speed):
+    def _set_costs(self, state: WindowsState, seconds: float, speed: Speed):
         """Fixes what an update costs, and the interval that a budget buys."""
         if int(state.num_prompts) == 0:  # what is on its way keeps its price
             cost = pace.set_cost(state.pace, seconds / speed.seconds_per_token)
             state = state.replace(pace=cost)
-        if self.is_ready(state):
+        if rounds.is_ready(self.config, state):
             return state
         seconds *= self.config.num_epochs / self.config.budget_share
         interval = max(1, round(seconds / speed.seconds_per_step))
@@ -261,7 +223,7 @@ class Windows:
                 np.int32(completion.num_recorded),
             )  # fmt: skip
         traffic = traffic.replace(ring=ring)
-        state = self._counted(state, completion, len(starts))
+        state = rounds.count_answer(self.config, state, completion, len(starts))
         take_snapshot = lambda: state.learner.params
         state = state.replace(pace=pace.observe(state.pace, completion, take_snapshot))
 
@@ -270,47 +232,16 @@ class Windows:
             guard = self._scored(guard, traffic, draft, np.int32(len(starts)))
         return state.replace(guard=guard), traffic
 
-    def _counted(self, state: WindowsState, completion: Completion, num_windows: int):
-        """Counts an answer."""
-        num_waited = len(completion.token_ids)
-        if self.config.update_interval == 0:
-            num_waited = completion.stats.num_drafts
-        num_prompts, num_waiting, num_fresh = _count(
-            state.num_prompts, state.num_waiting, state.num_fresh, num_waited,
-            num_windows, self.config.update_every_prompts,
-        )  # fmt: skip
-        return state.replace(
-            num_prompts=num_prompts, num_waiting=num_waiting, num_fresh=num_fresh
-        )
-
-    def is_due(self, state: WindowsState) -> bool:
-        """Whether enough prompts, tokens or passes came since the last update."""
-        if bool(state.is_stopped):
-            return False
-        if every := self.config.update_every_prompts:
-            is_over = int(state.num_prompts) % (every * state.stride) == 0
-            return is_over and int(state.num_fresh) > 0
-        return int(state.num_waiting) >= int(state.update_interval) * state.stride
-
-    def answers_until_due(self, state: WindowsState, num_tokens: Sequence[int]) -> int:
-        """See `Trainer`; under a budget, as if each token took a target pass."""
-        if bool(state.is_stopped):
-            return len(num_tokens)
-        if every := self.config.update_every_prompts:
-            every *= state.stride
-            return min(len(num_tokens), every - int(state.num_prompts) % every)
-        missing = int(state.update_interval) * state.stride - int(state.num_waiting)
-        totals = np.cumsum(num_tokens)
-        return min(len(num_tokens), 1 + int(np.sum(totals < missing)))
-
     def _is_scored(
         self, state: WindowsState, guard: GuardState, num_windows: int
     ) -> bool:
         """Whether the answer just observed tells of a candidate's gain."""
         if num_windows == 0 or bool(state.is_stopped):
             return False
-        is_wanted = bool(self.config.update_every_prompts) or self.is_due(state)
-        return is_wanted and bool(guard.is_open) and self._verdict(guard) == "wait"
+        is_chunked = self.config.update_every_prompts > 0
+        if not is_chunked and not rounds.is_due(self.config, state):
+            return False
+        return bool(guard.is_open) and self._verdict(guard) == "wait"
 
     def _scored(
         self, guard: GuardState, traffic: Traffic, draft: Draft, num_windows
@@ -330,9 +261,10 @@ class Windows:
         )
 
     def update(
-        self, state: WindowsState, traffic: Traffic, draft: Draft
-    ) -> tuple[WindowsState, Draft, UpdateReport]:
-        """One round of learning; returns the draft to serve from now on, in float32.
+        self, state: WindowsState, traffic: Traffic, draft: Draft, served: Draft,
+        completion: Completion,
+    ) -> tuple[WindowsState, Draft, Draft, UpdateReport]:  # fmt: skip
+        """One round of learning; see `Trainer`.
 
         If the iterate is not finite after it, learning has stopped: what was served
         goes on being served, and there is nothing else left to learn from.
@@ -353,7 +285,10 @@ class Windows:
             jax.block_until_ready(state.learner.params)
 
         seconds = time.perf_counter() - start
-        return state, draft, UpdateReport(info, decision, seconds, before.stride)
+        report = UpdateReport(info, decision, seconds, before.stride)
+        if decision == "promote":
+            served = self.serve(draft)
+        return state, draft, served, report
 
     def _train(self, state: WindowsState, traffic: Traffic, draft: Draft):
         """All updates of a round.
@@ -447,14 +382,6 @@ class Windows:
     def _gain_of(self, candidate, served, weight):
         steps = self.config.num_steps
         return promotion.gain_of(candidate, served, jnp.sum(weight, axis=1), steps)
-
-
-@functools.partial(jax.jit, static_argnames="every")
-def _count(num_prompts, num_waiting, num_fresh, num_waited, num_windows, every: int):
-    """Counts an answer; windows of a chunk that was passed over are fresh no more."""
-    if every:
-        num_fresh = jnp.where(num_prompts % every == 0, 0, num_fresh)
-    return num_prompts + 1, num_waiting + num_waited, num_fresh + num_windows
 
 
 def _owned(learner: LearnerState) -> LearnerState:

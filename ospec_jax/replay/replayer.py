@@ -33,6 +33,7 @@ from ospec_jax.online.trainer import (
     Trainer,
     TrainerState,
     UpdateReport,
+    go_on_from,
     learn_from,
 )
 from ospec_jax.replay import record
@@ -273,7 +274,7 @@ class Replayer:
         completion = self.completion(first, DecodingStats(), score)
         state, traffic = trainer.init(draft)
         state = trainer.warm_up(state, traffic, draft, served, completion, None)
-        return Learned(state, traffic, draft, served)
+        return go_on_from(trainer, state, traffic, draft)
 
     def run(
         self,

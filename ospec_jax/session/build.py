@@ -32,7 +32,7 @@ class Parts:
     Attributes:
       learner: The one that `auto` stands for, or what can be learned of such a draft;
         `trainer`, what it built. None without learning.
-      serve: The draft of a float32 one that decodes.
+      serve: Makes the draft that decodes of one in float32.
     """
 
     engine: Engine
@@ -160,7 +160,7 @@ def trainer_for(
     """What learning runs.
 
     Args:
-      serve: The draft of a float32 one that decodes.
+      serve: Makes the draft that decodes of one in float32.
       orders: Lengths of the n-grams to remember, if any.
       tap_width: Of what is recorded, if it is more than the draft reads.
     """

@@ -27,7 +27,6 @@ from ospec_jax.data.prompts import (
     Prompt,
     add_predictions,
     encode,
-    encode_prediction,
     parse_prompt,
 )
 from ospec_jax.decoding.request import Completion, Request
@@ -35,46 +34,15 @@ from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.tokenizer import TextStream
-from ospec_jax.online.trainer import Learned, UpdateReport, learn_from
+from ospec_jax.online.trainer import Learned, UpdateReport, go_on_from, learn_from
 from ospec_jax.session import build, resume, warm_up
+from ospec_jax.session.requests import as_prompt, tokenized
+from ospec_jax.session.result import Result
 from ospec_jax.session.state import SessionState
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.types import Draft, NgramMemory
 
 _COLLAPSE_STEPS = 200
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """An answer.
-
-    Attributes:
-      stats: Of this request; see `ospec_jax.decoding.stats`.
-      seconds: Decoding time, learning not included.
-      learning_seconds: Time that learning took after this answer.
-      version: Of the draft that was served when the answer ended: how often learning
-        had changed it; see `online.trainer.TrainerState`.
-    """
-
-    prompt: Prompt
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stats: DecodingStats
-    log_probs: list[float]
-    seconds: float
-    learning_seconds: float = 0.0
-    version: int = 0
-
-    def to_json(self) -> dict:
-        """The command line's JSON object."""
-        return {
-            "id": self.prompt.id,
-            "text": self.text,
-            "token_ids": self.token_ids,
-            "finish_reason": self.finish_reason,
-            "metrics": {"speculative_decoding": self.stats.to_json()},
-        } | ({"logprobs": self.log_probs} if self.log_probs else {})
 
 
 class Session:
@@ -164,11 +132,12 @@ class Session:
         """Goes on from a state, whatever was before."""
         self._state = state
         self._served = None
-        if state.draft is not None:
+        if state.draft is not None and self.trainer is None:
             self._served = self._serve(state.draft)
-        if state.traffic is not None and state.traffic.memory is not None:
-            assert self._served is not None
-            self._served = self._served.replace(memory=state.traffic.memory)
+        elif state.draft is not None and self.trainer is not None:
+            assert state.traffic is not None
+            now = go_on_from(self.trainer, state.trainer, state.traffic, state.draft)
+            self._served = now.served
         self.chooser.resume(state.controller)
 
     @property
@@ -266,26 +235,10 @@ class Session:
         is_raw: bool = False,
     ) -> Iterator[tuple[Prompt, Request]]:  # fmt: skip
         """Tokenises prompts."""
-        for prompt in prompts:
-            ids = encode(prompt, self.target.tokenizer, is_raw)
-            find_stop = self._find_stop if self.stop else None
-            predicted = ()
-            if self.is_drafting:
-                predicted = encode_prediction(prompt, self.target.tokenizer)
-            yield prompt, Request(
-                prompt.id, ids, max_new_tokens, sampling, find_stop, predicted,
-                prompt.prediction_confidence, prompt.seed, prompt.choice,
-            )  # fmt: skip
-
-    def _find_stop(self, token_ids: list[int]) -> int | None:
-        """Tokens to keep when the answer's text holds a stop string."""
-        decode = self.target.tokenizer.decode
-        if not any(s in decode(token_ids) for s in self.stop):
-            return None
-        keep = len(token_ids)
-        while keep and any(s in decode(token_ids[:keep]) for s in self.stop):
-            keep -= 1
-        return keep
+        return tokenized(
+            prompts, self.target.tokenizer, max_new_tokens, sampling, is_raw, self.stop,
+            has_predictions=self.is_drafting,
+        )  # fmt: skip
 
     def generate(
         self,
@@ -305,7 +258,7 @@ class Session:
           predictions: What each answer is expected to be, None for no idea; rows may
             have a key `prediction` instead.
         """
-        parsed = [_as_prompt(p, i) for i, p in enumerate(prompts)]
+        parsed = [as_prompt(p, i) for i, p in enumerate(prompts)]
         if predictions is not None:
             parsed = add_predictions(parsed, predictions)
             if not self.is_drafting and any(predictions):
@@ -452,10 +405,3 @@ class Session:
             has_all_feedback=True,
         )
         return self.answered
-
-
-def _as_prompt(prompt: Prompt | str | dict, number: int) -> Prompt:
-    if isinstance(prompt, Prompt):
-        return prompt
-    row = {"prompt": prompt} if isinstance(prompt, str) else prompt
-    return parse_prompt(row, f"prompt-{number}")

@@ -68,7 +68,8 @@ class Meta:
       fingerprint: Of the target's weights; empty, like `tokenizer_hash`, for a draft
         that was imported without its target.
       storage: Precision of the stored draft parameters.
-      draft_version: Promotions so far.
+      draft_version: How often learning has changed the draft that is served, in all
+        the runs that led to it; see `online.trainer.TrainerState`.
       learner: Name and hyper-parameters of the learner, or empty.
       answered: Ids of the prompts that learning has seen, in order.
       num_admitted: Requests that were ever begun; see `decoding.request.Request.key`.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws that every learner by name obeys, on every trained family of drafts."""
+"""Laws that every update rule obeys, whatever it is called and wherever it is from."""
 
-import dataclasses
 import functools
-import re
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 from reference import random_params
 
-from ospec_jax.config import LEARNER_NAMES, ConfigError, LearnerConfig, TreeConfig
+from ospec_jax.config import LEARNER_NAMES, TreeConfig
+from ospec_jax.control.weighting import hedge
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.learners.base import Learner, Segments
-from ospec_jax.learners.registry import build_learner
+from ospec_jax.learners.base import Segments, restarted
+from ospec_jax.learners.ensemble import ensemble, step_grid
+from ospec_jax.learners.gradient import gradient
+from ospec_jax.learners.objective import build_objective
+from ospec_jax.learners.optimistic import optimistic
+from ospec_jax.learners.optimizers import make_optimizer
+from ospec_jax.learners.osd import osd
+from ospec_jax.learners.shared_ensemble import shared_ensemble
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
@@ -23,45 +30,102 @@ from ospec_jax.types import Draft, Feedback
 
 VOCAB, CONTEXT, WINDOW, STEPS, ROWS = 32, 64, 8, 2, 2
 LENGTH = CONTEXT + WINDOW + STEPS
-TRAINING = [name for name in LEARNER_NAMES if name not in ("head", "memory", "auto")]
-SGD = {"momentum": 0.05, "optimistic": 0.3}
-"""Rates of the rules that were published with it."""
-EXTRA = {
-    "gradient": {"step_norm"},
-    "momentum": {"step_norm"},
-    "optimistic": {"step_norm", "path_length", "hint_error"},
-    "ensemble": {"step_norm", "path_length", "expert_weights", "expert_losses"},
-    "shared_ensemble": {"step_norm", "path_length", "expert_weights", "expert_losses"},
-    "osd": {"step_norm", "buffered"},
-}
+GRID = step_grid(3e-3, 2.0, 3)
+SKELETON = Path(__file__).parents[2] / "docs" / "skeletons" / "learner.py"
 
 
-@dataclasses.dataclass
+def adam(rate=3e-3):
+    return make_optimizer("adam", rate)
+
+
+def weights():
+    return hedge(1.0, 1.0, (1.0,) * (1 + len(GRID)))
+
+
+LEARNERS = [
+    ("gradient", lambda objective: gradient(objective, adam())),
+    (
+        "momentum",
+        lambda objective: gradient(
+            objective, make_optimizer("sgd", 0.05, momentum=0.9)
+        ),
+    ),
+    (
+        "optimistic",
+        lambda objective: optimistic(objective, make_optimizer("sgd", 0.3)),
+    ),
+    ("ensemble", lambda objective: ensemble(objective, adam(1.0), GRID, weights())),
+    (
+        "shared_ensemble",
+        lambda objective: shared_ensemble(objective, adam(1.0), GRID, weights()),
+    ),
+    ("osd", lambda objective: osd(objective, adam(), interval=2)),
+    (
+        "sign_sgd",
+        functools.partial(runpy.run_path(str(SKELETON))["sign_sgd"], step=1e-3),
+    ),
+]
+"""Rules as functions from an objective to a learner: another one is another line."""
+
+
+def test_every_rule_by_name_is_held_to_the_laws():
+    trained = {*LEARNER_NAMES} - {"head", "memory", "auto"}
+    assert trained <= {name for name, _ in LEARNERS}
+
+
 class Case:
     """A learner, what it trains, and what it learns from."""
 
-    name: str
-    family: str
-    learner: Learner
-    draft: Draft
-    meta: Meta
-    segments: Segments
-    shared: object
-    num_traces: int = 0
+    def __init__(self, family, make):
+        architecture = tiny_draft_config(tiny_model_config(VOCAB), 12, family)
+        drafter = build_drafter(family, architecture, TreeConfig("chain", STEPS))
+        self.learner = make(objective_of(family))
+        self.draft = tiny_draft(drafter, architecture)
+        self.meta = Meta.create(None, architecture, family)
+        self.shared = shared_tables(random_params(tiny_model_config(VOCAB)))
+        self.segments = make_segments(self.shared)
+        self.num_traces = 0
 
-    def __post_init__(self):
-        def update(*args):
+        def update(opt_state, state, *data):
             self.num_traces += 1
-            return self.learner.update(*args)
+            return self.learner.update(state.replace(opt_state=opt_state), *data)
 
-        self._update = jax.jit(update)
+        # As it is compiled for use: all but the parameters is overwritten.
+        self._update = jax.jit(update, donate_argnums=0)
 
     def start(self):
-        return self.learner.init(self.draft.params)
+        return owned(self.learner.init(self.draft.params))
 
     def update(self, state, segments=None):
         segments = self.segments if segments is None else segments
-        return self._update(state, segments, self.shared, self.draft.token_ids)
+        copy = owned(state)
+        return self._update(
+            copy.opt_state, copy.replace(opt_state=()), segments, self.shared,
+            self.draft.token_ids,
+        )  # fmt: skip
+
+    def score(self, params, segments=None):
+        segments = self.segments if segments is None else segments
+        return compiled(self.learner.evaluate)(
+            params, segments, self.shared, self.draft.token_ids
+        )
+
+
+@functools.cache
+def objective_of(family):
+    """One for all learners of a family, so that its score is compiled once."""
+    architecture = tiny_draft_config(tiny_model_config(VOCAB), 12, family)
+    drafter = build_drafter(family, architecture, TreeConfig("chain", STEPS))
+    return build_objective(drafter.unroll, CONTEXT, STEPS)
+
+
+@functools.cache
+def compiled(function):
+    return jax.jit(function)
+
+
+def owned(state):
+    return state.replace(opt_state=jax.tree.map(jnp.copy, state.opt_state))
 
 
 def make_segments(shared) -> Segments:
@@ -81,49 +145,29 @@ def make_segments(shared) -> Segments:
 
 # Learners see a draft's parameters and its `unroll` alone, so that two of them tell
 # whether the other families fit.
-CASES = [("eagle3", name) for name in TRAINING]
-CASES += [(f, name) for f in ("eagle1", "hydra") for name in ("gradient", "ensemble")]
+CASES = [("eagle3", name, make) for name, make in LEARNERS]
+CASES += [
+    (family, name, make)
+    for family in ("eagle1", "hydra")
+    for name, make in LEARNERS
+    if name in ("gradient", "ensemble")
+]
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def case(request):
-    family, name = request.param
-    drafter, architecture = make_drafter(family)
-    shared = shared_tables(random_params(tiny_model_config(VOCAB)))
-    return Case(
-        name, family, make_learner(name, drafter), tiny_draft(drafter, architecture),
-        Meta.create(None, architecture, family), make_segments(shared), shared,
-    )  # fmt: skip
-
-
-def make_drafter(family):
-    architecture = tiny_draft_config(tiny_model_config(VOCAB), 12, family)
-    drafter = build_drafter(family, architecture, TreeConfig("chain", STEPS))
-    return drafter, architecture
-
-
-def make_learner(name, drafter) -> Learner:
-    config = LearnerConfig(
-        name=name, num_steps=STEPS, num_context=CONTEXT, window=WINDOW,
-        batch_size=ROWS, num_candidates=0, buffer_requests=2,
-        optimizer="sgd" if name in SGD else "adam",
-        learning_rate=SGD.get(name, 3e-3),
-    )  # fmt: skip
-    learner = build_learner(config, drafter.unroll)
-    assert learner is not None
-    return learner
-
-
-@functools.cache
-def scorer(family):
-    """All learners of a family score parameters alike: they are compiled once."""
-    return jax.jit(make_learner("gradient", make_drafter(family)[0]).evaluate)
+    family, _, make = request.param
+    return Case(family, make)
 
 
 def assert_same(left, right):
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def assert_finite(tree):
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(tree))
 
 
 def shapes(tree):
@@ -137,20 +181,16 @@ def test_it_learns_purely_and_in_one_trace(case):
     first = case.update(state)
     assert_same(case.update(state), first)
     assert shapes(first[0]) == shapes(state)
-    losses = []
+    told = shapes(first[1])
     for _ in range(30):
         state, info = case.update(case.learner.begin(state))
-        losses.append(float(info.loss))
-        assert set(info.extra) == EXTRA[case.name]
-    score = lambda params: scorer(case.family)(
-        params, case.segments, case.shared, case.draft.token_ids
-    )[0]
-    if case.name != "osd":  # whose loss is that of ever fewer, ever harder positions
-        assert losses[-1] < losses[0] - 0.03
-    assert float(score(state.params).loss) < float(score(case.draft.params).loss) - 0.03
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((state, info)))
+        assert shapes(info) == told
+    loss = lambda params: float(case.score(params)[0].loss)
+    assert loss(state.params) < loss(case.draft.params) - 0.03
+    assert_finite((state, info))
     assert int(state.num_updates) == 30
     assert case.num_traces == 1
+    # Nor has it overwritten what it does not own.
     assert_same((case.draft, case.segments, case.shared), before)
 
 
@@ -160,8 +200,29 @@ def test_without_a_signal_nothing_moves(case):
     silent = case.segments.replace(weight=jnp.zeros_like(case.segments.weight))
     after, info = case.update(state, silent)
     assert_same(after, state)
-    assert float(info.extra["step_norm"]) == 0
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(info))
+    assert_finite(info)
+
+
+def test_a_window_is_scored_by_itself(case):
+    both = case.score(case.draft.params)[1]
+    other = case.segments.feedback.tokens.at[1].add(1) % VOCAB
+    changed = case.segments.replace(
+        feedback=case.segments.feedback.replace(tokens=other)
+    )
+    assert both[0] == case.score(case.draft.params, changed)[1][0]
+
+
+def test_it_begins_anew_where_it_is_told_to(case):
+    state = case.start()
+    for _ in range(3):
+        state = case.update(state)[0]
+    again = owned(restarted(case.learner, state, case.draft.params))
+    assert shapes(again) == shapes(state)
+    assert_same(again.params, case.draft.params)
+    assert int(again.num_updates) == 3
+    # Nothing of what it had learned is left.
+    fresh = case.start().replace(num_updates=again.num_updates)
+    assert_same(case.update(again), case.update(fresh))
 
 
 def test_a_checkpoint_brings_it_back_bitwise(case, tmp_path):
@@ -176,65 +237,3 @@ def test_a_checkpoint_brings_it_back_bitwise(case, tmp_path):
     np.testing.assert_array_equal(found.draft.token_ids, case.draft.token_ids)
     assert found.draft.token_ids.dtype == case.draft.token_ids.dtype
     assert_same(case.update(found.learner), case.update(state))
-
-
-def unroll(*_):
-    raise AssertionError("nothing is trained here")
-
-
-def test_memory_has_no_learner():
-    assert build_learner(LearnerConfig(name="memory"), unroll) is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"name": "adam"}, "unknown learner 'adam'; use one of gradient, momentum"),
-        ({"loss": "kl"}, "unknown loss 'kl'"),
-        ({"optimizer": "addam"}, "optax has no optimizer 'addam'"),
-        ({"name": "momentum", "optimizer": "adam"}, "SGD with momentum, not 'adam'"),
-        ({"name": "ensemble", "optimizer": "dog"}, "'dog' finds its own step size"),
-        ({"name": "shared_ensemble", "expert_pull": 0.0}, "would lie on one line"),
-        ({"name": "shared_ensemble", "reset_experts": True}, "use the learner `ens"),
-        ({"num_experts": 1}, "num_experts is 1; use 2"),
-        ({"meta": "exp3"}, "meta is 'exp3'; use hedge or last_chunk"),
-        ({"positions": "wrong"}, "positions is 'wrong'; use all or rejected"),
-        ({"token_share": 0.0}, "token_share is 0.0; use above 0, and at most 1"),
-        ({"num_scored": 5}, "num_scored 5 exceeds batch_size 4"),
-        ({"update_every_prompts": -1}, "update_every_prompts is -1; use 0 (off)"),
-    ],
-)
-def test_what_cannot_be_is_refused(changes, message):
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        build_learner(LearnerConfig(**changes), unroll)
-
-
-@pytest.mark.parametrize("name", SGD)
-def test_a_rate_says_whose_it_is_where_the_rule_was_published_with_sgd(name):
-    cause = (
-        f"'{name}' was published with 'sgd' at a rate of 0.1, and learning_rate 0.001"
-    )
-    with pytest.raises(ConfigError, match=cause) as refused:
-        LearnerConfig(name=name, learning_rate=1e-3)
-    assert "set optimizer 'sgd' (--optimizer sgd)" in str(refused.value)
-    # Momentum is a rule of SGD alone.
-    assert ("--optimizer adam" in str(refused.value)) == (name == "optimistic")
-
-    published = LearnerConfig(name=name)
-    stated = LearnerConfig(name=name, optimizer="sgd", learning_rate=1e-3)
-    assert dataclasses.replace(published, learning_rate=1e-3) == stated
-    assert dataclasses.replace(stated, num_epochs=2).learning_rate == 1e-3
-    if name == "optimistic":
-        adam = LearnerConfig(name=name, optimizer="adam", learning_rate=1e-3)
-        assert adam.optimizer == "adam"
-
-
-def test_defaults_are_the_learners_own():
-    found = {name: LearnerConfig(name=name) for name in LEARNER_NAMES}
-    rates = {name: (c.optimizer, c.learning_rate) for name, c in found.items()}
-    assert rates["gradient"] == rates["ensemble"] == ("adam", 3e-4)
-    assert rates["optimistic"] == rates["momentum"] == ("sgd", 0.1)
-    assert rates["osd"] == ("adam", 1e-4)
-    assert LearnerConfig(name="osd", learning_rate=0.5).learning_rate == 0.5
-    assert found["osd"].update_every_prompts == 1
-    assert found["ensemble"].meta_discount == 1.0

@@ -76,7 +76,7 @@ def test_learning_never_changes_the_output(target, draft, plain, promotion):
 
 def windows_of(session):
     """What a session's trainer runs, to watch it at work."""
-    return session.trainer.is_due.__self__
+    return session.trainer.update.__self__
 
 
 def leaves_of(params):

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a session gives back for a prompt."""
+
+import dataclasses
+
+from ospec_jax.data.prompts import Prompt
+from ospec_jax.decoding.stats import DecodingStats
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An answer.
+
+    Attributes:
+      stats: Of this request; see `ospec_jax.decoding.stats`.
+      seconds: Decoding time, learning not included.
+      learning_seconds: Time that learning took after this answer.
+      version: Of the draft that was served when the answer ended: how often learning
+        had changed it; see `online.trainer.TrainerState`.
+    """
+
+    prompt: Prompt
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: DecodingStats
+    log_probs: list[float]
+    seconds: float
+    learning_seconds: float = 0.0
+    version: int = 0
+
+    def to_json(self) -> dict:
+        """The command line's JSON object."""
+        return {
+            "id": self.prompt.id,
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "metrics": {"speculative_decoding": self.stats.to_json()},
+        } | ({"logprobs": self.log_probs} if self.log_probs else {})
