@@ -106,7 +106,10 @@ def as_drawn(tree, children, logits):
     return tree.replace(children=children, draft_probs=probs)
 
 
-_DRAWING = {"xla_backend_optimization_level": 1}
+_DRAWING = {
+    "xla_backend_optimization_level": 1,
+    "xla_llvm_disable_expensive_passes": False,
+}
 """So many draws take longer than their compilation, whatever the other tests are."""
 
 
