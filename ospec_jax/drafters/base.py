@@ -52,8 +52,8 @@ class Drafter(NamedTuple):
         they were made of; None where these are not of one kind.
       has_features: Those states are predictions of the target's final ones.
       is_sure: `(draft, cache, position [b]) -> is_sure [b]`: whether a long chain of
-        its suggestions is likely to be right; None for a drafter that never is, or has no
-        suggestions. It may return None, too.
+        its suggestions is likely to be right; None for a drafter that never is, or has
+        no suggestions. It may return None, too.
       predict: `(draft, shared, hidden) -> logits [b, q]` of a context's state. Where it
         is given, a context's logits are made when something is drafted, not before:
         plain steps keep a draft up to date for less.
