@@ -32,6 +32,7 @@ from ospec_jax.bench.harness import BenchConfig, run_bench
 from ospec_jax.cli.notation import parse_tree
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts, parse_prompt
 from ospec_jax.decoding.step import shared_tables
+from ospec_jax.types import Roots
 
 BLUE, GREY = "#1f6feb", "#8a8f98"
 CHAIN, TREE = TreeConfig(num_steps=3), parse_tree("dynamic:4,8", 3)
@@ -174,10 +175,9 @@ drafter, draft = session.engine.drafter, session.served_draft
 state, _ = session.engine.prefill(draft, request, 512)
 shared, context = shared_tables(target.params), state.draft_context
 context = context.replace(logits=drafter.predict(draft, shared, context.hidden))
-tree, _ = drafter.propose(
-    draft, shared, state.draft_cache, context, state.last_token, state.lengths,
-    jax.random.split(jax.random.key(0), 1), state.sampling,
-)  # fmt: skip
+keys = jax.random.split(jax.random.key(0), 1)
+roots = Roots(state.last_token, state.lengths, keys, context, state.sampling)
+tree, _ = drafter.propose(draft, shared, state.draft_cache, roots)
 tokens, parents, depths = (
     np.asarray(x[0]) for x in (tree.tokens, tree.parents, tree.depths)
 )

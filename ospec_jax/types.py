@@ -183,6 +183,46 @@ class SamplingParams:
 
 
 @flax.struct.dataclass
+class Roots:
+    """Where a draft begins: the last committed token of each row.
+
+    Attributes:
+      token: `[b]` already emitted, not yet cached.
+      position: `[b]` of that token.
+      keys: `[b]` what drawn children are drawn with.
+      context: The draft after that token.
+      sampling: How each row's tokens are chosen.
+    """
+
+    token: Int[Array, " b"]
+    position: Int[Array, " b"]
+    keys: Key[Array, " b"]
+    context: DraftContext
+    sampling: SamplingParams
+
+
+@flax.struct.dataclass
+class Pairs:
+    """Verified tokens that a draft is brought up to date with.
+
+    A pair is a token that the target has run over and the one that follows it.
+
+    Attributes:
+      inputs: `[b, t]` tokens that the target has run over.
+      tokens: `[b, t]` those that follow them.
+      taps: `[b, t, f]` what the target made of the inputs, at the draft's taps.
+      starts: `[b]` position of the first input.
+      num_valid: `[b]` how many pairs are real; the rest is junk.
+    """
+
+    inputs: Int[Array, "b t"]
+    tokens: Int[Array, "b t"]
+    taps: Float[Array, "b t f"]
+    starts: Int[Array, " b"]
+    num_valid: Int[Array, " b"]
+
+
+@flax.struct.dataclass
 class Feedback:
     """What verification said about consecutive tokens: the training signal.
 

@@ -33,6 +33,8 @@ from ospec_jax.types import (
     Draft,
     DraftTree,
     Feedback,
+    Pairs,
+    Roots,
     SamplingParams,
     SharedTables,
     StepOutput,
@@ -128,10 +130,10 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
                 feedback=record(state.feedback, scored, state.lengths, is_batched)
             )
         if drafter is not None:
+            pairs = Pairs(inputs, emitted, taps, state.lengths, num_emitted)
             draft_cache, context = drafter.extend(
-                draft, shared, state.draft_cache, inputs, emitted, taps,
-                state.lengths, num_emitted,
-            )  # fmt: skip
+                draft, shared, state.draft_cache, pairs
+            )
             state = _extended(drafter, state, draft_cache, context)
         log_probs = None
         if config.has_log_probs:
@@ -194,10 +196,9 @@ def _propose(config, drafter, draft, shared, state, keys):
     context = state.draft_context
     if drafter.predict is not None:
         context = context.replace(logits=drafter.predict(draft, shared, context.hidden))
-    tree, draft_cache = drafter.propose(
-        draft, shared, state.draft_cache, context, root, state.lengths,
-        keys, state.sampling, prediction_hints(state.prediction),
-    )  # fmt: skip
+    roots = Roots(root, state.lengths, keys, context, state.sampling)
+    hints = prediction_hints(state.prediction)
+    tree, draft_cache = drafter.propose(draft, shared, state.draft_cache, roots, hints)
     return tree, state.replace(draft_cache=draft_cache)
 
 
@@ -333,10 +334,10 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             state = state.replace(feedback=recorded)
         if drafter is not None:
             successors = jnp.where(is_end, following[:, None], jnp.roll(tokens, -1, 1))
+            pairs = Pairs(tokens, successors, taps, starts, num_valid)
             draft_cache, context = drafter.extend(
-                draft, shared, state.draft_cache, tokens, successors, taps, starts,
-                num_valid,
-            )  # fmt: skip
+                draft, shared, state.draft_cache, pairs
+            )
             state = _extended(drafter, state, draft_cache, context)
         num_emitted = jnp.where(is_last, 1, 0) * jnp.ones_like(starts)
         num_remaining = state.num_remaining - num_emitted

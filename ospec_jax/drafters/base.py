@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ospec_jax.config import ConfigError, DraftConfig, ModelConfig
-from ospec_jax.types import DraftContext, SharedTables
+from ospec_jax.types import Draft, DraftContext, Pairs, SharedTables
 
 
 class Hints(NamedTuple):
@@ -37,24 +37,23 @@ class Drafter(NamedTuple):
       init_params: `key -> params`, freshly initialised.
       init_cache: `(batch_size, capacity) -> cache`.
       init_context: `batch_size -> context`, of the shapes that `extend` returns.
-      extend: `(draft, shared, cache, inputs, tokens, taps, starts, num_valid) ->
-        (cache, context)`. Runs over verified tokens: `inputs[b, t]` are those whose
-        target features are `taps[b, t, f]`, `tokens[b, t]` those that follow them;
-        `starts[b]` is the first input's position and `num_valid[b]` how many of the t
-        are real.
-      propose: `(draft, shared, cache, context, root, starts, keys, sampling,
-        hints=None) -> (tree, cache)`. `starts[b]` is the root's position.
-      unroll: `(params, token_ids, shared, feedback, start, num_context, num_steps,
-        candidates=None) -> [draft logits]`, the training forward pass; see
-        `learners.losses`. `candidates[c]` are the entries of the draft vocabulary
-        whose logits are wanted, None all.
+      extend: `(draft, shared, cache, pairs) -> (cache, context)`: runs over verified
+        tokens; see `Pairs`.
+      propose: `(draft, shared, cache, roots, hints=None) -> (tree, cache)`: drafts a
+        tree under every root; see `Roots`.
+      unroll: `(params, token_ids, shared, feedback, start, *, num_context, num_steps,
+        candidates=None) -> [logits [b, t, q]]` by depth, the training forward pass; see
+        `learners.losses`. `feedback` is of consecutive tokens, `start[b]` the position
+        of the first, negative ones being padding. The first `num_context` serve as
+        context alone; the `t` that follow predict `num_steps` deep. `candidates[c]` are
+        the entries of the draft vocabulary whose logits are wanted, None all.
       num_scratch: Cache slots that `propose` uses beyond the committed ones.
       unroll_outputs: As `unroll`, but returns the logits and, by depth, the states that
         they were made of; None where these are not of one kind.
       has_features: Those states are predictions of the target's final ones.
-      is_sure: `(draft, cache, starts) -> is_sure [b]`: whether a long chain of its
-        suggestions is likely to be right; None for a drafter that never is, or has no
-        suggestions. It may return None, too.
+      is_sure: `(draft, cache, position [b]) -> is_sure [b]`: whether a long chain of
+        its suggestions is likely to be right; None for a drafter that never is, or has
+        no suggestions. It may return None, too.
       predict: `(draft, shared, hidden) -> logits [b, q]` of a context's state. Where it
         is given, a context's logits are made when something is drafted, not before:
         plain steps keep a draft up to date for less.
@@ -84,7 +83,8 @@ class Family(NamedTuple):
     Attributes:
       name: What checkpoints and the command line call it.
       description: One line about what drafts, and from what.
-      build: `(config, tree, numerics) -> Drafter`. `config` is of the class below.
+      build: `(config, tree, numerics, stop_fn) -> Drafter`. `config` is of the class
+        below; `stop_fn` is a depth policy, or None (`drafters.stopping`).
       config: Of a draft's architecture: a `DraftConfig` for families that are stored
         with their parameters, `ModelConfig` where a language model drafts, None for
         families without parameters.
@@ -150,14 +150,14 @@ def stateless(
       changes: Further fields of the `Drafter`.
     """
 
-    def init_context(batch_size):
+    def init_context(batch_size: int) -> DraftContext:
         return DraftContext(
             hidden=jnp.zeros((batch_size, state_width)),
             logits=jnp.zeros((batch_size, 1)),
         )
 
-    def extend(draft, shared, cache, inputs, *_):
-        return cache, init_context(inputs.shape[0])
+    def extend(draft: Draft, shared: SharedTables, cache: Any, pairs: Pairs):
+        return cache, init_context(pairs.inputs.shape[0])
 
     def unroll(*_, **__):
         raise ConfigError("this draft has no parameters to train")

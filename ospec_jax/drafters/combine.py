@@ -7,15 +7,17 @@ both chains as branches of one tree, from the root on; what they share is one br
 (`with_ngrams` is a third way: suggestions replace single tokens of the neural draft.)
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters import topology
-from ospec_jax.drafters.base import Drafter
+from ospec_jax.drafters.base import Drafter, Hints
 from ospec_jax.drafters.hints import hinted_chain
-from ospec_jax.types import DraftTree
+from ospec_jax.types import Draft, DraftTree, Roots, SharedTables
 
 MIXES = {
     "fallback": "a chain of suggestions where they are likely, else the other draft's",
@@ -70,15 +72,18 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
         )
 
     def propose(
-        draft, shared, cache, context, root, starts, keys, sampling, hints=None
-    ):
-        args = draft, shared, cache, context, root, starts, keys, sampling
-        chain, _ = suggested.propose(*args, hints)
-        chain = with_states(chain, context)
+        draft: Draft,
+        shared: SharedTables,
+        cache: Any,
+        roots: Roots,
+        hints: Hints | None = None,
+    ) -> tuple[DraftTree, Any]:
+        chain, _ = suggested.propose(draft, shared, (), roots, hints)
+        chain = with_states(chain, roots.context)
         is_likely = chain.log_probs[:, 1] >= np.log(_LIKELY)
 
         def draft_others():
-            other, new_cache = drafter.propose(*args)
+            other, new_cache = drafter.propose(draft, shared, cache, roots)
             # The draft vocabulary matters for drawn children only.
             other = other.replace(token_ids=None)
             if not is_learned:
@@ -99,11 +104,14 @@ def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:
     suggested = hinted_chain(inner_tree(tree))
 
     def propose(
-        draft, shared, cache, context, root, starts, keys, sampling, hints=None
-    ):
-        args = draft, shared, cache, context, root, starts, keys, sampling
-        chain, _ = suggested.propose(*args, hints)
-        other, cache = drafter.propose(*args)
+        draft: Draft,
+        shared: SharedTables,
+        cache: Any,
+        roots: Roots,
+        hints: Hints | None = None,
+    ) -> tuple[DraftTree, Any]:
+        chain, _ = suggested.propose(draft, shared, (), roots, hints)
+        other, cache = drafter.propose(draft, shared, cache, roots)
         return merge_chains(other, chain), cache
 
     # Nodes of suggestions have no state to learn a projection from.

@@ -14,11 +14,13 @@ steps (*training-time test*).
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ospec_jax.config import DraftConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.attention import (
@@ -30,13 +32,15 @@ from ospec_jax.drafters.attention import (
 from ospec_jax.drafters.base import (
     Drafter,
     Family,
+    Hints,
     embedding_table,
     shape_of,
     take_row,
     training_head,
 )
-from ospec_jax.drafters.growth import num_scratch, propose_static, propose_uniform
+from ospec_jax.drafters.growth import Nodes, grow, num_scratch
 from ospec_jax.drafters.starts import last_layer, passing
+from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import (
     Linear,
@@ -47,7 +51,16 @@ from ospec_jax.models.layers import (
     embed,
     linear,
 )
-from ospec_jax.types import DraftContext
+from ospec_jax.types import (
+    Draft,
+    DraftContext,
+    DraftTree,
+    Feedback,
+    Pairs,
+    Roots,
+    SharedTables,
+)
+from ospec_jax.typing import Params
 
 Version = Literal["eagle3", "eagle1"]
 _TRAINING = Numerics("float32", is_row_invariant=False)
@@ -152,7 +165,10 @@ class EagleHead(nn.Module):
 
 
 def eagle3(
-    config: DraftConfig, tree: TreeConfig, numerics: Numerics | None = None
+    config: DraftConfig,
+    tree: TreeConfig,
+    numerics: Numerics | None = None,
+    stop_fn: StopFn | None = None,
 ) -> Drafter:
     """Builds the EAGLE-3 drafter.
 
@@ -160,19 +176,27 @@ def eagle3(
       config: The head's architecture.
       tree: How much to draft.
       numerics: For drafting; training is in float32.
+      stop_fn: When a row grows no deeper; see `drafters.stopping`.
     """
-    return _eagle("eagle3", config, tree, numerics)
+    return _eagle("eagle3", config, tree, numerics, stop_fn)
 
 
 def eagle1(
-    config: DraftConfig, tree: TreeConfig, numerics: Numerics | None = None
+    config: DraftConfig,
+    tree: TreeConfig,
+    numerics: Numerics | None = None,
+    stop_fn: StopFn | None = None,
 ) -> Drafter:
     """Builds the EAGLE-1 drafter; with a dynamic tree it is EAGLE-2's."""
-    return _eagle("eagle1", config, tree, numerics)
+    return _eagle("eagle1", config, tree, numerics, stop_fn)
 
 
 def _eagle(
-    version: Version, config: DraftConfig, tree: TreeConfig, numerics: Numerics | None
+    version: Version,
+    config: DraftConfig,
+    tree: TreeConfig,
+    numerics: Numerics | None,
+    stop_fn: StopFn | None,
 ) -> Drafter:
     numerics = numerics or Numerics()
     module = EagleHead(config, numerics, version)
@@ -218,19 +242,25 @@ def _eagle(
         head = None if config.has_own_head else shared.head
         return apply(draft, EagleHead.logits, outputs, head)
 
-    def run(draft, shared, cache, features, tokens, positions, bias, starts):
-        num_tokens = tokens.shape[1]
+    def step(draft, shared, cache, nodes: Nodes):
+        """Runs over drafted pairs; the features are the draft's own."""
+        num_tokens = nodes.tokens.shape[1]
+        features, tokens = nodes.hidden, nodes.tokens
+        positions, bias = nodes.positions, nodes.bias
         if numerics.is_row_invariant:
             features, tokens, positions, bias = at_least_two_rows(
                 features, tokens, positions, bias
             )
         embeddings = embedded(draft, shared, tokens)
-        args = (features, embeddings, positions, bias, cache, starts)
+        args = (features, embeddings, positions, bias, cache, nodes.starts)
         outputs, cache = apply(draft, EagleHead.step, *args)
         logits = logits_of(draft, shared, outputs)
         return outputs[:, :num_tokens], logits[:, :num_tokens], cache
 
-    def extend(draft, shared, cache, inputs, tokens, taps, starts, num_valid):
+    def extend(
+        draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
+    ) -> tuple[kv.KVCache, DraftContext]:
+        tokens, taps, starts = pairs.tokens, pairs.taps, pairs.starts
         if numerics.is_row_invariant:
             tokens, taps = at_least_two_rows(tokens, taps)
         num_tokens = tokens.shape[1]
@@ -240,7 +270,7 @@ def _eagle(
         embeddings = embedded(draft, shared, tokens)
         args = (features, embeddings, positions, bias, cache, starts)
         outputs, cache = apply(draft, EagleHead.step, *args)
-        last = take_row(outputs, jnp.maximum(num_valid - 1, 0))
+        last = take_row(outputs, jnp.maximum(pairs.num_valid - 1, 0))
         logits = predict(draft, shared, last)
         return cache, DraftContext(hidden=last, logits=logits)
 
@@ -251,32 +281,48 @@ def _eagle(
     def head_inputs(params, states):
         return module.apply({"params": params}, states, method=EagleHead.head_inputs)
 
-    propose_tree = propose_static if tree.kind == "static" else propose_uniform
-
     def propose(
-        draft, shared, cache, context, root, starts, keys, sampling, hints=None
-    ):
-        step = lambda *args: run(draft, shared, *args)
-        return propose_tree(
-            step, tree, cache, context, root, starts, keys, sampling, draft.token_ids,
-            numerics.is_row_invariant, hints,
-        )  # fmt: skip
+        draft: Draft,
+        shared: SharedTables,
+        cache: kv.KVCache,
+        roots: Roots,
+        hints: Hints | None = None,
+    ) -> tuple[DraftTree, kv.KVCache]:
+        return grow(
+            functools.partial(step, draft, shared),
+            tree,
+            cache,
+            roots,
+            draft.token_ids,
+            hints,
+            stop_fn,
+            is_row_invariant=numerics.is_row_invariant,
+        )
 
     def unroll_outputs(
-        params, token_ids, shared, feedback, start, num_context, num_steps,
-        candidates=None,
-    ):  # fmt: skip
+        params: Params,
+        token_ids: Int[Array, " q"] | None,
+        shared: SharedTables,
+        feedback: Feedback,
+        start: Int[Array, " b"],
+        *,
+        num_context: int,
+        num_steps: int,
+        candidates: Int[Array, " c"] | None = None,
+    ) -> tuple[list[Float[Array, "b t q"]], list[Float[Array, "b t d"]]]:
         num_pairs = feedback.tokens.shape[1] - num_steps
         features = feedback.taps if version == "eagle3" else feedback.hidden
+        assert features is not None, "features are recorded"
         features = features[:, :num_pairs].astype(jnp.float32)
         table = embedding_table(config, params, shared)
         # The embedding is frozen, the draft's own as well as the target's.
         embeddings = jax.lax.stop_gradient(embed(feedback.tokens[:, 1:], table))
         head = training_head(config, params, token_ids, shared, candidates)
-        return trainer.apply(
+        unrolled: Any = trainer.apply(
             {"params": params}, features, embeddings, start, num_context, num_steps,
             head, method=EagleHead.unroll,
         )  # fmt: skip
+        return unrolled
 
     return Drafter(
         init_params=init_params,

@@ -15,19 +15,22 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ospec_jax.config import ConfigError, ExitConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.base import (
     Drafter,
     Family,
+    Hints,
     shape_of,
     stateless,
     training_head,
 )
 from ospec_jax.drafters.eagle import eagle3_taps
-from ospec_jax.drafters.growth import num_scratch
-from ospec_jax.drafters.self_draft import first_layers, propose_from_root
+from ospec_jax.drafters.growth import Nodes, num_scratch
+from ospec_jax.drafters.self_draft import first_entries, first_layers, propose_from_root
 from ospec_jax.drafters.starts import last_layer
+from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.models import llama
 from ospec_jax.models.layers import (
     Linear,
@@ -37,6 +40,8 @@ from ospec_jax.models.layers import (
     at_least_two_rows,
     linear,
 )
+from ospec_jax.types import Draft, DraftTree, Feedback, Roots, SharedTables
+from ospec_jax.typing import Params
 
 
 class ExitHead(nn.Module):
@@ -75,7 +80,10 @@ class ExitHead(nn.Module):
 
 
 def early_exit(
-    config: ExitConfig, tree: TreeConfig, numerics: Numerics | None = None
+    config: ExitConfig,
+    tree: TreeConfig,
+    numerics: Numerics | None = None,
+    stop_fn: StopFn | None = None,
 ) -> Drafter:
     """Builds the drafter.
 
@@ -83,6 +91,7 @@ def early_exit(
       config: The target's shape and the head's.
       tree: How much to draft.
       numerics: For drafting; training is in float32.
+      stop_fn: When a row grows no deeper; see `drafters.stopping`.
     """
     numerics = numerics or Numerics()
     module = ExitHead(config, numerics)
@@ -100,17 +109,22 @@ def early_exit(
         return trainer.init(key, states, head, method=ExitHead.init_all)["params"]
 
     def propose(
-        draft, shared, cache, context, root, starts, keys, sampling, hints=None
-    ):
+        draft: Draft,
+        shared: SharedTables,
+        cache: tuple,
+        roots: Roots,
+        hints: Hints | None = None,
+    ) -> tuple[DraftTree, tuple]:
         params = first_layers(shared.params, config.num_layers, numerics)
 
         def apply(*args, method) -> Any:
             return module.apply({"params": draft.params}, *args, method=method)
 
-        def step(entries, hidden, tokens, positions, bias, starts):
-            del hidden  # the entries are all that a token needs of those before it
+        def step(entries, nodes: Nodes):
+            # The entries are all that a token needs of those before it.
+            tokens = nodes.tokens
             states, _, entries = layers(
-                params, tokens, positions, bias, entries, starts
+                params, tokens, nodes.positions, nodes.bias, entries, nodes.starts
             )
             if numerics.is_row_invariant:
                 (states,) = at_least_two_rows(states)
@@ -121,16 +135,30 @@ def early_exit(
             return outputs[:, :num_tokens], logits[:, :num_tokens], entries
 
         proposed = propose_from_root(
-            step, tree, shared.cache, config.num_layers, root, starts, keys, sampling,
-            draft.token_ids, numerics, hints,
-        )  # fmt: skip
+            step,
+            tree,
+            first_entries(shared, config.num_layers),
+            roots,
+            draft.token_ids,
+            hints,
+            stop_fn,
+            is_row_invariant=numerics.is_row_invariant,
+        )
         return proposed, cache
 
     def unroll_outputs(
-        params, token_ids, shared, feedback, start, num_context, num_steps,
-        candidates=None,
-    ):  # fmt: skip
+        params: Params,
+        token_ids: Int[Array, " q"] | None,
+        shared: SharedTables,
+        feedback: Feedback,
+        start: Int[Array, " b"],
+        *,
+        num_context: int,
+        num_steps: int,
+        candidates: Int[Array, " c"] | None = None,
+    ) -> tuple[list[Float[Array, "b t q"]], list[Float[Array, "b t d"]]]:
         # The token before a drafted one has the target's own state.
+        assert feedback.taps is not None, "features are recorded"
         states = feedback.taps[:, num_context + 1 :].astype(jnp.float32)
         head = training_head(config, params, token_ids, shared, candidates)
         found: Any = trainer.apply(

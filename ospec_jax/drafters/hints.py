@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Suggestions of several sources, and drafting with nothing but suggestions."""
 
+from typing import Any
+
 import jax.numpy as jnp
-import numpy as np
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, Family, Hints, stateless
-from ospec_jax.drafters.growth import extend_path
+from ospec_jax.drafters.children import extend_path
+from ospec_jax.drafters.stopping import Progress, StopFn, is_stopped, rules_of
 from ospec_jax.models.layers import Numerics
-from ospec_jax.types import DraftTree
+from ospec_jax.types import Draft, DraftTree, Roots, SharedTables
 
 
 def either(first: Hints, second: Hints | None) -> Hints:
@@ -33,8 +35,11 @@ def _suggest_nothing(recent, depth):
     return recent[..., -1], jnp.full(recent.shape[:2], -jnp.inf)
 
 
-def hinted_chain(tree: TreeConfig) -> Drafter:
+def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
     """A drafter with no opinion of its own: it makes chains of suggestions.
+
+    Args:
+      stop_fn: When a chain grows no longer; see `drafters.stopping`.
 
     Raises:
       ConfigError: The tree is not a chain.
@@ -46,41 +51,54 @@ def hinted_chain(tree: TreeConfig) -> Drafter:
     parents = topology.static_parents(tree)
     depths = topology.static_depths(parents)
     mask = topology.static_ancestor_mask(parents)
+    rules = rules_of(tree, stop_fn)
 
-    def propose(draft, shared, cache, context, root, starts, keys, sampling, hints):
-        tokens, rates = [root], [jnp.zeros(root.shape)]
+    def propose(
+        draft: Draft,
+        shared: SharedTables,
+        cache: Any,
+        roots: Roots,
+        hints: Hints | None = None,
+    ) -> tuple[DraftTree, Any]:
+        root = roots.token
         known = Hints(root[:, None], _suggest_nothing) if hints is None else hints
         recent = known.recent[:, None]
+        tokens, rates = [root], [jnp.zeros(root.shape)]
+        is_valid = [jnp.ones(root.shape, bool)]
+        path = jnp.zeros(root.shape)
+        stopped = jnp.zeros(root.shape, bool)
         for depth in range(tree.num_steps):
             token, rate = known.suggest(recent, depth)
             recent = extend_path(recent, token)
+            path = path + rate[:, 0]
             tokens.append(token[:, 0])
             rates.append(rate[:, 0])
+            is_valid.append((path > -jnp.inf) & ~stopped)
+            if rules:
+                stopped |= is_stopped(rules, Progress(depth + 1, path[:, None]))
+
         spread = lambda x: jnp.broadcast_to(x, (root.shape[0], *x.shape))
-        log_probs = jnp.stack(rates, axis=1)
-        path = jnp.cumsum(log_probs, axis=1)
-        # A node needs a suggestion, and a parent that is probable enough.
-        shy = tree.min_path_probability
-        lowest = float(np.log(shy)) if shy else -np.inf
-        above = jnp.pad(path[:, 1:-1], ((0, 0), (2, 0)))
-        return DraftTree(
+        drafted = DraftTree(
             tokens=jnp.stack(tokens, axis=1),
             parents=spread(parents),
             depths=spread(depths),
-            is_valid=(path > -jnp.inf) & (above >= lowest),
-            log_probs=log_probs,
+            is_valid=jnp.stack(is_valid, axis=1),
+            log_probs=jnp.stack(rates, axis=1),
             ancestor_mask=spread(mask),
             max_depth=tree.num_steps,
             is_chain=True,
-        ), cache
+        )
+        return drafted, cache
 
     return stateless(propose)
 
 
-def suggested_chain(config: None, tree: TreeConfig, numerics: Numerics) -> Drafter:
+def suggested_chain(
+    config: None, tree: TreeConfig, numerics: Numerics, stop_fn: StopFn | None = None
+) -> Drafter:
     """`hinted_chain` as families build it: there is no architecture, nor arithmetic."""
     del config, numerics
-    return hinted_chain(tree)
+    return hinted_chain(tree, stop_fn)
 
 
 PREDICTION = Family(

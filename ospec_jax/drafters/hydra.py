@@ -22,6 +22,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ospec_jax.config import ConfigError, HydraConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.attention import (
@@ -33,12 +34,14 @@ from ospec_jax.drafters.attention import (
 from ospec_jax.drafters.base import (
     Drafter,
     Family,
+    Hints,
     shape_of,
     take_row,
     training_head,
 )
-from ospec_jax.drafters.growth import num_scratch, propose_static, propose_uniform
+from ospec_jax.drafters.growth import Nodes, grow, num_scratch
 from ospec_jax.drafters.starts import last_layer
+from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import (
     Linear,
@@ -49,7 +52,16 @@ from ospec_jax.models.layers import (
     embed,
     linear,
 )
-from ospec_jax.types import DraftContext
+from ospec_jax.types import (
+    Draft,
+    DraftContext,
+    DraftTree,
+    Feedback,
+    Pairs,
+    Roots,
+    SharedTables,
+)
+from ospec_jax.typing import Params
 
 _TRAINING = Numerics("float32", is_row_invariant=False)
 
@@ -166,12 +178,16 @@ class HydraHeads(nn.Module):
 
 
 def hydra(
-    config: HydraConfig, tree: TreeConfig, numerics: Numerics | None = None
+    config: HydraConfig,
+    tree: TreeConfig,
+    numerics: Numerics | None = None,
+    stop_fn: StopFn | None = None,
 ) -> Drafter:
     """Builds the drafter; Hydra++ with `config.has_prefix`.
 
     Args:
       numerics: For drafting; training is in float32.
+      stop_fn: When a row grows no deeper; see `drafters.stopping`.
 
     Raises:
       ConfigError: The tree is deeper than there are heads.
@@ -215,14 +231,17 @@ def hydra(
         head = None if config.has_own_head else shared.head
         return apply(draft, HydraHeads.logits, read, depth, head)
 
-    def extend(draft, shared, cache, inputs, tokens, taps, starts, num_valid):
+    def extend(
+        draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
+    ) -> tuple[kv.KVCache, DraftContext]:
+        tokens, taps, starts = pairs.tokens, pairs.taps, pairs.starts
         if numerics.is_row_invariant:
             tokens, taps = at_least_two_rows(tokens, taps)
         positions = starts[:, None] + jnp.arange(tokens.shape[1])
         bias = kv.causal_bias(starts, tokens.shape[1], cache.capacity)
         args = (taps, positions, bias, cache, starts)
         states, cache = apply(draft, HydraHeads.read, *args)
-        newest = jnp.maximum(num_valid - 1, 0)
+        newest = jnp.maximum(pairs.num_valid - 1, 0)
         follower = take_row(tokens, newest)
         known = embed(follower[:, None], shared.embedding)[:, 0]
         unread = jnp.zeros((tokens.shape[0], (config.depth - 1) * width))
@@ -232,42 +251,57 @@ def hydra(
         logits = logits_of(draft, shared, 0, twice)
         return cache, DraftContext(hidden=hidden, logits=logits[:, 0])
 
-    propose_tree = propose_static if tree.kind == "static" else propose_uniform
-
     def propose(
-        draft, shared, cache, context, root, starts, keys, sampling, hints=None
-    ):
+        draft: Draft,
+        shared: SharedTables,
+        cache: kv.KVCache,
+        roots: Roots,
+        hints: Hints | None = None,
+    ) -> tuple[DraftTree, kv.KVCache]:
         heads = [
             functools.partial(logits_of, draft, shared, depth)
             for depth in range(tree.num_steps)
         ]
 
-        def step(cache, hidden, tokens, positions, bias, slots):
+        def step(cache, nodes: Nodes):
+            hidden, tokens, depth = nodes.hidden, nodes.tokens, nodes.depth
             num_tokens = tokens.shape[1]
             if numerics.is_row_invariant:
                 hidden, tokens = at_least_two_rows(hidden, tokens)
-            # Frontiers go one depth at a time; the root's children are at its position.
-            depth = positions[0, 0] - starts[0] + 1
             own = embed(tokens, shared.embedding)
             place = (0, 0, (depth + 1) * width)
             hidden = jax.lax.dynamic_update_slice(hidden, own, place)
             logits = jax.lax.switch(depth, heads, hidden)
             return hidden[:, :num_tokens], logits[:, :num_tokens], cache
 
-        return propose_tree(
-            step, tree, cache, context, root, starts, keys, sampling, draft.token_ids,
-            numerics.is_row_invariant, hints,
-        )  # fmt: skip
+        return grow(
+            step,
+            tree,
+            cache,
+            roots,
+            draft.token_ids,
+            hints,
+            stop_fn,
+            is_row_invariant=numerics.is_row_invariant,
+        )
 
     def unroll(
-        params, token_ids, shared, feedback, start, num_context, num_steps,
-        candidates=None,
-    ):  # fmt: skip
+        params: Params,
+        token_ids: Int[Array, " q"] | None,
+        shared: SharedTables,
+        feedback: Feedback,
+        start: Int[Array, " b"],
+        *,
+        num_context: int,
+        num_steps: int,
+        candidates: Int[Array, " c"] | None = None,
+    ) -> list[Float[Array, "b t q"]]:
         if num_steps > config.depth:
             raise ConfigError(
                 f"cannot train {num_steps} steps deep: this draft has {config.depth} "
                 f"heads"
             )
+        assert feedback.hidden is not None, "features are recorded"
         num_pairs = feedback.tokens.shape[1] - num_steps
         states = feedback.hidden[:, :num_pairs].astype(jnp.float32)
         embeddings = embed(feedback.tokens[:, 1:], shared.embedding)
@@ -278,10 +312,11 @@ def hydra(
             )
             for depth in range(num_steps)
         ]
-        return trainer.apply(
+        logits: Any = trainer.apply(
             {"params": params}, states, embeddings, start, num_context, num_steps,
             heads, method=HydraHeads.unroll,
         )  # fmt: skip
+        return logits
 
     return Drafter(
         init_params=init_params,

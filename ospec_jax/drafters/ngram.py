@@ -20,13 +20,21 @@ its least probable child wherever its rate exceeds the draft's own probability. 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.base import Drafter, Family, Hints
 from ospec_jax.drafters.hints import either, suggested_chain
 from ospec_jax.models import cache as kv
-from ospec_jax.types import Draft, NgramMemory
+from ospec_jax.types import (
+    Draft,
+    DraftContext,
+    DraftTree,
+    NgramMemory,
+    Pairs,
+    Roots,
+    SharedTables,
+)
 from ospec_jax.typing import typed
 
 ORDERS = (2, 3)
@@ -255,45 +263,52 @@ def with_ngrams(
             "history": jnp.zeros((batch_size, capacity), jnp.int32),
         }
 
-    def extend(draft, shared, cache, inputs, tokens, taps, starts, num_valid):
-        inner, context = drafter.extend(
-            draft, shared, cache["drafter"], inputs, tokens, taps, starts, num_valid
-        )
+    def extend(
+        draft: Draft, shared: SharedTables, cache: dict, pairs: Pairs
+    ) -> tuple[dict, DraftContext]:
+        inner, context = drafter.extend(draft, shared, cache["drafter"], pairs)
         history = kv.write_rows(
-            cache["history"][..., None], tokens[..., None], starts,
+            cache["history"][..., None],
+            pairs.tokens[..., None],
+            pairs.starts,
             is_batched=has_batched_writes,
-        )[..., 0]  # fmt: skip
+        )[..., 0]
         return {"drafter": inner, "history": history}, context
 
-    def hints_of(draft: Draft, cache, starts) -> Hints:
+    def hints_of(draft: Draft, cache: dict, position: Int[Array, " b"]) -> Hints:
         memory, history = draft.memory, cache["history"]
         if memory is None:
             raise ConfigError("drafting with n-grams needs a draft with a memory")
-        index = starts[:, None] + jnp.arange(-memory.max_match, 0)
+        index = position[:, None] + jnp.arange(-memory.max_match, 0)
         recent = jnp.take_along_axis(history, jnp.maximum(index, 0), axis=1)
         recent = jnp.where(index >= 0, recent, _NO_TOKEN)
 
         def suggest_after(recent, depth):
-            num_known = jnp.broadcast_to(starts[:, None], recent.shape[:2])
+            num_known = jnp.broadcast_to(position[:, None], recent.shape[:2])
             return suggest(memory, history, num_known, recent)
 
         return Hints(recent, suggest_after)
 
-    def is_sure(draft: Draft, cache, starts):
+    def is_sure(
+        draft: Draft, cache: dict, position: Int[Array, " b"]
+    ) -> Bool[Array, " b"] | None:
         memory = draft.memory
         if memory is None or memory.max_match < _SURE_MATCH:
             return None
-        hints = hints_of(draft, cache, starts)
+        hints = hints_of(draft, cache, position)
         _, log_rate = hints.suggest(hints.recent[:, None], 0)
         return log_rate[:, 0] >= np.log(_SURE_RATE)
 
     def propose(
-        draft, shared, cache, context, root, starts, keys, sampling, hints=None
-    ):
+        draft: Draft,
+        shared: SharedTables,
+        cache: dict,
+        roots: Roots,
+        hints: Hints | None = None,
+    ) -> tuple[DraftTree, dict]:
         history = cache["history"]
-        hints = either(hints_of(draft, cache, starts), hints)
-        args = context, root, starts, keys, sampling, hints
-        proposed, inner = drafter.propose(draft, shared, cache["drafter"], *args)
+        hints = either(hints_of(draft, cache, roots.position), hints)
+        proposed, inner = drafter.propose(draft, shared, cache["drafter"], roots, hints)
         return proposed, {"drafter": inner, "history": history}
 
     return drafter._replace(

@@ -14,6 +14,7 @@ from ospec_jax.drafters.hydra import HYDRA
 from ospec_jax.drafters.ngram import NGRAM, SUFFIX, with_ngrams
 from ospec_jax.drafters.self_draft import SELF
 from ospec_jax.drafters.small_lm import MODEL
+from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.models.layers import Numerics
 
 FAMILIES: dict[str, Family] = {
@@ -98,6 +99,7 @@ def build_drafter(
     has_ngrams: bool = False,
     predicted: TreeConfig | None = None,
     mix: str = "",
+    stop_fn: StopFn | None = None,
 ) -> Drafter:
     """Builds the drafter of a family.
 
@@ -108,6 +110,8 @@ def build_drafter(
         family's drafter: for stretches where a prediction holds.
       mix: How chains of suggestions stand beside those of the family: one of
         `combine.MIXES`, or not at all.
+      stop_fn: When a row of the family's own drafts grows no deeper, beside the tree's
+        rules; see `drafters.stopping`.
 
     Raises:
       ConfigError: There is no such family, or it cannot draft such a tree.
@@ -117,7 +121,8 @@ def build_drafter(
         raise ConfigError("a parallel tree needs two drafters: use mixed:ngram,DRAFT")
     _check_architecture(family, config)
 
-    drafter = family.build(config, inner_tree(tree) if mix else tree, numerics)
+    inner = inner_tree(tree) if mix else tree
+    drafter = family.build(config, inner, numerics, stop_fn)
     if mix:
         drafter = combine(mix, drafter, tree)
     if predicted is not None:

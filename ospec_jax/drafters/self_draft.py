@@ -11,41 +11,60 @@ import jax
 import jax.numpy as jnp
 
 from ospec_jax.config import ModelConfig, TreeConfig
-from ospec_jax.drafters.base import Drafter, Family, stateless
-from ospec_jax.drafters.growth import num_scratch, propose_static, propose_uniform
+from ospec_jax.drafters.base import Drafter, Family, Hints, stateless
+from ospec_jax.drafters.growth import Nodes, Step, grow, num_scratch
+from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics
-from ospec_jax.types import DraftContext
+from ospec_jax.types import Draft, DraftContext, DraftTree, Roots, SharedTables
 
 GROUP = 32
 """Weights that share a scale in four bits."""
 
 
-def self_draft(config: ModelConfig, tree: TreeConfig, numerics: Numerics) -> Drafter:
+def self_draft(
+    config: ModelConfig,
+    tree: TreeConfig,
+    numerics: Numerics,
+    stop_fn: StopFn | None = None,
+) -> Drafter:
     """Builds the drafter; a `Draft` without parameters uses the target's.
 
     Args:
       config: The target's, with as many layers as shall draft. The final norm and the
         head follow the last of them.
+      stop_fn: When a row grows no deeper; see `drafters.stopping`.
     """
     model = llama.build(config, numerics)
 
     def propose(
-        draft, shared, cache, context, root, starts, keys, sampling, hints=None
-    ):
+        draft: Draft,
+        shared: SharedTables,
+        cache: tuple,
+        roots: Roots,
+        hints: Hints | None = None,
+    ) -> tuple[DraftTree, tuple]:
         params = first_layers(
             draft.params or shared.params, config.num_layers, numerics
         )
 
-        def step(entries, hidden, tokens, positions, bias, starts):
-            out, _, entries = model(params, tokens, positions, bias, entries, starts)
-            return hidden, llama.target_logits(params, out, numerics), entries
+        def step(entries, nodes: Nodes):
+            out, _, entries = model(
+                params, nodes.tokens, nodes.positions, nodes.bias, entries, nodes.starts
+            )
+            return nodes.hidden, llama.target_logits(params, out, numerics), entries
 
         proposed = propose_from_root(
-            step, tree, shared.cache, config.num_layers, root, starts, keys, sampling,
-            None, numerics, hints,
-        )  # fmt: skip
+            step,
+            tree,
+            first_entries(shared, config.num_layers),
+            roots,
+            None,
+            hints,
+            stop_fn,
+            is_row_invariant=numerics.is_row_invariant,
+        )
         return proposed, cache
 
     # The root has a slot, too.
@@ -60,27 +79,45 @@ def first_layers(params, num_layers: int, numerics: Numerics):
     return {**params, "layers": first}
 
 
-def propose_from_root(
-    step, tree: TreeConfig, cache, num_layers: int, root, starts, keys, sampling,
-    token_ids, numerics: Numerics, hints,
-):  # fmt: skip
-    """Drafts behind what the target's first layers have cached of verified tokens.
+def first_entries(shared: SharedTables, num_layers: int) -> kv.KVCache:
+    """What a target's first layers have cached of verified tokens."""
+    assert shared.cache is not None, "the drafter reads the target"
+    keys, values = shared.cache.keys, shared.cache.values
+    return kv.KVCache(keys=keys[:num_layers], values=values[:num_layers])
 
-    The root is not among these: it is the first token that `step` runs.
+
+def propose_from_root(
+    step: Step,
+    tree: TreeConfig,
+    entries: kv.KVCache,
+    roots: Roots,
+    *args,
+    is_row_invariant: bool,
+) -> DraftTree:
+    """Drafts behind what the target has cached of verified tokens.
+
+    The root is not among these: it is the first token that `step` runs over.
+
+    Args:
+      entries: The target's, of the layers that draft; a copy is written to.
+      args: Further ones of `grow`.
     """
-    entries = kv.KVCache(keys=cache.keys[:num_layers], values=cache.values[:num_layers])
-    bias = kv.causal_bias(starts, 1, entries.capacity)
-    nothing = jnp.zeros((root.shape[0], 1, 1))
-    hidden, logits, entries = step(
-        entries, nothing, root[:, None], starts[:, None], bias, starts
+    starts = roots.position
+    root = Nodes(
+        tokens=roots.token[:, None],
+        hidden=jnp.zeros((roots.token.shape[0], 1, 1)),
+        positions=starts[:, None],
+        bias=kv.causal_bias(starts, 1, entries.capacity),
+        starts=starts,
+        depth=0,
     )
-    first = DraftContext(hidden=hidden[:, 0], logits=logits[:, 0])
-    propose_tree = propose_static if tree.kind == "static" else propose_uniform
-    proposed, _ = propose_tree(
-        step, tree, entries, first, root, starts + 1, keys, sampling, token_ids,
-        numerics.is_row_invariant, hints,
-    )  # fmt: skip
-    return proposed
+    hidden, logits, entries = step(entries, root)
+    context = DraftContext(hidden=hidden[:, 0], logits=logits[:, 0])
+    roots = roots.replace(context=context)
+    drafted, _ = grow(
+        step, tree, entries, roots, *args, is_row_invariant=is_row_invariant, offset=1
+    )
+    return drafted
 
 
 def in_four_bits(params):

@@ -8,23 +8,37 @@ arXiv 2211.17192), for any pair of targets that share a tokenizer.
 import jax.numpy as jnp
 
 from ospec_jax.config import ConfigError, ModelConfig, TreeConfig
-from ospec_jax.drafters.base import Drafter, Family, take_row
-from ospec_jax.drafters.growth import num_scratch, propose_static, propose_uniform
+from ospec_jax.drafters.base import Drafter, Family, Hints, take_row
+from ospec_jax.drafters.growth import Nodes, grow, num_scratch
+from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics
-from ospec_jax.types import DraftContext
+from ospec_jax.types import (
+    Draft,
+    DraftContext,
+    DraftTree,
+    Pairs,
+    Roots,
+    SharedTables,
+)
 
 _SPARE_SLOTS = 64
 """A pass over a prompt's chunk writes one entry more than the chunk has."""
 
 
-def small_lm(config: ModelConfig, tree: TreeConfig, numerics: Numerics) -> Drafter:
+def small_lm(
+    config: ModelConfig,
+    tree: TreeConfig,
+    numerics: Numerics,
+    stop_fn: StopFn | None = None,
+) -> Drafter:
     """Builds the drafter; a `Draft`'s parameters are the model's, ready to run.
 
     Args:
       config: The drafting model's architecture. Its `vocab_size` is at most the
         target's: rows of the model's head beyond it are padding, and cut off.
+      stop_fn: When a row grows no deeper; see `drafters.stopping`.
     """
     model = llama.build(config, numerics)
     num_ids = config.vocab_size
@@ -48,32 +62,45 @@ def small_lm(config: ModelConfig, tree: TreeConfig, numerics: Numerics) -> Draft
             hidden=jnp.zeros((batch_size, 1)), logits=jnp.zeros((batch_size, num_ids))
         )
 
-    def extend(draft, shared, cache, inputs, tokens, taps, starts, num_valid):
+    def extend(
+        draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
+    ) -> tuple[kv.KVCache, DraftContext]:
         # The entry before the first new one is written again: a prompt's first token
         # is nobody's successor.
-        tokens = jnp.concatenate([inputs[:, :1], tokens], axis=1)
+        tokens = jnp.concatenate([pairs.inputs[:, :1], pairs.tokens], axis=1)
+        starts = pairs.starts
         num_tokens = tokens.shape[1]
         positions = starts[:, None] + jnp.arange(num_tokens)
         bias = kv.causal_bias(starts, num_tokens, cache.capacity)
         hidden, cache = run(draft, cache, tokens, positions, bias, starts)
-        last = logits_of(draft, take_row(hidden, num_valid)[:, None])[:, 0]
+        last = logits_of(draft, take_row(hidden, pairs.num_valid)[:, None])[:, 0]
         nothing = jnp.zeros((tokens.shape[0], 1))
         return cache, DraftContext(hidden=nothing, logits=last)
 
-    propose_tree = propose_static if tree.kind == "static" else propose_uniform
-
     def propose(
-        draft, shared, cache, context, root, starts, keys, sampling, hints=None
-    ):
-        def step(cache, hidden, tokens, positions, bias, starts):
-            out, cache = run(draft, cache, tokens, positions, bias, starts)
-            return hidden, logits_of(draft, out), cache
+        draft: Draft,
+        shared: SharedTables,
+        cache: kv.KVCache,
+        roots: Roots,
+        hints: Hints | None = None,
+    ) -> tuple[DraftTree, kv.KVCache]:
+        def step(cache, nodes: Nodes):
+            out, cache = run(
+                draft, cache, nodes.tokens, nodes.positions, nodes.bias, nodes.starts
+            )
+            return nodes.hidden, logits_of(draft, out), cache
 
-        # A token lies in the slot of its position, the root's included.
-        return propose_tree(
-            step, tree, cache, context, root, starts + 1, keys, sampling,
-            draft.token_ids, numerics.is_row_invariant, hints,
-        )  # fmt: skip
+        return grow(
+            step,
+            tree,
+            cache,
+            roots,
+            draft.token_ids,
+            hints,
+            stop_fn,
+            is_row_invariant=numerics.is_row_invariant,
+            offset=1,  # a token lies in the slot of its position, the root's included
+        )
 
     def unroll(*_, **__):
         raise ConfigError("drafting models are not trained")

@@ -96,9 +96,15 @@ def build_objective(
 
     def forward(unroll, params, segments, shared, token_ids, candidates=None):
         return unroll(
-            params, token_ids, shared, segments.feedback, segments.start, num_context,
-            num_steps, candidates,
-        )  # fmt: skip
+            params,
+            token_ids,
+            shared,
+            segments.feedback,
+            segments.start,
+            num_context=num_context,
+            num_steps=num_steps,
+            candidates=candidates,
+        )
 
     def loss_fn(params, segments: Segments, shared, token_ids):
         probs, hidden = targets(segments, shared, token_ids)

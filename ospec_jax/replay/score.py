@@ -38,14 +38,15 @@ def build_score(
     """
 
     def score(params, token_ids, shared, feedback, start, following, weight):
-        args = params, token_ids, shared, feedback, start, num_context, num_steps
+        args = params, token_ids, shared, feedback, start
+        sizes = {"num_context": num_context, "num_steps": num_steps}
         states = None
         if has_states:
-            logits, outputs = drafter.unroll_outputs(*args)
+            logits, outputs = drafter.unroll_outputs(*args, **sizes)
             # Rounded as they are when decoding records them.
             states = jnp.stack([narrow(of_depth) for of_depth in outputs], axis=2)
         else:
-            logits = drafter.unroll(*args)
+            logits = drafter.unroll(*args, **sizes)
         length = logits[0].shape[1]
         is_same, accepted = True, 0
         for depth, of_depth in enumerate(logits):

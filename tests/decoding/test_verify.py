@@ -19,10 +19,10 @@ from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Hints
-from ospec_jax.drafters.growth import propose_static, propose_uniform
+from ospec_jax.drafters.growth import grow as grow_tree
 from ospec_jax.drafters.topology import best_parents
 from ospec_jax.models import cache as kv
-from ospec_jax.types import DraftContext, DraftTree, SamplingParams
+from ospec_jax.types import DraftContext, DraftTree, Roots, SamplingParams
 
 VOCAB, ROOT = 5, 0
 NUM_CHUNKS, CHUNK = 2, 20_000
@@ -82,21 +82,24 @@ def suggest(recent, depth):
     return jnp.where(last == 3, 0, 3), jnp.where(last == 2, -jnp.inf, jnp.log(0.6))
 
 
-def grow(config, logits, token_ids, keys, hints=None, root=ROOT):
+def grow(config, logits, token_ids, keys, hints=None, root=ROOT, stop_fn=None):
     """A tree for each key, drafted by a table of logits, from the root."""
     rows = len(keys)
     root = jnp.broadcast_to(jnp.asarray(root, jnp.int32), (rows,))
 
-    def step(cache, hidden, tokens, positions, bias, starts):
-        return hidden, logits[tokens], cache
+    def step(cache, nodes):
+        return nodes.hidden, logits[nodes.tokens], cache
 
-    propose = propose_static if config.kind == "static" else propose_uniform
-    tree, _ = propose(
-        step, config, kv.init_cache(1, rows, 1, 1, 1, jnp.float32),
-        DraftContext(hidden=jnp.zeros((rows, 1)), logits=logits[root]), root,
-        jnp.zeros((rows,), jnp.int32), keys, sampling_params(rows), token_ids, False,
-        hints and Hints(root[:, None], hints),
-    )  # fmt: skip
+    roots = Roots(
+        token=root,
+        position=jnp.zeros((rows,), jnp.int32),
+        keys=keys,
+        context=DraftContext(hidden=jnp.zeros((rows, 1)), logits=logits[root]),
+        sampling=sampling_params(rows),
+    )
+    cache = kv.init_cache(1, rows, 1, 1, 1, jnp.float32)
+    hints = hints and Hints(root[:, None], hints)
+    tree, _ = grow_tree(step, config, cache, roots, token_ids, hints, stop_fn)
     return tree
 
 

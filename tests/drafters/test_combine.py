@@ -13,7 +13,7 @@ from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.combine import fallback, inner_tree, merge_chains
 from ospec_jax.drafters.hints import hinted_chain
 from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.types import DraftTree
+from ospec_jax.types import DraftTree, Roots
 
 
 def chain(tokens, num_valid=None):
@@ -91,7 +91,7 @@ def test_the_other_drafter_runs_only_where_suggestions_are_unlikely(rate, asked)
     )  # fmt: skip
     root = jnp.full((1,), 9, jnp.int32)
     hints = Hints(root[:, None], suggest)
-    args = None, None, (), None, root, root, None, None, hints
+    args = None, None, (), Roots(root, root, None, None, None), hints
     drafted, _ = jax.jit(lambda: fallback(neural, tree).propose(*args))()
     jax.effects_barrier()
     assert bool(calls) == asked

@@ -16,7 +16,7 @@ from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
-from ospec_jax.types import Feedback, SamplingParams
+from ospec_jax.types import Feedback, Roots, SamplingParams
 
 VOCAB, LENGTH, STEPS = 16, 12, 4
 
@@ -58,18 +58,22 @@ def test_training_sees_what_is_drafted(model, draft_vocab_size, is_scanned):
     _, _, filled = states(known[:, :-1], cache)
     shared = shared_tables(params).replace(params=params, cache=filled)
     zero = jnp.zeros((1,))
-    tree, _ = drafter.propose(
-        draft, shared, (), drafter.init_context(1), known[:, -1], start + LENGTH - 1,
-        jax.random.split(jax.random.key(0), 1),
-        SamplingParams(zero, zero.astype(jnp.int32), zero + 1),
-    )  # fmt: skip
+    roots = Roots(
+        token=known[:, -1],
+        position=start + LENGTH - 1,
+        keys=jax.random.split(jax.random.key(0), 1),
+        context=drafter.init_context(1),
+        sampling=SamplingParams(zero, zero.astype(jnp.int32), zero + 1),
+    )
+    tree, _ = drafter.propose(draft, shared, (), roots)
     tokens = jnp.concatenate([known, tree.tokens[:, 1:-1]], axis=1)
     hidden, taps, _ = states(tokens, cache)
     feedback = Feedback(tokens, taps, hidden, jnp.zeros(tokens.shape))
     num_context = LENGTH - 2  # the last pair is the one before the root
     logits = drafter.unroll(
-        draft.params, draft.token_ids, shared, feedback, start, num_context, STEPS
-    )
+        draft.params, draft.token_ids, shared, feedback, start,
+        num_context=num_context, num_steps=STEPS,
+    )  # fmt: skip
     assert [x.shape[:2] for x in logits] == [(1, 1)] * STEPS
     for depth, of_depth in enumerate(logits):
         log_probs = jax.nn.log_softmax(of_depth[0, 0])

@@ -21,6 +21,7 @@ from ospec_jax.drafters.ngram import (
     with_ngrams,
 )
 from ospec_jax.testing import tiny_draft_config, tiny_model_config
+from ospec_jax.types import Roots
 
 learn = jax.jit(remember)
 MAX_MATCH = init_memory(1).max_match
@@ -147,7 +148,8 @@ def test_chains_end_at_improbable_paths(lowest, num_nodes):
     rate = lambda recent: jnp.where(recent[..., -1] < 4, jnp.log(0.5), -jnp.inf)
     hints = Hints(after(1)[0], lambda recent, _: (recent[..., -1] + 1, rate(recent)))
     root = jnp.ones(1, jnp.int32)
-    tree, _ = drafter.propose(None, None, (), None, root, root, None, None, hints)
+    roots = Roots(root, root, None, None, None)
+    tree, _ = drafter.propose(None, None, (), roots, hints)
     assert int(tree.is_valid.sum()) == num_nodes
     np.testing.assert_array_equal(tree.tokens[0, :num_nodes], 1 + np.arange(num_nodes))
 

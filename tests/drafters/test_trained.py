@@ -13,7 +13,7 @@ from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
-from ospec_jax.types import Feedback, SamplingParams
+from ospec_jax.types import Feedback, Pairs, Roots, SamplingParams
 
 VOCAB, CAPACITY, LENGTH, STEPS = 16, 64, 24, 4
 TREES = {
@@ -55,7 +55,9 @@ class Rig:
         self.draft = tiny_draft(self.drafter, self.config)
         self.extend = jax.jit(self.drafter.extend)
         self.propose = jax.jit(self.drafter.propose)
-        self.unroll = jax.jit(self.drafter.unroll, static_argnums=(5, 6))
+        self.unroll = jax.jit(
+            self.drafter.unroll, static_argnames=("num_context", "num_steps")
+        )
         rng, taps = np.random.default_rng(0), len(self.config.taps)
         width = taps * self.config.target_hidden_size
         self.tokens = jnp.asarray(rng.integers(0, VOCAB, (rows, LENGTH)), jnp.int32)
@@ -81,17 +83,18 @@ class Rig:
         )
         taps = jnp.pad(self.taps[:, pairs], (*junk, (0, 0)), constant_values=7.0)
         fill = lambda value: jnp.full((self.rows,), value, jnp.int32)
-        return self.extend(
-            self.draft, shared, cache, tokens, tokens, taps, fill(start), fill(count)
-        )
+        pairs = Pairs(tokens, tokens, taps, fill(start), fill(count))
+        return self.extend(self.draft, shared, cache, pairs)
 
     def proposed(self, shared, cache, context, start, sampling=None):
-        keys = jax.random.split(jax.random.key(5), self.rows)
-        return self.propose(
-            self.draft, shared, cache, context, self.tokens[:, start],
-            jnp.full((self.rows,), start, jnp.int32), keys,
-            sampling or greedy(self.rows),
-        )  # fmt: skip
+        roots = Roots(
+            token=self.tokens[:, start],
+            position=jnp.full((self.rows,), start, jnp.int32),
+            keys=jax.random.split(jax.random.key(5), self.rows),
+            context=context,
+            sampling=sampling or greedy(self.rows),
+        )
+        return self.propose(self.draft, shared, cache, roots)
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -150,7 +153,7 @@ def test_unroll_reproduces_what_propose_computed(
     for num_context in (0, start - 1):
         unrolled = rig.unroll(
             rig.draft.params, rig.draft.token_ids, shared, feedback,
-            jnp.zeros((1,), jnp.int32), num_context, STEPS,
+            jnp.zeros((1,), jnp.int32), num_context=num_context, num_steps=STEPS,
         )  # fmt: skip
         assert len(unrolled) == STEPS
         for depth, logits in enumerate(unrolled):
@@ -177,8 +180,11 @@ def test_padding_before_the_first_token_is_not_seen(shared, family):
     )
     args = rig.draft.params, rig.draft.token_ids, shared
     zero = jnp.zeros((1,), jnp.int32)
-    expected = rig.unroll(*args, feedback, zero, 4, STEPS)
-    padded = rig.unroll(*args, jax.tree.map(junk, feedback), zero - pad, 4 + pad, STEPS)
+    expected = rig.unroll(*args, feedback, zero, num_context=4, num_steps=STEPS)
+    padded = rig.unroll(
+        *args, jax.tree.map(junk, feedback), zero - pad,
+        num_context=4 + pad, num_steps=STEPS,
+    )  # fmt: skip
     for x, y in zip(padded, expected, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
@@ -222,7 +228,7 @@ def unrolled_logits(rig, shared, num_pairs=1):
     feedback = rig.feedback(num_pairs + STEPS)
     logits = rig.unroll(
         rig.draft.params, rig.draft.token_ids, shared, feedback,
-        jnp.zeros((1,), jnp.int32), num_pairs - 1, STEPS,
+        jnp.zeros((1,), jnp.int32), num_context=num_pairs - 1, num_steps=STEPS,
     )  # fmt: skip
     table = np.asarray(shared.embedding["kernel"], np.float64)
     state = np.asarray(feedback.hidden[0, num_pairs - 1], np.float64)
@@ -294,5 +300,5 @@ def test_heads_draft_no_deeper_than_there_are_heads(shared):
     with pytest.raises(ConfigError, match="cannot train 6 steps deep"):
         rig.unroll(
             rig.draft.params, rig.draft.token_ids, shared, rig.feedback(12),
-            jnp.zeros((1,), jnp.int32), 2, 6,
+            jnp.zeros((1,), jnp.int32), num_context=2, num_steps=6,
         )  # fmt: skip

@@ -26,7 +26,7 @@ from ospec_jax.session.self_check import self_check
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import CheckpointError, Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
-from ospec_jax.types import Draft, SharedTables
+from ospec_jax.types import Draft, Pairs, SharedTables
 
 VOCAB = 259
 
@@ -111,9 +111,11 @@ def test_a_head_computes_what_the_reference_does(make, tmp_path):
     shared = SharedTables(embedding={"kernel": jnp.asarray(embedding)}, head={})
     ints = lambda *values: jnp.asarray(values, jnp.int32)
     _, context = drafter.extend(
-        found.draft, shared, drafter.init_cache(1, 64), ints(5)[None], ints(7)[None],
-        jnp.asarray(taps), ints(0), ints(1),
-    )  # fmt: skip
+        found.draft,
+        shared,
+        drafter.init_cache(1, 64),
+        Pairs(ints(5)[None], ints(7)[None], jnp.asarray(taps), ints(0), ints(1)),
+    )
     expected = numpy_pair_logits(
         weights, "midlayer." if make is flat else "layers.0.", embedding[7], taps[0, 0],
         make is nested, found.config.rms_norm_eps,

@@ -22,7 +22,7 @@ from ospec_jax.session.self_check import self_check
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import CheckpointError
 from ospec_jax.testing import tiny_target
-from ospec_jax.types import Feedback
+from ospec_jax.types import Feedback, Pairs
 
 KINDS = ("mlp", "prefix-mlp")
 NUM_TOKENS, DEPTH = 9, 3
@@ -131,11 +131,12 @@ def test_heads_compute_what_the_reference_does(target, folder, kind, tmp_path):
     )  # fmt: skip
     zero = jnp.zeros(1, jnp.int32)
     found = drafter.unroll(
-        draft.params, draft.token_ids, shared, feedback, zero, 0, DEPTH
-    )
+        draft.params, draft.token_ids, shared, feedback, zero,
+        num_context=0, num_steps=DEPTH,
+    )  # fmt: skip
     some = drafter.unroll(
-        draft.params, draft.token_ids, shared, feedback, zero, 0, DEPTH,
-        jnp.asarray([7, 3]),
+        draft.params, draft.token_ids, shared, feedback, zero,
+        num_context=0, num_steps=DEPTH, candidates=jnp.asarray([7, 3]),
     )  # fmt: skip
     num_pairs = NUM_TOKENS - DEPTH
     for depth in range(DEPTH):
@@ -144,8 +145,11 @@ def test_heads_compute_what_the_reference_does(target, folder, kind, tmp_path):
         np.testing.assert_allclose(some[depth][0], wanted[:, [7, 3]], atol=2e-4)
     pairs = lambda x: jnp.asarray(x)[None]
     _, context = drafter.extend(
-        draft, shared, drafter.init_cache(1, 64), pairs(tokens[:-1]),
-        pairs(tokens[1:]), pairs(states[:-1]), zero, zero + NUM_TOKENS - 1,
+        draft, shared, drafter.init_cache(1, 64),
+        Pairs(
+            pairs(tokens[:-1]), pairs(tokens[1:]), pairs(states[:-1]), zero,
+            zero + NUM_TOKENS - 1,
+        ),
     )  # fmt: skip
     np.testing.assert_allclose(context.logits[0], expected[0][-2], atol=2e-4)
 

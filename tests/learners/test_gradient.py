@@ -115,7 +115,9 @@ def test_predicted_states_come_closer_to_the_targets(segments, shared):
 
     def gap(params):
         args = draft.token_ids, shared, segments.feedback, segments.start
-        states = drafter.unroll_outputs(params, *args, CONTEXT, STEPS)[1]
+        states = drafter.unroll_outputs(
+            params, *args, num_context=CONTEXT, num_steps=STEPS
+        )[1]
         hidden = segments.feedback.hidden[:, CONTEXT + 1 :]
         found = feature_loss(states, hidden, segments.weight[:, CONTEXT + 1 :])
         return float(found), states, hidden

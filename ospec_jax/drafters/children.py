@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the children of a tree's nodes are drawn; `decoding.rules` accepts them.
+
+Each way of drawing belongs to an acceptance rule that is exact for it alone, so a tree
+says which one it was (`DraftTree.children`).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ospec_jax.config import ChildrenKind
+from ospec_jax.drafters.base import Hints
+from ospec_jax.sampling import (
+    argmax,
+    processed_probs,
+    sample,
+    sample_without_replacement,
+)
+from ospec_jax.types import SamplingParams
+
+
+class Children(NamedTuple):
+    """Drawn children of `w` nodes a row.
+
+    Attributes:
+      tokens: `[b, w, c]`.
+      log_probs: `[b, w, c]` of each token, given its parent.
+      probs: `[b, w, q]` distributions that they were drawn from; None for `topk`.
+    """
+
+    tokens: Int[Array, "b w c"]
+    log_probs: Float[Array, "b w c"]
+    probs: Float[Array, "b w q"] | None
+
+
+def draw(
+    keys: Key[Array, " b"],
+    logits: Float[Array, "b w q"],
+    count: int,
+    kind: ChildrenKind,
+    sampling: SamplingParams,
+    is_row_invariant: bool,
+) -> Children:
+    """Draws `count` children of each node, as ids of the draft's vocabulary."""
+    b, w, q = logits.shape
+    if kind == "topk":
+        log_probs, ids = _most_probable(logits, count)
+        return Children(ids, log_probs, None)
+
+    flat = jax.tree.map(lambda x: jnp.repeat(x, w), sampling)
+    probs = processed_probs(logits.reshape(b * w, q), flat, is_row_invariant)
+    split = jax.vmap(lambda key: jax.random.split(key, (w, count)))(keys)
+    if kind == "topk_sampled":
+        ids, probs = _draw_topk_sampled(
+            split[:, :, :2].reshape(b * w, -1), probs, count
+        )
+    elif kind == "hub":
+        ids, probs = _draw_hub(split[:, :, :2].reshape(b * w, -1), probs, count)
+    elif kind == "without_replacement":
+        ids = sample_without_replacement(split[:, :, 0].reshape(b * w), probs, count)
+    else:
+        repeated = jnp.repeat(probs, count, axis=0)
+        ids = sample(split.reshape(b * w * count), repeated)
+    ids = ids.reshape(b, w, count)
+    probs = probs.reshape(b, w, q)
+    return Children(ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs)
+
+
+def _most_probable(logits, count):
+    """Log-probabilities `[b, w, c]` of the `count` largest entries, and their ids."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    if count == 1:
+        best = argmax(logits)[..., None]
+        return jnp.max(logits, axis=-1, keepdims=True) - total, best
+    values, ids = jax.lax.top_k(logits, count)
+    return values - total, ids.astype(jnp.int32)
+
+
+def _draw_topk_sampled(keys, probs, count):
+    """One draw from all but the `count - 1` most probable tokens, then these."""
+    top = jax.lax.top_k(probs, count - 1)[1].astype(jnp.int32)
+    is_top = jnp.any(top[..., None] == jnp.arange(probs.shape[-1]), axis=1)
+    others = jnp.where(is_top, 0.0, probs)
+    others = others / jnp.maximum(jnp.sum(others, axis=-1, keepdims=True), 1e-30)
+    drawn = sample(keys[:, 0], others)
+    return jnp.concatenate([drawn[:, None], top], axis=1), others
+
+
+def _draw_hub(keys, probs, count):
+    """SpecHub's pairs: a draw and the most probable token, or the other way round."""
+    assert count == 2, "TreeConfig lets pairs through only"
+    top = jnp.argmax(probs, axis=-1).astype(jnp.int32)
+    first = sample(keys[:, 0], probs)
+    others = jnp.where(jnp.arange(probs.shape[-1]) == top[:, None], 0.0, probs)
+    other = sample(keys[:, 1], others)
+    return jnp.stack([first, jnp.where(first == top, other, top)], axis=1), probs
+
+
+def consider(
+    hints: Hints | None,
+    recent: Int[Array, "b w m"] | None,
+    depth: int | Int[Array, ""],
+    children: Children,
+) -> Children:
+    """Puts likelier suggestions in the place of the least probable children.
+
+    Args:
+      recent: The last tokens of the nodes' paths, None without hints.
+      depth: Of the nodes.
+    """
+    if hints is None:
+        return children
+
+    tokens, log_probs = children.tokens, children.log_probs
+    hint, rate = hints.suggest(recent, depth)
+    hint, rate = hint[..., None], rate[..., None]
+    is_drafted = tokens == hint
+    is_taken = (rate > log_probs[..., -1:]) & ~jnp.any(is_drafted, -1, keepdims=True)
+    is_last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
+    tokens = jnp.where(is_taken & is_last, hint, tokens)
+    log_probs = jnp.where(is_taken & is_last, rate, log_probs)
+    log_probs = jnp.where(is_drafted, jnp.maximum(log_probs, rate), log_probs)
+    return children._replace(tokens=tokens, log_probs=log_probs)
+
+
+def extend_path(
+    recent: Int[Array, "b w m"], tokens: Int[Array, "b w"]
+) -> Int[Array, "b w m"]:
+    """The last tokens of the children's paths."""
+    return jnp.concatenate([recent[..., 1:], tokens[..., None]], axis=-1)
