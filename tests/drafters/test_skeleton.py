@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drafter that the documentation shows works as it stands, and is exact."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from ospec_jax import SamplingConfig, Session, TreeConfig, load_draft
+from ospec_jax.testing import tiny_target
+
+FILE = Path(__file__).parents[2] / "docs" / "skeletons" / "drafter.py"
+PROMPTS = ["What is 1 plus 2?", "aaaaaaaa", "Why is the sea blue, and the sky?"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+
+@pytest.fixture(scope="module")
+def family():
+    return runpy.run_path(str(FILE))["REPEAT"]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target(16)
+
+
+def answers(session):
+    found = session.generate(PROMPTS, 24, SamplingConfig(), is_raw=True)
+    return [r.token_ids for r in sorted(found, key=lambda r: r.prompt.id)]
+
+
+@pytest.mark.parametrize("ngrams", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_family_of_ones_own_drafts_exactly(target, family, batch_size, ngrams):
+    session = Session(
+        target,
+        load_draft(family, target),
+        tree=TreeConfig(num_steps=3),
+        batch_size=batch_size,
+        ngrams=ngrams,
+    )
+    assert answers(session) == answers(Session(target))
+    assert session.stats.num_draft_tokens > 0
+
+
+def test_its_refusal_reaches_the_user(target, family):
+    tree = TreeConfig("dynamic", 2, 2, 4)
+    with pytest.raises(ValueError, match="makes chains, not a dynamic tree"):
+        Session(target, load_draft(family, target), tree=tree)
