@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from reference import random_params
 
-from ospec_jax.config import LEARNER_NAMES, ConfigError, LearnerConfig, TreeConfig
+from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.base import Learner, Segments
-from ospec_jax.learners.registry import build_learner
+from ospec_jax.learners.config import LEARNER_NAMES, LearnerConfig, build_learner
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
@@ -105,7 +105,8 @@ def make_drafter(family):
 def make_learner(name, drafter) -> Learner:
     config = LearnerConfig(
         name=name, num_steps=STEPS, num_context=CONTEXT, window=WINDOW,
-        batch_size=ROWS, num_candidates=0, buffer_requests=2,
+        batch_size=ROWS, num_candidates=0,
+        buffer_requests=2 if name == "osd" else None,
         optimizer="sgd" if name in SGD else "adam",
         learning_rate=SGD.get(name, 3e-3),
     )  # fmt: skip
@@ -196,11 +197,17 @@ def test_memory_has_no_learner():
         ({"name": "ensemble", "optimizer": "dog"}, "'dog' finds its own step size"),
         ({"name": "shared_ensemble", "expert_pull": 0.0}, "would lie on one line"),
         ({"name": "shared_ensemble", "reset_experts": True}, "use the learner `ens"),
-        ({"num_experts": 1}, "num_experts is 1; use 2"),
-        ({"meta": "exp3"}, "meta is 'exp3'; use hedge or last_chunk"),
+        ({"name": "ensemble", "num_experts": 1}, "num_experts is 1; use 2"),
+        (
+            {"name": "ensemble", "meta": "exp3"},
+            "meta is 'exp3'; use hedge",
+        ),
         ({"positions": "wrong"}, "positions is 'wrong'; use all or rejected"),
         ({"token_share": 0.0}, "token_share is 0.0; use above 0, and at most 1"),
-        ({"num_scored": 5}, "num_scored 5 exceeds batch_size 4"),
+        (
+            {"name": "shared_ensemble", "num_scored": 5},
+            "num_scored 5 exceeds",
+        ),
         ({"update_every_prompts": -1}, "update_every_prompts is -1; use 0 (off)"),
     ],
 )
@@ -230,7 +237,7 @@ def test_a_rate_says_whose_it_is_where_the_rule_was_published_with_sgd(name):
 
 
 def test_defaults_are_the_learners_own():
-    found = {name: LearnerConfig(name=name) for name in LEARNER_NAMES}
+    found = {name: LearnerConfig(name=name) for name in TRAINING}
     rates = {name: (c.optimizer, c.learning_rate) for name, c in found.items()}
     assert rates["gradient"] == rates["ensemble"] == ("adam", 3e-4)
     assert rates["optimistic"] == rates["momentum"] == ("sgd", 0.1)
