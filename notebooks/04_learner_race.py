@@ -23,7 +23,6 @@
 # In Colab, first run `!pip install ospec-jax`.
 
 # %%
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -77,7 +76,7 @@ common = LearnerConfig(
     num_candidates=0, learning_rate=3e-3,
 )  # fmt: skip
 sgd = {"optimizer": "sgd", "learning_rate": 0.5}
-named = lambda name, **values: dataclasses.replace(common, name=name, **values)
+named = lambda name, **values: common.renamed(name, **values)
 learners = {
     "static": None,
     "gradient": common,

@@ -4,10 +4,10 @@
 from ospec_jax import _platform  # noqa: F401, I001 - sets XLA's flags before JAX reads them
 from ospec_jax.config import (
     ConfigError,
-    LearnerConfig,
     SamplingConfig,
     TreeConfig,
 )
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.hub import Target, load_target
 from ospec_jax.session import Result, Session

@@ -171,8 +171,8 @@ def test_the_families_are_listed():
 
 
 def test_the_learners_and_losses_are_listed():
-    from ospec_jax.config import LEARNER_NAMES
     from ospec_jax.learners.losses import LOSSES
+    from ospec_jax.learners.registry import LEARNER_NAMES
 
     text = (ROOT / "docs" / "learners.md").read_text()
     cells = re.findall(r"^\| ([^|]*) \|", text, re.MULTILINE)

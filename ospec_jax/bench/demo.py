@@ -9,8 +9,9 @@ from ospec_jax import atomic
 from ospec_jax.bench.harness import BenchConfig
 from ospec_jax.bench.live import run_with_progress
 from ospec_jax.bench.report import markdown_table, plot_stream
-from ospec_jax.config import LearnerConfig, TreeConfig
+from ospec_jax.config import TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.reports.progress import Interrupt, console

@@ -17,9 +17,10 @@ from ospec_jax.bench.passes import (
     measure_verification,
 )
 from ospec_jax.bench.peers import Peer
-from ospec_jax.config import ConfigError, LearnerConfig, SamplingConfig, TreeConfig
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.session import Result, Session

@@ -14,7 +14,7 @@ from ospec_jax.data.prompts import encode
 from ospec_jax.decoding.engine import PREFILL_CHUNK
 from ospec_jax.decoding.reference import is_tie
 from ospec_jax.decoding.stats import repeated_share
-from ospec_jax.learners.optimizers import optimizer_of
+from ospec_jax.learners.config import optimizer_of
 
 
 def predicted_seconds(run: BenchRun, name: str) -> float:

@@ -12,15 +12,15 @@ import tyro
 from ospec_jax import atomic, sharding
 from ospec_jax.cli.notation import parse_tree
 from ospec_jax.config import (
-    LEARNER_NAMES,
     ChildrenKind,
     ConfigError,
-    LearnerConfig,
     Precision,
     SamplingConfig,
     TreeConfig,
     Verification,
 )
+from ospec_jax.learners.config import LearnerConfig
+from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import Session
@@ -160,7 +160,7 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
     """
     given = {name: value for name, value in flags.items() if value is not None}
     if name_or_file in LEARNER_NAMES:
-        return LearnerConfig(name=name_or_file, **given)  # type: ignore[arg-type]
+        return LearnerConfig(name=name_or_file, **given)
     if not Path(name_or_file).is_file():
         raise ConfigError(
             f"unknown learner {name_or_file!r}: use {', '.join(LEARNER_NAMES)}, or a "
@@ -171,10 +171,11 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
     if not isinstance(config, LearnerConfig):
         raise ConfigError(f"{name_or_file} has no get_config() -> LearnerConfig")
     if "optimizer" in given:
-        given = {"learning_rate": 0.0} | given  # the file's suits the file's optimizer
+        # The file's suits the file's optimizer.
+        given = {"learning_rate": None} | given
     if "update_interval" in given:
-        given = {"update_every_prompts": 0} | given
-    return dataclasses.replace(config, **given)
+        given = {"update_every_prompts": None} | given
+    return config.replace(**given)
 
 
 def write_json(file: Path | None, rows: list, is_list: bool) -> None:

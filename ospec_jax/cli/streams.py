@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ospec stream`, `record`, `replay`, `telemetry`: learners on drifting streams."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from ospec_jax.cli.arguments import as_precision, learner_config
-from ospec_jax.config import ConfigError, LearnerConfig
+from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import read_prompts, write_prompts
 from ospec_jax.data.streams import build_stream
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.reports.progress import Interrupt, console, progress_bar
@@ -162,9 +162,9 @@ def replay(
     is_cut_short = False
     with Interrupt() as interrupt, progress_bar() as bar:
         for name, config in configs.items():
-            is_random = config is not None and config.replay_share > 0
+            is_random = _draws(config)
             for seed in [int(s) for s in seeds.split(",")][: None if is_random else 1]:
-                config = config and dataclasses.replace(config, seed=seed)
+                config = config and config.replace(seed=seed)
                 settings = results.settings_of(
                     name, config, draft, num_speculative_tokens, key, content
                 )
@@ -197,10 +197,18 @@ def _replayed(name: str, **flags) -> LearnerConfig:
     if not config.is_training:
         return config  # it would read none of the flags
     config = learner_config(name, memory_slots=0, **flags)
-    is_timed = config.update_interval < 1 and not config.update_every_prompts
-    if config.name == "auto" or not is_timed:
+    if config.schedule is None:  # `auto` is decided with the draft
         return config
-    return dataclasses.replace(config, update_interval=DEFAULT_INTERVAL)
+    if config.schedule.update_interval or config.schedule.update_every_prompts:
+        return config
+    return config.replace(update_interval=DEFAULT_INTERVAL)
+
+
+def _draws(config: LearnerConfig | None) -> bool:
+    """Whether a learner's result depends on its seed."""
+    if config is None or config.batches is None:
+        return False
+    return config.batches.replay_share > 0
 
 
 def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:

@@ -12,13 +12,7 @@ from ospec_jax.config.decoding import (
     TreeConfig,
     Verification,
 )
-from ospec_jax.config.learner import (
-    LEARNER_NAMES,
-    LearnerConfig,
-    LearnerName,
-    Recording,
-    as_learner_config,
-)
+from ospec_jax.config.learner import Recording
 from ospec_jax.config.model import (
     AttentionKind,
     DraftConfig,
@@ -32,15 +26,12 @@ from ospec_jax.config.model import (
 
 __all__ = [
     "AUTO_DEPTHS",
-    "LEARNER_NAMES",
     "AttentionKind",
     "ChildrenKind",
     "ConfigError",
     "DraftConfig",
     "ExitConfig",
     "HydraConfig",
-    "LearnerConfig",
-    "LearnerName",
     "ModelConfig",
     "Precision",
     "Recording",
@@ -48,7 +39,6 @@ __all__ = [
     "SamplingConfig",
     "TreeConfig",
     "Verification",
-    "as_learner_config",
     "draft_config_from",
     "from_dict",
 ]

@@ -7,6 +7,7 @@ first expert is the static draft: it never moves, costs a forward pass, and is w
 ensemble falls back to. See `shared_ensemble` for one gradient for all.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from ospec_jax.config import ConfigError
+from ospec_jax.config.learner import check
+from ospec_jax.control import weighting
 from ospec_jax.control.weighting import Meta, MetaState, init_meta
 from ospec_jax.learners.base import (
     Learner,
@@ -26,8 +30,91 @@ from ospec_jax.learners.base import (
     new_state,
     stepped,
 )
+from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
+from ospec_jax.learners.optimizers import is_parameter_free, make_optimizer
 from ospec_jax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsMethod(OptimizedMethod):
+    """A rule that weighs experts of several step sizes, the static draft among them.
+
+    Its learning rate is the middle of the experts' grid.
+
+    Attributes:
+      num_experts: The static draft counted.
+      step_ratio: Between neighbours in the grid of step sizes.
+      meta: How experts are weighed: `hedge` on their cumulative normalised losses, or
+        `last_chunk`, softmax of their mean loss in the last round (released code).
+      meta_rate: Of Hedge; see `control.weighting`.
+      meta_discount: Of older losses at each update, in Hedge; 1 never forgets.
+      temperature: Of `last_chunk`, in units of the loss.
+    """
+
+    num_experts: int = 4
+    step_ratio: float = 2.0
+    meta: str = "hedge"
+    meta_rate: float = 1.0
+    meta_discount: float = 1.0
+    temperature: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        wanted = "2 (the static draft and another) or more"
+        check(self, "num_experts", lambda x: x >= 2, wanted)
+        check(self, "step_ratio", lambda x: x > 1, "above 1")
+        check(self, "meta_rate temperature", lambda x: x > 0, "above 0")
+        check(self, "meta_discount", lambda x: 0 < x <= 1, "above 0, and at most 1")
+        if self.meta not in ("hedge", "last_chunk"):
+            raise ConfigError(f"meta is {self.meta!r}; use hedge or last_chunk")
+
+    def grid(self) -> tuple[optax.GradientTransformation, tuple[float, ...]]:
+        """An optimizer of step 1, and the experts' steps."""
+        optimizer, rate = self.optimizer_and_rate
+        if is_parameter_free(optimizer):
+            raise ConfigError(
+                f"{optimizer!r} finds its own step size: there is no grid of them "
+                f"for an ensemble; use it with the gradient learner"
+            )
+        steps = step_grid(rate, self.step_ratio, self.num_experts - 1)
+        return make_optimizer(optimizer, 1.0), steps
+
+    def weights(self, has_static: bool = True) -> weighting.Meta:
+        """How experts are weighed.
+
+        Args:
+          has_static: Whether the static draft may get weight.
+        """
+        prior = (float(has_static), *(1.0,) * (self.num_experts - 1))
+        if self.meta == "last_chunk":
+            return weighting.last_chunk(self.temperature, prior)
+        return weighting.hedge(self.meta_rate, self.meta_discount, prior)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ensemble(ExpertsMethod):
+    """Settings of `ensemble`.
+
+    Attributes:
+      static_expert: Whether the static draft may get weight.
+      reset_experts: Experts begin each round at their average (released code).
+    """
+
+    static_expert: bool = True
+    reset_experts: bool = False
+
+    def build(self, objective: Objective) -> Learner:
+        """The learner."""
+        optimizer, steps = self.grid()
+        return ensemble(
+            objective,
+            optimizer,
+            steps,
+            self.weights(self.static_expert),
+            self.static_expert,
+            self.reset_experts,
+        )
 
 
 @flax.struct.dataclass

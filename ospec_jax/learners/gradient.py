@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Online gradient descent with any optax optimizer."""
 
+import dataclasses
+
 import jax
 import optax
 
@@ -12,7 +14,17 @@ from ospec_jax.learners.base import (
     new_state,
     stepped,
 )
+from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient(OptimizedMethod):
+    """Settings of `gradient`: its optimizer and rate."""
+
+    def build(self, objective: Objective) -> Learner:
+        """The learner."""
+        return gradient(objective, self.make_optimizer())
 
 
 def gradient(objective: Objective, optimizer: optax.GradientTransformation) -> Learner:

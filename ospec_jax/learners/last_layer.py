@@ -23,14 +23,16 @@ raw ones, whatever the temperature, and processing them again is right. Greedy t
 are labels of the softmax itself: at temperature 0 the processed draft has no gradient.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ospec_jax.config.learner import Effort, Method, Recording, check, check_finite
 from ospec_jax.learners.base import chosen
 from ospec_jax.sampling import processed_probs
 from ospec_jax.types import SamplingParams
@@ -45,6 +47,31 @@ SHORTEST = 0.5
 wrong predictions is all but zero, and steps as short as the temperature, made for the
 right ones, would never correct them: at 0.2, 64 draws by step, acceptance rises from
 0.13 to 0.89 in 1,000 steps as short as that, and to 0.94 in steps of 0.5."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LastLayer(Method):
+    """Settings of the learner `head`, which `online.last_layer` trains.
+
+    Attributes:
+      head_rate: Step size; 1 is a whole Newton step for a token.
+      head_damping: Of the preconditioner; see this module.
+      head_candidates: Draft tokens whose rows of the projection one step may change.
+      num_steps: Drafted tokens over which `pace` counts what learning gains.
+    """
+
+    parts: ClassVar[tuple[type, ...]] = (Effort,)
+    recording: ClassVar[Recording] = "states"
+
+    head_rate: float = 1.0
+    head_damping: float = 0.1
+    head_candidates: int = 256
+    num_steps: int = 3
+
+    def __post_init__(self):
+        check_finite(self)
+        check(self, "head_rate head_damping", lambda x: x > 0, "above 0")
+        check(self, "head_candidates num_steps", lambda x: x >= 1, "1 or more")
 
 
 @flax.struct.dataclass

@@ -14,7 +14,8 @@ gradient is like the next. Unconstrained with a constant step it is the one-stat
 that one's plain first step.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from ospec_jax.config.learner import check
 from ospec_jax.learners.base import (
     Learner,
     LearnerState,
@@ -31,8 +33,36 @@ from ospec_jax.learners.base import (
     new_state,
     stepped,
 )
+from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
 from ospec_jax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimistic(OptimizedMethod):
+    """Settings of `optimistic`.
+
+    Attributes:
+      hint_decay: The hint is the last gradient (0), or an average of past ones that
+        keeps this part of its old value at each update.
+      radius: Parameters stay in the ball of this radius around the first ones; 0 for
+        no bound.
+    """
+
+    published_optimizer: ClassVar[str] = "sgd"
+
+    hint_decay: float = 0.0
+    radius: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "hint_decay", lambda x: 0 <= x < 1, "0 to below 1")
+        check(self, "radius", lambda x: x >= 0, "0 (off) or more")
+
+    def build(self, objective: Objective) -> Learner:
+        """The learner."""
+        optimizer = self.make_optimizer()
+        return optimistic(objective, optimizer, self.hint_decay, self.radius)
 
 
 @flax.struct.dataclass

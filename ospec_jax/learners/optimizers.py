@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from ospec_jax.config import ConfigError, LearnerConfig
+from ospec_jax.config import ConfigError
 
 PARAMETER_FREE = (
     "mechanize",
@@ -75,14 +75,3 @@ def _takes_rate(factory) -> bool:
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]  # fmt: skip
     return "learning_rate" in parameters and needed in ([], ["learning_rate"])
-
-
-def optimizer_of(config: LearnerConfig | None) -> dict[str, Any]:
-    """What a learner follows gradients with, as JSON; None where it does not."""
-    if config is None or not config.is_training or config.rule is not None:
-        return {"optimizer": None, "learning_rate": None}
-    has_rate = not is_parameter_free(config.optimizer)
-    return {
-        "optimizer": config.optimizer,
-        "learning_rate": config.learning_rate if has_rate else None,
-    }

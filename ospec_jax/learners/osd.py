@@ -7,7 +7,8 @@ in between, so the buffer can hold gradients in place of requests: their mean is
 gradient of the buffered requests' mean loss.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from ospec_jax.config import ConfigError
+from ospec_jax.config.learner import Schedule, check
 from ospec_jax.learners.base import (
     Learner,
     LearnerState,
@@ -23,8 +26,46 @@ from ospec_jax.learners.base import (
     new_state,
     stepped,
 )
+from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
 from ospec_jax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class OSD(OptimizedMethod):
+    """Settings of `osd`, by default as published.
+
+    It learns where the draft was wrong alone, and an update is a request, of which its
+    buffer holds so many: so a batch should hold the windows of one.
+
+    Attributes:
+      buffer_requests: Requests between two steps.
+    """
+
+    published_rate: ClassVar[float | None] = 1e-4
+    defaults: ClassVar[dict[str, Any]] = {
+        "update_every_prompts": 1,
+        "loss": "forward_kl",
+    }
+    fixed: ClassVar[dict[str, Any]] = {"positions": "rejected"}
+
+    buffer_requests: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "buffer_requests", lambda x: x >= 1, "1 or more")
+
+    def check_parts(self, schedule: Schedule, **_) -> None:
+        """Refuses intervals of tokens: the buffer counts requests."""
+        if schedule.update_every_prompts < 1:
+            raise ConfigError(
+                f"update_every_prompts is {schedule.update_every_prompts}; the learner "
+                f"'osd' counts requests: use 1 or more"
+            )
+
+    def build(self, objective: Objective) -> Learner:
+        """The learner."""
+        return osd(objective, self.make_optimizer(), self.buffer_requests)
 
 
 @flax.struct.dataclass

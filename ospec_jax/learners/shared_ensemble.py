@@ -22,6 +22,7 @@ that would end with a batch that has been trained on before goes on to the next 
 one: on the others experts cannot be judged.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -30,6 +31,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from ospec_jax.config import ConfigError
+from ospec_jax.config.learner import Batches, check
 from ospec_jax.control.weighting import Meta, MetaState, init_meta
 from ospec_jax.learners.base import (
     Learner,
@@ -40,8 +43,68 @@ from ospec_jax.learners.base import (
     moved_if,
     new_state,
 )
+from ospec_jax.learners.ensemble import ExpertsMethod
 from ospec_jax.learners.objective import Objective
 from ospec_jax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedEnsemble(ExpertsMethod):
+    """Settings of `shared_ensemble`; Hedge forgets, for streams that shift.
+
+    Attributes:
+      expert_pull: Part of the way that an expert of the middle step is drawn to the
+        played parameters at each update.
+      radius: Experts stay in the ball of this radius around the static draft; 0 for no
+        bound.
+      num_scored: Windows of each batch that experts are judged on.
+      round_length: Updates between two judgements; directions add up in between, and
+        experts move once for all of them.
+    """
+
+    # The paper's rule never forgets, and its rate is 1.
+    meta_rate: float = 3.0
+    meta_discount: float = 0.8
+    expert_pull: float = 0.2
+    radius: float = 0.0
+    num_scored: int = 1
+    round_length: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, "expert_pull radius", lambda x: x >= 0, "0 (off) or more")
+        check(self, "num_scored round_length", lambda x: x >= 1, "1 or more")
+        if not self.expert_pull and not self.radius:
+            raise ConfigError(
+                "experts that share a gradient would lie on one line; set expert_pull "
+                "or radius above 0"
+            )
+
+    def check_parts(self, batches: Batches, **_) -> None:
+        """Refuses to judge experts on more windows than there are."""
+        if self.num_scored > batches.batch_size:
+            raise ConfigError(
+                f"num_scored {self.num_scored} exceeds batch_size {batches.batch_size}"
+            )
+
+    @property
+    def updates_of_round(self) -> int:
+        """The last one also judges and moves the experts."""
+        return self.round_length
+
+    def build(self, objective: Objective) -> Learner:
+        """The learner."""
+        optimizer, steps = self.grid()
+        return shared_ensemble(
+            objective,
+            optimizer,
+            steps,
+            self.weights(),
+            self.expert_pull,
+            self.radius,
+            self.num_scored,
+            self.round_length,
+        )
 
 
 @flax.struct.dataclass

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ospec_jax.config import LearnerConfig
 from ospec_jax.learners.base import Segments
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.online.ring import FeedbackRing, draw, newest
 
 

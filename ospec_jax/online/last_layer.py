@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, LearnerConfig, SamplingConfig
+from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.decoding.request import Completion
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.last_layer import (
     HeadInfo,
     HeadSamples,

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from ospec_jax.config import LearnerConfig
 from ospec_jax.drafters.base import Drafter
-from ospec_jax.learners.registry import build_learner
+from ospec_jax.learners.config import LearnerConfig, build_learner
 from ospec_jax.models.layers import Numerics
 from ospec_jax.online.last_layer import last_layer_trainer
 from ospec_jax.online.memory import counting_trainer, with_memory
@@ -52,6 +51,7 @@ def build_trainer(
         )
     else:
         learner = build_learner(config, drafter.unroll)
+        assert learner is not None, "it learns from features"
         trainer = windows_trainer(
             config, learner, shared, serve, tap_width, hidden_size, mesh
         )

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax.config import LearnerConfig
 from ospec_jax.decoding.request import Completion
 from ospec_jax.learners.base import Learner, LearnerState, Segments, restarted
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.models import finite
 from ospec_jax.online import batches, pace, promotion, rounds
 from ospec_jax.online.promotion import GuardState
@@ -180,7 +180,7 @@ class Windows:
             return state
 
         # Some rules do more in the last update of a round than in the others.
-        num_updates = max(2, self.config.round_length)
+        num_updates = max(2, self.config.method.updates_of_round)
         start = time.perf_counter()
         for _ in range(num_updates):
             learner, *_ = self._learn(learner, draft, batch)

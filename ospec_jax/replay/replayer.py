@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ospec_jax.config import ConfigError, LearnerConfig, TreeConfig
+from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
@@ -253,7 +254,7 @@ class Replayer:
                 "a replayed learner needs an update_interval, in tokens: a budget of "
                 "time would make the result depend on the machine"
             )
-        config = dataclasses.replace(config, update_interval=DEFAULT_INTERVAL)
+        config = config.replace(update_interval=DEFAULT_INTERVAL)
         return config, self._trainer(config)
 
     def _trainer(self, config: LearnerConfig) -> Trainer:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ospec_jax import atomic
-from ospec_jax.config import ConfigError, LearnerConfig
-from ospec_jax.learners.optimizers import optimizer_of
+from ospec_jax.config import ConfigError
+from ospec_jax.learners.config import LearnerConfig, optimizer_of
 from ospec_jax.replay.hindsight import dynamic_regret_proxy
 from ospec_jax.replay.replayer import Run
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, DraftConfig, LearnerConfig, TreeConfig
+from ospec_jax.config import ConfigError, DraftConfig, TreeConfig
 from ospec_jax.control.base import SUGGESTIONS, Action, Controller, follow_predictions
 from ospec_jax.control.registry import BuildController, find_controller
 from ospec_jax.decoding.engine import Engine
@@ -16,6 +16,8 @@ from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.ngram import ORDERS, init_memory
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.learners.config import LearnerConfig
+from ospec_jax.learners.last_layer import LastLayer
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
@@ -149,7 +151,9 @@ def learner_for(
     if learner.name != "auto":
         return learner
     can_learn_head = drafter.head_inputs is not None and target.mesh is None
-    is_head = can_learn_head and not learner.asks_for_gradients
+    # Without `pace` a budget says nothing to `head`; with it, it asks for updates.
+    read_by_head = {field.name for field in dataclasses.fields(LastLayer)} | {"pace"}
+    is_head = can_learn_head and read_by_head.issuperset(learner.given)
     return learner.renamed("head" if is_head else "gradient")
 
 

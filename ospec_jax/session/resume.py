@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
-from ospec_jax.config import LearnerConfig, from_dict
 from ospec_jax.drafters.base import Family
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import freely_placed
 from ospec_jax.models.hub import Target
 from ospec_jax.online.trainer import Trainer, describe_stop
@@ -206,11 +206,4 @@ def saved_config(settings: dict, ours: LearnerConfig | None = None) -> LearnerCo
     Args:
       ours: Settings with the rule that the checkpoint names, if it names one.
     """
-    # Guarded promotion once waited for so many windows; now it tests at every request.
-    gone = {"min_windows", "rule"}
-    if settings["name"] in ("head", "memory"):  # a loss was written once, and not read
-        gone.add("loss")
-    settings = {key: x for key, x in settings.items() if key not in gone}
-    if ours is not None:
-        settings["rule"] = ours.rule
-    return from_dict(LearnerConfig, settings)
+    return LearnerConfig.from_flat(settings, ours.rule if ours else None)

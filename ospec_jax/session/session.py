@@ -15,12 +15,9 @@ from ospec_jax import sharding
 from ospec_jax._platform import release_memory
 from ospec_jax.config import (
     ConfigError,
-    LearnerConfig,
     SamplingConfig,
     TreeConfig,
-    as_learner_config,
 )
-from ospec_jax.config.learner import Rule
 from ospec_jax.control.base import Chooser
 from ospec_jax.control.registry import BuildController
 from ospec_jax.data.prompts import (
@@ -31,6 +28,7 @@ from ospec_jax.data.prompts import (
 )
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.learners.config import LearnerConfig, Rule, as_learner_config
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.tokenizer import TextStream

@@ -14,7 +14,8 @@ from reference import random_params
 from ospec_jax import LearnerConfig, cli
 from ospec_jax.bench.harness import MODES
 from ospec_jax.cli import answer, arguments
-from ospec_jax.config import LEARNER_NAMES, ConfigError
+from ospec_jax.config import ConfigError
+from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.storage import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
@@ -505,7 +506,7 @@ def test_learners_are_known_by_name(name):
     assert (config.name, config.seed) == (name, 5)
     assert arguments.learner_config(name) == LearnerConfig(name=name)
     if name in ("head", "memory"):
-        with pytest.raises(ConfigError, match="reads none of optimizer, learning_rate"):
+        with pytest.raises(ConfigError, match="does not read learning_rate"):
             arguments.learner_config(name, learning_rate=0.5)
     elif name in ("momentum", "optimistic"):
         with pytest.raises(ConfigError, match="--optimizer sgd"):
@@ -540,9 +541,25 @@ def test_a_flag_for_the_interval_wins_over_a_file_that_counts_prompts():
     assert arguments.learner_config(file).update_every_prompts == 80
 
 
-@pytest.mark.parametrize("setting", [{"loss": "jsd"}, {"budget": 0.1}, {}])
-def test_the_automatic_choice_heeds_what_only_gradients_keep_to(setting):
-    assert LearnerConfig(name="auto", **setting).asks_for_gradients == bool(setting)
+@pytest.mark.parametrize("setting", [{"loss": "jsd"}, {"pace": "pays"}, {}])
+def test_the_automatic_choice_remembers_what_was_set(setting):
+    assert LearnerConfig(name="auto", **setting).given == tuple(setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "head", "loss": "jsd"}, "'head' does not read loss"),
+        ({"radius": 1.0}, "or use the learner `optimistic` or `shared_ensemble`"),
+        ({"learning_rat": 1.0}, "did you mean 'learning_rate'"),
+        ({"name": "osd", "update_every_prompts": 0}, "counts requests: use 1 or more"),
+        ({"name": "osd", "positions": "all"}, "'osd' does not read positions"),
+        ({"name": "auto", "head_rate": 0.5, "loss": "jsd"}, "does not read head_rate"),
+    ],
+)
+def test_what_a_learner_does_not_read_cannot_be_set(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        LearnerConfig(**settings)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from reference import random_params
 
-from ospec_jax.config import LEARNER_NAMES, TreeConfig
+from ospec_jax.config import TreeConfig
 from ospec_jax.control.weighting import hedge
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.drafters.registry import build_drafter
@@ -22,6 +22,7 @@ from ospec_jax.learners.objective import build_objective
 from ospec_jax.learners.optimistic import optimistic
 from ospec_jax.learners.optimizers import make_optimizer
 from ospec_jax.learners.osd import osd
+from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.learners.shared_ensemble import shared_ensemble
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts that are not finite are neither saved nor loaded, exported or trained on."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.formats import exporting
 from ospec_jax.formats.tensors import read_tensors, write_folder
 from ospec_jax.learners.last_layer import HeadSamples, head_learner
+from ospec_jax.learners.registry import LEARNERS
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models import finite
 from ospec_jax.models.weights import WeightsError
@@ -108,15 +107,19 @@ def test_nor_imported(tmp_path, monkeypatch):
 
 
 FLOATS = [
-    field.name for field in dataclasses.fields(LearnerConfig) if field.type is float
-]  # fmt: skip
+    (name, key)
+    for name in LEARNERS
+    for key, value in LearnerConfig(name=name).settings.items()
+    if isinstance(value, float)
+]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", FLOATS)
-def test_rates_are_finite(name, value):
-    with pytest.raises(ConfigError, match=f"{name} is {value}"):
-        LearnerConfig(**{name: float(value)})
+@pytest.mark.parametrize(("name", "key"), FLOATS)
+def test_rates_are_finite(name, key, value):
+    given = {"optimizer": "sgd"} if key == "learning_rate" else {}
+    with pytest.raises(ConfigError, match=f"{key} is {value}"):
+        LearnerConfig(name=name, **given, **{key: float(value)})
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

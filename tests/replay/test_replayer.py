@@ -11,7 +11,7 @@ from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.learners.registry import build_learner
+from ospec_jax.learners.config import build_learner
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.online.windows import Windows
 from ospec_jax.replay.hindsight import best_per_chunk_in_hindsight, dynamic_regret_proxy
