@@ -15,6 +15,14 @@ from ospec_jax.session import Result, Session
 __version__ = "0.1.0"
 
 __all__ = [
-    "ConfigError", "LearnerConfig", "LoadedDraft", "Result", "SamplingConfig",
-    "Session", "Target", "TreeConfig", "load_draft", "load_target",
-]  # fmt: skip
+    "ConfigError",
+    "LearnerConfig",
+    "LoadedDraft",
+    "Result",
+    "SamplingConfig",
+    "Session",
+    "Target",
+    "TreeConfig",
+    "load_draft",
+    "load_target",
+]

@@ -32,6 +32,7 @@ def replacing(file: Path) -> Iterator[Path]:
     file = Path(os.path.realpath(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
+
     try:
         yield part
         if file.exists():
@@ -60,5 +61,6 @@ def write_figure(figure, file: Path) -> Path:
     with replacing(file) as part:
         # The part's own ending says nothing of the format.
         figure.savefig(part, dpi=140, format=file.suffix.lstrip(".") or "png")
+
     plt.close(figure)
     return file

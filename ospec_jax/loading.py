@@ -90,6 +90,7 @@ def load_draft(
         return new_draft(name_or_folder, target)
     if name_or_folder in SUGGESTIONS:
         return new_draft(FAMILIES[str(name_or_folder)], target)
+
     kind, _, name = str(name_or_folder).partition(":")
     if kind == "model":
         return model_draft(name, target)
@@ -97,9 +98,11 @@ def load_draft(
         return own_draft(name, target)
     if kind in MIXES:
         return mixed_draft(kind, name, target)
+
     folder = draft_folder(name_or_folder)
     if is_public_folder(folder):
         return LoadedDraft(*load_folder(folder, target))
+
     restored = restore(name_or_folder, target, family)
     known = checkpoint.family_of(restored.meta.family, family)
     if known.config is ModelConfig:
@@ -108,7 +111,9 @@ def load_draft(
             f"{folder} was learned beside the drafting model {name!r}, which it does "
             f"not hold; pass --draft {name}"
         )
+
     draft = freely_placed(restored.draft, target.mesh)
+
     return LoadedDraft(draft, restored.meta, own_family=family)
 
 
@@ -126,13 +131,16 @@ def new_draft(family: Family, target: Target) -> LoadedDraft:
             f"a draft of the family {family.name!r} is a language model; say which, "
             f"as in 'model:TARGET' or 'self:int4'"
         )
+
     config = None
     if family.default_config is not None:
         config = family.default_config(target.config, 0, _NUM_HEADS, 0)
+
     drafter = build_drafter(family, config, TreeConfig(num_steps=1), target.numerics)
     params = drafter.init_params(jax.random.key(0))
     draft = Draft(start_warm(family, params, target, None))
     own = None if FAMILIES.get(family.name) is family else family
+
     return LoadedDraft(draft, Meta.create(target, config, family.name), own_family=own)
 
 
@@ -153,10 +161,12 @@ def draft_folder(name_or_folder: str | Path) -> Path:
     kind, _, name = str(name_or_folder).partition(":")
     if kind != "shipped":
         return Path(name_or_folder)
+
     shipped = shipped_drafts()
     if (name or "eagle3") not in shipped:
         names = ", ".join(f"shipped:{name}" for name in shipped)
         raise ConfigError(f"no draft {name_or_folder!r} is shipped; there are {names}")
+
     return shipped[name or "eagle3"]
 
 
@@ -180,6 +190,7 @@ def restore(
     meta = found.meta
     if not meta.base:
         return found
+
     base = restore(meta.base, target, family).draft
     known = low_rank.fingerprint(base)
     if known != meta.base_hash:
@@ -188,8 +199,10 @@ def restore(
             f"with the hash {meta.base_hash}, but that one's is {known} now: get the "
             f"base back, or train it anew with `ospec distill --from {meta.base}`"
         )
+
     params = low_rank.add(base.params, found.draft.params)
     meta = dataclasses.replace(meta, base="", base_hash="", rank=0)
+
     return dataclasses.replace(found, draft=base.replace(params=params), meta=meta)
 
 
@@ -212,6 +225,7 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
             f"{len(differing)} entries differ, as {differing[:3]}, so its tokens would "
             f"mean something else; use a model of the same family"
         )
+
     token_ids = None
     if model.config.vocab_size < target.config.vocab_size:
         token_ids = jnp.arange(model.config.vocab_size, dtype=jnp.int32)
@@ -219,6 +233,7 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
         # What is beyond the common tokenizer is padding of the head.
         own = dataclasses.replace(model.config, vocab_size=target.config.vocab_size)
         model = dataclasses.replace(model, config=own)
+
     return LoadedDraft(Draft(model.params, token_ids), meta, model)
 
 
@@ -228,7 +243,8 @@ def own_draft(name: str, target: Target) -> LoadedDraft:
     Raises:
       ConfigError: It has no such part.
     """
-    config, params = target.config, {}
+    config = target.config
+    params = {}
     if name == "int4":
         params = in_four_bits(target.params)
     else:
@@ -240,6 +256,7 @@ def own_draft(name: str, target: Target) -> LoadedDraft:
                 f"to {config.num_layers - 1}"
             )
         config = dataclasses.replace(config, num_layers=layers)
+
     meta = Meta.create(target, None, "self", card={"model": name})
     return LoadedDraft(Draft(params), meta, dataclasses.replace(target, config=config))
 
@@ -259,6 +276,7 @@ def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
             f"cannot mix {names!r}; use {mix}:SUGGESTIONS,DRAFT, the first one of "
             f"{', '.join(SUGGESTIONS)}, the second a draft of another kind"
         )
+
     inner = load_draft(name, target)
     return dataclasses.replace(inner, mix=mix, suggestions=suggestions)
 
@@ -271,4 +289,5 @@ def freely_placed(tree, mesh):
     """
     if mesh is not None:
         return tree
+
     return jax.tree.map(jnp.asarray, jax.device_get(tree))

@@ -54,6 +54,7 @@ def processed_probs(
     weights = jnp.where(scaled >= threshold[:, None], weights, 0.0)
     probs = weights / row_sum(weights, is_row_invariant)
     best = argmax(logits)[:, None] == jnp.arange(logits.shape[-1])
+
     return jnp.where(is_greedy[:, None], best.astype(probs.dtype), probs)
 
 
@@ -88,6 +89,7 @@ def _top_p_threshold(scaled, weights, top, top_p, total):
         lambda: threshold,
         lambda: jnp.where(is_in_prefix, threshold, _bisect(scaled, weights, goal)),
     )
+
     return jnp.where(top_p < 1, threshold, -jnp.inf)
 
 
@@ -104,19 +106,19 @@ def _bisect(scaled, weights, goal):
         value = -jax.lax.bitcast_convert_type(middle, jnp.float32)
         mass = jnp.sum(jnp.where(scaled >= value[:, None], weights, 0.0), axis=-1)
         is_enough = mass >= goal
+
         return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
 
     rows = scaled.shape[0]
     low = jnp.full((rows,), -1, jnp.int32)
     high = jnp.full((rows,), 0x7F800000, jnp.int32)  # bits of +inf
     _, high = jax.lax.fori_loop(0, 32, halve, (low, high))
+
     return -jax.lax.bitcast_convert_type(high, jnp.float32)
 
 
 @typed
-def sample(
-    keys: Key[Array, " b"], probs: Float[Array, "b v"]
-) -> Int[Array, " b"]:  # fmt: skip
+def sample(keys: Key[Array, " b"], probs: Float[Array, "b v"]) -> Int[Array, " b"]:
     """Draws one token a row, each row with its own key; `probs` need not sum to one."""
     return jax.vmap(draw)(keys, probs)
 
@@ -139,6 +141,7 @@ def _halved_sum(x):
     """Sums over the last axis, a power of two long, half onto half."""
     while (half := x.shape[-1] // 2) > 0:
         x = x[..., :half] + x[..., half:]
+
     return x[..., 0]
 
 
@@ -175,11 +178,10 @@ def sample_without_replacement(
 
 
 @typed
-def is_any_of(
-    tokens: Int[Array, "b m"], ids: tuple[int, ...]
-) -> Bool[Array, "b m"]:  # fmt: skip
+def is_any_of(tokens: Int[Array, "b m"], ids: tuple[int, ...]) -> Bool[Array, "b m"]:
     """Whether each token is one of a few ids."""
     found = jnp.zeros(tokens.shape, bool)
     for i in ids:
         found |= tokens == i
+
     return found

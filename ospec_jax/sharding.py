@@ -56,11 +56,13 @@ def make_mesh(text: str) -> Mesh:
     Raises:
       ConfigError: It cannot be read, or there are fewer devices.
     """
-    shape, count = abstract_mesh(text).axis_sizes, jax.device_count()
+    shape = abstract_mesh(text).axis_sizes
+    count = jax.device_count()
     if np.prod(shape) > count:
         raise ConfigError(
             f"the mesh {text} takes {np.prod(shape)} devices, but there are {count}"
         )
+
     return jax.make_mesh(shape, AXES, axis_types=_AUTO)
 
 
@@ -78,6 +80,7 @@ def abstract_mesh(text: str) -> AbstractMesh:
                 f"cannot read {part!r} of the mesh {text!r}; write data=2,model=4"
             )
         sizes[name] = int(size)
+
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=_AUTO)
 
 
@@ -131,15 +134,19 @@ def _spec(
 ) -> PartitionSpec:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     spec = default
+
     for pattern, found in rules:
         if re.search(pattern, name):
             spec = P(*(None,) * (x.ndim - len(found)), *found)
             break
+
     # One request's prefill, or an odd vocabulary, is on every device.
-    return P(*(
-        axis if axis and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec, x.shape, strict=False)
-    ))  # fmt: skip
+    return P(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, x.shape, strict=False)
+        )
+    )
 
 
 def param_shardings(tree: Any, mesh: AnyMesh) -> Any:
@@ -165,6 +172,7 @@ def put_params(tree: Any, mesh: Mesh | None) -> Any:
     """Places parameters, or a learner's state; without a mesh, leaves them alone."""
     if mesh is None:
         return tree
+
     return jax.tree.map(jax.device_put, tree, param_shardings(tree, mesh))
 
 
@@ -178,6 +186,7 @@ def pinned(function: Callable, mesh: AnyMesh | None, *places: Callable) -> Calla
     """
     if mesh is None:
         return function
+
     pin = lambda tree, place: jax.lax.with_sharding_constraint(tree, place(tree, mesh))
 
     @functools.wraps(function)
@@ -185,6 +194,7 @@ def pinned(function: Callable, mesh: AnyMesh | None, *places: Callable) -> Calla
         results = function(*args)
         if len(places) == 1:
             return pin(results, places[0])
+
         pairs = zip(results, places, strict=True)
         return tuple(pin(result, place) for result, place in pairs)
 
@@ -199,7 +209,8 @@ def regroup(
     Args:
       tree: Parameters, or anything with their names.
     """
-    heads, kv_heads = config.num_heads, config.num_kv_heads
+    heads = config.num_heads
+    kv_heads = config.num_kv_heads
     parts = {"qkv_proj": (heads, kv_heads, kv_heads), "gate_up_proj": (1, 1)}
 
     def move(path, x):
@@ -211,6 +222,7 @@ def regroup(
                 )
                 is_stacked = x.ndim > (2 if name.endswith("kernel") else 1)
                 return jax.vmap(rows)(x) if is_stacked else rows(x)
+
         return x
 
     return tree if groups == 1 else jax.tree_util.tree_map_with_path(move, tree)
@@ -224,8 +236,10 @@ def _regroup_rows(x, sizes: tuple[int, ...], groups: int, is_inverse: bool):
         x = x.reshape(groups, -1, *x.shape[1:])
         pieces = jnp.split(x, np.cumsum(rows)[:-1], axis=1)
         return jnp.concatenate([p.reshape(-1, *p.shape[2:]) for p in pieces])
+
     pieces = jnp.split(x, np.cumsum(rows)[:-1])
     pieces = [p.reshape(groups, -1, *p.shape[1:]) for p in pieces]
+
     return jnp.concatenate(pieces, axis=1).reshape(x.shape)
 
 
@@ -233,6 +247,7 @@ def agreed(value: Any) -> Any:
     """Process 0's value, on all processes: for what a clock or a user decides."""
     if jax.process_count() == 1:
         return value
+
     from jax.experimental import multihost_utils
 
     return multihost_utils.broadcast_one_to_all(value)

@@ -62,6 +62,7 @@ def byte_tokenizer():
         tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>"
     )
     fast.chat_template = CHAT_TEMPLATE
+
     return fast
 
 
@@ -106,6 +107,7 @@ def tiny_draft_config(
     if family.reads_taps and len(config.taps) > 1:
         # Of four layers the last three: the first has seen nothing but a token.
         changes = {"taps": (1, 2, 3)} | changes
+
     return dataclasses.replace(config, **changes)
 
 
@@ -114,6 +116,7 @@ def tiny_draft(drafter, config: DraftConfig, seed: int = 0) -> Draft:
     params = drafter.init_params(jax.random.key(seed))
     if not config.has_own_head:
         return Draft(params)
+
     rng = np.random.default_rng(seed)
     ids = rng.choice(config.vocab_size, config.draft_vocab_size, replace=False)
     return Draft(params, jnp.asarray(np.sort(ids), jnp.int32))

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, LearnerConfig, TreeConfig
+from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.hub import scan_target, split_target
 from ospec_jax.session import Session

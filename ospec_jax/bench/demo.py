@@ -47,8 +47,10 @@ def run_demo(
     plot = plot_stream(run, out / "acceptance.png")
     if is_again:  # the checkpoint is an earlier demonstration's
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
+
     saved = run.modes["learned"].session.save(out / "checkpoint")
     console.print(f"plot        {plot}\ncheckpoint  {saved}")
     if len(run.prompts) < len(stream):
         interrupt.raise_if_set()
+
     return rows

@@ -30,16 +30,19 @@ def parse_contender(text: str, parse: Callable[..., TreeConfig]):
         raise ConfigError(
             f"{text!r} names no draft to compare; use DRAFT or DRAFT@TREE"
         )
+
     for word, known in zip(shape[1:], (ChildrenKind, Verification), strict=False):
         if word not in get_args(known):
             raise ConfigError(
                 f"{word!r} in {text!r} is none of {', '.join(get_args(known))}"
             )
+
     if len(shape) > 3 or not all(shape):
         raise ConfigError(
             f"cannot read the draft {text!r}; use DRAFT@TREE@CHILDREN@VERIFICATION, "
             f"or fewer of these"
         )
+
     return name, parse(*shape)
 
 
@@ -56,6 +59,7 @@ def domain_rows(run: BenchRun) -> list[dict]:
             f"drafts are compared prompt by prompt with plain decoding: use a batch "
             f"size of 1, and the mode {PLAIN!r} among --modes"
         )
+
     of_domain = lambda prompt: prompt.domain or "unnamed"
     domains = list(dict.fromkeys(map(of_domain, run.prompts)))
     chosen = {
@@ -63,6 +67,7 @@ def domain_rows(run: BenchRun) -> list[dict]:
         for domain in domains
     }
     chosen[ALL] = list(range(len(run.prompts)))
+
     return [
         _row(run, name, domain, where)
         for domain, where in chosen.items()
@@ -72,8 +77,10 @@ def domain_rows(run: BenchRun) -> list[dict]:
 
 def _row(run: BenchRun, name: str, domain: str, where: Sequence[int]) -> dict:
     """A mode on some of the prompts; costs are in plain steps."""
-    mode, plain = run.modes[name], run.modes[PLAIN]
-    cost, step = run.pass_seconds[name], run.pass_seconds[PLAIN].step
+    mode = run.modes[name]
+    plain = run.modes[PLAIN]
+    cost = run.pass_seconds[name]
+    step = run.pass_seconds[PLAIN].step
     part = _part(mode, where)
     seconds = lambda mode: np.take(mode.turn_seconds, where)
     tokens = lambda mode: np.take(mode.turn_tokens, where)
@@ -84,6 +91,7 @@ def _row(run: BenchRun, name: str, domain: str, where: Sequence[int]) -> dict:
     picked = dataclasses.replace(run, reference=[run.reference[i] for i in where])
     mismatched, ties = count_mismatches(picked, part)
     quartiles = np.percentile(pace(plain) / pace(mode), (25, 50, 75))
+
     return {
         "domain": domain,
         "mode": name,
@@ -120,6 +128,7 @@ def drafts_table(rows: Sequence[dict]) -> str:
     }
     lines = ["| draft | draft cost | step cost | " + " | ".join(domains) + " |"]
     lines.append("|" + "---|" * (len(domains) + 3))
+
     for mode in modes:
         row = found[mode, domains[0]]
         cells = [mode, f"{row['draft_cost']:.2f}", f"{row['step_cost']:.2f}"]
@@ -129,6 +138,7 @@ def drafts_table(rows: Sequence[dict]) -> str:
             speed = f"**{speed}**" if best[domain] == mode else speed
             cells.append(f"{row['mean_acceptance_length']:.2f} ({speed})")
         lines.append("| " + " | ".join(cells) + " |")
+
     plain = [f"{found[PLAIN, domain]['tokens_per_second']:.1f}" for domain in domains]
     lines.append("| plain, tokens/s | - | 1.00 | " + " | ".join(plain) + " |")
     repeated = [f"{found[PLAIN, d]['repeated_token_share']:.0%}" for d in domains]
@@ -141,4 +151,5 @@ def drafts_table(rows: Sequence[dict]) -> str:
         f"costs in plain steps. Outputs that differ from plain ones: {different}.",
         "Tokens of runs of 16 that the answer held before flatter n-grams.",
     ]
+
     return "\n".join(lines)

@@ -169,13 +169,16 @@ def run_bench(
         raise ConfigError("all modes but autoregressive and unpadded need a draft")
     if peers and (config.batch_size > 1 or config.sampling.temperature > 0):
         raise ConfigError("peers are compared greedily, with a batch size of 1")
+
     size = config.batch_size
     groups = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
     open_mode = lambda name: _open_mode(name, target, draft, config, groups)
     modes = {name: open_mode(name) for name in config.modes}
+
     for name, (other, tree) in (drafts or {}).items():
         own = dataclasses.replace(config, tree=tree)
         modes[name] = _open_mode(name, target, other, own, groups)
+
     sessions = {name: mode.session for name, mode in modes.items()}
     pass_seconds = measure_passes(sessions)
     verify_seconds = measure_verification(sessions) if drafts else {}
@@ -191,9 +194,12 @@ def run_bench(
         )
         for peer in peers
     }
+
     for peer in peers:  # warms up
         _answer_by_peer(peer, PeerRun(), plain.session, groups[0], config)
+
     done: list[Prompt] = []
+
     for number, group in enumerate(groups):
         if should_stop():
             break
@@ -205,7 +211,9 @@ def run_bench(
                 on_result(len(done), name, modes.get(name) or others[name])
         if "autoregressive" not in modes:
             _answer(plain, group, config)
+
     reference = [result.token_ids for result in plain.results]
+
     return BenchRun(
         config, done, modes, others, reference, pass_seconds, verify_seconds
     )
@@ -215,24 +223,34 @@ def _open_mode(name, target, draft, config: BenchConfig, groups) -> ModeRun:
     if name == UNPADDED:
         numerics = dataclasses.replace(target.numerics, is_row_invariant=False)
         target = dataclasses.replace(target, numerics=numerics)
+
     if name in ("autoregressive", UNPADDED):
         session = Session(target, batch_size=config.batch_size, stop=config.stop)
     else:
         learner = config.learner if name == "learned" else None
         ngrams = name == "ngrams" or (name == "learned" and config.ngrams)
         session = Session(
-            target, draft, learner=learner, tree=config.tree, ngrams=ngrams,
-            batch_size=config.batch_size, stop=config.stop,
+            target,
+            draft,
+            learner=learner,
+            tree=config.tree,
+            ngrams=ngrams,
+            batch_size=config.batch_size,
+            stop=config.stop,
             num_predicted_tokens=config.num_predicted_tokens,
-        )  # fmt: skip
+        )
+
     capacities = set()
+
     for group in groups:
         pairs = session.requests(
             group, config.max_new_tokens, config.sampling, config.is_raw
         )
         capacities.add(session.engine.capacity_for(request for _, request in pairs))
+
     has_predictions = any(prompt.prediction for group in groups for prompt in group)
     seconds = session.warm_up(sorted(capacities), config.sampling, has_predictions)
+
     return ModeRun(compile_seconds=seconds, session=session)
 
 

@@ -16,6 +16,7 @@ def run_live(target, draft, prompts, config, interrupt, peers=(), drafts=None):
             text = f"{turns.tokens_per_second_with_learning:.1f} tokens/s"
             if isinstance(turns, ModeRun):
                 text = live(turns.results[-1], turns.results)
+
             bar.update(task, completed=number, description=f"{name}: {text}")
 
         should_stop = lambda: bool(interrupt)
@@ -33,4 +34,5 @@ def run_with_progress(target, draft, prompts, config, interrupt, peers=()):
         console.print(terminal_table(table, title))
     else:
         console.print(markdown_table(table), soft_wrap=True, markup=False)
+
     return run, table

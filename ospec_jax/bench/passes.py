@@ -60,10 +60,13 @@ def measure_passes(
     They take turns, on a cache of its usual filling; medians count. Steps are timed as
     the engine runs them, the next one sent before the last is read.
     """
-    runs, times = {}, {name: ([], []) for name in sessions}
+    runs = {}
+    times = {name: ([], []) for name in sessions}
+
     for _ in _rounds(num_rounds):
         for name, session in sessions.items():
-            engine, draft = session.engine, session.served_draft
+            engine = session.engine
+            draft = session.served_draft
             request = session.probe_request()
             start = time.perf_counter()
             state, output = engine.prefill(
@@ -72,14 +75,17 @@ def measure_passes(
             fetch(output)
             times[name][0].append(time.perf_counter() - start)
             runs.setdefault(name, state)
+
     for _ in _rounds(num_rounds):
         for name, session in sessions.items():
             step = functools.partial(
                 session.engine.compiled(session.engine.action, True),
-                session.target.params, session.served_draft,
-            )  # fmt: skip
+                session.target.params,
+                session.served_draft,
+            )
             seconds, runs[name] = time_steps(step, runs[name])
             times[name][1].append(seconds)
+
     return {
         name: PassSeconds(*(statistics.median(seconds[2:]) for seconds in pair))
         for name, pair in times.items()
@@ -87,9 +93,11 @@ def measure_passes(
 
 
 def measure_verification(
-    sessions: dict[str, Session], capacity: int = 256, num_rounds: int = 16,
+    sessions: dict[str, Session],
+    capacity: int = 256,
+    num_rounds: int = 16,
     num_passes: int = 8,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Seconds of the target's pass over each session's nodes, logits included.
 
     What a step takes beyond it is drafting, and the little that accepting takes. As
@@ -99,6 +107,7 @@ def measure_verification(
     target = next(iter(sessions.values())).target
     run, cache = _target_pass(target, capacity)
     times = {count: [] for count in nodes.values()}
+
     for _ in _rounds(num_rounds):
         for count, found in times.items():
             tokens = jnp.ones((1, count), jnp.int32)
@@ -106,7 +115,9 @@ def measure_verification(
             passes = [run(target.params, tokens, cache) for _ in range(num_passes)]
             jax.block_until_ready(passes)
             found.append((time.perf_counter() - start) / num_passes)
+
     medians = {count: statistics.median(found[2:]) for count, found in times.items()}
+
     return {name: medians[count] for name, count in nodes.items()}
 
 
@@ -124,9 +135,13 @@ def _target_pass(target: Target, capacity: int) -> tuple[Callable, kv.KVCache]:
         return llama.target_logits(params, hidden, target.numerics)
 
     cache = kv.init_cache(
-        config.num_layers, 1, config.num_kv_heads, capacity, config.head_dim,
+        config.num_layers,
+        1,
+        config.num_kv_heads,
+        capacity,
+        config.head_dim,
         target.numerics.cache_dtype,
-    )  # fmt: skip
+    )
     return run, cache
 
 
@@ -172,20 +187,25 @@ def _best_seconds(function: Callable[[], Any], num_rounds: int = 6) -> float:
         start = time.perf_counter()
         jax.block_until_ready(function())
         times.append(time.perf_counter() - start)
+
     return min(times[1:])
 
 
 def measure_machine(target: Target) -> Machine:
     """Measures memory by folding a large array, arithmetic by a large product."""
     parts = np.array_split(np.ones(_PROBE_BYTES // 8, np.int64), 16)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         read = lambda: list(pool.map(np.bitwise_xor.reduce, parts))
         bytes_per_second = _PROBE_BYTES / _best_seconds(read)
-    rng, n = np.random.default_rng(0), _PROBE_FEATURES
+
+    rng = np.random.default_rng(0)
+    n = _PROBE_FEATURES
     params = cast_leaf("kernel", rng.normal(size=(n, n)), target.numerics.precision)
     x = jnp.asarray(rng.normal(size=(512, n)), jnp.float32)
     multiply = jax.jit(lambda x: linear(x, params, target.numerics))
     operations_per_second = 2 * 512 * n * n / _best_seconds(lambda: multiply(x))
+
     return Machine(bytes_per_second, operations_per_second)
 
 
@@ -204,6 +224,7 @@ def roofline(
     ]
     num_bytes = sum(x.nbytes for x in [*kernels, *jax.tree.leaves(cache)])
     costs = []
+
     for num_rows in rows:
         tokens = jnp.ones((1, num_rows), jnp.int32)
         seconds = _best_seconds(lambda t=tokens: run(target.params, t, cache), 12)
@@ -213,4 +234,5 @@ def roofline(
             num_operations / machine.operations_per_second,
         )
         costs.append(PassCost(num_rows, num_bytes, num_operations, bound, seconds))
+
     return costs

@@ -44,6 +44,7 @@ def open_peer(name: str, target: str, assistant: str | None = None) -> Peer:
     """
     if name not in PEERS:
         raise ConfigError(f"unknown peer {name!r}; use some of {', '.join(PEERS)}")
+
     path = resolve(target)
     try:
         if name.startswith("llama-cpp"):
@@ -82,7 +83,9 @@ def _transformers_model(path: Path, dtype: str = "float32"):
     folder, options = (path, {}) if path.is_dir() else (path.parent, {})
     if not path.is_dir():
         options["gguf_file"] = path.name
+
     kind = getattr(torch, dtype)
+
     return AutoModelForCausalLM.from_pretrained(folder, dtype=kind, **options).eval()
 
 
@@ -93,10 +96,15 @@ def _transformers(model, options: dict):
         ids = torch.tensor([prompt_ids])
         with torch.inference_mode():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids),
-                pad_token_id=stop_ids[0], **options,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(stop_ids),
+                pad_token_id=stop_ids[0],
+                **options,
+            )
+
         return out[0, len(prompt_ids) :].tolist()
 
     return generate
@@ -108,12 +116,17 @@ def _llama_cpp(path: Path, has_lookup: bool):
 
     if path.is_dir():
         raise ConfigError(f"llama.cpp reads GGUF files; {path} is a folder")
+
     lookup = LlamaPromptLookupDecoding(num_pred_tokens=_LOOKUP_TOKENS)
     model = Llama(
-        str(path), n_ctx=_CONTEXT, verbose=False, logits_all=has_lookup,
-        n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(),
+        str(path),
+        n_ctx=_CONTEXT,
+        verbose=False,
+        logits_all=has_lookup,
+        n_threads=os.cpu_count(),
+        n_threads_batch=os.cpu_count(),
         draft_model=lookup if has_lookup else None,
-    )  # fmt: skip
+    )
 
     def generate(prompt_ids, max_new_tokens, stop_ids):
         answer: list[int] = []
@@ -121,6 +134,7 @@ def _llama_cpp(path: Path, has_lookup: bool):
             answer.append(token)
             if token in stop_ids or len(answer) == max_new_tokens:
                 break
+
         return answer
 
     return generate

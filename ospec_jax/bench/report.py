@@ -41,6 +41,7 @@ def with_ratios(rows: Sequence[dict]) -> list[dict]:
     plain = next((r for r in rows if r["mode"] == "autoregressive"), None)
     unpadded = next((r for r in rows if r["mode"] == UNPADDED), None)
     extended = []
+
     for row in rows:
         speed = row["tokens_per_second_with_learning"]
         extra = {"speedup": speed / plain["tokens_per_second"] if plain else None}
@@ -53,6 +54,7 @@ def with_ratios(rows: Sequence[dict]) -> list[dict]:
             is_identical = row["num_mismatched_outputs"] == 0
             extra["identical"] = "yes" if is_identical else "NO"
         extended.append(row | extra)
+
     return extended
 
 
@@ -72,10 +74,13 @@ def terminal_table(rows: Sequence[dict], title: str) -> Table:
     table = Table(title=title)
     extended = with_ratios(rows)
     columns = _columns_of(extended)
+
     for name, _, _ in columns:
         table.add_column(name, justify="left" if name == "mode" else "right")
+
     for row in extended:
         table.add_row(*(_cell(row, key, form) for _, key, form in columns))
+
     return table
 
 
@@ -85,9 +90,11 @@ def markdown_table(rows: Sequence[dict]) -> str:
     columns = _columns_of(extended)
     lines = ["| " + " | ".join(name for name, _, _ in columns) + " |"]
     lines.append("|" + "---|" * len(columns))
+
     for row in extended:
         cells = (_cell(row, key, form) for _, key, form in columns)
         lines.append("| " + " | ".join(cells) + " |")
+
     return "\n".join(lines)
 
 
@@ -108,6 +115,7 @@ def plot_modes(rows: Sequence[dict], path: Path) -> Path:
     axes.invert_yaxis()
     axes.set(xlabel="tokens/s, learning time included")
     axes.spines[["top", "right"]].set_visible(False)
+
     return atomic.write_figure(figure, path)
 
 
@@ -138,6 +146,7 @@ def roofline_table(costs: Sequence[PassCost], machine: Machine) -> str:
             f"| {cost.num_operations / cost.seconds / 1e9:.0f} "
             f"| {1e3 * cost.bound:.1f} | {cost.fraction:.0%} |"
         )
+
     return "\n".join(lines)
 
 
@@ -154,20 +163,24 @@ def plot_stream(run: BenchRun, path: Path) -> Path:
         "ngrams": ("#bf8700", "with n-grams of the request"),
         "learned": ("#1f6feb", "with what was learned from earlier requests"),
     }
+
     for mode, (color, label) in styles.items():
         if mode in run.modes:
             series = acceptance_series(run, mode)
             axes.plot(
                 np.arange(1, len(series) + 1), series, color=color, label=label, lw=2
             )
+
     _shade_domains(axes, [p.domain for p in run.prompts])
     axes.set(
-        xlabel="prompt", ylabel="mean acceptance length (last 8 prompts)",
+        xlabel="prompt",
+        ylabel="mean acceptance length (last 8 prompts)",
         title="Tokens per target pass along a stream that changes its domain",
-    )  # fmt: skip
+    )
     axes.set_xlim(1, max(2, len(run.prompts)))
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(styles), frameon=False)
+
     return atomic.write_figure(figure, path)
 
 
@@ -178,7 +191,10 @@ def _shade_domains(axes, domains: list[str]) -> None:
             if begin:
                 axes.axvline(begin + 0.5, color="#8a8f98", ls=":", lw=1)
             axes.annotate(
-                domains[begin], ((begin + i + 1) / 2, 0.02), ha="center",
-                color="#57606a", xycoords=("data", "axes fraction"),
-            )  # fmt: skip
+                domains[begin],
+                ((begin + i + 1) / 2, 0.02),
+                ha="center",
+                color="#57606a",
+                xycoords=("data", "axes fraction"),
+            )
             begin = i

@@ -19,7 +19,8 @@ from ospec_jax.learners.config import optimizer_of
 
 def predicted_seconds(run: BenchRun, name: str) -> float:
     """What a mode's passes should take in all, by their number and single cost."""
-    mode, cost = run.modes[name], run.pass_seconds[name]
+    mode = run.modes[name]
+    cost = run.pass_seconds[name]
     lengths = [
         len(encode(prompt, mode.session.target.tokenizer, run.config.is_raw))
         for prompt in run.prompts
@@ -42,6 +43,7 @@ def _shared(run: BenchRun, name: str, turns: Turns) -> dict:
         pace = lambda t: np.divide(t.turn_seconds, np.maximum(t.turn_tokens, 1))
         ratios = pace(plain) / pace(turns)
         quartiles = [float(q) for q in np.percentile(ratios, (25, 50, 75))]
+
     return {
         "mode": name,
         "num_prompts": len(run.prompts),
@@ -63,15 +65,19 @@ def _peer_row(run: BenchRun, name: str) -> dict:
 
 
 def _row(run: BenchRun, name: str) -> dict:
-    mode, stats = run.modes[name], run.modes[name].stats
+    mode = run.modes[name]
+    stats = run.modes[name].stats
     session = mode.session
-    learner, trained = session.learner, session.state.trainer
+    learner = session.learner
+    trained = session.state.trainer
     predicted = None
     is_known = run.config.batch_size == 1 and not session.tree.depths
     if "autoregressive" in run.modes and is_known:
         plain = predicted_seconds(run, "autoregressive")
         predicted = plain / max(predicted_seconds(run, name), 1e-9)
+
     mismatched, ties = count_mismatches(run, mode)
+
     return _shared(run, name, mode) | {
         "tokens_per_second": mode.tokens_per_second,
         "predicted_speedup": predicted,
@@ -101,8 +107,10 @@ def count_mismatches(run: BenchRun, mode: ModeRun) -> tuple[int | None, int | No
     """
     if run.config.sampling.temperature > 0:
         return None, None
+
     mismatched = ties = 0
     session = mode.session
+
     for result, expected in zip(mode.results, run.reference, strict=True):
         if result.token_ids == expected:
             continue
@@ -114,6 +122,7 @@ def count_mismatches(run: BenchRun, mode: ModeRun) -> tuple[int | None, int | No
         ids = encode(result.prompt, session.target.tokenizer, run.config.is_raw)
         prefix = [*ids, *expected[:first]]
         ties += is_tie(session.engine.config, session.target.params, prefix)
+
     return mismatched, ties
 
 

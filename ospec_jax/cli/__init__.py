@@ -22,9 +22,13 @@ from ospec_jax.reports.progress import Interrupted, console
 from ospec_jax.storage import checkpoint
 
 _USER_ERRORS = (
-    ConfigError, PromptTooLongError, WeightsError, checkpoint.CheckpointError,
-    FileNotFoundError, FloatingPointError,
-)  # fmt: skip
+    ConfigError,
+    PromptTooLongError,
+    WeightsError,
+    checkpoint.CheckpointError,
+    FileNotFoundError,
+    FloatingPointError,
+)
 
 
 def drafters() -> None:
@@ -32,6 +36,7 @@ def drafters() -> None:
     families = {name: family.description for name, family in FAMILIES.items()}
     for name, description in (families | MIXES).items():
         print(f"{name:16} {description}")
+
     for name, folder in shipped_drafts().items():
         meta = checkpoint.load(folder).meta
         print(f"shipped:{name:8} {meta.family} for {meta.target}")

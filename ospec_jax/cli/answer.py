@@ -56,6 +56,7 @@ def generate(
         rows = [parse_prompt({"prompt": prompt}, "prompt-0")]
     else:
         raise ConfigError("give either --prompt or --prompts")
+
     if prediction is not None:
         if prompts is not None:
             raise ConfigError(
@@ -63,16 +64,22 @@ def generate(
                 "`prediction`"
             )
         rows = add_predictions(rows, [read_prediction(prediction)])
+
     if decoding.draft == "none" and any(row.prediction for row in rows):
         decoding = dataclasses.replace(decoding, draft="prediction")
+
     target, draft = decoding.load()
     session = decoding.open(target, draft, has_log_probs=logprobs)
     write = lambda _, text: print(text, end="", flush=True)
     log = AnswerLog([jsonl])
+
     for result in session.generate(
-        rows, decoding.max_new_tokens, decoding.sampling, is_raw=decoding.raw,
+        rows,
+        decoding.max_new_tokens,
+        decoding.sampling,
+        is_raw=decoding.raw,
         on_text=write if stream else None,
-    ):  # fmt: skip
+    ):
         if stream:
             print()
         log.add(result.to_json())
@@ -84,6 +91,7 @@ def generate(
             f"{len(result.token_ids) / result.seconds:.1f} tokens/s (compilation "
             f"included), mean acceptance length {length:.2f}[/dim]"
         )
+
     log.close()
     write_json(json_file, log.rows, is_list=prompts is not None)
 
@@ -150,11 +158,16 @@ def learn(
         raise ConfigError(f"--save-every is {save_every}; use 1 or more prompts")
     if not resume:
         check_unused(jsonl)
+
     config = learner_config(
-        learner, optimizer=optimizer, learning_rate=learning_rate,
-        budget=learn_budget, update_interval=update_interval, pace=pace,
+        learner,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        budget=learn_budget,
+        update_interval=update_interval,
+        pace=pace,
         promotion=promotion,
-    )  # fmt: skip
+    )
     target, draft = decoding.load()
     session = decoding.open(target, draft, config)
     if resume and checkpoint_dir is not None:
@@ -164,14 +177,17 @@ def learn(
             f"{len(answered)} prompts were answered before, {len(rows)} are left; "
             f"draft version {session.version}"
         )
+
     log = _open_log(session, checkpoint_dir, save_feedback, jsonl, json_file)
     num_answered = len(session.answered) if resume else None
     writer = telemetry and Telemetry(telemetry, tensorboard, num_answered)
     has_predictions = any(row.prediction for row in rows)
     if rows:
         session.warm_up(sampling=decoding.sampling, has_predictions=has_predictions)
+
     session.on_update = writer.update if writer else None
     results = []
+
     with Interrupt() as interrupt:
         with progress_bar() as bar:
             task = bar.add_task("learn", total=len(rows))
@@ -184,9 +200,13 @@ def learn(
                 bar.update(task, advance=1, description=live(result, results))
                 if writer:
                     writer.answer(
-                        result.prompt.id, result.prompt.domain, len(result.token_ids),
-                        result.stats, result.version, result.learning_seconds,
-                    )  # fmt: skip
+                        result.prompt.id,
+                        result.prompt.domain,
+                        len(result.token_ids),
+                        result.stats,
+                        result.version,
+                        result.learning_seconds,
+                    )
                 if checkpoint_dir is not None and len(results) % save_every == 0:
                     with interrupt.held():
                         session.save(checkpoint_dir, save_feedback)
@@ -199,6 +219,7 @@ def learn(
                 path = session.save(checkpoint_dir, save_feedback)
                 console.print(f"saved {path}")
             write_json(json_file, log.rows, is_list=True)
+
     if writer:
         writer.close()
     if len(results) < len(rows):
@@ -206,9 +227,12 @@ def learn(
 
 
 def _open_log(
-    session: Session, folder: Path | None, save_feedback: bool, jsonl: Path | None,
+    session: Session,
+    folder: Path | None,
+    save_feedback: bool,
+    jsonl: Path | None,
     json_file: Path | None,
-) -> AnswerLog:  # fmt: skip
+) -> AnswerLog:
     """The log of a run, behind what its session has resumed.
 
     Answers are the users' as feedback is: without it the folder gets none of them.

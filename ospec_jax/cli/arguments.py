@@ -110,6 +110,7 @@ class Decoding:
             )
         if self.controller == "auto":
             return "auto"
+
         return 3 if asked is None else asked
 
     @property
@@ -117,10 +118,14 @@ class Decoding:
         """How much is drafted."""
         if self.draft == "none":
             return TreeConfig(num_steps=0)
+
         return parse_tree(
-            self.tree, self.depth, self.draft_sample_method,
-            self.min_path_probability, self.verification,
-        )  # fmt: skip
+            self.tree,
+            self.depth,
+            self.draft_sample_method,
+            self.min_path_probability,
+            self.verification,
+        )
 
     def load(self):
         """The target and its draft; bad arguments are refused before the loading."""
@@ -129,6 +134,7 @@ class Decoding:
         sharding.check_batch(mesh, self.batch_size)
         target = load_target(self.target, as_precision(self.precision), mesh)
         draft = None if self.draft == "none" else load_draft(self.draft, target)
+
         return target, draft
 
     def open(
@@ -136,10 +142,16 @@ class Decoding:
     ) -> Session:
         """A session with these settings."""
         return Session(
-            target, draft, learner=learner, tree=self.tree_config,
-            batch_size=self.batch_size, stop=self.stop, has_log_probs=has_log_probs,
-            ngrams=self.ngrams, num_predicted_tokens=self.num_predicted_tokens,
-        )  # fmt: skip
+            target,
+            draft,
+            learner=learner,
+            tree=self.tree_config,
+            batch_size=self.batch_size,
+            stop=self.stop,
+            has_log_probs=has_log_probs,
+            ngrams=self.ngrams,
+            num_predicted_tokens=self.num_predicted_tokens,
+        )
 
 
 Shared = Annotated[Decoding, tyro.conf.arg(name="")]
@@ -166,6 +178,7 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
             f"unknown learner {name_or_file!r}: use {', '.join(LEARNER_NAMES)}, or a "
             f"Python file with get_config()"
         )
+
     get_config = runpy.run_path(name_or_file).get("get_config")
     config = get_config() if get_config else None
     if not isinstance(config, LearnerConfig):
@@ -175,12 +188,14 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
         given = {"learning_rate": None} | given
     if "update_interval" in given:
         given = {"update_every_prompts": None} | given
+
     return config.replace(**given)
 
 
 def write_json(file: Path | None, rows: list, is_list: bool) -> None:
     if file is None:
         return
+
     text = json.dumps(rows if is_list else rows[0], indent=1, ensure_ascii=False)
     if str(file) == "-":
         print(text)

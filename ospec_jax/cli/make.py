@@ -92,7 +92,9 @@ def distill(
 
     if ship is not None and max(checkpoint.steps(ship), default=0) > num_updates:
         raise ConfigError(f"{ship} holds a longer trained draft; choose another folder")
-    rows, domains = read_prompts(prompts), tuple(d for d in domain.split(",") if d)
+
+    rows = read_prompts(prompts)
+    domains = tuple(d for d in domain.split(",") if d)
     rows = [row for row in rows if not domains or row.domain in domains]
     if delta and start == "none":
         raise ConfigError(
@@ -102,6 +104,7 @@ def distill(
         raise ConfigError("--delta is for the draft that --ship saves: name its folder")
     if not rows:
         raise ConfigError(f"{prompts} has no prompt of the domains {domain!r}")
+
     loaded = load_target(target, as_precision(precision))
     draft_config = default_draft_config(
         loaded.config, draft_vocab_size, family, num_steps, exit_layer
@@ -110,29 +113,45 @@ def distill(
     kind = find_family(family) if initial is None else initial.family
     if initial is not None and initial.meta.draft is not None:
         draft_config = initial.meta.draft
+
     taps = draft_config.taps if kind.reads_taps else eagle3_taps(loaded.config)
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
     count = record(
-        loaded, rows, folder, taps, max_new_tokens=max_new_tokens, sampling=sampling,
-        batch_size=collect_batch_size, capacity=capacity, shard_size=100,
-    )  # fmt: skip
+        loaded,
+        rows,
+        folder,
+        taps,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        batch_size=collect_batch_size,
+        capacity=capacity,
+        shard_size=100,
+    )
     console.print(f"recorded {count} answers in {folder}")
     if collect_only:
         return
+
     config = DistillConfig(
-        num_updates=num_updates, batch_size=batch_size, learning_rate=learning_rate,
-        num_steps=num_steps, loss=loss, feature_weight=feature_weight, seed=seed,
+        num_updates=num_updates,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        num_steps=num_steps,
+        loss=loss,
+        feature_weight=feature_weight,
+        seed=seed,
         domains=domains,
-    )  # fmt: skip
+    )
     trained = out / "draft"
     history = train(loaded, folder, trained, config, draft_config, initial, family)
     console.print(f"saved {trained}, and its course as {trained / 'training.png'}")
     if history:
         console.print(history[-1])
+
     if ship is not None:
         newest = checkpoint.load(trained, loaded)
-        draft, meta = newest.draft, dataclasses.replace(newest.meta, storage="int8")
+        draft = newest.draft
+        meta = dataclasses.replace(newest.meta, storage="int8")
         if delta and initial is not None:
             draft, meta = _difference(draft, meta, initial.draft, start, delta)
         checkpoint.save(ship, newest.step, meta, draft)
@@ -144,9 +163,11 @@ def _trained(name: str, target) -> LoadedDraft | None:
     """The draft that training starts from, if any."""
     if name == "none":
         return None
+
     found = load_draft(name, target)
     if found.meta.draft is None:
         raise ConfigError(f"the draft {name!r} has no parameters to train")
+
     return found
 
 
@@ -190,6 +211,7 @@ def import_draft(
         console.print(f"self-check: mean acceptance length {length:.2f}")
     else:
         console.print("not checked against a target")
+
     console.print(f"saved {checkpoint.save(out, 0, meta, draft)}")
 
 
@@ -214,12 +236,14 @@ def export_draft(
     from ospec_jax.formats import exporting
 
     found = restore(draft)
-    meta, card = found.meta, found.meta.card
+    meta = found.meta
+    card = found.meta.card
     if meta.family != "eagle3" or meta.draft is None:
         raise ConfigError(
             f"{draft} is a draft of the family {meta.family!r}; only EAGLE-3 heads "
             f"can be exported"
         )
+
     chosen = card.get("dtype", "float32") if dtype == "auto" else dtype
     verifier = target or card.get("verifier") or meta.target
     exporting.write(
@@ -263,17 +287,26 @@ def lower(
     from ospec_jax.decoding import lowering
 
     config = lowering.LoweringConfig(
-        parse_tree(tree, num_speculative_tokens), precision, batch_size, capacity,
-        stop_ids, is_scanned=scan, attention=attention,
+        parse_tree(tree, num_speculative_tokens),
+        precision,
+        batch_size,
+        capacity,
+        stop_ids,
+        is_scanned=scan,
+        attention=attention,
         mesh=sharding.abstract_mesh(mesh) if mesh else None,
-    )  # fmt: skip
-    head, family = None, ""
+    )
+    head = None
+    family = ""
     if draft != "none":
         meta = checkpoint.load(draft_folder(draft)).meta
-        head, family = meta.draft, meta.family
+        head = meta.draft
+        family = meta.family
+
     with console.status(f"lowering for {platforms}"):
         lowered = lowering.lower(
             load_config(target), head, config, platforms.split(","), family
-        )  # fmt: skip
+        )
+
     for path in lowering.write(lowered, out):
         console.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")

@@ -73,29 +73,38 @@ def bench(
         raise ConfigError("drafts are compared with a batch size of 1")
     if drafts and (peers or plot or stream_plot):
         raise ConfigError("--drafts goes without --peers, --plot and --stream-plot")
+
     modes = modes or ("autoregressive" if drafts else ",".join(MODES))
     rows = read_prompts(prompts) if prompts else demo_prompts("math")
     rows = rows[:num_prompts]
     config = BenchConfig(
-        modes=tuple(m for m in modes.split(",") if m), tree=decoding.tree_config,
+        modes=tuple(m for m in modes.split(",") if m),
+        tree=decoding.tree_config,
         max_new_tokens=decoding.max_new_tokens,
         learner=learner_config(
-            learner, learning_rate=learning_rate, optimizer=optimizer,
+            learner,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
             budget=learn_budget,
         ),
-        sampling=decoding.sampling, is_raw=decoding.raw, ngrams=decoding.ngrams,
-        batch_size=decoding.batch_size, stop=decoding.stop,
+        sampling=decoding.sampling,
+        is_raw=decoding.raw,
+        ngrams=decoding.ngrams,
+        batch_size=decoding.batch_size,
+        stop=decoding.stop,
         num_predicted_tokens=decoding.num_predicted_tokens,
-    )  # fmt: skip
+    )
     names = [name for name in peers.split(",") if name]
     if names and decoding.stop:
         raise ConfigError("other decoders know no --stop; leave it out")
+
     is_model = decoding.draft.startswith("model:")
     assistant = decoding.draft.removeprefix("model:") if is_model else None
     others = [open_peer(name, decoding.target, assistant) for name in names]
     if drafts:
         _compare(drafts, decoding, rows, config, json_file, markdown)
         return
+
     target, draft = decoding.load()
     interrupt = Interrupt()
     run, table = run_with_progress(target, draft, rows, config, interrupt, others)
@@ -186,9 +195,14 @@ def demo(
     from ospec_jax.bench.demo import run_demo
 
     run_demo(
-        out, num_prompts_per_domain, max_new_tokens, num_speculative_tokens,
+        out,
+        num_prompts_per_domain,
+        max_new_tokens,
+        num_speculative_tokens,
         learner_config(
-            learner, budget=learn_budget, learning_rate=learning_rate,
+            learner,
+            budget=learn_budget,
+            learning_rate=learning_rate,
             optimizer=optimizer,
         ),
-    )  # fmt: skip
+    )

@@ -30,35 +30,54 @@ def parse_tree(
                 f"speculative tokens instead of auto"
             )
         return TreeConfig.auto(
-            children=children, min_path_probability=min_path_probability,
+            children=children,
+            min_path_probability=min_path_probability,
             verification=verification,
-        )  # fmt: skip
+        )
+
     if kind in ("opt", "sequoia"):
         found = _parse_optimal(text, kind, numbers, num_steps)
         return dataclasses.replace(
-            found, children=children, verification=verification,
+            found,
+            children=children,
+            verification=verification,
             min_path_probability=min_path_probability,
-        )  # fmt: skip
+        )
+
     try:
         values = tuple(int(x) for x in numbers.split(",")) if numbers else ()
     except ValueError:
         values = None
+
     if kind == "chain" and values == ():
         return TreeConfig(
-            "chain", num_steps, children=children,
-            min_path_probability=min_path_probability, verification=verification,
-        )  # fmt: skip
+            "chain",
+            num_steps,
+            children=children,
+            min_path_probability=min_path_probability,
+            verification=verification,
+        )
     if kind == "static" and values:
         return TreeConfig(
-            "static", len(values), branching=values, children=children,
+            "static",
+            len(values),
+            branching=values,
+            children=children,
             verification=verification,
-        )  # fmt: skip
+        )
+
     if kind == "dynamic" and values and len(values) == 2:
         topk, nodes = values
         return TreeConfig(
-            "dynamic", num_steps, topk, nodes, children=children,
-            min_path_probability=min_path_probability, verification=verification,
-        )  # fmt: skip
+            "dynamic",
+            num_steps,
+            topk,
+            nodes,
+            children=children,
+            min_path_probability=min_path_probability,
+            verification=verification,
+        )
+
     raise ConfigError(
         f"unknown tree {text!r}; use chain, static:3,2,1, dynamic:TOPK,NUM_TOKENS, "
         f"opt:NUM_TOKENS,MIN_GAIN or sequoia:NUM_TOKENS,P1,P2,..."
@@ -69,7 +88,8 @@ def _parse_optimal(text, kind, numbers, num_steps):
     """Reads trees that are built for the most accepted tokens."""
     try:
         count, *values = numbers.split(",")
-        size, rates = int(count), tuple(float(x) for x in values)
+        size = int(count)
+        rates = tuple(float(x) for x in values)
         if not rates:
             raise ValueError("no numbers")
     except ValueError as error:
@@ -78,7 +98,9 @@ def _parse_optimal(text, kind, numbers, num_steps):
             f"or sequoia:NUM_TOKENS,P1,P2,... with the chances of a node's first, "
             f"second, ... child, as sequoia:12,0.6,0.15,0.05"
         ) from error
+
     if kind == "opt" and len(rates) == 1:
         return TreeConfig("dynamic", num_steps, size, size, min_gain=rates[0])
+
     parents = best_parents(rates, size, num_steps)
     return TreeConfig("static", int(max(static_depths(parents))), parents=parents)

@@ -40,6 +40,7 @@ def stream(
       seed: Of the choice and order of the prompts.
     """
     files = {}
+
     for part in domains.split(","):
         name, _, file = part.partition("=")
         if not name or not file or name in files:
@@ -48,6 +49,7 @@ def stream(
                 f"a name once"
             )
         files[name] = read_prompts(file)
+
     write_prompts(out, build_stream(files, kind, num_prompts, seed, block))
     console.print(f"saved {out}")
 
@@ -84,9 +86,14 @@ def record(
     loaded = load_target(target, as_precision(precision))
     taps = load_draft(draft, loaded).taps
     count = record.record(
-        loaded, rows, out, taps, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, capacity=capacity,
-    )  # fmt: skip
+        loaded,
+        rows,
+        out,
+        taps,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        capacity=capacity,
+    )
     console.print(f"recorded {count} answers in {out}")
 
 
@@ -140,14 +147,19 @@ def replay(
     from ospec_jax.replay.replayer import Replayer
 
     configs = {
-        name: None if name == "static" else _replayed(
-            name, update_interval=update_interval, learning_rate=learning_rate,
+        name: None
+        if name == "static"
+        else _replayed(
+            name,
+            update_interval=update_interval,
+            learning_rate=learning_rate,
             optimizer=optimizer,
         )
         for name in dict.fromkeys(n for n in learners.split(",") if n)
-    }  # fmt: skip
+    }
     if not configs or not all(s.strip().isdecimal() for s in seeds.split(",")):
         raise ConfigError(f"use learners and whole seeds, not {learners!r}, {seeds!r}")
+
     ids = [row.id for row in read_prompts(prompts)] if prompts else []
     kept = results.Results.open(json_file)
     meta = read_meta(folder)
@@ -160,6 +172,7 @@ def replay(
     content = " ".join([*kind, low_rank.fingerprint(replayer.draft.draft)])
     rows = []
     is_cut_short = False
+
     with Interrupt() as interrupt, progress_bar() as bar:
         for name, config in configs.items():
             is_random = _draws(config)
@@ -171,8 +184,9 @@ def replay(
                 row = kept.find(settings, regret)
                 if row is None and not interrupt:
                     label = f"{Path(name).stem}-{seed}"
-                    row = _run(replayer, config, settings, bar, interrupt, telemetry,
-                               label)  # fmt: skip
+                    row = _run(
+                        replayer, config, settings, bar, interrupt, telemetry, label
+                    )
                     kept.put(row)
                 rows += [row] if row else []
                 is_cut_short |= row is None
@@ -181,6 +195,7 @@ def replay(
             names = [draft, key, content]
             hindsight = _hindsight(replayer, kept, chunk_size, bar, names)
         is_cut_short |= regret and hindsight is None
+
     results.add_regret(rows, hindsight)
     print(results.markdown_table(rows))
     if plot is not None and rows:
@@ -196,11 +211,13 @@ def _replayed(name: str, **flags) -> LearnerConfig:
     config = learner_config(name, memory_slots=0)
     if not config.is_training:
         return config  # it would read none of the flags
+
     config = learner_config(name, memory_slots=0, **flags)
     if config.schedule is None:  # `auto` is decided with the draft
         return config
     if config.schedule.update_interval or config.schedule.update_every_prompts:
         return config
+
     return config.replace(update_interval=DEFAULT_INTERVAL)
 
 
@@ -208,6 +225,7 @@ def _draws(config: LearnerConfig | None) -> bool:
     """Whether a learner's result depends on its seed."""
     if config is None or config.batches is None:
         return False
+
     return config.batches.replay_share > 0
 
 
@@ -217,7 +235,8 @@ def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:
     from ospec_jax.reports.telemetry import Telemetry
 
     task = bar.add_task(f"{label}: compiling", total=len(replayer.order))
-    answers, writer = [], None
+    answers = []
+    writer = None
     if telemetry is not None:
         file = telemetry / f"{label}.jsonl"
         file.unlink(missing_ok=True)  # an interrupted run begins anew
@@ -235,14 +254,19 @@ def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:
         bar.update(task, advance=1, description=text)
         if writer is not None:
             writer.answer(
-                answer.id, answer.domain, answer.num_tokens, answer.stats,
-                answer.version, answer.learning_seconds,
-            )  # fmt: skip
+                answer.id,
+                answer.domain,
+                answer.num_tokens,
+                answer.stats,
+                answer.version,
+                answer.learning_seconds,
+            )
 
     on_update = writer.update if writer else None
     run = replayer.run(config, show, on_update, lambda: bool(interrupt))
     if writer is not None:
         writer.close()
+
     return results.to_row(run, settings, len(run.answers) == len(replayer.order))
 
 
@@ -258,6 +282,7 @@ def _hindsight(replayer, kept, chunk_size: int, bar, names) -> list[float]:
             replayer, chunk_size, on_chunk=show
         )
         kept.write()
+
     return kept.hindsight[key]
 
 

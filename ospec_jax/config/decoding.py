@@ -76,6 +76,7 @@ class TreeConfig:
             raise ConfigError(f"num_steps is {self.num_steps}; it must be at least 0")
         if self.min_gain and self.kind != "dynamic":
             raise ConfigError(f"min_gain is for dynamic trees, not a {self.kind} one")
+
         if self.parents:
             self._check_parents()
         elif self.kind == "static" and len(self.branching) != self.num_steps:
@@ -83,6 +84,7 @@ class TreeConfig:
                 f"a static tree needs one branching number for each of its "
                 f"{self.num_steps} depths, not {self.branching}"
             )
+
         if self.kind == "dynamic":
             self._check_dynamic()
 
@@ -92,6 +94,7 @@ class TreeConfig:
                 f"only chains vary their depth, not a {self.kind} tree; use --tree "
                 f"chain or a fixed --num-speculative-tokens"
             )
+
         ascending = sorted(set(self.depths))
         if list(self.depths) != ascending or (ascending[0], ascending[-1]) < (0, 1):
             raise ConfigError(
@@ -116,7 +119,9 @@ class TreeConfig:
                 f"a tree begins with its root, whose parent is -1, and has more nodes "
                 f"than that; found {self.parents}"
             )
+
         depths = [0]
+
         for node, parent in enumerate(self.parents[1:], 1):
             if not self.parents[node - 1] <= parent < node or parent < 0:
                 raise ConfigError(
@@ -124,6 +129,7 @@ class TreeConfig:
                     f"their children, and siblings stand side by side: {self.parents}"
                 )
             depths.append(depths[parent] + 1)
+
         if max(depths) != self.num_steps:
             raise ConfigError(
                 f"the tree of {self.parents} has depth {max(depths)}; num_steps is "
@@ -141,6 +147,7 @@ class TreeConfig:
                 f"block verification is for chains, not a {self.kind} tree; use "
                 f"verification='traversal' for static trees"
             )
+
         is_drawn = self.children in ("sampled", "without_replacement")
         if self.verification != "token" and not is_drawn:
             raise ConfigError(
@@ -162,6 +169,7 @@ class TreeConfig:
                 f"a dynamic tree keeps its most probable nodes, which is exact only "
                 f"for children='topk', not {self.children!r}; use a static tree"
             )
+
         pool = self.topk + (self.num_steps - 1) * self.topk**2
         if not 0 < self.num_draft_tokens <= pool:
             raise ConfigError(
@@ -176,12 +184,15 @@ class TreeConfig:
             return 1 + self.num_draft_tokens
         if self.parents:
             return len(self.parents)
+
         if self.kind == "static":
-            widths, width = 1, 1
+            widths = 1
+            width = 1
             for branches in self.branching:
                 width *= branches
                 widths += width
             return widths
+
         return 1 + self.num_steps * (2 if self.kind == "parallel" else 1)
 
     @property

@@ -119,6 +119,7 @@ class HydraConfig(DraftConfig):
         for name in ("depth", "num_blocks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
+
         if self.has_separate_heads and not self.has_own_head:
             raise ConfigError("separate heads have a draft vocabulary of their own")
 
@@ -164,4 +165,5 @@ def draft_config_from(
     scaling = values.get("rope_scaling")
     if isinstance(scaling, dict):
         values = values | {"rope_scaling": from_dict(RopeScaling, scaling)}
+
     return from_dict(architecture, values)

@@ -104,11 +104,13 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
     def choose(state, rows: Sequence[Row]) -> Action:
         if rows and all(row.is_sure for row in rows):
             return long
+
         return inner.choose(state, rows)
 
     def observe(state, action: Action, outcome: Outcome):
         if action == long:
             return state
+
         return inner.observe(state, action, outcome)
 
     # The inner rule weighs its own actions: it is not asked when the longer one comes.
@@ -150,6 +152,7 @@ class Chooser:
             return
         if set(saved) != {field.name for field in dataclasses.fields(self.state)}:
             return
+
         state = from_dict(type(self.state), saved)
         self.state = self.controller.resume(self.state, state)
 

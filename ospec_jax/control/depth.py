@@ -66,6 +66,7 @@ def most_tokens_a_second(
     def choose(state: DepthState, rows) -> Action:
         if not state.costs:
             return actions[-1]
+
         emitted = expected_emitted(chances(state))[list(depths)]
         return actions[int(np.argmax(emitted / np.asarray(state.costs)))]
 
@@ -103,11 +104,15 @@ def most_tokens_a_second(
 
 def chances(state: DepthState) -> np.ndarray:
     """Chance of each drafted token to be accepted if those before it were, `[d]`."""
-    found, hope, weight = [], _HOPE, _HOPE_TRIALS[0]
+    found = []
+    hope = _HOPE
+    weight = _HOPE_TRIALS[0]
+
     for hits, trials in zip(state.hits, state.trials, strict=True):
         hope = (hits + weight * hope) / (trials + weight)
         found.append(hope)
         weight = _HOPE_TRIALS[1]
+
     return np.asarray(found)
 
 

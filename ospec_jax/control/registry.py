@@ -36,16 +36,19 @@ def find_controller(
             f"unknown controller {name_or_rule!r}; use {', '.join(CONTROLLERS)}, or a "
             f"function from actions to a `Controller`"
         )
+
     if name_or_rule == "fixed" and len(actions) > 1:
         depths = [action.tree.num_steps for action in actions]
         raise ConfigError(
             f"the controller 'fixed' cannot choose among the depths {depths}; give one "
             f"number of speculative tokens, or the controller 'auto'"
         )
+
     if name_or_rule == "auto" and len(actions) == 1 and actions[0].tree.num_steps:
         raise ConfigError(
             f"the controller 'auto' has nothing to choose from: only trees of depth "
             f"{actions[0].tree.num_steps} are drafted; use num_speculative_tokens auto "
             f"(in Python `TreeConfig.auto()`)"
         )
+
     return CONTROLLERS[name_or_rule]

@@ -70,6 +70,7 @@ def hedge(
         )
         scale = jnp.sqrt(state.square / jnp.maximum(state.count, 1e-12))
         regret = state.total / jnp.maximum(scale, 1e-12)
+
         return state, _softmax(-rate * regret, prior)
 
     return Meta(observe, begin=lambda state: state)
@@ -95,4 +96,5 @@ def last_chunk(
 def _softmax(logits: Float[Array, " m"], prior) -> Float[Array, " m"]:
     if prior is not None:
         logits = logits + jnp.log(jnp.asarray(prior))
+
     return jax.nn.softmax(logits)

@@ -61,22 +61,29 @@ def parse_prompt(row: dict, default_id: str) -> Prompt:
         text = messages[-1]["content"]
     else:
         raise ConfigError("a row needs `prompt` (text) or `messages` (chat turns)")
+
     if not text.strip():
         raise ConfigError("the prompt is empty")
+
     return Prompt(
-        id=str(row.get("id", default_id)), text=text, messages=messages,
+        id=str(row.get("id", default_id)),
+        text=text,
+        messages=messages,
         domain=str(row.get("domain", "")),
-        **_prediction_of(row), **_seed_of(row),
-    )  # fmt: skip
+        **_prediction_of(row),
+        **_seed_of(row),
+    )
 
 
 def _prediction_of(row: dict) -> dict:
     """`Prompt`'s fields about the expected answer."""
     if row.get("prediction") is None:
         return {}
+
     confidence = row.get("prediction_confidence", 0.5)
     if not isinstance(confidence, int | float) or not 0 < confidence <= 1:
         raise ConfigError(f"prediction_confidence is {confidence!r}; it lies in (0, 1]")
+
     text = _checked_prediction(row["prediction"])
     return {"prediction": text, "prediction_confidence": float(confidence)}
 
@@ -84,6 +91,7 @@ def _prediction_of(row: dict) -> dict:
 def _seed_of(row: dict) -> dict:
     """`Prompt`'s fields about random numbers of its own."""
     found = {key: row[key] for key in ("seed", "choice") if row.get(key) is not None}
+
     for key, value in found.items():
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         if not is_whole or not 0 <= value < 2**32:
@@ -91,6 +99,7 @@ def _seed_of(row: dict) -> dict:
 
     if "choice" in found and "seed" not in found:
         raise ConfigError("`choice` counts answers under a `seed`; give that, too")
+
     return found
 
 
@@ -104,6 +113,7 @@ def _checked_prediction(prediction) -> str:
         )
     if not prediction.strip():
         raise ConfigError("the prediction is empty; leave it out instead")
+
     return prediction
 
 
@@ -120,6 +130,7 @@ def decode_prediction(content: bytes, name: str) -> str:
             f"{name} is not UTF-8 text: byte 0x{content[error.start]:02x} at "
             f"{error.start}; convert it, or predict text instead"
         ) from error
+
     return _checked_prediction(text)
 
 
@@ -133,6 +144,7 @@ def read_prediction(path: str | Path) -> str:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no prediction file {path}")
+
     return decode_prediction(path.read_bytes(), str(path))
 
 
@@ -149,6 +161,7 @@ def add_predictions(
             f"{len(prompts)} prompts need as many predictions, None where there is "
             f"none; got {predictions!r:.80}"
         )
+
     pairs = zip(prompts, predictions, strict=True)
     return [
         p if t is None else dataclasses.replace(p, prediction=_checked_prediction(t))
@@ -167,11 +180,15 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file {path}")
+
     try:
         lines = path.read_text("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text; convert it") from error
-    prompts, seen = [], {}
+
+    prompts = []
+    seen = {}
+
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -183,8 +200,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             raise ConfigError(f"{path}, line {number}: {error}") from error
         seen[prompt.id] = number
         prompts.append(prompt)
+
     if not prompts:
         raise ConfigError(f"{path} holds no prompts")
+
     return prompts
 
 
@@ -200,12 +219,15 @@ def _row_of(prompt: Prompt) -> dict:
         row["prompt"] = prompt.text
     else:
         row["messages"] = list(prompt.messages)
+
     if prompt.prediction:
         row["prediction"] = prompt.prediction
         row["prediction_confidence"] = prompt.prediction_confidence
+
     if prompt.seed is not None:
         row["seed"] = prompt.seed
         row["choice"] = prompt.choice
+
     return row
 
 
@@ -220,6 +242,7 @@ def encode_prediction(prompt: Prompt, tokenizer) -> tuple[int, ...]:
     """Token ids of the expected answer and its end; empty when there is none."""
     if not prompt.prediction:
         return ()
+
     ids = tokenizer.encode(prompt.prediction, add_special_tokens=False)
     end = tokenizer.eos_token_id
     return (*ids, end) if end is not None else tuple(ids)
@@ -229,6 +252,7 @@ def encode(prompt: Prompt, tokenizer, is_raw: bool = False) -> tuple[int, ...]:
     """Token ids, through the chat template unless raw or there is none."""
     if is_raw or not tokenizer.chat_template:
         return tuple(tokenizer.encode(prompt.text))
+
     text = tokenizer.apply_chat_template(
         list(prompt.messages), add_generation_prompt=True, tokenize=False
     )

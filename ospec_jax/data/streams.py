@@ -27,6 +27,7 @@ def single(names: Sequence[str], num_prompts: int, block: int, rng) -> list[str]
             f"a single stream has one domain, not {', '.join(names)}; leave out the "
             f"others, or choose another kind"
         )
+
     return [names[0]] * num_prompts
 
 
@@ -63,10 +64,14 @@ def fast(names: Sequence[str], num_prompts: int, block: int, rng) -> list[str]:
     """
     if len(names) < 2:
         raise ConfigError(f"a fast stream changes its domain; {names[0]!r} is alone")
-    current, found = int(rng.integers(len(names))), []
+
+    current = int(rng.integers(len(names)))
+    found = []
+
     for _ in range(num_prompts):
         current = (current + 1 + int(rng.integers(len(names) - 1))) % len(names)
         found.append(names[current])
+
     return found
 
 
@@ -105,11 +110,13 @@ def build_stream(
             f"a stream needs domains, prompts and blocks: found {len(domains)} "
             f"domains, num_prompts {num_prompts}, block {block}"
         )
+
     _check_ids(domains)
     rng = np.random.default_rng(seed)
     schedule = KINDS[kind](list(domains), num_prompts, block, rng)
     _check_lengths(domains, schedule, kind)
     order = {name: iter(rng.permutation(len(rows))) for name, rows in domains.items()}
+
     return [
         dataclasses.replace(domains[name][next(order[name])], domain=name)
         for name in schedule

@@ -131,6 +131,7 @@ class Batch:
         own = [slot.request.own_key for slot in running if not slot.request.can_teach]
         if len(set(own)) < len(own):
             return ()
+
         return tuple(slot.as_row() for slot in running)
 
     @property
@@ -156,6 +157,7 @@ class Batch:
                 f"request {request.id} comes while all {len(self._slots)} rows are "
                 f"taken; admit it when `num_free` is above 0"
             )
+
         if not self.fits(request):
             num_slots = self._engine.needed_slots(request)
             predicted = " and room for a prediction" if request.prediction_ids else ""
@@ -208,12 +210,14 @@ class Batch:
                 slot.is_done = True
                 self._end(number, slot)
                 return True
+
         return False
 
     def _report(self, sent: _Sent) -> None:
         """Tells the controller of a step's rows that go on, if it may know of them."""
         if sent.action is None or self._on_step is None:
             return
+
         accepted = tuple(
             int(sent.output.num_accepted[row])
             for _, row, slot in sent.rows
@@ -228,10 +232,12 @@ class Batch:
         """Books one pass's tokens of a request; whether they were its last."""
         if slot.is_done:
             return False
+
         is_step = sent.action is not None
         tokens = slot.book(sent.output, row, is_step, self._engine.stop_ids)
         if tokens and self._on_tokens is not None:
             self._on_tokens(slot.request, tokens)
+
         return slot.is_done
 
     def _end(self, number: int, slot: Slot) -> Completion:

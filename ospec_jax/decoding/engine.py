@@ -41,6 +41,7 @@ def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
         if isinstance(batch, KVCache):
             within = lambda x, y: place(x, y, batch.batch_axis)
             return jax.tree.map(within, batch, one)
+
         return jax.lax.dynamic_update_slice_in_dim(batch, one, slot, axis)
 
     is_cache = lambda node: isinstance(node, KVCache)
@@ -146,6 +147,7 @@ class Engine:
                 f"a tree of depth {config.tree.num_steps} needs a drafter; attach a "
                 f"draft or set num_speculative_tokens to 0"
             )
+
         self.action = Action(config.tree)
         self._menu: dict[Action, Drafter | None] = {self.action: drafter}
         self._menu |= menu or {}
@@ -161,11 +163,14 @@ class Engine:
             raise ConfigError("recording features needs the draft's taps")
         if recording == "states" and drafter is None:
             raise ConfigError("recording a draft's states needs a drafter")
-        self.config, self.drafter = config, drafter
+
+        self.config = config
+        self.drafter = drafter
         self.target_params = target_params
         self.recording: Recording = recording
         self._prefills: dict[bool, Callable] = {}
         self._steps: dict[tuple[Action, bool], Callable] = {}
+
         for is_greedy in (True, False):
             own = dataclasses.replace(config, is_greedy=is_greedy)
             self._prefills[is_greedy] = _compiled(build_prefill, own, drafter)
@@ -197,6 +202,7 @@ class Engine:
                 f"{action} is not on this engine's menu; a controller chooses among "
                 f"its own actions, here {self.actions}"
             )
+
         return self._steps[action, is_greedy]
 
     def compiled_prefill(self, is_greedy: bool) -> Callable:
@@ -226,6 +232,7 @@ class Engine:
         largest = CAPACITIES[-1] - self.num_extra_slots
         limit = min(self.config.model.max_position, largest)
         needed = self.num_extra_slots
+
         for request in requests:
             length = len(request.prompt_ids) + request.max_new_tokens
             if not request.prompt_ids:
@@ -245,6 +252,7 @@ class Engine:
                 f"the cache has {capacity} slots a row, the longest request needs "
                 f"{needed}; raise the capacity or lower max_new_tokens"
             )
+
         return -(-capacity // PREFILL_CHUNK) * PREFILL_CHUNK
 
     def needed_slots(self, request: Request) -> int:
@@ -268,12 +276,14 @@ class Engine:
         """
         if has_prediction is None:
             has_prediction = bool(request.prediction_ids)
+
         is_greedy = request.sampling.temperature == 0
         key = request.key(ordinal)
         state = self._initial_state(request, capacity, has_prediction, key)
         ids = np.asarray(request.prompt_ids, np.int32)
         run = self.compiled_prefill(is_greedy)
         output = None
+
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
             is_last = start + PREFILL_CHUNK >= len(ids)
@@ -281,11 +291,17 @@ class Engine:
             padded = np.zeros((1, PREFILL_CHUNK), np.int32)
             padded[0, : len(chunk)] = chunk
             state, output = run(
-                self.target_params, draft, state, padded,
-                np.full(1, following, np.int32), np.full(1, len(chunk), np.int32),
+                self.target_params,
+                draft,
+                state,
+                padded,
+                np.full(1, following, np.int32),
+                np.full(1, len(chunk), np.int32),
                 np.bool_(is_last),
-            )  # fmt: skip
+            )
+
         assert output is not None, "an empty prompt is refused by capacity_for"
+
         return state, output
 
     def start(
@@ -293,9 +309,11 @@ class Engine:
     ) -> DecodeState:
         """The state of a batch whose rows have all been prefilled with one request."""
         state = None
+
         for slot in range(batch_size):
             row, _ = self.prefill(draft, request, capacity)
             state = self.place(state, row, slot, batch_size, capacity)
+
         assert state is not None, "a batch has rows"
         return state
 
@@ -306,7 +324,10 @@ class Engine:
         state = self._rows.start_row(*args)
         if not has_prediction:
             return state
-        ids, confidence = request.prediction_ids, request.prediction_confidence
+
+        ids = request.prediction_ids
+        confidence = request.prediction_confidence
+
         return state.replace(prediction=as_prediction(ids, capacity, confidence))
 
     def serve(
@@ -340,6 +361,7 @@ class Engine:
         chooser = chooser or Chooser.start(fixed((self.action,)), batch_size)
         ordinals = itertools.count() if ordinals is None else ordinals
         groups = ([r] for r in requests) if batch_size == 1 else [list(requests)]
+
         for group in groups:
             if not group:
                 continue
@@ -368,6 +390,7 @@ class Engine:
                 f"a prediction is exact only among children='topk', not "
                 f"{self.config.tree.children!r}"
             )
+
         return has_prediction
 
     def step(
@@ -391,6 +414,7 @@ class Engine:
         if state is None:
             has_prediction = row.prediction is not None
             state = self._rows.start_batch(batch_size, capacity, has_prediction)
+
         return self._rows.insert(state, row, np.int32(slot))
 
     def finish(self, state: DecodeState, slot: int) -> DecodeState:
@@ -402,6 +426,7 @@ class Engine:
         """What was recorded of a row, `[1, capacity, ...]`."""
         if state.feedback is None:
             return None
+
         return self._rows.take(state.feedback, np.int32(slot))
 
     def new_stats(self) -> DecodingStats:

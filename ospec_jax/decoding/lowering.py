@@ -68,9 +68,12 @@ class LoweringConfig:
 
 
 def lower(
-    model: ModelConfig, draft: DraftConfig | None, config: LoweringConfig,
-    platforms: Sequence[str], family: str = "eagle3",
-) -> dict[str, export.Exported]:  # fmt: skip
+    model: ModelConfig,
+    draft: DraftConfig | None,
+    config: LoweringConfig,
+    platforms: Sequence[str],
+    family: str = "eagle3",
+) -> dict[str, export.Exported]:
     """Lowers `prefill`, `plain_step` and, given a draft, `speculative_step`.
 
     The functions are `build_prefill`'s and `build_step`'s with flat arguments and
@@ -89,24 +92,33 @@ def lower(
         raise ConfigError(
             f"cuDNN's attention is for the platform cuda alone, not {platforms}"
         )
+
     numerics = Numerics(
-        config.precision, is_row_invariant=False, is_scanned=config.is_scanned,
-        attention=config.attention, num_groups=sharding.num_groups(config.mesh),
-    )  # fmt: skip
+        config.precision,
+        is_row_invariant=False,
+        is_scanned=config.is_scanned,
+        attention=config.attention,
+        num_groups=sharding.num_groups(config.mesh),
+    )
     sharding.check_batch(config.mesh, config.batch_size)
     sharding.check_model(config.mesh, model, "the target")
     if draft is not None:
         sharding.check_model(config.mesh, draft, "the draft")
+
     cast = lambda params: cast_params(params, config.precision)
     stack = stack_layers if config.is_scanned else lambda params: params
-    params, rows = sharding.param_shardings, sharding.row_shardings
+    params = sharding.param_shardings
+    rows = sharding.row_shardings
     placed = functools.partial(_placed, config.mesh)
     target = jax.eval_shape(lambda: stack(cast(init_params(model, jax.random.key(0)))))
     target = placed(target, params)
     plain = StepConfig(
-        model, numerics, TreeConfig(num_steps=0), stop_ids=config.stop_ids,
+        model,
+        numerics,
+        TreeConfig(num_steps=0),
+        stop_ids=config.stop_ids,
         mesh=config.mesh,
-    )  # fmt: skip
+    )
     lowered = {}
 
     def add(name: str, function: Callable, *args):
@@ -121,7 +133,9 @@ def lower(
     batch = config.batch_size
     state = state_of(plain, None, batch)
     add("plain_step", build_step(plain, None), target, None, state)
-    step, drafter, drafts = plain, None, None
+    step = plain
+    drafter = None
+    drafts = None
     if draft is not None:
         drafter = build_drafter(family, draft, config.tree, numerics, has_ngrams=True)
         step = dataclasses.replace(plain, tree=config.tree, taps=draft.taps)
@@ -129,12 +143,21 @@ def lower(
         drafts = placed(drafts, params)
         state = state_of(step, drafter, batch)
         add("speculative_step", build_step(step, drafter), target, drafts, state)
+
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     is_last = jax.ShapeDtypeStruct((), jnp.bool_)
     add(
-        "prefill", build_prefill(step, drafter), target, drafts,
-        state_of(step, drafter, 1), ints(1, PREFILL_CHUNK), ints(1), ints(1), is_last,
-    )  # fmt: skip
+        "prefill",
+        build_prefill(step, drafter),
+        target,
+        drafts,
+        state_of(step, drafter, 1),
+        ints(1, PREFILL_CHUNK),
+        ints(1),
+        ints(1),
+        is_last,
+    )
+
     return lowered
 
 
@@ -142,6 +165,7 @@ def _placed(mesh: AbstractMesh | None, tree, place: Callable):
     """Shapes that say where their arrays lie."""
     if mesh is None:
         return tree
+
     at = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     return jax.tree.map(at, tree, place(tree, mesh))
 
@@ -166,6 +190,7 @@ def _export(function: Callable, args: tuple, platforms) -> export.Exported:
     lower = export.export(
         jax.jit(flattened), platforms=platforms, disabled_checks=checks
     )
+
     try:
         return lower(*flat)
     except RuntimeError as error:
@@ -190,12 +215,15 @@ def as_data(tree) -> list:
 
 def write(lowered: dict[str, export.Exported], folder: Path) -> list[Path]:
     """Writes each artefact as `NAME.jax_export`, and `artefacts.json` about them."""
-    paths, facts = [], {}
+    paths = []
+    facts = {}
+
     for name, exported in lowered.items():
         path = folder / f"{name}.jax_export"
         atomic.write_bytes(path, exported.serialize())
         paths.append(path)
         facts[name] = describe(exported) | {"bytes": path.stat().st_size}
+
     atomic.write_text(folder / "artefacts.json", json.dumps(facts, indent=1) + "\n")
     return paths
 

@@ -22,7 +22,8 @@ def teacher_forced_logits(
     Args:
       num_rows: Tokens of the last pass; those before it are run in one pass.
     """
-    c, numerics = config.model, config.numerics
+    c = config.model
+    numerics = config.numerics
     target = llama.build(c, numerics)
     capacity = next(size for size in CAPACITIES if size > len(token_ids) + 1)
     cache = kv.init_cache(
@@ -44,12 +45,15 @@ def teacher_forced_logits(
         return llama.target_logits(params, hidden[:, -1:], numerics)[0, 0], cache
 
     ids = np.asarray(token_ids, np.int32)[None]
-    cut, logits = ids.shape[1] - num_rows, None
+    cut = ids.shape[1] - num_rows
+    logits = None
+
     for start, stop in ((0, cut), (cut, ids.shape[1])):
         if stop > start:
             logits, cache = run(
                 target_params, ids[:, start:stop], np.int32(start), cache
             )
+
     return np.asarray(logits)
 
 

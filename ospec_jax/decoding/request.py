@@ -143,28 +143,36 @@ class Slot:
         tokens = output.tokens[row, :count].tolist()
         if output.log_probs is not None:
             self.log_probs += output.log_probs[row, :count].tolist()
+
         self.token_ids += tokens
-        drafted, accepted = int(output.num_drafted[row]), int(output.num_accepted[row])
+        drafted = int(output.num_drafted[row])
+        accepted = int(output.num_accepted[row])
         kept = count - self._cut_at_stop_string(count)
         if is_step and count:
             self.stats.add_step(drafted, min(accepted, kept))
+
         if output.is_finished[row] and not self.is_done:
             self.is_done = True
             if self.token_ids[-1] in stop_ids:
                 self.finish_reason = "stop"
+
         return tokens[:kept]
 
     def _cut_at_stop_string(self, count: int) -> int:
         """Drops tokens behind a stop string; returns how many of the newest."""
         if self.request.find_stop is None:
             return 0
+
         keep = self.request.find_stop(self.token_ids)
         if keep is None:
             return 0
+
         cut = len(self.token_ids) - keep
         self.token_ids = self.token_ids[:keep]
         self.log_probs = self.log_probs[:keep]
-        self.is_done, self.finish_reason = True, "stop"
+        self.is_done = True
+        self.finish_reason = "stop"
+
         return min(cut, count)
 
     def completion(self, feedback: Feedback | None, capacity: int) -> Completion:

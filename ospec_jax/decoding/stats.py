@@ -71,10 +71,13 @@ class DecodingStats:
     @property
     def acceptance_per_position(self) -> list[float]:
         """Share of passes that accepted at least i + 1 tokens (unconditional)."""
-        survived, shares = self.num_drafts, []
+        survived = self.num_drafts
+        shares = []
+
         for count in self.acceptance_histogram[:-1]:
             survived -= count
             shares.append(survived / max(self.num_drafts, 1))
+
         return shares
 
     def to_json(self) -> dict[str, Any]:
@@ -106,9 +109,11 @@ def repeated_token_share(token_ids: list[int], length: int = 16) -> float:
     """
     seen: dict[tuple, int] = {}
     is_repeated = [False] * len(token_ids)
+
     for end in range(length, len(token_ids) + 1):
         gram = tuple(token_ids[end - length : end])
         if gram in seen:
             is_repeated[end - length : end] = [True] * length
         seen[gram] = end
+
     return sum(is_repeated) / max(len(token_ids), 1)

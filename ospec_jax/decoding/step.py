@@ -104,6 +104,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
 
         if drafter is not None and drafter.reads_target:
             shared = shared.replace(params=target_params, cache=state.cache)
+
         tree, state = _propose(config, drafter, draft, shared, state, key_draft)
         hidden, taps, cache = _score(target, target_params, tree, state)
         logits = llama.target_logits(target_params, hidden, config.numerics)
@@ -112,10 +113,12 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         emitted, num_emitted, is_finished = _emit(config, tree, verdict, state)
 
         gather = jax.vmap(lambda values, path: values[path])
-        taps, inputs = gather(taps, verdict.path), gather(tree.tokens, verdict.path)
+        taps = gather(taps, verdict.path)
+        inputs = gather(tree.tokens, verdict.path)
         has_features = state.feedback is not None and state.feedback.taps is not None
         if has_features or config.has_log_probs:
             logsumexp = jax.nn.logsumexp(logits, axis=-1)
+
         if has_features:
             scored = Feedback(
                 tokens=inputs,
@@ -125,20 +128,24 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             )
         elif state.feedback is not None:
             scored = _drafting_states(tree, verdict, inputs, state.feedback)
+
         if state.feedback is not None:
             state = state.replace(
                 feedback=record(state.feedback, scored, state.lengths, is_batched)
             )
+
         if drafter is not None:
             pairs = Pairs(inputs, emitted, taps, state.lengths, num_emitted)
             draft_cache, context = drafter.extend(
                 draft, shared, state.draft_cache, pairs
             )
             state = _extended(drafter, state, draft_cache, context)
+
         log_probs = None
         if config.has_log_probs:
             chosen = jax.vmap(lambda row, path, token: row[path, token])
             log_probs = chosen(logits - logsumexp[..., None], verdict.path, emitted)
+
         was_active = ~state.is_finished
         output = StepOutput(
             tokens=emitted,
@@ -155,6 +162,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             num_remaining=state.num_remaining - num_emitted,
             is_finished=is_finished,
         )
+
         return _look_ahead(drafter, draft, state, output)
 
     return speculative_step
@@ -165,6 +173,7 @@ def _extended(drafter: Drafter, state: DecodeState, draft_cache, context):
     if drafter.predict is not None:
         assert state.draft_context is not None
         context = context.replace(logits=state.draft_context.logits)
+
     return state.replace(draft_cache=draft_cache, draft_context=context)
 
 
@@ -173,12 +182,15 @@ def _look_ahead(drafter, draft, state: DecodeState, output: StepOutput):
     votes = []
     if drafter is not None and drafter.is_sure is not None:
         votes.append(drafter.is_sure(draft, state.draft_cache, state.lengths))
+
     if state.prediction is not None:
         prediction = follow(state.prediction, output.tokens, output.num_emitted)
         state = state.replace(prediction=prediction)
         votes.append(prediction.run >= LONG_RUN)
+
     votes = [vote for vote in votes if vote is not None]
     is_sure = functools.reduce(jnp.logical_or, votes) if votes else None
+
     return state, output.replace(is_sure=is_sure)
 
 
@@ -188,17 +200,24 @@ def _propose(config, drafter, draft, shared, state, keys):
     if drafter is None or config.tree.num_steps == 0:
         one = lambda value: jnp.full((root.shape[0], 1), value)
         tree = DraftTree(
-            tokens=root[:, None], parents=one(np.int32(topology.NO_PARENT)),
-            depths=one(np.int32(0)), is_valid=one(True), log_probs=one(0.0),
-            ancestor_mask=one(True)[:, :, None], is_chain=True,
-        )  # fmt: skip
+            tokens=root[:, None],
+            parents=one(np.int32(topology.NO_PARENT)),
+            depths=one(np.int32(0)),
+            is_valid=one(True),
+            log_probs=one(0.0),
+            ancestor_mask=one(True)[:, :, None],
+            is_chain=True,
+        )
         return tree, state
+
     context = state.draft_context
     if drafter.predict is not None:
         context = context.replace(logits=drafter.predict(draft, shared, context.hidden))
+
     roots = Roots(root, state.lengths, keys, context, state.sampling)
     hints = prediction_hints(state.prediction)
     tree, draft_cache = drafter.propose(draft, shared, state.draft_cache, roots, hints)
+
     return tree, state.replace(draft_cache=draft_cache)
 
 
@@ -210,15 +229,21 @@ def _score(target, target_params, tree: DraftTree, state: DecodeState):
         bias = kv.causal_bias(state.lengths, tree.tokens.shape[1], capacity)
     else:
         bias = kv.tree_bias(state.lengths, tree.ancestor_mask, capacity)
+
     return target(
-        target_params, tree.tokens, positions, bias, state.cache,
+        target_params,
+        tree.tokens,
+        positions,
+        bias,
+        state.cache,
         state.lengths,
-    )  # fmt: skip
+    )
 
 
 def _verify(config, tree, logits, state, keys) -> Verdict:
     if config.is_greedy:
         return verify_greedy(tree, argmax(logits))
+
     b, n, v = logits.shape
     params = jax.tree.map(lambda x: jnp.repeat(x, n), state.sampling)
     probs = processed_probs(
@@ -227,6 +252,7 @@ def _verify(config, tree, logits, state, keys) -> Verdict:
     rule = config.tree.verification
     # Suggestions alone make chains of `topk` children whatever the tree's own are.
     rule = "token" if tree.children == "topk" else rule
+
     return verify_sampled(keys, tree, probs.reshape(b, n, v), rule)
 
 
@@ -234,6 +260,7 @@ def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:
     """In a chain the accepted entries lie in place already."""
     if config.tree.is_chain:
         return cache
+
     is_batched = config.numerics.has_batched_writes
     return kv.keep_path(cache, state.lengths, verdict.path, is_batched)
 
@@ -255,6 +282,7 @@ def _emit(config, tree, verdict: Verdict, state):
     num_emitted = jnp.minimum(num_emitted, state.num_remaining)
     num_emitted = jnp.where(state.is_finished, 0, num_emitted).astype(jnp.int32)
     is_spent = state.num_remaining - num_emitted <= 0
+
     return emitted, num_emitted, state.is_finished | has_stopped | is_spent
 
 
@@ -264,9 +292,11 @@ def _drafting_states(tree: DraftTree, verdict, inputs, feedback) -> Feedback:
     if tree.states is None:
         width = feedback.states.shape[-1]
         return Feedback(
-            tokens=inputs, states=jnp.zeros((rows, length, width)),
+            tokens=inputs,
+            states=jnp.zeros((rows, length, width)),
             has_state=jnp.zeros((rows, length), bool),
-        )  # fmt: skip
+        )
+
     gather = jax.vmap(lambda values, path: values[path])
     is_on_path = jnp.arange(length) <= verdict.num_accepted[:, None]
     return Feedback(
@@ -310,7 +340,8 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
 
     def prefill(target_params, draft, state, tokens, following, num_valid, is_last):
         shared = shared_tables(target_params)
-        starts, chunk = state.lengths, tokens.shape[1]
+        starts = state.lengths
+        chunk = tokens.shape[1]
         bias = kv.causal_bias(starts, chunk, state.cache.capacity)
         positions = starts[:, None] + jnp.arange(chunk)
         hidden, taps, cache = target(
@@ -332,6 +363,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
                 scored = Feedback(tokens, taps, hidden, at_end)
             recorded = record(state.feedback, scored, starts, is_batched)
             state = state.replace(feedback=recorded)
+
         if drafter is not None:
             successors = jnp.where(is_end, following[:, None], jnp.roll(tokens, -1, 1))
             pairs = Pairs(tokens, successors, taps, starts, num_valid)
@@ -339,6 +371,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
                 draft, shared, state.draft_cache, pairs
             )
             state = _extended(drafter, state, draft_cache, context)
+
         num_emitted = jnp.where(is_last, 1, 0) * jnp.ones_like(starts)
         num_remaining = state.num_remaining - num_emitted
         has_stopped = is_any_of(first[:, None], config.stop_ids)[:, 0]
@@ -346,6 +379,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         log_probs = None
         if config.has_log_probs:
             log_probs = take_row(logits[:, 0], first)[:, None] - logsumexp[:, None]
+
         state = state.replace(
             lengths=starts + num_valid,
             last_token=first,
@@ -354,9 +388,14 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         )
         zero = jnp.zeros_like(starts)
         output = StepOutput(
-            tokens=first[:, None], num_emitted=num_emitted, num_accepted=zero,
-            num_drafted=zero, is_finished=is_finished, log_probs=log_probs,
-        )  # fmt: skip
+            tokens=first[:, None],
+            num_emitted=num_emitted,
+            num_accepted=zero,
+            num_drafted=zero,
+            is_finished=is_finished,
+            log_probs=log_probs,
+        )
+
         return _look_ahead(drafter, draft, state, output)
 
     return prefill
@@ -365,6 +404,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
 def _first_token(config, logits, state, positions):
     if config.is_greedy:
         return argmax(logits)
+
     keys = jax.vmap(jax.random.fold_in)(state.request_keys, positions)
     probs = processed_probs(logits, state.sampling, config.numerics.is_row_invariant)
     return sample(keys, probs)
@@ -379,28 +419,40 @@ def empty_state(
     has_prediction: bool = False,
 ) -> DecodeState:
     """A state whose rows are all finished, with caches of `capacity` slots."""
-    c, b = config.model, batch_size
+    c = config.model
+    b = batch_size
     draft_cache = draft_context = None
     if drafter is not None:
         draft_cache = drafter.init_cache(b, capacity)
         draft_context = drafter.init_context(b)
+
     feedback = None
     zeros = lambda *shape, dtype=jnp.float16: jnp.zeros((b, capacity, *shape), dtype)
     if recording == "features":
         feedback = Feedback(
-            tokens=zeros(dtype=jnp.int32), taps=zeros(len(config.taps) * c.hidden_size),
-            hidden=zeros(c.hidden_size), logsumexp=zeros(dtype=jnp.float32),
-        )  # fmt: skip
+            tokens=zeros(dtype=jnp.int32),
+            taps=zeros(len(config.taps) * c.hidden_size),
+            hidden=zeros(c.hidden_size),
+            logsumexp=zeros(dtype=jnp.float32),
+        )
     elif recording == "states" and draft_context is not None:
         feedback = Feedback(
             tokens=zeros(dtype=jnp.int32),
-            states=zeros(draft_context.hidden.shape[-1]), has_state=zeros(dtype=bool),
-        )  # fmt: skip
+            states=zeros(draft_context.hidden.shape[-1]),
+            has_state=zeros(dtype=bool),
+        )
+
     ints = lambda: jnp.zeros((b,), jnp.int32)
+
     return DecodeState(
         cache=kv.init_cache(
-            c.num_layers, b, c.num_kv_heads, capacity, c.head_dim,
-            config.numerics.cache_dtype, config.numerics.is_scanned,
+            c.num_layers,
+            b,
+            c.num_kv_heads,
+            capacity,
+            c.head_dim,
+            config.numerics.cache_dtype,
+            config.numerics.is_scanned,
         ),
         draft_cache=draft_cache,
         draft_context=draft_context,
@@ -414,4 +466,4 @@ def empty_state(
         is_finished=jnp.ones((b,), bool),
         feedback=feedback,
         prediction=init_prediction(b, capacity) if has_prediction else None,
-    )  # fmt: skip
+    )

@@ -15,16 +15,20 @@ def time_steps(
     step: Step, state: DecodeState, num_steps: int = 8
 ) -> tuple[float, DecodeState]:
     """Seconds a step, one ahead; and the state, rewound to where it was."""
-    lengths, remaining = state.lengths + 0, state.num_remaining + 0
+    lengths = state.lengths + 0
+    remaining = state.num_remaining + 0
     is_finished = state.is_finished | False
     state, unread = step(state)
     start = time.perf_counter()
+
     for _ in range(num_steps):
         state, output = step(state)
         fetch(unread)
         unread = output
+
     fetch(unread)
     seconds = (time.perf_counter() - start) / num_steps
+
     return seconds, state.replace(
         lengths=lengths, num_remaining=remaining, is_finished=is_finished
     )
@@ -43,4 +47,5 @@ def seconds_of_steps(
             seconds, state = time_steps(step, state, 3 if round_number else 1)
             if round_number:
                 least[name] = min(least[name], seconds)
+
     return least, state

@@ -33,6 +33,7 @@ def verify_greedy(tree: DraftTree, best: Int[Array, "b n"]) -> Verdict:
     is_alive = jnp.all(~tree.ancestor_mask | is_match[:, None, :], axis=-1)
     last = jnp.argmax(jnp.where(is_alive, tree.depths, -1), axis=1)
     path = _path_to(tree, last)
+
     return Verdict(
         path=path,
         num_accepted=_take(tree.depths, last),
@@ -77,6 +78,7 @@ def verify_sampled(
             f"a tree that was reranked after drawing {tree.children!r} children cannot "
             f"be verified exactly; use children='topk' or a static tree"
         )
+
     rule = recursive
     if verification != "token":
         if tree.children not in ("sampled", "without_replacement"):
@@ -87,6 +89,7 @@ def verify_sampled(
         rule = traversal
     elif tree.children == "hub":
         rule = hub
+
     rank = _sibling_rank(tree)
     rows = tree.replace(token_ids=None)  # the draft vocabulary has no batch axis
 
@@ -98,6 +101,7 @@ def verify_sampled(
         return last, draw(key_next, rest)
 
     last, next_token = jax.vmap(row)(keys, rows, rank, target_probs)
+
     return Verdict(
         path=_path_to(tree, last),
         num_accepted=_take(tree.depths, last),

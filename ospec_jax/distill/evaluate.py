@@ -40,9 +40,14 @@ def is_held_out(request_id: str, share: float) -> bool:
 
 
 def evaluate_held_out(
-    learner: Learner, params, store: FeedbackStore, config, shared, token_ids,
+    learner: Learner,
+    params,
+    store: FeedbackStore,
+    config,
+    shared,
+    token_ids,
     max_windows: int = 32,
-) -> HeldOutScore:  # fmt: skip
+) -> HeldOutScore:
     """Scores at most `max_windows` held-out windows of each domain.
 
     Args:
@@ -50,29 +55,37 @@ def evaluate_held_out(
     """
     evaluate = jax.jit(learner.evaluate)
     domains: dict[str, list] = {}
+
     for i, entry in enumerate(store.entries):
         if is_held_out(entry.id, config.holdout_share):
             windows = store.windows([i], config.window)
             domains.setdefault(entry.domain, []).extend(windows)
-    losses, lengths = [], {}
+
+    losses = []
+    lengths = {}
+
     for domain, windows in sorted(domains.items()):
         infos = [
             evaluate(
                 params,
                 store.segments(
-                    windows[i : i + config.batch_size], config.num_context,
-                    config.window, config.num_steps,
+                    windows[i : i + config.batch_size],
+                    config.num_context,
+                    config.window,
+                    config.num_steps,
                 ),
-                shared, token_ids,
+                shared,
+                token_ids,
             )[0]
             for i in range(0, min(len(windows), max_windows), config.batch_size)
             if len(windows) >= i + config.batch_size
-        ]  # fmt: skip
+        ]
         if not infos:
             continue
         losses += [float(info.loss) for info in infos]
         agreement = np.mean([np.asarray(info.agreement) for info in infos], axis=0)
         lengths[domain] = float(1 + np.cumprod(agreement).sum())
+
     return HeldOutScore(float(np.mean(losses)) if losses else None, lengths)
 
 
@@ -92,12 +105,16 @@ def plot_history(history: list[dict], path: Path) -> Path:
     left.plot(steps, column("held_out_loss"), ".-", color="#1f6feb", label="held out")
     left.set(xlabel="update", ylabel="loss")
     domains = sorted({d for row in history for d in row["mean_acceptance_length"]})
+
     for domain in domains:
         lengths: Any = [row["mean_acceptance_length"].get(domain) for row in history]
         right.plot(steps, np.array(lengths, float), ".-", label=domain)
+
     right.set(xlabel="update", ylabel="held-out acceptance length, teacher-forced")
+
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
+
     return atomic.write_figure(figure, path)

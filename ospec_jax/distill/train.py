@@ -85,8 +85,10 @@ def frequent_tokens(store: FeedbackStore, vocab_size: int, count: int) -> np.nda
     to the more frequent merges.
     """
     counts = np.zeros(vocab_size, np.int64)
+
     for i in range(len(store.entries)):
         np.add.at(counts, store.answer(i), 1)
+
     order = np.argsort(-counts, kind="stable")
     return np.sort(order[:count]).astype(np.int32)
 
@@ -99,6 +101,7 @@ def coverage_by_domain(store: FeedbackStore, token_ids: np.ndarray) -> dict[str,
         total = seen.setdefault(entry.domain, [0, 0])
         total[0] += int(np.isin(answer, token_ids).sum())
         total[1] += len(answer)
+
     return {domain: inside / total for domain, (inside, total) in seen.items()}
 
 
@@ -107,6 +110,7 @@ def distill_learner(config: DistillConfig, drafter: Drafter, family: Family) -> 
     feature_weight = config.feature_weight
     if feature_weight is None:
         feature_weight = family.feature_weight
+
     decay_steps = max(1, int(config.num_updates * config.decay_share))
     schedule = optax.join_schedules(
         [
@@ -120,16 +124,21 @@ def distill_learner(config: DistillConfig, drafter: Drafter, family: Family) -> 
         optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95)
     )
     objective = build_objective(
-        drafter.unroll, config.num_context, config.num_steps, named_loss(config.loss),
+        drafter.unroll,
+        config.num_context,
+        config.num_steps,
+        named_loss(config.loss),
         unroll_features=drafter.unroll_outputs if drafter.has_features else None,
         feature_weight=feature_weight,
-    )  # fmt: skip
+    )
+
     return gradient(objective, optimizer)
 
 
 def _batches(store_folder: Path, config: DistillConfig, first: int) -> Iterator:
     """Endless batches; the order is a function of seed and position alone."""
-    epoch, position = 0, 0
+    epoch = 0
+    position = 0
     while True:
         # Read again each epoch: collection may still be adding shards.
         store = FeedbackStore(store_folder)
@@ -175,7 +184,9 @@ def train(
     store = FeedbackStore(store_folder)
     family = find_family(family)
     if initial is not None:
-        family, draft_config = initial.family, initial.meta.draft
+        family = initial.family
+        draft_config = initial.meta.draft
+
     draft_config = draft_config or default_draft_config(
         target.config, family=family, num_steps=config.num_steps
     )
@@ -192,11 +203,14 @@ def train(
                     f"{out} holds a draft of another shape, {meta.draft}, not "
                     f"{draft_config}; choose another folder"
                 )
+
             return jax.eval_shape(learner.init, draft.params)
 
         restored = checkpoint.load(out, target, learner_like=like, family=family)
         checkpoint.set_aside(out, restored.step)
-        draft, state, card = restored.draft, restored.learner, restored.meta.card
+        draft = restored.draft
+        state = restored.learner
+        card = restored.meta.card
     elif initial is not None:
         # Training donates what it starts from: the caller's draft stays whole.
         draft = jax.tree.map(jnp.copy, initial.draft)
@@ -211,10 +225,13 @@ def train(
             )
         params = drafter.init_params(jax.random.key(config.seed))
         draft = Draft(start_warm(family, params, target, token_ids), token_ids)
-        state, card = learner.init(draft.params), {}
+        state = learner.init(draft.params)
+        card = {}
+
     run = _Run(
         target, store_folder, out, config, family, draft_config, learner, draft, shared
     )
+
     return run.loop(state, card)
 
 
@@ -225,10 +242,13 @@ def score(
     meta = draft.meta
     drafter = build_drafter(draft.family, meta.draft, TreeConfig(num_steps=1))
     return evaluate_held_out(
-        distill_learner(config, drafter, draft.family), draft.draft.params,
-        FeedbackStore(store_folder), config, shared_tables(target.params),
+        distill_learner(config, drafter, draft.family),
+        draft.draft.params,
+        FeedbackStore(store_folder),
+        config,
+        shared_tables(target.params),
         draft.draft.token_ids,
-    ).rounded  # fmt: skip
+    ).rounded
 
 
 def _check_taps(family: Family, config: DraftConfig, store: FeedbackStore) -> None:
@@ -264,7 +284,8 @@ class _Run:
     shared: object
 
     def loop(self, state: LearnerState, card: dict) -> list[dict]:
-        config, token_ids = self.config, self.draft.token_ids
+        config = self.config
+        token_ids = self.draft.token_ids
         history = list(card.get("history", []))
 
         def update_and_check(state, *data):
@@ -288,7 +309,7 @@ class _Run:
             while step < config.num_updates and not interrupt:
                 state, info, is_good = update(
                     state, next(batches), self.shared, token_ids
-                )  # fmt: skip
+                )
                 step += 1
                 bar.update(task, completed=step, description=_describe(info))
                 if not np.isfinite(info.loss) or not bool(is_good):
@@ -308,16 +329,22 @@ class _Run:
                     saved = step
             if step > saved:
                 save()
+
         if step < config.num_updates:
             interrupt.raise_if_set()
+
         return history
 
     def _score(self, state, step, info: LearnerInfo | None) -> dict:
         store = FeedbackStore(self.store_folder)
         score = evaluate_held_out(
-            self.learner, state.params, store, self.config, self.shared,
+            self.learner,
+            state.params,
+            store,
+            self.config,
+            self.shared,
             self.draft.token_ids,
-        )  # fmt: skip
+        )
         return {
             "step": step,
             "train_loss": None if info is None else round(float(info.loss), 4),
@@ -337,6 +364,7 @@ class _Run:
         if self.draft.token_ids is not None:
             ids = np.asarray(self.draft.token_ids)
             card["coverage"] = coverage_by_domain(store, ids)
+
         meta = checkpoint.Meta.create(
             self.target, self.draft_config, self.family.name, card=card
         )

@@ -20,13 +20,15 @@ def split_heads(
     qkv, config: DraftConfig, numerics: Numerics, positions, num_positions=None
 ):
     """Rotated queries and keys, and values, of a joint projection `[b, t, _]`."""
-    c, rest = config, config.num_heads + config.num_kv_heads
+    c = config
+    rest = config.num_heads + config.num_kv_heads
     qkv = qkv.reshape(*qkv.shape[:2], rest + c.num_kv_heads, c.head_dim)
     frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     angles = rope_angles(positions, frequencies, num_positions)
     split = lambda x, *sizes: split_groups(x, sizes, numerics.num_groups, axis=2)
     rotated, values = split(qkv, rest, c.num_kv_heads)
     rotated = rotate(rotated, angles, numerics.is_row_invariant)
+
     return *split(rotated, c.num_heads, c.num_kv_heads), values
 
 
@@ -63,7 +65,9 @@ def attend_unrolled(q, k, v, own_keys, own_values, is_seen):
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     num_keys = k.shape[1]
     out = jnp.einsum("bhgts,bshe->bthge", weights[..., :num_keys], v)
+
     for i, own in enumerate(own_values):
         share = weights[..., num_keys + i].transpose(0, 3, 1, 2)[..., None]
         out = out + share * own[:, :, :, None, :]
+
     return out.reshape(b, t, heads * e)

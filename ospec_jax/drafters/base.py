@@ -178,6 +178,7 @@ def frozen_head(shared: SharedTables, token_ids) -> dict:
     """The target's head on the draft vocabulary, in its own precision."""
     if token_ids is None:
         return shared.head
+
     return {name: rows[token_ids] for name, rows in shared.head.items()}
 
 
@@ -187,9 +188,13 @@ def embedding_table(config: DraftConfig, params, shared: SharedTables) -> dict:
 
 
 def training_head(
-    config: DraftConfig, params, token_ids, shared: SharedTables, candidates=None,
+    config: DraftConfig,
+    params,
+    token_ids,
+    shared: SharedTables,
+    candidates=None,
     name: str = "lm_head",
-) -> dict | None:  # fmt: skip
+) -> dict | None:
     """The float32 head rows of `candidates`; None stands for the draft's own, whole.
 
     Args:
@@ -199,6 +204,7 @@ def training_head(
         return None
     if config.has_own_head:
         return {key: rows[candidates] for key, rows in params[name].items()}
+
     kernel = dequantized(frozen_head(shared, token_ids))
     return {"kernel": kernel if candidates is None else kernel[candidates]}
 

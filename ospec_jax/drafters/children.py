@@ -64,8 +64,10 @@ def draw(
     else:
         repeated = jnp.repeat(probs, count, axis=0)
         ids = sample(split.reshape(b * w * count), repeated)
+
     ids = ids.reshape(b, w, count)
     probs = probs.reshape(b, w, q)
+
     return Children(ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs)
 
 
@@ -75,6 +77,7 @@ def _most_probable(logits, count):
     if count == 1:
         best = argmax(logits)[..., None]
         return jnp.max(logits, axis=-1, keepdims=True) - total, best
+
     values, ids = jax.lax.top_k(logits, count)
     return values - total, ids.astype(jnp.int32)
 
@@ -86,6 +89,7 @@ def _draw_topk_sampled(keys, probs, count):
     others = jnp.where(is_top, 0.0, probs)
     others = others / jnp.maximum(jnp.sum(others, axis=-1, keepdims=True), 1e-30)
     drawn = sample(keys[:, 0], others)
+
     return jnp.concatenate([drawn[:, None], top], axis=1), others
 
 
@@ -96,6 +100,7 @@ def _draw_hub(keys, probs, count):
     first = sample(keys[:, 0], probs)
     others = jnp.where(jnp.arange(probs.shape[-1]) == top[:, None], 0.0, probs)
     other = sample(keys[:, 1], others)
+
     return jnp.stack([first, jnp.where(first == top, other, top)], axis=1), probs
 
 
@@ -114,15 +119,18 @@ def consider(
     if hints is None:
         return children
 
-    tokens, log_probs = children.tokens, children.log_probs
+    tokens = children.tokens
+    log_probs = children.log_probs
     hint, rate = hints.suggest(recent, depth)
-    hint, rate = hint[..., None], rate[..., None]
+    hint = hint[..., None]
+    rate = rate[..., None]
     is_drafted = tokens == hint
     is_taken = (rate > log_probs[..., -1:]) & ~jnp.any(is_drafted, -1, keepdims=True)
     is_last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
     tokens = jnp.where(is_taken & is_last, hint, tokens)
     log_probs = jnp.where(is_taken & is_last, rate, log_probs)
     log_probs = jnp.where(is_drafted, jnp.maximum(log_probs, rate), log_probs)
+
     return children._replace(tokens=tokens, log_probs=log_probs)
 
 

@@ -38,6 +38,7 @@ def inner_tree(tree: TreeConfig) -> TreeConfig:
             f"two drafters are mixed as chains of children='topk', not as a "
             f"{tree.kind} tree of {tree.children!r} ones; use --tree chain"
         )
+
     return TreeConfig(
         num_steps=tree.num_steps, min_path_probability=tree.min_path_probability
     )
@@ -62,6 +63,7 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
         """Suggestions have no state to learn a projection from, but their root may."""
         if not is_learned:
             return chain
+
         b, n = chain.tokens.shape
         states = jnp.zeros((b, n, context.hidden.shape[-1]))
         is_root = jnp.broadcast_to(np.arange(n) == 0, (b, n))
@@ -88,10 +90,12 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
             other = other.replace(token_ids=None)
             if not is_learned:
                 other = other.replace(states=None, has_state=None)
+
             rows = chain.tokens.shape[0]
             pick = lambda a, b: jnp.where(
                 is_likely.reshape(rows, *[1] * (a.ndim - 1)), a, b
             )
+
             return jax.tree.map(pick, chain, other), new_cache
 
         return jax.lax.cond(jnp.all(is_likely), lambda: (chain, cache), draft_others)
@@ -142,6 +146,7 @@ def merge_chains(first: DraftTree, second: DraftTree) -> DraftTree:
     join = lambda a, b: weave(a[:, :1], a[:, 1:], b[:, 1:])
     root = jnp.full((num_rows, 1), topology.NO_PARENT, jnp.int32)
     parents = weave(root, spread(above_first), above_second).astype(jnp.int32)
+
     return DraftTree(
         tokens=join(first.tokens, second.tokens),
         parents=parents,

@@ -74,12 +74,15 @@ class EagleHead(nn.Module):
     version: Version = "eagle3"
 
     def setup(self):
-        c, n = self.config, self.numerics
+        c = self.config
+        n = self.numerics
         norm = lambda: RMSNorm(c.rms_norm_eps, n)
         self.fc = Linear(c.hidden_size, n, c.has_fc_bias)
         if self.version == "eagle3":
-            self.input_layernorm, self.hidden_norm = norm(), norm()
+            self.input_layernorm = norm()
+            self.hidden_norm = norm()
             self.norm = norm()
+
         self.post_attention_layernorm = norm()
         self.qkv_proj = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, n)
         self.o_proj = Linear(c.hidden_size, n)
@@ -96,6 +99,7 @@ class EagleHead(nn.Module):
         if self.version == "eagle1":
             joint = self.fc(jnp.concatenate([embeddings, features], axis=-1))
             return self.qkv_proj(joint), joint
+
         normed = self.hidden_norm(features)
         joint = jnp.concatenate([self.input_layernorm(embeddings), normed], axis=-1)
         is_normed = self.config.has_norm_before_residual
@@ -122,6 +126,7 @@ class EagleHead(nn.Module):
         normed = self.head_inputs(outputs)
         if head is None:
             return self.lm_head(normed)
+
         return linear(normed, head, self.numerics)
 
     def unroll(self, taps, embeddings, start, num_context, num_steps, head):
@@ -143,8 +148,13 @@ class EagleHead(nn.Module):
         q, k, v = split_heads(qkv, self.config, self.numerics, positions)
         queries = slice(num_context, num_pairs)
         is_seen = seen_in_window(positions, num_context)
-        residual, q = residual[:, queries], q[:, queries]
-        own_keys, own_values, logits, outputs = [], [], [], []
+        residual = residual[:, queries]
+        q = q[:, queries]
+        own_keys = []
+        own_values = []
+        logits = []
+        outputs = []
+
         for depth in range(num_steps):
             if depth:
                 shifted = slice(num_context + depth, num_pairs + depth)
@@ -157,6 +167,7 @@ class EagleHead(nn.Module):
             out = attend_unrolled(q, k, v, own_keys, own_values, is_seen)
             outputs.append(self._finish(residual, out))
             logits.append(self.logits(outputs[-1], head))
+
         return logits, outputs
 
     def init_all(self, taps, embeddings, head):
@@ -214,20 +225,26 @@ def _eagle(
         width = config.hidden_size if own else config.target_hidden_size
         zeros = lambda width: jnp.zeros((1, 1, width))
         args = (
-            zeros(len(config.taps) * config.target_hidden_size), zeros(width),
+            zeros(len(config.taps) * config.target_hidden_size),
+            zeros(width),
             None if config.has_own_head else {"kernel": jnp.zeros((2, width))},
-        )  # fmt: skip
+        )
         params: Any = trainer.init(key, *args, method=EagleHead.init_all)["params"]
         if own:
             table = jax.random.normal(key, (config.vocab_size, width)) * width**-0.5
             params = params | {"embed_tokens": {"kernel": table}}
+
         return params
 
     def init_cache(batch_size, capacity):
         return kv.init_cache(
-            1, batch_size, config.num_kv_heads, capacity, config.head_dim,
+            1,
+            batch_size,
+            config.num_kv_heads,
+            capacity,
+            config.head_dim,
             numerics.cache_dtype,
-        )  # fmt: skip
+        )
 
     def init_context(batch_size):
         return DraftContext(
@@ -245,24 +262,31 @@ def _eagle(
     def step(draft, shared, cache, nodes: Nodes):
         """Runs over drafted pairs; the features are the draft's own."""
         num_tokens = nodes.tokens.shape[1]
-        features, tokens = nodes.hidden, nodes.tokens
-        positions, bias = nodes.positions, nodes.bias
+        features = nodes.hidden
+        tokens = nodes.tokens
+        positions = nodes.positions
+        bias = nodes.bias
         if numerics.is_row_invariant:
             features, tokens, positions, bias = at_least_two_rows(
                 features, tokens, positions, bias
             )
+
         embeddings = embedded(draft, shared, tokens)
         args = (features, embeddings, positions, bias, cache, nodes.starts)
         outputs, cache = apply(draft, EagleHead.step, *args)
         logits = logits_of(draft, shared, outputs)
+
         return outputs[:, :num_tokens], logits[:, :num_tokens], cache
 
     def extend(
         draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
     ) -> tuple[kv.KVCache, DraftContext]:
-        tokens, taps, starts = pairs.tokens, pairs.taps, pairs.starts
+        tokens = pairs.tokens
+        taps = pairs.taps
+        starts = pairs.starts
         if numerics.is_row_invariant:
             tokens, taps = at_least_two_rows(tokens, taps)
+
         num_tokens = tokens.shape[1]
         positions = starts[:, None] + jnp.arange(num_tokens)
         bias = kv.causal_bias(starts, num_tokens, cache.capacity)
@@ -272,6 +296,7 @@ def _eagle(
         outputs, cache = apply(draft, EagleHead.step, *args)
         last = take_row(outputs, jnp.maximum(pairs.num_valid - 1, 0))
         logits = predict(draft, shared, last)
+
         return cache, DraftContext(hidden=last, logits=logits)
 
     def predict(draft, shared, hidden):
@@ -319,9 +344,16 @@ def _eagle(
         embeddings = jax.lax.stop_gradient(embed(feedback.tokens[:, 1:], table))
         head = training_head(config, params, token_ids, shared, candidates)
         unrolled: Any = trainer.apply(
-            {"params": params}, features, embeddings, start, num_context, num_steps,
-            head, method=EagleHead.unroll,
-        )  # fmt: skip
+            {"params": params},
+            features,
+            embeddings,
+            start,
+            num_context,
+            num_steps,
+            head,
+            method=EagleHead.unroll,
+        )
+
         return unrolled
 
     return Drafter(
@@ -364,6 +396,7 @@ def _start_eagle3(params, target) -> dict:
     layer["hidden_norm"] = layer.pop("input_layernorm")
     layer["qkv_proj"] = {"kernel": jnp.concatenate([small, qkv], axis=1)}
     width, num_features = fused.shape
+
     return layer | {"fc": {"kernel": passing(fused, num_features - width)}}
 
 

@@ -51,7 +51,8 @@ class ExitHead(nn.Module):
     numerics: Numerics
 
     def setup(self):
-        c, n = self.config, self.numerics
+        c = self.config
+        n = self.numerics
         self.post_attention_layernorm = RMSNorm(c.rms_norm_eps, n)
         self.mlp = SwiGLU(c.intermediate_size, n)
         self.norm = RMSNorm(c.rms_norm_eps, n)
@@ -71,6 +72,7 @@ class ExitHead(nn.Module):
         normed = self.head_inputs(outputs)
         if head is None:
             return self.lm_head(normed)
+
         return linear(normed, head, self.numerics)
 
     def init_all(self, states, head):
@@ -96,9 +98,10 @@ def early_exit(
     numerics = numerics or Numerics()
     module = ExitHead(config, numerics)
     training = dataclasses.replace(
-        Numerics("float32", is_row_invariant=False), num_groups=numerics.num_groups,
+        Numerics("float32", is_row_invariant=False),
+        num_groups=numerics.num_groups,
         is_native=numerics.is_native,
-    )  # fmt: skip
+    )
     trainer = ExitHead(config, training)
     layers = llama.build(config.model, numerics, is_truncated=True)
 
@@ -128,10 +131,12 @@ def early_exit(
             )
             if numerics.is_row_invariant:
                 (states,) = at_least_two_rows(states)
+
             outputs = apply(states, method=ExitHead.outputs)
             head = None if config.has_own_head else shared.head
             logits = apply(outputs, head, method=ExitHead.logits)
             num_tokens = tokens.shape[1]
+
             return outputs[:, :num_tokens], logits[:, :num_tokens], entries
 
         proposed = propose_from_root(
@@ -163,10 +168,11 @@ def early_exit(
         head = training_head(config, params, token_ids, shared, candidates)
         found: Any = trainer.apply(
             {"params": params}, states, head, method=ExitHead.init_all
-        )  # fmt: skip
+        )
         logits, outputs = found
         num_pairs = states.shape[1] + 1 - num_steps
         rows = [slice(depth, depth + num_pairs) for depth in range(num_steps)]
+
         return [logits[:, r] for r in rows], [outputs[:, r] for r in rows]
 
     def head_inputs(params, states):
@@ -193,6 +199,7 @@ def _default_config(
             f"exit_layer is {layer}; of this target it is one from 1 "
             f"to {model.num_layers - 1}"
         )
+
     return ExitConfig(
         **shape_of(model),
         taps=(layer or max(eagle3_taps(model)[0], 1),),

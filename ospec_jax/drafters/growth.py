@@ -129,10 +129,12 @@ class _Plan(NamedTuple):
     def children(self, depth, logits, recent, count: int) -> Children:
         """The children of nodes at `depth`, as target ids."""
         keys = jax.vmap(lambda key: jax.random.fold_in(key, depth))(self.roots.keys)
-        kind, sampling = self.tree.children, self.roots.sampling
+        kind = self.tree.children
+        sampling = self.roots.sampling
         found = draw(keys, logits, count, kind, sampling, self.is_row_invariant)
         if self.token_ids is not None:
             found = found._replace(tokens=self.token_ids[found.tokens])
+
         return consider(self.hints, recent, depth, found)
 
 
@@ -176,24 +178,29 @@ def grow(
     plan = _Plan(step, tree, roots, token_ids, hints, rules, is_row_invariant, offset)
     if tree.kind == "static":
         return _grow_static(plan, cache)
+
     return _grow_uniform(plan, cache)
 
 
 def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
     """Fills a fixed tree, whose nodes may have unequal numbers of children."""
-    tree, roots = plan.tree, plan.roots
+    tree = plan.tree
+    roots = plan.roots
     parents = topology.static_parents(tree)
     depths = topology.static_depths(parents)
     mask = topology.static_ancestor_mask(parents)
     b = roots.token.shape[0]
     tokens = [roots.token[:, None]]
     log_probs = [jnp.zeros((b, 1))]
-    drawn_from, states = [], []
+    drawn_from = []
+    states = []
     # Level 0 is the root, whose logits verification left in the context.
     hidden = roots.context.hidden[:, None]
     logits = roots.context.logits[:, None]
     recent = plan.recent
-    first, most = 0, 1
+    first = 0
+    most = 1
+
     for depth in range(tree.num_steps):
         width = int(np.sum(depths == depth))
         above = parents[depths == depth + 1] - first
@@ -230,6 +237,7 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
     if tree.children != "topk":
         unused = jnp.zeros((b, leaves, drawn_from[0].shape[-1]))
         draft_probs = jnp.concatenate([*drawn_from, unused], axis=1)
+
     spread = lambda x: jnp.broadcast_to(x, (b, *x.shape))
     drafted = DraftTree(
         tokens=jnp.concatenate(tokens, axis=1),
@@ -246,6 +254,7 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
         max_depth=tree.num_steps,
         max_children=most,
     )
+
     return drafted, cache
 
 
@@ -265,13 +274,16 @@ def _grow_uniform(plan: _Plan, cache) -> tuple[DraftTree, Any]:
             lambda growth: _expand(plan, growth),
             growth,
         )
+
     return _assemble(plan, growth.pool), growth.cache
 
 
 def _begin(plan: _Plan, cache) -> _Growth:
     """The children of the root, which verification left the logits of."""
-    tree, context = plan.tree, plan.roots.context
-    b, width = context.logits.shape[0], tree.topk
+    tree = plan.tree
+    context = plan.roots.context
+    b = context.logits.shape[0]
+    width = tree.topk
     logits = context.logits[:, None]
     children = plan.children(0, logits, plan.recent, width)
     pool = _empty_pool(tree, context.hidden, children.probs)
@@ -282,6 +294,7 @@ def _begin(plan: _Plan, cache) -> _Growth:
     recent = plan.recent
     if recent is not None:
         recent = extend_path(jnp.repeat(recent, width, axis=1), children.tokens[:, 0])
+
     num_slots = max(tree.num_steps - 1, 1) * width
     frontier = Frontier(
         tokens=children.tokens[:, 0],
@@ -295,6 +308,7 @@ def _begin(plan: _Plan, cache) -> _Growth:
         1, frontier.scores, logits, pool.scores, num_kept=tree.num_nodes - 1
     )
     stopped = is_stopped(plan.rules, progress)
+
     return _Growth(jnp.int32(1), cache, pool, frontier, stopped)
 
 
@@ -304,7 +318,9 @@ def _is_going(plan: _Plan, growth: _Growth) -> Bool[Array, ""]:
 
 def _expand(plan: _Plan, growth: _Growth) -> _Growth:
     """Runs the drafter over the frontier and adds its children."""
-    depth, pool, frontier = growth.depth, growth.pool, growth.frontier
+    depth = growth.depth
+    pool = growth.pool
+    frontier = growth.frontier
     b, width = frontier.tokens.shape
     slots = jnp.arange(frontier.visible.shape[-1])
     is_own = slots == (depth - 1) * width + jnp.arange(width)[:, None]
@@ -334,6 +350,7 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
         depth + 1, frontier.scores, logits, grown.scores, pool.scores, num_kept
     )
     stopped = growth.is_stopped | is_stopped(plan.rules, progress)
+
     return _Growth(depth + 1, cache, grown, frontier, stopped)
 
 
@@ -344,6 +361,7 @@ def _empty_pool(tree: TreeConfig, root_state, probs) -> Pool:
     draft_probs = None
     if probs is not None:
         draft_probs = jnp.zeros((b, tree.num_steps + 1, probs.shape[-1]))
+
     return Pool(
         tokens=jnp.zeros((b, num_pool), jnp.int32),
         scores=jnp.full((b, num_pool), -jnp.inf),
@@ -383,6 +401,7 @@ def _with_probs(pool: Pool, depth, probs) -> Pool:
     """Keeps the distributions `[b, w, q]` that the children of a depth come from."""
     if probs is None:
         return pool
+
     assert pool.draft_probs is not None, "the pool was made for drawn children"
     place = (0, depth, 0)
     kept = jax.lax.dynamic_update_slice(pool.draft_probs, probs, place)
@@ -404,6 +423,7 @@ def _next_frontier(frontier: Frontier, first, hidden, tokens, scores) -> Frontie
     recent = frontier.recent
     if recent is not None:
         recent = extend_path(of_parent(recent), newest)
+
     return Frontier(
         tokens=newest,
         scores=best,
@@ -416,7 +436,8 @@ def _next_frontier(frontier: Frontier, first, hidden, tokens, scores) -> Frontie
 
 def _assemble(plan: _Plan, pool: Pool) -> DraftTree:
     """The tree of the pool's best nodes, in depth order."""
-    tree, roots = plan.tree, plan.roots
+    tree = plan.tree
+    roots = plan.roots
     b, num_pool = pool.tokens.shape
     kept = tree.num_nodes - 1
     is_reranked = kept < num_pool
@@ -440,6 +461,7 @@ def _assemble(plan: _Plan, pool: Pool) -> DraftTree:
         mask = jnp.broadcast_to(static, (b, *static.shape))
     else:
         mask = topology.ancestor_mask(parents, tree.num_steps)
+
     return DraftTree(
         tokens=join(roots.token[:, None], take(pool.tokens)),
         parents=parents,

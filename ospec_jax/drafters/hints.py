@@ -48,6 +48,7 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
         raise ConfigError(
             f"suggestions alone draft chains, not a {tree.kind} tree; use --tree chain"
         )
+
     parents = topology.static_parents(tree)
     depths = topology.static_depths(parents)
     mask = topology.static_ancestor_mask(parents)
@@ -63,10 +64,12 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
         root = roots.token
         known = Hints(root[:, None], _suggest_nothing) if hints is None else hints
         recent = known.recent[:, None]
-        tokens, rates = [root], [jnp.zeros(root.shape)]
+        tokens = [root]
+        rates = [jnp.zeros(root.shape)]
         is_valid = [jnp.ones(root.shape, bool)]
         path = jnp.zeros(root.shape)
         stopped = jnp.zeros(root.shape, bool)
+
         for depth in range(tree.num_steps):
             token, rate = known.suggest(recent, depth)
             recent = extend_path(recent, token)
@@ -88,6 +91,7 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
             max_depth=tree.num_steps,
             is_chain=True,
         )
+
         return drafted, cache
 
     return stateless(propose)

@@ -73,9 +73,11 @@ class Prefix(nn.Module):
     numerics: Numerics
 
     def setup(self):
-        c, n = self.config, self.numerics
+        c = self.config
+        n = self.numerics
         norm = lambda: RMSNorm(c.rms_norm_eps, n)
-        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
         self.norm = norm()
         self.qkv_proj = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, n)
         self.o_proj = Linear(c.hidden_size, n)
@@ -117,6 +119,7 @@ class Head(nn.Module):
             block = dense("block")
             for _ in range(c.num_blocks - 1):
                 x = x + nn.silu(block(x))
+
         return x
 
 
@@ -127,9 +130,11 @@ class HydraHeads(nn.Module):
     numerics: Numerics
 
     def setup(self):
-        c, n = self.config, self.numerics
+        c = self.config
+        n = self.numerics
         if c.has_prefix:
             self.prefix = Prefix(c, n)
+
         self.heads = [Head(c, n) for _ in range(c.depth)]
         if c.has_separate_heads:
             own = lambda: Linear(c.draft_vocab_size, n, True)
@@ -141,6 +146,7 @@ class HydraHeads(nn.Module):
         """What the heads read of verified states, `[b, t, d]`, and the cache."""
         if not self.config.has_prefix:
             return states, cache
+
         return self.prefix.cached(states, positions, bias, cache, starts)
 
     def logits(self, read, depth: int, head):
@@ -148,6 +154,7 @@ class HydraHeads(nn.Module):
         x = self.heads[depth](read[..., : (depth + 2) * self.config.hidden_size])
         if head is not None:
             return linear(x, head, self.numerics)
+
         is_separate = self.config.has_separate_heads
         return self.lm_heads[depth](x) if is_separate else self.lm_head(x)
 
@@ -164,16 +171,20 @@ class HydraHeads(nn.Module):
         read = states[:, num_context:]
         if self.config.has_prefix:
             read = self.prefix.windowed(states, positions, num_context)
+
         logits = []
+
         for depth in range(num_steps):
             shifted = slice(num_context + depth, num_pairs + depth)
             read = jnp.concatenate([read, embeddings[:, shifted]], axis=-1)
             logits.append(self.logits(read, depth, heads[depth]))
+
         return logits
 
     def init_all(self, states, embeddings, head):
         """Touches every parameter."""
-        start, depth = jnp.zeros(1, jnp.int32), self.config.depth
+        start = jnp.zeros(1, jnp.int32)
+        depth = self.config.depth
         return self.unroll(states, embeddings, start, 0, depth, [head] * depth)
 
 
@@ -198,12 +209,14 @@ def hydra(
             f"is too few for {tree.num_steps}; use --num-speculative-tokens "
             f"{config.depth} or less"
         )
+
     numerics = numerics or Numerics()
     # Trained kernels are float32; `unroll` takes int8 ones too, as they are served.
     training = dataclasses.replace(
         _TRAINING, num_groups=numerics.num_groups, is_native=numerics.is_native
     )
-    module, trainer = HydraHeads(config, numerics), HydraHeads(config, training)
+    module = HydraHeads(config, numerics)
+    trainer = HydraHeads(config, training)
     width = config.hidden_size
 
     def apply(draft, method, *args) -> Any:
@@ -218,7 +231,9 @@ def hydra(
     def init_cache(batch_size, capacity):
         heads, size = (1, 1)  # without a prefix layer only the capacity matters
         if config.has_prefix:
-            heads, size = config.num_kv_heads, config.head_dim
+            heads = config.num_kv_heads
+            size = config.head_dim
+
         return kv.init_cache(1, batch_size, heads, capacity, size, numerics.cache_dtype)
 
     def init_context(batch_size):
@@ -234,9 +249,12 @@ def hydra(
     def extend(
         draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
     ) -> tuple[kv.KVCache, DraftContext]:
-        tokens, taps, starts = pairs.tokens, pairs.taps, pairs.starts
+        tokens = pairs.tokens
+        taps = pairs.taps
+        starts = pairs.starts
         if numerics.is_row_invariant:
             tokens, taps = at_least_two_rows(tokens, taps)
+
         positions = starts[:, None] + jnp.arange(tokens.shape[1])
         bias = kv.causal_bias(starts, tokens.shape[1], cache.capacity)
         args = (taps, positions, bias, cache, starts)
@@ -249,6 +267,7 @@ def hydra(
         # Twice the last row: its logits are one product of at least two rows.
         twice = jnp.stack([hidden, hidden], axis=1)
         logits = logits_of(draft, shared, 0, twice)
+
         return cache, DraftContext(hidden=hidden, logits=logits[:, 0])
 
     def propose(
@@ -264,14 +283,18 @@ def hydra(
         ]
 
         def step(cache, nodes: Nodes):
-            hidden, tokens, depth = nodes.hidden, nodes.tokens, nodes.depth
+            hidden = nodes.hidden
+            tokens = nodes.tokens
+            depth = nodes.depth
             num_tokens = tokens.shape[1]
             if numerics.is_row_invariant:
                 hidden, tokens = at_least_two_rows(hidden, tokens)
+
             own = embed(tokens, shared.embedding)
             place = (0, 0, (depth + 1) * width)
             hidden = jax.lax.dynamic_update_slice(hidden, own, place)
             logits = jax.lax.switch(depth, heads, hidden)
+
             return hidden[:, :num_tokens], logits[:, :num_tokens], cache
 
         return grow(
@@ -301,6 +324,7 @@ def hydra(
                 f"cannot train {num_steps} steps deep: this draft has {config.depth} "
                 f"heads"
             )
+
         assert feedback.hidden is not None, "features are recorded"
         num_pairs = feedback.tokens.shape[1] - num_steps
         states = feedback.hidden[:, :num_pairs].astype(jnp.float32)
@@ -313,9 +337,16 @@ def hydra(
             for depth in range(num_steps)
         ]
         logits: Any = trainer.apply(
-            {"params": params}, states, embeddings, start, num_context, num_steps,
-            heads, method=HydraHeads.unroll,
-        )  # fmt: skip
+            {"params": params},
+            states,
+            embeddings,
+            start,
+            num_context,
+            num_steps,
+            heads,
+            method=HydraHeads.unroll,
+        )
+
         return logits
 
     return Drafter(
@@ -347,6 +378,7 @@ def _warm_start(params, target) -> dict:
     it is sure of a token that the head already knows.
     """
     started = {}
+
     for name, head in params.items():
         if not name.startswith("heads_"):
             continue
@@ -361,6 +393,7 @@ def _warm_start(params, target) -> dict:
 
     if "prefix" in params:
         started["prefix"] = last_layer(target)
+
     return started
 
 

@@ -77,7 +77,8 @@ def init_memory(num_slots: int, orders: tuple[int, ...] = ORDERS) -> NgramMemory
       orders: `ORDERS` or `SUFFIX_ORDERS`.
     """
     kinds = [_CONTEXT_RATES[max(4, *orders)], *(_MEMORY_RATES[n] for n in orders)]
-    shape, rates = (len(orders), num_slots), jnp.asarray(np.concatenate(kinds))
+    shape = (len(orders), num_slots)
+    rates = jnp.asarray(np.concatenate(kinds))
     return NgramMemory(
         fingerprints=jnp.zeros(shape, jnp.uint32),
         tokens=jnp.zeros(shape, jnp.int32),
@@ -94,6 +95,7 @@ def _fingerprint(context):
     for i in range(context.shape[-1]):
         code = (code ^ context[..., i].astype(jnp.uint32)) * np.uint32(0x9E3779B1)
         code = code ^ (code >> 15)
+
     return code
 
 
@@ -114,19 +116,23 @@ def match_context(
       The token, and the number of its rate: one less than the length of the match,
       -1 when there is none.
     """
-    num_slots, num_recent = history.shape[1], recent.shape[-1]
+    num_slots = history.shape[1]
+    num_recent = recent.shape[-1]
     index = jnp.arange(num_slots)
     is_same = jnp.broadcast_to(
         index < num_known[..., None], (*num_known.shape, num_slots)
     )
     length = jnp.zeros(is_same.shape, jnp.int32)
+
     for back in range(num_recent):
         before = jnp.roll(history, back + 1, axis=1)[:, None]
         wanted = recent[..., num_recent - 1 - back, None]
         is_same = is_same & (before == wanted) & (index > back)
         length = length + is_same
+
     score = jnp.max(length * num_slots + jnp.where(length > 0, index, 0), axis=-1)
     found = jnp.take_along_axis(history, score % num_slots, axis=1)
+
     return found, (score // num_slots - 1).astype(jnp.int32)
 
 
@@ -141,6 +147,7 @@ def match_memory(
     """
     token = jnp.full(recent.shape[:2], _NO_TOKEN)
     level = jnp.full(recent.shape[:2], -1)
+
     for i, order in enumerate(memory.orders):
         code = _fingerprint(recent[..., -order:])
         slot = (code % memory.num_slots).astype(jnp.int32)
@@ -149,6 +156,7 @@ def match_memory(
         first = memory.max_match + i * _MAX_COUNT
         token = jnp.where(is_found, memory.tokens[i, slot], token)
         level = jnp.where(is_found, first + count - 1, level)
+
     return token.astype(jnp.int32), level.astype(jnp.int32)
 
 
@@ -162,6 +170,7 @@ def suggest(
     far, far_level = match_memory(memory, recent)
     is_near = rate(near_level) >= rate(far_level)
     best = jnp.maximum(rate(near_level), rate(far_level))
+
     return jnp.where(is_near, near, far), jnp.log(best)
 
 
@@ -197,12 +206,16 @@ def _score(memory: NgramMemory, tokens, num_prompt, num_tokens) -> NgramMemory:
     near = match_context(tokens[None], positions[None], recent)
     far = match_memory(memory, recent)
     actual = tokens[jnp.maximum(positions, 0)]
-    hits, trials = memory.hits, memory.trials
+    hits = memory.hits
+    trials = memory.trials
+
     for token, level in (near, far):
         weight = (is_scored & (level[0] >= 0)).astype(hits.dtype)
         trials = trials.at[level[0]].add(weight)
         hits = hits.at[level[0]].add(weight * (token[0] == actual))
+
     keep = jnp.minimum(1.0, _MAX_TRIALS / trials)
+
     return memory.replace(hits=hits * keep, trials=trials * keep)
 
 
@@ -217,7 +230,9 @@ def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
 
     def enter(position, tables):
         fingerprints, followers, counts = tables
-        code, token, is_real = codes[position], tokens[position], has_context[position]
+        code = codes[position]
+        token = tokens[position]
+        is_real = has_context[position]
         slot = (code % memory.num_slots).astype(jnp.int32)
         count = counts[rows, slot]
         is_known = (fingerprints[rows, slot] == code) & (count > 0)
@@ -228,6 +243,7 @@ def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
         put = lambda table, value, where: table.at[rows, slot].set(
             jnp.where(where, value, table[rows, slot])
         )
+
         return (
             put(fingerprints, code, is_new),
             put(followers, token, is_new),
@@ -236,6 +252,7 @@ def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
 
     tables = memory.fingerprints, memory.tokens, memory.counts
     fingerprints, followers, counts = jax.lax.fori_loop(0, num_tokens, enter, tables)
+
     return memory.replace(fingerprints=fingerprints, tokens=followers, counts=counts)
 
 
@@ -276,9 +293,11 @@ def with_ngrams(
         return {"drafter": inner, "history": history}, context
 
     def hints_of(draft: Draft, cache: dict, position: Int[Array, " b"]) -> Hints:
-        memory, history = draft.memory, cache["history"]
+        memory = draft.memory
+        history = cache["history"]
         if memory is None:
             raise ConfigError("drafting with n-grams needs a draft with a memory")
+
         index = position[:, None] + jnp.arange(-memory.max_match, 0)
         recent = jnp.take_along_axis(history, jnp.maximum(index, 0), axis=1)
         recent = jnp.where(index >= 0, recent, _NO_TOKEN)
@@ -295,6 +314,7 @@ def with_ngrams(
         memory = draft.memory
         if memory is None or memory.max_match < _SURE_MATCH:
             return None
+
         hints = hints_of(draft, cache, position)
         _, log_rate = hints.suggest(hints.recent[:, None], 0)
         return log_rate[:, 0] >= np.log(_SURE_RATE)

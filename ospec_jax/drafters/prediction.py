@@ -70,19 +70,24 @@ def nearest_match(
     Returns:
       The index behind the match, and its length.
     """
-    num_slots, num_recent = tokens.shape[1], recent.shape[1]
+    num_slots = tokens.shape[1]
+    num_recent = recent.shape[1]
     index = jnp.arange(num_slots)
-    is_same, length = index < num_tokens[:, None], jnp.zeros(tokens.shape, jnp.int32)
+    is_same = index < num_tokens[:, None]
+    length = jnp.zeros(tokens.shape, jnp.int32)
+
     for back in range(num_recent):
         before = jnp.roll(tokens, back + 1, axis=1)
         wanted = recent[:, num_recent - 1 - back, None]
         is_same = is_same & (before == wanted) & (index > back)
         length = length + is_same
+
     ahead = index - place[:, None]
     distance = jnp.where(ahead >= 0, ahead, num_slots - ahead)
     longest = jnp.max(length, axis=1)
     is_longest = length == longest[:, None]
     found = jnp.argmin(jnp.where(is_longest, distance, 3 * num_slots), axis=1)
+
     return found.astype(jnp.int32), longest
 
 
@@ -108,7 +113,8 @@ def follow(
     found, length = nearest_match(
         prediction.tokens, prediction.num_tokens, recent, came_off
     )
-    is_held, is_found = num_true == num_new, length >= MIN_MATCH
+    is_held = num_true == num_new
+    is_found = length >= MIN_MATCH
     is_on = is_held | is_found
     held = jnp.minimum(prediction.run + num_new, _MAX_RUN)
     behind = jnp.where(is_found, found, came_off)
@@ -122,6 +128,7 @@ def follow(
     keep = lambda new, old: jnp.where(
         is_moving.reshape(-1, *[1] * (new.ndim - 1)), new, old
     )
+
     return jax.tree.map(keep, moved, prediction)
 
 
@@ -146,15 +153,18 @@ def suggest(
     num_recent = recent.shape[-1]
     index = (prediction.place + prediction.num_skipped + depth)[:, None]
     is_followed = jnp.ones(recent.shape[:2], bool)
+
     for back in range(num_recent):
         drafted = recent[..., num_recent - 1 - back]
         is_same = drafted == _tokens_at(prediction, index - 1 - back)
         is_followed &= is_same | (back >= depth)
+
     token = _tokens_at(prediction, index)
     run = prediction.run + depth
     rate = (run + 2 * prediction.confidence) / (run + prediction.num_skipped + 2)
     is_suggested = is_followed & (token >= 0)
     log_rate = jnp.where(is_suggested, jnp.log(rate)[:, None], -jnp.inf)
+
     return jnp.broadcast_to(token, log_rate.shape), log_rate
 
 
@@ -162,6 +172,7 @@ def prediction_hints(prediction: Prediction | None) -> Hints | None:
     """The prediction as suggestions for a drafter."""
     if prediction is None:
         return None
+
     return Hints(
         prediction.recent, lambda recent, depth: suggest(prediction, recent, depth)
     )
@@ -171,7 +182,8 @@ def as_prediction(
     token_ids: Sequence[int], capacity: int, confidence: float
 ) -> Prediction:
     """One row's prediction, cut at `capacity`."""
-    tokens, kept = np.zeros((1, capacity), np.int32), token_ids[:capacity]
+    tokens = np.zeros((1, capacity), np.int32)
+    kept = token_ids[:capacity]
     tokens[0, : len(kept)] = kept
     return init_prediction(1, capacity).replace(
         tokens=jnp.asarray(tokens),

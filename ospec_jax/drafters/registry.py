@@ -53,6 +53,7 @@ def find_family(name_or_family: str | Family) -> Family:
             f"unknown family of drafters {name_or_family!r}; known: "
             f"{', '.join(FAMILIES)}; one of your own is passed as its `Family` record"
         )
+
     return FAMILIES[name_or_family]
 
 
@@ -86,6 +87,7 @@ def default_draft_config(
             f"exit_layer is {layer}, but drafts of the family {family.name!r} do not "
             f"belong to one layer; it is for the family 'exit'"
         )
+
     return family.default_config(model, draft_vocab_size, num_steps, layer)
 
 
@@ -116,9 +118,11 @@ def build_drafter(
     Raises:
       ConfigError: There is no such family, or it cannot draft such a tree.
     """
-    family, numerics = find_family(family), numerics or Numerics()
+    family = find_family(family)
+    numerics = numerics or Numerics()
     if tree.kind == "parallel" and mix != "mixed":
         raise ConfigError("a parallel tree needs two drafters: use mixed:ngram,DRAFT")
+
     _check_architecture(family, config)
 
     inner = inner_tree(tree) if mix else tree
@@ -129,12 +133,14 @@ def build_drafter(
         drafter = drafter._replace(propose=hinted_chain(predicted).propose)
     if family.ngrams == "always" or (has_ngrams and family.ngrams == "wanted"):
         drafter = with_ngrams(drafter, tree, numerics.has_batched_writes)
+
     return drafter
 
 
 def _check_architecture(family: Family, config: Any) -> None:
     if isinstance(config, family.config or type(None)):
         return
+
     wanted = family.config.__name__ if family.config else None
     raise ConfigError(
         f"a drafter of the family {family.name!r} is built from {wanted}, not from "

@@ -75,6 +75,7 @@ def first_layers(params, num_layers: int, numerics: Numerics):
     """The parameters of a target's first layers; others may be among them."""
     if not numerics.is_scanned:
         return params
+
     first = jax.tree.map(lambda stacked: stacked[:num_layers], params["layers"])
     return {**params, "layers": first}
 
@@ -82,7 +83,8 @@ def first_layers(params, num_layers: int, numerics: Numerics):
 def first_entries(shared: SharedTables, num_layers: int) -> kv.KVCache:
     """What a target's first layers have cached of verified tokens."""
     assert shared.cache is not None, "the drafter reads the target"
-    keys, values = shared.cache.keys, shared.cache.values
+    keys = shared.cache.keys
+    values = shared.cache.values
     return kv.KVCache(keys=keys[:num_layers], values=values[:num_layers])
 
 
@@ -117,6 +119,7 @@ def propose_from_root(
     drafted, _ = grow(
         step, tree, entries, roots, *args, is_row_invariant=is_row_invariant, offset=1
     )
+
     return drafted
 
 
@@ -133,6 +136,7 @@ def in_four_bits(params):
             rounded[name] = in_four_bits(value)
         elif name == "kernel":
             rounded |= _rounded(params)
+
     return rounded
 
 
@@ -147,6 +151,7 @@ def _rounded(linear: dict) -> dict:
     values = values.reshape(num_out, num_in)
     if kernel.dtype == jnp.int8:  # in units of the row's scale, at most 127
         values = jnp.round(values)
+
     return {"kernel": values.astype(kernel.dtype)}
 
 

@@ -52,10 +52,14 @@ def small_lm(
 
     def init_cache(batch_size, capacity):
         return kv.init_cache(
-            config.num_layers, batch_size, config.num_kv_heads,
-            capacity + _SPARE_SLOTS, config.head_dim, numerics.cache_dtype,
+            config.num_layers,
+            batch_size,
+            config.num_kv_heads,
+            capacity + _SPARE_SLOTS,
+            config.head_dim,
+            numerics.cache_dtype,
             numerics.is_scanned,
-        )  # fmt: skip
+        )
 
     def init_context(batch_size):
         return DraftContext(
@@ -75,6 +79,7 @@ def small_lm(
         hidden, cache = run(draft, cache, tokens, positions, bias, starts)
         last = logits_of(draft, take_row(hidden, pairs.num_valid)[:, None])[:, 0]
         nothing = jnp.zeros((tokens.shape[0], 1))
+
         return cache, DraftContext(hidden=nothing, logits=last)
 
     def propose(

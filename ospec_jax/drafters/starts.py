@@ -26,6 +26,7 @@ def start_warm(family: Family, params: dict, target: Target, token_ids) -> dict:
     if token_ids is not None:
         rows = dequantized(head_table(target.params))[token_ids]
         started["lm_head"] = {"kernel": rows}
+
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     if shapes(started) != shapes({name: params[name] for name in started}):
         return params

@@ -57,6 +57,7 @@ class Progress(NamedTuple):
                 "this depth rule reads entropies, which suggestions do not have; give "
                 "it to a drafter that has logits"
             )
+
         log_probs = jax.nn.log_softmax(self.logits, axis=-1)
         probs = jnp.exp(log_probs)
         # An impossible token adds nothing, not 0 * -inf.
@@ -71,6 +72,7 @@ class Progress(NamedTuple):
         """
         if self.scores is None or self.scores_before is None:
             return jnp.full(self.log_probs.shape[:1], jnp.inf)
+
         return self._promise(self.scores) - self._promise(self.scores_before)
 
     def _promise(self, scores: Float[Array, "b p"]) -> Float[Array, " b"]:
@@ -104,6 +106,7 @@ def rules_of(tree: TreeConfig, stop_fn: StopFn | None = None) -> tuple[StopFn, .
             "a static tree always has its full depth, so stop_fn has nothing to say: "
             "use a chain, or a dynamic tree of children='topk'"
         )
+
     rules = []
     if tree.min_path_probability:
         rules.append(below_probability(tree.min_path_probability))
@@ -111,6 +114,7 @@ def rules_of(tree: TreeConfig, stop_fn: StopFn | None = None) -> tuple[StopFn, .
         rules.append(below_gain(tree.min_gain))
     if stop_fn is not None:
         rules.append(stop_fn)
+
     return tuple(rules)
 
 
@@ -119,4 +123,5 @@ def is_stopped(rules: tuple[StopFn, ...], progress: Progress) -> Bool[Array, " b
     stopped = jnp.zeros(progress.log_probs.shape[:1], bool)
     for rule in rules:
         stopped |= rule(progress)
+
     return stopped

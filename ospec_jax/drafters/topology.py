@@ -18,12 +18,16 @@ def static_parents(config: TreeConfig) -> np.ndarray:
     """Parents of the nodes of a chain or static tree, `[n]`, by depth."""
     if config.parents:
         return np.asarray(config.parents, np.int32)
+
     branching = config.branching if config.kind == "static" else (1,) * config.num_steps
-    parents, level = [NO_PARENT], [0]
+    parents = [NO_PARENT]
+    level = [0]
+
     for branches in branching:
         first = len(parents)
         parents += [node for node in level for _ in range(branches)]
         level = list(range(first, len(parents)))
+
     return np.asarray(parents, np.int32)
 
 
@@ -32,6 +36,7 @@ def static_depths(parents: np.ndarray | tuple[int, ...]) -> np.ndarray:
     depths = np.zeros(len(parents), np.int32)
     for node in range(1, len(parents)):
         depths[node] = depths[parents[node]] + 1
+
     return depths
 
 
@@ -40,13 +45,12 @@ def static_ancestor_mask(parents: np.ndarray) -> np.ndarray:
     mask = np.eye(len(parents), dtype=bool)
     for node in range(1, len(parents)):
         mask[node] |= mask[parents[node]]
+
     return mask
 
 
 @typed
-def ancestor_mask(
-    parents: Int[Array, "b n"], max_depth: int
-) -> Bool[Array, "b n n"]:  # fmt: skip
+def ancestor_mask(parents: Int[Array, "b n"], max_depth: int) -> Bool[Array, "b n n"]:
     """As `static_ancestor_mask`, for topologies known only on the device."""
     n = parents.shape[1]
     own = jnp.eye(n, dtype=bool)
@@ -54,8 +58,10 @@ def ancestor_mask(
     above = jnp.maximum(parents, 0)
     is_child = (parents >= 0)[:, :, None]
     mask = jnp.broadcast_to(own, (parents.shape[0], n, n))
+
     for _ in range(max_depth):
         mask = own | (inherit(mask, above) & is_child)
+
     return mask
 
 
@@ -83,8 +89,10 @@ def best_parents(
             f"a tree needs positive rates, nodes and depth, not {rates}, "
             f"{num_draft_tokens} and {max_depth}"
         )
+
     chosen: list[tuple[int, ...]] = []
     queue: list[tuple[float, tuple[int, ...]]] = [(-rates[0], (0,))]
+
     while queue and len(chosen) < num_draft_tokens:
         value, path = heapq.heappop(queue)
         chosen.append(path)
@@ -93,11 +101,14 @@ def best_parents(
         if (rank := path[-1] + 1) < len(rates):
             sibling = value / rates[rank - 1] * rates[rank]
             heapq.heappush(queue, (sibling, (*path[:-1], rank)))
+
     if len(chosen) < num_draft_tokens:
         raise ConfigError(
             f"a tree of depth {max_depth} and {len(rates)} children a node has "
             f"{len(chosen)} nodes, not {num_draft_tokens}"
         )
+
     ordered = [(), *sorted(chosen, key=lambda path: (len(path), path))]
     place = {path: i for i, path in enumerate(ordered)}
+
     return (-1, *(place[path[:-1]] for path in ordered[1:]))

@@ -27,10 +27,17 @@ from ospec_jax.types import Draft
 
 LAYOUTS = ("eagle3", "speculators")
 _FIXED = {
-    "speculators_model_type": "eagle3", "hidden_act": "silu", "num_hidden_layers": 1,
-    "attention_bias": False, "mlp_bias": False, "bias": False, "qkv_bias": False,
-    "norm_before_fc": False, "fc_norm": False, "norm_output": False,
-}  # fmt: skip
+    "speculators_model_type": "eagle3",
+    "hidden_act": "silu",
+    "num_hidden_layers": 1,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bias": False,
+    "qkv_bias": False,
+    "norm_before_fc": False,
+    "fc_norm": False,
+    "norm_output": False,
+}
 """Settings of which one value is supported; a missing key has it."""
 LAYER_NAME = "layers.0."
 _IGNORED = ("rotary_emb.inv_freq", "verifier_lm_head.weight", "verifier_norm.weight")
@@ -57,9 +64,10 @@ class Imported:
 
 
 def read(
-    folder: Path, num_target_layers: int | None = None,
+    folder: Path,
+    num_target_layers: int | None = None,
     taps: tuple[int, ...] | None = None,
-) -> Imported:  # fmt: skip
+) -> Imported:
     """Reads a public EAGLE-3 head; its embedding, if any, is the draft's own.
 
     Args:
@@ -73,11 +81,13 @@ def read(
     raw = read_config(folder)
     layout = "speculators" if speculators.is_config(raw) else "eagle3"
     flat = speculators.flatten(raw) if layout == "speculators" else raw
+
     for key, supported in _FIXED.items():
         if (flat.get(key) or supported) != supported:
             raise ConfigError(
                 f"{folder} has {key} {flat[key]!r}; only {supported!r} is supported"
             )
+
     tensors = {_plain_name(n): x for n, x in read_tensors(folder).items()}
     tensors = {n: x for n, x in tensors.items() if not n.endswith(_IGNORED)}
     config = _read_config(folder, flat, taps, num_target_layers, tensors)
@@ -86,6 +96,7 @@ def read(
     embedding = tensors.get("embed_tokens.weight")
     params = _to_params(config, tensors)
     found = tensors["fc.weight"].dtype
+
     return Imported(
         draft=Draft(params, token_ids),
         config=config,
@@ -104,7 +115,8 @@ def _plain_name(name: str) -> str:
 
 def _read_config(folder, raw, taps, num_target_layers, tensors) -> DraftConfig:
     try:
-        hidden, heads = raw["hidden_size"], raw["num_attention_heads"]
+        hidden = raw["hidden_size"]
+        heads = raw["num_attention_heads"]
         theta, scaling = read_rope(raw, str(folder / "config.json"))
         vocab_size = raw["vocab_size"]
         return DraftConfig(
@@ -136,6 +148,7 @@ def _taps(folder, raw, num_target_layers) -> tuple[int, ...]:
             f"{folder} reads no inner states of its target (use_aux_hidden_state is "
             f"false), which is not supported"
         )
+
     key = "eagle_aux_hidden_state_layer_ids"
     if raw.get(key):
         return tuple(raw[key])
@@ -146,35 +159,46 @@ def _taps(folder, raw, num_target_layers) -> tuple[int, ...]:
             f"{folder} does not say which layers of its target it reads; pass "
             f"--target, for the usual three, or --taps"
         )
+
     n = num_target_layers
+
     return (2, n // 2, n - 3)
 
 
 def _shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
     """Tensors that a head must have."""
-    d, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    d = c.hidden_size
+    q = c.num_heads * c.head_dim
+    kv = c.num_kv_heads * c.head_dim
     layer = {
-        "self_attn.q_proj": (q, 2 * d), "self_attn.k_proj": (kv, 2 * d),
-        "self_attn.v_proj": (kv, 2 * d), "self_attn.o_proj": (d, q),
+        "self_attn.q_proj": (q, 2 * d),
+        "self_attn.k_proj": (kv, 2 * d),
+        "self_attn.v_proj": (kv, 2 * d),
+        "self_attn.o_proj": (d, q),
         "mlp.gate_proj": (c.intermediate_size, d),
         "mlp.up_proj": (c.intermediate_size, d),
         "mlp.down_proj": (d, c.intermediate_size),
-        "input_layernorm": (d,), "hidden_norm": (d,), "post_attention_layernorm": (d,),
-    }  # fmt: skip
+        "input_layernorm": (d,),
+        "hidden_norm": (d,),
+        "post_attention_layernorm": (d,),
+    }
     shapes = {f"{LAYER_NAME}{name}.weight": shape for name, shape in layer.items()}
     num_features = len(c.taps) * c.target_hidden_size
+
     return shapes | {
-        "fc.weight": (d, num_features), "norm.weight": (d,),
+        "fc.weight": (d, num_features),
+        "norm.weight": (d,),
         "lm_head.weight": (c.draft_vocab_size, d),
-    }  # fmt: skip
+    }
 
 
 def _check_tensors(folder, config: DraftConfig, tensors) -> None:
     expected = _shapes(config)
     optional = {
-        "d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,),
+        "d2t": (config.draft_vocab_size,),
+        "t2d": (config.vocab_size,),
         "embed_tokens.weight": (config.vocab_size, config.hidden_size),
-    }  # fmt: skip
+    }
     if missing := sorted(set(expected) - set(tensors)):
         raise WeightsError(f"{folder} lacks the tensors {', '.join(missing)}")
     if surplus := sorted(set(tensors) - set(expected) - set(optional)):
@@ -182,6 +206,7 @@ def _check_tensors(folder, config: DraftConfig, tensors) -> None:
             f"{folder} has tensors that an EAGLE-3 head of one layer has not: "
             f"{', '.join(surplus)}"
         )
+
     for name, value in tensors.items():
         shape = (expected | optional)[name]
         if value.shape != shape:
@@ -192,12 +217,14 @@ def _check_tensors(folder, config: DraftConfig, tensors) -> None:
 
 
 def _token_ids(folder, config: DraftConfig, tensors):
-    size, vocab_size = config.draft_vocab_size, config.vocab_size
+    size = config.draft_vocab_size
+    vocab_size = config.vocab_size
     if "d2t" not in tensors and size != vocab_size:
         raise WeightsError(
             f"{folder} lacks the tensor d2t, which says what its {size} draft tokens "
             f"are among {vocab_size}"
         )
+
     offsets = tensors.get("d2t", np.zeros(size, np.int64))
     ids = np.arange(size) + offsets.astype(np.int64)
     marked = tensors.get("t2d")
@@ -208,10 +235,12 @@ def _token_ids(folder, config: DraftConfig, tensors):
             f"d2t of {folder} does not give ascending ids below {vocab_size}: it must "
             f"hold offsets (target id less draft id), not ids"
         )
+
     can_be_drafted = np.zeros(vocab_size, bool)
     can_be_drafted[ids] = True
     if marked is not None and np.any(marked.astype(bool) != can_be_drafted):
         raise WeightsError(f"t2d and d2t of {folder} contradict each other")
+
     return jnp.asarray(ids, jnp.int32)
 
 
@@ -232,8 +261,11 @@ def _to_params(config: DraftConfig, tensors) -> dict:
         "norm": norm(wide("norm")),
         "lm_head": {"kernel": jnp.asarray(wide("lm_head"))},
     }
+
     for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
         params[name] = norm(layer(name))
+
     if config.has_own_embedding:
         params["embed_tokens"] = {"kernel": jnp.asarray(wide("embed_tokens"))}
+
     return params

@@ -21,27 +21,38 @@ def to_tensors(
       dtype: One of `DTYPES`.
       layer: Prefix of the decoder layer's names.
     """
-    c, params, kind = config, draft.params, DTYPES[dtype]
-    q_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    c = config
+    params = draft.params
+    kind = DTYPES[dtype]
+    q_rows = c.num_heads * c.head_dim
+    kv_rows = c.num_kv_heads * c.head_dim
     qkv = np.asarray(params["qkv_proj"]["kernel"])
     q, k, v = np.split(qkv, [q_rows, q_rows + kv_rows])
     gate, up = np.split(np.asarray(params["mlp"]["gate_up_proj"]["kernel"]), 2)
     values = {
-        "fc": params["fc"]["kernel"], "norm": params["norm"]["scale"],
-        "lm_head": params["lm_head"]["kernel"], f"{layer}self_attn.q_proj": q,
-        f"{layer}self_attn.k_proj": k, f"{layer}self_attn.v_proj": v,
+        "fc": params["fc"]["kernel"],
+        "norm": params["norm"]["scale"],
+        "lm_head": params["lm_head"]["kernel"],
+        f"{layer}self_attn.q_proj": q,
+        f"{layer}self_attn.k_proj": k,
+        f"{layer}self_attn.v_proj": v,
         f"{layer}self_attn.o_proj": params["o_proj"]["kernel"],
-        f"{layer}mlp.gate_proj": gate, f"{layer}mlp.up_proj": up,
+        f"{layer}mlp.gate_proj": gate,
+        f"{layer}mlp.up_proj": up,
         f"{layer}mlp.down_proj": params["mlp"]["down_proj"]["kernel"],
-    }  # fmt: skip
+    }
+
     for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
         values[layer + name] = params[name]["scale"]
+
     if c.has_own_embedding:
         values["embed_tokens"] = params["embed_tokens"]["kernel"]
+
     ids = np.asarray(draft.token_ids, np.int64)
     is_drafted = np.zeros(c.vocab_size, bool)
     is_drafted[ids] = True
     weights = {f"{name}.weight": np.asarray(x, kind) for name, x in values.items()}
+
     return weights | {"d2t": ids - np.arange(len(ids)), "t2d": is_drafted}
 
 
@@ -62,13 +73,19 @@ def _to_config(c: DraftConfig, dtype: str, max_position: int) -> dict:
         config["target_hidden_size"] = c.target_hidden_size
     if c.has_norm_before_residual:
         config["norm_before_residual"] = True
+
     return config
 
 
 def write(
-    folder: Path, draft: Draft, config: DraftConfig, layout: str, dtype: str,
-    verifier: str, max_position: int = 2048,
-) -> None:  # fmt: skip
+    folder: Path,
+    draft: Draft,
+    config: DraftConfig,
+    layout: str,
+    dtype: str,
+    verifier: str,
+    max_position: int = 2048,
+) -> None:
     """Writes a head that other servers load.
 
     Args:
@@ -88,6 +105,7 @@ def write(
             "this draft uses its target's head, which the format has no place for; "
             "distill one with --draft-vocab-size"
         )
+
     if layout == "eagle3":
         tensors = to_tensors(draft, config, dtype, "midlayer.")
         write_folder(folder, _to_config(config, dtype, max_position), tensors)

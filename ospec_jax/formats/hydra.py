@@ -64,6 +64,7 @@ def read(folder: Path, target: ModelConfig) -> ImportedHydra:
     config = _read_config(folder, raw, target, tensors)
     _check_tensors(folder, config, tensors)
     dtype = tensors[_block(config, 0, 0) + "linear.weight"].dtype
+
     return ImportedHydra(
         draft=Draft(_to_params(config, tensors), jnp.arange(config.vocab_size)),
         config=config,
@@ -80,12 +81,14 @@ def _read_config(folder, raw: dict, target: ModelConfig, tensors) -> HydraConfig
         "grounded_heads": (raw.get("grounded_heads", False), (True,)),
         "hidden_state_offset": (raw.get("hidden_state_offset", 0), (0,)),
     }
+
     for key, (value, values) in supported.items():
         if value not in values:
             raise ConfigError(
                 f"{folder} has {key} {value!r}; only "
                 f"{' and '.join(map(repr, values))} can be read"
             )
+
     gate = tensors.get(f"{_LAYER}mlp.gate_proj.weight")
     return HydraConfig(
         vocab_size=target.vocab_size,
@@ -118,7 +121,8 @@ def _projection(c: HydraConfig, head: int) -> str:
 
 def _shapes(c: HydraConfig) -> dict[str, tuple[int, ...]]:
     """Tensors that heads must have; of blocks that share weights, the first."""
-    d, shapes = c.hidden_size, {}
+    d = c.hidden_size
+    shapes = {}
 
     def dense(name, num_rows, num_columns):
         shapes[f"{name}weight"] = (num_rows, num_columns)
@@ -131,20 +135,27 @@ def _shapes(c: HydraConfig) -> dict[str, tuple[int, ...]]:
         if c.num_blocks > 1:
             dense(f"{_block(c, head, 1)}linear.", d, d)
         dense(_projection(c, head), c.vocab_size, d)
+
     return shapes | (_prefix_shapes(c) if c.has_prefix else {})
 
 
 def _prefix_shapes(c: HydraConfig) -> dict[str, tuple[int, ...]]:
-    d, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    d = c.hidden_size
+    q = c.num_heads * c.head_dim
+    kv = c.num_kv_heads * c.head_dim
     layer = {
-        "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d),
-        "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
+        "self_attn.q_proj": (q, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, q),
         "mlp.gate_proj": (c.intermediate_size, d),
         "mlp.up_proj": (c.intermediate_size, d),
         "mlp.down_proj": (d, c.intermediate_size),
-        "input_layernorm": (d,), "post_attention_layernorm": (d,),
-    }  # fmt: skip
+        "input_layernorm": (d,),
+        "post_attention_layernorm": (d,),
+    }
     shapes = {f"{_LAYER}{name}.weight": shape for name, shape in layer.items()}
+
     return shapes | {"prefix_embeding_layer.norm.weight": (d,)}
 
 
@@ -159,9 +170,11 @@ def _copies(c: HydraConfig) -> dict[str, str]:
 
 
 def _check_tensors(folder: Path, c: HydraConfig, tensors) -> None:
-    shapes, copies = _shapes(c), _copies(c)
+    shapes = _shapes(c)
+    copies = _copies(c)
     if missing := sorted(set(shapes) - set(tensors)):
         raise WeightsError(f"{folder} lacks the tensors {', '.join(missing)}")
+
     optional = {_EMBEDDING: (c.vocab_size, c.hidden_size)}
     optional |= {name: shapes[first] for name, first in copies.items()}
     if surplus := sorted(set(tensors) - set(shapes) - set(optional)):
@@ -169,6 +182,7 @@ def _check_tensors(folder: Path, c: HydraConfig, tensors) -> None:
             f"{folder} has tensors that {c.depth} Hydra heads of {c.num_blocks} blocks "
             f"have not: {', '.join(surplus)}"
         )
+
     for name, value in tensors.items():
         shape = (shapes | optional)[name]
         if value.shape != shape:
@@ -176,6 +190,7 @@ def _check_tensors(folder: Path, c: HydraConfig, tensors) -> None:
                 f"{name} of {folder} has shape {value.shape}, but its config.json and "
                 f"its target give {shape}"
             )
+
     for name, first in copies.items():
         if name in tensors and not np.array_equal(tensors[name], tensors[first]):
             raise WeightsError(
@@ -188,6 +203,7 @@ def _to_params(c: HydraConfig, tensors) -> dict:
     wide = lambda name: jnp.asarray(np.asarray(tensors[name], np.float32))
     dense = lambda name: {"kernel": wide(f"{name}weight"), "bias": wide(f"{name}bias")}
     params = {}
+
     for head in range(c.depth):
         first = _block(c, head, 0)
         blocks = {
@@ -198,6 +214,7 @@ def _to_params(c: HydraConfig, tensors) -> dict:
             blocks["block"] = dense(f"{_block(c, head, 1)}linear.")
         params[f"heads_{head}"] = blocks
         params[f"lm_heads_{head}"] = dense(_projection(c, head))
+
     return params | ({"prefix": _to_prefix(wide)} if c.has_prefix else {})
 
 

@@ -40,27 +40,32 @@ def load_folder(
     """
     if hydra.is_config(read_config(folder)):
         return _load_hydra(folder, target, taps)
+
     found = eagle3.read(folder, target.config.num_layers if target else None, taps)
     facts = {"imported_from": folder.name, "format": found.layout, "dtype": found.dtype}
     if found.verifier:
         facts["verifier"] = found.verifier
+
     meta = Meta.create(target, found.config, card=facts)
     if target is not None:
         meta.check(target)
     elif found.verifier:
         meta = dataclasses.replace(meta, target=found.verifier)
+
     if found.embedding is None and _is_narrow(found):
         raise CheckpointError(
             f"{folder} is {found.config.hidden_size} wide and its target "
             f"{found.config.target_hidden_size}, so that it needs an embedding of its "
             f"own; embed_tokens.weight is missing"
         )
+
     if target is not None and _shares_embedding(found, target):
         config = dataclasses.replace(found.config, has_own_embedding=False)
         params = {k: v for k, v in found.draft.params.items() if k != "embed_tokens"}
         return found.draft.replace(params=params), dataclasses.replace(
             meta, draft=config
         )
+
     return found.draft, meta
 
 
@@ -75,15 +80,18 @@ def _load_hydra(folder: Path, target: Target | None, taps) -> tuple[Draft, Meta]
             f"{folder} holds Hydra heads, whose config.json does not describe the "
             f"target that they extend; pass --target"
         )
+
     found = hydra.read(folder, target.config)
     if found.embedding is not None and not _is_same(found.embedding, target):
         raise CheckpointError(
             f"{folder} was trained to read another embedding (input_embed_fn) than "
             f"that of {target.name}: it is for {found.verifier or 'another model'}"
         )
+
     facts = {"imported_from": folder.name, "format": "hydra", "dtype": found.dtype}
     if found.verifier:
         facts["verifier"] = found.verifier
+
     return found.draft, Meta.create(target, found.config, "hydra", card=facts)
 
 
@@ -95,6 +103,7 @@ def _shares_embedding(found: eagle3.Imported, target: Target) -> bool:
     """Whether the table that came with the head is the target's."""
     if found.embedding is None or _is_narrow(found):
         return False
+
     return _is_same(found.embedding, target)
 
 

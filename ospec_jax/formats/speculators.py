@@ -9,10 +9,14 @@ key means that class's default.
 from ospec_jax.config import DraftConfig
 
 _LLAMA_DEFAULTS = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-    "num_attention_heads": 32, "num_hidden_layers": 32, "rms_norm_eps": 1e-6,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
-}  # fmt: skip
+}
 _NUM_SPECULATIVE_TOKENS = 3
 
 
@@ -80,7 +84,8 @@ def to_config(c: DraftConfig, dtype: str, verifier: str, max_position: int) -> d
                 }
             ],
             "verifier": {
-                "name_or_path": verifier, "architectures": ["LlamaForCausalLM"],
+                "name_or_path": verifier,
+                "architectures": ["LlamaForCausalLM"],
             },
         },
         "transformer_layer_config": layer_config(c, max_position),
@@ -90,4 +95,4 @@ def to_config(c: DraftConfig, dtype: str, verifier: str, max_position: int) -> d
         "eagle_aux_hidden_state_layer_ids": list(c.taps),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
-    }  # fmt: skip
+    }

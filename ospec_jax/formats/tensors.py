@@ -28,6 +28,7 @@ def read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.is_file():
         raise WeightsError(f"{folder} has no config.json: not a draft's folder")
+
     try:
         return json.loads(file.read_text("utf-8"))
     except ValueError as error:
@@ -47,10 +48,14 @@ def read_tensors(folder: Path, pickles: str = "*.bin") -> dict[str, np.ndarray]:
     files = sorted(folder.glob("*.safetensors"))
     read = _read_safetensors
     if not files:
-        files, read = sorted(folder.glob(pickles)), _read_pickle
+        files = sorted(folder.glob(pickles))
+        read = _read_pickle
+
     if not files:
         raise WeightsError(f"{folder} has neither *.safetensors nor {pickles} weights")
+
     tensors: dict[str, np.ndarray] = {}
+
     for file in files:
         try:
             tensors.update(read(file))
@@ -60,11 +65,13 @@ def read_tensors(folder: Path, pickles: str = "*.bin") -> dict[str, np.ndarray]:
             raise WeightsError(
                 f"{file} cannot be read ({error}): it is truncated or corrupt"
             ) from error
+
     if name := finite.find_not_finite(tensors):
         raise WeightsError(
             f"{folder}: the tensor {name!r} holds infinities or NaNs; get another copy "
             f"of this draft"
         )
+
     return tensors
 
 
@@ -84,13 +91,16 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
             f"{file} is a pickled PyTorch checkpoint, which needs torch to be read: "
             f"pip install 'ospec-jax[torch]', or convert it to safetensors elsewhere"
         ) from error
+
     loaded = torch.load(file, map_location="cpu", weights_only=True)
     tensors = {}
+
     for name, value in loaded.items():
         # numpy knows no bfloat16 of torch's; float32 holds all of its values.
         is_narrow = value.dtype == torch.bfloat16
         array = (value.float() if is_narrow else value).numpy()
         tensors[name] = array.astype(ml_dtypes.bfloat16) if is_narrow else array
+
     return tensors
 
 
@@ -107,6 +117,7 @@ def write_folder(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> 
             f"the tensor {name!r}, as {tensors[name].dtype}, holds infinities or NaNs, "
             f"and is not written; if the draft itself is finite, export it as float32"
         )
+
     whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     # Not `save_file`, whose files nobody but their owner may read.
     content = save(whole, metadata={"format": "pt"})

@@ -25,15 +25,22 @@ import numpy as np
 _FOLDER = Path(__file__).parent
 _SOURCES = ("int8_linear.cc", "attention.cc")
 _HANDLERS = {
-    "ospec_int8_linear": "OspecInt8Linear", "ospec_attention": "OspecAttention",
-}  # fmt: skip
+    "ospec_int8_linear": "OspecInt8Linear",
+    "ospec_attention": "OspecAttention",
+}
 _REGISTERED: set[str] = set()
 _SUFFIXES = (".cc", ".h")
 _LANES = 16
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno",
-    "-shared", "-fPIC", "-w",
-)  # fmt: skip
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-shared",
+    "-fPIC",
+    "-w",
+)
 
 
 def int8_linear(x, kernel, scale):
@@ -87,6 +94,7 @@ def is_available(folder: Path) -> bool:
     is_off = os.environ.get("OSPEC_NATIVE") == "0" or jax.default_backend() != "cpu"
     if is_off or "avx512_vnni" not in _cpu_features():
         return False
+
     try:
         library = ctypes.cdll.LoadLibrary(str(_build(folder)))
     except (OSError, subprocess.SubprocessError) as error:
@@ -97,11 +105,13 @@ def is_available(folder: Path) -> bool:
             stacklevel=2,
         )
         return False
+
     for target, handler in _HANDLERS.items():
         if target not in _REGISTERED:  # a name can be given only once
             capsule = jax.ffi.pycapsule(getattr(library, handler))
             jax.ffi.register_ffi_target(target, capsule, platform="cpu")
             _REGISTERED.add(target)
+
     if not _is_correct():
         warnings.warn(
             "int8 decoding falls back to XLA's products: this machine's compiler built "
@@ -109,6 +119,7 @@ def is_available(folder: Path) -> bool:
             stacklevel=2,
         )
         return False
+
     return True
 
 
@@ -118,6 +129,7 @@ def _build(folder: Path) -> Path:
     compiler = next((p for n in names if n and (p := shutil.which(n))), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler was found")
+
     version = _run(compiler, "--version").splitlines()[0]
     jaxlib = importlib.metadata.version("jaxlib")
     texts = [p.read_text() for p in sorted(_FOLDER.iterdir()) if p.suffix in _SUFFIXES]
@@ -131,6 +143,7 @@ def _build(folder: Path) -> Path:
         include = f"-I{jax.ffi.include_dir()}"
         _run(compiler, *_FLAGS, include, *sources, "-o", str(part))
         part.rename(library)
+
     return library
 
 
@@ -147,12 +160,14 @@ def _cpu_features() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
+
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _is_correct() -> bool:
     """Compares results of odd shapes with numpy's."""
     rng = np.random.default_rng(0)
+
     for rows, features, columns in ((1, 5, 7), (2, 64, 64), (9, 70, 100), (16, 33, 63)):
         x = rng.normal(size=(rows, columns)).astype(np.float32)
         kernel = rng.integers(-127, 128, size=(features, columns)).astype(np.int8)
@@ -163,6 +178,7 @@ def _is_correct() -> bool:
         expected = expected * row_scale * scale
         if not np.array_equal(expected, np.asarray(int8_linear(x, kernel, scale))):
             return False
+
     q, k, v = (
         rng.normal(size=s) for s in ((1, 3, 2, 16), (1, 1, 16, 32), (1, 1, 32, 16))
     )
@@ -171,4 +187,5 @@ def _is_correct() -> bool:
     expected = np.einsum("bths,bse->bthe", weights, v[:, 0]).reshape(1, 3, 32)
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
     found = attention(q, k, v, np.zeros((1, 3, 32), np.float32))
+
     return np.allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -197,4 +197,5 @@ def restarted(learner: Learner, state: LearnerState, params: Params) -> LearnerS
         new = learner.init(params)
     else:
         new = learner.restart(state, params)
+
     return new.replace(num_updates=state.num_updates)

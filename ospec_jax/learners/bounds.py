@@ -75,6 +75,7 @@ def gradient_descent_bound(
     """
     if step_size is None:
         step_size = best_step_size(num_rounds, path_length, diameter, gradient_bound)
+
     spread = diameter**2 + 2 * diameter * path_length
     return spread / (2 * step_size) + step_size * num_rounds * gradient_bound**2 / 2
 
@@ -92,6 +93,7 @@ def optimistic_bound(hint_errors, path_length, diameter, step_size=None) -> floa
     total = float(np.sum(hint_errors))
     if step_size is None:
         step_size = np.sqrt(spread / max(total, 1e-12))
+
     return spread / (2 * step_size) + step_size * total / 2
 
 

@@ -66,6 +66,7 @@ class UserMethod(Method):
                 f"the rule {_name_of(self.rule)!r} returned {learner!r}; it must "
                 f"return a `learners.base.Learner` for the `Objective` that it is given"
             )
+
         return learner
 
 
@@ -148,22 +149,26 @@ class LearnerConfig(_Parts):
         parts: dict[str, Any] = dict.fromkeys(_PARTS)
         if rule is not None:
             name = _name_for_rule(name, rule)
-            kind, given["rule"] = UserMethod, rule
+            kind = UserMethod
+            given["rule"] = rule
         elif name == "auto":
             kind = Auto
             given = {"given": _of_auto(given)}
         else:
             name = name or "gradient"
             kind = _kind_of(name)
+
         given = {key: x for key, x in given.items() if kind.fixed.get(key) != x}
         if unread := given.keys() - _readable(kind):
             raise _refusal(name, kind, sorted(unread))
 
         method = kind(**_taken(kind, given)).settled()
+
         for part, cls in _PARTS.items():
             if cls in kind.parts:
                 values = kind.defaults | given | kind.fixed
                 parts[part] = cls(**_taken(cls, values))
+
         method.check_parts(**parts)
         super().__init__(name=name, method=method, **parts, **shared)
 
@@ -176,6 +181,7 @@ class LearnerConfig(_Parts):
             given = dict(getattr(self.method, "given", ()))
             if setting in given:
                 return given[setting]
+
         raise AttributeError(
             f"the learner {self.__dict__.get('name')!r} has no setting {setting!r}"
         )
@@ -241,6 +247,7 @@ class LearnerConfig(_Parts):
                     f"which an older version stored; left out",
                     stacklevel=2,
                 )
+
         return cls(None if rule is not None else name, rule, **settings)
 
     def to_json(self) -> dict[str, Any]:
@@ -289,9 +296,11 @@ def build_learner(config: LearnerConfig, unroll: Callable) -> Learner | None:
       ConfigError: The configuration names something that there is not, or that does
         not go together, or the user's rule makes no learner.
     """
-    batches, objective = config.batches, config.objective
+    batches = config.batches
+    objective = config.objective
     if batches is None or objective is None:
         return None
+
     return config.method.build(
         build_objective(
             unroll,
@@ -317,9 +326,11 @@ def as_learner_config(learner: Any) -> LearnerConfig | None:
         return learner
     if isinstance(learner, str):
         return LearnerConfig(name=learner)
+
     if callable(learner) and not isinstance(learner, type):
         rule: Any = learner
         return LearnerConfig(rule=rule)
+
     raise ConfigError(
         f"learner is {learner!r}; use a LearnerConfig(...), the name of a learner "
         f"({', '.join(LEARNER_NAMES)}), or a function from an `Objective` to a "
@@ -332,6 +343,7 @@ def optimizer_of(config: LearnerConfig | None) -> dict[str, Any]:
     method = None if config is None else config.method
     if not isinstance(method, OptimizedMethod):
         return {"optimizer": None, "learning_rate": None}
+
     has_rate = not is_parameter_free(method.optimizer or "")
     return {
         "optimizer": method.optimizer,
@@ -345,12 +357,14 @@ def _flattened(settings: dict[str, Any]) -> dict[str, Any]:
     So `dataclasses.replace` works, which hands on parts. What is None is left out.
     """
     values: dict[str, Any] = {}
+
     for part in ("method", *_PARTS):
         if settings.get(part) is not None:
             given = settings[part]
             values |= {name: getattr(given, name) for name in _names(given)}
             values |= dict(values.pop("given", ()))
             values = {k: x for k, x in values.items() if x is not None}
+
     values |= {k: x for k, x in settings.items() if k not in ("method", *_PARTS)}
     return {key: x for key, x in values.items() if x is not None}
 
@@ -359,6 +373,7 @@ def _names(config: Any) -> tuple[str, ...]:
     """Fields of a dataclass or its class; of None, no fields."""
     if config is None:
         return ()
+
     return tuple(field.name for field in dataclasses.fields(config))
 
 
@@ -374,6 +389,7 @@ def _kind_of(name: str) -> type[Method]:
         raise ConfigError(
             f"unknown learner {name!r}; use one of {', '.join(LEARNER_NAMES)}"
         )
+
     return LEARNERS[name]
 
 
@@ -381,6 +397,7 @@ def _readable(kind: type[Method]) -> frozenset[str]:
     """Settings that a learner reads, beside those that all of them read."""
     if kind is Auto:
         return frozenset({"given"}).union(*map(_readable, LEARNERS.values()))
+
     names = frozenset(_names(kind)).union(*map(_names, kind.parts))
     return names - kind.fixed.keys()
 
@@ -388,6 +405,7 @@ def _readable(kind: type[Method]) -> frozenset[str]:
 def _refusal(name: str | None, kind: type[Method], unread: list[str]) -> ConfigError:
     """Settings that there are not, or that others read."""
     known = _readable(Auto) | _SHARED.keys()
+
     for key in unread:
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1)
@@ -398,6 +416,7 @@ def _refusal(name: str | None, kind: type[Method], unread: list[str]) -> ConfigE
     others = " or ".join(f"`{reader}`" for reader in readers)
     remedy = f", or use the learner {others}" if readers else ""
     kind_name = "rule" if kind is UserMethod else "learner"
+
     return ConfigError(
         f"the {kind_name} {name!r} does not read {', '.join(unread)}; leave out what "
         f"it does not read{remedy}"
@@ -410,6 +429,7 @@ def _of_auto(given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
         if given.keys() <= _readable(LEARNERS[name]):
             LearnerConfig(name, **given)
             return tuple(sorted(given.items()))
+
     unread = sorted(given.keys() - _readable(LEARNERS["gradient"]))
     raise _refusal("auto", Auto, unread)
 
@@ -436,6 +456,7 @@ def _name_for_rule(name: str | None, rule: Rule) -> str:
             f"both the learner {name!r} and the rule {_name_of(rule)!r} are set; leave "
             f"one of them out"
         )
+
     return _name_of(rule).partition(":")[2]
 
 
@@ -445,5 +466,6 @@ def _name_of(rule: Rule) -> str:
         given = [*map(repr, rule.args)]
         given += [f"{key}={value!r}" for key, value in rule.keywords.items()]
         return f"{_name_of(rule.func)}({', '.join(given)})"
+
     owner: Any = rule if hasattr(rule, "__qualname__") else type(rule)
     return f"{owner.__module__}:{owner.__qualname__}"

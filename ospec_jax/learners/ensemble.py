@@ -77,6 +77,7 @@ class ExpertsMethod(OptimizedMethod):
                 f"{optimizer!r} finds its own step size: there is no grid of them "
                 f"for an ensemble; use it with the gradient learner"
             )
+
         steps = step_grid(rate, self.step_ratio, self.num_experts - 1)
         return make_optimizer(optimizer, 1.0), steps
 
@@ -89,6 +90,7 @@ class ExpertsMethod(OptimizedMethod):
         prior = (float(has_static), *(1.0,) * (self.num_experts - 1))
         if self.meta == "last_chunk":
             return weighting.last_chunk(self.temperature, prior)
+
         return weighting.hedge(self.meta_rate, self.meta_discount, prior)
 
 
@@ -188,6 +190,7 @@ def ensemble(
             weights=start / jnp.sum(start),
             path_length=jnp.zeros(()),
         )
+
         return new_state(params, opt_state)
 
     def begin(state: LearnerState):
@@ -197,6 +200,7 @@ def ensemble(
             merged = lambda many, one: jnp.broadcast_to(one, many.shape)
             experts = jax.tree.map(merged, opt_state.experts, state.params)
             opt_state = opt_state.replace(experts=experts)
+
         return state.replace(opt_state=opt_state)
 
     def update(state: LearnerState, segments, shared, token_ids):
@@ -222,14 +226,19 @@ def ensemble(
             played = averaged(weights, old.anchor, experts)
             length = old.path_length + distance(played, state.params)
             new = old.replace(
-                experts=experts, inner=inner, meta=seen, weights=weights,
+                experts=experts,
+                inner=inner,
+                meta=seen,
+                weights=weights,
                 path_length=length,
-            )  # fmt: skip
+            )
+
             return state.replace(params=played, opt_state=new)
 
         is_heard = jnp.max(infos.fresh_weight) > 0
         new = moved_if(jnp.max(infos.weight) > 0, state, move)
         losses = jnp.where(is_heard, infos.fresh_loss, infos.loss)
+
         return new, _summary(infos, losses, old.weights, new, state)
 
     return Learner(init, update, objective.score, begin, restart)
@@ -259,6 +268,7 @@ def averaged(weights: Float[Array, " m"], anchor: Params, experts: Params) -> Pa
     def mean(first, rest):
         if not jnp.issubdtype(first.dtype, jnp.floating):
             return first
+
         others = jnp.tensordot(weights[1:], rest, 1)
         return (weights[0] * first + others).astype(first.dtype)
 

@@ -213,12 +213,16 @@ def head_learner(
         is_early = state.num_updates < REFRESH**2
         is_due = state.num_updates % jnp.where(is_early, REFRESH, REFRESH**2) == 0
         preconditioner = jax.lax.cond(
-            is_due & (weight > 0), inverted, lambda *_: state.preconditioner,
-            moment, weight,
-        )  # fmt: skip
+            is_due & (weight > 0),
+            inverted,
+            lambda *_: state.preconditioner,
+            moment,
+            weight,
+        )
         if samples.sampling is not None:
             scaled = samples.logits / samples.sampling.temperature
             samples = samples.replace(logits=scaled)
+
         total = jax.nn.logsumexp(samples.logits, axis=-1, keepdims=True)
         error, rows = _errors(samples, total, num_candidates)
         direction = x @ preconditioner
@@ -232,6 +236,7 @@ def head_learner(
             # gradient is 1 / T of that on u and its curvature 1 / T**2, so the step is
             # T times as long: u moves by the error of its probabilities, as ever.
             shift = jnp.maximum(samples.sampling.temperature, SHORTEST) * shift
+
         energy = energy.at[rows].add(jnp.sum(error**2, axis=0))
         # The projection may be served already, and is overwritten: refused here, or
         # never. Only some of its rows change, so that all of it need not be read.
@@ -250,6 +255,7 @@ def head_learner(
             num_updates=state.num_updates + is_finite,
         )
         step_norm = jnp.sqrt(jnp.sum(shift**2))
+
         return new, rows, _info(samples, total, step_norm, ~is_finite)
 
     return HeadLearner(init, update)
@@ -283,6 +289,7 @@ def _errors(samples: HeadSamples, total, num_candidates: int):
     is_label = (rows == labels[:, None]) & is_inside[:, None]
     if kept is not None:
         return kept[:, rows] - is_label, rows
+
     return probs(samples.logits[:, rows]) - is_label, rows
 
 
@@ -295,6 +302,7 @@ def _kept_probs(samples: HeadSamples):
     sampling = samples.sampling
     if sampling is None or sampling.top_k is None or sampling.top_p is None:
         return None
+
     each = lambda value: jnp.broadcast_to(value, samples.labels.shape)
     params = SamplingParams(
         temperature=jnp.ones(samples.labels.shape),
@@ -310,6 +318,7 @@ def _info(samples: HeadSamples, total, step_norm, is_refused) -> HeadInfo:
     is_right = is_inside & (chosen[:, 0] >= jnp.max(samples.logits, axis=-1))
     share = lambda x, of: jnp.sum(x) / jnp.maximum(jnp.sum(of), 1)
     losses = (total - chosen)[:, 0] * is_inside
+
     return HeadInfo(
         loss=share(losses, is_inside),
         agreement=share(is_right, samples.is_real),

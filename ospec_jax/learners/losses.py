@@ -82,7 +82,8 @@ def jsd(
 
     Forward KL counts for 0.9 and reverse KL for 0.1 there (arXiv 2310.07177).
     """
-    forward, reverse = forward_kl(probs, logits), reverse_kl(probs, logits)
+    forward = forward_kl(probs, logits)
+    reverse = reverse_kl(probs, logits)
     return forward_share * forward + (1.0 - forward_share) * reverse
 
 
@@ -125,6 +126,7 @@ def named_loss(name: str, forward_share: float = 0.9) -> Loss:
         )
     if name == "jsd":
         return Loss(functools.partial(jsd, forward_share=forward_share))
+
     return LOSSES[name]
 
 
@@ -153,22 +155,28 @@ def unrolled_loss(
     """
     length = logits[0].shape[1]
     counted = weight if counted is None else counted
-    total, scale, signal = jnp.float32(0.0), 0.0, jnp.float32(0.0)
+    total = jnp.float32(0.0)
+    scale = 0.0
+    signal = jnp.float32(0.0)
     survival = on_path = agreed_so_far = jnp.ones_like(weight[:, :length])
-    fresh_total, fresh_signal = jnp.float32(0.0), jnp.float32(0.0)
-    agreement, acceptance = [], []
+    fresh_total = jnp.float32(0.0)
+    fresh_signal = jnp.float32(0.0)
+    agreement = []
+    acceptance = []
+
     for depth, depth_logits in enumerate(logits):
         rows = slice(depth, depth + length)
-        p, w, used = probs[:, rows], weight[:, rows], counted[:, rows]
-        is_same, rejection = (
-            is_agreed(p, depth_logits),
-            loss.at_position(p, depth_logits),
-        )
+        p = probs[:, rows]
+        w = weight[:, rows]
+        used = counted[:, rows]
+        is_same = is_agreed(p, depth_logits)
+        rejection = loss.at_position(p, depth_logits)
         if loss.is_compound:
             # A path through a row that was not verified is none.
             on_path = on_path * (w > 0)
             survival = survival * jnp.where(w > 0, 1.0 - rejection, 1.0)
-            rejection, used = 1.0 - survival, used * on_path
+            rejection = 1.0 - survival
+            used = used * on_path
         if positions == "rejected":
             used = used * agreed_so_far * (1.0 - is_same)
             agreed_so_far = agreed_so_far * is_same
@@ -180,6 +188,7 @@ def unrolled_loss(
         scale += decay**depth
         agreement.append(_mean(is_same, w))
         acceptance.append(1.0 - _mean(total_variation(p, depth_logits), w))
+
     info = LearnerInfo(
         loss=total / scale,
         agreement=jnp.stack(agreement),
@@ -189,6 +198,7 @@ def unrolled_loss(
         fresh_loss=fresh_total / scale,
         fresh_weight=fresh_signal,
     )
+
     return total / scale, jax.lax.stop_gradient(info)
 
 
@@ -209,7 +219,9 @@ def feature_loss(
       features: By depth; row i predicts the target's state at row i + depth.
     """
     length = features[0].shape[1]
-    total, scale = jnp.float32(0.0), 0.0
+    total = jnp.float32(0.0)
+    scale = 0.0
+
     for depth, predicted in enumerate(features):
         rows = slice(depth, depth + length)
         gap = jnp.abs(predicted - hidden[:, rows])
@@ -217,6 +229,7 @@ def feature_loss(
         w = weight[:, rows]
         total += decay**depth * jnp.sum(by_row * w) / jnp.maximum(jnp.sum(w), 1e-6)
         scale += decay**depth
+
     return total / scale
 
 
@@ -242,10 +255,14 @@ def accepted_lengths(
 ) -> Float[Array, " b"]:
     """Draft tokens that greedy verification would accept, by window; teacher-forced."""
     length = logits[0].shape[1]
-    survival, total = 1.0, 0.0
+    survival = 1.0
+    total = 0.0
+
     for depth, depth_logits in enumerate(logits):
         rows = slice(depth, depth + length)
         survival = survival * is_agreed(probs[:, rows], depth_logits) * weight[:, rows]
         total = total + survival
+
     first = weight[:, :length]
+
     return jnp.sum(total, axis=-1) / jnp.maximum(jnp.sum(first, axis=-1), 1e-6)

@@ -42,6 +42,7 @@ class OptimizedMethod(Method):
         own = self.published_optimizer
         if self.optimizer or self.learning_rate is None or own == "adam":
             return
+
         # Rates differ by orders of magnitude between optimizers: what suits Adam would
         # leave a rule that was published with plain SGD without any visible step.
         raise ConfigError(
@@ -66,6 +67,7 @@ class OptimizedMethod(Method):
             rate = self.published_rate
         if rate is None:
             rate = usual_rate(optimizer)
+
         return optimizer, rate
 
     def settled(self):

@@ -34,6 +34,7 @@ class Momentum(OptimizedMethod):
                 f"the momentum learner is SGD with momentum, not {self.optimizer!r}; "
                 f"leave the optimizer out, or use the gradient learner"
             )
+
         super().__post_init__()
         check(self, "momentum", lambda x: 0 <= x < 1, "0 to below 1")
 

@@ -81,17 +81,20 @@ def build_objective(
         assert feedback.logsumexp is not None, "features are recorded"
         head = dequantized(frozen_head(shared, token_ids))
         hidden = feedback.hidden[:, rows].astype(jnp.float32)
+
         return target_probs(head, hidden, feedback.logsumexp[:, rows]), hidden
 
     def emphasis(segments: Segments):
         weight = segments.weight[:, rows]
         if position_decay != 1.0:
             weight = weight * position_decay ** jnp.arange(weight.shape[1])
+
         if token_share < 1.0:
             is_drawn = jax.random.bernoulli(
                 _batch_key(segments), token_share, weight.shape
             )
             weight = weight * is_drawn
+
         return weight
 
     def forward(unroll, params, segments, shared, token_ids, candidates=None):
@@ -108,26 +111,36 @@ def build_objective(
 
     def loss_fn(params, segments: Segments, shared, token_ids):
         probs, hidden = targets(segments, shared, token_ids)
-        weight, counted = segments.weight[:, rows], emphasis(segments)
+        weight = segments.weight[:, rows]
+        counted = emphasis(segments)
         candidates = None
         if 0 < num_candidates < probs.shape[-1]:
             mass = jnp.einsum("btq,bt->q", probs, weight)
             candidates = jax.lax.top_k(mass, num_candidates)[1]
             probs = probs[..., candidates]
+
         args = params, segments, shared, token_ids, candidates
 
         def of_tokens(logits):
             total, info = unrolled_loss(
-                logits, probs, weight, loss, decay, positions, counted,
+                logits,
+                probs,
+                weight,
+                loss,
+                decay,
+                positions,
+                counted,
                 segments.is_fresh,
-            )  # fmt: skip
+            )
             return total, info if candidates is None else info.of_candidates()
 
         if unroll_features is None or not feature_weight:
             return of_tokens(forward(unroll, *args))
+
         logits, features = forward(unroll_features, *args)
         total, info = of_tokens(logits)
         of_states = feature_loss(features, hidden, counted, decay)
+
         return total + of_states * feature_weight, info
 
     def score(params, segments: Segments, shared, token_ids):

@@ -136,6 +136,7 @@ def optimistic(
             new = old.replace(
                 params=learned, hint=hint, inner=inner, path_length=length
             )
+
             return state.replace(params=played, opt_state=new)
 
         new = moved_if(info.weight > 0, state, move)
@@ -144,6 +145,7 @@ def optimistic(
             "step_norm": distance(new.params, state.params),
             "path_length": new.opt_state.path_length,
         }
+
         return new, info._replace(grad_norm=optax.global_norm(grads), extra=extra)
 
     return Learner(init=init, update=update, evaluate=objective.score)

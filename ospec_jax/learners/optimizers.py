@@ -50,6 +50,7 @@ def _bare(name: str, learning_rate: float, options: dict) -> Any:
         # Its own weight decay pulls towards 0, which no trained draft wants.
         options = {"weight_decay": 0.0} | options
         return optax.contrib.mechanize(_bare(wrapped or "adam", 1.0, {}), **options)
+
     factory = getattr(optax, kind, None) or getattr(optax.contrib, kind, None)
     rate = 1.0 if kind in PARAMETER_FREE else learning_rate
     found = None
@@ -61,6 +62,7 @@ def _bare(name: str, learning_rate: float, options: dict) -> Any:
             f"adam, sgd, lion, ..., or one that finds its own step size: "
             f"{', '.join(PARAMETER_FREE)}"
         )
+
     return found
 
 
@@ -70,8 +72,10 @@ def _takes_rate(factory) -> bool:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # not everything has a signature
         return False
+
     needed = [
-        p.name for p in parameters.values()
+        p.name
+        for p in parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]  # fmt: skip
+    ]
     return "learning_rate" in parameters and needed in ([], ["learning_rate"])

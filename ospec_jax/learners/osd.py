@@ -116,6 +116,7 @@ def osd(
         take = lambda: stepped(optimizer, grads, opt_state.inner, params, loss)
         stay = lambda: (params, opt_state.inner)
         params, inner = jax.lax.cond(opt_state.weight > 0, take, stay)
+
         return params, OsdState(
             gradient=jax.tree.map(jnp.zeros_like, params),
             weight=jnp.zeros(()),

@@ -188,11 +188,13 @@ def shared_ensemble(
 
         def loss_of(expert):
             # Number 0 is the static draft; others are where the round has led them.
-            number, is_moved = jnp.maximum(expert - 1, 0), expert > 0
+            number = jnp.maximum(expert - 1, 0)
+            is_moved = expert > 0
             size = is_moved * sizes[number]
             move = lambda a, s, d: a + is_moved * s[number] + size * d
             point = jax.tree.map(move, old.anchor, old.shifts, old.ahead)
             info = objective.loss(point, newest, shared, token_ids)[1]
+
             return info.fresh_loss, info.fresh_weight
 
         losses, weights = jax.lax.map(loss_of, jnp.arange(count))
@@ -211,12 +213,15 @@ def shared_ensemble(
             norms = jax.vmap(optax.global_norm)(shifts)
             shrink = jnp.minimum(1.0, radius / jnp.maximum(norms, 1e-12))
             shifts = jax.tree.map(lambda s: _each(shrink, s), shifts)
+
         return shifts
 
     def update(state: LearnerState, segments, shared, token_ids):
-        old, data = state.opt_state, (segments, shared, token_ids)
+        old = state.opt_state
+        data = (segments, shared, token_ids)
         grads, info = jax.grad(objective.loss, has_aux=True)(state.params, *data)
-        has_signal, is_fresh = info.weight > 0, info.fresh_weight > 0
+        has_signal = info.weight > 0
+        is_fresh = info.fresh_weight > 0
         is_due = (state.num_updates + 1) % round_length == 0
         is_due = (is_due & has_signal) | old.is_overdue
         is_last = is_due & is_fresh
@@ -245,6 +250,7 @@ def shared_ensemble(
             ahead = jax.tree.map(jnp.add, old.ahead, direction)
             played = jax.tree.map(lambda p, d: p + size * d, state.params, direction)
             new = old.replace(ahead=ahead, inner=inner)
+
             return state.replace(params=played, opt_state=new)
 
         new = moved_if(has_signal, state, move)
@@ -255,9 +261,14 @@ def shared_ensemble(
         )
         step_norm = distance(played, state.params)
         opt_state = new.opt_state.replace(
-            shifts=shifts, ahead=ahead, meta=seen, losses=losses, weights=weights,
-            path_length=old.path_length + step_norm, is_overdue=is_due & ~is_fresh,
-        )  # fmt: skip
+            shifts=shifts,
+            ahead=ahead,
+            meta=seen,
+            losses=losses,
+            weights=weights,
+            path_length=old.path_length + step_norm,
+            is_overdue=is_due & ~is_fresh,
+        )
         extra = {
             "expert_weights": weights,
             "expert_losses": losses,
@@ -265,6 +276,7 @@ def shared_ensemble(
             "path_length": opt_state.path_length,
         }
         info = info._replace(grad_norm=optax.global_norm(grads), extra=extra)
+
         return new.replace(params=played, opt_state=opt_state), info
 
     return Learner(init, update, objective.score, restart=restart)

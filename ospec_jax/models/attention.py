@@ -35,6 +35,7 @@ def attend(
         return native.attention(queries, keys, values, bias)
     if numerics.attention == "cudnn":
         return by_library(queries, keys, values, bias, numerics.attention)
+
     is_row_invariant = numerics.is_row_invariant
     b, t, heads, e = queries.shape
     h = keys.shape[1]
@@ -47,11 +48,18 @@ def attend(
     total = row_sum(weights, is_row_invariant, WIDE)
     if is_row_invariant:
         values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, -e % WIDE)))
-    out = jnp.einsum(
-        "bhqs,bhse->bhqe", weights.astype(values.dtype), values,
-        preferred_element_type=jnp.float32,
-    )[..., :e] / total  # fmt: skip
+
+    out = (
+        jnp.einsum(
+            "bhqs,bhse->bhqe",
+            weights.astype(values.dtype),
+            values,
+            preferred_element_type=jnp.float32,
+        )[..., :e]
+        / total
+    )
     out = out.reshape(b, h, heads // h, t, e).transpose(0, 3, 1, 2, 4)
+
     return out.reshape(b, t, heads * e)
 
 

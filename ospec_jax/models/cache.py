@@ -44,9 +44,14 @@ class KVCache:
 
 
 def init_cache(
-    num_layers: int, batch_size: int, num_kv_heads: int, capacity: int, head_dim: int,
-    dtype, is_stacked: bool = False,
-) -> KVCache:  # fmt: skip
+    num_layers: int,
+    batch_size: int,
+    num_kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    dtype,
+    is_stacked: bool = False,
+) -> KVCache:
     """An empty cache; stacked for `Numerics.is_scanned`."""
     outer = (batch_size, num_kv_heads)
     if is_stacked:
@@ -55,6 +60,7 @@ def init_cache(
             keys=jnp.zeros((*outer, head_dim, capacity), dtype),
             values=jnp.zeros((*outer, capacity, head_dim), dtype),
         )
+
     zeros = lambda *shape: tuple(
         jnp.zeros((*outer, *shape), dtype) for _ in range(num_layers)
     )
@@ -80,23 +86,29 @@ def write_rows(
 
         def put_layer(layers, entries, start):
             indices = [jnp.zeros_like(start)] * layers.ndim
-            indices[0], indices[axis] = jnp.asarray(layer, start.dtype), start
+            indices[0] = jnp.asarray(layer, start.dtype)
+            indices[axis] = start
             entries = entries[None].astype(layers.dtype)
             return jax.lax.dynamic_update_slice(layers, entries, indices)
 
         return jax.vmap(put_layer, (1, 0, 0), 1)(buffer, new, starts)
+
     if is_batched:
         put = lambda row, entries, start: jax.lax.dynamic_update_slice_in_dim(
             row, entries.astype(row.dtype), start, axis
         )
         return jax.vmap(put)(buffer, new, starts)
+
     zero = jnp.zeros((), starts.dtype)
+
     for row in range(buffer.shape[0]):
         indices = [zero] * buffer.ndim
-        indices[0], indices[axis] = jnp.full((), row, starts.dtype), starts[row]
+        indices[0] = jnp.full((), row, starts.dtype)
+        indices[axis] = starts[row]
         buffer = jax.lax.dynamic_update_slice(
             buffer, new[row : row + 1].astype(buffer.dtype), indices
         )
+
     return buffer
 
 
@@ -150,6 +162,7 @@ def keep_path(
         return KVCache(
             keys=jax.vmap(each(-1))(cache.keys), values=jax.vmap(each(-2))(cache.values)
         )
+
     return KVCache(
         keys=jax.tree.map(each(-1), cache.keys),
         values=jax.tree.map(each(-2), cache.values),
@@ -180,4 +193,5 @@ def tree_bias(
     index = jnp.clip(offset, 0, num_nodes - 1)
     pick = lambda mask, columns: mask[:, columns]
     is_ancestor = jax.vmap(pick)(ancestor_mask, index) & (offset < num_nodes)[:, None]
+
     return jnp.where((offset < 0)[:, None] | is_ancestor, 0.0, _MASKED)

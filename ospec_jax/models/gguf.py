@@ -37,6 +37,7 @@ class GGUFFile:
         import gguf
 
         self.path = Path(path)
+
         try:
             self._reader = gguf.GGUFReader(str(path))
             self._fields = {k: f.contents() for k, f in self._reader.fields.items()}
@@ -46,6 +47,7 @@ class GGUFFile:
                 f"{path} cannot be read as GGUF ({error}); the file is truncated or "
                 f"not a GGUF file: download it again"
             ) from error
+
         self._dequantize = gguf.quants.dequantize
 
     def __getitem__(self, key: str):
@@ -62,6 +64,7 @@ class GGUFFile:
         """A tensor in float32, `[out, in]` for matrices."""
         if name not in self._tensors:
             raise WeightsError(f"{self.path} has no tensor {name!r}")
+
         tensor = self._tensors[name]
         array = self._dequantize(tensor.data, tensor.tensor_type)
         return np.asarray(array, np.float32).reshape(tensor.shape[::-1])
@@ -84,7 +87,9 @@ def read_config(file: GGUFFile) -> ModelConfig:
     def get(key: str, default: Any = None) -> Any:
         return file.get(f"{family}.{key}", default)
 
-    heads, hidden = get("attention.head_count"), get("embedding_length")
+    heads = get("attention.head_count")
+    hidden = get("embedding_length")
+
     return ModelConfig(
         vocab_size=len(file["tokenizer.ggml.tokens"]),
         hidden_size=hidden,
@@ -122,11 +127,13 @@ def load_params(
             names |= {n: f"attn_{n[0]}.bias" for n in QKV_BIASES}
         if config.has_qk_norm:
             names |= {n: f"attn_{n}.weight" for n in QK_NORMS}
+
         weights = {ours: file.tensor(f"blk.{i}.{n}") for ours, n in names.items()}
         if file["general.architecture"] == "llama":
             heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
             for name, count in heads.items():
                 weights[name] = unpermute_rotary(weights[name], count)
+
         return weights
 
     def top(name: str) -> np.ndarray:

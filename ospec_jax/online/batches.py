@@ -24,15 +24,20 @@ def of_round(
     """
     if not config.update_every_prompts:
         return [np.int32(0)]
+
     size = num_newest(config)
     num_batches = -(-min(num_fresh, ring.capacity) // size)
     return [np.int32(i * size) for i in reversed(range(num_batches))]
 
 
 def make_batch(
-    config: LearnerConfig, ring: FeedbackRing, num_fresh, num_updates, num_newer,
+    config: LearnerConfig,
+    ring: FeedbackRing,
+    num_fresh,
+    num_updates,
+    num_newer,
     is_first_epoch,
-) -> Segments:  # fmt: skip
+) -> Segments:
     """The newest windows but some, and older ones against forgetting."""
     count = num_newest(config)
     num_old = config.batch_size - count
@@ -40,6 +45,7 @@ def make_batch(
     fresh = fresh.replace(is_fresh=jnp.full((count,), is_first_epoch))
     if num_old == 0:
         return fresh
+
     key = jax.random.fold_in(jax.random.key(config.seed), num_updates)
     # Not from this round's: they would be trained on before they are judged.
     old = draw(ring, key, num_old, num_fresh)
@@ -48,6 +54,7 @@ def make_batch(
         weight=old.weight * (num_fresh > 0), is_fresh=jnp.zeros((num_old,), bool)
     )
     join = lambda a, b: jnp.concatenate([a, b])
+
     return jax.tree.map(join, fresh, old)
 
 

@@ -117,6 +117,7 @@ class LastLayer:
             raise ConfigError(
                 "the learner 'head' works on a single device; use --learner gradient"
             )
+
         self.config = config
         self._head_inputs = head_inputs
         self._numerics = numerics
@@ -136,6 +137,7 @@ class LastLayer:
             cost = self.config.budget_share * CHUNK
             first = pace.start(self._projection(state), _FIRST_SPAN, cost)
             state = state.replace(pace=first)
+
         return sharding.put_params((state, Traffic()), self._mesh)
 
     def own(self, served: Draft) -> Draft:
@@ -145,15 +147,18 @@ class LastLayer:
 
     def _projection(self, state: LastLayerState) -> dict:
         """A copy of the learned projection, in the target's precision."""
-        served = cast_params(
-            {"kernel": state.learner.kernel}, self._numerics.precision
-        )  # fmt: skip
+        served = cast_params({"kernel": state.learner.kernel}, self._numerics.precision)
         return jax.tree.map(lambda x: jnp.array(x, copy=True), served)
 
     def warm_up(
-        self, state: LastLayerState, traffic: Traffic, draft: Draft, served: Draft,
-        completion: Completion, speed: Speed | None = None,
-    ) -> LastLayerState:  # fmt: skip
+        self,
+        state: LastLayerState,
+        traffic: Traffic,
+        draft: Draft,
+        served: Draft,
+        completion: Completion,
+        speed: Speed | None = None,
+    ) -> LastLayerState:
         """See `Trainer`."""
 
         def seconds_of_update() -> float:
@@ -164,23 +169,30 @@ class LastLayer:
             observed, _ = self.observe(copies[0], traffic, draft, completion)
             results = self.update(observed, traffic, draft, copies[1], completion)
             jax.block_until_ready(results[:3])
+
             return time.perf_counter() - start
 
         seconds_of_update()
         if state.pace is None:
             return state
+
         self._record_gains(state.pace, served, completion)
         pace.warm_up(state.pace, num_windows=1)
         if speed is None or int(state.num_prompts) > 0:
             return state  # what is on its way keeps its price
+
         seconds = min(seconds_of_update() for _ in range(4))
         cost = seconds / max(_num_chunks(completion), 1) / speed.seconds_per_token
+
         return state.replace(pace=pace.set_cost(state.pace, cost))
 
     def observe(
-        self, state: LastLayerState, traffic: Traffic, draft: Draft,
+        self,
+        state: LastLayerState,
+        traffic: Traffic,
+        draft: Draft,
         completion: Completion,
-    ) -> tuple[LastLayerState, Traffic]:  # fmt: skip
+    ) -> tuple[LastLayerState, Traffic]:
         """Counts an answer; all that is learned from it comes with the update."""
         take_snapshot = lambda: self._projection(state)
         return state.replace(
@@ -192,6 +204,7 @@ class LastLayer:
         """After every answer, or as often as the pace allows."""
         if bool(state.is_stopped):
             return False
+
         return int(state.num_prompts) % state.stride == 0
 
     def answers_until_due(
@@ -200,19 +213,25 @@ class LastLayer:
         """See `Trainer`."""
         if bool(state.is_stopped):
             return len(num_tokens)
+
         stride = state.stride
         return min(len(num_tokens), stride - int(state.num_prompts) % stride)
 
     def update(
-        self, state: LastLayerState, traffic: Traffic, draft: Draft, served: Draft,
+        self,
+        state: LastLayerState,
+        traffic: Traffic,
+        draft: Draft,
+        served: Draft,
         completion: Completion,
-    ) -> tuple[LastLayerState, Draft, Draft, UpdateReport]:  # fmt: skip
+    ) -> tuple[LastLayerState, Draft, Draft, UpdateReport]:
         """Learns from an answer, part by part; the served projection is overwritten.
 
         The draft of before shares the learned projection's memory, which is
         overwritten, too: go on with the one that is returned.
         """
-        start, stride = time.perf_counter(), state.stride
+        start = time.perf_counter()
+        stride = state.stride
         num_updates = num_chunks = _num_chunks(completion)
         if state.pace is not None and pace.is_compared(state.pace):
             compared = self._record_gains(state.pace, served, completion)
@@ -220,11 +239,15 @@ class LastLayer:
             num_updates = 2 * num_chunks
 
         params = dict(served.params)
-        head, learner, infos = params.pop(HEAD), state.learner, []
+        head = params.pop(HEAD)
+        learner = state.learner
+        infos = []
         sampling = as_drawn(completion.request.sampling)
+
         for args in self._chunks(params, served, completion):
             learner, head, info = self._learn(learner, head, sampling, *args)
             infos.append(info)
+
         state = state.replace(learner=learner)
         served = served.replace(params={**params, HEAD: head})
         draft = draft.replace(params={**draft.params, HEAD: {"kernel": learner.kernel}})
@@ -237,9 +260,11 @@ class LastLayer:
         if info.num_refused > 0:
             state = state.replace(is_stopped=jnp.ones((), bool))
             decision = "stopped"
+
         state = state.replace(version=state.version + int(is_changed), pace=after)
         seconds = time.perf_counter() - start
         report = UpdateReport(info, decision, seconds, stride, float(info.step_norm))
+
         return state, draft, served, report
 
     def _record_gains(
@@ -248,8 +273,10 @@ class LastLayer:
         """Holds the served projection against the snapshot, before learning."""
         params = dict(served.params)
         heads = params.pop(HEAD), state.snapshot
+
         for args in self._chunks(params, served, completion):
             state = pace.record_gain(state, *self._compare(heads, *args))
+
         return state
 
     def _chunks(self, params, served: Draft, completion: Completion):
@@ -258,11 +285,16 @@ class LastLayer:
         tokens = np.full(completion.capacity + 1, -1, np.int32)
         tokens[: len(ids)] = ids
         first, last = _span(completion)
+
         for start in range(first, last, CHUNK):
             yield (
-                params, served.token_ids, completion.feedback, tokens,
-                np.int32(start), np.int32(last),
-            )  # fmt: skip
+                params,
+                served.token_ids,
+                completion.feedback,
+                tokens,
+                np.int32(start),
+                np.int32(last),
+            )
 
     def _samples(self, params, token_ids, feedback, tokens, start, end) -> HeadSamples:
         """Without logits."""
@@ -273,8 +305,10 @@ class LastLayer:
             entry_of = jnp.full((self._vocab_size,), -1, jnp.int32)
             entry_of = entry_of.at[token_ids].set(jnp.arange(token_ids.shape[0]))
             labels = entry_of[labels]
+
         inputs = self._head_inputs(params, take(feedback.states[0]).astype(jnp.float32))
         is_real = take(feedback.has_state[0]) & (positions < end)
+
         return HeadSamples(inputs, jnp.zeros((CHUNK, 0)), labels, is_real)
 
     def _chunk(self, state, head, sampling, *args):
@@ -284,6 +318,7 @@ class LastLayer:
         state, rows, info = self._learner.update(state, samples)
         changed = cast_params({"kernel": state.kernel[rows]}, self._numerics.precision)
         head = {name: head[name].at[rows].set(changed[name]) for name in head}
+
         return state, head, info
 
     def _accepted(self, heads, *args):
@@ -328,9 +363,11 @@ def as_drawn(sampling: SamplingConfig) -> HeadSampling | None:
     is_greedy = sampling.temperature == 0 or sampling.top_k == 1
     if is_greedy or (sampling.temperature == 1 and not is_cut):
         return None
+
     drawn = HeadSampling(jnp.float32(sampling.temperature))
     if not is_cut:
         return drawn
+
     return drawn.replace(
         top_k=jnp.int32(sampling.top_k), top_p=jnp.float32(sampling.top_p)
     )
@@ -342,6 +379,10 @@ def _summed(infos: list[HeadInfo]) -> HeadInfo:
     loss, agreement, counts, norms, refused = found.T
     mean = lambda values: values @ counts / max(counts.sum(), 1)
     values: Any = (
-        mean(loss), mean(agreement), counts.sum(), norms.sum(), refused.sum()
-    )  # fmt: skip
+        mean(loss),
+        mean(agreement),
+        counts.sum(),
+        norms.sum(),
+        refused.sum(),
+    )
     return HeadInfo(*values)

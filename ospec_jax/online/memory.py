@@ -20,9 +20,11 @@ from ospec_jax.types import Draft
 
 
 def with_memory(
-    trainer: Trainer, num_slots: int, orders: tuple[int, ...],
+    trainer: Trainer,
+    num_slots: int,
+    orders: tuple[int, ...],
     mesh: jax.sharding.Mesh | None = None,
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """A trainer that also remembers the n-grams of answers; it changes nothing else.
 
     Args:
@@ -32,6 +34,7 @@ def with_memory(
     """
     if num_slots == 0:
         return trainer
+
     remember = jax.jit(sharding.pinned(ngram.remember, mesh, sharding.replicated))
 
     def init(draft: Draft):

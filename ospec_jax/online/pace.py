@@ -100,14 +100,25 @@ class PaceState:
 
 def start(snapshot: Any, first: int | Array, cost: float | Array) -> PaceState:
     """A regime's beginning, at full pace."""
-    count, number = jnp.zeros((), jnp.int32), jnp.zeros(())
+    count = jnp.zeros((), jnp.int32)
+    number = jnp.zeros(())
     first = jnp.asarray(first, jnp.int32)
     return PaceState(
-        snapshot=snapshot, first=first, span=first, num_rounds=count,
-        stride=count + 1, cost=jnp.asarray(cost, jnp.float32), spent=number,
-        num_tokens=count, gains=Gains(count, number, number), length=number,
-        num_answers=count, mean=number, variance=number, alarm=number,
-    )  # fmt: skip
+        snapshot=snapshot,
+        first=first,
+        span=first,
+        num_rounds=count,
+        stride=count + 1,
+        cost=jnp.asarray(cost, jnp.float32),
+        spent=number,
+        num_tokens=count,
+        gains=Gains(count, number, number),
+        length=number,
+        num_answers=count,
+        mean=number,
+        variance=number,
+        alarm=number,
+    )
 
 
 def _compiled(move: Callable[..., PaceState]) -> Callable[..., PaceState]:
@@ -132,6 +143,7 @@ def record_answer(pace: PaceState, num_tokens, num_drafted, num_accepted) -> Pac
     deviation = jnp.maximum(jnp.sqrt(pace.variance), _MIN_DEVIATION)
     step = jnp.clip(drop / deviation, -3.0, 3.0) - 0.5
     is_tested = has_drafts & (seen > _NUM_KNOWN)
+
     return pace.replace(
         num_tokens=pace.num_tokens + num_tokens,
         num_answers=seen,
@@ -163,7 +175,8 @@ def record_gain(
     Args:
       weight: `[b]`; windows without any are none.
     """
-    is_real, old = weight > 0, pace.gains
+    is_real = weight > 0
+    old = pace.gains
     gains = jnp.where(is_real, newest - oldest, 0.0)
     lengths = jnp.where(is_real, 1.0 + newest, 0.0)
     return pace.replace(
@@ -201,6 +214,7 @@ def end_span(pace: PaceState) -> PaceState:
     stride = jnp.where(has_paid, pace.stride // 2, pace.stride * 2)
     stride = jnp.clip(stride, 1, MAX_STRIDE)
     is_told = pace.gains.count >= 2
+
     return pace.replace(
         stride=jnp.where(is_told, stride, pace.stride),
         span=2 * pace.span,
@@ -225,6 +239,7 @@ def set_cost(pace: PaceState | None, cost: float) -> PaceState | None:
     """Fixes what an update costs, in tokens that could be decoded meanwhile."""
     if pace is None:
         return None
+
     return pace.replace(cost=jnp.asarray(sharding.agreed(cost), jnp.float32))
 
 
@@ -238,13 +253,17 @@ def observe(
     """
     if pace is None:
         return None
+
     stats = completion.stats
     pace = record_answer(
-        pace, len(completion.token_ids), stats.num_draft_tokens,
+        pace,
+        len(completion.token_ids),
+        stats.num_draft_tokens,
         stats.num_accepted_tokens,
-    )  # fmt: skip
+    )
     if is_drift(pace):
         return start(take_snapshot(), pace.first, pace.cost)
+
     return pace
 
 
@@ -259,7 +278,9 @@ def finish_round(
     """
     if pace is None:
         return None
+
     pace = record_update(pace, num_updates)
     if is_over(pace):
         return end_span(pace).replace(snapshot=take_snapshot())
+
     return pace

@@ -61,7 +61,8 @@ class GuardState:
 
 def init_guard(params: Any) -> GuardState:
     """No candidate yet."""
-    count, wealth = jnp.zeros((), jnp.int32), jnp.zeros(len(BETS))
+    count = jnp.zeros((), jnp.int32)
+    wealth = jnp.zeros(len(BETS))
     return GuardState(params, jnp.zeros((), bool), count, count, wealth, wealth)
 
 
@@ -129,11 +130,13 @@ def verdict(guard: GuardState, level: float, patience: int) -> str:
     )
     if not is_open:
         return "wait"
+
     needed = np.log(number * (number + 1.0) / level)
     if log_wealth(better) >= needed:
         return "promote"
     if log_wealth(worse) >= needed:
         return "rollback"
+
     return "expire" if num_requests >= patience else "wait"
 
 

@@ -55,5 +55,6 @@ def build_trainer(
         trainer = windows_trainer(
             config, learner, shared, serve, tap_width, hidden_size, mesh
         )
+
     num_slots = config.memory_slots if orders else 0
     return with_memory(trainer, num_slots, tuple(orders), mesh)

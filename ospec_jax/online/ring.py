@@ -75,6 +75,7 @@ def add_window(
         start=jnp.asarray(start, jnp.int32),
         weight=is_verified.astype(jnp.float32),
     )
+
     return FeedbackRing(
         segments=jax.tree.map(put, ring.segments, window),
         num_added=ring.num_added + 1,
@@ -92,6 +93,7 @@ def newest(ring: FeedbackRing, count: int, num_fresh, num_newer=0) -> Segments:
     segments = jax.tree.map(lambda x: x[slots], ring.segments)
     num_held = jnp.minimum(ring.num_added, ring.capacity)
     is_fresh = (age < num_fresh) & (age < num_held)
+
     return segments.replace(weight=segments.weight * is_fresh[:, None])
 
 
@@ -107,4 +109,5 @@ def draw(ring: FeedbackRing, key, count: int, num_fresh=0) -> Segments:
     age = num_fresh + jax.random.randint(key, (count,), 0, jnp.maximum(num_old, 1))
     slots = (ring.num_added - 1 - age) % ring.capacity
     segments = jax.tree.map(lambda x: x[slots], ring.segments)
+
     return segments.replace(weight=segments.weight * (num_old > 0))

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ospec_jax.config import LearnerConfig
 from ospec_jax.decoding.request import Completion
 from ospec_jax.learners.base import LearnerState
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.online.promotion import GuardState
 from ospec_jax.online.trainer import TrainerState
 
@@ -45,6 +45,7 @@ def is_ready(config: LearnerConfig, state: WindowsState) -> bool:
     """Whether it is known when to learn: a budget of time has to be measured."""
     if config.update_every_prompts:
         return True
+
     return int(state.update_interval) > 0
 
 
@@ -52,9 +53,11 @@ def is_due(config: LearnerConfig, state: WindowsState) -> bool:
     """Whether enough prompts, tokens or passes came since the last round."""
     if bool(state.is_stopped):
         return False
+
     if every := config.update_every_prompts:
         is_over = int(state.num_prompts) % (every * state.stride) == 0
         return is_over and int(state.num_fresh) > 0
+
     return int(state.num_waiting) >= int(state.update_interval) * state.stride
 
 
@@ -64,9 +67,11 @@ def answers_until_due(
     """See `Trainer`; under a budget, as if each token took a target pass."""
     if bool(state.is_stopped):
         return len(num_tokens)
+
     if every := config.update_every_prompts:
         every *= state.stride
         return min(len(num_tokens), every - int(state.num_prompts) % every)
+
     missing = int(state.update_interval) * state.stride - int(state.num_waiting)
     num_before = int(np.sum(np.cumsum(num_tokens) < missing))
     return min(len(num_tokens), num_before + 1)
@@ -79,10 +84,15 @@ def count_answer(
     num_waited = len(completion.token_ids)
     if config.update_interval == 0:
         num_waited = completion.stats.num_drafts
+
     num_prompts, num_waiting, num_fresh = _count(
-        state.num_prompts, state.num_waiting, state.num_fresh, num_waited, num_windows,
+        state.num_prompts,
+        state.num_waiting,
+        state.num_fresh,
+        num_waited,
+        num_windows,
         config.update_every_prompts,
-    )  # fmt: skip
+    )
     return state.replace(
         num_prompts=num_prompts, num_waiting=num_waiting, num_fresh=num_fresh
     )
@@ -93,4 +103,5 @@ def _count(num_prompts, num_waiting, num_fresh, num_waited, num_windows, every: 
     """The sums; windows of a chunk that was passed over are fresh no more."""
     if every:
         num_fresh = jnp.where(num_prompts % every == 0, 0, num_fresh)
+
     return num_prompts + 1, num_waiting + num_waited, num_fresh + num_windows

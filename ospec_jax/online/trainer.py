@@ -172,6 +172,7 @@ def go_on_from(trainer: Trainer, state: Any, traffic: Traffic, draft: Draft) -> 
     served = trainer.serve(draft)
     if traffic.memory is not None:
         served = served.replace(memory=traffic.memory)
+
     return Learned(state, traffic, draft, served)
 
 
@@ -182,7 +183,9 @@ def learn_from(trainer: Trainer, now: Learned, completion: Completion) -> Learne
       now: What an earlier call returned, or the beginning.
     """
     state, traffic = trainer.observe(now.state, now.traffic, now.draft, completion)
-    draft, served, report = now.draft, now.served, None
+    draft = now.draft
+    served = now.served
+    report = None
     if trainer.is_due(state):
         state, draft, served, report = trainer.update(
             state, traffic, draft, served, completion
@@ -194,6 +197,7 @@ def learn_from(trainer: Trainer, now: Learned, completion: Completion) -> Learne
     jax.block_until_ready((state, traffic, served))
     if report is not None and report.decision == "stopped":
         warnings.warn(describe_stop(trainer, state), stacklevel=4)
+
     return Learned(state, traffic, draft, served, report)
 
 

@@ -80,10 +80,15 @@ class Windows:
     """Compiled functions of `windows_trainer`; holds no state."""
 
     def __init__(
-        self, config: LearnerConfig, learner: Learner, shared: SharedTables,
-        serve: Callable[[Draft], Draft], tap_width: int, hidden_size: int,
+        self,
+        config: LearnerConfig,
+        learner: Learner,
+        shared: SharedTables,
+        serve: Callable[[Draft], Draft],
+        tap_width: int,
+        hidden_size: int,
         mesh: jax.sharding.Mesh | None = None,
-    ):  # fmt: skip
+    ):
         self.config = config
         self.learner = learner
         self.shared = shared
@@ -98,7 +103,8 @@ class Windows:
         pinned = lambda function, *places, **options: jax.jit(
             sharding.pinned(function, mesh, *places), **options
         )
-        everywhere, params = sharding.replicated, sharding.param_shardings
+        everywhere = sharding.replicated
+        params = sharding.param_shardings
         self._begin = pinned(learner.begin, params)
         # The iterate may be what is being served: it alone is never donated.
         self._update = pinned(
@@ -128,10 +134,13 @@ class Windows:
         )
         if config.promotion == "guarded":
             state = state.replace(guard=promotion.init_guard(learner.params))
+
         if config.pace == "pays":
             first = pace.start(learner.params, _FIRST_SPAN, self._expected_cost())
             state = state.replace(pace=first)
+
         traffic = Traffic(ring=init_ring(*self._ring_shape))
+
         return sharding.put_params((state, traffic), self.mesh)
 
     def _expected_cost(self) -> float:
@@ -139,6 +148,7 @@ class Windows:
         interval = self.config.update_interval
         if every := self.config.update_every_prompts:
             interval = every * _TOKENS_OF_AN_ANSWER
+
         return self.config.budget_share * interval
 
     @property
@@ -146,6 +156,7 @@ class Windows:
         """The rule and its rate."""
         if self.config.rule is not None:
             return repr(self.config.name)
+
         return f"{self.config.name!r} with learning_rate {self.config.learning_rate}"
 
     @property
@@ -154,9 +165,14 @@ class Windows:
         return "a lower learning_rate" if self.config.rule is None else "smaller steps"
 
     def warm_up(
-        self, state: WindowsState, traffic: Traffic, draft: Draft, served: Draft,
-        completion: Completion, speed: Speed | None = None,
-    ) -> WindowsState:  # fmt: skip
+        self,
+        state: WindowsState,
+        traffic: Traffic,
+        draft: Draft,
+        served: Draft,
+        completion: Completion,
+        speed: Speed | None = None,
+    ) -> WindowsState:
         """See `Trainer`."""
         # Adding windows overwrites the ring.
         copy = traffic.replace(ring=jax.tree.map(jnp.copy, traffic.ring))
@@ -172,9 +188,11 @@ class Windows:
         if state.pace is not None:
             accepted = self._accepted(draft.params, draft, batch)
             pace.warm_up(state.pace, len(accepted))
+
         guard = state.guard
         if guard is not None:
             guard = self._scored(guard, traffic, draft, none)
+
         jax.block_until_ready((learner, guard))
         if speed is None:
             return state
@@ -182,12 +200,15 @@ class Windows:
         # Some rules do more in the last update of a round than in the others.
         num_updates = max(2, self.config.method.updates_of_round)
         start = time.perf_counter()
+
         for _ in range(num_updates):
             learner, *_ = self._learn(learner, draft, batch)
             if guard is not None:  # an answer is scored for each update
                 guard = self._scored(guard, traffic, draft, none)
+
         jax.block_until_ready((learner, guard))
         seconds = (time.perf_counter() - start) / num_updates
+
         return self._set_costs(state, seconds, speed)
 
     def _set_costs(self, state: WindowsState, seconds: float, speed: Speed):
@@ -195,17 +216,23 @@ class Windows:
         if int(state.num_prompts) == 0:  # what is on its way keeps its price
             cost = pace.set_cost(state.pace, seconds / speed.seconds_per_token)
             state = state.replace(pace=cost)
+
         if rounds.is_ready(self.config, state):
             return state
+
         seconds *= self.config.num_epochs / self.config.budget_share
         interval = max(1, round(seconds / speed.seconds_per_step))
         interval = jnp.asarray(sharding.agreed(interval), jnp.int32)
+
         return state.replace(update_interval=interval)
 
     def observe(
-        self, state: WindowsState, traffic: Traffic, draft: Draft,
+        self,
+        state: WindowsState,
+        traffic: Traffic,
+        draft: Draft,
         completion: Completion,
-    ) -> tuple[WindowsState, Traffic]:  # fmt: skip
+    ) -> tuple[WindowsState, Traffic]:
         """Keeps an answer's windows, and scores the candidate on them, if there is one.
 
         Each answer of a chunk is scored, and the last one of an interval: so that
@@ -214,14 +241,21 @@ class Windows:
         num_prompt = len(completion.request.prompt_ids)
         ring = traffic.ring
         starts = window_starts(
-            num_prompt, completion.num_recorded, self.config.num_context,
+            num_prompt,
+            completion.num_recorded,
+            self.config.num_context,
             self.config.window,
-        )  # fmt: skip
+        )
+
         for start in starts:
             ring = self._add(
-                ring, completion.feedback, np.int32(start), np.int32(num_prompt),
+                ring,
+                completion.feedback,
+                np.int32(start),
+                np.int32(num_prompt),
                 np.int32(completion.num_recorded),
-            )  # fmt: skip
+            )
+
         traffic = traffic.replace(ring=ring)
         state = rounds.count_answer(self.config, state, completion, len(starts))
         take_snapshot = lambda: state.learner.params
@@ -230,6 +264,7 @@ class Windows:
         guard = state.guard
         if guard is not None and self._is_scored(state, guard, len(starts)):
             guard = self._scored(guard, traffic, draft, np.int32(len(starts)))
+
         return state.replace(guard=guard), traffic
 
     def _is_scored(
@@ -238,9 +273,11 @@ class Windows:
         """Whether the answer just observed tells of a candidate's gain."""
         if num_windows == 0 or bool(state.is_stopped):
             return False
+
         is_chunked = self.config.update_every_prompts > 0
         if not is_chunked and not rounds.is_due(self.config, state):
             return False
+
         return bool(guard.is_open) and self._verdict(guard) == "wait"
 
     def _scored(
@@ -261,21 +298,27 @@ class Windows:
         )
 
     def update(
-        self, state: WindowsState, traffic: Traffic, draft: Draft, served: Draft,
+        self,
+        state: WindowsState,
+        traffic: Traffic,
+        draft: Draft,
+        served: Draft,
         completion: Completion,
-    ) -> tuple[WindowsState, Draft, Draft, UpdateReport]:  # fmt: skip
+    ) -> tuple[WindowsState, Draft, Draft, UpdateReport]:
         """One round of learning; see `Trainer`.
 
         If the iterate is not finite after it, learning has stopped: what was served
         goes on being served, and there is nothing else left to learn from.
         """
         start = time.perf_counter()
-        before, was_served = state, draft
+        before = state
+        was_served = draft
         state, draft, decision = self._decided(state, draft)
         state, info, num_passes, is_finite = self._train(state, traffic, draft)
         if not bool(is_finite):
             state = self._stopped(before, state.learner, was_served)
-            draft, decision = was_served, "stopped"
+            draft = was_served
+            decision = "stopped"
         else:
             state, draft = self._offered(state, draft)
             take_snapshot = lambda: state.learner.params
@@ -288,6 +331,7 @@ class Windows:
         report = UpdateReport(info, decision, seconds, before.stride)
         if decision == "promote":
             served = self.serve(draft)
+
         return state, draft, served, report
 
     def _train(self, state: WindowsState, traffic: Traffic, draft: Draft):
@@ -298,16 +342,22 @@ class Windows:
           of it is finite.
         """
         assert traffic.ring is not None
-        info, num_passes, is_finite = None, 0, np.bool_(True)
+        info = None
+        num_passes = 0
+        is_finite = np.bool_(True)
         is_compared = state.pace is not None and pace.is_compared(state.pace)
         num_fresh = int(state.num_fresh)
         state = state.replace(learner=self._begin(state.learner))
+
         for epoch in range(self.config.num_epochs):
             for num_newer in batches.of_round(self.config, traffic.ring, num_fresh):
                 batch = self._batch(
-                    traffic.ring, state.num_fresh, state.learner.num_updates, num_newer,
+                    traffic.ring,
+                    state.num_fresh,
+                    state.learner.num_updates,
+                    num_newer,
                     np.bool_(epoch == 0),
-                )  # fmt: skip
+                )
                 if epoch == 0 and is_compared:
                     state = state.replace(pace=self._progress(state, draft, batch))
                     num_passes += 1
@@ -316,7 +366,9 @@ class Windows:
                 # Not read yet: the device would have to be waited for each time.
                 is_finite = is_good & is_finite
                 state = state.replace(learner=learner)
+
         assert info is not None
+
         return state, info, num_passes, is_finite
 
     def _decided(self, state: WindowsState, draft: Draft):
@@ -324,16 +376,21 @@ class Windows:
         guard = state.guard
         if guard is None:
             return state, draft, "promote"
+
         decision = self._verdict(guard)
         if decision == "wait":
             return state, draft, decision
+
         if decision == "promote":
             draft = draft.replace(params=guard.candidate)
             state = state.replace(version=state.version + 1)
+
         if decision == "rollback":
             learner = restarted(self.learner, state.learner, draft.params)
             state = state.replace(learner=_owned(learner))
+
         guard = promotion.dismiss(guard, state.learner.params)
+
         return state.replace(guard=guard), draft, decision
 
     def _offered(self, state: WindowsState, draft: Draft):
@@ -341,9 +398,11 @@ class Windows:
         if state.guard is None:
             draft = draft.replace(params=state.learner.params)
             return state.replace(version=state.version + 1), draft
+
         if not bool(state.guard.is_open):
             guard = promotion.nominate(state.guard, state.learner.params)
             state = state.replace(guard=guard)
+
         return state, draft
 
     def _stopped(
@@ -362,9 +421,13 @@ class Windows:
     def _learn(self, learner: LearnerState, draft: Draft, batch: Segments):
         """State, info, and whether the state is finite."""
         return self._update(
-            learner.opt_state, learner.params, learner.num_updates, batch, self.shared,
+            learner.opt_state,
+            learner.params,
+            learner.num_updates,
+            batch,
+            self.shared,
             draft.token_ids,
-        )  # fmt: skip
+        )
 
     def _accepted(self, params, draft: Draft, batch: Segments):
         """`[b]` tokens that a step would get accepted, by window."""
@@ -374,9 +437,11 @@ class Windows:
         """Compares the iterate with that of the span's beginning, on fresh windows."""
         assert state.pace is not None
         score = lambda params: self._accepted(params, draft, batch)
-        newest, oldest = score(state.learner.params), score(state.pace.snapshot)
+        newest = score(state.learner.params)
+        oldest = score(state.pace.snapshot)
         assert batch.is_fresh is not None
         weight = jnp.sum(batch.weight, axis=1) * batch.is_fresh
+
         return pace.record_gain(state.pace, newest, oldest, weight)
 
     def _gain_of(self, candidate, served, weight):

@@ -43,9 +43,12 @@ def collect(
     folder.mkdir(parents=True, exist_ok=True)
     done = recorded_ids(folder)
     config = StepConfig(
-        model=target.config, numerics=target.numerics, tree=TreeConfig(num_steps=0),
-        taps=taps, stop_ids=stop_token_ids(target.tokenizer),
-    )  # fmt: skip
+        model=target.config,
+        numerics=target.numerics,
+        tree=TreeConfig(num_steps=0),
+        taps=taps,
+        stop_ids=stop_token_ids(target.tokenizer),
+    )
     engine = Engine(config, target.params, recording="features")
     limit = capacity - max_new_tokens - engine.num_extra_slots
     assert capacity in CAPACITIES
@@ -54,33 +57,44 @@ def collect(
             f"max_new_tokens {max_new_tokens} leave no room for prompts in a capacity "
             f"of {capacity} tokens; raise --capacity"
         )
-    requests, domain_of, num_long = [], {}, 0
+
+    requests = []
+    domain_of = {}
+    num_long = 0
+
     for prompt in prompts:
         ids = encode(prompt, target.tokenizer)
         num_long += len(ids) > limit
         if prompt.id not in done and len(ids) <= limit:
             requests.append(Request(prompt.id, ids, max_new_tokens, sampling))
             domain_of[prompt.id] = prompt.domain
+
     if num_long:
         warnings.warn(
             f"{num_long} of {len(prompts)} prompts have more than {limit} tokens and "
             f"are left out; raise --capacity",
             stacklevel=2,
         )
+
     completions = engine.serve(requests, batch_size=batch_size, capacity=capacity)
-    number, count = len(shard_folders(folder)), 0
+    number = len(shard_folders(folder))
+    count = 0
+
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("collect", total=len(requests))
         for shard in _grouped(completions, shard_size):
             recordings = [_record(c, domain_of[c.request.id]) for c in shard]
             with interrupt.held():
                 write_shard(folder, number, recordings)
-            number, count = number + 1, count + len(recordings)
+            number = number + 1
+            count = count + len(recordings)
             bar.update(task, completed=count)
             if interrupt:
                 break
+
     if count < len(requests):
         interrupt.raise_if_set()
+
     return count
 
 
@@ -91,6 +105,7 @@ def _grouped(items: Iterator[Completion], size: int) -> Iterator[list[Completion
         if len(group) == size:
             yield group
             group = []
+
     if group:
         yield group
 
@@ -104,6 +119,7 @@ def _record(completion: Completion, domain: str) -> Recording:
         for name in ("tokens", "taps", "hidden", "logsumexp")
     }
     num_prompt = len(completion.request.prompt_ids)
+
     return Recording(
         completion.request.id, domain, num_prompt, arrays, completion.token_ids[-1]
     )

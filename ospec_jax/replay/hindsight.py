@@ -43,11 +43,16 @@ def best_per_chunk_in_hindsight(
         replayer.drafter.unroll, num_context, replayer.num_steps, decay=replayer.decay
     )
     learner = gradient(objective, optimizer)
-    update, draft = jax.jit(learner.update), replayer.draft.draft
-    rng, store, found = np.random.default_rng(seed), replayer.store, []
+    update = jax.jit(learner.update)
+    draft = replayer.draft.draft
+    rng = np.random.default_rng(seed)
+    store = replayer.store
+    found = []
+
     for first in range(0, len(replayer.order), chunk_size):
         entries = replayer.order[first : first + chunk_size]
-        windows, state = store.windows(entries, window), learner.init(draft.params)
+        windows = store.windows(entries, window)
+        state = learner.init(draft.params)
         for _ in range(num_epochs):
             rng.shuffle(windows)
             for i in range(0, len(windows), batch_size):
@@ -63,6 +68,7 @@ def best_per_chunk_in_hindsight(
         ]
         found += min(losses, key=sum)
         on_chunk(len(found))
+
     return found
 
 

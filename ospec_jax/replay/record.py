@@ -67,28 +67,42 @@ def record(
       ConfigError: The folder holds answers of another target or other settings.
     """
     meta = RecordingMeta(
-        target.name, target.fingerprint, target.numerics.precision, tuple(taps),
-        max_new_tokens, temperature=sampling.temperature,
-    )  # fmt: skip
+        target.name,
+        target.fingerprint,
+        target.numerics.precision,
+        tuple(taps),
+        max_new_tokens,
+        temperature=sampling.temperature,
+    )
     known = ()
     if (folder / _FILE).exists():
         found = read_meta(folder)
         known = found.order
         _check_same(folder, dataclasses.replace(found, order=()), meta)
+
     if not capacity:
         longest = max(len(encode(prompt, target.tokenizer)) for prompt in prompts)
         needed = longest + max_new_tokens + _EXTRA_SLOTS
         capacity = next((c for c in CAPACITIES if c >= needed), CAPACITIES[-1])
+
     if capacity not in CAPACITIES:
         raise ConfigError(f"the capacity is {capacity}; use one of {CAPACITIES}")
+
     order = dict.fromkeys([*known, *(prompt.id for prompt in prompts)])
     fields = dataclasses.asdict(meta) | {"order": list(order)}
     atomic.write_text(folder / _FILE, json.dumps(fields, indent=1))
+
     return collect(
-        target, prompts, folder, taps, max_new_tokens=max_new_tokens,
-        sampling=sampling, batch_size=batch_size, capacity=capacity,
+        target,
+        prompts,
+        folder,
+        taps,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        batch_size=batch_size,
+        capacity=capacity,
         shard_size=shard_size,
-    )  # fmt: skip
+    )
 
 
 def read_meta(folder: Path) -> RecordingMeta:
@@ -103,6 +117,7 @@ def read_meta(folder: Path) -> RecordingMeta:
             f"{folder} holds no recording; make one with `ospec record --prompts FILE "
             f"--out {folder}`"
         )
+
     fields = json.loads(file.read_text())
     tuples = {name: tuple(fields[name]) for name in ("taps", "order")}
     return RecordingMeta(**(fields | tuples))
@@ -110,7 +125,8 @@ def read_meta(folder: Path) -> RecordingMeta:
 
 def _check_same(folder: Path, found: RecordingMeta, wanted: RecordingMeta) -> None:
     for field in dataclasses.fields(RecordingMeta):
-        old, new = getattr(found, field.name), getattr(wanted, field.name)
+        old = getattr(found, field.name)
+        new = getattr(wanted, field.name)
         if old != new:
             raise ConfigError(
                 f"{folder} was recorded with {field.name} {old}, not {new}; use what "
@@ -133,9 +149,12 @@ def open_recording(
     """
     meta = read_meta(folder)
     wanted = dataclasses.replace(
-        meta, fingerprint=target.fingerprint, precision=target.numerics.precision,
-        taps=meta.taps if taps is None else tuple(taps), temperature=0.0,
-    )  # fmt: skip
+        meta,
+        fingerprint=target.fingerprint,
+        precision=target.numerics.precision,
+        taps=meta.taps if taps is None else tuple(taps),
+        temperature=0.0,
+    )
     _check_same(folder, meta, wanted)
     done = recorded_ids(folder)
     missing = [i for i in ids if i not in done]
@@ -144,6 +163,7 @@ def open_recording(
             f"{len(missing)} prompts of the stream are not in {folder}, the first is "
             f"{missing[0]!r}; record the stream's file into it, too"
         )
+
     store = FeedbackStore(folder)
     number = {entry.id: i for i, entry in enumerate(store.entries)}
     order = [number[i] for i in ids or meta.order if i in number]
@@ -152,4 +172,5 @@ def open_recording(
             f"{folder} holds answers without their last token, which replay needs; "
             f"record into another folder"
         )
+
     return store, order

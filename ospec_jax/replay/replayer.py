@@ -117,9 +117,15 @@ class Replayer:
     """Compiled functions for one draft and one recording; holds no learner."""
 
     def __init__(
-        self, target: Target, draft: LoadedDraft, folder: Path, num_steps: int = 3,
-        ids: Sequence[str] = (), has_losses: bool = False, decay: float = 0.8,
-    ):  # fmt: skip
+        self,
+        target: Target,
+        draft: LoadedDraft,
+        folder: Path,
+        num_steps: int = 3,
+        ids: Sequence[str] = (),
+        has_losses: bool = False,
+        decay: float = 0.8,
+    ):
         """Opens the recording.
 
         Args:
@@ -136,17 +142,23 @@ class Replayer:
                 f"replay needs a trained draft alone and a chain of one token at "
                 f"least, not {draft.meta.family!r} and {num_steps}"
             )
-        self.draft, self.num_steps, self.decay = draft, num_steps, decay
-        self.has_losses, self._numerics = has_losses, target.numerics
+
+        self.draft = draft
+        self.num_steps = num_steps
+        self.decay = decay
+        self.has_losses = has_losses
+        self._numerics = target.numerics
         # Other families read the final states, which every recording has.
         self._is_tapped = draft.family.reads_taps
         taps = draft.taps if self._is_tapped else None
         self.store, self.order = record.open_recording(folder, target, taps, ids)
         self.shared = shared_tables(target.params)
         self.drafter = build_drafter(
-            draft.family, draft.meta.draft, TreeConfig(num_steps=num_steps),
+            draft.family,
+            draft.meta.draft,
+            TreeConfig(num_steps=num_steps),
             target.numerics,
-        )  # fmt: skip
+        )
         precision = target.numerics.precision
         self._cast = jax.jit(lambda params: cast_params(params, precision))
         self._scorers: dict[tuple[int, bool], Callable] = {}
@@ -177,22 +189,33 @@ class Replayer:
         if (context, has_states) not in self._scorers:
             self._scorers[context, has_states] = jax.jit(
                 build_score(
-                    self.drafter, self._numerics, context, self.num_steps, self.decay,
+                    self.drafter,
+                    self._numerics,
+                    context,
+                    self.num_steps,
+                    self.decay,
                     has_states,
                 )
-            )  # fmt: skip
+            )
+
         rows = [self._window(r, context) for r in found]
         rows += [jax.tree.map(np.zeros_like, rows[0])] * (num_rows - len(rows))
         feedback, start, following, weight = jax.tree.map(lambda *x: np.stack(x), *rows)
         found_of_all = jax.device_get(
             self._scorers[context, has_states](
-                params, self.draft.draft.token_ids, self.shared, feedback, start,
-                following, weight if self.has_losses else None,
+                params,
+                self.draft.draft.token_ids,
+                self.shared,
+                feedback,
+                start,
+                following,
+                weight if self.has_losses else None,
             )
-        )  # fmt: skip
+        )
         accepted, losses, states = found_of_all
         losses = None if losses is None else losses.tolist()
         of_row = lambda values, row: None if values is None else values[row]
+
         return [
             Score(accepted[row], of_row(losses, row), of_row(states, row))
             for row in range(len(found))
@@ -200,9 +223,13 @@ class Replayer:
 
     def _window(self, found: Recording, context: int):
         return answer_window(
-            found, context, self._num_roots, self.num_steps, self.has_losses,
+            found,
+            context,
+            self._num_roots,
+            self.num_steps,
+            self.has_losses,
             self._is_tapped,
-        )  # fmt: skip
+        )
 
     def completion(
         self, found: Recording, stats: DecodingStats, score: Score | None = None
@@ -213,7 +240,8 @@ class Replayer:
           score: With its states, where these are learned from.
         """
         prompt = tuple(found.arrays["tokens"][: found.num_prompt].tolist())
-        answer, length = whole_answer(found), len(found.arrays["tokens"])
+        answer = whole_answer(found)
+        length = len(found.arrays["tokens"])
         sources = {name: (0, source) for name, source in found.arrays.items()}
         if score is not None and score.states is not None:
             states, has_state = drafting_states(
@@ -222,16 +250,27 @@ class Replayer:
             first = found.num_prompt
             sources = {"tokens": sources["tokens"], "states": (first, states)}
             sources["has_state"] = first, has_state
+
         fields = {}
+
         for name, (first, source) in sources.items():
             shape = 1, self._capacity, *source.shape[1:]
             fields[name] = np.zeros(shape, source.dtype)
             fields[name][0, first:length] = source
+
         feedback: Any = Feedback(**fields)
+
         return Completion(
-            Request(found.id, prompt, len(answer)), answer, "length", stats, [], 0.0,
-            feedback, length, self._capacity,
-        )  # fmt: skip
+            Request(found.id, prompt, len(answer)),
+            answer,
+            "length",
+            stats,
+            [],
+            0.0,
+            feedback,
+            length,
+            self._capacity,
+        )
 
     def trainer(self, config: LearnerConfig) -> tuple[LearnerConfig, Trainer]:
         """What learns with these settings, and the settings, all of them decided.
@@ -254,15 +293,21 @@ class Replayer:
                 "a replayed learner needs an update_interval, in tokens: a budget of "
                 "time would make the result depend on the machine"
             )
+
         config = config.replace(update_interval=DEFAULT_INTERVAL)
+
         return config, self._trainer(config)
 
     def _trainer(self, config: LearnerConfig) -> Trainer:
         first = self.store.recording(self.order[0])
         return trainer_for(
-            config, self._target, self.draft, self.drafter, self._serve,
+            config,
+            self._target,
+            self.draft,
+            self.drafter,
+            self._serve,
             tap_width=first.arrays["taps"].shape[-1],
-        )  # fmt: skip
+        )
 
     def _begin(self, trainer: Trainer) -> Learned:
         """Before the first answer, all compiled; costs are those of the budget."""
@@ -272,9 +317,11 @@ class Replayer:
         score = None
         if trainer.recording == "states":
             (score,) = self.score(served.params, self.order[:1], has_states=True)
+
         completion = self.completion(first, DecodingStats(), score)
         state, traffic = trainer.init(draft)
         state = trainer.warm_up(state, traffic, draft, served, completion, None)
+
         return go_on_from(trainer, state, traffic, draft)
 
     def run(
@@ -292,14 +339,17 @@ class Replayer:
         """
         draft = self.draft.draft
         if config is None:
-            run, trainer = Run([], [], draft), None
+            run = Run([], [], draft)
+            trainer = None
             now = Learned(None, Traffic(), draft, self._serve(draft))
         else:
             config, trainer = self.trainer(config)
             now = self._begin(trainer)
             run = Run([], [], draft, config, now.state)
+
         begin = time.perf_counter()
         position = 0
+
         while position < len(self.order) and not should_stop():
             batch = self.order[position:][: self._num_ahead(trainer, now, position)]
             has_states = trainer is not None and trainer.recording == "states"
@@ -312,14 +362,22 @@ class Replayer:
                 position += 1
                 if now.served is not before:
                     break  # what else was scored ahead was so with the draft of before
-        run.draft, run.state = now.draft, now.state
+
+        run.draft = now.draft
+        run.state = now.state
         run.seconds = time.perf_counter() - begin
+
         return run
 
     def _answer(
-        self, run: Run, trainer: Trainer | None, now: Learned, entry: int,
-        score: Score, on_update,
-    ) -> tuple[Learned, Answered]:  # fmt: skip
+        self,
+        run: Run,
+        trainer: Trainer | None,
+        now: Learned,
+        entry: int,
+        score: Score,
+        on_update,
+    ) -> tuple[Learned, Answered]:
         """Gives a recorded answer, and learns from it as `Session` does."""
         found = self.store.recording(entry)
         num_tokens = len(found.arrays["tokens"]) - found.num_prompt + 1
@@ -328,13 +386,15 @@ class Replayer:
         if trainer is None:
             return now, answered
 
-        start, before = time.perf_counter(), now
+        start = time.perf_counter()
+        before = now
         now = learn_from(trainer, now, self.completion(found, stats, score))
         seconds = time.perf_counter() - start
         if now.report is not None:
             run.reports.append(now.report)
             if on_update is not None:
                 on_update(now.report, before.draft, now.draft)
+
         return now, dataclasses.replace(
             answered, version=int(before.state.version), learning_seconds=seconds
         )
@@ -347,5 +407,6 @@ class Replayer:
         entries = [self.store.entries[i] for i in self.order[position:][: _ROWS[-1]]]
         if trainer is None:
             return len(entries)
+
         num_tokens = [entry.length - entry.num_prompt + 1 for entry in entries]
         return trainer.answers_until_due(now.state, num_tokens)

@@ -28,9 +28,13 @@ def stream_key(ids: Sequence[str]) -> str:
 
 
 def settings_of(
-    learner: str, config: LearnerConfig | None, draft: str, num_steps: int, stream: str,
+    learner: str,
+    config: LearnerConfig | None,
+    draft: str,
+    num_steps: int,
+    stream: str,
     content: str,
-) -> dict:  # fmt: skip
+) -> dict:
     """What a run's result is a function of, as JSON.
 
     Args:
@@ -56,9 +60,11 @@ def to_row(run: Run, settings: dict, is_finished: bool) -> dict:
     columns |= {name: [getattr(a.stats, name) for a in run.answers] for name in _COUNTS}
     if run.answers and run.answers[0].loss is not None:
         columns["loss"] = [a.loss for a in run.answers]
+
     config = run.learner
     decisions = [report.decision for report in run.reports]
     seconds = [report.seconds for report in run.reports]
+
     return settings | {
         "is_finished": is_finished,
         **optimizer_of(config),
@@ -103,6 +109,7 @@ class Results:
         """
         if file is None or not file.exists():
             return cls(file)
+
         try:
             found = json.loads(file.read_text("utf-8"))
             return cls(file, found["runs"], found["hindsight"])
@@ -121,6 +128,7 @@ class Results:
             )
             if is_same and is_whole:
                 return row
+
         return None
 
     def put(self, row: dict) -> None:
@@ -143,6 +151,7 @@ class Results:
         """Replaces the file, whole or not at all."""
         if self.file is None:
             return
+
         content = {"runs": self.runs, "hindsight": self.hindsight}
         atomic.write_text(self.file, json.dumps(content, indent=1))
 
@@ -161,14 +170,18 @@ def add_regret(rows: list[dict], hindsight: list[float] | None) -> None:
 
 
 _COLUMNS = {
-    "learner": ("learner", "{}"), "optimizer": ("optimizer", "{}"),
-    "rate": ("learning_rate", "{:g}"), "seed": ("seed", "{}"),
+    "learner": ("learner", "{}"),
+    "optimizer": ("optimizer", "{}"),
+    "rate": ("learning_rate", "{:g}"),
+    "seed": ("seed", "{}"),
     "acceptance length": ("mean_acceptance_length", "{:.3f}"),
     "last quarter": ("mean_acceptance_length_last_quarter", "{:.3f}"),
-    "regret": ("regret", "{:.1f}"), "over static": ("regret_static", "{:+.1f}"),
-    "updates": ("num_updates", "{}"), "learning, s": ("learning_seconds", "{:.1f}"),
+    "regret": ("regret", "{:.1f}"),
+    "over static": ("regret_static", "{:+.1f}"),
+    "updates": ("num_updates", "{}"),
+    "learning, s": ("learning_seconds", "{:.1f}"),
     "ms an update": ("median_update_seconds", "{:.0f}"),
-}  # fmt: skip
+}
 
 
 def markdown_table(rows: list[dict]) -> str:
@@ -185,6 +198,7 @@ def markdown_table(rows: list[dict]) -> str:
             cells.append("-" if value is None else form.format(value))
         cells[0] += "" if row["is_finished"] else " (interrupted)"
         lines.append("| " + " | ".join(cells) + " |")
+
     return "\n".join(lines)
 
 
@@ -195,6 +209,7 @@ def running_length(answers: dict[str, list], window: int = WINDOW) -> np.ndarray
         total = np.cumsum([0, *answers[name]])
         last = np.arange(1, len(total))
         sums.append(total[last] - total[np.maximum(last - window, 0)])
+
     return 1 + sums[1] / np.maximum(sums[0], 1)
 
 
@@ -208,28 +223,39 @@ def plot_replays(rows: list[dict], path: Path) -> Path:
     static = next((r for r in rows if r["config"] is None), None)
     has_regret = static is not None and all("loss" in r["answers"] for r in rows)
     figure, grid = plt.subplots(
-        1 + has_regret, 1, figsize=(9, 4 + 3 * has_regret), layout="constrained",
-        sharex=True, squeeze=False,
-    )  # fmt: skip
+        1 + has_regret,
+        1,
+        figsize=(9, 4 + 3 * has_regret),
+        layout="constrained",
+        sharex=True,
+        squeeze=False,
+    )
     seeds = {row["seed"] for row in rows}
+
     for row in rows:
         label = row["learner"] + (f", seed {row['seed']}" if len(seeds) > 1 else "")
         series = running_length(row["answers"])
         numbers = np.arange(1, len(series) + 1)
         grid[0, 0].plot(numbers, series, label=label, lw=1.5)
         if has_regret and static is not None:
-            own, base = row["answers"]["loss"], static["answers"]["loss"]
+            own = row["answers"]["loss"]
+            base = static["answers"]["loss"]
             grid[1, 0].plot(numbers, dynamic_regret_proxy(own, base[: len(own)]))
+
     domains = max((row["answers"]["domain"] for row in rows), key=len)
     changes = [i for i in range(1, len(domains)) if domains[i] != domains[i - 1]]
+
     for axes in grid[:, 0]:
         # Streams that change all the time would be all lines.
         for i in changes if len(changes) <= _MAX_LINES else []:
             axes.axvline(i + 0.5, color="#8a8f98", ls=":", lw=0.8)
         axes.grid(alpha=0.3)
+
     grid[0, 0].set(ylabel=f"acceptance length (last {WINDOW})")
     grid[0, 0].legend(frameon=False)
     if has_regret:
         grid[1, 0].set(ylabel="summed loss over the static draft's, nats")
+
     grid[-1, 0].set(xlabel="answer")
+
     return atomic.write_figure(figure, path)

@@ -23,9 +23,13 @@ from ospec_jax.types import Feedback
 
 
 def build_score(
-    drafter, numerics, num_context: int, num_steps: int, decay: float,
+    drafter,
+    numerics,
+    num_context: int,
+    num_steps: int,
+    decay: float,
     has_states: bool = False,
-):  # fmt: skip
+):
     """Builds the pass that scores whole answers.
 
     It maps `(params, token_ids, shared, feedback, start, following, weight)` to the
@@ -47,15 +51,20 @@ def build_score(
             states = jnp.stack([narrow(of_depth) for of_depth in outputs], axis=2)
         else:
             logits = drafter.unroll(*args, **sizes)
+
         length = logits[0].shape[1]
-        is_same, accepted = True, 0
+        is_same = True
+        accepted = 0
+
         for depth, of_depth in enumerate(logits):
             best = argmax(of_depth)
             best = best if token_ids is None else token_ids[best]
             is_same &= best == following[:, depth : depth + length]
             accepted += is_same.astype(jnp.int32)
+
         if weight is None:
             return accepted, None, states
+
         return accepted, losses(logits, token_ids, shared, feedback, weight), states
 
     def losses(logits, token_ids, shared, feedback, weight):
@@ -63,7 +72,10 @@ def build_score(
         target = linear(hidden, frozen_head(shared, token_ids), numerics)
         total = feedback.logsumexp[:, num_context + 1 :, None]
         probs = jnp.exp(jnp.minimum(target - total, 0.0))
-        length, found, scale = weight.shape[1], 0.0, 0.0
+        length = weight.shape[1]
+        found = 0.0
+        scale = 0.0
+
         for depth, of_depth in enumerate(logits):
             rows = slice(depth, depth + length)
             # The target's word after token i + depth counts where that was verified.
@@ -71,6 +83,7 @@ def build_score(
             mean = jnp.sum(forward_kl(probs[:, rows], of_depth) * count, axis=1)
             found += decay**depth * mean / jnp.maximum(jnp.sum(count, axis=1), 1.0)
             scale += decay**depth
+
         return found / scale
 
     return score
@@ -88,6 +101,7 @@ def walk(
     stats = DecodingStats(num_spec_tokens=num_steps)
     for _, count in _steps(accepted, num_tokens):
         stats.add_step(num_steps, count)
+
     return stats
 
 
@@ -116,10 +130,12 @@ def drafting_states(
     """
     kept = np.zeros((num_tokens - 1, states.shape[-1]), states.dtype)
     has_state = np.zeros(num_tokens - 1, bool)
+
     for root, count in _steps(accepted, num_tokens):
         size = min(count + 1, states.shape[1], num_tokens - 1 - root)
         kept[root : root + size] = states[root, :size]
         has_state[root : root + size] = True
+
     return kept, has_state
 
 
@@ -130,9 +146,13 @@ def whole_answer(found: Recording) -> list[int]:
 
 
 def answer_window(
-    found: Recording, num_context: int, num_roots: int, num_steps: int,
-    has_losses: bool, is_tapped: bool,
-):  # fmt: skip
+    found: Recording,
+    num_context: int,
+    num_roots: int,
+    num_steps: int,
+    has_losses: bool,
+    is_tapped: bool,
+):
     """One answer as `build_score`'s pass takes it, without the batch axis.
 
     Args:
@@ -146,18 +166,22 @@ def answer_window(
     """
     start = found.num_prompt - 1 - num_context
     size = num_context + num_roots + num_steps
-    low, high = max(start, 0), min(start + size, len(found.arrays["tokens"]))
+    low = max(start, 0)
+    high = min(start + size, len(found.arrays["tokens"]))
     inside = slice(low - start, high - start)
     read = {"tokens", "taps" if is_tapped else "hidden"}
     read |= {"hidden", "logsumexp"} if has_losses else set()
     fields = {}
+
     for name, source in found.arrays.items():
         fields[name] = np.zeros((size, *source.shape[1:]), source.dtype)
         if name in read:
             fields[name][inside] = source[low:high]
+
     following = np.full(num_roots + num_steps, -1, np.int32)
     answer = whole_answer(found)
     following[: len(answer) - 1] = answer[1:]
     weight = np.arange(num_roots) < len(answer) - 1
     feedback: Any = Feedback(**fields)
+
     return feedback, np.int32(start), following, weight.astype(np.float32)

@@ -44,9 +44,11 @@ def write_shard(folder: Path, number: int, recordings: Sequence[Recording]) -> N
     part = folder / f"shard_{number:05d}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+
     for name in _ARRAYS:
         joined = np.concatenate([r.arrays[name] for r in recordings])
         np.save(part / f"{name}.npy", joined)
+
     lengths = [len(r.arrays["tokens"]) for r in recordings]
     index = {
         "ids": [r.id for r in recordings],
@@ -96,10 +98,18 @@ class FeedbackStore:
             begin = 0
             for i, length in enumerate(index["lengths"]):
                 self.entries.append(
-                    _Entry(arrays, begin, length, index["num_prompt"][i],
-                           index["domains"][i], index["ids"][i], last[i])
-                )  # fmt: skip
+                    _Entry(
+                        arrays,
+                        begin,
+                        length,
+                        index["num_prompt"][i],
+                        index["domains"][i],
+                        index["ids"][i],
+                        last[i],
+                    )
+                )
                 begin += length
+
         if not self.entries:
             raise ConfigError(f"{folder} holds no recorded shards; collect some first")
 
@@ -128,12 +138,16 @@ class FeedbackStore:
             e = self.entries[i]
             # Pair P - 2 predicts the answer's first token.
             found += [(i, s) for s in range(e.num_prompt - 2, e.length - 2, length)]
+
         return found
 
     def segments(
-        self, windows: Sequence[tuple[int, int]], num_context: int, length: int,
+        self,
+        windows: Sequence[tuple[int, int]],
+        num_context: int,
+        length: int,
         num_steps: int,
-    ) -> Segments:  # fmt: skip
+    ) -> Segments:
         """Stacks windows of `num_context` + `length` pairs for `num_steps` depths."""
         size = num_context + length + num_steps
         rows = [self._window(i, s - num_context, size) for i, s in windows]
@@ -142,18 +156,23 @@ class FeedbackStore:
         }
         start: Any = np.asarray([s - num_context for _, s in windows], np.int32)
         weight: Any = np.stack([row["weight"] for row in rows])
+
         return Segments(feedback=Feedback(**fields), start=start, weight=weight)
 
     def _window(self, entry: int, start: int, size: int) -> dict[str, np.ndarray]:
         e = self.entries[entry]
-        low, high = max(start, 0), min(start + size, e.length)
+        low = max(start, 0)
+        high = min(start + size, e.length)
         inside = slice(low - start, high - start)
         window = {}
+
         for name in _ARRAYS:
             source = e.arrays[name]
             window[name] = np.zeros((size, *source.shape[1:]), source.dtype)
             window[name][inside] = source[e.begin + low : e.begin + high]
+
         positions = start + np.arange(size)
         is_verified = (positions >= e.num_prompt - 1) & (positions < e.length)
         window["weight"] = is_verified.astype(np.float32)
+
         return window

@@ -27,9 +27,12 @@ class AnswerLog:
     """
 
     def __init__(
-        self, files: Iterable[Path | None], answered: Sequence[str] = (),
-        older: Path | None = None, json_file: Path | None = None,
-    ):  # fmt: skip
+        self,
+        files: Iterable[Path | None],
+        answered: Sequence[str] = (),
+        older: Path | None = None,
+        json_file: Path | None = None,
+    ):
         """Opens the files, each with the lines of what was answered before.
 
         Args:
@@ -52,12 +55,14 @@ class AnswerLog:
         if older is not None and older.is_file():
             sources.append(read_answers(older))
             atomic.write_text(older, _lines(_ordered(sources[-1], answered)))
+
         sources.append(_read_list(json_file))
         self.rows = _ordered(itertools.chain(*sources), answered)
         if paths or json_file is not None:
             _warn_of_missing(self.rows, answered)
 
         self._files = []
+
         for path in paths:
             atomic.write_text(path, _lines(self.rows))
             self._files.append(path.open("a", encoding="utf-8"))
@@ -68,6 +73,7 @@ class AnswerLog:
         for file in self._files:
             file.write(_lines([row]))
             file.flush()
+
         if self._output is not None:
             self._output.write(_lines([row]))
             self._output.flush()
@@ -102,7 +108,9 @@ def read_answers(file: Path) -> list[dict]:
         warnings.warn(
             f"the last line of {file} was cut short, and is left out", stacklevel=2
         )
+
     rows = []
+
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
@@ -112,6 +120,7 @@ def read_answers(file: Path) -> list[dict]:
                 f"{file}, line {number}: no answer; move the file away to go on "
                 f"without the answers that it holds"
             ) from error
+
     return rows
 
 
@@ -119,12 +128,15 @@ def _read_list(file: Path | None) -> list[dict]:
     """The answers of a JSON list; none where there is nothing of that kind."""
     if file is None or not file.is_file():
         return []
+
     try:
         rows = json.loads(file.read_text("utf-8"))
     except ValueError:
         return []
+
     if not isinstance(rows, list):
         return []
+
     return [row for row in rows if isinstance(row, dict) and "id" in row]
 
 
@@ -133,6 +145,7 @@ def _ordered(rows: Iterable[dict], answered: Sequence[str]) -> list[dict]:
     found: dict[str, dict] = {}
     for row in rows:
         found.setdefault(row["id"], row)
+
     return [found[id] for id in answered if id in found]
 
 

@@ -33,12 +33,14 @@ class _Progress(Progress):
         now = time.monotonic()
         if self.console.is_terminal or now - self._last_line < LOG_SECONDS:
             return
+
         self._last_line = now
         task = next(task for task in self.tasks if task.id == task_id)
         self.console.print(
             f"{task.completed:.0f}/{task.total or 0:.0f} {task.description}",
-            markup=False, highlight=False,
-        )  # fmt: skip
+            markup=False,
+            highlight=False,
+        )
 
 
 def progress_bar() -> Progress:
@@ -113,6 +115,7 @@ class Interrupt:
     def _handle(self, number, frame):
         if number == signal.SIGHUP:
             self._leave_terminals()
+
         if not self:
             self.number = number
         elif not self._is_held:
@@ -126,6 +129,7 @@ class Interrupt:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, descriptor)
             os.close(null)
+
         self._terminals = []
 
     def __enter__(self) -> "Interrupt":
@@ -138,6 +142,7 @@ class Interrupt:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:  # not in the main thread: no signals arrive here
                 break
+
         return self
 
     def __exit__(self, *_) -> None:
@@ -152,6 +157,7 @@ def live(result, results) -> str:
     seconds = sum(r.seconds + r.learning_seconds for r in recent)
     drafts = sum(r.stats.num_drafts for r in recent)
     accepted = sum(r.stats.num_accepted_tokens for r in recent)
+
     return (
         f"{tokens / max(seconds, 1e-9):.1f} tokens/s, acceptance length "
         f"{1 + accepted / max(drafts, 1):.2f}, draft v{result.version}"

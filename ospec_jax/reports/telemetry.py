@@ -26,9 +26,14 @@ WINDOW = 40
 """Answers over which the running acceptance length is taken, the paper's chunk."""
 
 _TOLD = (
-    "loss", "grad_norm", "agreement", "acceptance", "candidate_agreement",
-    "candidate_acceptance", "num_samples",
-)  # fmt: skip
+    "loss",
+    "grad_norm",
+    "agreement",
+    "acceptance",
+    "candidate_agreement",
+    "candidate_acceptance",
+    "num_samples",
+)
 _LEARNED_FROM = ("loss", "agreement", "candidate_agreement")
 _TITLES = {
     "acceptance_per_position": "measured acceptance, by position",
@@ -47,6 +52,7 @@ def _is_within(row: dict, num_answered: int) -> bool:
     """Whether a row tells of the first answers, or of what they taught."""
     if row["kind"] == "update":  # is written before its answer is
         return row["num_answers"] < num_answered
+
     return row["number"] <= num_answered
 
 
@@ -75,9 +81,11 @@ class Telemetry:
     """
 
     def __init__(
-        self, file: Path, tensorboard: Path | None = None,
+        self,
+        file: Path,
+        tensorboard: Path | None = None,
         num_answered: int | None = None,
-    ):  # fmt: skip
+    ):
         """Opens the file.
 
         Args:
@@ -91,7 +99,9 @@ class Telemetry:
         self._counts: dict[str, Any] = dict.fromkeys(
             ("answers", "tokens", "updates", "promotions", "rollbacks"), 0
         )
-        self._version, self._changed, self._path_length = -1, 0, 0.0
+        self._version = -1
+        self._changed = 0
+        self._path_length = 0.0
         self._recent: deque = deque(maxlen=WINDOW)
         if file.exists():
             if num_answered is None:
@@ -103,6 +113,7 @@ class Telemetry:
             for row in kept:
                 self._recall(row)
             atomic.write_text(file, "".join(map(_line, kept)))
+
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = file.open("a", encoding="utf-8")
 
@@ -113,23 +124,32 @@ class Telemetry:
             self._writer.close()
 
     def answer(
-        self, id: str, domain: str, num_tokens: int, stats: DecodingStats,
-        version: int = 0, learning_seconds: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        id: str,
+        domain: str,
+        num_tokens: int,
+        stats: DecodingStats,
+        version: int = 0,
+        learning_seconds: float = 0.0,
+    ) -> None:
         """Writes one answer's row.
 
         Args:
           version: Of the draft that was served.
         """
         row = {
-            "kind": "answer", "number": self._counts["answers"] + 1, "id": id,
-            "domain": domain, "num_tokens": num_tokens,
+            "kind": "answer",
+            "number": self._counts["answers"] + 1,
+            "id": id,
+            "domain": domain,
+            "num_tokens": num_tokens,
             "num_drafts": stats.num_drafts,
             "num_accepted_tokens": stats.num_accepted_tokens,
             "mean_acceptance_length": stats.mean_acceptance_length,
             "acceptance_histogram": stats.acceptance_histogram,
-            "version": version, "learning_seconds": learning_seconds,
-        }  # fmt: skip
+            "version": version,
+            "learning_seconds": learning_seconds,
+        }
         self._recall(row)
         drafts, accepted = np.sum([counts[:2] for counts in self._recent], axis=0)
         row["running_acceptance_length"] = 1 + float(accepted) / max(float(drafts), 1)
@@ -144,23 +164,31 @@ class Telemetry:
         Args:
           before: What was served, and what is from now on (`after`).
         """
-        info, step_length = report.info, report.step_length
+        info = report.info
+        step_length = report.step_length
         if step_length is None:
             is_moved = report.decision == "promote"
             step_length = is_moved * float(distance(before.params, after.params))
+
         told = {name: _plain(x) for name, x in getattr(info, "extra", {}).items()}
         row = {
-            "kind": "update", "number": self._counts["updates"] + 1,
+            "kind": "update",
+            "number": self._counts["updates"] + 1,
             "num_answers": self._counts["answers"],
-            "num_tokens": self._counts["tokens"], "decision": report.decision,
-            "seconds": report.seconds, "stride": report.stride,
+            "num_tokens": self._counts["tokens"],
+            "decision": report.decision,
+            "seconds": report.seconds,
+            "stride": report.stride,
             "step_length": step_length,
-            "path_length": self._path_length + step_length, "extra": told,
-        }  # fmt: skip
+            "path_length": self._path_length + step_length,
+            "extra": told,
+        }
+
         for name in _TOLD:
             value = getattr(info, name, None)
             if value is not None:
                 row[name] = _plain(value)
+
         self._recall(row)
         row["num_promotions"] = self._counts["promotions"]
         row["num_rollbacks"] = self._counts["rollbacks"]
@@ -175,11 +203,14 @@ class Telemetry:
             counts["rollbacks"] += row["decision"] == "rollback"
             self._path_length = row["path_length"]
             return
+
         # Rows of older versions have no histogram.
         histogram = row.get("acceptance_histogram", [])
         self._recent.append((row["num_drafts"], row["num_accepted_tokens"], histogram))
         if row["version"] != self._version:
-            self._version, self._changed = row["version"], counts["tokens"]
+            self._version = row["version"]
+            self._changed = counts["tokens"]
+
         counts["tokens"] += row["num_tokens"]
 
     def _write(self, row: dict, number: int) -> None:
@@ -187,8 +218,10 @@ class Telemetry:
         self._file.flush()
         if self._writer is None:
             return
+
         # flax's writer calls it otherwise than the others.
         add = getattr(self._writer, "add_scalar", None) or self._writer.scalar
+
         for name, value in (row | row.get("extra", {})).items():
             if name not in ("kind", "number", "id", "domain", "decision", "extra"):
                 for i, x in enumerate(np.ravel(value)):
@@ -203,8 +236,10 @@ def _plain(value) -> Any:
 def _shares_by_position(histograms: Sequence[list[int]]) -> list[float]:
     """Share of steps that got at least one, two, ... drafted tokens accepted."""
     total = np.zeros(max(map(len, histograms), default=0))
+
     for histogram in histograms:
         total[: len(histogram)] += histogram
+
     survived = np.cumsum(total[::-1])[::-1]
     return (survived[1:] / max(total.sum(), 1)).tolist()
 
@@ -220,6 +255,7 @@ def tensorboard_writer(folder: Path) -> Any:
             return importlib.import_module(name).SummaryWriter(str(folder))
         except ImportError:
             continue
+
     raise ConfigError(
         f"TensorBoard needs one of {', '.join(_WRITERS)}: pip install "
         f"'ospec-jax[tensorboard]'"
@@ -235,13 +271,17 @@ def read_rows(file: Path) -> list[dict]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"no telemetry file {file}")
-    lines, rows = file.read_text("utf-8").split("\n"), []
+
+    lines = file.read_text("utf-8").split("\n")
+    rows = []
+
     for number, line in enumerate(lines[:-1], 1):
         try:
             rows.append(json.loads(line))
             assert rows[-1]["kind"] in ("answer", "update")
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise ConfigError(f"{file}, line {number}: no row of telemetry") from error
+
     return rows
 
 
@@ -258,15 +298,21 @@ def plot_telemetry(rows: list[dict], path: Path) -> Path:
     measured = ["running_acceptance_length", "staleness"]
     if any("acceptance_per_position" in row for row in answers):
         measured.append("acceptance_per_position")
+
     panels = list(measured)
     if updates:
         # Agreement over the whole vocabulary or among candidates: whichever is known.
         known = [name for name in _LEARNED_FROM if any(name in r for r in updates)]
         panels += [*known, "stride", "path_length", *told]
+
     figure, grid = plt.subplots(
-        -(-len(panels) // 2), 2, figsize=(10, 2.6 * -(-len(panels) // 2)),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
+        -(-len(panels) // 2),
+        2,
+        figsize=(10, 2.6 * -(-len(panels) // 2)),
+        layout="constrained",
+        squeeze=False,
+    )
+
     for axes, name in zip(grid.flat, panels, strict=False):
         if name in measured:
             found = [r for r in answers if name in r]
@@ -281,6 +327,8 @@ def plot_telemetry(rows: list[dict], path: Path) -> Path:
             axes.plot([r["num_answers"] for r in found], np.array(values, float))
         axes.set(xlabel="answer", title=_TITLES.get(name, name.replace("_", " ")))
         axes.grid(alpha=0.3)
+
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
+
     return atomic.write_figure(figure, path)

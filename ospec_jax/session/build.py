@@ -49,6 +49,7 @@ def fitting_tree(tree: TreeConfig | None, draft: LoadedDraft | None) -> TreeConf
     tree = _within_reach(tree or TreeConfig(num_steps=3 if draft else 0), draft)
     if draft is not None and draft.mix == "mixed" and tree.is_chain:
         return dataclasses.replace(tree, kind="parallel")
+
     return tree
 
 
@@ -60,19 +61,27 @@ def _within_reach(tree: TreeConfig, draft: LoadedDraft | None) -> TreeConfig:
         return tree.of_depth(0)
     if draft.family.max_depth is None:
         return tree
+
     deepest = draft.family.max_depth(draft.architecture)
     depths = tuple(depth for depth in tree.depths if depth <= deepest)
+
     return dataclasses.replace(tree, num_steps=max(depths), depths=depths)
 
 
 def assembled(
-    target: Target, draft: LoadedDraft | None, tree: TreeConfig,
-    learner: LearnerConfig | None, ngrams: bool, num_predicted_tokens: int,
-    has_log_probs: bool, controller: str | BuildController | None,
-) -> Parts:  # fmt: skip
+    target: Target,
+    draft: LoadedDraft | None,
+    tree: TreeConfig,
+    learner: LearnerConfig | None,
+    ngrams: bool,
+    num_predicted_tokens: int,
+    has_log_probs: bool,
+    controller: str | BuildController | None,
+) -> Parts:
     """Builds the engine, a drafter for each kind of step, and what learns."""
     has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
-    drafter, trainer = None, None
+    drafter = None
+    trainer = None
     orders = draft.memory_orders if draft else ORDERS
     serve = serving(target, draft, orders)
     plain = tree.of_depth(tree.num_steps) if tree.depths else tree
@@ -82,9 +91,13 @@ def assembled(
         if draft.mix:
             has_ngrams = draft.suggestions != "prediction"
         build = functools.partial(
-            build_drafter, draft.family, draft.architecture,
-            numerics=target.numerics, has_ngrams=has_ngrams, mix=draft.mix,
-        )  # fmt: skip
+            build_drafter,
+            draft.family,
+            draft.architecture,
+            numerics=target.numerics,
+            has_ngrams=has_ngrams,
+            mix=draft.mix,
+        )
         drafters, long = _menu_of(build, tree, num_predicted_tokens)
         menu = drafters
         drafter = drafters[Action(plain)]
@@ -92,11 +105,16 @@ def assembled(
             learner = learner_for(learner, draft, drafter, target)
             orders = orders if has_ngrams else ()
             trainer = trainer_for(learner, target, draft, drafter, serve, orders)
+
     config = StepConfig(
-        model=target.config, numerics=target.numerics, tree=plain,
-        taps=draft.taps if draft else (), stop_ids=stop_token_ids(target.tokenizer),
-        has_log_probs=has_log_probs, mesh=target.mesh,
-    )  # fmt: skip
+        model=target.config,
+        numerics=target.numerics,
+        tree=plain,
+        taps=draft.taps if draft else (),
+        stop_ids=stop_token_ids(target.tokenizer),
+        has_log_probs=has_log_probs,
+        mesh=target.mesh,
+    )
     recording = trainer.recording if trainer else "nothing"
     engine = Engine(config, target.params, drafter, recording, menu)
     actions = tuple(action for action in menu if action != long)
@@ -105,6 +123,7 @@ def assembled(
         rule = follow_predictions(rule, long)
     if trainer is None:
         return Parts(engine, rule, None, None, serve)
+
     return Parts(engine, rule, learner, trainer, trainer.serve)
 
 
@@ -129,6 +148,7 @@ def _menu_of(
 
     chain = TreeConfig(num_steps=num_predicted_tokens)
     long = Action(chain, SUGGESTIONS)
+
     return menu | {long: build(tree=trees[-1], predicted=chain)}, long
 
 
@@ -148,19 +168,27 @@ def learner_for(
                 f"rule out to learn n-grams"
             )
         return learner.renamed("memory")
+
     if learner.name != "auto":
         return learner
+
     can_learn_head = drafter.head_inputs is not None and target.mesh is None
     # Without `pace` a budget says nothing to `head`; with it, it asks for updates.
     read_by_head = {field.name for field in dataclasses.fields(LastLayer)} | {"pace"}
     is_head = can_learn_head and read_by_head.issuperset(learner.given)
+
     return learner.renamed("head" if is_head else "gradient")
 
 
 def trainer_for(
-    learner: LearnerConfig, target: Target, draft: LoadedDraft, drafter: Drafter,
-    serve: Callable[[Draft], Draft], orders: tuple[int, ...] = (), tap_width: int = 0,
-) -> Trainer:  # fmt: skip
+    learner: LearnerConfig,
+    target: Target,
+    draft: LoadedDraft,
+    drafter: Drafter,
+    serve: Callable[[Draft], Draft],
+    orders: tuple[int, ...] = (),
+    tap_width: int = 0,
+) -> Trainer:
     """What learning runs.
 
     Args:
@@ -170,11 +198,17 @@ def trainer_for(
     """
     width = target.config.hidden_size
     return build_trainer(
-        learner, drafter, shared_tables(target.params), serve,
-        tap_width=tap_width or len(draft.taps) * width, hidden_size=width,
-        vocab_size=target.config.vocab_size, numerics=target.numerics, orders=orders,
+        learner,
+        drafter,
+        shared_tables(target.params),
+        serve,
+        tap_width=tap_width or len(draft.taps) * width,
+        hidden_size=width,
+        vocab_size=target.config.vocab_size,
+        numerics=target.numerics,
+        orders=orders,
         mesh=target.mesh,
-    )  # fmt: skip
+    )
 
 
 def serving(
@@ -184,14 +218,16 @@ def serving(
 
     It remembers no n-grams; there is nothing in its table but their rates.
     """
-    mesh, precision = target.mesh, target.numerics.precision
+    mesh = target.mesh
+    precision = target.numerics.precision
     is_trained = draft is not None and draft.meta.draft is not None
     cast = jax.jit(
         sharding.pinned(
-            lambda params: cast_params(params, precision), mesh,
+            lambda params: cast_params(params, precision),
+            mesh,
             sharding.param_shardings,
         )
-    )  # fmt: skip
+    )
     nothing = sharding.put_params(init_memory(1, orders), mesh)
 
     def serve(draft: Draft) -> Draft:
@@ -202,9 +238,11 @@ def serving(
 
 
 def grouped(
-    tree, config: DraftConfig | None, mesh: jax.sharding.Mesh | None,
+    tree,
+    config: DraftConfig | None,
+    mesh: jax.sharding.Mesh | None,
     is_inverse: bool = False,
-):  # fmt: skip
+):
     """A draft or trainer's state in the mesh's order of rows, or back in the files'.
 
     Args:
@@ -212,6 +250,7 @@ def grouped(
     """
     if mesh is None or config is None:
         return sharding.put_params(tree, mesh)
+
     sharding.check_model(mesh, config, "the draft")
     move = lambda tree: sharding.regroup(
         tree, config, sharding.num_groups(mesh), is_inverse

@@ -13,6 +13,7 @@ def as_prompt(prompt: Prompt | str | dict, number: int) -> Prompt:
     """A prompt of any form; its number names one that has no id."""
     if isinstance(prompt, Prompt):
         return prompt
+
     row = {"prompt": prompt} if isinstance(prompt, str) else prompt
     return parse_prompt(row, f"prompt-{number}")
 
@@ -56,7 +57,10 @@ def _find_stop(decode, stop: tuple[str, ...], token_ids: list[int]) -> int | Non
     """Tokens to keep when the answer's text holds a stop string."""
     if not any(s in decode(token_ids) for s in stop):
         return None
+
     keep = len(token_ids)
+
     while keep and any(s in decode(token_ids[:keep]) for s in stop):
         keep -= 1
+
     return keep

@@ -39,6 +39,7 @@ class Saved:
             return False
         if with_feedback:
             return self.has_all_feedback
+
         return not (place / "feedback").exists()
 
 
@@ -61,17 +62,22 @@ def save(
     """
     if state.meta is None or state.draft is None:
         raise CheckpointError("there is no draft to save")
-    meta, config = current_meta(state, learner), state.meta.draft
+
+    meta = current_meta(state, learner)
+    config = state.meta.draft
     place = step_folder(folder, state)
     if last is not None and last.holds(place, meta, with_feedback):
         return last
 
     draft = grouped(state.draft, config, mesh, is_inverse=True)
-    trainer, traffic = state.trainer, None
+    trainer = state.trainer
+    traffic = None
     if trainer is not None:
         trainer = grouped(trainer, config, mesh, is_inverse=True)
         traffic = state.traffic if with_feedback else None
+
     checkpoint.save(folder, int(place.name), meta, draft, trainer, traffic)
+
     return Saved(place, meta, with_feedback and state.trainer is not None)
 
 
@@ -92,6 +98,7 @@ def current_meta(state: SessionState, learner: LearnerConfig | None) -> Meta:
     )
     if learner is None:
         return meta
+
     return dataclasses.replace(
         meta,
         draft_version=meta.draft_version + state.version,
@@ -137,6 +144,7 @@ def resume(
         warnings.warn(f"{folder}: {describe_stop(trainer, state)}", stacklevel=3)
 
     traffic = like.traffic
+
     try:
         # Older traffic than the learner's would not be what it counted.
         kept = checkpoint.load(
@@ -149,7 +157,9 @@ def resume(
             f"learning goes on without past traffic",
             stacklevel=3,
         )
+
     version = found.meta.draft_version - int(state.version)
+
     return SessionState(
         meta=dataclasses.replace(found.meta, draft_version=version),
         draft=place(found.draft),
@@ -171,6 +181,7 @@ def check_settings(folder: str | Path, meta: Meta, learner: LearnerConfig) -> No
         raise CheckpointError(
             f"{folder} holds a draft but no learner; start from it with --draft"
         )
+
     rule = meta.learner.get("rule", "")
     if rule != learner.rule_name:
         ours = f"the rule {learner.rule_name!r}" if learner.rule else "a built-in one"
@@ -182,6 +193,7 @@ def check_settings(folder: str | Path, meta: Meta, learner: LearnerConfig) -> No
         raise CheckpointError(
             f"{folder} was learned with {theirs}, not with {ours}; {remedy}"
         )
+
     saved = saved_config(meta.learner, learner)
     if saved != learner:
         raise CheckpointError(
@@ -195,6 +207,7 @@ def _completed(state, trainer: Trainer, draft: Draft):
     is_missing = lambda x: isinstance(x, jax.ShapeDtypeStruct)
     if not any(map(is_missing, jax.tree.leaves(state))):
         return state
+
     start = trainer.init(draft)[0]
     fill = lambda found, new: new if is_missing(found) else found
     return jax.tree.map(fill, state, start)

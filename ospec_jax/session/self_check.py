@@ -19,9 +19,11 @@ def self_check(
     Raises:
       CheckpointError: (Almost) nothing that was drafted was accepted.
     """
-    depth, max_depth = 3, draft.family.max_depth
+    depth = 3
+    max_depth = draft.family.max_depth
     if max_depth is not None:
         depth = min(depth, max_depth(draft.architecture))
+
     session = Session(target, draft, tree=TreeConfig(num_steps=depth), ngrams=False)
     prompts = [p for domain in DEMO_DOMAINS for p in demo_prompts(domain)[:num_prompts]]
     results = list(session.generate(prompts, max_new_tokens))
@@ -36,4 +38,5 @@ def self_check(
             f"its norms swapped when it was saved, d2t is wrong, or it "
             f"was trained for another model; --no-check takes it as it is"
         )
+
     return length

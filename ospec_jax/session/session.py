@@ -95,9 +95,15 @@ class Session:
         sharding.check_batch(target.mesh, batch_size)
         tree = build.fitting_tree(tree, draft)
         parts = build.assembled(
-            target, draft, tree, as_learner_config(learner), ngrams,
-            num_predicted_tokens, has_log_probs, controller,
-        )  # fmt: skip
+            target,
+            draft,
+            tree,
+            as_learner_config(learner),
+            ngrams,
+            num_predicted_tokens,
+            has_log_probs,
+            controller,
+        )
         self.target = target
         self.tree = tree
         self.batch_size = batch_size
@@ -120,10 +126,12 @@ class Session:
         """Before anything was answered."""
         if loaded is None:
             return SessionState()
+
         meta = loaded.meta
         draft = build.grouped(loaded.draft, meta.draft, self.target.mesh)
         if self.trainer is None:
             return SessionState(meta, draft)
+
         return SessionState(meta, draft, *self.trainer.init(draft))
 
     def _adopt(self, state: SessionState) -> None:
@@ -136,6 +144,7 @@ class Session:
             assert state.traffic is not None
             now = go_on_from(self.trainer, state.trainer, state.traffic, state.draft)
             self._served = now.served
+
         self.chooser.resume(state.controller)
 
     @property
@@ -184,9 +193,11 @@ class Session:
         return self.engine.drafter is not None and self.tree.num_steps > 0
 
     def warm_up(
-        self, capacities: Iterable[int | None] = (None,),
-        sampling: SamplingConfig = SamplingConfig(), has_predictions: bool = False,
-    ) -> float:  # fmt: skip
+        self,
+        capacities: Iterable[int | None] = (None,),
+        sampling: SamplingConfig = SamplingConfig(),
+        has_predictions: bool = False,
+    ) -> float:
         """Compiles what decoding and learning need; returns the seconds it took.
 
         Also turns a learning budget into an interval of target passes, and measures
@@ -202,18 +213,25 @@ class Session:
         return time.perf_counter() - start
 
     def _warm_up(
-        self, capacities: Iterable[int | None], sampling: SamplingConfig,
+        self,
+        capacities: Iterable[int | None],
+        sampling: SamplingConfig,
         has_predictions: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         request = self.probe_request(24, sampling)
         requests = [request]
         if has_predictions and self.is_drafting:
             predicted = dataclasses.replace(request, prediction_ids=request.prompt_ids)
             requests = [predicted, request]
+
         completions = warm_up.warm_up(
-            self.engine, self.chooser, self._served, requests, capacities,
+            self.engine,
+            self.chooser,
+            self._served,
+            requests,
+            capacities,
             self.batch_size,
-        )  # fmt: skip
+        )
         if self.trainer is not None and self._served is not None:
             trained = warm_up.warm_up_trainer(
                 self.trainer, self._state, self._served, completions, self.batch_size
@@ -229,14 +247,22 @@ class Session:
         return Request("probe", ids, max_new_tokens, sampling)
 
     def requests(
-        self, prompts: Iterable[Prompt], max_new_tokens: int, sampling: SamplingConfig,
+        self,
+        prompts: Iterable[Prompt],
+        max_new_tokens: int,
+        sampling: SamplingConfig,
         is_raw: bool = False,
-    ) -> Iterator[tuple[Prompt, Request]]:  # fmt: skip
+    ) -> Iterator[tuple[Prompt, Request]]:
         """Tokenises prompts."""
         return tokenized(
-            prompts, self.target.tokenizer, max_new_tokens, sampling, is_raw, self.stop,
+            prompts,
+            self.target.tokenizer,
+            max_new_tokens,
+            sampling,
+            is_raw,
+            self.stop,
             has_predictions=self.is_drafting,
-        )  # fmt: skip
+        )
 
     def generate(
         self,
@@ -264,6 +290,7 @@ class Session:
                     "predictions are verified as drafts, and this session decodes "
                     "plainly; give it a draft, if only load_draft('prediction', target)"
                 )
+
         pairs = list(self.requests(parsed, max_new_tokens, sampling, is_raw))
         # Refuse what does not fit before anything is decoded.
         capacity = self.engine.capacity_for(request for _, request in pairs)
@@ -272,9 +299,14 @@ class Session:
             release_memory()
         elif pairs and not self.chooser.has_costs:
             warm_up.measure_costs(
-                self.engine, self.chooser, self._served,
-                self.probe_request(sampling=sampling), self.batch_size, capacity,
-            )  # fmt: skip
+                self.engine,
+                self.chooser,
+                self._served,
+                self.probe_request(sampling=sampling),
+                self.batch_size,
+                capacity,
+            )
+
         prompt_of = {id(request): prompt for prompt, request in pairs}
         streams: dict[int, TextStream] = {}
 
@@ -285,10 +317,14 @@ class Session:
                 on_text(prompt_of[id(request)], text)
 
         completions = self.engine.serve(
-            (request for _, request in pairs), lambda: self.served_draft,
-            self.batch_size, on_tokens=on_tokens if on_text else None,
-            chooser=self.chooser, ordinals=self._ordinals(),
-        )  # fmt: skip
+            (request for _, request in pairs),
+            lambda: self.served_draft,
+            self.batch_size,
+            on_tokens=on_tokens if on_text else None,
+            chooser=self.chooser,
+            ordinals=self._ordinals(),
+        )
+
         for completion in completions:
             stream = streams.pop(id(completion.request), None)
             if stream and on_text and (rest := stream.flush()):
@@ -332,7 +368,9 @@ class Session:
         """Remembers the answer and updates the draft when it is time."""
         if self.trainer is None or not completion.request.can_teach:
             return 0.0
-        start, before = time.perf_counter(), self._state
+
+        start = time.perf_counter()
+        before = self._state
         assert before.draft is not None
         assert before.traffic is not None
         assert self._served is not None
@@ -348,6 +386,7 @@ class Session:
             self.reports.append(now.report)
             if self.on_update is not None:
                 self.on_update(now.report, before.draft, now.draft)
+
         return seconds
 
     def _warn_of_collapse(self, newest: DecodingStats) -> None:
@@ -392,9 +431,13 @@ class Session:
           CheckpointError: It holds no state of the same learner.
         """
         state = resume.resume(
-            folder, self.target, self.learner, self.trainer, self._state,
+            folder,
+            self.target,
+            self.learner,
+            self.trainer,
+            self._state,
             self.own_family,
-        )  # fmt: skip
+        )
         self._adopt(state)
         # What could not be read back counts as saved: it is gone for good.
         self._saved = resume.Saved(

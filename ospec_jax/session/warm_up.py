@@ -18,9 +18,13 @@ from ospec_jax.types import Draft
 
 
 def warm_up(
-    engine: Engine, chooser: Chooser, served: Draft | None, requests: list[Request],
-    capacities: Iterable[int | None], batch_size: int,
-) -> list[Completion]:  # fmt: skip
+    engine: Engine,
+    chooser: Chooser,
+    served: Draft | None,
+    requests: list[Request],
+    capacities: Iterable[int | None],
+    batch_size: int,
+) -> list[Completion]:
     """Compiles what decoding needs, and tells a controller that asks for it the costs.
 
     Args:
@@ -40,6 +44,7 @@ def warm_up(
                 engine, chooser, served, request, capacity, batch_size
             )
         answered.append(completions[-1])
+
     return answered
 
 
@@ -61,18 +66,24 @@ def warm_up_trainer(
     """
     speeds = [None] * (len(completions) - 1) + [speed_of(completions[-1], batch_size)]
     trained = state.trainer
+
     for completion, speed in zip(completions, speeds, strict=True):
         trained = trainer.warm_up(
             trained, state.traffic, state.draft, served, completion, speed
         )
+
     assert trained is not None
     return trained
 
 
 def _decode_twice(
-    engine: Engine, chooser: Chooser, served: Draft | None, request: Request,
-    capacity: int | None, batch_size: int,
-) -> list[Completion]:  # fmt: skip
+    engine: Engine,
+    chooser: Chooser,
+    served: Draft | None,
+    request: Request,
+    capacity: int | None,
+    batch_size: int,
+) -> list[Completion]:
     """Serves a request twice, and takes a longer step where one may come."""
     requests = [request] * batch_size
     # A copy: the controller shall not hear of what is no traffic.
@@ -83,13 +94,17 @@ def _decode_twice(
     serve()
     completions = serve()
     _compile_longer_steps(engine, served, request, capacity, batch_size)
+
     return completions
 
 
 def _compile_longer_steps(
-    engine: Engine, served: Draft | None, request: Request, capacity: int | None,
+    engine: Engine,
+    served: Draft | None,
+    request: Request,
+    capacity: int | None,
     batch_size: int,
-) -> None:  # fmt: skip
+) -> None:
     """Compiles the step for sure suggestions, if anybody is ever sure of them."""
     longer = [action for action in engine.actions if action.drafter == SUGGESTIONS]
     if not longer:
@@ -102,15 +117,21 @@ def _compile_longer_steps(
 
     state = engine.place(None, row, 0, batch_size, slots)
     is_greedy = request.sampling.temperature == 0
+
     for action in longer:
         state, output = engine.step(action, is_greedy, served, state)
+
     jax.block_until_ready(output)
 
 
 def measure_costs(
-    engine: Engine, chooser: Chooser, served: Draft | None, request: Request,
-    batch_size: int, capacity: int | None,
-) -> None:  # fmt: skip
+    engine: Engine,
+    chooser: Chooser,
+    served: Draft | None,
+    request: Request,
+    batch_size: int,
+    capacity: int | None,
+) -> None:
     """Compiles the steps to choose from, and times them for who weighs time."""
     is_timed = not chooser.has_costs
     request = dataclasses.replace(request, max_new_tokens=48, prediction_ids=())

@@ -119,9 +119,8 @@ class Meta:
                 "fingerprint": target.fingerprint,
                 "tokenizer_hash": tokenizer_hash(target.tokenizer),
             }
-        return cls(
-            family=family, draft=draft, libraries=libraries, **(facts | values)
-        )  # fmt: skip
+
+        return cls(family=family, draft=draft, libraries=libraries, **(facts | values))
 
     def check(self, target: Target) -> None:
         """Refuses a draft that cannot work for `target`; warns of other weights.
@@ -129,16 +128,19 @@ class Meta:
         Raises:
           CheckpointError: The vocabulary, tokenizer, width or taps do not fit.
         """
-        config, draft = target.config, self.draft
+        config = target.config
+        draft = self.draft
         found = []
         if self.tokenizer_hash:
             known = tokenizer_hash(target.tokenizer)
             found.append(("tokenizer", self.tokenizer_hash, known))
+
         if draft is not None:
             found += [
                 ("vocabulary size", draft.vocab_size, config.vocab_size),
                 ("hidden size", draft.target_hidden_size, config.hidden_size),
             ]
+
         for what, ours, theirs in found:
             if ours != theirs:
                 raise CheckpointError(
@@ -146,6 +148,7 @@ class Meta:
                     f"{target.name} has {theirs}; use a draft of this target or train "
                     f"one with `ospec distill`"
                 )
+
         if draft is not None and max(draft.taps, default=0) > config.num_layers:
             raise CheckpointError(
                 f"this draft reads layers {draft.taps}, but {target.name} has "
@@ -197,11 +200,14 @@ def save(
         if draft.token_ids is not None:
             stored["token_ids"] = draft.token_ids
         items["draft"] = stored
+
     if learner is not None:
         items["learner"] = learner
     if feedback is not None:
         items["feedback"] = feedback
+
     path = Path(folder).resolve()
+
     with _open(path, num_kept) as checkpointer:
         found = sorted(c.step for c in checkpointer.checkpoints)
         newest = max(found, default=step)
@@ -217,6 +223,7 @@ def save(
                 checkpointer.delete(number)
         else:
             checkpointer.save_checkpointables(step, items)
+
     return path / str(step)
 
 
@@ -224,14 +231,17 @@ def _replace(path: Path, step: int, items: dict[str, Any]) -> None:
     """Writes a step beside the one of its number, then swaps the two."""
     place = path / str(step)
     writing = place.with_name(place.name + _WRITING)
+
     with _open(writing) as checkpointer:
         checkpointer.save_checkpointables(step, items)
+
     try:
         if jax.process_index() == 0:
             _swap(writing / place.name, place)
     finally:
         # The others wait also where this process fails, and would wait for ever.
         _wait_for_all()
+
     _sweep(path)
 
 
@@ -261,6 +271,7 @@ def _recover(path: Path) -> None:
             except OSError:  # the one who set it aside, or another reader, was faster
                 if not place.exists():
                     raise
+
     _wait_for_all()
 
 
@@ -275,6 +286,7 @@ def _sweep(path: Path) -> None:
         for pattern in (f"*{_WRITING}", f"*{_ORBAX_PART}*"):
             for rest in path.glob(pattern):
                 shutil.rmtree(rest)
+
     _wait_for_all()
 
 
@@ -293,7 +305,9 @@ def _open(path: Path, num_kept: int | None = None) -> Iterator[Any]:
     policy: Any = None
     if num_kept is not None:
         policy = ocp.training.preservation_policies.LatestN(num_kept)
+
     place: Any = path
+
     with (
         _only_errors("absl"),
         ocp.training.Checkpointer(place, preservation_policy=policy) as checkpointer,
@@ -311,6 +325,7 @@ def _only_errors(name: str) -> Iterator[None]:
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(max(level, logging.ERROR))
+
     try:
         yield
     finally:
@@ -322,6 +337,7 @@ def steps(folder: str | Path) -> list[int]:
     path = Path(folder).resolve()
     if not path.is_dir():
         return []
+
     with _open(path) as checkpointer:
         return sorted(c.step for c in checkpointer.checkpoints)
 
@@ -373,7 +389,9 @@ def load(
             f"{folder} holds no checkpoint; `ospec learn --checkpoint` and `ospec "
             f"distill --out` write them"
         )
+
     failures = []
+
     for number in reversed(found if step is None else [step]):
         try:
             checkpoint = _load_step(
@@ -393,6 +411,7 @@ def load(
         if target is not None:
             checkpoint.meta.check(target)
         return checkpoint
+
     raise CheckpointError(f"{folder}: no step can be read ({'; '.join(failures)})")
 
 
@@ -410,7 +429,8 @@ def _load_step(
             token_ids = stored.get("token_ids")
             draft = Draft(params=_widen(stored["params"]), token_ids=token_ids)
             _check_finite(draft, f"step {step} of {path}")
-        rest, likes = {}, {}
+        rest = {}
+        likes = {}
         kept = checkpointer.checkpointables_metadata(step).metadata
         for name, like in (("learner", learner_like), ("feedback", feedback_like)):
             if like is not None:
@@ -420,6 +440,7 @@ def _load_step(
                     like = older.stored_like(like, kept[name])
                 rest[name] = _on_devices(like, mesh)
         restored = _restore(checkpointer, step, rest) if rest else {}
+
     found = {name: older.brought_up(likes[name], restored[name]) for name in likes}
     return Checkpoint(step, meta, draft, found.get("learner"), found.get("feedback"))
 
@@ -461,6 +482,7 @@ def family_of(name: str, own: Family | None = None) -> Family:
             f"{', '.join(FAMILIES)}; pass its record, as in `load_draft(folder, "
             f"target, family=MY_FAMILY)`"
         )
+
     return FAMILIES[name]
 
 
@@ -472,7 +494,9 @@ def read_meta(values: dict, own: Family | None = None) -> Meta:
     """
     if "depth" in values:  # what older versions called it
         values = {("controller" if k == "depth" else k): v for k, v in values.items()}
-    draft, family = values["draft"], family_of(values["family"], own)
+
+    draft = values["draft"]
+    family = family_of(values["family"], own)
     if draft is not None:
         if family.config is None or not issubclass(family.config, DraftConfig):
             raise CheckpointError(
@@ -480,6 +504,7 @@ def read_meta(values: dict, own: Family | None = None) -> Meta:
                 f"{family.name!r} have none"
             )
         draft = draft_config_from(family.config, draft)
+
     return from_dict(Meta, values | {"draft": draft})
 
 
@@ -489,7 +514,8 @@ def abstract_draft(meta: Meta, own: Family | None = None) -> dict:
     Args:
       own: See `family_of`.
     """
-    config, family = meta.draft, family_of(meta.family, own)
+    config = meta.draft
+    family = family_of(meta.family, own)
     assert config is not None, "only drafts with parameters are stored"
 
     def make():
@@ -497,9 +523,11 @@ def abstract_draft(meta: Meta, own: Family | None = None) -> dict:
         params = drafter.init_params(jax.random.key(0))
         if meta.base:
             params = low_rank.empty(params, meta.rank)
+
         stored = {"params": cast_params(params, meta.storage)}
         if meta.base or not config.has_own_head:
             return stored
+
         return stored | {"token_ids": jnp.zeros(config.draft_vocab_size, int)}
 
     return jax.eval_shape(make)
@@ -511,6 +539,7 @@ def _on_devices(tree, mesh):
     places = jax.tree.map(lambda _: device, tree)
     if mesh is not None:
         places = sharding.param_shardings(tree, mesh)
+
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     return jax.tree.map(place, tree, places)
 
@@ -520,6 +549,7 @@ def _widen(params):
     if "kernel" in params and params["kernel"].dtype == jnp.int8:
         rest = {k: v for k, v in params.items() if k not in ("kernel", "scale")}
         return {"kernel": dequantized(params)} | rest
+
     return {
         name: _widen(value) if isinstance(value, dict) else value.astype(jnp.float32)
         for name, value in params.items()

@@ -19,11 +19,14 @@ from ospec_jax.types import Draft
 def fingerprint(draft: Draft) -> str:
     """Hash of a draft's parameters and vocabulary: what a difference belongs to."""
     digest = hashlib.sha256()
+
     for path, leaf in jax.tree_util.tree_leaves_with_path(draft.params):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+
     if draft.token_ids is not None:
         digest.update(np.ascontiguousarray(draft.token_ids, np.int32).tobytes())
+
     return digest.hexdigest()[:16]
 
 
@@ -35,6 +38,7 @@ def empty(params, rank: int):
             return {name: empty(value, rank)}
         if name != "kernel":
             return {name: jnp.zeros_like(value)}
+
         kept = min(rank, *value.shape)
         return {
             "left": {"kernel": jnp.zeros((value.shape[0], kept))},
@@ -59,6 +63,7 @@ def subtract(params, base, rank: int):
             found["right"] = {"kernel": jnp.asarray(right)}
         else:
             found[name] = jnp.asarray(value) - jnp.asarray(base[name])
+
     return found
 
 
@@ -72,4 +77,5 @@ def add(base, change):
             whole[name] = value + change["left"]["kernel"] @ change["right"]["kernel"]
         else:
             whole[name] = value + change[name]
+
     return whole

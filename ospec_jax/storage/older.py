@@ -36,7 +36,8 @@ def stored_like(like: Any, stored: Any) -> Any:
     """
     ours = _by_path(like)
     theirs = _under_new_names(ours, stored)
-    added, retired = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+    added = ours.keys() - theirs.keys()
+    retired = theirs.keys() - ours.keys()
     if not all(name.startswith(_ADDED) for name in added) or retired - {*_RETIRED}:
         return like
 
@@ -63,10 +64,12 @@ def _new_name(ours: dict[str, Any], name: str) -> str:
     """The path that a stored leaf has now; its old one, if it has none."""
     if name in ours:
         return name
+
     for old, new in _MOVED.items():
         moved = new + name.removeprefix(old)
         if name.startswith(old) and moved in ours:
             return moved
+
     return name
 
 

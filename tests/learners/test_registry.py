@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from ospec_jax.config import LEARNER_NAMES, ConfigError, LearnerConfig
-from ospec_jax.learners.registry import build_learner
+from ospec_jax.config import ConfigError
+from ospec_jax.learners.config import LearnerConfig, build_learner
+from ospec_jax.learners.registry import LEARNER_NAMES
 
 SGD = ("momentum", "optimistic")
 """Rules that were published with it."""

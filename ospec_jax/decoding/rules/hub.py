@@ -30,6 +30,7 @@ def hub(uniforms, tree: DraftTree, rank, target_probs):
         has_moved = has_pair & (accepted >= 0)
         child = pair[jnp.maximum(accepted, 0)]
         stays = jnp.where(has_pair, rest, p)
+
         return (
             jnp.where(has_moved, child, node),
             jnp.where(has_moved, target_probs[child], stays),
@@ -38,6 +39,7 @@ def hub(uniforms, tree: DraftTree, rank, target_probs):
 
     start = (jnp.int32(0), target_probs[0], jnp.bool_(True))
     node, p, _ = jax.lax.fori_loop(0, tree.max_depth, descend, start)
+
     return node.astype(jnp.int32), p
 
 
@@ -45,7 +47,8 @@ def _transport(p, q, pair, has_second, uniforms):
     """Which of the pair is accepted, -1 for none, and p of the next token then."""
     top = jnp.argmax(q)
     is_top = jnp.arange(q.shape[-1]) == top
-    p_top, q_top = p[top], q[top]
+    p_top = p[top]
+    q_top = q[top]
     others = jnp.where(is_top, 0.0, q)
     after_top = others * q_top / jnp.maximum(1.0 - q_top, 1e-30)
     # Tokens other than the hub: first from the pairs (i, a), then from (a, i).
@@ -78,4 +81,5 @@ def _transport(p, q, pair, has_second, uniforms):
     rest = jnp.maximum(rest, 0.0)
     total = jnp.sum(rest)
     rest = jnp.where(total > 0, rest / jnp.where(total > 0, total, 1.0), p)
+
     return jnp.where(is_other | is_hub, accepted, -1), rest

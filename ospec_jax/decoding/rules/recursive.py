@@ -48,12 +48,14 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
             left = residual(tree, p, q, token)
             if tree.children == "topk_sampled":
                 left = jnp.where(is_drawn, left, residual(tree, p, None, token))
+
             p = jnp.where(is_rejected, left, p)
             if tree.children == "without_replacement":
                 without = jnp.where(is_token(tree, q, token), 0.0, q)
                 q = jnp.where(
                     is_rejected, without / jnp.maximum(jnp.sum(without), 1e-30), q
                 )
+
             return jnp.where(is_accepted, child, accepted), p, q
 
         accepted, p, _ = jax.lax.fori_loop(
@@ -61,6 +63,7 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
         )
         has_moved = accepted >= 0
         node = jnp.where(has_moved, accepted, node)
+
         return node, jnp.where(has_moved, target_probs[node], p), has_moved
 
     start = (jnp.int32(0), target_probs[0], jnp.bool_(True))
@@ -72,6 +75,7 @@ def draft_prob(tree: DraftTree, q, token):
     """Probability that the child was drawn; one for deterministic children."""
     if q is None:
         return jnp.float32(1.0)
+
     return jnp.sum(jnp.where(is_token(tree, q, token), q, 0.0))
 
 
@@ -88,6 +92,7 @@ def residual(tree: DraftTree, p, q, token):
         rest = jnp.maximum(p - q, 0.0)
     else:
         rest = jnp.maximum(p.at[tree.token_ids].add(-q), 0.0)
+
     total = jnp.sum(rest)
     return jnp.where(total > 0, rest / jnp.where(total > 0, total, 1.0), p)
 
@@ -96,4 +101,5 @@ def on_target(tree: DraftTree, q, num_tokens: int):
     """The draft's distribution over the target's vocabulary."""
     if tree.token_ids is None:
         return q
+
     return jnp.zeros(num_tokens).at[tree.token_ids].set(q)

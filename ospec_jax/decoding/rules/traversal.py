@@ -32,6 +32,7 @@ def traversal(uniforms, tree: DraftTree, rank, target_probs):
         ratio = rate[node] * probs[node, token] / jnp.where(q > 0, q, 1.0)
         rate = rate.at[child].set(jnp.minimum(1.0, ratio))
         is_left = is_left.at[child].set(False)
+
         return (
             jnp.where(q > 0, child, node),
             probs,
@@ -58,14 +59,21 @@ def traversal(uniforms, tree: DraftTree, rank, target_probs):
         if tree.children == "without_replacement":
             others = jnp.where(is_token(tree, q, tree.tokens[node]), 0.0, q)
             q = others / jnp.maximum(jnp.sum(others), 1e-30)
+
         put = lambda x, new: x.at[above].set(jnp.where(is_accepted, x[above], new))
+
         return (
-            jnp.where(is_accepted, node, above), put(probs, rest), put(draft, q),
-            put(rate, new_rate), is_left, is_accepted,
-        )  # fmt: skip
+            jnp.where(is_accepted, node, above),
+            put(probs, rest),
+            put(draft, q),
+            put(rate, new_rate),
+            is_left,
+            is_accepted,
+        )
 
     def visit(state):
-        node, is_left = state[0], state[4]
+        node = state[0]
+        is_left = state[4]
         is_child = (tree.parents == node) & is_left
         child = jnp.argmin(jnp.where(is_child, rank, num_nodes))
         return jax.lax.cond(
@@ -73,8 +81,13 @@ def traversal(uniforms, tree: DraftTree, rank, target_probs):
         )
 
     start = (
-        jnp.int32(0), target_probs, tree.draft_probs, jnp.ones((num_nodes,)),
-        tree.is_valid.at[0].set(False), jnp.bool_(False),
-    )  # fmt: skip
+        jnp.int32(0),
+        target_probs,
+        tree.draft_probs,
+        jnp.ones((num_nodes,)),
+        tree.is_valid.at[0].set(False),
+        jnp.bool_(False),
+    )
     node, probs, *_ = jax.lax.while_loop(lambda state: ~state[5], visit, start)
+
     return node.astype(jnp.int32), probs[node]
