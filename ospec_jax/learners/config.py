@@ -174,7 +174,8 @@ class LearnerConfig(_Parts):
 
     def __getattr__(self, setting: str) -> Any:
         """A setting of the method or of a part; raises where the learner reads none."""
-        if not setting.startswith("_"):
+        # One that is only being built has no parts yet.
+        if not setting.startswith("_") and "method" in self.__dict__:
             for part in (self.method, *(getattr(self, key) for key in _PARTS)):
                 if setting in _names(part):
                     return getattr(part, setting)

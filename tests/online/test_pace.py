@@ -143,11 +143,19 @@ def test_learning_has_a_price_before_it_is_measured(target, draft, own):
 @pytest.mark.parametrize("name", ["gradient", "head"])
 def test_a_session_slows_down_resumes_bitwise_and_wakes(target, draft, tmp_path, name):
     """Learning that costs most of the time, from one prompt; then others come."""
-    own = {"update_interval": 20, "learning_rate": 1e-2} if name == "gradient" else {}
+    own = {
+        "gradient": {
+            "update_interval": 20,
+            "learning_rate": 1e-2,
+            "batch_size": 2,
+            "window": 32,
+            "ring_capacity": 8,
+        },
+        "head": {},
+    }
     learner = LearnerConfig(
-        name=name, pace="pays", budget=0.4, batch_size=2, window=32, ring_capacity=8,
-        num_steps=2, **own,
-    )  # fmt: skip
+        name=name, pace="pays", budget=0.4, num_steps=2, **own[name]
+    )
     open_session = lambda: Session(target, draft, learner=learner, ngrams=False)
     answer = lambda session, prompts: [
         r.token_ids for r in session.generate(prompts, 24)
