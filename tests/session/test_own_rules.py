@@ -117,7 +117,7 @@ def test_rules_train_parameters(target):
     [
         ({"rule": "sign_sgd"}, "rule is 'sign_sgd'; use a function"),
         ({"rule": sign_sgd, "name": "head"}, "both the learner 'head' and the rule"),
-        ({"rule": sign_sgd, "optimizer": "adam"}, "are not read by the rule"),
+        ({"rule": sign_sgd, "optimizer": "adam"}, "does not read optimizer"),
     ],
 )
 def test_settings_that_a_rule_would_not_read_are_refused(settings, message):
