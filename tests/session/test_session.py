@@ -197,10 +197,18 @@ def test_what_stays_unclear_makes_way_for_the_newest_iterate(target, draft):
 def test_an_update_that_is_not_finite_ends_learning(
     target, draft, plain, tmp_path, name, promotion
 ):
-    learner = dataclasses.replace(
-        LEARNER, name=name, optimizer="adam", loss="jsd", learning_rate=1e38,
-        promotion=promotion, buffer_requests=1,
-    )  # fmt: skip
+    learner = LEARNER.renamed(
+        name,
+        optimizer="adam",
+        loss="jsd",
+        learning_rate=1e38,
+        promotion=promotion,
+        **(
+            {"buffer_requests": 1, "update_every_prompts": None}
+            if name == "osd"
+            else {}
+        ),
+    )
     session = Session(target, draft, learner=learner, ngrams=False)
     with pytest.warns(UserWarning, match=f"stopped.*'{name}' with learning_rate 1e.38"):
         assert answers(session) == plain
