@@ -162,7 +162,8 @@ def resume(
 
     return SessionState(
         meta=dataclasses.replace(found.meta, draft_version=version),
-        draft=place(found.draft),
+        # A checkpoint holds no language model that drafts: the session has its own.
+        draft=place(found.draft) if found.meta.draft is not None else like.draft,
         trainer=state,
         traffic=traffic,
         controller=found.meta.controller,
