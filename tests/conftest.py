@@ -2,6 +2,7 @@
 """What all tests share: how programs are compiled, kept and counted."""
 
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -23,6 +24,11 @@ _AS_FOR_USERS = ("optimized", "slow")
 _QUICK = "jax_disable_most_optimizations"
 _QUICK_VARIABLE = _QUICK.upper()
 
+# Linux gives a process 65,530 mappings of memory, a program of XLA's takes several, and
+# one more than that ends the process. What is kept is thrown away long before.
+_MAPS = Path("/proc/self/maps")
+_MAX_MAPS_KEPT = 20_000
+
 # The longest come first, so that no worker is left alone with one. Tests that want the
 # same kind of programs stand together: a change of kind throws programs away.
 _LONGEST = ("test_notebooks", "test_sharding", "test_real_model")
@@ -43,14 +49,32 @@ def pytest_collection_modifyitems(items):
     )
 
 
+def _throw_programs_away():
+    forget_programs()
+    jax.clear_caches()
+
+
+def _has_many_maps() -> bool:
+    if not _MAPS.exists():
+        return False
+    with _MAPS.open("rb") as lines:
+        return sum(1 for _ in lines) > _MAX_MAPS_KEPT
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """Lets a module's tests begin with few programs in memory."""
+    if _has_many_maps():
+        _throw_programs_away()
+
+
 def pytest_runtest_setup(item):
     """Compiles as the test wants it, in this process and in those that it starts."""
     is_quick = not _is_for_users(item)
     # Subprocesses read the variable.
     os.environ[_QUICK_VARIABLE] = str(int(is_quick))
     if jax.config.read(_QUICK) != is_quick:
-        forget_programs()
-        jax.clear_caches()
+        _throw_programs_away()
         jax.config.update(_QUICK, is_quick)
 
 
