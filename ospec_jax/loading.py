@@ -2,6 +2,7 @@
 """Drafts by the names and folders that users give."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.base import Family
 from ospec_jax.drafters.combine import MIXES
+from ospec_jax.drafters.pool import POOL, Member, Members, PoolConfig
 from ospec_jax.drafters.registry import FAMILIES, SUGGESTIONS, build_drafter
 from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.drafters.starts import start_warm
@@ -35,6 +37,8 @@ class LoadedDraft:
       mix: `fallback` or `mixed`: how suggestions are drafted beside it, if they are.
       suggestions: Where they come from: `ngram`, `suffix` or `prediction`.
       own_family: The record of a family that the package does not know.
+      members: Of a pool, in the order of their numbers.
+      pool: What a pool is built from.
     """
 
     draft: Draft
@@ -43,6 +47,8 @@ class LoadedDraft:
     mix: str = ""
     suggestions: str = ""
     own_family: Family | None = None
+    members: tuple["LoadedDraft", ...] = ()
+    pool: PoolConfig | None = None
 
     @property
     def family(self) -> Family:
@@ -50,20 +56,37 @@ class LoadedDraft:
         return checkpoint.family_of(self.meta.family, self.own_family)
 
     @property
-    def architecture(self) -> DraftConfig | ModelConfig | None:
+    def architecture(self) -> DraftConfig | ModelConfig | PoolConfig | None:
         """What its family's drafters are built from."""
+        if self.pool is not None:
+            return self.pool
+
         return self.model.config if self.model is not None else self.meta.draft
 
     @property
     def memory_orders(self) -> tuple[int, ...]:
         """Lengths of the n-grams that stand by it."""
+        if self.members:
+            return max((member.memory_orders for member in self.members), key=len)
+
         source = FAMILIES[self.suggestions] if self.suggestions else self.family
         return source.memory_orders
 
     @property
     def taps(self) -> tuple[int, ...]:
         """Target layers whose inputs the draft reads."""
+        if self.pool is not None:
+            return self.pool.taps
+
         return self.meta.draft.taps if self.meta.draft else ()
+
+    @property
+    def needs_ngrams(self) -> bool:
+        """Whether it would have nothing to suggest without n-grams to look up."""
+        if self.mix:
+            return self.suggestions != "prediction"
+
+        return self.family.ngrams == "always"
 
 
 def load_draft(
@@ -77,7 +100,8 @@ def load_draft(
       name_or_folder: A family without parameters (`ngram`, `suffix`, `prediction`),
         `shipped` or `shipped:NAME`, the folder of a checkpoint or of a public EAGLE-3
         or Hydra head, `model:TARGET`, `self:int4`, `self:exit-N`, or
-        `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`.
+        `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`;
+        or several of these behind one, `pool:shipped+ngram+shipped:chat`.
         Or the record of a family, one of the user's own, too: then a new draft of it.
       family: Of a checkpoint's draft, where the package does not know it.
 
@@ -98,6 +122,9 @@ def load_draft(
         return own_draft(name, target)
     if kind in MIXES:
         return mixed_draft(kind, name, target)
+    if kind == POOL.name:
+        names = name.split("+")
+        return pool_draft([load_draft(one, target) for one in names], target, names)
 
     folder = draft_folder(name_or_folder)
     if is_public_folder(folder):
@@ -105,11 +132,11 @@ def load_draft(
 
     restored = restore(name_or_folder, target, family)
     known = checkpoint.family_of(restored.meta.family, family)
-    if known.config is ModelConfig:
+    if known.config is not None and not known.is_trained:
         name = f"{restored.meta.family}:{restored.meta.card['model']}"
         raise checkpoint.CheckpointError(
-            f"{folder} was learned beside the drafting model {name!r}, which it does "
-            f"not hold; pass --draft {name}"
+            f"{folder} was learned beside the draft {name!r}, which it does not hold; "
+            f"pass --draft {name}"
         )
 
     draft = freely_placed(restored.draft, target.mesh)
@@ -131,6 +158,9 @@ def new_draft(family: Family, target: Target) -> LoadedDraft:
             f"a draft of the family {family.name!r} is a language model; say which, "
             f"as in 'model:TARGET' or 'self:int4'"
         )
+
+    if family is POOL:
+        raise ConfigError("a pool has members; name them, as in 'pool:shipped+ngram'")
 
     config = None
     if family.default_config is not None:
@@ -278,7 +308,54 @@ def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
         )
 
     inner = load_draft(name, target)
+    if inner.members:
+        raise ConfigError(
+            f"{name!r} is a pool; put the mixture into it, as in "
+            f"'pool:fallback:ngram,shipped+shipped:chat'"
+        )
+
     return dataclasses.replace(inner, mix=mix, suggestions=suggestions)
+
+
+def pool_draft(
+    members: Sequence[LoadedDraft], target: Target, names: Sequence[str] = ()
+) -> LoadedDraft:
+    """Several drafts behind one, of which a controller chooses one each step.
+
+    They are served as they are: only n-grams are learned, one memory for all.
+
+    Args:
+      names: Of the members, for records; by default their families'.
+
+    Raises:
+      ConfigError: They cannot stand side by side.
+    """
+    if target.mesh is not None:
+        raise ConfigError(
+            "a pool of drafts cannot be split over devices; use one device, or one "
+            "draft"
+        )
+
+    for member in members:
+        if member.members:
+            raise ConfigError("a pool cannot be a member of another one; join them")
+        if member.mix == "mixed":
+            raise ConfigError(
+                "'mixed' drafts two chains at once, other members of a pool one; use "
+                "'fallback' there"
+            )
+
+    config = PoolConfig(
+        tuple(
+            Member(member.family, member.architecture, member.mix, member.needs_ngrams)
+            for member in members
+        )
+    )
+    names = names or [member.meta.family for member in members]
+    meta = Meta.create(target, None, POOL.name, card={"model": "+".join(names)})
+    params = Members(tuple(member.draft for member in members))
+
+    return LoadedDraft(Draft(params), meta, members=tuple(members), pool=config)
 
 
 def freely_placed(tree, mesh):

@@ -260,13 +260,15 @@ class DecodeState:
       last_token: `[b]` the newest emitted token, root of the next tree; not yet cached.
       request_keys: `[b]` a row's randomness is its key folded with the position.
       num_remaining: `[b]` tokens that may still be emitted.
+      draft_cache: What the drafter keeps of the committed tokens.
+      draft_context: The draft after the newest token; of a pool, that of each member.
       feedback: Verified features by position, or None when nothing is recorded.
       prediction: What the answers are expected to be, or None.
     """
 
     cache: KVCache
     draft_cache: Any
-    draft_context: DraftContext | None
+    draft_context: Any
     lengths: Int[Array, " b"]
     last_token: Int[Array, " b"]
     request_keys: Key[Array, " b"]

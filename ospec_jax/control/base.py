@@ -22,7 +22,8 @@ class Action:
 
     Attributes:
       tree: How much is drafted, and in which shape.
-      drafter: Number of the drafter that proposes, or `SUGGESTIONS`.
+      drafter: Number of the drafter that proposes, among those of a pool, or
+        `SUGGESTIONS`.
     """
 
     tree: TreeConfig

@@ -13,7 +13,10 @@ CONTROLLERS: dict[str, BuildController] = {
     "fixed": fixed,
     "auto": most_tokens_a_second,
 }
-"""Rules for what to run next, each built for the actions to choose from."""
+"""Rules for what to run next, each built for the actions to choose from.
+
+Those by name choose how deep to draft; of a pool's drafters they take the first.
+"""
 
 
 def find_controller(
@@ -27,10 +30,12 @@ def find_controller(
     Raises:
       ConfigError: There is no rule of that name, or it contradicts the actions.
     """
-    if name_or_rule is None:
-        return CONTROLLERS["auto" if len(actions) > 1 else "fixed"]
     if callable(name_or_rule):
         return name_or_rule
+
+    actions = _of_first_drafter(actions)
+    if name_or_rule is None:
+        name_or_rule = "auto" if len(actions) > 1 else "fixed"
     if name_or_rule not in CONTROLLERS:
         raise ConfigError(
             f"unknown controller {name_or_rule!r}; use {', '.join(CONTROLLERS)}, or a "
@@ -51,4 +56,9 @@ def find_controller(
             f"(in Python `TreeConfig.auto()`)"
         )
 
-    return CONTROLLERS[name_or_rule]
+    rule = CONTROLLERS[name_or_rule]
+    return lambda actions: rule(_of_first_drafter(actions))
+
+
+def _of_first_drafter(actions: tuple[Action, ...]) -> tuple[Action, ...]:
+    return tuple(action for action in actions if action.drafter == 0)

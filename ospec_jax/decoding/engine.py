@@ -24,6 +24,7 @@ from ospec_jax.decoding.request import Completion, PromptTooLongError, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
 from ospec_jax.drafters.base import Drafter
+from ospec_jax.drafters.pool import bring_first
 from ospec_jax.drafters.prediction import as_prediction
 from ospec_jax.models.cache import KVCache
 from ospec_jax.types import DecodeState, Draft, Feedback, SamplingParams, StepOutput
@@ -397,7 +398,13 @@ class Engine:
         self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
     ) -> tuple[DecodeState, StepOutput]:
         """Runs one step of an action of the menu; the state is donated."""
-        return self.compiled(action, is_greedy)(self.target_params, draft, state)
+        run = self.compiled(action, is_greedy)
+        chosen = action.drafter
+        state, output = run(
+            self.target_params, bring_first(draft, chosen), bring_first(state, chosen)
+        )
+
+        return bring_first(state, chosen), output
 
     def place(
         self,

@@ -86,8 +86,8 @@ class Family(NamedTuple):
       build: `(config, tree, numerics, stop_fn) -> Drafter`. `config` is of the class
         below; `stop_fn` is a depth policy, or None (`drafters.stopping`).
       config: Of a draft's architecture: a `DraftConfig` for families that are stored
-        with their parameters, `ModelConfig` where a language model drafts, None for
-        families without parameters.
+        with their parameters, `ModelConfig` where a language model drafts, what else
+        an architecture is made of, None for families without parameters.
       default_config: `(model, draft_vocab_size, num_steps, layer) -> config` of a draft
         for a target of the architecture `model` that shall draft `num_steps` tokens;
         `layer` matters if `has_layer` alone, and 0 leaves the choice of it to the
@@ -108,7 +108,7 @@ class Family(NamedTuple):
     name: str
     description: str
     build: Callable[..., Drafter]
-    config: type[DraftConfig] | type[ModelConfig] | None = None
+    config: type | None = None
     default_config: Callable[[ModelConfig, int, int, int], DraftConfig] | None = None
     warm_start: Callable[[Any, Any], dict] | None = None
     max_depth: Callable[[Any], int] | None = None

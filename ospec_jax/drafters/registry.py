@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Families of drafters by name, and building a drafter of one."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ from ospec_jax.drafters.early_exit import EXIT
 from ospec_jax.drafters.hints import PREDICTION, hinted_chain
 from ospec_jax.drafters.hydra import HYDRA
 from ospec_jax.drafters.ngram import NGRAM, SUFFIX, with_ngrams
+from ospec_jax.drafters.pool import POOL, PoolConfig
 from ospec_jax.drafters.self_draft import SELF
 from ospec_jax.drafters.small_lm import MODEL
 from ospec_jax.drafters.stopping import StopFn
@@ -29,6 +31,7 @@ FAMILIES: dict[str, Family] = {
         NGRAM,
         SUFFIX,
         PREDICTION,
+        POOL,
     )
 }
 """All that the package knows; what else there is to say of one, its record says."""
@@ -95,7 +98,7 @@ def default_draft_config(
 @functools.lru_cache(maxsize=64)
 def build_drafter(
     family: str | Family,
-    config: DraftConfig | ModelConfig | None,
+    config: DraftConfig | ModelConfig | PoolConfig | None,
     tree: TreeConfig,
     numerics: Numerics | None = None,
     has_ngrams: bool = False,
@@ -125,13 +128,17 @@ def build_drafter(
 
     _check_architecture(family, config)
 
+    is_lent = family.ngrams == "always" or (has_ngrams and family.ngrams == "wanted")
+    if isinstance(config, PoolConfig):
+        config = dataclasses.replace(config, has_ngrams=is_lent)
+
     inner = inner_tree(tree) if mix else tree
     drafter = family.build(config, inner, numerics, stop_fn)
     if mix:
         drafter = combine(mix, drafter, tree)
     if predicted is not None:
         drafter = drafter._replace(propose=hinted_chain(predicted).propose)
-    if family.ngrams == "always" or (has_ngrams and family.ngrams == "wanted"):
+    if is_lent:
         drafter = with_ngrams(drafter, tree, numerics.has_batched_writes)
 
     return drafter

@@ -15,6 +15,7 @@ from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.ngram import ORDERS, init_memory
+from ospec_jax.drafters.pool import Members
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.last_layer import LastLayer
@@ -89,18 +90,21 @@ def assembled(
     long = None
     if draft is not None:
         if draft.mix:
-            has_ngrams = draft.suggestions != "prediction"
+            has_ngrams = draft.needs_ngrams
         build = functools.partial(
             build_drafter,
             draft.family,
-            draft.architecture,
             numerics=target.numerics,
             has_ngrams=has_ngrams,
             mix=draft.mix,
         )
-        drafters, long = _menu_of(build, tree, num_predicted_tokens)
+        drafters, long = _menu_of(build, _by_number(draft), tree, num_predicted_tokens)
         menu = drafters
         drafter = drafters[Action(plain)]
+        if draft.pool is not None:
+            # All members run over prompts.
+            everyone = dataclasses.replace(draft.pool, extends="all")
+            drafter = build(everyone, plain)
         if learner is not None:
             learner = learner_for(learner, draft, drafter, target)
             orders = orders if has_ngrams else ()
@@ -127,29 +131,43 @@ def assembled(
     return Parts(engine, rule, learner, trainer, trainer.serve)
 
 
+def _by_number(draft: LoadedDraft) -> list:
+    """What a drafter is built from, for each number of the one that proposes."""
+    if draft.pool is None:
+        return [draft.architecture]
+
+    return [draft.pool.first(i) for i in range(len(draft.members))]
+
+
 def _menu_of(
-    build: Callable[..., Drafter], tree: TreeConfig, num_predicted_tokens: int
+    build: Callable[..., Drafter],
+    architectures: list,
+    tree: TreeConfig,
+    num_predicted_tokens: int,
 ) -> tuple[dict[Action, Drafter], Action | None]:
-    """Drafters of every action: one a depth, and one while a prediction holds.
+    """Drafters of every action: each number and depth, and while a prediction holds.
 
     Returns:
-      The menu, deepest action last, and the action for held predictions, if any.
+      The menu, for each number the deepest action last, and the action for held
+      predictions, if any.
     """
     trees = [tree.of_depth(depth) for depth in tree.depths] or [tree]
-    deepest = build(tree=trees[-1])
-    # Nothing is proposed at depth 0, but the draft is kept up to date.
-    menu = {
-        Action(tree): build(tree=tree) if tree.num_steps else deepest
-        for tree in trees[:-1]
-    }
-    menu[Action(trees[-1])] = deepest
+    menu = {}
+
+    for number, architecture in enumerate(architectures):
+        deepest = build(architecture, trees[-1])
+        for one in trees:
+            # Nothing is proposed at depth 0, but the draft is kept up to date.
+            drafter = build(architecture, one) if one.num_steps else deepest
+            menu[Action(one, number)] = drafter
+
     if not 0 < tree.num_steps < num_predicted_tokens:
         return menu, None
 
     chain = TreeConfig(num_steps=num_predicted_tokens)
     long = Action(chain, SUGGESTIONS)
 
-    return menu | {long: build(tree=trees[-1], predicted=chain)}, long
+    return menu | {long: build(architectures[0], trees[-1], predicted=chain)}, long
 
 
 def learner_for(
@@ -220,6 +238,7 @@ def serving(
     """
     mesh = target.mesh
     precision = target.numerics.precision
+    members = draft.members if draft is not None else ()
     is_trained = draft is not None and draft.meta.draft is not None
     cast = jax.jit(
         sharding.pinned(
@@ -232,6 +251,14 @@ def serving(
 
     def serve(draft: Draft) -> Draft:
         params = cast(draft.params) if is_trained else draft.params
+        if members:
+            drafts = zip(members, params.items, strict=True)
+            served = (
+                one.replace(params=cast(one.params)) if member.meta.draft else one
+                for member, one in drafts
+            )
+            params = Members(tuple(served))
+
         return draft.replace(params=params, memory=nothing)
 
     return serve
