@@ -20,6 +20,8 @@ from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.growth import grow as grow_tree
+from ospec_jax.drafters.hints import hinted_chain
+from ospec_jax.drafters.stopping import below_gain, below_probability
 from ospec_jax.drafters.topology import best_parents
 from ospec_jax.models import cache as kv
 from ospec_jax.types import DraftContext, DraftTree, Roots, SamplingParams
@@ -116,8 +118,8 @@ _DRAWING = {
 """So many draws take longer than their compilation, whatever the other tests are."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5), compiler_options=_DRAWING)
-def emitted(config, target, logits, token_ids, claimed=None, hints=None):
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6), compiler_options=_DRAWING)
+def emitted(config, target, logits, token_ids, claimed=None, hints=None, stop_fn=None):
     """Counts of each sequence of depth + 1 tokens, and of accepted tokens."""
     length = config.num_steps + 1
 
@@ -125,7 +127,7 @@ def emitted(config, target, logits, token_ids, claimed=None, hints=None):
         key_draft, key_verify, key_rest = (
             jax.random.split(k, CHUNK) for k in jax.random.split(key, 3)
         )
-        tree = grow(config, logits, token_ids, key_draft, hints)
+        tree = grow(config, logits, token_ids, key_draft, hints, stop_fn=stop_fn)
         if claimed is not None:
             tree = as_drawn(tree, claimed, logits)
         rule = "token" if claimed else config.verification
@@ -149,7 +151,7 @@ def emitted(config, target, logits, token_ids, claimed=None, hints=None):
 
 
 @functools.cache
-def emitted_counts(config, kind, claimed=None, hints=None):
+def emitted_counts(config, kind, claimed=None, hints=None, stop_fn=None):
     """How often each sequence came out, its law, and the number of accepted tokens."""
     target = target_table()
     logits, token_ids = draft_logits(kind, target)
@@ -157,7 +159,7 @@ def emitted_counts(config, kind, claimed=None, hints=None):
         token_ids = jnp.asarray(token_ids)
     logits = jnp.asarray(logits, jnp.float32)
     counts, accepted = emitted(
-        config, jnp.asarray(target), logits, token_ids, claimed, hints
+        config, jnp.asarray(target), logits, token_ids, claimed, hints, stop_fn
     )
     counts, law = np.asarray(counts), product_law(target, config.num_steps + 1)
     assert counts.sum() == NUM_SAMPLES
@@ -379,6 +381,67 @@ def test_improbable_paths_are_not_continued(children, lowest):
     np.testing.assert_array_equal(
         np.asarray(shy.tokens)[kept], np.asarray(whole.tokens)[kept]
     )
+
+
+def by_chance(progress):
+    """Stops by a hash of what was drafted: as wild as a rule can be."""
+    return jnp.sin(jnp.max(progress.log_probs, axis=-1) * 1e4) > 0
+
+
+def by_entropy(progress):
+    """Stops where the draft is not sure of the next token."""
+    return progress.entropies[:, 0] > 1.0
+
+
+@pytest.mark.parametrize("stop_fn", [by_chance, by_entropy])
+@pytest.mark.parametrize("name", ["sampled", "block", "dynamic"])
+def test_a_depth_rule_that_looks_leaves_the_law_as_it_is(name, stop_fn):
+    """At drawn tokens, too: those that are there are all verified."""
+    if (name, stop_fn) == ("dynamic", by_entropy):
+        pytest.skip("one rule suffices for trees")
+    config = DYNAMIC if name == "dynamic" else with_children(CHAIN, "sampled")
+    if name == "block":
+        config = BY_PATHS["block"]
+    counts, law, accepted = emitted_counts(config, "far", stop_fn=stop_fn)
+    assert np.all(counts[law == 0] == 0), "a token of probability zero came out"
+    assert largest_deviation(counts, law) < _TOLERANCE
+    assert accepted > 0.01 * NUM_SAMPLES
+    assert accepted != emitted_counts(config, "far")[2]
+
+
+@pytest.mark.parametrize(
+    ("own", "rule"),
+    [
+        ({"min_path_probability": 0.6}, below_probability(0.6)),
+        ({"min_gain": 0.95}, below_gain(0.95)),
+    ],
+    ids=["probability", "gain"],
+)
+def test_a_trees_own_rules_are_rules_like_any_other(own, rule):
+    keys = jax.random.split(jax.random.key(0), 50)
+    root = jnp.arange(50) % VOCAB
+    logits = jnp.asarray(draft_logits("far", target_table())[0], jnp.float32)
+    config = dataclasses.replace(DYNAMIC, **own)
+    ours = grow(config, logits, None, keys, root=root)
+    given = grow(DYNAMIC, logits, None, keys, root=root, stop_fn=rule)
+    jax.tree.map(np.testing.assert_array_equal, ours, given)
+    whole = grow(DYNAMIC, logits, None, keys, root=root)
+    assert np.sum(ours.depths) < np.sum(whole.depths)
+
+
+def test_a_tree_that_cannot_stop_early_takes_no_rule():
+    keys = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(ConfigError, match="a static tree always has its full depth"):
+        grow(WIDE, jnp.zeros((VOCAB, VOCAB)), None, keys, stop_fn=by_chance)
+
+
+def test_suggestions_have_no_entropy():
+    root = jnp.zeros((1,), jnp.int32)
+    params = sampling_params(1)
+    roots = Roots(root, root, jax.random.split(jax.random.key(0), 1), None, params)
+    chain = hinted_chain(CHAIN, by_entropy)
+    with pytest.raises(ConfigError, match="which suggestions do not have"):
+        chain.propose(None, None, (), roots)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from reference import random_params
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding.step import shared_tables
-from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.registry import FAMILIES, build_drafter
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_model_config
 from ospec_jax.types import Feedback, Pairs, Roots, SamplingParams
 
@@ -21,14 +21,14 @@ TREES = {
     "static": TreeConfig("static", 3, branching=(3, 2, 1)),
     "dynamic": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=12),
 }
-FAMILIES = {
+VARIANTS = {
     "eagle3": {},
     "eagle3-own": {"has_norm_before_residual": True, "has_own_embedding": True},
     "eagle1": {"has_fc_bias": True},
     "hydra": {"has_prefix": False, "num_blocks": 1},
     "hydra-prefix": {},
 }
-"""Families, with what sets variants of them apart."""
+"""Families, with what sets variants of them apart. (`exit`: test_early_exit.py.)"""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ class Rig:
     def __init__(self, name, tree, draft_vocab_size, rows=1):
         family = name.split("-")[0]
         self.config = tiny_draft_config(
-            tiny_model_config(VOCAB), draft_vocab_size, family, **FAMILIES[name]
+            tiny_model_config(VOCAB), draft_vocab_size, family, **VARIANTS[name]
         )
         self.drafter = build_drafter(family, self.config, tree)
         self.draft = tiny_draft(self.drafter, self.config)
@@ -97,7 +97,7 @@ class Rig:
         return self.propose(self.draft, shared, cache, roots)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=list(VARIANTS))
 def family(request):
     return request.param
 
@@ -105,6 +105,11 @@ def family(request):
 @pytest.fixture(scope="module", params=[12, 0], ids=["reduced", "full"])
 def draft_vocab_size(request):
     return request.param
+
+
+def test_no_trained_family_is_left_out():
+    trained = {name for name, family in FAMILIES.items() if family.is_trained}
+    assert {name.split("-")[0] for name in VARIANTS} | {"exit"} == trained
 
 
 @pytest.mark.parametrize("name", list(TREES))

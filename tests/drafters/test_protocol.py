@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laws of `drafters.base`, for every family that the registry knows."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from ospec_jax.config import DraftConfig, ModelConfig, SamplingConfig, TreeConfig
+from ospec_jax.decoding.engine import Engine
+from ospec_jax.decoding.request import Request
+from ospec_jax.decoding.step import StepConfig, shared_tables
+from ospec_jax.drafters.ngram import init_memory
+from ospec_jax.drafters.pool import Member, Members, PoolConfig
+from ospec_jax.drafters.prediction import prediction_hints
+from ospec_jax.drafters.registry import FAMILIES, build_drafter
+from ospec_jax.models.cache import KVCache
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.types import Draft, Roots
+
+VOCAB = 16
+CHAIN = TreeConfig(num_steps=3)
+PROMPTS = [(1, 2, 3), tuple(np.arange(70) % VOCAB), (5, 4), (9, 9, 9, 1, 0, 2)]
+LENGTHS = (40, 23, 57, 31)
+NEURAL = [name for name, family in FAMILIES.items() if family.config is not None]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target(VOCAB)
+
+
+@functools.cache
+def architecture(name, target_config):
+    """What a random draft of a family is built from, and its own parameters."""
+    family = FAMILIES[name]
+    if family.config is None:
+        return None, Draft({})
+    if family.config is ModelConfig:
+        # The target itself: for these families that is a draft that is always right.
+        return target_config, Draft(tiny_target(VOCAB).params)
+    if issubclass(family.config, DraftConfig):
+        config = tiny_draft_config(target_config, 12, name)
+        drafter = build_drafter(name, config, TreeConfig(num_steps=1))
+        return config, tiny_draft(drafter, config)
+
+    parts = {name: architecture(name, target_config) for name in ("hydra", "eagle3")}
+    members = tuple(Member(FAMILIES[name], parts[name][0]) for name in parts)
+    drafts = tuple(draft for _, draft in parts.values())
+    return PoolConfig(members), Draft(Members(drafts))
+
+
+def built(target, name, tree=CHAIN, **how):
+    """A drafter of the family, and an engine that drafts with it."""
+    config, draft = architecture(name, target.config)
+    drafter = build_drafter(name, config, tree, target.numerics, **how)
+    taps = getattr(config, "taps", ())
+    step = StepConfig(target.config, target.numerics, tree, taps)
+    memory = init_memory(64, FAMILIES[name].memory_orders)
+    draft = draft.replace(memory=memory)
+    return drafter, draft, Engine(step, target.params, drafter)
+
+
+def requests():
+    pairs = zip(PROMPTS, LENGTHS, strict=True)
+    predictions = [(1, 0, 2) * 8] * len(PROMPTS)
+    return [
+        Request(str(i), ids, count, SamplingConfig(), prediction_ids=predictions[i])
+        for i, (ids, count) in enumerate(pairs)
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    step = StepConfig(target.config, target.numerics, TreeConfig(num_steps=0))
+    done = Engine(step, target.params).serve(requests(), lambda: None)
+    return [c.token_ids for c in sorted(done, key=lambda c: c.request.id)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_drafted_does_not_depend_on_how_it_came_there(target, name):
+    """After steps that rejected drafts, as after one pass over the same tokens."""
+    drafter, draft, engine = built(target, name)
+    request = requests()[0]
+    state, output = engine.prefill(draft, request, 256)
+    emitted = [int(output.tokens[0, 0])]
+    counts = set()
+
+    for _ in range(6):
+        state, output = engine.step(engine.action, True, draft, state)
+        count = int(output.num_emitted[0])
+        counts.add(count)
+        emitted += output.tokens[0, :count].tolist()
+
+    # The newest token is the root; the prefill emits one of its own behind the others.
+    known = Request(
+        "it",
+        (*request.prompt_ids, *emitted[:-1]),
+        8,
+        request.sampling,
+        prediction_ids=request.prediction_ids,
+    )
+    fresh, output = engine.prefill(draft, known, 256)
+    assert int(output.tokens[0, 0]) == emitted[-1]
+
+    @jax.jit
+    def propose(state):
+        shared = shared_tables(target.params)
+        if drafter.reads_target:
+            shared = shared.replace(params=target.params, cache=state.cache)
+        context = state.draft_context
+        if drafter.predict is not None:
+            logits = drafter.predict(draft, shared, context.hidden)
+            context = context.replace(logits=logits)
+        roots = Roots(
+            state.last_token, state.lengths, state.request_keys, context, state.sampling
+        )
+        # Where an expected answer stands, the host knows; here only its drafts count.
+        hints = prediction_hints(fresh.prediction) if name == "prediction" else None
+        return drafter.propose(draft, shared, state.draft_cache, roots, hints)[0]
+
+    ours, expected = propose(state), propose(fresh)
+    np.testing.assert_array_equal(ours.tokens, expected.tokens)
+    np.testing.assert_array_equal(ours.is_valid, expected.is_valid)
+    np.testing.assert_allclose(ours.log_probs, expected.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_its_state_has_the_shapes_that_it_announces(target, name):
+    """The engine makes room by `init_cache` and `init_context`."""
+    drafter, draft, engine = built(target, name)
+    state, _ = engine.prefill(draft, requests()[0], 256)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    is_cache = lambda node: isinstance(node, KVCache)
+    announced = jax.eval_shape(lambda: drafter.init_cache(1, 256))
+    assert jax.tree.structure(announced) == jax.tree.structure(state.draft_cache)
+    assert jax.tree.leaves(shapes(announced), is_leaf=is_cache) == jax.tree.leaves(
+        shapes(state.draft_cache), is_leaf=is_cache
+    )
+    announced = jax.eval_shape(lambda: drafter.init_context(1))
+    assert shapes(announced) == shapes(state.draft_context)
+
+
+def by_chance(progress):
+    """Stops by a hash of what was drafted: as wild as a rule can be."""
+    best = progress.log_probs.max(axis=-1)
+    return jax.numpy.sin(best * 1e4) > 0.2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_output_is_plain_decodings_at_any_depth(target, plain, name):
+    """Whatever stops it. Those of `test_exactness` draft trees, and in int8, too."""
+    stop_fn = by_chance if name in NEURAL else None
+    _, draft, engine = built(target, name, CHAIN, stop_fn=stop_fn)
+    done = list(engine.serve(requests(), lambda: draft, 3))
+    found = [c.token_ids for c in sorted(done, key=lambda c: c.request.id)]
+    assert found == plain
+    if name in NEURAL:
+        drafted = sum(c.stats.num_draft_tokens for c in done)
+        steps = sum(c.stats.num_drafts for c in done)
+        assert steps < drafted < CHAIN.num_steps * steps, "it stops, but not always"
