@@ -34,15 +34,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# How programs are compiled depends on a test's mark: see tests/conftest.py.
+# How programs are compiled depends on a test's mark, and on whether a run leaves out
+# those that are compiled as users' are: see tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not (slow or optimized or gpu)"
 
-# One run of all, so that no core is idle between two.
-test: lint
-	$(PYTEST) -m "not gpu"
+test: lint fast
+	$(PYTEST) -m "(slow or optimized) and not gpu"
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info demo-output bench-output

@@ -13,7 +13,6 @@ steps (*training-time test*).
   predict the next final state, of which the target's frozen head makes tokens.
 """
 
-import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -63,7 +62,6 @@ from ospec_jax.types import (
 from ospec_jax.typing import Params
 
 Version = Literal["eagle3", "eagle1"]
-_TRAINING = Numerics("float32", is_row_invariant=False)
 
 
 class EagleHead(nn.Module):
@@ -211,11 +209,7 @@ def _eagle(
 ) -> Drafter:
     numerics = numerics or Numerics()
     module = EagleHead(config, numerics, version)
-    # Trained kernels are float32; `unroll` takes int8 ones too, as they are served.
-    training = dataclasses.replace(
-        _TRAINING, num_groups=numerics.num_groups, is_native=numerics.is_native
-    )
-    trainer = EagleHead(config, training, version)
+    trainer = EagleHead(config, numerics.for_training(), version)
 
     def apply(draft, method, *args) -> Any:
         return module.apply({"params": draft.params}, *args, method=method)

@@ -10,7 +10,6 @@ As in Kangaroo (arXiv 2404.18911), but for its adapter's attention, which would 
 cache, and its own rule of when to stop drafting.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -97,12 +96,7 @@ def early_exit(
     """
     numerics = numerics or Numerics()
     module = ExitHead(config, numerics)
-    training = dataclasses.replace(
-        Numerics("float32", is_row_invariant=False),
-        num_groups=numerics.num_groups,
-        is_native=numerics.is_native,
-    )
-    trainer = ExitHead(config, training)
+    trainer = ExitHead(config, numerics.for_training())
     layers = llama.build(config.model, numerics, is_truncated=True)
 
     def init_params(key):

@@ -15,7 +15,6 @@ While drafting, a node's hidden state is the row of what the heads have read so 
 the prefix' state and the embeddings of its path, zeros beyond.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -62,8 +61,6 @@ from ospec_jax.types import (
     SharedTables,
 )
 from ospec_jax.typing import Params
-
-_TRAINING = Numerics("float32", is_row_invariant=False)
 
 
 class Prefix(nn.Module):
@@ -211,12 +208,8 @@ def hydra(
         )
 
     numerics = numerics or Numerics()
-    # Trained kernels are float32; `unroll` takes int8 ones too, as they are served.
-    training = dataclasses.replace(
-        _TRAINING, num_groups=numerics.num_groups, is_native=numerics.is_native
-    )
     module = HydraHeads(config, numerics)
-    trainer = HydraHeads(config, training)
+    trainer = HydraHeads(config, numerics.for_training())
     width = config.hidden_size
 
     def apply(draft, method, *args) -> Any:

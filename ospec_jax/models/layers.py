@@ -76,6 +76,19 @@ class Numerics:
         """
         return self.is_scanned or not self.is_row_invariant
 
+    def for_training(self) -> "Numerics":
+        """In float32, of rows that need not be independent, with the same kernels.
+
+        Trained kernels are float32; where a draft is scored as it is served, they are
+        int8, and these take both.
+        """
+        return Numerics(
+            "float32",
+            is_row_invariant=False,
+            is_native=self.is_native,
+            num_groups=self.num_groups,
+        )
+
 
 @typed
 def row_sum(
