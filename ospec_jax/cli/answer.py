@@ -171,8 +171,8 @@ def learn(
     target, draft = decoding.load()
     session = decoding.open(target, draft, config)
     if resume and checkpoint_dir is not None:
-        answered = set(session.resume(checkpoint_dir))
-        rows = [row for row in rows if row.id not in answered]
+        answered = session.resume(checkpoint_dir)
+        rows = session.unanswered(rows)
         console.print(
             f"{len(answered)} prompts were answered before, {len(rows)} are left; "
             f"draft version {session.version}"

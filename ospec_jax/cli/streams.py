@@ -160,14 +160,15 @@ def replay(
     if not configs or not all(s.strip().isdecimal() for s in seeds.split(",")):
         raise ConfigError(f"use learners and whole seeds, not {learners!r}, {seeds!r}")
 
-    ids = [row.id for row in read_prompts(prompts)] if prompts else []
+    asked = read_prompts(prompts) if prompts else []
     kept = results.Results.open(json_file)
     meta = read_meta(folder)
     loaded = load_target(target, as_precision(meta.precision))
     replayer = Replayer(
-        loaded, load_draft(draft, loaded), folder, num_speculative_tokens, ids, regret
+        loaded, load_draft(draft, loaded), folder, num_speculative_tokens, asked, regret
     )
-    key = results.stream_key([replayer.store.entries[i].id for i in replayer.order])
+    entries = [replayer.store.entries[i] for i in replayer.order]
+    key = results.stream_key([e.id for e in entries], [e.content for e in entries])
     kind = meta.fingerprint, meta.precision, str(meta.max_new_tokens)
     content = " ".join([*kind, low_rank.fingerprint(replayer.draft.draft)])
     rows = []

@@ -20,6 +20,7 @@ from ospec_jax.config import (
 )
 from ospec_jax.control.base import Chooser
 from ospec_jax.control.registry import BuildController
+from ospec_jax.data.known import content_hash, find_known
 from ospec_jax.data.prompts import (
     Prompt,
     add_predictions,
@@ -277,12 +278,13 @@ class Session:
         """Answers prompts, in order of completion, learning in between.
 
         Args:
-          prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s.
+          prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s. One without
+            an id is called `prompt-N`, by the number of requests begun before.
           on_text: Called with new text as it comes.
           predictions: What each answer is expected to be, None for no idea; rows may
             have a key `prediction` instead.
         """
-        parsed = [as_prompt(p, i) for i, p in enumerate(prompts)]
+        parsed = self._parsed(prompts)
         if predictions is not None:
             parsed = add_predictions(parsed, predictions)
             if not self.is_drafting and any(predictions):
@@ -331,7 +333,7 @@ class Session:
                 on_text(prompt_of[id(completion.request)], rest)
             version = self.version
             learning_seconds = self._learn_from(completion)
-            self._move_on(answered=(*self._state.answered, completion.request.id))
+            self._count_answer(prompt_of[id(completion.request)])
             self.stats = self.stats + completion.stats
             self._warn_of_collapse(completion.stats)
             yield Result(
@@ -345,6 +347,30 @@ class Session:
                 learning_seconds=learning_seconds,
                 version=version,
             )
+
+    def unanswered(self, prompts: Iterable[Prompt | str | dict]) -> list[Prompt]:
+        """Those of the prompts that this session, or a checkpoint, has not answered.
+
+        They are known by their content, and by their name where an older version's
+        checkpoint holds nothing else. Where the two disagree a warning says so, with
+        counts. A prompt whose name another one was answered under gets one of its own.
+        """
+        state = self._state
+        found = find_known(self._parsed(prompts), state.answered, state.contents)
+        found.warn("what was answered before")
+        return found.new
+
+    def _parsed(self, prompts: Iterable[Prompt | str | dict]) -> list[Prompt]:
+        """Prompts of any form; none that has no id gets one that was given before."""
+        first = self.num_admitted
+        return [as_prompt(prompt, first + i) for i, prompt in enumerate(prompts)]
+
+    def _count_answer(self, prompt: Prompt) -> None:
+        """Remembers that a prompt was answered."""
+        self._move_on(
+            answered=(*self._state.answered, prompt.id),
+            contents=(*self._state.contents, content_hash(prompt)),
+        )
 
     def _ordinals(self) -> Iterator[int]:
         """Numbers for requests, each taken when one is begun; none ever comes twice.
