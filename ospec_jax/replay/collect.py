@@ -2,7 +2,7 @@
 """Recording the target's own outputs for offline training."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ def collect(
 
     Features are stored as the target computed them, in float16: about 4.6 KB a token
     for a width of 576. Prompts too long for `capacity` are left out, with a warning.
-    Ctrl-C keeps the complete shards.
+    Ctrl-C keeps all answers that are complete.
 
     Raises:
       ConfigError: No prompt would fit beside so many new tokens.
@@ -78,13 +78,18 @@ def collect(
             stacklevel=2,
         )
 
-    completions = engine.serve(requests, batch_size=batch_size, capacity=capacity)
     number = len(shard_folders(folder))
     count = 0
 
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("collect", total=len(requests))
-        for shard in _grouped(completions, shard_size):
+        completions = engine.serve(
+            requests,
+            batch_size=batch_size,
+            capacity=capacity,
+            should_stop=interrupt.is_over,
+        )
+        for shard in _grouped(completions, shard_size, lambda: bool(interrupt)):
             recordings = [_record(c, prompt_of[c.request.id]) for c in shard]
             with interrupt.held():
                 write_shard(folder, number, recordings)
@@ -100,11 +105,14 @@ def collect(
     return count
 
 
-def _grouped(items: Iterator[Completion], size: int) -> Iterator[list[Completion]]:
+def _grouped(
+    items: Iterator[Completion], size: int, should_stop: Callable[[], bool]
+) -> Iterator[list[Completion]]:
+    """Groups of a size; a smaller one at the end, or once it shall stop."""
     group = []
     for item in items:
         group.append(item)
-        if len(group) == size:
+        if len(group) == size or should_stop():
             yield group
             group = []
 

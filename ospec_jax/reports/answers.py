@@ -6,6 +6,7 @@ killed the file may hold more answers than its last checkpoint counts, never few
 resumes keeps what is counted, and gives the rest again.
 """
 
+import contextlib
 import json
 import sys
 import warnings
@@ -72,8 +73,9 @@ class AnswerLog:
         """Writes one answer, `Result.to_json()`."""
         self.rows.append(row)
         for file in self._files:
-            file.write(_lines([row]))
-            file.flush()
+            with atomic.naming(Path(file.name)):
+                file.write(_lines([row]))
+                file.flush()
 
         if self._output is not None:
             self._output.write(_lines([row]))
@@ -82,7 +84,9 @@ class AnswerLog:
     def close(self) -> None:
         """Ends writing."""
         for file in self._files:
-            file.close()
+            # What could not be written was said when it was added.
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def check_unused(file: Path | None) -> None:

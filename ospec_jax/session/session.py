@@ -274,6 +274,7 @@ class Session:
         is_raw: bool = False,
         on_text: Callable[[Prompt, str], None] | None = None,
         predictions: Sequence[str | None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Result]:
         """Answers prompts, in order of completion, learning in between.
 
@@ -283,6 +284,9 @@ class Session:
           on_text: Called with new text as it comes.
           predictions: What each answer is expected to be, None for no idea; rows may
             have a key `prediction` instead.
+          should_stop: Asked before every step. Once it says so, what is on its way is
+            dropped, and the iteration ends. At batch size 1 the next call then goes on
+            as if the dropped request had never been begun.
         """
         parsed = self._parsed(prompts)
         if predictions is not None:
@@ -325,7 +329,10 @@ class Session:
             on_tokens=on_tokens if on_text else None,
             chooser=self.chooser,
             ordinals=self._ordinals(),
+            should_stop=should_stop,
         )
+        num_done = 0
+        before = self.num_admitted, self.chooser.state
 
         for completion in completions:
             stream = streams.pop(id(completion.request), None)
@@ -347,6 +354,14 @@ class Session:
                 learning_seconds=learning_seconds,
                 version=version,
             )
+            num_done += 1
+            before = self.num_admitted, self.chooser.state
+
+        if num_done < len(pairs) and self.batch_size == 1:
+            # Nothing was learned since the dropped request was begun, and nothing kept
+            # of it: with the same numbers it will be answered as it would have been.
+            num_admitted, self.chooser.state = before
+            self._move_on(num_admitted=num_admitted)
 
     def unanswered(self, prompts: Iterable[Prompt | str | dict]) -> list[Prompt]:
         """Those of the prompts that this session, or a checkpoint, has not answered.

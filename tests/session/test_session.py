@@ -826,3 +826,33 @@ def test_a_checkpoint_without_contents_knows_prompts_by_name(target, draft, tmp_
         left = [prompt.id for prompt in resumed.unanswered(rows)]
     assert left[0].startswith("b-")
     assert left[1:] == ["c"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_what_is_dropped_is_answered_as_it_would_have_been(target, draft, batch_size):
+    learner = LearnerConfig(name="memory")
+    sampling = SamplingConfig(temperature=1.0, seed=3)
+    make = lambda: Session(target, draft, learner=learner, batch_size=batch_size)
+    straight = list(make().generate(PROMPTS[:4], NEW_TOKENS, sampling))
+
+    asked = []
+
+    def is_late():
+        asked.append(1)
+        return len(asked) > 30
+
+    session = make()
+    found = list(
+        session.generate(PROMPTS[:4], NEW_TOKENS, sampling, should_stop=is_late)
+    )
+    assert 0 < len(found) < 4
+    assert len(asked) == 31
+    assert session.answered == [r.prompt.id for r in found]
+    if batch_size == 1:
+        rest = session.generate(PROMPTS[len(found) : 4], NEW_TOKENS, sampling)
+        found += rest
+        assert [r.token_ids for r in found] == [r.token_ids for r in straight]
+        assert session.num_admitted == 4
+    else:
+        # Neighbours have taught since: numbers of dropped requests never come again.
+        assert session.num_admitted > len(found)
