@@ -2,7 +2,9 @@
 """Files that are there whole or not at all, whenever a process is killed."""
 
 import contextlib
+import itertools
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,21 +27,59 @@ def replacing(file: Path) -> Iterator[Path]:
     """
     if file.exists() and not file.is_file():
         # A device or a pipe, such as /dev/stdout, must not give way to a file.
-        yield file
+        with naming(file):
+            yield file
         return
 
     # A link stays a link: what it leads to is replaced.
     file = Path(os.path.realpath(file))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    with naming(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    # Other machines that write here, too, may have processes of the same number.
+    part = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
     try:
-        yield part
-        if file.exists():
-            shutil.copymode(file, part)
-        os.replace(part, file)
+        with naming(file):
+            yield part
+            if file.exists():
+                shutil.copymode(file, part)
+            os.replace(part, file)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets errors of the system name `path`: a full disk does not say whose file it
+    has no room for."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename2 is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def set_aside(file: Path) -> Path | None:
+    """Gives what a file holds another name, `FILE.before`, or `FILE.before-2`, ...
+
+    Returns:
+      The new name; None if the file is not there, or empty.
+    """
+    if not file.is_file() or not file.stat().st_size:
+        return None
+
+    for number in itertools.count(1):
+        ending = ".before" if number == 1 else f".before-{number}"
+        place = file.with_name(file.name + ending)
+        if not place.exists():
+            file.rename(place)
+            return place
+
+    raise AssertionError("numbers do not end")
 
 
 def write_text(file: Path, text: str) -> None:

@@ -59,3 +59,22 @@ def test_figures_are_of_the_kind_that_their_name_says(tmp_path):
     assert png.read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in svg.read_bytes()
     assert not plt.get_fignums()
+
+
+def test_a_full_disk_is_named(tmp_path):
+    file = tmp_path / "result.json"
+    with pytest.raises(OSError, match="result.json") as caught, atomic.replacing(file):
+        raise OSError(28, "No space left on device")
+    assert caught.value.filename == str(file)
+
+
+def test_what_is_set_aside_is_never_written_over(tmp_path):
+    file = tmp_path / "lines"
+    assert atomic.set_aside(file) is None
+    names = []
+    for text in ("one", "two"):
+        file.write_text(text)
+        names.append(atomic.set_aside(file))
+    assert [place.name for place in names] == ["lines.before", "lines.before-2"]
+    assert [place.read_text() for place in names] == ["one", "two"]
+    assert not file.exists()

@@ -9,12 +9,13 @@ from ospec_jax import atomic
 from ospec_jax.bench.harness import BenchConfig
 from ospec_jax.bench.live import run_with_progress
 from ospec_jax.bench.report import markdown_table, plot_stream
-from ospec_jax.config import TreeConfig
+from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.reports.progress import Interrupt, console
+from ospec_jax.storage import checkpoint
 
 
 def run_demo(
@@ -27,6 +28,12 @@ def run_demo(
     """Runs the stream and writes `acceptance.png`, `results.json`, `results.md` and
     the `checkpoint` of the learned draft into `out`; returns the table's rows.
     """
+    is_again = (out / "results.json").exists()
+    if not is_again and checkpoint.steps(out / "checkpoint"):
+        raise ConfigError(
+            f"{out / 'checkpoint'} is of another run; choose another folder with --out"
+        )
+
     target = load_target("smollm2-135m")
     draft = load_draft("shipped", target)
     stream = [
@@ -39,7 +46,6 @@ def run_demo(
         tree=TreeConfig(num_steps=num_speculative_tokens),
         learner=learner,
     )
-    is_again = (out / "results.json").exists()
     interrupt = Interrupt()
     run, rows = run_with_progress(target, draft, stream, config, interrupt)
     atomic.write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")

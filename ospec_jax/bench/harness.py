@@ -93,6 +93,11 @@ class Turns:
         """All wall-clock time of all turns."""
         return self.num_tokens / max(self.total_seconds, 1e-9)
 
+    def keep(self, num_turns: int, num_prompts: int) -> None:
+        """Forgets what was done after so many turns and prompts."""
+        del self.turn_seconds[num_turns:]
+        del self.turn_tokens[num_turns:]
+
 
 @dataclasses.dataclass
 class PeerRun(Turns):
@@ -105,6 +110,11 @@ class ModeRun(Turns):
 
     session: Session
     results: list[Result] = dataclasses.field(default_factory=list)
+
+    def keep(self, num_turns: int, num_prompts: int) -> None:
+        """Forgets what was done after so many turns and prompts."""
+        super().keep(num_turns, num_prompts)
+        del self.results[num_prompts:]
 
     @property
     def stats(self) -> DecodingStats:
@@ -153,6 +163,7 @@ def run_bench(
     config: BenchConfig = BenchConfig(),
     on_result: Callable[[int, str, "Turns"], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    should_drop: Callable[[], bool] = lambda: False,
     peers: Sequence[Peer] = (),
     drafts: dict[str, tuple[LoadedDraft, TreeConfig]] | None = None,
 ) -> BenchRun:
@@ -164,6 +175,7 @@ def run_bench(
       on_result: Called after each turn with the number of prompts begun, the mode's
         name and its run.
       should_stop: Asked before each round of turns.
+      should_drop: Asked at every step: once it says so, the round is left out.
     """
     if draft is None and not set(config.modes) <= {"autoregressive", UNPADDED}:
         raise ConfigError("all modes but autoregressive and unpadded need a draft")
@@ -186,7 +198,7 @@ def run_bench(
     plain = modes.get("autoregressive") or open_mode("autoregressive")
     others = {peer.name: PeerRun() for peer in peers}
     take_turn = {
-        name: functools.partial(_answer, mode, config=config)
+        name: functools.partial(_answer, mode, config=config, should_drop=should_drop)
         for name, mode in modes.items()
     } | {
         peer.name: functools.partial(
@@ -199,18 +211,27 @@ def run_bench(
         _answer_by_peer(peer, PeerRun(), plain.session, groups[0], config)
 
     done: list[Prompt] = []
+    turns = [*modes.values(), *others.values(), plain]
 
     for number, group in enumerate(groups):
         if should_stop():
             break
+        begun = [len(one.turn_seconds) for one in turns]
         done += group
         turn = number % len(take_turn)
         for name in [*list(take_turn)[turn:], *list(take_turn)[:turn]]:
             take_turn[name](group)
+            if should_drop():
+                break
             if on_result is not None:
                 on_result(len(done), name, modes.get(name) or others[name])
-        if "autoregressive" not in modes:
-            _answer(plain, group, config)
+        if "autoregressive" not in modes and not should_drop():
+            _answer(plain, group, config, should_drop)
+        if should_drop():
+            done = done[: -len(group)]
+            for one, count in zip(turns, begun, strict=True):
+                one.keep(count, len(done))
+            break
 
     reference = [result.token_ids for result in plain.results]
 
@@ -254,12 +275,21 @@ def _open_mode(name, target, draft, config: BenchConfig, groups) -> ModeRun:
     return ModeRun(compile_seconds=seconds, session=session)
 
 
-def _answer(mode: ModeRun, group: list[Prompt], config: BenchConfig) -> None:
+def _answer(
+    mode: ModeRun,
+    group: list[Prompt],
+    config: BenchConfig,
+    should_drop: Callable[[], bool] = lambda: False,
+) -> None:
     """Answers a group of prompts in a mode's turn, and books its time."""
     start = time.perf_counter()
     results = list(
         mode.session.generate(
-            group, config.max_new_tokens, config.sampling, is_raw=config.is_raw
+            group,
+            config.max_new_tokens,
+            config.sampling,
+            is_raw=config.is_raw,
+            should_stop=should_drop,
         )
     )
     mode.turn_seconds.append(time.perf_counter() - start)

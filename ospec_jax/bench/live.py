@@ -20,9 +20,22 @@ def run_live(target, draft, prompts, config, interrupt, peers=(), drafts=None):
             bar.update(task, completed=number, description=f"{name}: {text}")
 
         should_stop = lambda: bool(interrupt)
-        return run_bench(
-            target, draft, prompts, config, show, should_stop, peers, drafts
+        run = run_bench(
+            target,
+            draft,
+            prompts,
+            config,
+            show,
+            should_stop,
+            interrupt.is_over,
+            peers,
+            drafts,
         )
+
+    if not run.prompts:  # nothing was measured that a table could show
+        interrupt.raise_if_set()
+
+    return run
 
 
 def run_with_progress(target, draft, prompts, config, interrupt, peers=()):

@@ -2,6 +2,8 @@
 """The `ospec` command: thin wrappers that read arguments and print results."""
 
 import contextlib
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import tyro
 from ospec_jax.cli.answer import generate, learn
 from ospec_jax.cli.make import distill, export_draft, import_draft, lower
 from ospec_jax.cli.measure import bench, demo, roofline
+from ospec_jax.cli.outputs import describe_failure
 from ospec_jax.cli.streams import record, replay, stream, telemetry
 from ospec_jax.config import ConfigError
 from ospec_jax.decoding.request import PromptTooLongError
@@ -69,8 +72,23 @@ def main() -> None:
     except _USER_ERRORS as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         sys.exit(2)
+    except BrokenPipeError:
+        # Whoever read the output has enough, as `head` has.
+        _drop_output()
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        console.print(f"[red]error:[/red] {describe_failure(error)}", highlight=False)
+        sys.exit(2)
     except KeyboardInterrupt as interrupt:
         with contextlib.suppress(Exception):
             console.print("interrupted")
         is_saved = isinstance(interrupt, Interrupted)
         sys.exit(interrupt.exit_code if is_saved else 130)
+
+
+def _drop_output() -> None:
+    """Lets what is still to be written go nowhere: Python flushes it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

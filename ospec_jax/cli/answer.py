@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ospec_jax import atomic
 from ospec_jax.cli.arguments import (
     Decoding,
     Shared,
     learner_config,
     write_json,
 )
+from ospec_jax.cli.outputs import check_outputs, run_then
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import (
     add_predictions,
@@ -49,6 +51,7 @@ def generate(
       json_file: Write one object (a list for several prompts); - for standard output.
       jsonl: Write each answer as one line, as soon as it is complete; - likewise.
     """
+    check_outputs([json_file, jsonl], inputs=[prompts, prediction])
     check_unused(jsonl)
     if prompts is not None and prompt is None:
         rows = read_prompts(prompts)
@@ -73,27 +76,41 @@ def generate(
     write = lambda _, text: print(text, end="", flush=True)
     log = AnswerLog([jsonl])
 
-    for result in session.generate(
-        rows,
-        decoding.max_new_tokens,
-        decoding.sampling,
-        is_raw=decoding.raw,
-        on_text=write if stream else None,
-    ):
-        if stream:
-            print()
-        log.add(result.to_json())
-        if not stream and json_file is None and jsonl is None:
-            print(result.text)
-        length = result.stats.mean_acceptance_length
-        console.print(
-            f"[dim]{len(result.token_ids)} tokens, "
-            f"{len(result.token_ids) / result.seconds:.1f} tokens/s (compilation "
-            f"included), mean acceptance length {length:.2f}[/dim]"
+    def answer_all() -> None:
+        answers = session.generate(
+            rows,
+            decoding.max_new_tokens,
+            decoding.sampling,
+            is_raw=decoding.raw,
+            on_text=write if stream else None,
+            should_stop=interrupt.is_over,
         )
+        for result in answers:
+            if stream:
+                print()
+            log.add(result.to_json())
+            if not stream and json_file is None and jsonl is None:
+                print(result.text, flush=True)
+            length = result.stats.mean_acceptance_length
+            console.print(
+                f"[dim]{len(result.token_ids)} tokens, "
+                f"{len(result.token_ids) / result.seconds:.1f} tokens/s (compilation "
+                f"included), mean acceptance length {length:.2f}[/dim]"
+            )
+            if interrupt:
+                break
 
-    log.close()
-    write_json(json_file, log.rows, is_list=prompts is not None)
+    def write_answers() -> None:
+        # Else a failure before the first answer would empty what an earlier run wrote.
+        if log.rows:
+            write_json(json_file, log.rows, is_list=prompts is not None)
+
+    # Nobody waits for the rest of an answer that is not kept.
+    with Interrupt(grace=0.0) as interrupt:
+        run_then(interrupt, answer_all, [log.close, write_answers])
+
+    if len(log.rows) < len(rows):
+        interrupt.raise_if_set()
 
 
 def learn(
@@ -131,7 +148,8 @@ def learn(
       checkpoint_dir: Where to save; Ctrl-C saves too. The answers are kept there as
         well, in `answers.jsonl`.
       resume: Go on where the checkpoint stopped: at batch size 1 as if nothing had
-        happened; in a larger batch, requests that were on their way begin again.
+        happened; in a larger batch, requests that were on their way begin again. Where
+        there is no checkpoint yet, begin.
       save_every: Prompts between two checkpoints.
       save_feedback: Also save recent traffic, which learning needs to go on as before,
         and the answers.
@@ -142,6 +160,11 @@ def learn(
         telemetry`.
       tensorboard: Folder to write the same to for TensorBoard; needs --telemetry.
     """
+    check_outputs(
+        [json_file, jsonl, telemetry],
+        [checkpoint_dir, tensorboard],
+        inputs=[prompts],
+    )
     rows = read_prompts(prompts)
     if tensorboard is not None and telemetry is None:
         raise ConfigError("--tensorboard needs --telemetry, a file, beside it")
@@ -156,6 +179,9 @@ def learn(
         )
     if save_every < 1:
         raise ConfigError(f"--save-every is {save_every}; use 1 or more prompts")
+    if resume and checkpoint_dir is not None and not checkpoint.steps(checkpoint_dir):
+        _begin_anew(checkpoint_dir, jsonl, telemetry)
+        resume = False
     if not resume:
         check_unused(jsonl)
 
@@ -171,8 +197,8 @@ def learn(
     target, draft = decoding.load()
     session = decoding.open(target, draft, config)
     if resume and checkpoint_dir is not None:
-        answered = set(session.resume(checkpoint_dir))
-        rows = [row for row in rows if row.id not in answered]
+        answered = session.resume(checkpoint_dir)
+        rows = session.unanswered(rows)
         console.print(
             f"{len(answered)} prompts were answered before, {len(rows)} are left; "
             f"draft version {session.version}"
@@ -188,11 +214,15 @@ def learn(
     session.on_update = writer.update if writer else None
     results = []
 
-    with Interrupt() as interrupt:
+    def answer_all() -> None:
         with progress_bar() as bar:
             task = bar.add_task("learn", total=len(rows))
             answers = session.generate(
-                rows, decoding.max_new_tokens, decoding.sampling, is_raw=decoding.raw
+                rows,
+                decoding.max_new_tokens,
+                decoding.sampling,
+                is_raw=decoding.raw,
+                should_stop=interrupt.is_over,
             )
             for result in answers:
                 results.append(result)
@@ -212,18 +242,34 @@ def learn(
                         session.save(checkpoint_dir, save_feedback)
                 if interrupt:
                     break
-        # Another signal would end this else, and with it what was learned.
-        with interrupt.held():
-            log.close()
-            if checkpoint_dir is not None:
-                path = session.save(checkpoint_dir, save_feedback)
-                console.print(f"saved {path}")
+
+    def save() -> None:
+        if checkpoint_dir is not None:
+            path = session.save(checkpoint_dir, save_feedback)
+            console.print(f"saved {path}")
+
+    def write_answers() -> None:
+        if log.rows or not rows:
             write_json(json_file, log.rows, is_list=True)
 
-    if writer:
-        writer.close()
+    with Interrupt() as interrupt:
+        last = [log.close, save, write_answers]
+        run_then(interrupt, answer_all, last + ([writer.close] if writer else []))
+
     if len(results) < len(rows):
         interrupt.raise_if_set()
+
+
+def _begin_anew(folder: Path, *others: Path | None) -> None:
+    """Makes way for a run that shall go on, but was never saved.
+
+    What a killed one wrote before its first checkpoint is kept under other names.
+    """
+    console.print(f"{folder} holds no checkpoint yet: this run begins anew")
+    for file in (folder / "answers.jsonl", *others):
+        before = file and atomic.set_aside(file)
+        if before:
+            console.print(f"what {file} held is now {before}")
 
 
 def _open_log(

@@ -10,13 +10,14 @@ import tyro
 from ospec_jax import sharding
 from ospec_jax.cli.arguments import as_precision
 from ospec_jax.cli.notation import parse_tree
+from ospec_jax.cli.outputs import check_outputs
 from ospec_jax.config import AttentionKind, ConfigError, Precision, SamplingConfig
 from ospec_jax.data.prompts import read_prompts
 from ospec_jax.drafters.eagle import eagle3_taps
 from ospec_jax.drafters.registry import TRAINED, default_draft_config, find_family
 from ospec_jax.loading import LoadedDraft, draft_folder, load_draft, restore
 from ospec_jax.models.hub import load_config, load_target
-from ospec_jax.reports.progress import console
+from ospec_jax.reports.progress import Interrupt, console
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
 
@@ -90,6 +91,7 @@ def distill(
     from ospec_jax.distill.train import DistillConfig, score, train
     from ospec_jax.replay.record import record
 
+    check_outputs(folders=[out, data, ship])
     if ship is not None and max(checkpoint.steps(ship), default=0) > num_updates:
         raise ConfigError(f"{ship} holds a longer trained draft; choose another folder")
 
@@ -117,46 +119,50 @@ def distill(
     taps = draft_config.taps if kind.reads_taps else eagle3_taps(loaded.config)
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
-    count = record(
-        loaded,
-        rows,
-        folder,
-        taps,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        batch_size=collect_batch_size,
-        capacity=capacity,
-        shard_size=100,
-    )
-    console.print(f"recorded {count} answers in {folder}")
-    if collect_only:
-        return
+    with Interrupt() as interrupt:
+        count = record(
+            loaded,
+            rows,
+            folder,
+            taps,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            batch_size=collect_batch_size,
+            capacity=capacity,
+            shard_size=100,
+        )
+        console.print(f"recorded {count} answers in {folder}")
+        if collect_only:
+            return
 
-    config = DistillConfig(
-        num_updates=num_updates,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        num_steps=num_steps,
-        loss=loss,
-        feature_weight=feature_weight,
-        seed=seed,
-        domains=domains,
-    )
-    trained = out / "draft"
-    history = train(loaded, folder, trained, config, draft_config, initial, family)
-    console.print(f"saved {trained}, and its course as {trained / 'training.png'}")
-    if history:
-        console.print(history[-1])
+        # A signal behind the last answer, too, is not for training to go on.
+        interrupt.raise_if_set()
+        config = DistillConfig(
+            num_updates=num_updates,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            num_steps=num_steps,
+            loss=loss,
+            feature_weight=feature_weight,
+            seed=seed,
+            domains=domains,
+        )
+        trained = out / "draft"
+        history = train(loaded, folder, trained, config, draft_config, initial, family)
+        console.print(f"saved {trained}, and its course as {trained / 'training.png'}")
+        if history:
+            console.print(history[-1])
 
-    if ship is not None:
-        newest = checkpoint.load(trained, loaded)
-        draft = newest.draft
-        meta = dataclasses.replace(newest.meta, storage="int8")
-        if delta and initial is not None:
-            draft, meta = _difference(draft, meta, initial.draft, start, delta)
-        checkpoint.save(ship, newest.step, meta, draft)
-        found = score(loaded, folder, load_draft(ship, loaded), config)
-        console.print(f"saved {ship}; as it is stored there: {found}")
+        interrupt.raise_if_set()
+        if ship is not None:
+            newest = checkpoint.load(trained, loaded)
+            draft = newest.draft
+            meta = dataclasses.replace(newest.meta, storage="int8")
+            if delta and initial is not None:
+                draft, meta = _difference(draft, meta, initial.draft, start, delta)
+            checkpoint.save(ship, newest.step, meta, draft)
+            found = score(loaded, folder, load_draft(ship, loaded), config)
+            console.print(f"saved {ship}; as it is stored there: {found}")
 
 
 def _trained(name: str, target) -> LoadedDraft | None:
@@ -203,6 +209,10 @@ def import_draft(
     from ospec_jax.formats.importing import load_folder
     from ospec_jax.session.self_check import self_check
 
+    check_outputs(folders=[out])
+    if max(checkpoint.steps(out), default=0) > 0:
+        raise ConfigError(f"{out} holds a run's checkpoints; choose another folder")
+
     loaded = load_target(target, as_precision(precision)) if target else None
     draft, meta = load_folder(src, loaded, taps or None)
     if loaded is not None and check:
@@ -235,6 +245,7 @@ def export_draft(
     """
     from ospec_jax.formats import exporting
 
+    check_outputs(folders=[out])
     found = restore(draft)
     meta = found.meta
     card = found.meta.card
@@ -286,6 +297,7 @@ def lower(
     """
     from ospec_jax.decoding import lowering
 
+    check_outputs(folders=[out])
     config = lowering.LoweringConfig(
         parse_tree(tree, num_speculative_tokens),
         precision,

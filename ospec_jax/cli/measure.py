@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ospec bench`, `ospec roofline`, `ospec demo`: measuring."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +17,7 @@ from ospec_jax.cli.arguments import (
     write_json,
     write_text,
 )
+from ospec_jax.cli.outputs import check_outputs
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import demo_prompts, read_prompts
 from ospec_jax.models.hub import load_target
@@ -69,6 +71,7 @@ def bench(
     from ospec_jax.bench.peers import open_peer
     from ospec_jax.bench.report import markdown_table, plot_modes, plot_stream
 
+    check_outputs([json_file, markdown], figures=[plot, stream_plot], inputs=[prompts])
     if drafts and decoding.batch_size > 1:
         raise ConfigError("drafts are compared with a batch size of 1")
     if drafts and (peers or plot or stream_plot):
@@ -108,13 +111,15 @@ def bench(
     target, draft = decoding.load()
     interrupt = Interrupt()
     run, table = run_with_progress(target, draft, rows, config, interrupt, others)
-    write_json(json_file, table, is_list=True)
-    if markdown is not None:
-        write_text(markdown, markdown_table(table))
-    if plot is not None:
-        console.print(f"plot: {plot_modes(table, plot)}")
-    if stream_plot is not None:
-        console.print(f"plot: {plot_stream(run, stream_plot)}")
+    with contextlib.ExitStack() as ends:  # each is tried, also if another one fails
+        ends.callback(write_json, json_file, table, is_list=True)
+        if markdown is not None:
+            ends.callback(write_text, markdown, markdown_table(table))
+        if plot is not None:
+            ends.callback(lambda: console.print(f"plot: {plot_modes(table, plot)}"))
+        if stream_plot is not None:
+            draw = lambda: plot_stream(run, stream_plot)
+            ends.callback(lambda: console.print(f"plot: {draw()}"))
     if len(run.prompts) < len(rows):
         interrupt.raise_if_set()
 
@@ -140,9 +145,10 @@ def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) ->
     table = domain_rows(run)
     text = drafts_table(table)
     console.print(text, soft_wrap=True, markup=False)
-    write_json(json_file, table, is_list=True)
-    if markdown is not None:
-        write_text(markdown, text)
+    with contextlib.ExitStack() as ends:
+        ends.callback(write_json, json_file, table, is_list=True)
+        if markdown is not None:
+            ends.callback(write_text, markdown, text)
     if len(run.prompts) < len(prompts):
         interrupt.raise_if_set()
 
@@ -194,6 +200,7 @@ def demo(
     """
     from ospec_jax.bench.demo import run_demo
 
+    check_outputs(folders=[out])
     run_demo(
         out,
         num_prompts_per_domain,

@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 import tyro
 
 from ospec_jax.cli.arguments import as_precision, learner_config
+from ospec_jax.cli.outputs import check_outputs
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import read_prompts, write_prompts
 from ospec_jax.data.streams import build_stream
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
-from ospec_jax.reports.progress import Interrupt, console, progress_bar
+from ospec_jax.reports.progress import Interrupt, Interrupted, console, progress_bar
 from ospec_jax.storage import low_rank
 
 StreamKind = Literal["single", "shifts", "gradual", "alternating", "fast"]
@@ -39,7 +40,9 @@ def stream(
       block: Prompts of a block, for alternating.
       seed: Of the choice and order of the prompts.
     """
+    check_outputs([out])
     files = {}
+    paths = []
 
     for part in domains.split(","):
         name, _, file = part.partition("=")
@@ -48,8 +51,10 @@ def stream(
                 f"cannot read the domains {domains!r}: use NAME=FILE,NAME=FILE with "
                 f"a name once"
             )
+        paths.append(Path(file))
         files[name] = read_prompts(file)
 
+    check_outputs([out], inputs=paths)
     write_prompts(out, build_stream(files, kind, num_prompts, seed, block))
     console.print(f"saved {out}")
 
@@ -66,7 +71,7 @@ def record(
 ) -> None:
     """Records a target's greedy answers, to replay drafts and learners on them.
 
-    Ctrl-C keeps complete shards; the same command goes on. The recording holds prompts
+    Ctrl-C keeps complete answers; the same command goes on. The recording holds prompts
     and answers, which can be read back from it.
 
     Args:
@@ -82,6 +87,7 @@ def record(
     """
     from ospec_jax.replay import record
 
+    check_outputs(folders=[out])
     rows = read_prompts(prompts)
     loaded = load_target(target, as_precision(precision))
     taps = load_draft(draft, loaded).taps
@@ -146,6 +152,7 @@ def replay(
     from ospec_jax.replay.record import read_meta
     from ospec_jax.replay.replayer import Replayer
 
+    check_outputs([json_file], [telemetry], figures=[plot], inputs=[prompts])
     configs = {
         name: None
         if name == "static"
@@ -160,14 +167,15 @@ def replay(
     if not configs or not all(s.strip().isdecimal() for s in seeds.split(",")):
         raise ConfigError(f"use learners and whole seeds, not {learners!r}, {seeds!r}")
 
-    ids = [row.id for row in read_prompts(prompts)] if prompts else []
+    asked = read_prompts(prompts) if prompts else []
     kept = results.Results.open(json_file)
     meta = read_meta(folder)
     loaded = load_target(target, as_precision(meta.precision))
     replayer = Replayer(
-        loaded, load_draft(draft, loaded), folder, num_speculative_tokens, ids, regret
+        loaded, load_draft(draft, loaded), folder, num_speculative_tokens, asked, regret
     )
-    key = results.stream_key([replayer.store.entries[i].id for i in replayer.order])
+    entries = [replayer.store.entries[i] for i in replayer.order]
+    key = results.stream_key([e.id for e in entries], [e.content for e in entries])
     kind = meta.fingerprint, meta.precision, str(meta.max_new_tokens)
     content = " ".join([*kind, low_rank.fingerprint(replayer.draft.draft)])
     rows = []
@@ -193,7 +201,7 @@ def replay(
         hindsight = None
         if regret and not interrupt:
             names = [draft, key, content]
-            hindsight = _hindsight(replayer, kept, chunk_size, bar, names)
+            hindsight = _hindsight(replayer, kept, chunk_size, bar, names, interrupt)
         is_cut_short |= regret and hindsight is None
 
     results.add_regret(rows, hindsight)
@@ -270,17 +278,26 @@ def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:
     return results.to_row(run, settings, len(run.answers) == len(replayer.order))
 
 
-def _hindsight(replayer, kept, chunk_size: int, bar, names) -> list[float]:
-    """Losses in hindsight, kept in the results."""
+def _hindsight(
+    replayer, kept, chunk_size: int, bar, names, interrupt
+) -> list[float] | None:
+    """Losses in hindsight, kept in the results; None where a signal came first."""
     from ospec_jax.replay.hindsight import best_per_chunk_in_hindsight
 
     key = " ".join([*names, str(replayer.num_steps), str(chunk_size)])
     if key not in kept.hindsight:
         task = bar.add_task("hindsight", total=len(replayer.order))
-        show = lambda count: bar.update(task, completed=count)
-        kept.hindsight[key] = best_per_chunk_in_hindsight(
-            replayer, chunk_size, on_chunk=show
-        )
+
+        def show(count):
+            bar.update(task, completed=count)
+            interrupt.raise_if_set()
+
+        try:
+            found = best_per_chunk_in_hindsight(replayer, chunk_size, on_chunk=show)
+        except Interrupted:
+            return None
+
+        kept.hindsight[key] = found
         kept.write()
 
     return kept.hindsight[key]
@@ -295,4 +312,5 @@ def telemetry(file: tyro.conf.Positional[Path], plot: Path) -> None:
     """
     from ospec_jax.reports.telemetry import plot_telemetry, read_rows
 
+    check_outputs(figures=[plot], inputs=[file])
     console.print(f"plot: {plot_telemetry(read_rows(file), plot)}")

@@ -341,6 +341,7 @@ class Engine:
         lag: int = 1,
         chooser: Chooser | None = None,
         ordinals: Iterator[int] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Completion]:
         """Answers requests as rows become free; yields them in order of completion.
 
@@ -357,6 +358,8 @@ class Engine:
             default the engine's own action.
           ordinals: Gives each request its number when it is admitted (`Request.key`),
             none of them twice in the life of a session; by default 0, 1, 2, ...
+          should_stop: Asked before every step; once it says so, requests that are on
+            their way are dropped, and no others are begun.
         """
         sharding.check_batch(self.config.mesh, batch_size)
         chooser = chooser or Chooser.start(fixed((self.action,)), batch_size)
@@ -373,6 +376,8 @@ class Engine:
                 self, batch_size, slots, has_prediction, on_tokens, chooser.observe
             )
             while True:
+                if should_stop():
+                    return
                 for request in itertools.islice(pending, batch.num_free):
                     batch.admit(request, draft_fn(), next(ordinals))
                 if batch.is_idle:

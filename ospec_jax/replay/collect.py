@@ -2,19 +2,20 @@
 """Recording the target's own outputs for offline training."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
+from ospec_jax.data.known import content_hash, find_known
 from ospec_jax.data.prompts import Prompt, encode
 from ospec_jax.decoding.engine import CAPACITIES, Engine
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.models.hub import Target
 from ospec_jax.models.tokenizer import stop_token_ids
-from ospec_jax.replay.store import Recording, recorded_ids, shard_folders, write_shard
+from ospec_jax.replay.store import Recording, recorded, shard_folders, write_shard
 from ospec_jax.reports.progress import Interrupt, progress_bar
 
 
@@ -34,14 +35,15 @@ def collect(
 
     Features are stored as the target computed them, in float16: about 4.6 KB a token
     for a width of 576. Prompts too long for `capacity` are left out, with a warning.
-    Ctrl-C keeps the complete shards.
+    Ctrl-C keeps all answers that are complete.
 
     Raises:
       ConfigError: No prompt would fit beside so many new tokens.
       Interrupted: By Ctrl-C or another signal; the same call goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = recorded_ids(folder)
+    known = find_known(prompts, *recorded(folder))
+    known.warn(folder)
     config = StepConfig(
         model=target.config,
         numerics=target.numerics,
@@ -59,15 +61,15 @@ def collect(
         )
 
     requests = []
-    domain_of = {}
+    prompt_of = {}
     num_long = 0
 
-    for prompt in prompts:
+    for prompt, is_new in zip(known.prompts, known.is_new, strict=True):
         ids = encode(prompt, target.tokenizer)
         num_long += len(ids) > limit
-        if prompt.id not in done and len(ids) <= limit:
+        if is_new and len(ids) <= limit:
             requests.append(Request(prompt.id, ids, max_new_tokens, sampling))
-            domain_of[prompt.id] = prompt.domain
+            prompt_of[prompt.id] = prompt
 
     if num_long:
         warnings.warn(
@@ -76,14 +78,19 @@ def collect(
             stacklevel=2,
         )
 
-    completions = engine.serve(requests, batch_size=batch_size, capacity=capacity)
     number = len(shard_folders(folder))
     count = 0
 
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("collect", total=len(requests))
-        for shard in _grouped(completions, shard_size):
-            recordings = [_record(c, domain_of[c.request.id]) for c in shard]
+        completions = engine.serve(
+            requests,
+            batch_size=batch_size,
+            capacity=capacity,
+            should_stop=interrupt.is_over,
+        )
+        for shard in _grouped(completions, shard_size, lambda: bool(interrupt)):
+            recordings = [_record(c, prompt_of[c.request.id]) for c in shard]
             with interrupt.held():
                 write_shard(folder, number, recordings)
             number = number + 1
@@ -98,11 +105,14 @@ def collect(
     return count
 
 
-def _grouped(items: Iterator[Completion], size: int) -> Iterator[list[Completion]]:
+def _grouped(
+    items: Iterator[Completion], size: int, should_stop: Callable[[], bool]
+) -> Iterator[list[Completion]]:
+    """Groups of a size; a smaller one at the end, or once it shall stop."""
     group = []
     for item in items:
         group.append(item)
-        if len(group) == size:
+        if len(group) == size or should_stop():
             yield group
             group = []
 
@@ -110,7 +120,7 @@ def _grouped(items: Iterator[Completion], size: int) -> Iterator[list[Completion
         yield group
 
 
-def _record(completion: Completion, domain: str) -> Recording:
+def _record(completion: Completion, prompt: Prompt) -> Recording:
     feedback = completion.feedback
     assert feedback is not None, "the engine records"
     n = completion.num_recorded
@@ -121,5 +131,10 @@ def _record(completion: Completion, domain: str) -> Recording:
     num_prompt = len(completion.request.prompt_ids)
 
     return Recording(
-        completion.request.id, domain, num_prompt, arrays, completion.token_ids[-1]
+        prompt.id,
+        prompt.domain,
+        num_prompt,
+        arrays,
+        completion.token_ids[-1],
+        content_hash(prompt),
     )

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.data.known import find_known
 from ospec_jax.data.prompts import Prompt, encode
 from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.models.hub import Target
 from ospec_jax.replay.collect import collect
-from ospec_jax.replay.store import FeedbackStore, recorded_ids
+from ospec_jax.replay.store import FeedbackStore, recorded
 
 _FILE = "recording.json"
 _EXTRA_SLOTS = 8
@@ -88,7 +89,8 @@ def record(
     if capacity not in CAPACITIES:
         raise ConfigError(f"the capacity is {capacity}; use one of {CAPACITIES}")
 
-    order = dict.fromkeys([*known, *(prompt.id for prompt in prompts)])
+    named = find_known(prompts, *recorded(folder)).prompts
+    order = dict.fromkeys([*known, *(prompt.id for prompt in named)])
     fields = dataclasses.asdict(meta) | {"order": list(order)}
     atomic.write_text(folder / _FILE, json.dumps(fields, indent=1))
 
@@ -135,13 +137,17 @@ def _check_same(folder: Path, found: RecordingMeta, wanted: RecordingMeta) -> No
 
 
 def open_recording(
-    folder: Path, target: Target, taps: tuple[int, ...] | None, ids: Sequence[str] = ()
+    folder: Path,
+    target: Target,
+    taps: tuple[int, ...] | None,
+    ids: Sequence[str | Prompt] = (),
 ) -> tuple[FeedbackStore, list[int]]:
     """The store, and the numbers of its entries in the stream's order.
 
     Args:
       taps: What the draft reads; None for any.
-      ids: Replay these prompts, in this order, instead of all in the recorded one.
+      ids: Replay these prompts, in this order, instead of all in the recorded one. A
+        `Prompt` is found by its content, whatever its name was.
 
     Raises:
       ConfigError: The recording is of another target, precision or taps, or lacks one
@@ -156,8 +162,12 @@ def open_recording(
         temperature=0.0,
     )
     _check_same(folder, meta, wanted)
-    done = recorded_ids(folder)
-    missing = [i for i in ids if i not in done]
+    names, contents = recorded(folder)
+    asked = [i for i in ids if isinstance(i, Prompt)]
+    known = find_known(asked, names, contents)
+    is_known = set(names)
+    missing = [p.id for p in known.new]
+    missing += [i for i in ids if isinstance(i, str) and i not in is_known]
     if missing:
         raise ConfigError(
             f"{len(missing)} prompts of the stream are not in {folder}, the first is "
@@ -166,7 +176,9 @@ def open_recording(
 
     store = FeedbackStore(folder)
     number = {entry.id: i for i, entry in enumerate(store.entries)}
-    order = [number[i] for i in ids or meta.order if i in number]
+    found = iter(known.prompts)
+    wished = [i if isinstance(i, str) else next(found).id for i in ids]
+    order = [number[i] for i in wished or meta.order if i in number]
     if any(store.entries[i].last_token < 0 for i in order):
         raise ConfigError(
             f"{folder} holds answers without their last token, which replay needs; "

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
@@ -122,7 +123,7 @@ class Replayer:
         draft: LoadedDraft,
         folder: Path,
         num_steps: int = 3,
-        ids: Sequence[str] = (),
+        ids: Sequence[str | Prompt] = (),
         has_losses: bool = False,
         decay: float = 0.8,
     ):
@@ -130,7 +131,8 @@ class Replayer:
 
         Args:
           num_steps: Tokens of a chain, K.
-          ids: Replay these prompts in this order instead of the recorded ones.
+          ids: Replay these prompts in this order instead of the recorded ones; see
+            `record.open_recording`.
           has_losses: Also report losses, at about half of the scoring's cost again.
           decay: Weight of each depth's loss relative to the one before.
 

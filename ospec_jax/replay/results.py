@@ -22,9 +22,15 @@ _MAX_LINES = 40
 _COUNTS = ("num_drafts", "num_accepted_tokens")
 
 
-def stream_key(ids: Sequence[str]) -> str:
-    """Tells streams apart by their prompts and order."""
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]
+def stream_key(ids: Sequence[str], contents: Sequence[str] = ()) -> str:
+    """Tells streams apart by their prompts and order.
+
+    Args:
+      contents: Hashes of the prompts, empty where they were not kept: another file may
+        have prompts of the same names.
+    """
+    text = "\n".join([*ids, *filter(None, contents)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def settings_of(

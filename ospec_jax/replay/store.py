@@ -30,6 +30,7 @@ class Recording:
       arrays: `Feedback`'s fields without batch axis, `[t, ...]` each.
       last_token: The answer's last one, after which nothing was verified, so that it
         is not among `arrays`; -1 where it was not kept.
+      content: Hash of the prompt (`data.known`); empty where it was not kept.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Recording:
     num_prompt: int
     arrays: dict[str, np.ndarray]
     last_token: int = -1
+    content: str = ""
 
 
 def write_shard(folder: Path, number: int, recordings: Sequence[Recording]) -> None:
@@ -56,6 +58,7 @@ def write_shard(folder: Path, number: int, recordings: Sequence[Recording]) -> N
         "num_prompt": [r.num_prompt for r in recordings],
         "lengths": lengths,
         "last_tokens": [r.last_token for r in recordings],
+        "contents": [r.content for r in recordings],
     }
     (part / "index.json").write_text(json.dumps(index))
     part.rename(part.with_suffix(""))
@@ -66,12 +69,27 @@ def shard_folders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("shard_?????") if (p / "index.json").exists())
 
 
+def recorded(folder: Path) -> tuple[list[str], list[str]]:
+    """Ids of the requests that are already on disk, and hashes of their prompts."""
+    ids = []
+    contents = []
+
+    for shard in shard_folders(folder):
+        index = json.loads((shard / "index.json").read_text())
+        ids += index["ids"]
+        contents += _contents(index)
+
+    return ids, contents
+
+
 def recorded_ids(folder: Path) -> set[str]:
     """Ids of the requests that are already on disk."""
-    indices = [
-        json.loads((p / "index.json").read_text()) for p in shard_folders(folder)
-    ]
-    return {i for index in indices for i in index["ids"]}
+    return set(recorded(folder)[0])
+
+
+def _contents(index: dict) -> list[str]:
+    """Hashes of a shard's prompts; older versions kept none."""
+    return index.get("contents", [""] * len(index["ids"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +101,7 @@ class _Entry:
     domain: str
     id: str
     last_token: int
+    content: str
 
 
 class FeedbackStore:
@@ -95,6 +114,7 @@ class FeedbackStore:
             arrays = {n: np.load(shard / f"{n}.npy", mmap_mode="r") for n in _ARRAYS}
             count = len(index["ids"])
             last = index.get("last_tokens", [-1] * count)
+            contents = _contents(index)
             begin = 0
             for i, length in enumerate(index["lengths"]):
                 self.entries.append(
@@ -106,6 +126,7 @@ class FeedbackStore:
                         index["domains"][i],
                         index["ids"][i],
                         last[i],
+                        contents[i],
                     )
                 )
                 begin += length
@@ -129,7 +150,7 @@ class FeedbackStore:
         """One request as it was written; its arrays stay on disk until read."""
         e = self.entries[entry]
         own = {n: x[e.begin : e.begin + e.length] for n, x in e.arrays.items()}
-        return Recording(e.id, e.domain, e.num_prompt, own, e.last_token)
+        return Recording(e.id, e.domain, e.num_prompt, own, e.last_token, e.content)
 
     def windows(self, entries: Sequence[int], length: int) -> list[tuple[int, int]]:
         """Windows `(entry, first trained pair)` that cover each answer once."""

@@ -6,11 +6,12 @@ killed the file may hold more answers than its last checkpoint counts, never few
 resumes keeps what is counted, and gives the rest again.
 """
 
-import itertools
+import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ospec_jax import atomic
@@ -54,12 +55,13 @@ class AnswerLog:
         sources = [read_answers(path) for path in paths if path.is_file()]
         if older is not None and older.is_file():
             sources.append(read_answers(older))
-            atomic.write_text(older, _lines(_ordered(sources[-1], answered)))
+            kept = _ordered([sources[-1]], answered)
+            atomic.write_text(older, _lines(kept))
 
         sources.append(_read_list(json_file))
-        self.rows = _ordered(itertools.chain(*sources), answered)
+        self.rows = _ordered(sources, answered)
         if paths or json_file is not None:
-            _warn_of_missing(self.rows, answered)
+            _warn_of_missing(sources, answered)
 
         self._files = []
 
@@ -71,8 +73,9 @@ class AnswerLog:
         """Writes one answer, `Result.to_json()`."""
         self.rows.append(row)
         for file in self._files:
-            file.write(_lines([row]))
-            file.flush()
+            with atomic.naming(Path(file.name)):
+                file.write(_lines([row]))
+                file.flush()
 
         if self._output is not None:
             self._output.write(_lines([row]))
@@ -81,7 +84,9 @@ class AnswerLog:
     def close(self) -> None:
         """Ends writing."""
         for file in self._files:
-            file.close()
+            # What could not be written was said when it was added.
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def check_unused(file: Path | None) -> None:
@@ -140,18 +145,34 @@ def _read_list(file: Path | None) -> list[dict]:
     return [row for row in rows if isinstance(row, dict) and "id" in row]
 
 
-def _ordered(rows: Iterable[dict], answered: Sequence[str]) -> list[dict]:
-    """The first row of each of these ids, in their order."""
-    found: dict[str, dict] = {}
-    for row in rows:
-        found.setdefault(row["id"], row)
+def _counted(ids: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Each id with how often it came before: different prompts may share a name."""
+    counts: Counter = Counter()
+    for name in ids:
+        yield name, counts[name]
+        counts[name] += 1
 
-    return [found[id] for id in answered if id in found]
+
+def _by_id(sources: Iterable[list[dict]]) -> dict[tuple[str, int], dict]:
+    """Rows by their counted ids; the first source that has one wins."""
+    found: dict[tuple[str, int], dict] = {}
+    for rows in sources:
+        ids = _counted(row["id"] for row in rows)
+        for key, row in zip(ids, rows, strict=True):
+            found.setdefault(key, row)
+
+    return found
 
 
-def _warn_of_missing(rows: list[dict], answered: Sequence[str]) -> None:
-    found = {row["id"] for row in rows}
-    missing = [id for id in answered if id not in found]
+def _ordered(sources: Iterable[list[dict]], answered: Sequence[str]) -> list[dict]:
+    """The row of each of these ids, in their order."""
+    found = _by_id(sources)
+    return [found[key] for key in _counted(answered) if key in found]
+
+
+def _warn_of_missing(sources: list[list[dict]], answered: Sequence[str]) -> None:
+    found = _by_id(sources)
+    missing = [key[0] for key in _counted(answered) if key not in found]
     if missing:
         warnings.warn(
             f"{len(missing)} of {len(answered)} earlier answers were not kept, the "

@@ -18,6 +18,9 @@ from rich.progress import (
 )
 
 LOG_SECONDS = 20.0
+GRACE_SECONDS = 5.0
+"""In which an answer may still be finished behind a signal; those who stop services
+wait for 10 seconds or more."""
 
 console = Console(stderr=True)
 """Standard error, so that standard output stays data."""
@@ -75,7 +78,8 @@ class Interrupted(KeyboardInterrupt):
 class Interrupt:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a flag, the second into an end.
 
-    A signal that is ignored from the start stays so, as under `nohup`.
+    A signal that is ignored from the start stays so, as under `nohup`. Of two that are
+    entered one in the other, the outer one knows what the inner one caught.
 
     >>> with Interrupt() as interrupt:
     ...     bool(interrupt)
@@ -83,16 +87,23 @@ class Interrupt:
 
     Attributes:
       number: Of the first signal; 0 before it.
+      grace: Seconds in which what is on its way may still be finished.
     """
 
-    def __init__(self):
+    def __init__(self, grace: float = GRACE_SECONDS):
         self.number = 0
+        self.grace = grace
+        self._since = 0.0
         self._is_held = False
         self._before: dict = {}
         self._terminals: list[int] = []
 
     def __bool__(self) -> bool:
         return self.number != 0
+
+    def is_over(self) -> bool:
+        """Whether there was a signal, and its grace is over: for what takes long."""
+        return bool(self) and time.monotonic() - self._since >= self.grace
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -117,10 +128,17 @@ class Interrupt:
             self._leave_terminals()
 
         if not self:
-            self.number = number
+            self._note(number)
         elif not self._is_held:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
+
+    def _note(self, number) -> None:
+        self.number = number
+        self._since = time.monotonic()
+        outer = getattr(self._before.get(number), "__self__", None)
+        if isinstance(outer, Interrupt) and not outer:
+            outer._note(number)
 
     def _leave_terminals(self) -> None:
         """Lets output go nowhere: writing to a terminal that is gone would fail, and

@@ -4,6 +4,7 @@
 A file has one row an answer and one an update, in order, and is only ever added to.
 """
 
+import contextlib
 import importlib
 import json
 from collections import deque
@@ -119,7 +120,8 @@ class Telemetry:
 
     def close(self) -> None:
         """Ends writing."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # was said when it was written
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -214,8 +216,9 @@ class Telemetry:
         counts["tokens"] += row["num_tokens"]
 
     def _write(self, row: dict, number: int) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
+        with atomic.naming(Path(self._file.name)):
+            self._file.write(_line(row))
+            self._file.flush()
         if self._writer is None:
             return
 

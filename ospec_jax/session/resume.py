@@ -104,6 +104,7 @@ def current_meta(state: SessionState, learner: LearnerConfig | None) -> Meta:
         draft_version=meta.draft_version + state.version,
         learner=learner.to_json(),
         answered=state.answered,
+        contents=state.contents,
     )
 
 
@@ -159,6 +160,8 @@ def resume(
         )
 
     version = found.meta.draft_version - int(state.version)
+    answered = found.meta.answered
+    num_nameless = len(answered) - len(found.meta.contents)
 
     return SessionState(
         meta=dataclasses.replace(found.meta, draft_version=version),
@@ -167,7 +170,8 @@ def resume(
         trainer=state,
         traffic=traffic,
         controller=found.meta.controller,
-        answered=found.meta.answered,
+        answered=answered,
+        contents=("",) * num_nameless + found.meta.contents,
         num_admitted=found.meta.num_admitted,
     )
 

@@ -20,6 +20,7 @@ from ospec_jax.config import (
 )
 from ospec_jax.control.base import Chooser
 from ospec_jax.control.registry import BuildController
+from ospec_jax.data.known import content_hash, find_known
 from ospec_jax.data.prompts import (
     Prompt,
     add_predictions,
@@ -273,16 +274,21 @@ class Session:
         is_raw: bool = False,
         on_text: Callable[[Prompt, str], None] | None = None,
         predictions: Sequence[str | None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Result]:
         """Answers prompts, in order of completion, learning in between.
 
         Args:
-          prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s.
+          prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s. One without
+            an id is called `prompt-N`, by the number of requests begun before.
           on_text: Called with new text as it comes.
           predictions: What each answer is expected to be, None for no idea; rows may
             have a key `prediction` instead.
+          should_stop: Asked before every step. Once it says so, what is on its way is
+            dropped, and the iteration ends. At batch size 1 the next call then goes on
+            as if the dropped request had never been begun.
         """
-        parsed = [as_prompt(p, i) for i, p in enumerate(prompts)]
+        parsed = self._parsed(prompts)
         if predictions is not None:
             parsed = add_predictions(parsed, predictions)
             if not self.is_drafting and any(predictions):
@@ -323,7 +329,10 @@ class Session:
             on_tokens=on_tokens if on_text else None,
             chooser=self.chooser,
             ordinals=self._ordinals(),
+            should_stop=should_stop,
         )
+        num_done = 0
+        before = self.num_admitted, self.chooser.state
 
         for completion in completions:
             stream = streams.pop(id(completion.request), None)
@@ -331,7 +340,7 @@ class Session:
                 on_text(prompt_of[id(completion.request)], rest)
             version = self.version
             learning_seconds = self._learn_from(completion)
-            self._move_on(answered=(*self._state.answered, completion.request.id))
+            self._count_answer(prompt_of[id(completion.request)])
             self.stats = self.stats + completion.stats
             self._warn_of_collapse(completion.stats)
             yield Result(
@@ -345,6 +354,38 @@ class Session:
                 learning_seconds=learning_seconds,
                 version=version,
             )
+            num_done += 1
+            before = self.num_admitted, self.chooser.state
+
+        if num_done < len(pairs) and self.batch_size == 1:
+            # Nothing was learned since the dropped request was begun, and nothing kept
+            # of it: with the same numbers it will be answered as it would have been.
+            num_admitted, self.chooser.state = before
+            self._move_on(num_admitted=num_admitted)
+
+    def unanswered(self, prompts: Iterable[Prompt | str | dict]) -> list[Prompt]:
+        """Those of the prompts that this session, or a checkpoint, has not answered.
+
+        They are known by their content, and by their name where an older version's
+        checkpoint holds nothing else. Where the two disagree a warning says so, with
+        counts. A prompt whose name another one was answered under gets one of its own.
+        """
+        state = self._state
+        found = find_known(self._parsed(prompts), state.answered, state.contents)
+        found.warn("what was answered before")
+        return found.new
+
+    def _parsed(self, prompts: Iterable[Prompt | str | dict]) -> list[Prompt]:
+        """Prompts of any form; none that has no id gets one that was given before."""
+        first = self.num_admitted
+        return [as_prompt(prompt, first + i) for i, prompt in enumerate(prompts)]
+
+    def _count_answer(self, prompt: Prompt) -> None:
+        """Remembers that a prompt was answered."""
+        self._move_on(
+            answered=(*self._state.answered, prompt.id),
+            contents=(*self._state.contents, content_hash(prompt)),
+        )
 
     def _ordinals(self) -> Iterator[int]:
         """Numbers for requests, each taken when one is begun; none ever comes twice.

@@ -20,6 +20,7 @@ class SessionState:
       traffic: What learning keeps of users' prompts and answers; None without learning.
       controller: State of what chooses each step's action, as JSON.
       answered: Ids of the answered prompts, in order.
+      contents: Hashes of these prompts; empty where an older version kept none.
       num_admitted: Requests that were ever begun; see `decoding.request.Request.key`.
     """
 
@@ -29,6 +30,7 @@ class SessionState:
     traffic: Traffic | None = None
     controller: dict = dataclasses.field(default_factory=dict)
     answered: tuple[str, ...] = ()
+    contents: tuple[str, ...] = ()
     num_admitted: int = 0
 
     @property

@@ -72,6 +72,8 @@ class Meta:
         the runs that led to it; see `online.trainer.TrainerState`.
       learner: Name and hyper-parameters of the learner, or empty.
       answered: Ids of the prompts that learning has seen, in order.
+      contents: Hashes of these prompts (`data.known`); empty for those that an older
+        version counted.
       num_admitted: Requests that were ever begun; see `decoding.request.Request.key`.
       controller: State of what chooses each step's action (`control`), or empty.
       card: Free facts: data, steps, scores.
@@ -90,6 +92,7 @@ class Meta:
     draft_version: int = 0
     learner: dict = dataclasses.field(default_factory=dict)
     answered: tuple[str, ...] = ()
+    contents: tuple[str, ...] = ()
     num_admitted: int = 0
     controller: dict = dataclasses.field(default_factory=dict)
     card: dict = dataclasses.field(default_factory=dict)

@@ -335,6 +335,26 @@ def test_signals_save_and_tell_whether_work_is_left(
     assert checkpoint.load(tmp_path).meta.answered == ("q0", "q1", "q2")
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_resumed_run_knows_prompts_by_what_they_ask(ospec, tmp_path, capsys):
+    texts = [json.dumps({"prompt": f"Count to {i}."}) for i in range(4)]
+    args = ("--draft", ospec.draft, "--learner", "memory", "--checkpoint", tmp_path)
+    first = ospec.write_prompts("day", texts[:2])
+    answers = ospec.json("learn", *args, "--prompts", first)
+
+    # A line in front and one behind, in a file of the same name.
+    again = ospec.write_prompts("day", [texts[3], *texts[:2], texts[2]])
+    whole = ospec.json("learn", *args, "--prompts", again, "--resume")
+    assert whole[:2] == answers
+    assert len(whole) == len({row["id"] for row in whole}) == 4
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "2 prompts are there under other names, the first is 'day-2'" in printed
+    assert "1 prompts have names under which others are there" in printed
+
+    renamed = ospec.write_prompts("night", texts)
+    assert ospec.json("learn", *args, "--prompts", renamed, "--resume") == whole
+
+
 def test_telemetry_of_the_default_learner(ospec, tmp_path):
     file = tmp_path / "told.jsonl"
     few = ospec.write_prompts("few", ospec.rows[:3])

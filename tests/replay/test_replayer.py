@@ -9,6 +9,7 @@ import pytest
 
 from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import ConfigError
+from ospec_jax.data.known import content_hash
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.config import build_learner
@@ -17,6 +18,7 @@ from ospec_jax.online.windows import Windows
 from ospec_jax.replay.hindsight import best_per_chunk_in_hindsight, dynamic_regret_proxy
 from ospec_jax.replay.record import open_recording, read_meta, record
 from ospec_jax.replay.replayer import DEFAULT_INTERVAL, Replayer
+from ospec_jax.replay.results import stream_key
 from ospec_jax.replay.score import walk
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
@@ -224,3 +226,24 @@ def test_drafts_in_hindsight_beat_the_one_they_start_from(target, folder, draft)
     assert regret[-1] > 0.5
     learned = [answer.loss for answer in replayer.run(LEARNER).answers]
     assert dynamic_regret_proxy(learned, hindsight)[-1] < regret[-1]
+
+
+def test_a_recording_knows_prompts_by_their_content(target, tmp_path):
+    args = {"max_new_tokens": NEW_TOKENS, "batch_size": 4}
+    row = lambda name, text: parse_prompt({"prompt": text}, name)
+    first = [row("f-1", "one"), row("f-2", "two")]
+    assert record(target, first, tmp_path, (1, 2, 3), **args) == 2
+    other = [row("f-1", "three"), row("g-2", "two")]
+    with pytest.warns(UserWarning, match="the first is 'g-2'.*the first is 'f-1'"):
+        assert record(target, other, tmp_path, (1, 2, 3), **args) == 1
+
+    store, order = open_recording(tmp_path, target, (1, 2, 3), other)
+    assert [store.entries[i].content for i in order] == [content_hash(p) for p in other]
+    assert len({entry.id for entry in store.entries}) == 3
+    with pytest.raises(ConfigError, match="1 prompts of the stream are not in"):
+        open_recording(tmp_path, target, (1, 2, 3), [row("f-1", "four")])
+
+
+def test_streams_of_one_name_and_other_prompts_differ():
+    assert stream_key(["f-1"], ["aa"]) != stream_key(["f-1"], ["bb"])
+    assert stream_key(["f-1"], [""]) == stream_key(["f-1"])  # as older versions

@@ -76,3 +76,10 @@ def test_answers_of_another_run_are_not_begun_over(tmp_path):
     write(file, [row(0)])
     with pytest.raises(ConfigError, match="choose another file, or resume"):
         check_unused(file)
+
+
+def test_answers_of_one_name_are_kept_in_their_order(tmp_path):
+    twice = [row(0, "first"), row(1), row(0, "second")]
+    file = write(tmp_path / "a.jsonl", [*twice, row(0, "uncounted")])
+    AnswerLog([file], answered=["q0", "q1", "q0"]).close()
+    assert read_answers(file) == twice

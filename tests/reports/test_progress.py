@@ -74,3 +74,23 @@ def test_output_to_a_terminal_that_is_gone_does_not_keep_from_saving(tmp_path):
     finally:
         process.kill()
     assert saved.exists()
+
+
+def test_grace_is_over_at_once_or_later():
+    for grace, is_over in ((0.0, True), (3600.0, False)):
+        with Interrupt(grace) as interrupt:
+            assert not interrupt.is_over()
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupt.is_over() == is_over
+
+
+def test_an_outer_one_knows_what_an_inner_one_caught():
+    with Interrupt() as outer:
+        with Interrupt() as inner:
+            signal.raise_signal(signal.SIGTERM)
+            assert inner
+        assert outer.number == signal.SIGTERM
+    with Interrupt() as outer, Interrupt():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -795,3 +795,64 @@ def test_session_without_draft_has_nothing_to_save(target, tmp_path):
     with pytest.raises(CheckpointError, match="no draft"):
         Session(target).save(tmp_path)
     assert checkpoint.steps(tmp_path) == []
+
+
+def test_prompts_are_known_by_their_content_behind_a_resume(target, draft, tmp_path):
+    learner = LearnerConfig(name="memory")
+    session = Session(target, draft, learner=learner)
+    answers(session, PROMPTS[:2])
+    answers(session, PROMPTS[2:4])
+    assert session.answered == [f"prompt-{i}" for i in range(4)]
+    session.save(tmp_path)
+
+    resumed = Session(target, draft, learner=learner)
+    resumed.resume(tmp_path)
+    with pytest.warns(UserWarning, match="2 prompts are there under other names"):
+        left = resumed.unanswered(["another", *PROMPTS[1:3]])
+    assert [(prompt.id, prompt.text) for prompt in left] == [("prompt-4", "another")]
+
+
+def test_a_checkpoint_without_contents_knows_prompts_by_name(target, draft, tmp_path):
+    learner = LearnerConfig(name="memory")
+    session = Session(target, draft, learner=learner)
+    answers(session, [{"id": "a", "prompt": "one"}])
+    session._move_on(contents=())  # as an older version saves
+    session.save(tmp_path)
+    resumed = Session(target, draft, learner=learner)
+    resumed.resume(tmp_path)
+    answers(resumed, [{"id": "b", "prompt": "two"}])
+    rows = [{"id": name, "prompt": "other"} for name in ("a", "b", "c")]
+    with pytest.warns(UserWarning, match="1 prompts have names .* the first is 'b'"):
+        left = [prompt.id for prompt in resumed.unanswered(rows)]
+    assert left[0].startswith("b-")
+    assert left[1:] == ["c"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_what_is_dropped_is_answered_as_it_would_have_been(target, draft, batch_size):
+    learner = LearnerConfig(name="memory")
+    sampling = SamplingConfig(temperature=1.0, seed=3)
+    make = lambda: Session(target, draft, learner=learner, batch_size=batch_size)
+    straight = list(make().generate(PROMPTS[:4], NEW_TOKENS, sampling))
+
+    asked = []
+
+    def is_late():
+        asked.append(1)
+        return len(asked) > 30
+
+    session = make()
+    found = list(
+        session.generate(PROMPTS[:4], NEW_TOKENS, sampling, should_stop=is_late)
+    )
+    assert 0 < len(found) < 4
+    assert len(asked) == 31
+    assert session.answered == [r.prompt.id for r in found]
+    if batch_size == 1:
+        rest = session.generate(PROMPTS[len(found) : 4], NEW_TOKENS, sampling)
+        found += rest
+        assert [r.token_ids for r in found] == [r.token_ids for r in straight]
+        assert session.num_admitted == 4
+    else:
+        # Neighbours have taught since: numbers of dropped requests never come again.
+        assert session.num_admitted > len(found)
