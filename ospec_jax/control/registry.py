@@ -31,7 +31,7 @@ def find_controller(
         return CONTROLLERS["auto" if len(actions) > 1 else "fixed"]
     if callable(name_or_rule):
         return name_or_rule
-    if name_or_rule not in CONTROLLERS:
+    if not isinstance(name_or_rule, str) or name_or_rule not in CONTROLLERS:
         raise ConfigError(
             f"unknown controller {name_or_rule!r}; use {', '.join(CONTROLLERS)}, or a "
             f"function from actions to a `Controller`"

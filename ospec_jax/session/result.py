@@ -13,6 +13,8 @@ class Result:
 
     Attributes:
       stats: Of this request; see `ospec_jax.decoding.stats`.
+      text: Without the stop string that ended it, if one did.
+      token_ids: What the text needs; the last one may run into the stop string.
       seconds: Decoding time, learning not included.
       learning_seconds: Time that learning took after this answer.
       version: Of the draft that was served when the answer ended: how often learning

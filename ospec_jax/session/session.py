@@ -5,11 +5,15 @@ A `Session` is the one mutable object: it owns the current state, and moves it o
 pure transitions of `decoding` and `online`, which meet only here.
 """
 
+import contextlib
 import dataclasses
+import itertools
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from ospec_jax import sharding
 from ospec_jax._platform import release_memory
@@ -17,24 +21,21 @@ from ospec_jax.config import (
     ConfigError,
     SamplingConfig,
     TreeConfig,
+    whole_number,
 )
 from ospec_jax.control.base import Chooser
 from ospec_jax.control.registry import BuildController
-from ospec_jax.data.prompts import (
-    Prompt,
-    add_predictions,
-    encode,
-    parse_prompt,
-)
+from ospec_jax.data.prompts import Prompt, encode, parse_prompt
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.learners.config import LearnerConfig, Rule, as_learner_config
+from ospec_jax.drafters.base import Family
+from ospec_jax.learners.config import LearnerConfig, Rule
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.tokenizer import TextStream
 from ospec_jax.online.trainer import Learned, UpdateReport, go_on_from, learn_from
-from ospec_jax.session import build, resume, warm_up
-from ospec_jax.session.requests import as_prompt, tokenized
+from ospec_jax.session import arguments, build, resume, warm_up
+from ospec_jax.session.requests import tokenized
 from ospec_jax.session.result import Result
 from ospec_jax.session.state import SessionState
 from ospec_jax.storage.checkpoint import Meta
@@ -47,8 +48,9 @@ class Session:
     """Decodes, and learns from what it decodes.
 
     Args:
-      target: From `load_target`.
-      draft: From `load_draft`; None decodes plainly.
+      target: From `load_target`, or a name that it takes.
+      draft: From `load_draft`, or what it takes: a name, a folder, a family's record;
+        None, like `none`, decodes plainly.
       learner: How to learn: settings, the name of a learner, or an update rule of your
         own, a function from a `learners.objective.Objective` to a
         `learners.base.Learner` (with settings: `LearnerConfig(rule=...)`). None serves
@@ -58,8 +60,10 @@ class Session:
         as deep as pays, which is measured once, at warm-up or before the first answer.
         How deep that is, neighbours in the batch have a say in: greedy tokens do not
         depend on it, sampled ones do, though their law does not.
+      num_speculative_tokens: In place of a tree: the depth of a chain, 0 to decode
+        plainly; `auto` is `TreeConfig.auto()`.
       batch_size: Requests decoded together.
-      stop: Strings that end an answer.
+      stop: A string that ends an answer, or several; the text ends in front of it.
       has_log_probs: Report log-probabilities.
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens. Drawn
         children (`tree.children` other than `topk`) leave no room for them.
@@ -76,29 +80,48 @@ class Session:
     `on_update`, if set, is called after each update with its report and the draft that
     was served before and is after it; its time is not learning's. The learner `head`
     overwrites its projection: there, that of the draft before is gone.
+
+    Threads may share a session: each answer, save and so on waits for the one before.
+
+    Raises:
+      ConfigError: An argument means nothing, or some do not go together.
+      CheckpointError: The draft does not fit the target.
     """
 
     def __init__(
         self,
-        target: Target,
-        draft: LoadedDraft | None = None,
+        target: Target | str | Path,
+        draft: LoadedDraft | str | Path | Family | None = None,
         *,
         learner: LearnerConfig | str | Rule | None = None,
         tree: TreeConfig | None = None,
+        num_speculative_tokens: int | Literal["auto"] | None = None,
         batch_size: int = 1,
-        stop: tuple[str, ...] = (),
+        stop: str | Iterable[str] = (),
         has_log_probs: bool = False,
         ngrams: bool = True,
         num_predicted_tokens: int = 12,
         controller: str | BuildController | None = None,
     ):
+        batch_size = whole_number("batch_size", batch_size, least=1)
+        num_predicted_tokens = whole_number(
+            "num_predicted_tokens", num_predicted_tokens, least=0
+        )
+        stop = arguments.as_stop(stop)
+        tree = arguments.as_tree(tree, num_speculative_tokens)
+        has_log_probs = arguments.as_flag("has_log_probs", has_log_probs)
+        ngrams = arguments.as_flag("ngrams", ngrams)
+
+        target = arguments.as_target(target)
         sharding.check_batch(target.mesh, batch_size)
+        draft = arguments.as_draft(draft, target)
+        learner = arguments.as_learner(learner, draft)
         tree = build.fitting_tree(tree, draft)
         parts = build.assembled(
             target,
             draft,
             tree,
-            as_learner_config(learner),
+            learner,
             ngrams,
             num_predicted_tokens,
             has_log_probs,
@@ -120,6 +143,8 @@ class Session:
         self.reports: list[UpdateReport] = []
         self.on_update: Callable[[UpdateReport, Draft, Draft], None] | None = None
         self._saved: resume.Saved | None = None
+        # One that a thread may take again: `on_text` may ask for another answer.
+        self._lock = threading.RLock()
         self._adopt(self._first_state(draft))
 
     def _first_state(self, loaded: LoadedDraft | None) -> SessionState:
@@ -194,7 +219,7 @@ class Session:
 
     def warm_up(
         self,
-        capacities: Iterable[int | None] = (None,),
+        capacities: int | Iterable[int | None] | None = (None,),
         sampling: SamplingConfig = SamplingConfig(),
         has_predictions: bool = False,
     ) -> float:
@@ -206,9 +231,16 @@ class Session:
         Args:
           capacities: Of the caches to compile for; None is the smallest one.
           has_predictions: Some of the prompts to come have one.
+
+        Raises:
+          ConfigError: A capacity is no such number.
         """
+        capacities = arguments.as_capacities(capacities)
+        sampling = arguments.as_sampling(sampling)
         start = time.perf_counter()
-        self._warm_up(capacities, sampling, has_predictions)
+        with self._lock:
+            self._warm_up(capacities, sampling, has_predictions)
+
         release_memory()
         return time.perf_counter() - start
 
@@ -266,58 +298,106 @@ class Session:
 
     def generate(
         self,
-        prompts: Iterable[Prompt | str | dict],
+        prompts: str | dict | Prompt | Iterable[Prompt | str | dict],
         max_new_tokens: int = 128,
         sampling: SamplingConfig = SamplingConfig(),
         *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
         is_raw: bool = False,
         on_text: Callable[[Prompt, str], None] | None = None,
-        predictions: Sequence[str | None] | None = None,
+        predictions: str | Iterable[str | None] | None = None,
     ) -> Iterator[Result]:
         """Answers prompts, in order of completion, learning in between.
 
+        Of a list or tuple all prompts are checked before anything is decoded. Any other
+        source is read as it goes, as many prompts ahead as are decoded together, so it
+        need not end.
+
         Args:
-          prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s.
+          prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s; or one of
+            them.
+          temperature: In place of that of `sampling`, like `top_k`, `top_p`, `seed`.
           on_text: Called with new text as it comes.
           predictions: What each answer is expected to be, None for no idea; rows may
             have a key `prediction` instead.
-        """
-        parsed = [as_prompt(p, i) for i, p in enumerate(prompts)]
-        if predictions is not None:
-            parsed = add_predictions(parsed, predictions)
-            if not self.is_drafting and any(predictions):
-                raise ConfigError(
-                    "predictions are verified as drafts, and this session decodes "
-                    "plainly; give it a draft, if only load_draft('prediction', target)"
-                )
 
-        pairs = list(self.requests(parsed, max_new_tokens, sampling, is_raw))
-        # Refuse what does not fit before anything is decoded.
-        capacity = self.engine.capacity_for(request for _, request in pairs)
-        if pairs and self.trainer and not self.trainer.is_ready(self._state.trainer):
-            self._warm_up([capacity], sampling)
-            release_memory()
-        elif pairs and not self.chooser.has_costs:
-            warm_up.measure_costs(
-                self.engine,
-                self.chooser,
-                self._served,
-                self.probe_request(sampling=sampling),
-                self.batch_size,
-                capacity,
+        Raises:
+          ConfigError: An argument means nothing, or a prompt is none.
+          PromptTooLongError: A prompt and its answer do not fit.
+        """
+        sampling = arguments.as_sampling(
+            sampling, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+        is_raw = arguments.as_flag("is_raw", is_raw)
+        if on_text is not None and not callable(on_text):
+            raise ConfigError(
+                f"on_text is {on_text!r:.60}; use a function of a prompt and text"
+            )
+        has_none = isinstance(predictions, list | tuple) and not any(predictions)
+        if predictions is not None and not has_none and not self.is_drafting:
+            raise ConfigError(
+                "predictions are verified as drafts, and this session decodes "
+                "plainly; give it a draft, if only load_draft('prediction', target)"
             )
 
-        prompt_of = {id(request): prompt for prompt, request in pairs}
+        parsed = arguments.as_prompts(prompts, predictions)
+        pairs = self.requests(parsed, max_new_tokens, sampling, is_raw)
+        if isinstance(parsed, list):
+            pairs = list(pairs)
+            self.engine.capacity_for(request for _, request in pairs)
+
+        return self._locked(self._answers(pairs, sampling, on_text))
+
+    def _locked(self, results: Generator[Result, None, None]) -> Iterator[Result]:
+        """Lets one thread at a time move the session on, from answer to answer."""
+        with contextlib.closing(results):
+            while True:
+                with self._lock:
+                    result = next(results, None)
+                if result is None:
+                    return
+                yield result
+
+    def _answers(
+        self,
+        pairs: Iterable[tuple[Prompt, Request]],
+        sampling: SamplingConfig,
+        on_text: Callable[[Prompt, str], None] | None,
+    ) -> Generator[Result, None, None]:
+        """Answers requests; see `generate`."""
+        prompt_of: dict[int, Prompt] = {}
         streams: dict[int, TextStream] = {}
 
+        def taken(pairs: Iterable[tuple[Prompt, Request]]) -> Iterator[Request]:
+            for prompt, request in pairs:
+                prompt_of[id(request)] = prompt
+                yield request
+
+        if isinstance(pairs, list):
+            requests = list(taken(pairs))
+            first = requests
+        else:
+            source = taken(pairs)
+            first = list(itertools.islice(source, self.batch_size))
+            requests = itertools.chain(first, source)
+
+        if first:
+            self._prepare(self.engine.capacity_for(first), sampling)
+
         def on_tokens(request, tokens):
-            stream = streams.setdefault(id(request), TextStream(self._decode))
+            stream = streams.get(id(request))
+            if stream is None:
+                stream = streams[id(request)] = TextStream(self._decode, self.stop)
             if text := stream.add(tokens):
                 assert on_text is not None
                 on_text(prompt_of[id(request)], text)
 
         completions = self.engine.serve(
-            (request for _, request in pairs),
+            requests,
             lambda: self.served_draft,
             self.batch_size,
             on_tokens=on_tokens if on_text else None,
@@ -326,17 +406,19 @@ class Session:
         )
 
         for completion in completions:
+            prompt = prompt_of.pop(id(completion.request))
+            text = self._text_of(completion)
             stream = streams.pop(id(completion.request), None)
-            if stream and on_text and (rest := stream.flush()):
-                on_text(prompt_of[id(completion.request)], rest)
+            if stream and on_text and (rest := stream.finish(text)):
+                on_text(prompt, rest)
             version = self.version
             learning_seconds = self._learn_from(completion)
             self._move_on(answered=(*self._state.answered, completion.request.id))
             self.stats = self.stats + completion.stats
             self._warn_of_collapse(completion.stats)
             yield Result(
-                prompt=prompt_of[id(completion.request)],
-                text=self._decode(completion.token_ids),
+                prompt=prompt,
+                text=text,
                 token_ids=completion.token_ids,
                 finish_reason=completion.finish_reason,
                 stats=completion.stats,
@@ -344,6 +426,21 @@ class Session:
                 seconds=completion.seconds,
                 learning_seconds=learning_seconds,
                 version=version,
+            )
+
+    def _prepare(self, capacity: int, sampling: SamplingConfig) -> None:
+        """Measures what learning, or the choice of a depth, must know beforehand."""
+        if self.trainer and not self.trainer.is_ready(self._state.trainer):
+            self._warm_up([capacity], sampling)
+            release_memory()
+        elif not self.chooser.has_costs:
+            warm_up.measure_costs(
+                self.engine,
+                self.chooser,
+                self._served,
+                self.probe_request(sampling=sampling),
+                self.batch_size,
+                capacity,
             )
 
     def _ordinals(self) -> Iterator[int]:
@@ -360,6 +457,10 @@ class Session:
     def _move_on(self, **changes) -> None:
         """Changes a part of the state; the served draft is kept in step by callers."""
         self._state = dataclasses.replace(self._state, **changes)
+
+    def _text_of(self, completion: Completion) -> str:
+        """An answer's text, without what its last token has of a stop string."""
+        return self._decode(completion.token_ids).removesuffix(completion.text_over)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -414,11 +515,13 @@ class Session:
             users' prompts and answers can be read back; without them a resumed run
             starts with none.
         """
-        last = self._saved if self.trainer is not None else None
-        saved = resume.save(
-            folder, self.state, self.learner, self.target.mesh, with_feedback, last
-        )
-        self._saved = saved
+        folder = arguments.as_folder(folder)
+        with self._lock:
+            last = self._saved if self.trainer is not None else None
+            self._saved = saved = resume.save(
+                folder, self.state, self.learner, self.target.mesh, with_feedback, last
+            )
+
         return saved.place
 
     def resume(self, folder: str | Path) -> list[str]:
@@ -430,19 +533,22 @@ class Session:
         Raises:
           CheckpointError: It holds no state of the same learner.
         """
-        state = resume.resume(
-            folder,
-            self.target,
-            self.learner,
-            self.trainer,
-            self._state,
-            self.own_family,
-        )
-        self._adopt(state)
-        # What could not be read back counts as saved: it is gone for good.
-        self._saved = resume.Saved(
-            place=resume.step_folder(folder, self._state),
-            meta=resume.current_meta(self.state, self.learner),
-            has_all_feedback=True,
-        )
+        folder = arguments.as_folder(folder)
+        with self._lock:
+            state = resume.resume(
+                folder,
+                self.target,
+                self.learner,
+                self.trainer,
+                self._state,
+                self.own_family,
+            )
+            self._adopt(state)
+            # What could not be read back counts as saved: it is gone for good.
+            self._saved = resume.Saved(
+                place=resume.step_folder(folder, self._state),
+                meta=resume.current_meta(self.state, self.learner),
+                has_all_feedback=True,
+            )
+
         return self.answered

@@ -122,8 +122,11 @@ class Meta:
 
         return cls(family=family, draft=draft, libraries=libraries, **(facts | values))
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target, warns: bool = True) -> None:
         """Refuses a draft that cannot work for `target`; warns of other weights.
+
+        Args:
+          warns: False is for who was warned before.
 
         Raises:
           CheckpointError: The vocabulary, tokenizer, width or taps do not fit.
@@ -154,7 +157,7 @@ class Meta:
                 f"this draft reads layers {draft.taps}, but {target.name} has "
                 f"only {config.num_layers}: it was made for {self.target}"
             )
-        if self.fingerprint not in ("", target.fingerprint):
+        if warns and self.fingerprint not in ("", target.fingerprint):
             warnings.warn(
                 f"this draft was made for other weights of {self.target} (fingerprint "
                 f"{self.fingerprint}, not {target.fingerprint}); output stays exact, "
