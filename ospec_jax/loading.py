@@ -20,6 +20,7 @@ from ospec_jax.models.tokenizer import tokenizer_hash
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.types import Draft
+from ospec_jax.typing import size_of
 
 _SHIPPED = Path(__file__).parent / "shipped"
 _SHIPPED_TARGET = "smollm2-135m"
@@ -44,6 +45,13 @@ class LoadedDraft:
     mix: str = ""
     suggestions: str = ""
     own_family: Family | None = None
+
+    def __repr__(self) -> str:
+        beside = f"{self.mix}:{self.suggestions}, " if self.mix else ""
+        return (
+            f"LoadedDraft({beside}{self.meta.family!r} for {self.meta.target!r}, "
+            f"{size_of(self.draft.params)})"
+        )
 
     @property
     def family(self) -> Family:

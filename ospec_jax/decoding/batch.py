@@ -252,8 +252,8 @@ class Batch:
         if slot.is_done:
             return False
 
-        is_step = sent.action is not None
-        tokens = slot.book(sent.output, row, is_step, self._engine.stop_ids)
+        depth = None if sent.action is None else sent.action.tree.num_steps
+        tokens = slot.book(sent.output, row, depth, self._engine.stop_ids)
         if tokens and self._on_tokens is not None:
             self._on_tokens(slot.request, tokens)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ospec_jax import sharding
 from ospec_jax.config import ConfigError, Recording
-from ospec_jax.control.base import Action, Chooser, fixed
+from ospec_jax.control.base import SUGGESTIONS, Action, Chooser, fixed
 from ospec_jax.decoding.batch import Batch, Queue
 from ospec_jax.decoding.request import Completion, PromptTooLongError, Request
 from ospec_jax.decoding.stats import DecodingStats
@@ -444,5 +444,10 @@ class Engine:
 
     def new_stats(self) -> DecodingStats:
         """Counters of a request that has not been decoded yet."""
-        deepest = max(action.tree.num_steps for action in self._menu)
-        return DecodingStats(num_spec_tokens=deepest)
+        # Long steps along a prediction count once one runs: most requests have none.
+        depths = [
+            action.tree.num_steps
+            for action in self._menu
+            if action.drafter != SUGGESTIONS
+        ]
+        return DecodingStats(num_spec_tokens=max(depths))

@@ -13,6 +13,7 @@ from ospec_jax.config import SamplingConfig, whole_number
 from ospec_jax.control.base import Row
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import Feedback, StepOutput
+from ospec_jax.typing import short_repr
 
 
 class PromptTooLongError(ValueError):
@@ -45,6 +46,8 @@ class Request:
       seed: Of this request alone; None shares the call's.
       choice: Which of the answers to a request with a seed of its own this is.
     """
+
+    __repr__ = short_repr
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -107,6 +110,8 @@ class Completion:
       text_over: See `StopPoint`.
     """
 
+    __repr__ = short_repr
+
     request: Request
     token_ids: list[int]
     finish_reason: str
@@ -127,6 +132,8 @@ class Slot:
       is_done: Its last token has been read.
       is_sure: A long chain of suggestions is likely to be right next.
     """
+
+    __repr__ = short_repr
 
     request: Request
     stats: DecodingStats
@@ -149,13 +156,17 @@ class Slot:
         return Row(self.is_sure, num_tokens, self.num_remaining)
 
     def book(
-        self, output: StepOutput, row: int, is_step: bool, stop_ids: Sequence[int]
+        self,
+        output: StepOutput,
+        row: int,
+        depth: int | None,
+        stop_ids: Sequence[int],
     ) -> list[int]:
         """Takes one pass's tokens in; returns those that belong to the answer.
 
         Args:
           output: Fetched.
-          is_step: The pass drafted, or could have.
+          depth: Of what the pass drafted, or could have; None for a prompt.
         """
         count = int(output.num_emitted[row])
         self.is_sure = output.is_sure is not None and bool(output.is_sure[row])
@@ -167,8 +178,8 @@ class Slot:
         drafted = int(output.num_drafted[row])
         accepted = int(output.num_accepted[row])
         kept = count - self._cut_at_stop_string(count)
-        if is_step and count:
-            self.stats.add_step(drafted, min(accepted, kept))
+        if depth is not None and count:
+            self.stats.add_step(drafted, min(accepted, kept), depth)
 
         if output.is_finished[row] and not self.is_done:
             self.is_done = True

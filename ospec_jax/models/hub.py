@@ -27,7 +27,7 @@ from ospec_jax.models.llama import stack_layers
 from ospec_jax.models.quantization import calibrated_numerics
 from ospec_jax.models.smoothing import measure_ranges
 from ospec_jax.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
-from ospec_jax.typing import Params
+from ospec_jax.typing import Params, size_of
 
 _MIB = 1 << 20
 _RANGE_TOKENS = 96
@@ -76,6 +76,18 @@ class Target:
     tokenizer: Any
     fingerprint: str
     mesh: jax.sharding.Mesh | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Target({self.name!r}, {self.precision}, {size_of(self.params)}, "
+            f"{self.config.num_layers} layers, hidden size {self.config.hidden_size}, "
+            f"vocabulary {self.config.vocab_size})"
+        )
+
+    @property
+    def precision(self) -> Precision:
+        """Of its weights and products: what it is that is decoded exactly."""
+        return self.numerics.precision
 
 
 def cache_folder() -> Path:

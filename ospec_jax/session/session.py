@@ -172,6 +172,16 @@ class Session:
 
         self.chooser.resume(state.controller)
 
+    def __repr__(self) -> str:
+        family = self.meta.family if self.meta is not None else None
+        learner = self.learner.name if self.learner is not None else None
+        return (
+            f"Session({self.target!r}, draft={family!r}, learner={learner!r}, "
+            f"tree={self.tree.kind!r} of depth {self.tree.num_steps}, "
+            f"batch_size={self.batch_size}, {len(self._state.answered)} answered, "
+            f"draft version {self.version})"
+        )
+
     @property
     def state(self) -> SessionState:
         """Where it stands: all that `save` writes."""
@@ -426,6 +436,7 @@ class Session:
                 seconds=completion.seconds,
                 learning_seconds=learning_seconds,
                 version=version,
+                precision=self.target.precision,
             )
 
     def _prepare(self, capacity: int, sampling: SamplingConfig) -> None:

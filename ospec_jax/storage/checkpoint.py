@@ -46,6 +46,7 @@ from ospec_jax.models.quantization import cast_params
 from ospec_jax.models.tokenizer import tokenizer_hash
 from ospec_jax.storage import low_rank, older
 from ospec_jax.types import Draft
+from ospec_jax.typing import short_repr
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 _WRITING = ".writing"
@@ -169,6 +170,8 @@ class Meta:
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A restored checkpoint; `learner` and `feedback` may be None."""
+
+    __repr__ = short_repr
 
     step: int
     meta: Meta

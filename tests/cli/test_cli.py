@@ -96,13 +96,18 @@ def test_generate_writes_one_object(ospec, capsys):
         "text",
         "token_ids",
         "finish_reason",
+        "precision",
         "metrics",
         "logprobs",
     }
+    assert plain["precision"] == "float32"
     assert drafted["token_ids"] == plain["token_ids"]
     assert len(plain["logprobs"]) == len(plain["token_ids"])
     metrics = drafted["metrics"]["speculative_decoding"]
     assert metrics["num_draft_tokens"] > 0
+    # Without a prediction no step is longer than the tree.
+    assert metrics["num_spec_tokens"] == 3
+    assert len(metrics["acceptance_histogram"]) == 4
     assert plain["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
 
 
@@ -116,7 +121,11 @@ def test_generate_verifies_a_prediction(ospec, tmp_path, draft):
         "generate", *args, draft or ospec.draft, "--prediction", file
     )
     assert predicted["token_ids"] == plain["token_ids"]
-    assert predicted["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+    metrics = predicted["metrics"]["speculative_decoding"]
+    assert metrics["num_draft_tokens"] > 0
+    bins = metrics["acceptance_histogram"]
+    assert len(bins) == metrics["num_spec_tokens"] + 1
+    assert sum(bins) == metrics["num_spec_steps"]
 
 
 @pytest.mark.parametrize("tree", ["chain", "static:2,1", "dynamic:2,4"])
