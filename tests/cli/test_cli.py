@@ -2,6 +2,7 @@
 """The commands, on files as a user has them."""
 
 import json
+import re
 import signal
 import sys
 import warnings
@@ -11,6 +12,7 @@ import pytest
 from model_files import hf_tensors, model_config, write_folder
 from reference import random_params
 
+import ospec_jax
 from ospec_jax import LearnerConfig, cli
 from ospec_jax.bench.harness import MODES
 from ospec_jax.cli import answer, arguments
@@ -465,7 +467,7 @@ def test_bench_compares_drafts(ospec, tmp_path):
     ("learn", ["--prompts", "{bad}"], "line 2"),
     ("learn", ["--prompts", "{prompts}", "--tensorboard", "x"], "needs --telemetry"),
     ("learn", ["--prompts", "{prompts}", "--save-every", "0"], "1 or more prompts"),
-    ("generate", ["--prompt", "x", "--batch-size", "0"], "batch_size is 0"),
+    ("generate", ["--prompt", "x", "--batch-size", "0"], "--batch-size is 0"),
     ("bench", ["--prompts", "{empty}"], "holds no prompts"),
     ("bench", ["--prompts", "{prompts}", "--modes", "fast"], "unknown modes"),
     ("bench", ["--drafts", "ngram", "--batch-size", "2"], "batch size of 1"),
@@ -507,6 +509,36 @@ def test_streams_name_what_is_wrong(ospec, capsys, command, message):
 def test_unknown_flags_are_refused(ospec, capsys):
     assert ospec("generate", "--promt", "x") == 2
     assert "--promt" in capsys.readouterr().err
+
+
+def test_the_version_is_told(ospec, capsys):
+    assert ospec.run("--version") == 0
+    assert capsys.readouterr().out.strip() == f"ospec {ospec_jax.__version__}"
+
+
+def test_help_has_groups_an_example_and_the_learners(ospec, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert ospec.run("learn", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "Example: ospec learn --prompts FILE.jsonl" in shown
+    for group in ("model", "drafting", "answer"):
+        assert f"{group} options" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    # What happens by default stands in words.
+    assert "None" not in shown
+    words = " ".join(re.sub("[│─]", " ", shown).split())
+    assert ", ".join(LEARNER_NAMES) in words
+    assert "for learning, by default 0.02." in words
+
+
+def test_brackets_in_paths_and_messages_stay(ospec, tmp_path, capsys):
+    odd = tmp_path / "c[/k] [red]"
+    prompts = ospec.write_prompts("bracket", ospec.rows[:1])
+    args = ("--prompts", prompts, "--draft", "ngram", "--checkpoint", odd)
+    assert ospec("learn", *args) == 0
+    assert str(odd) in capsys.readouterr().err
+    assert ospec("generate", "--prompts", tmp_path / "[torch]") == 2
+    assert str(tmp_path / "[torch]") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", LEARNER_NAMES)
