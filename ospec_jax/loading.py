@@ -4,6 +4,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from ospec_jax.models.tokenizer import tokenizer_hash
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.types import Draft
+from ospec_jax.typing import size_of
 
 _SHIPPED = Path(__file__).parent / "shipped"
 _SHIPPED_TARGET = "smollm2-135m"
@@ -49,6 +51,13 @@ class LoadedDraft:
     own_family: Family | None = None
     members: tuple["LoadedDraft", ...] = ()
     pool: PoolConfig | None = None
+
+    def __repr__(self) -> str:
+        beside = f"{self.mix}:{self.suggestions}, " if self.mix else ""
+        return (
+            f"LoadedDraft({beside}{self.meta.family!r} for {self.meta.target!r}, "
+            f"{size_of(self.draft.params)})"
+        )
 
     @property
     def family(self) -> Family:
@@ -91,7 +100,7 @@ class LoadedDraft:
 
 def load_draft(
     name_or_folder: str | Path | Family,
-    target: Target,
+    target: Target | str | Path,
     family: Family | None = None,
 ) -> LoadedDraft:
     """Loads what the command line's `--draft` names, but for `none`.
@@ -103,13 +112,28 @@ def load_draft(
         `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`;
         or several of these behind one, `pool:shipped+ngram+shipped:chat`.
         Or the record of a family, one of the user's own, too: then a new draft of it.
+      target: What it drafts for, or a name of it, which is loaded.
       family: Of a checkpoint's draft, where the package does not know it.
 
     Raises:
       CheckpointError: Nothing readable is there, or it is for another target.
-      ConfigError: A public head has an architecture that is not supported.
+      ConfigError: A public head has an architecture that is not supported, or an
+        argument means nothing.
       WeightsError: A public head lacks tensors.
     """
+    _check_name(name_or_folder)
+    if family is not None and not isinstance(family, Family):
+        raise ConfigError(
+            f"family is {family!r:.60}; use the record of a family "
+            f"(drafters.base.Family), or leave it out"
+        )
+    if isinstance(target, str | Path):
+        target = load_target(target)
+    if not isinstance(target, Target):
+        raise ConfigError(
+            f"target is {target!r:.60}; use load_target(...), or a name that it takes"
+        )
+
     if isinstance(name_or_folder, Family):
         return new_draft(name_or_folder, target)
     if name_or_folder in SUGGESTIONS:
@@ -142,6 +166,24 @@ def load_draft(
     draft = freely_placed(restored.draft, target.mesh)
 
     return LoadedDraft(draft, restored.meta, own_family=family)
+
+
+def _check_name(name_or_folder: Any) -> None:
+    """Refuses what can name no draft, before a target is loaded for it.
+
+    Raises:
+      ConfigError: It is no name, nor the record of a family.
+    """
+    if name_or_folder == "none":
+        raise ConfigError(
+            "the draft 'none' is no draft to load; leave the draft of a Session out to "
+            "decode plainly"
+        )
+    if not isinstance(name_or_folder, str | Path | Family) or not str(name_or_folder):
+        raise ConfigError(
+            f"the draft is {name_or_folder!r:.60}; use a name, a folder or the record "
+            f"of a family: 'shipped', 'ngram', ..."
+        )
 
 
 def new_draft(family: Family, target: Target) -> LoadedDraft:

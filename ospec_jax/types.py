@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from ospec_jax.config import ChildrenKind
 from ospec_jax.models.cache import KVCache
-from ospec_jax.typing import Params
+from ospec_jax.typing import Params, struct
 
 
-@flax.struct.dataclass
+@struct
 class NgramMemory:
     """What followed which tokens in earlier requests; see `drafters.ngram`.
 
@@ -45,7 +45,7 @@ class NgramMemory:
         return self.tokens.shape[1]
 
 
-@flax.struct.dataclass
+@struct
 class Draft:
     """What a drafter needs to draft for one target.
 
@@ -61,7 +61,7 @@ class Draft:
     memory: NgramMemory | None = None
 
 
-@flax.struct.dataclass
+@struct
 class Prediction:
     """What each request's user expects the answer to be; see `drafters.prediction`.
 
@@ -84,7 +84,7 @@ class Prediction:
     recent: Int[Array, "b r"]
 
 
-@flax.struct.dataclass
+@struct
 class SharedTables:
     """The frozen parts of the target that a draft reads.
 
@@ -101,7 +101,7 @@ class SharedTables:
     cache: KVCache | None = None
 
 
-@flax.struct.dataclass
+@struct
 class DraftTree:
     """Proposed tokens. Node 0 is the root: the last committed token, already emitted.
 
@@ -143,7 +143,7 @@ class DraftTree:
     is_reranked: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-@flax.struct.dataclass
+@struct
 class Verdict:
     """The result of verification.
 
@@ -160,7 +160,7 @@ class Verdict:
     next_token: Int[Array, " b"]
 
 
-@flax.struct.dataclass
+@struct
 class DraftContext:
     """Where the next proposal begins: the draft after the last emitted token.
 
@@ -173,7 +173,7 @@ class DraftContext:
     logits: Float[Array, "b q"]
 
 
-@flax.struct.dataclass
+@struct
 class SamplingParams:
     """Per-row sampling; temperature 0 is greedy, top_k 0 and top_p 1 keep all."""
 
@@ -182,7 +182,7 @@ class SamplingParams:
     top_p: Float[Array, " b"]
 
 
-@flax.struct.dataclass
+@struct
 class Roots:
     """Where a draft begins: the last committed token of each row.
 
@@ -201,7 +201,7 @@ class Roots:
     sampling: SamplingParams
 
 
-@flax.struct.dataclass
+@struct
 class Pairs:
     """Verified tokens that a draft is brought up to date with.
 
@@ -222,7 +222,7 @@ class Pairs:
     num_valid: Int[Array, " b"]
 
 
-@flax.struct.dataclass
+@struct
 class Feedback:
     """What verification said about consecutive tokens: the training signal.
 
@@ -251,7 +251,7 @@ class Feedback:
     has_state: Bool[Array, "b s"] | None = None
 
 
-@flax.struct.dataclass
+@struct
 class DecodeState:
     """All that one step hands to the next, one request a row.
 
@@ -279,7 +279,7 @@ class DecodeState:
     prediction: Prediction | None = None
 
 
-@flax.struct.dataclass
+@struct
 class StepOutput:
     """The only thing the host reads.
 

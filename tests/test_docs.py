@@ -16,6 +16,9 @@ MOVED = ROOT / "CHANGELOG.md"
 """Names what is no more."""
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "make_cli_page.py"))
+SHARED_FLAGS = [
+    flag for group in TOOL["GROUPS"] for flag in TOOL["shared_flags"](group)
+]
 
 
 def name_of(page: Path) -> str:
@@ -142,7 +145,8 @@ def test_every_command_and_flag_says_what_it_is(command):
     assert TOOL["summary_of"](function)
     by_hand = TOOL["PAGE"].read_text().partition(TOOL["MARKER"])[0]
     assert f"`ospec {command}" in by_hand
-    for flag in [*TOOL["own_flags"](function), *TOOL["shared_flags"]()]:
+    assert TOOL["EXAMPLES"][command].startswith(f"ospec {command}")
+    for flag in [*TOOL["own_flags"](function), *SHARED_FLAGS]:
         assert flag.text, flag.name
 
 
@@ -158,9 +162,25 @@ def test_flags_are_those_that_the_command_prints(command, capsys, monkeypatch):
     function = TOOL["COMMANDS"][command]
     flags = list(TOOL["own_flags"](function))
     if TOOL["has_shared_flags"](function):
-        flags += TOOL["shared_flags"]()
+        flags += SHARED_FLAGS
     names = {name for flag in flags for name in flag.name.split(", ")}
     assert {name for name in names if name.startswith("--")} <= printed
+
+
+def test_messages_name_flags_that_there_are():
+    flags = [*SHARED_FLAGS]
+    for function in TOOL["COMMANDS"].values():
+        flags += TOOL["own_flags"](function)
+    known = {name for flag in flags for name in flag.name.split(", ")}
+    known |= {"--help", "--version", "--tyro"}
+
+    # Those of other programs.
+    files = (ROOT / "ospec_jax").rglob("*.py")
+    others = ("_platform.py", "native.py", "hub.py", "rows.py")
+    text = "\n".join(file.read_text() for file in files if file.name not in others)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text))
+    assert len(named) > 30
+    assert named - known == set()
 
 
 def test_the_families_are_listed():

@@ -8,14 +8,14 @@ What stands above the marker in the page is written by hand, and stays.
 
 import dataclasses
 import inspect
-import re
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from ospec_jax.cli import COMMANDS
-from ospec_jax.cli.arguments import Decoding
+from ospec_jax.cli import COMMANDS, EXAMPLES
+from ospec_jax.cli.arguments import GROUPS
+from ospec_jax.cli.helping import documented, summary_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 MARKER = (
@@ -37,22 +37,6 @@ class Flag:
     kind: str
     default: str
     text: str
-
-
-def documented(docstring: str, heading: str) -> dict[str, str]:
-    """The entries of a section of a docstring in Google's style, each in one line."""
-    _, _, section = inspect.cleandoc(docstring).partition(f"{heading}:\n")
-    entries: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        if line and not line.startswith(" "):
-            break
-        if begin := re.match(r"  (\w+): (.*)", line):
-            name = begin[1]
-            entries[name] = begin[2]
-        elif name and line.strip():
-            entries[name] += " " + line.strip()
-    return entries
 
 
 def describe_type(annotation) -> str:
@@ -87,8 +71,9 @@ def to_flag(name: str, annotation, default, text: str) -> Flag:
     if any("Positional" in repr(part) for part in extra):
         return Flag(name.upper(), describe_type(annotation), "", text)
 
-    words = (settings[0].name if settings else None) or name
-    aliases = (settings[0].aliases if settings else None) or ()
+    words = next((part.name for part in settings if part.name), name)
+    aliases = next((part.aliases for part in settings if part.aliases), ())
+    text = text or next((part.help for part in settings if part.help), "")
     typed = "--" + words.replace("_", "-")
     if isinstance(default, bool):
         off = "--no-" + typed.removeprefix("--")
@@ -101,13 +86,13 @@ def to_flag(name: str, annotation, default, text: str) -> Flag:
     return Flag(names, kind, describe_default(default), text)
 
 
-def shared_flags() -> list[Flag]:
-    """Flags of all commands that decode."""
-    texts = documented(Decoding.__doc__ or "", "Attributes")
-    hints = typing.get_type_hints(Decoding, include_extras=True)
+def shared_flags(group: type) -> list[Flag]:
+    """Flags of one group of those that all commands share which decode."""
+    texts = documented(group.__doc__ or "", "Attributes")
+    hints = typing.get_type_hints(group, include_extras=True)
     return [
         to_flag(field.name, hints[field.name], field.default, texts.get(field.name, ""))
-        for field in dataclasses.fields(Decoding)
+        for field in dataclasses.fields(group)
     ]
 
 
@@ -116,15 +101,14 @@ def own_flags(function) -> Iterator[Flag]:
     texts = documented(function.__doc__ or "", "Args")
     hints = typing.get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
-        if not isinstance(parameter.default, Decoding):
+        if name != "decoding":
             text = texts.get(name, "")
             yield to_flag(name, hints[name], parameter.default, text)
 
 
 def has_shared_flags(function) -> bool:
     """Whether a command decodes with the flags that several commands share."""
-    parameters = inspect.signature(function).parameters.values()
-    return any(isinstance(parameter.default, Decoding) for parameter in parameters)
+    return "decoding" in inspect.signature(function).parameters
 
 
 def table(flags: list[Flag]) -> str:
@@ -137,21 +121,18 @@ def table(flags: list[Flag]) -> str:
     return "\n".join(rows)
 
 
-def summary_of(function) -> str:
-    """The docstring of a command, but for its arguments."""
-    text = inspect.cleandoc(function.__doc__ or "")
-    return text.partition("\n\nArgs:")[0]
-
-
 def made_part() -> str:
     """All commands and their flags as Markdown."""
     parts = [
         "## Shared flags",
         "`generate`, `learn` and `bench` take these beside their own.",
-        table(shared_flags()),
     ]
+    for group in GROUPS:
+        parts += [summary_of(group).partition("\n\nAttributes:")[0]]
+        parts += [table(shared_flags(group))]
     for name, function in COMMANDS.items():
         parts += [f"## `ospec {name}`", summary_of(function)]
+        parts.append(f"```\n{EXAMPLES[name]}\n```")
         if flags := list(own_flags(function)):
             parts.append(table(flags))
         if has_shared_flags(function):

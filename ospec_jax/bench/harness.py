@@ -17,7 +17,7 @@ from ospec_jax.bench.passes import (
     measure_verification,
 )
 from ospec_jax.bench.peers import Peer
-from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig, check_types
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.learners.config import LearnerConfig
@@ -59,6 +59,7 @@ class BenchConfig:
     num_predicted_tokens: int = 12
 
     def __post_init__(self):
+        check_types(self)
         known = (*MODES, UNPADDED)
         unknown = set(self.modes) - set(known)
         if unknown or not self.modes:
@@ -248,7 +249,8 @@ def _open_mode(name, target, draft, config: BenchConfig, groups) -> ModeRun:
     if name in ("autoregressive", UNPADDED):
         session = Session(target, batch_size=config.batch_size, stop=config.stop)
     else:
-        learner = config.learner if name == "learned" else None
+        is_learning = name == "learned" and draft is not None
+        learner = config.learner if is_learning else None
         ngrams = name == "ngrams" or (name == "learned" and config.ngrams)
         session = Session(
             target,

@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import tyro
 
+import ospec_jax
 from ospec_jax.cli.answer import generate, learn
+from ospec_jax.cli.helping import summary_of, with_plain_help
 from ospec_jax.cli.make import distill, export_draft, import_draft, lower
 from ospec_jax.cli.measure import bench, demo, roofline
 from ospec_jax.cli.outputs import describe_failure
@@ -21,8 +23,11 @@ from ospec_jax.drafters.combine import MIXES
 from ospec_jax.drafters.registry import FAMILIES
 from ospec_jax.loading import shipped_drafts
 from ospec_jax.models.weights import WeightsError
-from ospec_jax.reports.progress import Interrupted, console
+from ospec_jax.reports.progress import Interrupted, say
 from ospec_jax.storage import checkpoint
+
+_CONFIG = (tyro.conf.DisallowNone,)
+"""What is not given is None; nobody types that."""
 
 _USER_ERRORS = (
     ConfigError,
@@ -63,25 +68,43 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """Commands by name; `docs/cli.md` lists all of them."""
 
+EXAMPLES = {
+    "generate": 'ospec generate --prompt "Write a haiku about the sea." --stream',
+    "learn": "ospec learn --prompts FILE.jsonl --checkpoint my-draft",
+    "distill": "ospec distill --prompts FILE.jsonl --out my-draft --num-updates 400",
+    "bench": "ospec bench --prompts FILE.jsonl --num-prompts 20 --plot modes.png",
+    "roofline": "ospec roofline --precision int8",
+    "lower": "ospec lower --platforms tpu,cuda --out artefacts",
+    "drafters": "ospec drafters",
+    "demo": "ospec demo --num-prompts-per-domain 5",
+    "stream": "ospec stream --domains math=M.jsonl,sql=S.jsonl --out FILE.jsonl",
+    "record": "ospec record --prompts FILE.jsonl --out recording",
+    "replay": "ospec replay recording --learners static,gradient,head --plot race.png",
+    "telemetry": "ospec telemetry FILE.jsonl --plot learning.png",
+    "import": "ospec import HEAD --target smollm2-135m --out my-draft",
+    "export": "ospec export my-draft --out head --format speculators",
+}
+"""How each command is typed; `docs/cli.md` and help show them."""
+
 
 def main() -> None:
     """Entry point of `ospec`."""
-    warnings.showwarning = lambda message, *_: console.print(f"[yellow]{message}")
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}", "yellow")
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ospec")
+        _run(sys.argv[1:])
     except _USER_ERRORS as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        say(f"error: {error}", "red")
         sys.exit(2)
     except BrokenPipeError:
         # Whoever read the output has enough, as `head` has.
         _drop_output()
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        console.print(f"[red]error:[/red] {describe_failure(error)}", highlight=False)
+        say(f"error: {describe_failure(error)}", "red")
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         with contextlib.suppress(Exception):
-            console.print("interrupted")
+            say("interrupted")
         is_saved = isinstance(interrupt, Interrupted)
         sys.exit(interrupt.exit_code if is_saved else 130)
 
@@ -92,3 +115,42 @@ def _drop_output() -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
+
+
+def _run(args: list[str]) -> None:
+    """Runs a command, or shows which there are."""
+    if args == ["--version"]:
+        print(f"ospec {ospec_jax.__version__}")
+        return
+
+    # tyro's own flags, as for a shell's completion, are about all commands.
+    if any(arg.startswith("--tyro") for arg in args):
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ospec", config=_CONFIG)
+    elif args and args[0] in COMMANDS:
+        name, *rest = args
+        command = with_plain_help(COMMANDS[name])
+        about = f"{summary_of(command)}\n\nExample: {EXAMPLES[name]}"
+        tyro.cli(
+            command, prog=f"ospec {name}", description=about, args=rest, config=_CONFIG
+        )
+    else:
+        about = (
+            f"{ospec_jax.__doc__} `ospec COMMAND --help` says more of a command, "
+            f"`ospec --version` which version this is."
+        )
+        tyro.extras.subcommand_cli_from_dict(
+            {name: _mentioned(command) for name, command in COMMANDS.items()},
+            prog="ospec",
+            description=about,
+            args=args,
+        )
+
+
+def _mentioned(command: Callable[..., None]) -> Callable[[], None]:
+    """A command for the list of all: the first paragraph of what it says."""
+
+    def mention() -> None:
+        raise AssertionError("only help is asked of it")
+
+    mention.__doc__ = summary_of(command).partition("\n\n")[0]
+    return mention

@@ -9,7 +9,11 @@ import tyro
 
 from ospec_jax import atomic
 from ospec_jax.cli.arguments import (
-    Decoding,
+    Given,
+    LearnBudget,
+    Learner,
+    LearningRate,
+    Optimizer,
     Shared,
     learner_config,
     write_json,
@@ -23,7 +27,7 @@ from ospec_jax.data.prompts import (
     read_prompts,
 )
 from ospec_jax.reports.answers import AnswerLog, check_unused
-from ospec_jax.reports.progress import Interrupt, console, live, progress_bar
+from ospec_jax.reports.progress import Interrupt, live, progress_bar, say
 from ospec_jax.reports.telemetry import Telemetry
 from ospec_jax.session import Session
 from ospec_jax.storage import checkpoint
@@ -32,7 +36,7 @@ from ospec_jax.storage import checkpoint
 def generate(
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None,
     prompts: Path | None = None,
-    decoding: Shared = Decoding(),
+    decoding: Shared = Given,
     prediction: Path | None = None,
     stream: bool = False,
     logprobs: bool = False,
@@ -92,10 +96,11 @@ def generate(
             if not stream and json_file is None and jsonl is None:
                 print(result.text, flush=True)
             length = result.stats.mean_acceptance_length
-            console.print(
-                f"[dim]{len(result.token_ids)} tokens, "
+            say(
+                f"{len(result.token_ids)} tokens, "
                 f"{len(result.token_ids) / result.seconds:.1f} tokens/s (compilation "
-                f"included), mean acceptance length {length:.2f}[/dim]"
+                f"included), mean acceptance length {length:.2f}",
+                "dim",
             )
             if interrupt:
                 break
@@ -115,11 +120,11 @@ def generate(
 
 def learn(
     prompts: Path,
-    decoding: Shared = Decoding(),
-    learner: str = "auto",
-    learning_rate: float | None = None,
-    optimizer: str | None = None,
-    learn_budget: float | None = None,
+    decoding: Shared = Given,
+    learner: Learner = "auto",
+    learning_rate: LearningRate = None,
+    optimizer: Optimizer = None,
+    learn_budget: LearnBudget = None,
     update_interval: int | None = None,
     pace: Literal["always", "pays"] | None = None,
     promotion: Literal["always", "guarded"] | None = None,
@@ -136,15 +141,12 @@ def learn(
 
     Args:
       prompts: A JSONL file.
-      learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
-        head, memory, or a Python file with `get_config() -> LearnerConfig`.
-      learning_rate: Of the optimizer. Learners that were published with SGD
-        (optimistic, momentum) take an --optimizer beside it.
-      optimizer: Any optax optimizer.
-      learn_budget: Share of wall-clock time for learning, by default 0.02.
-      update_interval: Tokens between updates; 0 derives it from the budget.
-      pace: Learn always, or ever more rarely while learning does not pay for its time.
-      promotion: Serve every iterate of the learner, or only those that proved better.
+      update_interval: Tokens between updates; 0, the default, derives it from the
+        budget.
+      pace: Learn always, the default, or ever more rarely while learning does not pay
+        for its time.
+      promotion: Serve every iterate of the learner, the default, or only those that
+        proved better.
       checkpoint_dir: Where to save; Ctrl-C saves too. The answers are kept there as
         well, in `answers.jsonl`.
       resume: Go on where the checkpoint stopped: at batch size 1 as if nothing had
@@ -199,7 +201,7 @@ def learn(
     if resume and checkpoint_dir is not None:
         answered = session.resume(checkpoint_dir)
         rows = session.unanswered(rows)
-        console.print(
+        say(
             f"{len(answered)} prompts were answered before, {len(rows)} are left; "
             f"draft version {session.version}"
         )
@@ -246,7 +248,7 @@ def learn(
     def save() -> None:
         if checkpoint_dir is not None:
             path = session.save(checkpoint_dir, save_feedback)
-            console.print(f"saved {path}")
+            say(f"saved {path}")
 
     def write_answers() -> None:
         if log.rows or not rows:
@@ -265,11 +267,11 @@ def _begin_anew(folder: Path, *others: Path | None) -> None:
 
     What a killed one wrote before its first checkpoint is kept under other names.
     """
-    console.print(f"{folder} holds no checkpoint yet: this run begins anew")
+    say(f"{folder} holds no checkpoint yet: this run begins anew")
     for file in (folder / "answers.jsonl", *others):
         before = file and atomic.set_aside(file)
         if before:
-            console.print(f"what {file} held is now {before}")
+            say(f"what {file} held is now {before}")
 
 
 def _open_log(

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import runpy
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -18,6 +18,7 @@ from ospec_jax.config import (
     SamplingConfig,
     TreeConfig,
     Verification,
+    whole_number,
 )
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
@@ -25,10 +26,43 @@ from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import Session
 
+Own = tyro.conf.arg(prefix_name=False)
+"""Of a flag in a group: its name is not that of the group and its own."""
+OwnEmpty = tyro.conf.arg(prefix_name=False, help_behavior_hint="")
+"""Likewise, of one that is empty by default; its help says what then happens."""
+
+Learner = Annotated[
+    str,
+    tyro.conf.arg(
+        help=f"{', '.join(LEARNER_NAMES)}, or a Python file with `get_config() -> "
+        f"LearnerConfig`."
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    tyro.conf.arg(
+        help="Of the optimizer; by default 3e-4, of plain SGD 0.1, or what the learner "
+        "was published with. Learners that were published with SGD (optimistic, "
+        "momentum) take an --optimizer beside it."
+    ),
+]
+Optimizer = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="Any optax optimizer; by default adam, or what the learner was published "
+        "with."
+    ),
+]
+LearnBudget = Annotated[
+    float | None,
+    tyro.conf.arg(help="Share of wall-clock time for learning, by default 0.02."),
+]
+PrecisionName = Literal["auto", "float32", "bfloat16", "int8"]
+
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
-    """Arguments that `generate`, `learn` and `bench` share.
+class ModelFlags:
+    """What decodes.
 
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
@@ -37,12 +71,28 @@ class Decoding:
         folder or that of a public EAGLE-3 or Hydra head, or two drafts:
         fallback:ngram,DRAFT (n-grams where they are likely), mixed:ngram,DRAFT (both in
         one tree).
-      precision: Of weights and products; auto measures which is fastest on this device.
+      precision: Of weights and products, which are those of the answer; auto measures
+        which is fastest on this device, mostly int8 on a CPU.
       batch_size: Requests decoded together.
+      mesh: Devices to split over, like data=2,model=4; empty for a single one.
+    """
+
+    target: Annotated[str, Own] = "smollm2-135m"
+    draft: Annotated[str, Own] = "shipped"
+    precision: Annotated[PrecisionName, Own] = "auto"
+    batch_size: Annotated[int, Own] = 1
+    mesh: Annotated[str, OwnEmpty] = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftingFlags:
+    """How much is drafted; it changes the speed, never a greedy answer.
+
+    Attributes:
       num_speculative_tokens: Depth of the draft, K, by default 3; 0 decodes plainly;
         auto is short for --controller auto.
-      controller: What each step drafts: fixed, always the tree; auto, a chain of the
-        depth that pays.
+      controller: What each step drafts: fixed, always the tree, which is the default;
+        auto, a chain of the depth that pays.
       tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the
         best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
         sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...
@@ -52,38 +102,46 @@ class Decoding:
       draft_sample_method: How children are drawn when sampling.
       verification: token by token, or by whole paths: block (chains), traversal (static
         trees).
-      stop: Strings that end an answer.
-      raw: Skip the chat template.
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens.
-      mesh: Devices to split over, like data=2,model=4; empty for a single one.
       num_predicted_tokens: Tokens verified at once while a prediction holds.
+    """
+
+    num_speculative_tokens: Annotated[int | Literal["auto"] | None, OwnEmpty] = None
+    controller: Annotated[Literal["fixed", "auto"] | None, OwnEmpty] = None
+    tree: Annotated[str, Own] = "chain"
+    min_path_probability: Annotated[float, Own] = 0.0
+    draft_sample_method: Annotated[ChildrenKind, Own] = "topk"
+    verification: Annotated[Verification, Own] = "token"
+    ngrams: Annotated[bool, Own] = True
+    num_predicted_tokens: Annotated[int, Own] = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerFlags:
+    """What is answered.
+
+    Attributes:
       max_new_tokens: Longest answer, in tokens.
       temperature: 0 takes the most probable token (greedy); above 0 tokens are sampled.
       top_p: Sample from the most probable tokens of so much probability; 1 takes all.
       top_k: Sample from so many of the most probable tokens; 0 takes all.
       seed: Of the random numbers of sampling; each answer draws its own.
+      stop: Strings that end an answer, by default none; it ends in front of them.
+      raw: Skip the chat template.
     """
 
-    target: str = "smollm2-135m"
-    draft: str = "shipped"
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    batch_size: int = 1
-    num_speculative_tokens: int | Literal["auto"] | None = None
-    controller: Literal["fixed", "auto"] | None = None
-    tree: str = "chain"
-    min_path_probability: float = 0.0
-    draft_sample_method: ChildrenKind = "topk"
-    verification: Verification = "token"
-    stop: tuple[str, ...] = ()
-    raw: bool = False
-    ngrams: bool = True
-    num_predicted_tokens: int = 12
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    mesh: str = ""
+    max_new_tokens: Annotated[int, Own] = 128
+    temperature: Annotated[float, Own] = 0.0
+    top_p: Annotated[float, Own] = 1.0
+    top_k: Annotated[int, Own] = 0
+    seed: Annotated[int, Own] = 0
+    stop: Annotated[tuple[str, ...], OwnEmpty] = ()
+    raw: Annotated[bool, Own] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
+    """Arguments that `generate`, `learn` and `bench` share."""
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -130,6 +188,8 @@ class Decoding:
     def load(self):
         """The target and its draft; bad arguments are refused before the loading."""
         _ = self.tree_config, self.sampling
+        whole_number("--max-new-tokens", self.max_new_tokens, least=1)
+        whole_number("--batch-size", self.batch_size, least=1)
         mesh = sharding.make_mesh(self.mesh) if self.mesh else None
         sharding.check_batch(mesh, self.batch_size)
         target = load_target(self.target, as_precision(self.precision), mesh)
@@ -154,7 +214,22 @@ class Decoding:
         )
 
 
-Shared = Annotated[Decoding, tyro.conf.arg(name="")]
+GROUPS = (ModelFlags, DraftingFlags, AnswerFlags)
+"""Of the shared flags, as they are shown."""
+
+
+def _grouped(
+    model: ModelFlags = ModelFlags(),
+    drafting: DraftingFlags = DraftingFlags(),
+    answer: AnswerFlags = AnswerFlags(),
+) -> Decoding:
+    """Joins the groups, which help shows in a box each."""
+    return Decoding(**vars(model), **vars(drafting), **vars(answer))
+
+
+Shared = Annotated[Decoding, tyro.conf.arg(name="", constructor=_grouped)]
+Given: Any = tyro.MISSING
+"""In place of a default of `Shared`, whose flags have their own."""
 
 
 def as_precision(name: str) -> Precision | None:

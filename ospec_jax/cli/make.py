@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ospec_jax import sharding
-from ospec_jax.cli.arguments import as_precision
+from ospec_jax.cli.arguments import PrecisionName, as_precision
 from ospec_jax.cli.notation import parse_tree
 from ospec_jax.cli.outputs import check_outputs
 from ospec_jax.config import AttentionKind, ConfigError, Precision, SamplingConfig
@@ -17,7 +17,7 @@ from ospec_jax.drafters.eagle import eagle3_taps
 from ospec_jax.drafters.registry import TRAINED, default_draft_config, find_family
 from ospec_jax.loading import LoadedDraft, draft_folder, load_draft, restore
 from ospec_jax.models.hub import load_config, load_target
-from ospec_jax.reports.progress import Interrupt, console
+from ospec_jax.reports.progress import Interrupt, busy, say
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
 
@@ -31,7 +31,7 @@ def distill(
     prompts: Path,
     out: Path,
     target: str = "smollm2-135m",
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    precision: PrecisionName = "auto",
     start: Annotated[str, tyro.conf.arg(name="from")] = "none",
     family: TrainedFamily = "eagle3",
     exit_layer: int = 0,
@@ -131,7 +131,7 @@ def distill(
             capacity=capacity,
             shard_size=100,
         )
-        console.print(f"recorded {count} answers in {folder}")
+        say(f"recorded {count} answers in {folder}")
         if collect_only:
             return
 
@@ -149,9 +149,9 @@ def distill(
         )
         trained = out / "draft"
         history = train(loaded, folder, trained, config, draft_config, initial, family)
-        console.print(f"saved {trained}, and its course as {trained / 'training.png'}")
+        say(f"saved {trained}, and its course as {trained / 'training.png'}")
         if history:
-            console.print(history[-1])
+            say(history[-1])
 
         interrupt.raise_if_set()
         if ship is not None:
@@ -162,7 +162,7 @@ def distill(
                 draft, meta = _difference(draft, meta, initial.draft, start, delta)
             checkpoint.save(ship, newest.step, meta, draft)
             found = score(loaded, folder, load_draft(ship, loaded), config)
-            console.print(f"saved {ship}; as it is stored there: {found}")
+            say(f"saved {ship}; as it is stored there: {found}")
 
 
 def _trained(name: str, target) -> LoadedDraft | None:
@@ -189,7 +189,7 @@ def import_draft(
     src: tyro.conf.Positional[Path],
     out: Path,
     target: str | None = None,
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    precision: PrecisionName = "auto",
     taps: tuple[int, ...] = (),
     check: bool = True,
 ) -> None:
@@ -216,13 +216,13 @@ def import_draft(
     loaded = load_target(target, as_precision(precision)) if target else None
     draft, meta = load_folder(src, loaded, taps or None)
     if loaded is not None and check:
-        with console.status("decoding a few prompts"):
+        with busy("decoding a few prompts"):
             length = self_check(loaded, LoadedDraft(draft, meta))
-        console.print(f"self-check: mean acceptance length {length:.2f}")
+        say(f"self-check: mean acceptance length {length:.2f}")
     else:
-        console.print("not checked against a target")
+        say("not checked against a target")
 
-    console.print(f"saved {checkpoint.save(out, 0, meta, draft)}")
+    say(f"saved {checkpoint.save(out, 0, meta, draft)}")
 
 
 def export_draft(
@@ -260,7 +260,7 @@ def export_draft(
     exporting.write(
         out, found.draft, meta.draft, format, chosen, verifier, max_position
     )
-    console.print(f"saved {out} ({chosen})")
+    say(f"saved {out} ({chosen})")
 
 
 def lower(
@@ -315,10 +315,10 @@ def lower(
         head = meta.draft
         family = meta.family
 
-    with console.status(f"lowering for {platforms}"):
+    with busy(f"lowering for {platforms}"):
         lowered = lowering.lower(
             load_config(target), head, config, platforms.split(","), family
         )
 
     for path in lowering.write(lowered, out):
-        console.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+        say(f"{path}  {path.stat().st_size / 1e6:.1f} MB")

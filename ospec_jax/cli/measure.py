@@ -4,13 +4,19 @@
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from ospec_jax.bench.live import run_live, run_with_progress
 from ospec_jax.cli.arguments import (
     Decoding,
+    Given,
+    LearnBudget,
+    Learner,
+    LearningRate,
+    Optimizer,
+    PrecisionName,
     Shared,
     as_precision,
     learner_config,
@@ -21,19 +27,19 @@ from ospec_jax.cli.outputs import check_outputs
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import demo_prompts, read_prompts
 from ospec_jax.models.hub import load_target
-from ospec_jax.reports.progress import Interrupt, console
+from ospec_jax.reports.progress import Interrupt, say
 
 
 def bench(
     prompts: Path | None = None,
-    decoding: Shared = Decoding(),
+    decoding: Shared = Given,
     num_prompts: int = 50,
     modes: str = "",
     drafts: tuple[str, ...] = (),
-    learner: str = "auto",
-    learn_budget: float | None = None,
-    learning_rate: float | None = None,
-    optimizer: str | None = None,
+    learner: Learner = "auto",
+    learn_budget: LearnBudget = None,
+    learning_rate: LearningRate = None,
+    optimizer: Optimizer = None,
     peers: str = "",
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     markdown: Path | None = None,
@@ -53,12 +59,6 @@ def bench(
         DRAFT, or DRAFT@TREE@CHILDREN@VERIFICATION, or fewer of these, for others than
         --tree, --draft-sample-method and --verification: shipped@static:2,2,2@hub. The
         target decodes plainly beside them.
-      learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
-        head, memory, or a Python file with `get_config() -> LearnerConfig`.
-      learn_budget: Share of the learned mode's time for learning.
-      learning_rate: Learners that were published with SGD (optimistic, momentum) take
-        an --optimizer beside it.
-      optimizer: Any optax optimizer.
       peers: Comma-separated other decoders of the same weights: transformers,
         transformers-bfloat16, transformers-lookup, transformers-assisted, llama-cpp,
         llama-cpp-lookup.
@@ -116,10 +116,10 @@ def bench(
         if markdown is not None:
             ends.callback(write_text, markdown, markdown_table(table))
         if plot is not None:
-            ends.callback(lambda: console.print(f"plot: {plot_modes(table, plot)}"))
+            ends.callback(lambda: say(f"plot: {plot_modes(table, plot)}"))
         if stream_plot is not None:
             draw = lambda: plot_stream(run, stream_plot)
-            ends.callback(lambda: console.print(f"plot: {draw()}"))
+            ends.callback(lambda: say(f"plot: {draw()}"))
     if len(run.prompts) < len(rows):
         interrupt.raise_if_set()
 
@@ -144,7 +144,7 @@ def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) ->
     run = run_live(target, None, prompts, config, interrupt, drafts=drafts)
     table = domain_rows(run)
     text = drafts_table(table)
-    console.print(text, soft_wrap=True, markup=False)
+    say(text)
     with contextlib.ExitStack() as ends:
         ends.callback(write_json, json_file, table, is_list=True)
         if markdown is not None:
@@ -155,7 +155,7 @@ def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) ->
 
 def roofline(
     target: str = "smollm2-135m",
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    precision: PrecisionName = "auto",
     capacity: int = 256,
 ) -> None:
     """Times target passes by rows, against this machine's memory and arithmetic.
@@ -179,10 +179,10 @@ def demo(
     num_prompts_per_domain: int = 20,
     max_new_tokens: int = 64,
     num_speculative_tokens: int = 3,
-    learner: str = "auto",
-    learn_budget: float | None = None,
-    learning_rate: float | None = None,
-    optimizer: str | None = None,
+    learner: Learner = "auto",
+    learn_budget: LearnBudget = None,
+    learning_rate: LearningRate = None,
+    optimizer: Optimizer = None,
 ) -> None:
     """The main job: a draft that learns while its stream moves through three domains.
 
@@ -191,12 +191,6 @@ def demo(
       num_prompts_per_domain: Prompts of each of the three domains, 28 at most.
       max_new_tokens: Longest answer, in tokens.
       num_speculative_tokens: Depth of the draft, K.
-      learner: auto, gradient, momentum, optimistic, ensemble, shared_ensemble, osd,
-        head, memory, or a Python file with `get_config() -> LearnerConfig`.
-      learn_budget: Share of the learned mode's time for learning.
-      learning_rate: Learners that were published with SGD (optimistic, momentum) take
-        an --optimizer beside it.
-      optimizer: Any optax optimizer.
     """
     from ospec_jax.bench.demo import run_demo
 

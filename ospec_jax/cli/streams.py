@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ospec_jax.cli.arguments import as_precision, learner_config
+from ospec_jax.cli.arguments import PrecisionName, as_precision, learner_config
 from ospec_jax.cli.outputs import check_outputs
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import read_prompts, write_prompts
@@ -14,7 +14,12 @@ from ospec_jax.data.streams import build_stream
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
-from ospec_jax.reports.progress import Interrupt, Interrupted, console, progress_bar
+from ospec_jax.reports.progress import (
+    Interrupt,
+    Interrupted,
+    progress_bar,
+    say,
+)
 from ospec_jax.storage import low_rank
 
 StreamKind = Literal["single", "shifts", "gradual", "alternating", "fast"]
@@ -56,7 +61,7 @@ def stream(
 
     check_outputs([out], inputs=paths)
     write_prompts(out, build_stream(files, kind, num_prompts, seed, block))
-    console.print(f"saved {out}")
+    say(f"saved {out}")
 
 
 def record(
@@ -64,7 +69,7 @@ def record(
     out: Path,
     target: str = "smollm2-135m",
     draft: str = "shipped",
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+    precision: PrecisionName = "auto",
     max_new_tokens: int = 64,
     batch_size: int = 8,
     capacity: int = 0,
@@ -100,7 +105,7 @@ def record(
         batch_size=batch_size,
         capacity=capacity,
     )
-    console.print(f"recorded {count} answers in {out}")
+    say(f"recorded {count} answers in {out}")
 
 
 def replay(
@@ -207,7 +212,7 @@ def replay(
     results.add_regret(rows, hindsight)
     print(results.markdown_table(rows))
     if plot is not None and rows:
-        console.print(f"plot: {results.plot_replays(rows, plot)}")
+        say(f"plot: {results.plot_replays(rows, plot)}")
     if is_cut_short or not all(row["is_finished"] for row in rows):
         interrupt.raise_if_set()
 
@@ -313,4 +318,4 @@ def telemetry(file: tyro.conf.Positional[Path], plot: Path) -> None:
     from ospec_jax.reports.telemetry import plot_telemetry, read_rows
 
     check_outputs(figures=[plot], inputs=[file])
-    console.print(f"plot: {plot_telemetry(read_rows(file), plot)}")
+    say(f"plot: {plot_telemetry(read_rows(file), plot)}")

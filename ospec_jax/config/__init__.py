@@ -4,7 +4,7 @@
 `from_dict` refuses keys that it does not know, and names the nearest known one.
 """
 
-from ospec_jax.config.base import ConfigError, from_dict
+from ospec_jax.config.base import ConfigError, check_types, from_dict, whole_number
 from ospec_jax.config.decoding import (
     AUTO_DEPTHS,
     ChildrenKind,
@@ -39,6 +39,8 @@ __all__ = [
     "SamplingConfig",
     "TreeConfig",
     "Verification",
+    "check_types",
     "draft_config_from",
     "from_dict",
+    "whole_number",
 ]

@@ -4,7 +4,7 @@
 import dataclasses
 from typing import Literal
 
-from ospec_jax.config.base import ConfigError
+from ospec_jax.config.base import ConfigError, check_types
 
 ChildrenKind = Literal["topk", "sampled", "without_replacement", "topk_sampled", "hub"]
 Verification = Literal["token", "block", "traversal"]
@@ -55,10 +55,20 @@ class TreeConfig:
 
     @classmethod
     def auto(cls, depths: tuple[int, ...] = AUTO_DEPTHS, **changes) -> "TreeConfig":
-        """A chain as deep as pays, at times none at all."""
+        """A chain as deep as pays, at times none at all.
+
+        Raises:
+          ConfigError: The depths are no such numbers.
+        """
+        if not isinstance(depths, list | tuple) or not depths:
+            raise ConfigError(
+                f"depths are {depths!r}; use several to choose from, like {AUTO_DEPTHS}"
+            )
+
         return cls(num_steps=max(depths), depths=depths, **changes)
 
     def __post_init__(self):
+        check_types(self)
         self._check_children()
         if self.depths:
             self._check_depths()
@@ -217,11 +227,22 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):  # NaN is refused, too
-            raise ConfigError(f"temperature is {self.temperature}; use 0 or more")
+        check_types(self)
+        self._check_temperature()
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it lies in (0, 1]")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; use 0 (all) or more")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; use 0 to {2**32 - 1}")
+
+    def _check_temperature(self):
+        if not 0 <= self.temperature < float("inf"):  # NaN is refused, too
+            raise ConfigError(f"temperature is {self.temperature}; use 0 or more")
+
+        # In float32 others are 0, by which logits would be divided, or infinite.
+        if self.temperature and not 1e-30 <= self.temperature <= 1e30:
+            raise ConfigError(
+                f"temperature is {self.temperature}; use 0 for the most probable "
+                f"token, or a number from 1e-30 to 1e30"
+            )

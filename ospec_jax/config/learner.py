@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from ospec_jax.config.base import ConfigError
+from ospec_jax.config.base import ConfigError, check_types
 
 Recording = Literal["nothing", "features", "states"]
 
@@ -149,7 +149,8 @@ class Loss:
 
 
 def check_finite(config: Any) -> None:
-    """Refuses numbers of a dataclass that are infinite or NaN."""
+    """Refuses settings of another type, and numbers that are infinite or NaN."""
+    check_types(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):

@@ -36,7 +36,7 @@ def find_controller(
     actions = _of_first_drafter(actions)
     if name_or_rule is None:
         name_or_rule = "auto" if len(actions) > 1 else "fixed"
-    if name_or_rule not in CONTROLLERS:
+    if not isinstance(name_or_rule, str) or name_or_rule not in CONTROLLERS:
         raise ConfigError(
             f"unknown controller {name_or_rule!r}; use {', '.join(CONTROLLERS)}, or a "
             f"function from actions to a `Controller`"

@@ -4,13 +4,14 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ospec_jax.typing import struct
 
-@flax.struct.dataclass
+
+@struct
 class MetaState:
     """Losses so far.
 

@@ -6,8 +6,9 @@ admitted to free rows or cancelled, the draft is swapped, another action is take
 row's greedy tokens depend on none of that.
 """
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -59,6 +60,24 @@ class Device(Protocol):
     def needed_slots(self, request: Request) -> int: ...
 
     def new_stats(self) -> DecodingStats: ...
+
+
+class Queue:
+    """Requests to come; only those are taken from their source that are looked at."""
+
+    def __init__(self, requests: Iterable[Request]):
+        self._source = iter(requests)
+        self._ahead: deque[Request] = deque()
+
+    def look(self, count: int) -> list[Request]:
+        """The next ones, so many at most."""
+        missing = max(0, count - len(self._ahead))
+        self._ahead.extend(itertools.islice(self._source, missing))
+        return list(itertools.islice(self._ahead, count))
+
+    def take(self) -> Request:
+        """The next one that was looked at."""
+        return self._ahead.popleft()
 
 
 class _Sent(NamedTuple):
@@ -233,8 +252,8 @@ class Batch:
         if slot.is_done:
             return False
 
-        is_step = sent.action is not None
-        tokens = slot.book(sent.output, row, is_step, self._engine.stop_ids)
+        depth = None if sent.action is None else sent.action.tree.num_steps
+        tokens = slot.book(sent.output, row, depth, self._engine.stop_ids)
         if tokens and self._on_tokens is not None:
             self._on_tokens(slot.request, tokens)
 

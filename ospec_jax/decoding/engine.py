@@ -18,8 +18,8 @@ import numpy as np
 
 from ospec_jax import sharding
 from ospec_jax.config import ConfigError, Recording
-from ospec_jax.control.base import Action, Chooser, fixed
-from ospec_jax.decoding.batch import Batch
+from ospec_jax.control.base import SUGGESTIONS, Action, Chooser, fixed
+from ospec_jax.decoding.batch import Batch, Queue
 from ospec_jax.decoding.request import Completion, PromptTooLongError, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
@@ -116,6 +116,16 @@ def _compiled_rows(
         take=jax.jit(pinned(_take_row, sharding.replicated)),
         finish=jax.jit(pinned(_finish, rows), donate_argnums=0),
     )
+
+
+def _fitting(queue: Queue, batch: Batch, batch_size: int) -> Iterator[Request]:
+    """The requests of a batch: one alone, or all up to one that does not fit."""
+    if batch_size == 1:
+        yield queue.take()
+        return
+
+    while (ahead := queue.look(1)) and batch.fits(ahead[0]):
+        yield queue.take()
 
 
 def forget_programs() -> None:
@@ -346,11 +356,14 @@ class Engine:
         """Answers requests as rows become free; yields them in order of completion.
 
         Args:
+          requests: A list is looked at as a whole, for what its longest one needs. Of
+            other sources only so many are taken ahead as the batch has rows; a request
+            that needs more than those it follows begins when these have ended.
           draft_fn: Gives the draft to use, asked before every step, so that a learner
             may swap it between two completions. The tree of a step is verified with
             the draft that drew it, whatever it is.
-          capacity: Cache slots of a row; by default the smallest for all requests, or
-            for each of them when `batch_size` is 1.
+          capacity: Cache slots of a row; by default the smallest for all requests that
+            are known, or for each of them when `batch_size` is 1.
           on_tokens: Called with each request's new tokens as they come.
           lag: Steps dispatched before the oldest one is read: with one, the device
             computes while the host reads and dispatches.
@@ -364,17 +377,17 @@ class Engine:
         sharding.check_batch(self.config.mesh, batch_size)
         chooser = chooser or Chooser.start(fixed((self.action,)), batch_size)
         ordinals = itertools.count() if ordinals is None else ordinals
-        groups = ([r] for r in requests) if batch_size == 1 else [list(requests)]
+        queue = Queue(requests)
+        are_known = isinstance(requests, list | tuple) and batch_size > 1
 
-        for group in groups:
-            if not group:
-                continue
+        while ahead := queue.look(batch_size):
+            group = requests if are_known else ahead
             slots = self.capacity_for(group, capacity)
             has_prediction = self._has_prediction(group)
-            pending = iter(group)
             batch = Batch(
                 self, batch_size, slots, has_prediction, on_tokens, chooser.observe
             )
+            pending = _fitting(queue, batch, batch_size)
             while True:
                 if should_stop():
                     return
@@ -388,7 +401,7 @@ class Engine:
                     num_ahead = lag
                 yield from batch.collect(num_ahead)
 
-    def _has_prediction(self, requests: list[Request]) -> bool:
+    def _has_prediction(self, requests: Iterable[Request]) -> bool:
         """Whether rows need room for predictions, and may have them."""
         has_prediction = any(request.prediction_ids for request in requests)
         if has_prediction and self.config.tree.children != "topk":
@@ -443,5 +456,10 @@ class Engine:
 
     def new_stats(self) -> DecodingStats:
         """Counters of a request that has not been decoded yet."""
-        deepest = max(action.tree.num_steps for action in self._menu)
-        return DecodingStats(num_spec_tokens=deepest)
+        # Long steps along a prediction count once one runs: most requests have none.
+        depths = [
+            action.tree.num_steps
+            for action in self._menu
+            if action.drafter != SUGGESTIONS
+        ]
+        return DecodingStats(num_spec_tokens=max(depths))

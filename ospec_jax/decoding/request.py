@@ -4,18 +4,32 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Key
 
-from ospec_jax.config import SamplingConfig
+from ospec_jax.config import SamplingConfig, whole_number
 from ospec_jax.control.base import Row
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import Feedback, StepOutput
+from ospec_jax.typing import short_repr
 
 
 class PromptTooLongError(ValueError):
     """A prompt and its answer do not fit the model's context or the cache."""
+
+
+class StopPoint(NamedTuple):
+    """Where a stop string ends an answer.
+
+    Attributes:
+      num_tokens: That the answer keeps; the last of them may run into the string.
+      text_over: What their text has of the string, at its end.
+    """
+
+    num_tokens: int
+    text_over: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,23 +39,28 @@ class Request:
     Attributes:
       prompt_ids: Token ids, chat template already applied.
       sampling: Its seed is that of the whole call; see `key`.
-      find_stop: Given the answer's ids, the number of ids to keep when a stop string
-        occurs in their text, else None.
+      find_stop: Given the answer's ids, where it ends when a stop string occurs in
+        their text, else None.
       prediction_ids: What the answer is expected to be; empty for nothing.
       prediction_confidence: See `drafters.prediction`.
       seed: Of this request alone; None shares the call's.
       choice: Which of the answers to a request with a seed of its own this is.
     """
 
+    __repr__ = short_repr
+
     id: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int = 128
     sampling: SamplingConfig = SamplingConfig()
-    find_stop: Callable[[list[int]], int | None] | None = None
+    find_stop: Callable[[list[int]], StopPoint | None] | None = None
     prediction_ids: tuple[int, ...] = ()
     prediction_confidence: float = 0.5
     seed: int | None = None
     choice: int = 0
+
+    def __post_init__(self):
+        whole_number("max_new_tokens", self.max_new_tokens, least=1)
 
     def key(self, ordinal: int) -> Key[Array, ""]:
         """The request's own random numbers, folded with the position at each step.
@@ -88,7 +107,10 @@ class Completion:
       feedback: The row's recorded features, `[1, capacity, ...]`, or None.
       num_recorded: Positions of `feedback` that are real.
       capacity: Slots of the cache it was decoded in.
+      text_over: See `StopPoint`.
     """
+
+    __repr__ = short_repr
 
     request: Request
     token_ids: list[int]
@@ -99,6 +121,7 @@ class Completion:
     feedback: Feedback | None = None
     num_recorded: int = 0
     capacity: int = 0
+    text_over: str = ""
 
 
 @dataclasses.dataclass
@@ -110,6 +133,8 @@ class Slot:
       is_sure: A long chain of suggestions is likely to be right next.
     """
 
+    __repr__ = short_repr
+
     request: Request
     stats: DecodingStats
     started: float = dataclasses.field(default_factory=time.perf_counter)
@@ -118,6 +143,7 @@ class Slot:
     is_done: bool = False
     is_sure: bool = False
     finish_reason: str = "length"
+    text_over: str = ""
 
     @property
     def num_remaining(self) -> int:
@@ -130,13 +156,17 @@ class Slot:
         return Row(self.is_sure, num_tokens, self.num_remaining)
 
     def book(
-        self, output: StepOutput, row: int, is_step: bool, stop_ids: Sequence[int]
+        self,
+        output: StepOutput,
+        row: int,
+        depth: int | None,
+        stop_ids: Sequence[int],
     ) -> list[int]:
         """Takes one pass's tokens in; returns those that belong to the answer.
 
         Args:
           output: Fetched.
-          is_step: The pass drafted, or could have.
+          depth: Of what the pass drafted, or could have; None for a prompt.
         """
         count = int(output.num_emitted[row])
         self.is_sure = output.is_sure is not None and bool(output.is_sure[row])
@@ -148,8 +178,8 @@ class Slot:
         drafted = int(output.num_drafted[row])
         accepted = int(output.num_accepted[row])
         kept = count - self._cut_at_stop_string(count)
-        if is_step and count:
-            self.stats.add_step(drafted, min(accepted, kept))
+        if depth is not None and count:
+            self.stats.add_step(drafted, min(accepted, kept), depth)
 
         if output.is_finished[row] and not self.is_done:
             self.is_done = True
@@ -163,13 +193,14 @@ class Slot:
         if self.request.find_stop is None:
             return 0
 
-        keep = self.request.find_stop(self.token_ids)
-        if keep is None:
+        found = self.request.find_stop(self.token_ids)
+        if found is None:
             return 0
 
-        cut = len(self.token_ids) - keep
-        self.token_ids = self.token_ids[:keep]
-        self.log_probs = self.log_probs[:keep]
+        cut = len(self.token_ids) - found.num_tokens
+        self.token_ids = self.token_ids[: found.num_tokens]
+        self.log_probs = self.log_probs[: found.num_tokens]
+        self.text_over = found.text_over
         self.is_done = True
         self.finish_reason = "stop"
 
@@ -194,4 +225,5 @@ class Slot:
             feedback=feedback,
             num_recorded=0 if feedback is None else num_recorded,
             capacity=capacity,
+            text_over=self.text_over,
         )

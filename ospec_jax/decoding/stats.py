@@ -15,7 +15,8 @@ class DecodingStats:
     """Counters of speculative steps; they add up over requests.
 
     Attributes:
-      num_spec_tokens: Depth of the tree, K.
+      num_spec_tokens: Depth of the tree, K; of the deepest one that ran, if that is
+        more: a prediction that holds is followed further.
       num_drafts: Verification passes.
       num_draft_tokens: Tokens drafted.
       num_accepted_tokens: Drafted tokens that were accepted and emitted.
@@ -32,8 +33,15 @@ class DecodingStats:
         if not self.acceptance_histogram:
             self.acceptance_histogram = [0] * (self.num_spec_tokens + 1)
 
-    def add_step(self, num_drafted: int, num_accepted: int) -> None:
-        """Counts one verification pass."""
+    def add_step(self, num_drafted: int, num_accepted: int, depth: int = 0) -> None:
+        """Counts one verification pass.
+
+        Args:
+          depth: Of its tree.
+        """
+        self.num_spec_tokens = max(self.num_spec_tokens, depth)
+        num_missing = self.num_spec_tokens + 1 - len(self.acceptance_histogram)
+        self.acceptance_histogram += [0] * num_missing
         self.num_drafts += 1
         self.num_draft_tokens += num_drafted
         self.num_accepted_tokens += num_accepted

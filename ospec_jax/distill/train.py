@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ospec_jax.config import ConfigError, DraftConfig, TreeConfig
+from ospec_jax.config import ConfigError, DraftConfig, TreeConfig, check_types
+from ospec_jax.config.learner import check
 from ospec_jax.decoding.step import shared_tables
 from ospec_jax.distill.evaluate import evaluate_held_out, is_held_out, plot_history
 from ospec_jax.drafters.base import Drafter, Family
@@ -67,6 +68,10 @@ class DistillConfig:
     domains: tuple[str, ...] = ()
 
     def __post_init__(self):
+        check_types(self)
+        counts = "batch_size window num_steps save_every evaluate_every"
+        check(self, counts, lambda x: x >= 1, "1 or more")
+        check(self, "num_updates num_context", lambda x: x >= 0, "0 or more")
         for name in ("learning_rate", "feature_weight"):
             value = getattr(self, name)
             if value is not None and not np.isfinite(value):

@@ -9,7 +9,6 @@ afterwards. How children are drawn says `children`, when growth ends says `stopp
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +21,10 @@ from ospec_jax.drafters.children import Children, consider, draw, extend_path
 from ospec_jax.drafters.stopping import Progress, StopFn, is_stopped, rules_of
 from ospec_jax.models import cache as kv
 from ospec_jax.types import DraftTree, Roots
+from ospec_jax.typing import struct
 
 
-@flax.struct.dataclass
+@struct
 class Nodes:
     """Nodes of one depth that a drafter runs over.
 
@@ -49,7 +49,7 @@ Step = Callable[[Any, Nodes], tuple[Float[Array, "b w d"], Float[Array, "b w q"]
 """`(cache, nodes) -> (hidden [b, w, d], logits [b, w, q], cache)`."""
 
 
-@flax.struct.dataclass
+@struct
 class Pool:
     """Every node that a tree of uniform width has seen, the root left out.
 
@@ -72,7 +72,7 @@ class Pool:
     draft_probs: Float[Array, "b n q"] | None
 
 
-@flax.struct.dataclass
+@struct
 class Frontier:
     """The newest nodes, which are expanded next.
 
@@ -93,7 +93,7 @@ class Frontier:
     recent: Int[Array, "b w m"] | None
 
 
-@flax.struct.dataclass
+@struct
 class _Growth:
     """A tree of uniform width while it grows; `depth` is that of the frontier."""
 

@@ -4,17 +4,16 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from ospec_jax.types import Feedback
-from ospec_jax.typing import Params
+from ospec_jax.typing import Params, struct
 
 
-@flax.struct.dataclass
+@struct
 class Segments:
     """Windows of consecutive tokens to learn from.
 
@@ -36,7 +35,7 @@ class Segments:
     is_fresh: Bool[Array, " b"] | None = None
 
 
-@flax.struct.dataclass
+@struct
 class LearnerState:
     """The learner's iterate and what its update rule remembers.
 

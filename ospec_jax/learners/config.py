@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from ospec_jax.config.base import ConfigError
+from ospec_jax.config.base import ConfigError, whole_number
 from ospec_jax.config.learner import (
     Batches,
     Effort,
@@ -362,6 +362,11 @@ def _flattened(settings: dict[str, Any]) -> dict[str, Any]:
     for part in ("method", *_PARTS):
         if settings.get(part) is not None:
             given = settings[part]
+            if not dataclasses.is_dataclass(given):
+                raise ConfigError(
+                    f"{part} is {given!r:.60}; leave it out, and give its settings one "
+                    f"by one, or name a learner: LearnerConfig(name=...)"
+                )
             values |= {name: getattr(given, name) for name in _names(given)}
             values |= dict(values.pop("given", ()))
             values = {k: x for k, x in values.items() if x is not None}
@@ -386,9 +391,9 @@ def _taken(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 def _kind_of(name: str) -> type[Method]:
     if name == "auto":
         return Auto
-    if name not in LEARNERS:
+    if not isinstance(name, str) or name not in LEARNERS:
         raise ConfigError(
-            f"unknown learner {name!r}; use one of {', '.join(LEARNER_NAMES)}"
+            f"unknown learner {name!r:.60}; use one of {', '.join(LEARNER_NAMES)}"
         )
 
     return LEARNERS[name]
@@ -443,10 +448,8 @@ def _usual_values(key: str) -> list[Any]:
 
 
 def _check_shared(shared: dict[str, Any]) -> None:
-    if shared["memory_slots"] < 0:
-        raise ConfigError(
-            f"memory_slots is {shared['memory_slots']}; use 0 (none) or more"
-        )
+    for key, value in shared.items():
+        shared[key] = whole_number(key, value, least=0)
 
 
 def _name_for_rule(name: str | None, rule: Rule) -> str:

@@ -10,7 +10,6 @@ ensemble falls back to. See `shared_ensemble` for one gradient for all.
 import dataclasses
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -33,7 +32,7 @@ from ospec_jax.learners.base import (
 from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
 from ospec_jax.learners.optimizers import is_parameter_free, make_optimizer
-from ospec_jax.typing import Params
+from ospec_jax.typing import Params, struct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Ensemble(ExpertsMethod):
         )
 
 
-@flax.struct.dataclass
+@struct
 class EnsembleState:
     """What the ensemble remembers.
 

@@ -27,7 +27,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -36,7 +35,7 @@ from ospec_jax.config.learner import Effort, Method, Recording, check, check_fin
 from ospec_jax.learners.base import chosen
 from ospec_jax.sampling import processed_probs
 from ospec_jax.types import SamplingParams
-from ospec_jax.typing import typed
+from ospec_jax.typing import struct, typed
 
 REFRESH = 8
 """Updates between two inversions of the second moment, at first; later it moves less,
@@ -74,7 +73,7 @@ class LastLayer(Method):
         check(self, "head_candidates num_steps", lambda x: x >= 1, "1 or more")
 
 
-@flax.struct.dataclass
+@struct
 class HeadSampling:
     """How labels were drawn from the target's logits.
 
@@ -89,7 +88,7 @@ class HeadSampling:
     top_p: Float[Array, ""] | None = None
 
 
-@flax.struct.dataclass
+@struct
 class HeadSamples:
     """Predictions and what came instead.
 
@@ -110,7 +109,7 @@ class HeadSamples:
     sampling: HeadSampling | None = None
 
 
-@flax.struct.dataclass
+@struct
 class HeadState:
     """What the learner keeps beside the projection.
 

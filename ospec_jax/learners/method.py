@@ -37,6 +37,7 @@ class OptimizedMethod(Method):
     learning_rate: float | None = None
 
     def __post_init__(self):
+        self._check_optimizer()
         check_finite(self)
         check(self, "learning_rate", lambda x: x > 0, "above 0")
         own = self.published_optimizer
@@ -51,6 +52,17 @@ class OptimizedMethod(Method):
             f"does not say which optimizer it is for: set optimizer {own!r} "
             f"(--optimizer {own}){self.other_optimizers} beside it, or leave the "
             f"rate out"
+        )
+
+    def _check_optimizer(self):
+        if self.optimizer is None or isinstance(self.optimizer, str):
+            return
+
+        # A checkpoint could not tell what the functions of one do.
+        raise ConfigError(
+            f"optimizer is {self.optimizer!r:.60}; name it, as optimizer='adam' with "
+            f"learning_rate=..., or use it in a rule of your own: "
+            f"LearnerConfig(rule=...)"
         )
 
     @property

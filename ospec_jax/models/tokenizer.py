@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,21 @@ def stop_token_ids(tokenizer) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-class TextStream:
-    """Decodes tokens into text as they come, holding back incomplete characters."""
+def first_stop(text: str, stop: Iterable[str]) -> int | None:
+    """Where the first stop string begins, if there is one."""
+    found = [place for string in stop if (place := text.find(string)) >= 0]
+    return min(found, default=None)
 
-    def __init__(self, decode: Callable[[list[int]], str]):
+
+class TextStream:
+    """Decodes tokens into text as they come.
+
+    It holds back incomplete characters, and what may be the beginning of a stop string.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
         self._decode = decode
+        self._stop = stop
         self._ids = []
         self._shown = 0
 
@@ -134,13 +144,31 @@ class TextStream:
         """The text that these tokens add."""
         self._ids += token_ids
         text = self._decode(self._ids)
-        return "" if text.endswith("\ufffd") else self._show(text)
+        if text.endswith("\ufffd"):
+            return ""
 
-    def flush(self) -> str:
-        """What was held back, at the end of the answer."""
-        return self._show(self._decode(self._ids))
+        return self._show(text[: self._num_sure(text)])
+
+    def finish(self, text: str) -> str:
+        """What was held back, at the end of the answer.
+
+        Args:
+          text: All of the answer.
+        """
+        return self._show(text)
+
+    def _num_sure(self, text: str) -> int:
+        """Characters that belong to the answer, whatever comes."""
+        found = first_stop(text, self._stop)
+        if found is not None:
+            return found
+
+        beginnings = (s[:size] for s in self._stop for size in range(1, len(s)))
+        held = max((len(s) for s in beginnings if text.endswith(s)), default=0)
+
+        return len(text) - held
 
     def _show(self, text: str) -> str:
         new = text[self._shown :]
-        self._shown = len(text)
+        self._shown = max(self._shown, len(text))
         return new

@@ -38,6 +38,7 @@ from ospec_jax.online.trainer import (
     new_counts,
 )
 from ospec_jax.types import Draft
+from ospec_jax.typing import struct
 
 CHUNK = 64
 """Positions of an answer that one update looks at."""
@@ -46,7 +47,7 @@ _FIRST_SPAN = 16
 """Rounds of a regime's first span (see `pace`): an answer's are small ones."""
 
 
-@flax.struct.dataclass
+@struct
 class LastLayerState(TrainerState):
     """What learning the last layer remembers between answers.
 

@@ -23,13 +23,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ospec_jax import sharding
 from ospec_jax.decoding.request import Completion
+from ospec_jax.typing import struct
 
 MAX_STRIDE = 16
 _ALARM = 6.0
@@ -46,7 +46,7 @@ _Z_90 = 1.2816
 """One-sided 90% quantile of the normal distribution."""
 
 
-@flax.struct.dataclass
+@struct
 class Gains:
     """Paired gains of windows.
 
@@ -61,7 +61,7 @@ class Gains:
     total_square: Float[Array, ""]
 
 
-@flax.struct.dataclass
+@struct
 class PaceState:
     """Where learning stands in its regime.
 

@@ -28,17 +28,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ospec_jax.typing import struct
+
 BETS = (0.125, 0.25, 0.5, 0.95)
 """Small ones win on noisy gains, large ones on clear ones; one of 1 could lose all."""
 
 
-@flax.struct.dataclass
+@struct
 class GuardState:
     """The candidate, and the evidence on it.
 

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ring of recent windows of verified traffic, as a value."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ospec_jax.learners.base import Segments
 from ospec_jax.types import Feedback
+from ospec_jax.typing import struct
 
 
-@flax.struct.dataclass
+@struct
 class FeedbackRing:
     """The newest windows; older ones are overwritten.
 

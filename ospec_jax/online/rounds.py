@@ -15,9 +15,10 @@ from ospec_jax.learners.base import LearnerState
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.online.promotion import GuardState
 from ospec_jax.online.trainer import TrainerState
+from ospec_jax.typing import struct
 
 
-@flax.struct.dataclass
+@struct
 class WindowsState(TrainerState):
     """What learning from windows remembers between answers.
 

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -22,9 +21,10 @@ from ospec_jax.learners.last_layer import HeadInfo
 from ospec_jax.online.pace import PaceState
 from ospec_jax.online.ring import FeedbackRing
 from ospec_jax.types import Draft, NgramMemory
+from ospec_jax.typing import struct
 
 
-@flax.struct.dataclass
+@struct
 class TrainerState:
     """What every trainer counts; those that train a draft remember more.
 
@@ -52,7 +52,7 @@ class TrainerState:
         return 1 if self.pace is None else int(self.pace.stride)
 
 
-@flax.struct.dataclass
+@struct
 class Traffic:
     """What is kept of users' prompts and answers; both can be read back from it.
 

@@ -16,14 +16,29 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
+from rich.text import Text
 
 LOG_SECONDS = 20.0
 GRACE_SECONDS = 5.0
 """In which an answer may still be finished behind a signal; those who stop services
 wait for 10 seconds or more."""
 
-console = Console(stderr=True)
-"""Standard error, so that standard output stays data."""
+console = Console(stderr=True, markup=False, highlight=False)
+"""Standard error, so that standard output stays data.
+
+Square brackets are what they are: in paths and messages they are no markup.
+"""
+
+
+def say(text: object, style: str | None = None) -> None:
+    """A line for the user; a long one, like a path, is not broken."""
+    console.print(text, style=style, soft_wrap=True)
+
+
+def busy(text: str) -> Status:
+    """A sign of work of unknown length, to be entered."""
+    return console.status(Text(text))
 
 
 class _Progress(Progress):
@@ -41,15 +56,13 @@ class _Progress(Progress):
         task = next(task for task in self.tasks if task.id == task_id)
         self.console.print(
             f"{task.completed:.0f}/{task.total or 0:.0f} {task.description}",
-            markup=False,
-            highlight=False,
         )
 
 
 def progress_bar() -> Progress:
     """Progress on standard error, so that standard output stays data."""
     return _Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

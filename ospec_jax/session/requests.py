@@ -2,11 +2,12 @@
 """From what a user asks to what an engine is asked."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ospec_jax.config import SamplingConfig
 from ospec_jax.data.prompts import Prompt, encode, encode_prediction, parse_prompt
-from ospec_jax.decoding.request import Request
+from ospec_jax.decoding.request import Request, StopPoint
+from ospec_jax.models.tokenizer import first_stop
 
 
 def as_prompt(prompt: Prompt | str | dict, number: int) -> Prompt:
@@ -53,14 +54,25 @@ def tokenized(
         )
 
 
-def _find_stop(decode, stop: tuple[str, ...], token_ids: list[int]) -> int | None:
-    """Tokens to keep when the answer's text holds a stop string."""
-    if not any(s in decode(token_ids) for s in stop):
+def _find_stop(
+    decode: Callable[[list[int]], str], stop: tuple[str, ...], token_ids: list[int]
+) -> StopPoint | None:
+    """Where the answer ends once its text holds a stop string.
+
+    That is in front of the string which is complete first, token by token: so it does
+    not matter how many tokens one pass has brought.
+    """
+    if first_stop(decode(token_ids), stop) is None:
         return None
 
-    keep = len(token_ids)
+    end = len(token_ids)
+    while first_stop(decode(token_ids[: end - 1]), stop) is not None:
+        end -= 1
 
-    while keep and any(s in decode(token_ids[:keep]) for s in stop):
+    text = decode(token_ids[:end])
+    before = text[: first_stop(text, stop)]
+    keep = end
+    while keep and decode(token_ids[: keep - 1]).startswith(before):
         keep -= 1
 
-    return keep
+    return StopPoint(keep, decode(token_ids[:keep]).removeprefix(before))

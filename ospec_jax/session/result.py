@@ -5,6 +5,7 @@ import dataclasses
 
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.typing import short_repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,11 +14,16 @@ class Result:
 
     Attributes:
       stats: Of this request; see `ospec_jax.decoding.stats`.
+      text: Without the stop string that ended it, if one did.
+      token_ids: What the text needs; the last one may run into the stop string.
       seconds: Decoding time, learning not included.
       learning_seconds: Time that learning took after this answer.
       version: Of the draft that was served when the answer ended: how often learning
         had changed it; see `online.trainer.TrainerState`.
+      precision: Of the target, whose answer in this precision it is.
     """
+
+    __repr__ = short_repr
 
     prompt: Prompt
     text: str
@@ -28,6 +34,7 @@ class Result:
     seconds: float
     learning_seconds: float = 0.0
     version: int = 0
+    precision: str = ""
 
     def to_json(self) -> dict:
         """The command line's JSON object."""
@@ -36,5 +43,6 @@ class Result:
             "text": self.text,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
+            "precision": self.precision,
             "metrics": {"speculative_decoding": self.stats.to_json()},
         } | ({"logprobs": self.log_probs} if self.log_probs else {})

@@ -5,11 +5,15 @@ A `Session` is the one mutable object: it owns the current state, and moves it o
 pure transitions of `decoding` and `online`, which meet only here.
 """
 
+import contextlib
 import dataclasses
+import itertools
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from ospec_jax import sharding
 from ospec_jax._platform import release_memory
@@ -17,25 +21,22 @@ from ospec_jax.config import (
     ConfigError,
     SamplingConfig,
     TreeConfig,
+    whole_number,
 )
 from ospec_jax.control.base import Chooser
 from ospec_jax.control.registry import BuildController
 from ospec_jax.data.known import content_hash, find_known
-from ospec_jax.data.prompts import (
-    Prompt,
-    add_predictions,
-    encode,
-    parse_prompt,
-)
+from ospec_jax.data.prompts import Prompt, encode, parse_prompt
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.learners.config import LearnerConfig, Rule, as_learner_config
+from ospec_jax.drafters.base import Family
+from ospec_jax.learners.config import LearnerConfig, Rule
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.tokenizer import TextStream
 from ospec_jax.online.trainer import Learned, UpdateReport, go_on_from, learn_from
-from ospec_jax.session import build, resume, warm_up
-from ospec_jax.session.requests import as_prompt, tokenized
+from ospec_jax.session import arguments, build, resume, warm_up
+from ospec_jax.session.requests import tokenized
 from ospec_jax.session.result import Result
 from ospec_jax.session.state import SessionState
 from ospec_jax.storage.checkpoint import Meta
@@ -48,8 +49,9 @@ class Session:
     """Decodes, and learns from what it decodes.
 
     Args:
-      target: From `load_target`.
-      draft: From `load_draft`; None decodes plainly.
+      target: From `load_target`, or a name that it takes.
+      draft: From `load_draft`, or what it takes: a name, a folder, a family's record;
+        None, like `none`, decodes plainly.
       learner: How to learn: settings, the name of a learner, or an update rule of your
         own, a function from a `learners.objective.Objective` to a
         `learners.base.Learner` (with settings: `LearnerConfig(rule=...)`). None serves
@@ -59,8 +61,10 @@ class Session:
         as deep as pays, which is measured once, at warm-up or before the first answer.
         How deep that is, neighbours in the batch have a say in: greedy tokens do not
         depend on it, sampled ones do, though their law does not.
+      num_speculative_tokens: In place of a tree: the depth of a chain, 0 to decode
+        plainly; `auto` is `TreeConfig.auto()`.
       batch_size: Requests decoded together.
-      stop: Strings that end an answer.
+      stop: A string that ends an answer, or several; the text ends in front of it.
       has_log_probs: Report log-probabilities.
       ngrams: Let n-grams of the request, and of learned traffic, suggest tokens. Drawn
         children (`tree.children` other than `topk`) leave no room for them.
@@ -77,29 +81,48 @@ class Session:
     `on_update`, if set, is called after each update with its report and the draft that
     was served before and is after it; its time is not learning's. The learner `head`
     overwrites its projection: there, that of the draft before is gone.
+
+    Threads may share a session: each answer, save and so on waits for the one before.
+
+    Raises:
+      ConfigError: An argument means nothing, or some do not go together.
+      CheckpointError: The draft does not fit the target.
     """
 
     def __init__(
         self,
-        target: Target,
-        draft: LoadedDraft | None = None,
+        target: Target | str | Path,
+        draft: LoadedDraft | str | Path | Family | None = None,
         *,
         learner: LearnerConfig | str | Rule | None = None,
         tree: TreeConfig | None = None,
+        num_speculative_tokens: int | Literal["auto"] | None = None,
         batch_size: int = 1,
-        stop: tuple[str, ...] = (),
+        stop: str | Iterable[str] = (),
         has_log_probs: bool = False,
         ngrams: bool = True,
         num_predicted_tokens: int = 12,
         controller: str | BuildController | None = None,
     ):
+        batch_size = whole_number("batch_size", batch_size, least=1)
+        num_predicted_tokens = whole_number(
+            "num_predicted_tokens", num_predicted_tokens, least=0
+        )
+        stop = arguments.as_stop(stop)
+        tree = arguments.as_tree(tree, num_speculative_tokens)
+        has_log_probs = arguments.as_flag("has_log_probs", has_log_probs)
+        ngrams = arguments.as_flag("ngrams", ngrams)
+
+        target = arguments.as_target(target)
         sharding.check_batch(target.mesh, batch_size)
+        draft = arguments.as_draft(draft, target)
+        learner = arguments.as_learner(learner, draft)
         tree = build.fitting_tree(tree, draft)
         parts = build.assembled(
             target,
             draft,
             tree,
-            as_learner_config(learner),
+            learner,
             ngrams,
             num_predicted_tokens,
             has_log_probs,
@@ -121,6 +144,8 @@ class Session:
         self.reports: list[UpdateReport] = []
         self.on_update: Callable[[UpdateReport, Draft, Draft], None] | None = None
         self._saved: resume.Saved | None = None
+        # One that a thread may take again: `on_text` may ask for another answer.
+        self._lock = threading.RLock()
         self._adopt(self._first_state(draft))
 
     def _first_state(self, loaded: LoadedDraft | None) -> SessionState:
@@ -147,6 +172,16 @@ class Session:
             self._served = now.served
 
         self.chooser.resume(state.controller)
+
+    def __repr__(self) -> str:
+        family = self.meta.family if self.meta is not None else None
+        learner = self.learner.name if self.learner is not None else None
+        return (
+            f"Session({self.target!r}, draft={family!r}, learner={learner!r}, "
+            f"tree={self.tree.kind!r} of depth {self.tree.num_steps}, "
+            f"batch_size={self.batch_size}, {len(self._state.answered)} answered, "
+            f"draft version {self.version})"
+        )
 
     @property
     def state(self) -> SessionState:
@@ -195,7 +230,7 @@ class Session:
 
     def warm_up(
         self,
-        capacities: Iterable[int | None] = (None,),
+        capacities: int | Iterable[int | None] | None = (None,),
         sampling: SamplingConfig = SamplingConfig(),
         has_predictions: bool = False,
     ) -> float:
@@ -207,9 +242,16 @@ class Session:
         Args:
           capacities: Of the caches to compile for; None is the smallest one.
           has_predictions: Some of the prompts to come have one.
+
+        Raises:
+          ConfigError: A capacity is no such number.
         """
+        capacities = arguments.as_capacities(capacities)
+        sampling = arguments.as_sampling(sampling)
         start = time.perf_counter()
-        self._warm_up(capacities, sampling, has_predictions)
+        with self._lock:
+            self._warm_up(capacities, sampling, has_predictions)
+
         release_memory()
         return time.perf_counter() - start
 
@@ -267,43 +309,158 @@ class Session:
 
     def generate(
         self,
-        prompts: Iterable[Prompt | str | dict],
+        prompts: str | dict | Prompt | Iterable[Prompt | str | dict],
         max_new_tokens: int = 128,
         sampling: SamplingConfig = SamplingConfig(),
         *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
         is_raw: bool = False,
         on_text: Callable[[Prompt, str], None] | None = None,
-        predictions: Sequence[str | None] | None = None,
+        predictions: str | Iterable[str | None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Result]:
         """Answers prompts, in order of completion, learning in between.
 
+        Of a list or tuple all prompts are checked before anything is decoded. Any other
+        source is read as it goes, as many prompts ahead as are decoded together, so it
+        need not end.
+
         Args:
-          prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s. One without
-            an id is called `prompt-N`, by the number of requests begun before.
+          prompts: Strings, `{prompt}` or `{messages}` rows, or `Prompt`s; or one of
+            them. One without an id is called `prompt-N`, by the number of requests
+            begun before.
+          temperature: In place of that of `sampling`, like `top_k`, `top_p`, `seed`.
           on_text: Called with new text as it comes.
           predictions: What each answer is expected to be, None for no idea; rows may
             have a key `prediction` instead.
           should_stop: Asked before every step. Once it says so, what is on its way is
             dropped, and the iteration ends. At batch size 1 the next call then goes on
             as if the dropped request had never been begun.
-        """
-        parsed = self._parsed(prompts)
-        if predictions is not None:
-            parsed = add_predictions(parsed, predictions)
-            if not self.is_drafting and any(predictions):
-                raise ConfigError(
-                    "predictions are verified as drafts, and this session decodes "
-                    "plainly; give it a draft, if only load_draft('prediction', target)"
-                )
 
-        pairs = list(self.requests(parsed, max_new_tokens, sampling, is_raw))
-        # Refuse what does not fit before anything is decoded.
-        capacity = self.engine.capacity_for(request for _, request in pairs)
-        if pairs and self.trainer and not self.trainer.is_ready(self._state.trainer):
+        Raises:
+          ConfigError: An argument means nothing, or a prompt is none.
+          PromptTooLongError: A prompt and its answer do not fit.
+        """
+        sampling = arguments.as_sampling(
+            sampling, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+        is_raw = arguments.as_flag("is_raw", is_raw)
+        if on_text is not None and not callable(on_text):
+            raise ConfigError(
+                f"on_text is {on_text!r:.60}; use a function of a prompt and text"
+            )
+        has_none = isinstance(predictions, list | tuple) and not any(predictions)
+        if predictions is not None and not has_none and not self.is_drafting:
+            raise ConfigError(
+                "predictions are verified as drafts, and this session decodes "
+                "plainly; give it a draft, if only load_draft('prediction', target)"
+            )
+
+        parsed = arguments.as_prompts(prompts, predictions, self.num_admitted)
+        pairs = self.requests(parsed, max_new_tokens, sampling, is_raw)
+        if isinstance(parsed, list):
+            pairs = list(pairs)
+            self.engine.capacity_for(request for _, request in pairs)
+
+        return self._locked(self._answers(pairs, sampling, on_text, should_stop))
+
+    def _locked(self, results: Generator[Result, None, None]) -> Iterator[Result]:
+        """Lets one thread at a time move the session on, from answer to answer."""
+        with contextlib.closing(results):
+            while True:
+                with self._lock:
+                    result = next(results, None)
+                if result is None:
+                    return
+                yield result
+
+    def _answers(
+        self,
+        pairs: Iterable[tuple[Prompt, Request]],
+        sampling: SamplingConfig,
+        on_text: Callable[[Prompt, str], None] | None,
+        should_stop: Callable[[], bool],
+    ) -> Generator[Result, None, None]:
+        """Answers requests; see `generate`."""
+        prompt_of: dict[int, Prompt] = {}
+        streams: dict[int, TextStream] = {}
+
+        def taken(pairs: Iterable[tuple[Prompt, Request]]) -> Iterator[Request]:
+            for prompt, request in pairs:
+                prompt_of[id(request)] = prompt
+                yield request
+
+        if isinstance(pairs, list):
+            requests = list(taken(pairs))
+            first = requests
+        else:
+            source = taken(pairs)
+            first = list(itertools.islice(source, self.batch_size))
+            requests = itertools.chain(first, source)
+
+        if first:
+            self._prepare(self.engine.capacity_for(first), sampling)
+
+        def on_tokens(request, tokens):
+            stream = streams.get(id(request))
+            if stream is None:
+                stream = streams[id(request)] = TextStream(self._decode, self.stop)
+            if text := stream.add(tokens):
+                assert on_text is not None
+                on_text(prompt_of[id(request)], text)
+
+        completions = self.engine.serve(
+            requests,
+            lambda: self.served_draft,
+            self.batch_size,
+            on_tokens=on_tokens if on_text else None,
+            chooser=self.chooser,
+            ordinals=self._ordinals(),
+            should_stop=should_stop,
+        )
+        before = self.num_admitted, self.chooser.state
+
+        for completion in completions:
+            prompt = prompt_of.pop(id(completion.request))
+            text = self._text_of(completion)
+            stream = streams.pop(id(completion.request), None)
+            if stream and on_text and (rest := stream.finish(text)):
+                on_text(prompt, rest)
+            version = self.version
+            learning_seconds = self._learn_from(completion)
+            self._count_answer(prompt)
+            self.stats = self.stats + completion.stats
+            self._warn_of_collapse(completion.stats)
+            yield Result(
+                prompt=prompt,
+                text=text,
+                token_ids=completion.token_ids,
+                finish_reason=completion.finish_reason,
+                stats=completion.stats,
+                log_probs=completion.log_probs,
+                seconds=completion.seconds,
+                learning_seconds=learning_seconds,
+                version=version,
+                precision=self.target.precision,
+            )
+            before = self.num_admitted, self.chooser.state
+
+        if self.batch_size == 1:
+            # Of a request that was dropped nothing was learned, and nothing is kept:
+            # with the same numbers it will be answered as it would have been.
+            num_admitted, self.chooser.state = before
+            self._move_on(num_admitted=num_admitted)
+
+    def _prepare(self, capacity: int, sampling: SamplingConfig) -> None:
+        """Measures what learning, or the choice of a depth, must know beforehand."""
+        if self.trainer and not self.trainer.is_ready(self._state.trainer):
             self._warm_up([capacity], sampling)
             release_memory()
-        elif pairs and not self.chooser.has_costs:
+        elif not self.chooser.has_costs:
             warm_up.measure_costs(
                 self.engine,
                 self.chooser,
@@ -313,56 +470,6 @@ class Session:
                 capacity,
             )
 
-        prompt_of = {id(request): prompt for prompt, request in pairs}
-        streams: dict[int, TextStream] = {}
-
-        def on_tokens(request, tokens):
-            stream = streams.setdefault(id(request), TextStream(self._decode))
-            if text := stream.add(tokens):
-                assert on_text is not None
-                on_text(prompt_of[id(request)], text)
-
-        completions = self.engine.serve(
-            (request for _, request in pairs),
-            lambda: self.served_draft,
-            self.batch_size,
-            on_tokens=on_tokens if on_text else None,
-            chooser=self.chooser,
-            ordinals=self._ordinals(),
-            should_stop=should_stop,
-        )
-        num_done = 0
-        before = self.num_admitted, self.chooser.state
-
-        for completion in completions:
-            stream = streams.pop(id(completion.request), None)
-            if stream and on_text and (rest := stream.flush()):
-                on_text(prompt_of[id(completion.request)], rest)
-            version = self.version
-            learning_seconds = self._learn_from(completion)
-            self._count_answer(prompt_of[id(completion.request)])
-            self.stats = self.stats + completion.stats
-            self._warn_of_collapse(completion.stats)
-            yield Result(
-                prompt=prompt_of[id(completion.request)],
-                text=self._decode(completion.token_ids),
-                token_ids=completion.token_ids,
-                finish_reason=completion.finish_reason,
-                stats=completion.stats,
-                log_probs=completion.log_probs,
-                seconds=completion.seconds,
-                learning_seconds=learning_seconds,
-                version=version,
-            )
-            num_done += 1
-            before = self.num_admitted, self.chooser.state
-
-        if num_done < len(pairs) and self.batch_size == 1:
-            # Nothing was learned since the dropped request was begun, and nothing kept
-            # of it: with the same numbers it will be answered as it would have been.
-            num_admitted, self.chooser.state = before
-            self._move_on(num_admitted=num_admitted)
-
     def unanswered(self, prompts: Iterable[Prompt | str | dict]) -> list[Prompt]:
         """Those of the prompts that this session, or a checkpoint, has not answered.
 
@@ -371,14 +478,10 @@ class Session:
         counts. A prompt whose name another one was answered under gets one of its own.
         """
         state = self._state
-        found = find_known(self._parsed(prompts), state.answered, state.contents)
+        parsed = list(arguments.as_prompts(prompts, first=self.num_admitted))
+        found = find_known(parsed, state.answered, state.contents)
         found.warn("what was answered before")
         return found.new
-
-    def _parsed(self, prompts: Iterable[Prompt | str | dict]) -> list[Prompt]:
-        """Prompts of any form; none that has no id gets one that was given before."""
-        first = self.num_admitted
-        return [as_prompt(prompt, first + i) for i, prompt in enumerate(prompts)]
 
     def _count_answer(self, prompt: Prompt) -> None:
         """Remembers that a prompt was answered."""
@@ -401,6 +504,10 @@ class Session:
     def _move_on(self, **changes) -> None:
         """Changes a part of the state; the served draft is kept in step by callers."""
         self._state = dataclasses.replace(self._state, **changes)
+
+    def _text_of(self, completion: Completion) -> str:
+        """An answer's text, without what its last token has of a stop string."""
+        return self._decode(completion.token_ids).removesuffix(completion.text_over)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -455,11 +562,13 @@ class Session:
             users' prompts and answers can be read back; without them a resumed run
             starts with none.
         """
-        last = self._saved if self.trainer is not None else None
-        saved = resume.save(
-            folder, self.state, self.learner, self.target.mesh, with_feedback, last
-        )
-        self._saved = saved
+        folder = arguments.as_folder(folder)
+        with self._lock:
+            last = self._saved if self.trainer is not None else None
+            self._saved = saved = resume.save(
+                folder, self.state, self.learner, self.target.mesh, with_feedback, last
+            )
+
         return saved.place
 
     def resume(self, folder: str | Path) -> list[str]:
@@ -471,19 +580,22 @@ class Session:
         Raises:
           CheckpointError: It holds no state of the same learner.
         """
-        state = resume.resume(
-            folder,
-            self.target,
-            self.learner,
-            self.trainer,
-            self._state,
-            self.own_family,
-        )
-        self._adopt(state)
-        # What could not be read back counts as saved: it is gone for good.
-        self._saved = resume.Saved(
-            place=resume.step_folder(folder, self._state),
-            meta=resume.current_meta(self.state, self.learner),
-            has_all_feedback=True,
-        )
+        folder = arguments.as_folder(folder)
+        with self._lock:
+            state = resume.resume(
+                folder,
+                self.target,
+                self.learner,
+                self.trainer,
+                self._state,
+                self.own_family,
+            )
+            self._adopt(state)
+            # What could not be read back counts as saved: it is gone for good.
+            self._saved = resume.Saved(
+                place=resume.step_folder(folder, self._state),
+                meta=resume.current_meta(self.state, self.learner),
+                has_all_feedback=True,
+            )
+
         return self.answered

@@ -6,6 +6,7 @@ import dataclasses
 from ospec_jax.online.trainer import Traffic, TrainerState
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.types import Draft
+from ospec_jax.typing import short_repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class SessionState:
       contents: Hashes of these prompts; empty where an older version kept none.
       num_admitted: Requests that were ever begun; see `decoding.request.Request.key`.
     """
+
+    __repr__ = short_repr
 
     meta: Meta | None = None
     draft: Draft | None = None

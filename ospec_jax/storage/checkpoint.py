@@ -46,6 +46,7 @@ from ospec_jax.models.quantization import cast_params
 from ospec_jax.models.tokenizer import tokenizer_hash
 from ospec_jax.storage import low_rank, older
 from ospec_jax.types import Draft
+from ospec_jax.typing import short_repr
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 _WRITING = ".writing"
@@ -125,8 +126,11 @@ class Meta:
 
         return cls(family=family, draft=draft, libraries=libraries, **(facts | values))
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target, warns: bool = True) -> None:
         """Refuses a draft that cannot work for `target`; warns of other weights.
+
+        Args:
+          warns: False is for who was warned before.
 
         Raises:
           CheckpointError: The vocabulary, tokenizer, width or taps do not fit.
@@ -157,7 +161,7 @@ class Meta:
                 f"this draft reads layers {draft.taps}, but {target.name} has "
                 f"only {config.num_layers}: it was made for {self.target}"
             )
-        if self.fingerprint not in ("", target.fingerprint):
+        if warns and self.fingerprint not in ("", target.fingerprint):
             warnings.warn(
                 f"this draft was made for other weights of {self.target} (fingerprint "
                 f"{self.fingerprint}, not {target.fingerprint}); output stays exact, "
@@ -169,6 +173,8 @@ class Meta:
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A restored checkpoint; `learner` and `feedback` may be None."""
+
+    __repr__ = short_repr
 
     step: int
     meta: Meta

@@ -2,6 +2,7 @@
 """The commands, on files as a user has them."""
 
 import json
+import re
 import signal
 import sys
 import warnings
@@ -11,6 +12,7 @@ import pytest
 from model_files import hf_tensors, model_config, write_folder
 from reference import random_params
 
+import ospec_jax
 from ospec_jax import LearnerConfig, cli
 from ospec_jax.bench.harness import MODES
 from ospec_jax.cli import answer, arguments
@@ -96,13 +98,18 @@ def test_generate_writes_one_object(ospec, capsys):
         "text",
         "token_ids",
         "finish_reason",
+        "precision",
         "metrics",
         "logprobs",
     }
+    assert plain["precision"] == "float32"
     assert drafted["token_ids"] == plain["token_ids"]
     assert len(plain["logprobs"]) == len(plain["token_ids"])
     metrics = drafted["metrics"]["speculative_decoding"]
     assert metrics["num_draft_tokens"] > 0
+    # Without a prediction no step is longer than the tree.
+    assert metrics["num_spec_tokens"] == 3
+    assert len(metrics["acceptance_histogram"]) == 4
     assert plain["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
 
 
@@ -116,7 +123,11 @@ def test_generate_verifies_a_prediction(ospec, tmp_path, draft):
         "generate", *args, draft or ospec.draft, "--prediction", file
     )
     assert predicted["token_ids"] == plain["token_ids"]
-    assert predicted["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+    metrics = predicted["metrics"]["speculative_decoding"]
+    assert metrics["num_draft_tokens"] > 0
+    bins = metrics["acceptance_histogram"]
+    assert len(bins) == metrics["num_spec_tokens"] + 1
+    assert sum(bins) == metrics["num_spec_steps"]
 
 
 @pytest.mark.parametrize("tree", ["chain", "static:2,1", "dynamic:2,4"])
@@ -476,7 +487,7 @@ def test_bench_compares_drafts(ospec, tmp_path):
     ("learn", ["--prompts", "{bad}"], "line 2"),
     ("learn", ["--prompts", "{prompts}", "--tensorboard", "x"], "needs --telemetry"),
     ("learn", ["--prompts", "{prompts}", "--save-every", "0"], "1 or more prompts"),
-    ("generate", ["--prompt", "x", "--batch-size", "0"], "batch_size is 0"),
+    ("generate", ["--prompt", "x", "--batch-size", "0"], "--batch-size is 0"),
     ("bench", ["--prompts", "{empty}"], "holds no prompts"),
     ("bench", ["--prompts", "{prompts}", "--modes", "fast"], "unknown modes"),
     ("bench", ["--drafts", "ngram", "--batch-size", "2"], "batch size of 1"),
@@ -518,6 +529,36 @@ def test_streams_name_what_is_wrong(ospec, capsys, command, message):
 def test_unknown_flags_are_refused(ospec, capsys):
     assert ospec("generate", "--promt", "x") == 2
     assert "--promt" in capsys.readouterr().err
+
+
+def test_the_version_is_told(ospec, capsys):
+    assert ospec.run("--version") == 0
+    assert capsys.readouterr().out.strip() == f"ospec {ospec_jax.__version__}"
+
+
+def test_help_has_groups_an_example_and_the_learners(ospec, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert ospec.run("learn", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "Example: ospec learn --prompts FILE.jsonl" in shown
+    for group in ("model", "drafting", "answer"):
+        assert f"{group} options" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    # What happens by default stands in words.
+    assert "None" not in shown
+    words = " ".join(re.sub("[│─]", " ", shown).split())
+    assert ", ".join(LEARNER_NAMES) in words
+    assert "for learning, by default 0.02." in words
+
+
+def test_brackets_in_paths_and_messages_stay(ospec, tmp_path, capsys):
+    odd = tmp_path / "c[/k] [red]"
+    prompts = ospec.write_prompts("bracket", ospec.rows[:1])
+    args = ("--prompts", prompts, "--draft", "ngram", "--checkpoint", odd)
+    assert ospec("learn", *args) == 0
+    assert str(odd) in capsys.readouterr().err
+    assert ospec("generate", "--prompts", tmp_path / "[torch]") == 2
+    assert str(tmp_path / "[torch]") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", LEARNER_NAMES)

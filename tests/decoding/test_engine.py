@@ -9,7 +9,7 @@ from reference import forward, random_params
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding import batch as batches
 from ospec_jax.decoding.engine import Engine
-from ospec_jax.decoding.request import PromptTooLongError, Request
+from ospec_jax.decoding.request import PromptTooLongError, Request, StopPoint
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.models.layers import Numerics
@@ -103,7 +103,7 @@ def test_the_last_run_is_cut_at_the_limit(params, expected):
 
 
 def test_stop_strings_cut_the_answer(plain, expected):
-    find_stop = lambda ids: 5 if len(ids) >= 7 else None
+    find_stop = lambda ids: StopPoint(5) if len(ids) >= 7 else None
     done = list(plain.serve(requests(find_stop=find_stop)))
     assert [c.token_ids for c in done] == [ids[:5] for ids in expected]
     assert {c.finish_reason for c in done} == {"stop"}
