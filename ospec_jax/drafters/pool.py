@@ -23,6 +23,7 @@ from ospec_jax.drafters.base import Drafter, Family, Hints
 from ospec_jax.drafters.combine import combine, inner_tree
 from ospec_jax.drafters.ngram import with_ngrams
 from ospec_jax.drafters.stopping import StopFn
+from ospec_jax.drafters.wellformed import build_checked
 from ospec_jax.models.layers import Numerics
 from ospec_jax.types import Draft, DraftContext, DraftTree, Pairs, Roots, SharedTables
 
@@ -234,7 +235,7 @@ def _build_member(
     member: Member, has_ngrams: bool, tree, numerics: Numerics, stop_fn
 ) -> Drafter:
     inner = inner_tree(tree) if member.mix else tree
-    drafter = member.family.build(member.config, inner, numerics, stop_fn)
+    drafter = build_checked(member.family, member.config, inner, numerics, stop_fn)
     if member.mix:
         drafter = combine(member.mix, drafter, tree)
     if member.needs_ngrams and not has_ngrams:

@@ -17,6 +17,7 @@ from ospec_jax.drafters.pool import POOL, PoolConfig
 from ospec_jax.drafters.self_draft import SELF
 from ospec_jax.drafters.small_lm import MODEL
 from ospec_jax.drafters.stopping import StopFn
+from ospec_jax.drafters.wellformed import build_checked
 from ospec_jax.models.layers import Numerics
 
 FAMILIES: dict[str, Family] = {
@@ -133,7 +134,7 @@ def build_drafter(
         config = dataclasses.replace(config, has_ngrams=is_lent)
 
     inner = inner_tree(tree) if mix else tree
-    drafter = family.build(config, inner, numerics, stop_fn)
+    drafter = build_checked(family, config, inner, numerics, stop_fn)
     if mix:
         drafter = combine(mix, drafter, tree)
     if predicted is not None:

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafters that the package does not know: their trees are taken at their tokens.
+
+What verification reads off a tree, who follows whom and how deep, it must be able to
+rely on. Of an unknown drafter only tokens, parents and validity are taken; the rest is
+made from these, and a tree that says what cannot be is refused while the step is
+compiled. So a slip makes drafts worse, or an error, but never another output.
+
+One thing cannot be checked: that drawn children were drawn from what `draft_probs`
+says. Greedy output does not depend on it; sampled output does.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.drafters import topology
+from ospec_jax.drafters.base import Drafter, Family, Hints
+from ospec_jax.drafters.stopping import StopFn
+from ospec_jax.models.layers import Numerics
+from ospec_jax.types import Draft, DraftTree, Roots, SharedTables
+
+_PACKAGE = "ospec_jax."
+
+
+def build_checked(
+    family: Family,
+    config: Any,
+    tree: TreeConfig,
+    numerics: Numerics,
+    stop_fn: StopFn | None,
+) -> Drafter:
+    """Builds a family's drafter; what is not of this package is held to its word.
+
+    Raises:
+      ConfigError: What it builds is no drafter.
+    """
+    drafter: Any = family.build(config, tree, numerics, stop_fn)
+    if not isinstance(drafter, Drafter):
+        raise ConfigError(
+            f"`build` of the family {family.name!r} returned "
+            f"{type(drafter).__name__}, not a Drafter"
+        )
+    if getattr(family.build, "__module__", "").startswith(_PACKAGE):
+        return drafter
+
+    return with_checks(drafter, tree, family.name)
+
+
+def with_checks(drafter: Drafter, tree: TreeConfig, name: str) -> Drafter:
+    """The same drafter, whose trees are well formed whatever it says.
+
+    Args:
+      tree: What it was built for.
+      name: Of its family, for errors.
+    """
+
+    def propose(
+        draft: Draft,
+        shared: SharedTables,
+        cache: Any,
+        roots: Roots,
+        hints: Hints | None = None,
+    ) -> tuple[DraftTree, Any]:
+        proposed: Any = drafter.propose(draft, shared, cache, roots, hints)
+        is_pair = isinstance(proposed, tuple) and len(proposed) == 2
+        if not is_pair or not isinstance(proposed[0], DraftTree):
+            raise ConfigError(
+                f"`propose` of the drafter {name!r} returned "
+                f"{type(proposed).__name__}; return (DraftTree, cache)"
+            )
+
+        drafted, cache = proposed
+        _check_shapes(drafted, tree, roots.token.shape[0], name)
+
+        return _rebuilt(drafted, tree, roots.token), cache
+
+    return drafter._replace(propose=propose)
+
+
+def _check_shapes(drafted: DraftTree, tree: TreeConfig, num_rows: int, name: str):
+    """Refuses arrays that are not those of the tree that was asked for."""
+    shape = (num_rows, tree.num_nodes)
+    wanted = {"tokens": jnp.integer, "parents": jnp.integer, "is_valid": jnp.bool_}
+    if drafted.children != "topk":
+        wanted |= {"log_probs": jnp.floating, "draft_probs": jnp.floating}
+
+    for field, kind in wanted.items():
+        values = getattr(drafted, field)
+        found = None if values is None else (jnp.shape(values), jnp.result_type(values))
+        fits = found is not None and jnp.issubdtype(found[1], kind)
+        if found is None or not fits or found[0][:2] != shape:
+            raise ConfigError(
+                f"{field} of the tree that the drafter {name!r} proposes is "
+                f"{'missing' if found is None else f'{found[1]} of shape {found[0]}'}; "
+                f"it must be {kind.__name__} of shape {shape}: a row a request, and "
+                f"in it the root and {tree.num_nodes - 1} drafted nodes"
+            )
+
+    if drafted.children != tree.children:
+        raise ConfigError(
+            f"the drafter {name!r} says that its children are {drafted.children!r}, "
+            f"where {tree.children!r} ones were asked for"
+        )
+
+
+def _rebuilt(drafted: DraftTree, tree: TreeConfig, root: jax.Array) -> DraftTree:
+    """A tree of the same tokens and parents, all else following from these."""
+    shape = drafted.tokens.shape
+    place = np.arange(shape[1], dtype=np.int32)
+    is_root = place == 0
+    if tree.is_chain:
+        parents = jnp.broadcast_to(place - 1, shape)
+        depths = jnp.broadcast_to(place, shape)
+        mask = jnp.broadcast_to(np.tri(shape[1], dtype=bool), (*shape, shape[1]))
+    else:
+        # Nobody stands before its parent; the first one has none.
+        parents = jnp.clip(drafted.parents, 0, np.maximum(place - 1, 0))
+        parents = jnp.where(is_root, topology.NO_PARENT, parents).astype(jnp.int32)
+        mask = topology.ancestor_mask(parents, shape[1] - 1)
+        depths = jnp.sum(mask, axis=-1, dtype=jnp.int32) - 1
+
+    is_valid = (drafted.is_valid | is_root) & (depths <= tree.num_steps)
+
+    return drafted.replace(
+        tokens=jnp.where(is_root, root[:, None], drafted.tokens).astype(jnp.int32),
+        parents=parents,
+        depths=depths,
+        ancestor_mask=mask,
+        is_valid=is_valid,
+        max_depth=tree.num_steps,
+        max_children=1 if tree.is_chain else shape[1] - 1,
+        is_chain=tree.is_chain,
+        is_reranked=drafted.is_reranked,
+    )
