@@ -15,7 +15,7 @@ from ospec_jax.drafters.registry import FAMILIES, SUGGESTIONS, build_drafter
 from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.drafters.starts import start_warm
 from ospec_jax.formats.importing import is_public_folder, load_folder
-from ospec_jax.models.hub import Target, load_target
+from ospec_jax.models.hub import Target, check_name, load_target
 from ospec_jax.models.tokenizer import tokenizer_hash
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.storage.checkpoint import Meta
@@ -97,7 +97,7 @@ def load_draft(
         argument means nothing.
       WeightsError: A public head lacks tensors.
     """
-    _check_name(name_or_folder)
+    check_draft(name_or_folder)
     if family is not None and not isinstance(family, Family):
         raise ConfigError(
             f"family is {family!r:.60}; use the record of a family "
@@ -141,11 +141,13 @@ def load_draft(
     return LoadedDraft(draft, restored.meta, own_family=family)
 
 
-def _check_name(name_or_folder: Any) -> None:
-    """Refuses what can name no draft, before a target is loaded for it.
+def check_draft(name_or_folder: Any) -> None:
+    """Refuses what names no draft; quick, for before a target is loaded for it.
 
     Raises:
-      ConfigError: It is no name, nor the record of a family.
+      CheckpointError: Nothing readable is there.
+      ConfigError: It is no name, nor the record of a family, or there is none of that
+        name.
     """
     if name_or_folder == "none":
         raise ConfigError(
@@ -157,6 +159,21 @@ def _check_name(name_or_folder: Any) -> None:
             f"the draft is {name_or_folder!r:.60}; use a name, a folder or the record "
             f"of a family: 'shipped', 'ngram', ..."
         )
+
+    if isinstance(name_or_folder, Family) or name_or_folder in SUGGESTIONS:
+        return
+
+    kind, _, name = str(name_or_folder).partition(":")
+    if kind in MIXES:
+        check_draft(_split_mix(kind, name)[1])
+    elif kind == "self":
+        _exit_layers(name)
+    elif kind == "model":
+        check_name(name)
+    else:
+        folder = draft_folder(name_or_folder)
+        if not is_public_folder(folder):
+            checkpoint.check_present(folder)
 
 
 def new_draft(family: Family, target: Target) -> LoadedDraft:
@@ -287,20 +304,37 @@ def own_draft(name: str, target: Target) -> LoadedDraft:
     """
     config = target.config
     params = {}
-    if name == "int4":
+    layers = _exit_layers(name, config.num_layers - 1)
+    if layers is None:
         params = in_four_bits(target.params)
     else:
-        kind, _, count = name.partition("-")
-        layers = int(count) if count.isdecimal() else 0
-        if kind != "exit" or not 0 < layers < config.num_layers:
-            raise ConfigError(
-                f"no draft 'self:{name}'; use self:int4, or self:exit-N with N from 1 "
-                f"to {config.num_layers - 1}"
-            )
         config = dataclasses.replace(config, num_layers=layers)
 
     meta = Meta.create(target, None, "self", card={"model": name})
     return LoadedDraft(Draft(params), meta, dataclasses.replace(target, config=config))
+
+
+def _exit_layers(name: str, most: int | None = None) -> int | None:
+    """The number of layers in `exit-N`; None for `int4`.
+
+    Args:
+      most: Layers that there are before an exit; None where that is not known yet.
+
+    Raises:
+      ConfigError: It is neither, or there are fewer layers.
+    """
+    if name == "int4":
+        return None
+
+    kind, _, count = name.partition("-")
+    layers = int(count) if count.isdecimal() else 0
+    if kind != "exit" or layers < 1 or (most is not None and layers > most):
+        end = f"from 1 to {most}" if most is not None else "layers"
+        raise ConfigError(
+            f"no draft 'self:{name}'; use self:int4, or self:exit-N with N {end}"
+        )
+
+    return layers
 
 
 def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
@@ -312,6 +346,13 @@ def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
     Raises:
       ConfigError: They are not one of each.
     """
+    suggestions, name = _split_mix(mix, names)
+    inner = load_draft(name, target)
+    return dataclasses.replace(inner, mix=mix, suggestions=suggestions)
+
+
+def _split_mix(mix: str, names: str) -> tuple[str, str]:
+    """The names of suggestions and of the draft beside them."""
     suggestions, _, name = names.partition(",")
     if suggestions not in SUGGESTIONS or not name or name in SUGGESTIONS:
         raise ConfigError(
@@ -319,8 +360,7 @@ def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
             f"{', '.join(SUGGESTIONS)}, the second a draft of another kind"
         )
 
-    inner = load_draft(name, target)
-    return dataclasses.replace(inner, mix=mix, suggestions=suggestions)
+    return suggestions, name
 
 
 def freely_placed(tree, mesh):

@@ -2,6 +2,7 @@
 """`ospec generate`, `ospec learn`: answering."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,7 @@ from ospec_jax.data.prompts import (
 )
 from ospec_jax.reports.answers import AnswerLog, check_unused
 from ospec_jax.reports.progress import Interrupt, live, progress_bar, say
+from ospec_jax.reports.summary import describe_use, summarize_learning
 from ospec_jax.reports.telemetry import Telemetry
 from ospec_jax.session import Session
 from ospec_jax.storage import checkpoint
@@ -170,6 +172,9 @@ def learn(
         pace=pace,
         promotion=promotion,
     )
+    if checkpoint_dir is None:
+        say("nothing of what is learned is kept: give --checkpoint FOLDER to save it")
+
     target, draft = decoding.load()
     session = decoding.open(target, draft, config)
     if resume and checkpoint_dir is not None:
@@ -189,6 +194,7 @@ def learn(
 
     session.on_update = writer.update if writer else None
     results = []
+    start = time.perf_counter()
 
     with Interrupt() as interrupt:
         with progress_bar() as bar:
@@ -214,16 +220,20 @@ def learn(
                         session.save(checkpoint_dir, save_feedback)
                 if interrupt:
                     break
+        seconds = time.perf_counter() - start
         # Another signal would end this else, and with it what was learned.
         with interrupt.held():
             log.close()
             if checkpoint_dir is not None:
                 path = session.save(checkpoint_dir, save_feedback)
                 say(f"saved {path}")
+                say(describe_use(checkpoint_dir))
             write_json(json_file, log.rows, is_list=True)
 
     if writer:
         writer.close()
+    if results:
+        say(summarize_learning(results, seconds))
     if len(results) < len(rows):
         interrupt.raise_if_set()
 
