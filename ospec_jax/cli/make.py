@@ -16,7 +16,7 @@ from ospec_jax.drafters.eagle import eagle3_taps
 from ospec_jax.drafters.registry import TRAINED, default_draft_config, find_family
 from ospec_jax.loading import LoadedDraft, draft_folder, load_draft, restore
 from ospec_jax.models.hub import load_config, load_target
-from ospec_jax.reports.progress import busy, say
+from ospec_jax.reports.progress import busy, console, say
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
 
@@ -87,6 +87,7 @@ def distill(
         from, of this rank; 0 keeps all. Loading it takes that one.
       seed: Of the draft's first parameters, of the order of training, and of sampling.
     """
+    from ospec_jax.distill.evaluate import history_table
     from ospec_jax.distill.train import DistillConfig, score, train
     from ospec_jax.replay.record import record
 
@@ -146,7 +147,7 @@ def distill(
     history = train(loaded, folder, trained, config, draft_config, initial, family)
     say(f"saved {trained}, and its course as {trained / 'training.png'}")
     if history:
-        say(history[-1])
+        console.print(history_table(history[-8:]))
 
     if ship is not None:
         newest = checkpoint.load(trained, loaded)
