@@ -17,7 +17,7 @@ from ospec_jax.drafters.registry import FAMILIES, SUGGESTIONS, build_drafter
 from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.drafters.starts import start_warm
 from ospec_jax.formats.importing import is_public_folder, load_folder
-from ospec_jax.models.hub import Target, load_target
+from ospec_jax.models.hub import Target, check_name, load_target
 from ospec_jax.models.tokenizer import tokenizer_hash
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.storage.checkpoint import Meta
@@ -113,7 +113,8 @@ def load_draft(
         or several of these behind one, `pool:shipped+ngram+shipped:chat`.
         Or the record of a family, one of the user's own, too: then a new draft of it.
       target: What it drafts for, or a name of it, which is loaded.
-      family: Of a checkpoint's draft, where the package does not know it.
+      family: Of your own, of which a checkpoint's draft is; its name stands for a new
+        draft of it, in `fallback:` and the like, too.
 
     Raises:
       CheckpointError: Nothing readable is there, or it is for another target.
@@ -121,12 +122,15 @@ def load_draft(
         argument means nothing.
       WeightsError: A public head lacks tensors.
     """
-    _check_name(name_or_folder)
     if family is not None and not isinstance(family, Family):
         raise ConfigError(
             f"family is {family!r:.60}; use the record of a family "
             f"(drafters.base.Family), or leave it out"
         )
+    if family is not None and name_or_folder == family.name:
+        name_or_folder = family
+
+    check_draft(name_or_folder, family)
     if isinstance(target, str | Path):
         target = load_target(target)
     if not isinstance(target, Target):
@@ -145,10 +149,11 @@ def load_draft(
     if kind == "self":
         return own_draft(name, target)
     if kind in MIXES:
-        return mixed_draft(kind, name, target)
+        return mixed_draft(kind, name, target, family)
     if kind == POOL.name:
         names = name.split("+")
-        return pool_draft([load_draft(one, target) for one in names], target, names)
+        members = [load_draft(one, target, family) for one in names]
+        return pool_draft(members, target, names)
 
     folder = draft_folder(name_or_folder)
     if is_public_folder(folder):
@@ -168,11 +173,16 @@ def load_draft(
     return LoadedDraft(draft, restored.meta, own_family=family)
 
 
-def _check_name(name_or_folder: Any) -> None:
-    """Refuses what can name no draft, before a target is loaded for it.
+def check_draft(name_or_folder: Any, family: Family | None = None) -> None:
+    """Refuses what names no draft; quick, for before a target is loaded for it.
+
+    Args:
+      family: See `load_draft`.
 
     Raises:
-      ConfigError: It is no name, nor the record of a family.
+      CheckpointError: Nothing readable is there.
+      ConfigError: It is no name, nor the record of a family, or there is none of that
+        name.
     """
     if name_or_folder == "none":
         raise ConfigError(
@@ -184,6 +194,27 @@ def _check_name(name_or_folder: Any) -> None:
             f"the draft is {name_or_folder!r:.60}; use a name, a folder or the record "
             f"of a family: 'shipped', 'ngram', ..."
         )
+
+    is_family = family is not None and name_or_folder == family.name
+    if is_family or isinstance(name_or_folder, Family):
+        return
+    if name_or_folder in SUGGESTIONS:
+        return
+
+    kind, _, name = str(name_or_folder).partition(":")
+    if kind in MIXES:
+        check_draft(_split_mix(kind, name)[1], family)
+    elif kind == POOL.name:
+        for member in name.split("+"):
+            check_draft(member, family)
+    elif kind == "self":
+        _exit_layers(name)
+    elif kind == "model":
+        check_name(name)
+    else:
+        folder = draft_folder(name_or_folder)
+        if not is_public_folder(folder):
+            checkpoint.check_present(folder)
 
 
 def new_draft(family: Family, target: Target) -> LoadedDraft:
@@ -317,39 +348,53 @@ def own_draft(name: str, target: Target) -> LoadedDraft:
     """
     config = target.config
     params = {}
-    if name == "int4":
+    layers = _exit_layers(name, config.num_layers - 1)
+    if layers is None:
         params = in_four_bits(target.params)
     else:
-        kind, _, count = name.partition("-")
-        layers = int(count) if count.isdecimal() else 0
-        if kind != "exit" or not 0 < layers < config.num_layers:
-            raise ConfigError(
-                f"no draft 'self:{name}'; use self:int4, or self:exit-N with N from 1 "
-                f"to {config.num_layers - 1}"
-            )
         config = dataclasses.replace(config, num_layers=layers)
 
     meta = Meta.create(target, None, "self", card={"model": name})
     return LoadedDraft(Draft(params), meta, dataclasses.replace(target, config=config))
 
 
-def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
+def _exit_layers(name: str, most: int | None = None) -> int | None:
+    """The number of layers in `exit-N`; None for `int4`.
+
+    Args:
+      most: Layers that there are before an exit; None where that is not known yet.
+
+    Raises:
+      ConfigError: It is neither, or there are fewer layers.
+    """
+    if name == "int4":
+        return None
+
+    kind, _, count = name.partition("-")
+    layers = int(count) if count.isdecimal() else 0
+    if kind != "exit" or layers < 1 or (most is not None and layers > most):
+        end = f"from 1 to {most}" if most is not None else "layers"
+        raise ConfigError(
+            f"no draft 'self:{name}'; use self:int4, or self:exit-N with N {end}"
+        )
+
+    return layers
+
+
+def mixed_draft(
+    mix: str, names: str, target: Target, family: Family | None = None
+) -> LoadedDraft:
     """A draft beside which chains of suggestions are drafted.
 
     Args:
       names: Of the suggestions and of the draft, `ngram,shipped`.
+      family: See `load_draft`.
 
     Raises:
       ConfigError: They are not one of each.
     """
-    suggestions, _, name = names.partition(",")
-    if suggestions not in SUGGESTIONS or not name or name in SUGGESTIONS:
-        raise ConfigError(
-            f"cannot mix {names!r}; use {mix}:SUGGESTIONS,DRAFT, the first one of "
-            f"{', '.join(SUGGESTIONS)}, the second a draft of another kind"
-        )
-
-    inner = load_draft(name, target)
+    suggestions, name = _split_mix(mix, names)
+    inner = load_draft(name, target, family)
     if inner.members:
         raise ConfigError(
             f"{name!r} is a pool; put the mixture into it, as in "
@@ -357,6 +402,18 @@ def mixed_draft(mix: str, names: str, target: Target) -> LoadedDraft:
         )
 
     return dataclasses.replace(inner, mix=mix, suggestions=suggestions)
+
+
+def _split_mix(mix: str, names: str) -> tuple[str, str]:
+    """The names of suggestions and of the draft beside them."""
+    suggestions, _, name = names.partition(",")
+    if suggestions not in SUGGESTIONS or not name or name in SUGGESTIONS:
+        raise ConfigError(
+            f"cannot mix {names!r}; use {mix}:SUGGESTIONS,DRAFT, the first one of "
+            f"{', '.join(SUGGESTIONS)}, the second a draft of another kind"
+        )
+
+    return suggestions, name
 
 
 def pool_draft(

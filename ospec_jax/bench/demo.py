@@ -14,7 +14,7 @@ from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
-from ospec_jax.reports.progress import Interrupt, console
+from ospec_jax.reports.progress import Interrupt, say
 from ospec_jax.storage import checkpoint
 
 
@@ -55,7 +55,7 @@ def run_demo(
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
 
     saved = run.modes["learned"].session.save(out / "checkpoint")
-    console.print(f"plot        {plot}\ncheckpoint  {saved}")
+    say(f"plot        {plot}\ncheckpoint  {saved}")
     if len(run.prompts) < len(stream):
         interrupt.raise_if_set()
 

@@ -4,7 +4,7 @@
 from ospec_jax.bench.harness import ModeRun, run_bench
 from ospec_jax.bench.report import markdown_table, terminal_table
 from ospec_jax.bench.rows import to_rows
-from ospec_jax.reports.progress import console, live, progress_bar
+from ospec_jax.reports.progress import console, live, progress_bar, say
 
 
 def run_live(target, draft, prompts, config, interrupt, peers=(), drafts=None):
@@ -46,6 +46,6 @@ def run_with_progress(target, draft, prompts, config, interrupt, peers=()):
         title = f"{target.name}, {target.numerics.precision}"
         console.print(terminal_table(table, title))
     else:
-        console.print(markdown_table(table), soft_wrap=True, markup=False)
+        say(markdown_table(table))
 
     return run, table

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
+from rich.console import Group
 
 from ospec_jax import atomic
 from ospec_jax.bench.harness import UNPADDED, BenchRun
 from ospec_jax.bench.passes import Machine, PassCost
+from ospec_jax.reports.tables import records_table
 
 _COLUMNS = (
     ("mode", "mode", "{}"),
@@ -69,19 +70,14 @@ def _columns_of(rows: Sequence[dict]):
     return [column for column in _COLUMNS if has_second or column[1] != optional]
 
 
-def terminal_table(rows: Sequence[dict], title: str) -> Table:
-    """For people."""
-    table = Table(title=title)
+def terminal_table(rows: Sequence[dict], title: str, width: int | None = None) -> Group:
+    """For people: a column a mode."""
     extended = with_ratios(rows)
     columns = _columns_of(extended)
+    labels = [name for name, _, _ in columns]
+    records = [[_cell(row, key, form) for _, key, form in columns] for row in extended]
 
-    for name, _, _ in columns:
-        table.add_column(name, justify="left" if name == "mode" else "right")
-
-    for row in extended:
-        table.add_row(*(_cell(row, key, form) for _, key, form in columns))
-
-    return table
+    return records_table(labels, records, title, width)
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
@@ -113,7 +109,13 @@ def plot_modes(rows: Sequence[dict], path: Path) -> Path:
     bars = axes.barh([row["mode"] for row in rows], speeds, color=colors)
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.invert_yaxis()
-    axes.set(xlabel="tokens/s, learning time included")
+    has_others = any("target" not in row for row in rows)
+    axes.set(
+        title="Speed of each mode on the same prompts"
+        + (" (grey: other decoders)" if has_others else ""),
+        xlabel="tokens a second, learning time included",
+    )
+    axes.margins(x=0.12)  # room for the labels behind the longest bar
     axes.spines[["top", "right"]].set_visible(False)
 
     return atomic.write_figure(figure, path)
@@ -174,14 +176,21 @@ def plot_stream(run: BenchRun, path: Path) -> Path:
     _shade_domains(axes, [p.domain for p in run.prompts])
     axes.set(
         xlabel="prompt",
-        ylabel="mean acceptance length (last 8 prompts)",
-        title="Tokens per target pass along a stream that changes its domain",
+        ylabel="tokens a target pass (last 8 prompts)",
+        title=_title_of([p.domain for p in run.prompts]),
     )
     axes.set_xlim(1, max(2, len(run.prompts)))
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(styles), frameon=False)
 
     return atomic.write_figure(figure, path)
+
+
+def _title_of(domains: Sequence[str]) -> str:
+    """What a plot along a stream shows."""
+    is_drifting = len(set(domains)) > 1
+    end = "that changes its domain" if is_drifting else "of prompts"
+    return f"Tokens per target pass along a stream {end}"
 
 
 def _shade_domains(axes, domains: list[str]) -> None:

@@ -23,7 +23,7 @@ from ospec_jax.drafters.combine import MIXES
 from ospec_jax.drafters.registry import FAMILIES
 from ospec_jax.loading import shipped_drafts
 from ospec_jax.models.weights import WeightsError
-from ospec_jax.reports.progress import Interrupted, say
+from ospec_jax.reports.progress import Interrupted, say, told
 from ospec_jax.storage import checkpoint
 
 _CONFIG = (tyro.conf.DisallowNone,)
@@ -91,7 +91,8 @@ def main() -> None:
     """Entry point of `ospec`."""
     warnings.showwarning = lambda message, *_: say(f"warning: {message}", "yellow")
     try:
-        _run(sys.argv[1:])
+        with told():
+            _run(sys.argv[1:])
     except _USER_ERRORS as error:
         say(f"error: {error}", "red")
         sys.exit(2)

@@ -2,6 +2,7 @@
 """`ospec generate`, `ospec learn`: answering."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +29,7 @@ from ospec_jax.data.prompts import (
 )
 from ospec_jax.reports.answers import AnswerLog, check_unused
 from ospec_jax.reports.progress import Interrupt, live, progress_bar, say
+from ospec_jax.reports.summary import describe_use, summarize_learning
 from ospec_jax.reports.telemetry import Telemetry
 from ospec_jax.session import Session
 from ospec_jax.storage import checkpoint
@@ -196,6 +198,9 @@ def learn(
         pace=pace,
         promotion=promotion,
     )
+    if checkpoint_dir is None:
+        say("nothing of what is learned is kept: give --checkpoint FOLDER to save it")
+
     target, draft = decoding.load()
     session = decoding.open(target, draft, config)
     if resume and checkpoint_dir is not None:
@@ -215,6 +220,7 @@ def learn(
 
     session.on_update = writer.update if writer else None
     results = []
+    start = time.perf_counter()
 
     def answer_all() -> None:
         with progress_bar() as bar:
@@ -249,13 +255,18 @@ def learn(
         if checkpoint_dir is not None:
             path = session.save(checkpoint_dir, save_feedback)
             say(f"saved {path}")
+            say(describe_use(checkpoint_dir))
 
     def write_answers() -> None:
         if log.rows or not rows:
             write_json(json_file, log.rows, is_list=True)
 
+    def summarize() -> None:
+        if results:
+            say(summarize_learning(results, time.perf_counter() - start))
+
     with Interrupt() as interrupt:
-        last = [log.close, save, write_answers]
+        last = [log.close, save, write_answers, summarize]
         run_then(interrupt, answer_all, last + ([writer.close] if writer else []))
 
     if len(results) < len(rows):

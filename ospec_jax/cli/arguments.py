@@ -22,7 +22,7 @@ from ospec_jax.config import (
 )
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
-from ospec_jax.loading import LoadedDraft, load_draft
+from ospec_jax.loading import LoadedDraft, check_draft, load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import Session
 
@@ -190,6 +190,8 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         _ = self.tree_config, self.sampling
         whole_number("--max-new-tokens", self.max_new_tokens, least=1)
         whole_number("--batch-size", self.batch_size, least=1)
+        if self.draft != "none":
+            check_draft(self.draft)
         mesh = sharding.make_mesh(self.mesh) if self.mesh else None
         sharding.check_batch(mesh, self.batch_size)
         target = load_target(self.target, as_precision(self.precision), mesh)

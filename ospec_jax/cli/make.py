@@ -17,7 +17,7 @@ from ospec_jax.drafters.eagle import eagle3_taps
 from ospec_jax.drafters.registry import TRAINED, default_draft_config, find_family
 from ospec_jax.loading import LoadedDraft, draft_folder, load_draft, restore
 from ospec_jax.models.hub import load_config, load_target
-from ospec_jax.reports.progress import Interrupt, busy, say
+from ospec_jax.reports.progress import Interrupt, busy, console, say
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
 
@@ -88,6 +88,7 @@ def distill(
         from, of this rank; 0 keeps all. Loading it takes that one.
       seed: Of the draft's first parameters, of the order of training, and of sampling.
     """
+    from ospec_jax.distill.evaluate import history_table
     from ospec_jax.distill.train import DistillConfig, score, train
     from ospec_jax.replay.record import record
 
@@ -151,7 +152,7 @@ def distill(
         history = train(loaded, folder, trained, config, draft_config, initial, family)
         say(f"saved {trained}, and its course as {trained / 'training.png'}")
         if history:
-            say(history[-1])
+            console.print(history_table(history[-8:]))
 
         interrupt.raise_if_set()
         if ship is not None:

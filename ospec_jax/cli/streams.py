@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ospec stream`, `record`, `replay`, `telemetry`: learners on drifting streams."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,12 +15,8 @@ from ospec_jax.data.streams import build_stream
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
-from ospec_jax.reports.progress import (
-    Interrupt,
-    Interrupted,
-    progress_bar,
-    say,
-)
+from ospec_jax.reports.progress import Interrupt, Interrupted, progress_bar, say
+from ospec_jax.reports.tables import print_table
 from ospec_jax.storage import low_rank
 
 StreamKind = Literal["single", "shifts", "gradual", "alternating", "fast"]
@@ -210,7 +207,10 @@ def replay(
         is_cut_short |= regret and hindsight is None
 
     results.add_regret(rows, hindsight)
-    print(results.markdown_table(rows))
+    if sys.stdout.isatty():
+        print_table(results.terminal_table(rows))
+    else:
+        print(results.markdown_table(rows))
     if plot is not None and rows:
         say(f"plot: {results.plot_replays(rows, plot)}")
     if is_cut_short or not all(row["is_finished"] for row in rows):

@@ -9,8 +9,9 @@ tokens cannot depend on its neighbours.
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from ospec_jax.models.cache import KVCache
 from ospec_jax.types import DecodeState, Draft, Feedback, SamplingParams, StepOutput
 from ospec_jax.typing import Params
 
+_LOG = logging.getLogger(__name__)
 PREFILL_CHUNK = 64
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Cache sizes that are compiled for; a request takes the smallest that holds it."""
@@ -179,6 +181,7 @@ class Engine:
         self.drafter = drafter
         self.target_params = target_params
         self.recording: Recording = recording
+        self._announced: set[tuple] = set()
         self._prefills: dict[bool, Callable] = {}
         self._steps: dict[tuple[Action, bool], Callable] = {}
 
@@ -293,6 +296,7 @@ class Engine:
         state = self._initial_state(request, capacity, has_prediction, key)
         ids = np.asarray(request.prompt_ids, np.int32)
         run = self.compiled_prefill(is_greedy)
+        self._announce("the pass over a prompt", is_greedy, capacity)
         output = None
 
         for start in range(0, len(ids), PREFILL_CHUNK):
@@ -416,6 +420,9 @@ class Engine:
         self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
     ) -> tuple[DecodeState, StepOutput]:
         """Runs one step of an action of the menu; the state is donated."""
+        shape = state.num_remaining.shape[0], state.cache.capacity
+        depth = action.tree.num_steps
+        self._announce(f"a step of depth {depth}", action, is_greedy, *shape)
         run = self.compiled(action, is_greedy)
         chosen = action.drafter
         state, output = run(
@@ -423,6 +430,18 @@ class Engine:
         )
 
         return bring_first(state, chosen), output
+
+    def _announce(self, what: str, *key: Any) -> None:
+        """Tells of a program that this engine has not run yet, and must compile."""
+        if (what, *key) in self._announced:
+            return
+
+        self._announced.add((what, *key))
+        known = {name for name, *_ in self._announced}
+        # Long steps along a prediction are compiled only where one is sure.
+        depths = {a.tree.num_steps for a in self._menu if a.drafter != SUGGESTIONS}
+        count = max(len(known), 1 + len(depths))
+        _LOG.info(f"compiling {len(known)} of {count}: {what}")
 
     def place(
         self,

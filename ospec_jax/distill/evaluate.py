@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Group
 
 from ospec_jax import atomic
 from ospec_jax.learners.base import Learner
 from ospec_jax.replay.store import FeedbackStore
+from ospec_jax.reports.tables import records_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,36 @@ def evaluate_held_out(
     return HeldOutScore(float(np.mean(losses)) if losses else None, lengths)
 
 
+def describe_score(row: dict) -> str:
+    """A row of the history as a line."""
+    shown = lambda value: "-" if value is None else f"{value:.3f}"
+    lengths = row["mean_acceptance_length"]
+    domains = [f"{name or 'all'} {value:.2f}" for name, value in lengths.items()]
+    found = f"; acceptance length {', '.join(domains)}" if domains else ""
+
+    return (
+        f"update {row['step']}: loss {shown(row['train_loss'])}, held out "
+        f"{shown(row['held_out_loss'])}{found}"
+    )
+
+
+def history_table(history: list[dict], width: int | None = None) -> Group:
+    """How training went: a column a look at it."""
+    lengths = [row["mean_acceptance_length"] for row in history]
+    domains = sorted({name for one in lengths for name in one})
+    labels = ["update", "training loss", "held-out loss"]
+    labels += [f"acceptance length, {name or 'all'}" for name in domains]
+    keys = ("train_loss", "held_out_loss")
+    shown = lambda value: "-" if value is None else f"{value:.3f}"
+    records = [
+        [str(row["step"]), *(shown(row[key]) for key in keys)]
+        + [shown(length.get(name)) for name in domains]
+        for row, length in zip(history, lengths, strict=True)
+    ]
+
+    return records_table(labels, records, "Training", width)
+
+
 def plot_history(history: list[dict], path: Path) -> Path:
     """Draws loss and held-out acceptance length over the updates into a PNG."""
     import matplotlib
@@ -103,18 +135,25 @@ def plot_history(history: list[dict], path: Path) -> Path:
     column = lambda name: np.array([row[name] for row in history], float)
     left.plot(steps, column("train_loss"), ".-", color="#8a8f98", label="training")
     left.plot(steps, column("held_out_loss"), ".-", color="#1f6feb", label="held out")
-    left.set(xlabel="update", ylabel="loss")
+    left.set(title="Loss, weighted over depths", xlabel="update", ylabel="loss")
     domains = sorted({d for row in history for d in row["mean_acceptance_length"]})
 
     for domain in domains:
         lengths: Any = [row["mean_acceptance_length"].get(domain) for row in history]
         right.plot(steps, np.array(lengths, float), ".-", label=domain)
 
-    right.set(xlabel="update", ylabel="held-out acceptance length, teacher-forced")
+    right.set(
+        title="Acceptance on held-out answers, teacher-forced",
+        xlabel="update",
+        ylabel="tokens a target pass",
+    )
 
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+            # Below the axes, where it hides no curve.
+            axes.legend(
+                frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4
+            )
 
     return atomic.write_figure(figure, path)

@@ -13,7 +13,12 @@ import optax
 from ospec_jax.config import ConfigError, DraftConfig, TreeConfig, check_types
 from ospec_jax.config.learner import check
 from ospec_jax.decoding.step import shared_tables
-from ospec_jax.distill.evaluate import evaluate_held_out, is_held_out, plot_history
+from ospec_jax.distill.evaluate import (
+    describe_score,
+    evaluate_held_out,
+    is_held_out,
+    plot_history,
+)
 from ospec_jax.drafters.base import Drafter, Family
 from ospec_jax.drafters.registry import (
     build_drafter,
@@ -29,7 +34,7 @@ from ospec_jax.loading import LoadedDraft
 from ospec_jax.models import finite
 from ospec_jax.models.hub import Target
 from ospec_jax.replay.store import FeedbackStore
-from ospec_jax.reports.progress import Interrupt, progress_bar
+from ospec_jax.reports.progress import Interrupt, progress_bar, say
 from ospec_jax.storage import checkpoint
 from ospec_jax.types import Draft
 
@@ -310,7 +315,7 @@ class _Run:
             task = bar.add_task("distill", total=config.num_updates, completed=step)
             if step == 0 and "started_from" in card:
                 history.append(self._score(state, step, None))
-                bar.console.print(history[-1])
+                say(describe_score(history[-1]))
             while step < config.num_updates and not interrupt:
                 state, info, is_good = update(
                     state, next(batches), self.shared, token_ids
@@ -328,7 +333,7 @@ class _Run:
                 if step % config.evaluate_every == 0 or is_last:
                     history.append(self._score(state, step, info))
                     plot_history(history, self.out / "training.png")
-                    bar.console.print(history[-1])
+                    say(describe_score(history[-1]))
                 if step % config.save_every == 0 or is_last:
                     save()
                     saved = step

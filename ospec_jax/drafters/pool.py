@@ -14,7 +14,6 @@ import dataclasses
 import sys
 from typing import Any, Literal, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -26,9 +25,10 @@ from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.drafters.wellformed import build_checked
 from ospec_jax.models.layers import Numerics
 from ospec_jax.types import Draft, DraftContext, DraftTree, Pairs, Roots, SharedTables
+from ospec_jax.typing import struct
 
 
-@flax.struct.dataclass
+@struct
 class Members:
     """What a pool holds of each member: its draft, its cache or its context."""
 

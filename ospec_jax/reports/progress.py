@@ -2,6 +2,7 @@
 """Progress bars, and interruption that loses nothing."""
 
 import contextlib
+import logging
 import os
 import signal
 import time
@@ -34,6 +35,36 @@ Square brackets are what they are: in paths and messages they are no markup.
 def say(text: object, style: str | None = None) -> None:
     """A line for the user; a long one, like a path, is not broken."""
     console.print(text, style=style, soft_wrap=True)
+
+
+class _Teller(logging.Handler):
+    """Shows what the package logs, with the seconds since it began."""
+
+    def __init__(self):
+        super().__init__()
+        self._start = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{time.monotonic() - self._start:5.1f} s  {record.getMessage()}", "dim")
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Within, what takes its time says so: loading, measuring, compiling."""
+    log = logging.getLogger("ospec_jax")
+    teller = _Teller()
+    before = log.level, log.propagate
+    log.addHandler(teller)
+    log.setLevel(logging.INFO)
+    # Else whoever has set up the root logger would show it once more.
+    log.propagate = False
+
+    try:
+        yield
+    finally:
+        log.removeHandler(teller)
+        log.setLevel(before[0])
+        log.propagate = before[1]
 
 
 def busy(text: str) -> Status:

@@ -323,11 +323,23 @@ def plot_telemetry(rows: list[dict], path: Path) -> Path:
             values = [np.ravel(r[name]) for r in found]
             # Chains of suggestions may go deeper in some answers than in others.
             padded = [np.pad(v, (0, width - len(v))) for v in values]
-            axes.plot([r["number"] for r in found], np.array(padded, float))
+            lines = axes.plot([r["number"] for r in found], np.array(padded, float))
         else:
             found = [r for r in updates if name in r or name in r["extra"]]
             values = [r[name] if name in r else r["extra"][name] for r in found]
-            axes.plot([r["num_answers"] for r in found], np.array(values, float))
+            lines = axes.plot(
+                [r["num_answers"] for r in found], np.array(values, float)
+            )
+        if len(lines) > 1:
+            # Beside the axes, where it hides no curve.
+            axes.legend(
+                lines,
+                [str(i) for i in range(1, len(lines) + 1)],
+                loc="upper left",
+                bbox_to_anchor=(1, 1),
+                frameon=False,
+                fontsize="x-small",
+            )
         axes.set(xlabel="answer", title=_TITLES.get(name, name.replace("_", " ")))
         axes.grid(alpha=0.3)
 

@@ -8,6 +8,7 @@ pure transitions of `decoding` and `online`, which meet only here.
 import contextlib
 import dataclasses
 import itertools
+import logging
 import threading
 import time
 import warnings
@@ -31,7 +32,7 @@ from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.drafters.base import Family
 from ospec_jax.learners.config import LearnerConfig, Rule
-from ospec_jax.loading import LoadedDraft
+from ospec_jax.loading import LoadedDraft, check_draft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.tokenizer import TextStream
 from ospec_jax.online.trainer import Learned, UpdateReport, go_on_from, learn_from
@@ -42,6 +43,7 @@ from ospec_jax.session.state import SessionState
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.types import Draft, NgramMemory
 
+_LOG = logging.getLogger(__name__)
 _COLLAPSE_STEPS = 200
 
 
@@ -112,6 +114,9 @@ class Session:
         tree = arguments.as_tree(tree, num_speculative_tokens)
         has_log_probs = arguments.as_flag("has_log_probs", has_log_probs)
         ngrams = arguments.as_flag("ngrams", ngrams)
+
+        if isinstance(draft, str | Path) and draft != "none":
+            check_draft(draft)
 
         target = arguments.as_target(target)
         sharding.check_batch(target.mesh, batch_size)
@@ -276,6 +281,7 @@ class Session:
             self.batch_size,
         )
         if self.trainer is not None and self._served is not None:
+            _LOG.info("compiling what learning needs")
             trained = warm_up.warm_up_trainer(
                 self.trainer, self._state, self._served, completions, self.batch_size
             )

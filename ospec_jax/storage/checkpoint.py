@@ -351,6 +351,22 @@ def steps(folder: str | Path) -> list[int]:
         return sorted(c.step for c in checkpointer.checkpoints)
 
 
+def check_present(folder: str | Path, found: list[int] | None = None) -> None:
+    """Refuses a folder without a checkpoint.
+
+    Args:
+      found: Its `steps`, for who has looked.
+
+    Raises:
+      CheckpointError: There is none.
+    """
+    if not (steps(folder) if found is None else found):
+        raise CheckpointError(
+            f"{folder} holds no checkpoint; `ospec learn --checkpoint` and `ospec "
+            f"distill --out` write them"
+        )
+
+
 def set_aside(folder: str | Path, last: int) -> None:
     """Renames the steps behind `last`, which could not be read, so that a run that goes
     on from there may save."""
@@ -393,12 +409,7 @@ def load(
     """
     path = Path(folder).resolve()
     found = steps(path)
-    if not found:
-        raise CheckpointError(
-            f"{folder} holds no checkpoint; `ospec learn --checkpoint` and `ospec "
-            f"distill --out` write them"
-        )
-
+    check_present(folder, found)
     failures = []
 
     for number in reversed(found if step is None else [step]):

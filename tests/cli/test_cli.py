@@ -551,6 +551,43 @@ def test_help_has_groups_an_example_and_the_learners(ospec, capsys, monkeypatch)
     assert "for learning, by default 0.02." in words
 
 
+def test_progress_tells_of_loading_and_compiling(ospec, capsys):
+    assert ospec("generate", "--prompt", "Hello", "--draft", "ngram") == 0
+    told = capsys.readouterr().err
+    assert told.index("loading") < told.index("is loaded in float32")
+    assert "compiling 1 of 2: the pass over a prompt" in told
+    assert "compiling 2 of 2: a step of depth 3" in told
+
+
+def test_learning_says_what_is_kept(ospec, tmp_path, capsys):
+    args = ("learn", "--prompts", ospec.write_prompts("few", ospec.rows[:2]))
+    assert ospec(*args, "--draft", "ngram") == 0
+    told = capsys.readouterr().err
+    assert "nothing of what is learned is kept: give --checkpoint" in told
+    assert told.index("is kept") < told.index("loading")
+    assert "2 answers, " in told
+    assert ospec(*args, "--draft", "ngram", "--checkpoint", tmp_path / "d") == 0
+    told = capsys.readouterr().err
+    assert f"serve it with --draft {tmp_path / 'd'}" in told
+    assert "is kept" not in told
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        ("nowhere", "nowhere holds no checkpoint"),
+        ("model:nothing", "no target 'nothing'"),
+        ("self:int3", "no draft 'self:int3'"),
+        ("mixed:ngram,nowhere", "nowhere holds no checkpoint"),
+    ],
+)
+def test_a_bad_draft_is_refused_before_the_target_loads(ospec, capsys, draft, message):
+    assert ospec("generate", "--prompt", "Hello", "--draft", draft) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "loading" not in told
+
+
 def test_brackets_in_paths_and_messages_stay(ospec, tmp_path, capsys):
     odd = tmp_path / "c[/k] [red]"
     prompts = ospec.write_prompts("bracket", ospec.rows[:1])

@@ -267,6 +267,7 @@ def test_output_that_nobody_reads_any_more_is_no_failure():
         "    while True:\n"
         "        print('text' * 1000)\n"
         "cli.COMMANDS = {'talk': talk, 'drafters': cli.drafters}\n"
+        "cli.EXAMPLES['talk'] = 'ospec talk'\n"
         "sys.argv = ['ospec', 'talk']\n"
         "cli.main()\n"
     )

@@ -51,7 +51,7 @@ def index(tmp_path, monkeypatch):
 
 
 def known_model(monkeypatch, sha256):
-    model = hub.PackagedModel("tiny-weights", "1.0", ".gguf", sha256)
+    model = hub.PackagedModel("tiny-weights", "1.0", ".gguf", sha256, num_megabytes=1)
     monkeypatch.setitem(hub.KNOWN_MODELS, "tiny", model)
 
 

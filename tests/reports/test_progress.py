@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals: the first is a flag, the second an end, and neither tears what is saved."""
 
+import logging
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from ospec_jax.reports import progress
 from ospec_jax.reports.progress import Interrupt, Interrupted
 
 
@@ -94,3 +97,14 @@ def test_an_outer_one_knows_what_an_inner_one_caught():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_what_takes_its_time_says_so(capsys):
+    log = logging.getLogger("ospec_jax.models.hub")
+    log.info("before")
+    with progress.told():
+        log.info("loading [bold] a model")
+    log.info("after")
+    assert re.fullmatch(
+        r"  0\.\d s  loading \[bold\] a model\n", capsys.readouterr().err
+    )
