@@ -4,7 +4,13 @@
 `from_dict` refuses keys that it does not know, and names the nearest known one.
 """
 
-from ospec_jax.config.base import ConfigError, from_dict
+from ospec_jax.config.base import (
+    ConfigError,
+    InputError,
+    UnforeseenError,
+    from_dict,
+    naming,
+)
 from ospec_jax.config.decoding import (
     AUTO_DEPTHS,
     ChildrenKind,
@@ -32,13 +38,16 @@ __all__ = [
     "DraftConfig",
     "ExitConfig",
     "HydraConfig",
+    "InputError",
     "ModelConfig",
     "Precision",
     "Recording",
     "RopeScaling",
     "SamplingConfig",
     "TreeConfig",
+    "UnforeseenError",
     "Verification",
     "draft_config_from",
     "from_dict",
+    "naming",
 ]

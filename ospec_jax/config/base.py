@@ -1,24 +1,163 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every configuration needs: its error, and reading it from a dictionary."""
 
+import contextlib
 import dataclasses
 import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator
 from typing import Any
 
 
-class ConfigError(ValueError):
+class InputError(ValueError):
+    """What a user gave cannot be used: its message names the value and the remedy."""
+
+
+class ConfigError(InputError):
     """A configuration that cannot work, with the value found and the remedy."""
 
 
+class UnforeseenError(ConfigError):
+    """A file broke its reader in a way that no check of the reader foresaw.
+
+    It names the file, which a traceback does not. What makes one is a fault of the
+    reader: its checks should have refused the file in words of their own.
+    """
+
+
+@contextlib.contextmanager
+def naming(what: Any) -> Iterator[None]:
+    """Names the file that is being read in whatever error its reader did not foresee.
+
+    Raises:
+      InputError: As it was raised inside, or in place of another error.
+    """
+    try:
+        yield
+    except (InputError, FileNotFoundError, FloatingPointError):
+        raise
+    except OSError as error:
+        raise ConfigError(
+            f"{what} cannot be read ({error.strerror or error}); check that it is a "
+            f"file, and yours to read"
+        ) from error
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        # Panics of libraries in Rust are no `Exception`.
+        said = (str(error).splitlines() or [""])[0][:200]
+        raise UnforeseenError(
+            f"{what} cannot be read ({type(error).__name__}: {said}): it is damaged, "
+            f"or of a kind that is not supported; get another copy"
+        ) from error
+
+
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """Builds the frozen dataclass `cls`, refusing keys that it does not have."""
-    known = [field.name for field in dataclasses.fields(cls)]
+    """Builds the frozen dataclass `cls` from a dictionary as JSON has it.
+
+    Raises:
+      ConfigError: A key is unknown, is missing, or has a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{cls.__name__} is {values!r:.80}; use a dictionary of its settings"
+        )
+
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    known = list(fields)
 
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {known}"
             raise ConfigError(f"{cls.__name__} has no key {key!r}{hint}")
 
+    for name, field in fields.items():
+        has_default = (
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+        )
+        if name not in values and not has_default:
+            raise ConfigError(f"{cls.__name__} lacks {name!r}")
+
+    hints = typing.get_type_hints(cls)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+    for name, value in values.items():
+        if not is_of_type(value, hints[name]):
+            raise ConfigError(
+                f"{name} of {cls.__name__} is {value!r:.80}; use "
+                f"{_in_words(hints[name])}"
+            )
+
     return cls(**values)
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a value has the type that a dataclass's field is annotated with.
+
+    Args:
+      hint: A class, `Any`, a `Literal`, a union, or a tuple, list or dict of these;
+        what else there may be is not looked into.
+    """
+    origin = typing.get_origin(hint)
+    parts = typing.get_args(hint)
+
+    if hint is Any:
+        return True
+    if hint is None or hint is type(None):
+        return value is None
+    if origin is typing.Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of_type(value, part) for part in parts)
+    if origin is tuple and parts[-1:] == (Ellipsis,):
+        return isinstance(value, tuple) and all(is_of_type(x, parts[0]) for x in value)
+    if origin is tuple:
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(parts)
+            and all(map(is_of_type, value, parts))
+        )
+    if origin is list:
+        return isinstance(value, list) and all(is_of_type(x, parts[0]) for x in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            is_of_type(k, parts[0]) and is_of_type(x, parts[1])
+            for k, x in value.items()
+        )
+    if hint is float:
+        # JSON writes whole numbers without a point.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(hint, type):
+        return isinstance(value, hint)
+
+    return True
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    bool: "true or false",
+    dict: "a dictionary",
+    type(None): "null",
+}
+
+
+def _in_words(hint: Any) -> str:
+    parts = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, parts))
+    if origin in (tuple, list):
+        return f"a list of which each is {_in_words(parts[0])}"
+
+    return _WORDS.get(origin or hint, getattr(hint, "__name__", str(hint)))

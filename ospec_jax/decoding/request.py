@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import jax
 from jaxtyping import Array, Key
 
-from ospec_jax.config import SamplingConfig
+from ospec_jax.config import InputError, SamplingConfig
 from ospec_jax.control.base import Row
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import Feedback, StepOutput
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(InputError):
     """A prompt and its answer do not fit the model's context or the cache."""
 
 

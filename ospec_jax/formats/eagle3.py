@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax.config import ConfigError, DraftConfig
+from ospec_jax.config.fields import Fields
 from ospec_jax.formats import speculators
 from ospec_jax.formats.tensors import DTYPES, read_config, read_tensors
 from ospec_jax.models.weights import WeightsError, read_rope
@@ -117,7 +118,7 @@ def _read_config(folder, raw, taps, num_target_layers, tensors) -> DraftConfig:
     try:
         hidden = raw["hidden_size"]
         heads = raw["num_attention_heads"]
-        theta, scaling = read_rope(raw, str(folder / "config.json"))
+        theta, scaling = read_rope(Fields(raw, str(folder / "config.json")))
         vocab_size = raw["vocab_size"]
         return DraftConfig(
             vocab_size=vocab_size,

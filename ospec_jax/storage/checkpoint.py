@@ -33,6 +33,7 @@ from orbax.checkpoint import v1 as ocp
 from ospec_jax import sharding
 from ospec_jax.config import (
     DraftConfig,
+    InputError,
     Precision,
     TreeConfig,
     draft_config_from,
@@ -53,7 +54,7 @@ _REPLACED = ".replaced"
 _ORBAX_PART = ".orbax-checkpoint-tmp"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be read, or belongs to something else."""
 
 
