@@ -27,6 +27,7 @@ from ospec_jax.config.model import (
     ModelConfig,
     Precision,
     RopeScaling,
+    check_draft_vocab,
     draft_config_from,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "TreeConfig",
     "UnforeseenError",
     "Verification",
+    "check_draft_vocab",
     "draft_config_from",
     "from_dict",
     "naming",

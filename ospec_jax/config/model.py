@@ -93,10 +93,10 @@ class DraftConfig:
     def __post_init__(self):
         _check_above_zero(self, f"{_SIZES} target_hidden_size")
         _check_heads(self)
-        if self.draft_vocab_size < 0 or self.draft_vocab_size > self.vocab_size:
+        if self.draft_vocab_size < 0:
             raise ConfigError(
-                f"draft_vocab_size is {self.draft_vocab_size}; use at most the "
-                f"vocab_size {self.vocab_size}, or 0 for the target's head"
+                f"draft_vocab_size is {self.draft_vocab_size}; use the number of "
+                f"tokens that can be drafted, or 0 for the target's head"
             )
         if min(self.taps, default=0) < 0:
             raise ConfigError(
@@ -215,4 +215,16 @@ def draft_config_from(
     if isinstance(scaling, dict):
         values = values | {"rope_scaling": from_dict(RopeScaling, scaling)}
 
-    return from_dict(architecture, values)
+    config = from_dict(architecture, values)
+    check_draft_vocab(config)
+
+    return config
+
+
+def check_draft_vocab(config: DraftConfig) -> None:
+    """Refuses a stored draft with more tokens than its target."""
+    if config.draft_vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"draft_vocab_size is {config.draft_vocab_size}, more than the vocab_size "
+            f"{config.vocab_size} of the target"
+        )

