@@ -7,7 +7,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
+from ospec_jax.config import (
+    ConfigError,
+    DraftConfig,
+    ModelConfig,
+    TreeConfig,
+    naming,
+)
 from ospec_jax.drafters.base import Family
 from ospec_jax.drafters.combine import MIXES
 from ospec_jax.drafters.registry import FAMILIES, SUGGESTIONS, build_drafter
@@ -101,12 +107,13 @@ def load_draft(
 
     folder = draft_folder(name_or_folder)
     if is_public_folder(folder):
-        return LoadedDraft(*load_folder(folder, target))
+        with naming(folder):
+            return LoadedDraft(*load_folder(folder, target))
 
     restored = restore(name_or_folder, target, family)
     known = checkpoint.family_of(restored.meta.family, family)
     if known.config is ModelConfig:
-        name = f"{restored.meta.family}:{restored.meta.card['model']}"
+        name = f"{restored.meta.family}:{restored.meta.card.get('model', 'NAME')}"
         raise checkpoint.CheckpointError(
             f"{folder} was learned beside the drafting model {name!r}, which it does "
             f"not hold; pass --draft {name}"
@@ -190,6 +197,11 @@ def restore(
     meta = found.meta
     if not meta.base:
         return found
+
+    if draft_folder(meta.base).resolve() == folder.resolve():
+        raise checkpoint.CheckpointError(
+            f"{name_or_folder} says that it is the difference to itself"
+        )
 
     base = restore(meta.base, target, family).draft
     known = low_rank.fingerprint(base)

@@ -4,7 +4,7 @@
 import contextlib
 import dataclasses
 import difflib
-import math
+import numbers
 import types
 import typing
 from collections.abc import Iterator
@@ -82,17 +82,23 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
         if name not in values and not has_default:
             raise ConfigError(f"{cls.__name__} lacks {name!r}")
 
-    hints = typing.get_type_hints(cls)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    check_types(cls, values)
+
+    return cls(**values)
+
+
+def check_types(cls: type, values: dict[str, Any]) -> None:
+    """Refuses values of a dataclass's fields that are of another type.
+
+    Raises:
+      ConfigError: One is.
+    """
+    hints = typing.get_type_hints(cls)
 
     for name, value in values.items():
         if not is_of_type(value, hints[name]):
-            raise ConfigError(
-                f"{name} of {cls.__name__} is {value!r:.80}; use "
-                f"{_in_words(hints[name])}"
-            )
-
-    return cls(**values)
+            raise ConfigError(f"{name} is {value!r:.80}; use {_in_words(hints[name])}")
 
 
 def is_of_type(value: Any, hint: Any) -> bool:
@@ -130,16 +136,21 @@ def is_of_type(value: Any, hint: Any) -> bool:
         )
     if hint is float:
         # JSON writes whole numbers without a point.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
+        return _is_a(value, numbers.Real) and -_LARGEST < value < _LARGEST
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return _is_a(value, numbers.Integral)
     if isinstance(hint, type):
         return isinstance(value, hint)
 
     return True
 
 
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether a value, which may be numpy's, is such a number; true is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+_LARGEST = 1e300
 _WORDS = {
     int: "a whole number",
     float: "a finite number",
@@ -154,7 +165,7 @@ def _in_words(hint: Any) -> str:
     parts = typing.get_args(hint)
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
-        return " or ".join(map(repr, parts))
+        return " or ".join(map(str, parts))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(_in_words, parts))
     if origin in (tuple, list):

@@ -3,7 +3,6 @@
 
 import difflib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from ospec_jax.config.base import ConfigError, InputError
 
 _MISSING: Any = object()
 _LARGEST = 2**31 - 1
+_LARGEST_NUMBER = 1e300
 _ALIKE = 0.88
 """Similarity from which an unknown name is taken for a slip: `rope_theta` has 0.90 to
 itself with a wrong letter, and 0.77 to `rope_local_theta`."""
@@ -103,7 +103,7 @@ class Fields:
             return value
         if not isinstance(value, int | float) or isinstance(value, bool):
             self._refuse(name, "a number")
-        if not 0 < value < float("inf") or not math.isfinite(float(value)):
+        if not 0 < value < _LARGEST_NUMBER:  # NaN is refused, too
             self._refuse(name, "a finite number above 0")
 
         return float(value)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from ospec_jax.config.base import ConfigError
+from ospec_jax.config.base import ConfigError, check_types, is_of_type
 from ospec_jax.config.learner import (
     Batches,
     Effort,
@@ -229,7 +229,7 @@ class LearnerConfig(_Parts):
           ConfigError: There is no such learner, or a setting is out of its range.
         """
         settings = dict(settings)
-        name = settings.pop("name")
+        name = settings.pop("name", None)
         settings.pop("rule", None)
         # Guarded promotion once waited for so many windows.
         settings.pop("min_windows", None)
@@ -379,14 +379,19 @@ def _names(config: Any) -> tuple[str, ...]:
 
 
 def _taken(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a part's settings, each of its type."""
     names = _names(cls)
-    return {key: x for key, x in values.items() if key in names}
+    taken = {key: x for key, x in values.items() if key in names}
+    # None is unset in all of them.
+    check_types(cls, {key: x for key, x in taken.items() if x is not None})
+
+    return taken
 
 
 def _kind_of(name: str) -> type[Method]:
     if name == "auto":
         return Auto
-    if name not in LEARNERS:
+    if not isinstance(name, str) or name not in LEARNERS:
         raise ConfigError(
             f"unknown learner {name!r}; use one of {', '.join(LEARNER_NAMES)}"
         )
@@ -443,6 +448,10 @@ def _usual_values(key: str) -> list[Any]:
 
 
 def _check_shared(shared: dict[str, Any]) -> None:
+    for key, value in shared.items():
+        if not is_of_type(value, int):
+            raise ConfigError(f"{key} is {value!r:.80}; use a whole number")
+
     if shared["memory_slots"] < 0:
         raise ConfigError(
             f"memory_slots is {shared['memory_slots']}; use 0 (none) or more"

@@ -267,23 +267,42 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
     """Ranges to smooth by, measured on the package's own prompts once and cached."""
     file = cache_folder() / "ranges" / f"{fingerprint(path)}.npz"
     names = ("qkv_proj", "gate_up_proj", "down_proj")
-    if not file.exists():
+    columns = _read_ranges(file, names, config.num_layers)
+    if columns is None:
         params = read()
         prompts = (p.text for d in DEMO_DOMAINS for p in demo_prompts(d)[:8])
         ids = read_tokenizer().encode("\n".join(prompts))
+        ids = [i for i in ids if 0 <= i < config.vocab_size]
+        if not ids:
+            raise ConfigError(
+                f"the tokenizer of {path} finds no tokens in text; it is damaged, or "
+                f"of another model"
+            )
         length = min(_RANGE_TOKENS, config.max_position, len(ids))
         rows = len(ids) // length
         texts = np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
         found = measure_ranges(config, numerics, params, texts)
-        columns: Any = {n: np.stack([r[n] for r in found]) for n in names}
+        columns = {n: np.stack([r[n] for r in found]) for n in names}
+        arrays: Any = columns
         with atomic.replacing(file) as part, part.open("wb") as out:
             # To a name, not an open file, `.npz` would be added.
-            np.savez(out, **columns)
-
-    with np.load(file) as stored:
-        columns = {name: stored[name] for name in names}
+            np.savez(out, **arrays)
 
     return [{n: columns[n][i] for n in names} for i in range(config.num_layers)]
+
+
+def _read_ranges(
+    file: Path, names: tuple[str, ...], num_layers: int
+) -> dict[str, np.ndarray] | None:
+    """What was measured before; None where there is nothing whole of that kind."""
+    try:
+        with np.load(file) as stored:
+            columns = {name: stored[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+    is_good = lambda x: x.ndim == 2 and len(x) == num_layers and np.isfinite(x).all()
+    return columns if all(map(is_good, columns.values())) else None
 
 
 def resolve(name_or_path: str) -> Path:

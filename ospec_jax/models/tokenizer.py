@@ -70,6 +70,8 @@ def tokenizer_from_folder(folder: Path):
             str(folder), trust_remote_code=False, local_files_only=True
         )
         _check_template(tokenizer.chat_template, str(folder))
+        # What it cannot do shows here, not in the middle of a run.
+        tokenizer.decode(tokenizer.encode("a"))
 
     return tokenizer
 
@@ -125,15 +127,48 @@ def _check_settings(file: Path) -> None:
 
     for name in _NAMED_TOKENS:
         value = fields.values.get(name)
-        is_text = isinstance(value, str)
-        is_object = isinstance(value, dict) and isinstance(value.get("content"), str)
-        if value is not None and not is_text and not is_object:
+        if value is not None and not _is_token(value):
             raise ConfigError(
                 f"{file} has {name} {value!r:.80}; use the token, or an object with "
                 f"its content"
             )
 
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        value = fields.values.get(name)
+        listed = list(value.values()) if isinstance(value, dict) else value or []
+        if not isinstance(listed, list) or not all(map(_is_token, listed)):
+            raise ConfigError(f"{file} has {name} {value!r:.80}; use a list of tokens")
 
+    for index, token in fields.section("added_tokens_decoder").values.items():
+        if not index.isdecimal() or not _is_token(token):
+            raise ConfigError(
+                f"{file} has the added token {index!r:.40}: {token!r:.80}; use an id "
+                f"and an object with its content"
+            )
+
+    for name in ("padding_side", "truncation_side"):
+        if fields.text(name, None) not in (None, "left", "right"):
+            raise ConfigError(f"{file} has a {name} other than left and right")
+
+    for name in ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"):
+        fields.flag(name, None)
+
+    # A limit of the tokenizer's; `VERY_LARGE_INTEGER` of transformers is 1e30.
+    fields.number("model_max_length", None)
+    fields.items("model_input_names", str, None)
+
+
+def _is_token(value: Any) -> bool:
+    """Whether a value is a token: its text, or an object with it and with flags."""
+    if not isinstance(value, dict):
+        return isinstance(value, str)
+
+    flags = (value.get(name, False) for name in _TOKEN_FLAGS)
+    is_content = isinstance(value.get("content"), str)
+    return is_content and all(isinstance(flag, bool) for flag in flags)
+
+
+_TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 _NAMED_TOKENS = (
     "bos_token",
     "eos_token",
