@@ -181,11 +181,13 @@ def restore(
     name_or_folder: str | Path,
     target: Target | None = None,
     family: Family | None = None,
+    above: tuple[Path, ...] = (),
 ) -> checkpoint.Checkpoint:
     """A draft's checkpoint, its difference to a base draft added to that.
 
     Args:
       family: See `load_draft`.
+      above: Folders of differences that it is the base of.
 
     Raises:
       CheckpointError: Nothing readable is there, it is for another target, or its base
@@ -198,12 +200,14 @@ def restore(
     if not meta.base:
         return found
 
-    if draft_folder(meta.base).resolve() == folder.resolve():
+    above = (*above, folder.resolve())
+    if draft_folder(meta.base).resolve() in above:
         raise checkpoint.CheckpointError(
-            f"{name_or_folder} says that it is the difference to itself"
+            f"{name_or_folder} says that it is the difference to {meta.base!r}, which "
+            f"is itself, or a difference to it; get the base back"
         )
 
-    base = restore(meta.base, target, family).draft
+    base = restore(meta.base, target, family, above).draft
     known = low_rank.fingerprint(base)
     if known != meta.base_hash:
         raise checkpoint.CheckpointError(
@@ -212,7 +216,9 @@ def restore(
             f"base back, or train it anew with `ospec distill --from {meta.base}`"
         )
 
-    params = low_rank.add(base.params, found.draft.params)
+    with naming(f"{name_or_folder}, a difference to {meta.base},"):
+        params = low_rank.add(base.params, found.draft.params)
+
     meta = dataclasses.replace(meta, base="", base_hash="", rank=0)
 
     return dataclasses.replace(found, draft=base.replace(params=params), meta=meta)

@@ -136,7 +136,11 @@ def is_of_type(value: Any, hint: Any) -> bool:
         )
     if hint is float:
         # JSON writes whole numbers without a point.
-        return _is_a(value, numbers.Real) and -_LARGEST < value < _LARGEST
+        # A whole number may be too large to be made a float of.
+        if not _is_a(value, numbers.Real):
+            return False
+        number = value if isinstance(value, int) else float(value)
+        return -_LARGEST < number < _LARGEST
     if hint is int:
         return _is_a(value, numbers.Integral)
     if isinstance(hint, type):

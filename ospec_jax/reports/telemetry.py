@@ -36,6 +36,15 @@ _TOLD = (
     "candidate_acceptance",
     "num_samples",
 )
+_DRAWN = (
+    *_TOLD,
+    "acceptance_per_position",
+    "path_length",
+    "running_acceptance_length",
+    "staleness",
+    "stride",
+)
+"""What a plot shows of rows, beside what the learner told."""
 _LEARNED_FROM = ("loss", "agreement", "candidate_agreement")
 _TITLES = {
     "acceptance_per_position": "measured acceptance, by position",
@@ -330,7 +339,11 @@ def _check_row(fields: Fields) -> None:
 
     for name, value in (fields.values | fields.values.get("extra", {})).items():
         values = value if isinstance(value, list) else [value]
-        if not isinstance(value, str | dict) and not all(map(_is_number, values)):
+        # What a later version may add is none of our affair.
+        is_text = isinstance(value, str | dict) and name in fields.values
+        if is_text and name not in _DRAWN:
+            continue
+        if not all(map(_is_number, values)):
             raise ConfigError(
                 f"{fields.where}: no row of telemetry: {name} is {value!r:.80}, "
                 f"neither a number nor a list of numbers"
@@ -343,6 +356,14 @@ def _is_number(value: Any) -> bool:
         return False
 
     return isinstance(value, float) or abs(value) <= _LARGEST
+
+
+def _padded(rows: Sequence[Any], rest: float) -> np.ndarray:
+    """Numbers, or lists of them, as rows of one width."""
+    lists = [np.ravel(np.asarray(row, float)) for row in rows]
+    width = max(map(len, lists), default=0)
+    pad = lambda values: np.pad(values, (0, width - len(values)), constant_values=rest)
+    return np.array([pad(values) for values in lists])
 
 
 def plot_telemetry(rows: list[dict], path: Path) -> Path:
@@ -376,15 +397,13 @@ def plot_telemetry(rows: list[dict], path: Path) -> Path:
     for axes, name in zip(grid.flat, panels, strict=False):
         if name in measured:
             found = [r for r in answers if name in r]
-            width = max((np.size(r[name]) for r in found), default=0)
-            values = [np.ravel(r[name]) for r in found]
+            values = [r[name] for r in found]
             # Chains of suggestions may go deeper in some answers than in others.
-            padded = [np.pad(v, (0, width - len(v))) for v in values]
-            axes.plot([r["number"] for r in found], np.array(padded, float))
+            axes.plot([r["number"] for r in found], _padded(values, 0.0))
         else:
             found = [r for r in updates if name in r or name in r["extra"]]
             values = [r[name] if name in r else r["extra"][name] for r in found]
-            axes.plot([r["num_answers"] for r in found], np.array(values, float))
+            axes.plot([r["num_answers"] for r in found], _padded(values, np.nan))
         axes.set(xlabel="answer", title=_TITLES.get(name, name.replace("_", " ")))
         axes.grid(alpha=0.3)
 

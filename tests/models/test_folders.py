@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from ospec_jax.config import ConfigError, InputError
 from ospec_jax.decoding.request import Request
 from ospec_jax.models.hub import fingerprint, load_config, load_target
+from ospec_jax.models.quantization import calibrated_numerics
 from ospec_jax.models.weights import WeightsError
 from ospec_jax.session import Session
 
@@ -294,3 +295,27 @@ def test_weights_that_are_no_numbers_are_refused(folder, name, value):
             save_file(tensors, folder / shard)
     with pytest.raises(WeightsError, match="infinities or NaNs"):
         load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": 3}'])
+def test_damaged_calibrations_are_made_anew(tmp_path, content):
+    file = tmp_path / "calibration.json"
+    file.write_bytes(content)
+    precision = calibrated_numerics(tmp_path, None).precision
+    assert [*json.loads(file.read_text()).values()] == [precision]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_damaged_ranges_are_measured_anew(folder, tmp_path, monkeypatch, content):
+    monkeypatch.setenv("OSPEC_CACHE_DIR", str(tmp_path / "cache"))
+    fingerprint.cache_clear()
+    load_target(str(folder), "int8")
+    (file,) = (tmp_path / "cache" / "ranges").iterdir()
+    whole = np.load(file)["down_proj"]
+    if content is None:
+        # Of a model with the same weights and more layers, as its configuration says.
+        np.savez(file, **{name: np.ones((3, 2)) for name in np.load(file)})
+    else:
+        file.write_bytes(content)
+    load_target(str(folder), "int8")
+    np.testing.assert_array_equal(np.load(file)["down_proj"], whole)
