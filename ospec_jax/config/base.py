@@ -83,12 +83,12 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
             raise ConfigError(f"{cls.__name__} lacks {name!r}")
 
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    check_types(cls, values)
+    check_values(cls, values)
 
     return cls(**values)
 
 
-def check_types(cls: type, values: dict[str, Any]) -> None:
+def check_values(cls: type, values: dict[str, Any]) -> None:
     """Refuses values of a dataclass's fields that are of another type.
 
     Raises:

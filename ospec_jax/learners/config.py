@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from ospec_jax.config.base import ConfigError, check_types, is_of_type
+from ospec_jax.config.base import ConfigError, check_values, is_of_type
 from ospec_jax.config.learner import (
     Batches,
     Effort,
@@ -383,7 +383,7 @@ def _taken(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     names = _names(cls)
     taken = {key: x for key, x in values.items() if key in names}
     # None is unset in all of them.
-    check_types(cls, {key: x for key, x in taken.items() if x is not None})
+    check_values(cls, {key: x for key, x in taken.items() if x is not None})
 
     return taken
 
