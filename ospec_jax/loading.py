@@ -9,7 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
+from ospec_jax.config import (
+    ConfigError,
+    DraftConfig,
+    ModelConfig,
+    TreeConfig,
+    naming,
+)
 from ospec_jax.drafters.base import Family
 from ospec_jax.drafters.combine import MIXES
 from ospec_jax.drafters.pool import POOL, Member, Members, PoolConfig
@@ -157,12 +163,13 @@ def load_draft(
 
     folder = draft_folder(name_or_folder)
     if is_public_folder(folder):
-        return LoadedDraft(*load_folder(folder, target))
+        with naming(folder):
+            return LoadedDraft(*load_folder(folder, target))
 
     restored = restore(name_or_folder, target, family)
     known = checkpoint.family_of(restored.meta.family, family)
     if known.config is not None and not known.is_trained:
-        name = f"{restored.meta.family}:{restored.meta.card['model']}"
+        name = f"{restored.meta.family}:{restored.meta.card.get('model', 'NAME')}"
         raise checkpoint.CheckpointError(
             f"{folder} was learned beside the draft {name!r}, which it does not hold; "
             f"pass --draft {name}"
@@ -277,11 +284,13 @@ def restore(
     name_or_folder: str | Path,
     target: Target | None = None,
     family: Family | None = None,
+    above: tuple[Path, ...] = (),
 ) -> checkpoint.Checkpoint:
     """A draft's checkpoint, its difference to a base draft added to that.
 
     Args:
       family: See `load_draft`.
+      above: Folders of differences that it is the base of.
 
     Raises:
       CheckpointError: Nothing readable is there, it is for another target, or its base
@@ -294,7 +303,14 @@ def restore(
     if not meta.base:
         return found
 
-    base = restore(meta.base, target, family).draft
+    above = (*above, folder.resolve())
+    if draft_folder(meta.base).resolve() in above:
+        raise checkpoint.CheckpointError(
+            f"{name_or_folder} says that it is the difference to {meta.base!r}, which "
+            f"is itself, or a difference to it; get the base back"
+        )
+
+    base = restore(meta.base, target, family, above).draft
     known = low_rank.fingerprint(base)
     if known != meta.base_hash:
         raise checkpoint.CheckpointError(
@@ -303,7 +319,9 @@ def restore(
             f"base back, or train it anew with `ospec distill --from {meta.base}`"
         )
 
-    params = low_rank.add(base.params, found.draft.params)
+    with naming(f"{name_or_folder}, a difference to {meta.base},"):
+        params = low_rank.add(base.params, found.draft.params)
+
     meta = dataclasses.replace(meta, base="", base_hash="", rank=0)
 
     return dataclasses.replace(found, draft=base.replace(params=params), meta=meta)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models as Hugging Face folders."""
+"""Tiny models as Hugging Face folders and as GGUF files."""
 
 import json
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save_file
+from tokenizers import pre_tokenizers
 
-from ospec_jax.testing import byte_tokenizer, tiny_model_config
+from ospec_jax.testing import CHAT_TEMPLATE, byte_tokenizer, tiny_model_config
 
 VOCAB = 261
 HF_NAMES = {
@@ -25,6 +27,23 @@ HF_NAMES = {
     "gate_proj": "mlp.gate_proj.weight",
     "up_proj": "mlp.up_proj.weight",
     "down_proj": "mlp.down_proj.weight",
+}
+
+GGUF_NAMES = {
+    "input_layernorm": "attn_norm.weight",
+    "post_attention_layernorm": "ffn_norm.weight",
+    "q_proj": "attn_q.weight",
+    "k_proj": "attn_k.weight",
+    "v_proj": "attn_v.weight",
+    "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias",
+    "v_bias": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "o_proj": "attn_output.weight",
+    "gate_proj": "ffn_gate.weight",
+    "up_proj": "ffn_up.weight",
+    "down_proj": "ffn_down.weight",
 }
 
 
@@ -117,3 +136,87 @@ def write_folder(folder, config, tensors, dtype=jnp.float32, **changes):
     save_file(cast, folder / "model-00002-of-00002.safetensors")
     byte_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def permute_rotary(kernel, num_heads):
+    """llama.cpp's order of q and k rows, as its converter writes it."""
+    out, fan_in = kernel.shape
+    halves = kernel.reshape(num_heads, 2, out // num_heads // 2, fan_in)
+    return halves.swapaxes(1, 2).reshape(out, fan_in)
+
+
+def gguf_tensors(config, params):
+    tensors = {
+        "token_embd.weight": params["embed_tokens_kernel"],
+        "output_norm.weight": params["norm"]["scale"],
+    }
+    if not config.tie_embeddings:
+        tensors["output.weight"] = params["lm_head_kernel"]
+    for i in range(config.num_layers):
+        layer = layer_tensors(config, params[f"layers_{i}"])
+        if family_of(config) == "llama":
+            layer["q_proj"] = permute_rotary(layer["q_proj"], config.num_heads)
+            layer["k_proj"] = permute_rotary(layer["k_proj"], config.num_kv_heads)
+        for name, value in layer.items():
+            tensors[f"blk.{i}.{GGUF_NAMES[name]}"] = value
+    return {name: np.asarray(value) for name, value in tensors.items()}
+
+
+def write_gguf(
+    file,
+    config,
+    tensors,
+    is_quantized=False,
+    architecture=None,
+    pre="smollm",
+    extra_tokens=(),
+    add=lambda writer: None,
+    leave_out=(),
+):
+    """A GGUF file.
+
+    Args:
+      extra_tokens: Tokens and their types, in place of bytes that no test writes.
+      add: Is given the writer, to add metadata.
+      leave_out: Keys that the file shall lack.
+    """
+    c = config
+    writer = gguf.GGUFWriter(file, architecture or family_of(config))
+    writer.add_context_length(c.max_position)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_heads)
+    writer.add_head_count_kv(c.num_kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["th", "the"]
+    types = [3] * len(special) + [1] * (len(tokens) - len(special))
+    for i, (token, kind) in enumerate(extra_tokens, 3):
+        tokens[-i] = token
+        types[-i] = kind
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    add(writer)
+    for key in leave_out:
+        del writer.kv_data[0][key]
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, value in tensors.items():
+        if is_quantized and value.ndim == 2:
+            quantized = gguf.quants.quantize(value, kind)
+            writer.add_tensor(name, quantized, raw_dtype=kind)
+        else:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(file)

@@ -86,7 +86,11 @@ def _transformers_model(path: Path, dtype: str = "float32"):
 
     kind = getattr(torch, dtype)
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=kind, **options).eval()
+    # Else code of the folder's own would run if its user said yes.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=kind, trust_remote_code=False, **options
+    )
+    return model.eval()
 
 
 def _transformers(model, options: dict):

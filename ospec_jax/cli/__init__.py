@@ -17,26 +17,17 @@ from ospec_jax.cli.make import distill, export_draft, import_draft, lower
 from ospec_jax.cli.measure import bench, demo, roofline
 from ospec_jax.cli.outputs import describe_failure
 from ospec_jax.cli.streams import record, replay, stream, telemetry
-from ospec_jax.config import ConfigError
-from ospec_jax.decoding.request import PromptTooLongError
+from ospec_jax.config import InputError
 from ospec_jax.drafters.combine import MIXES
 from ospec_jax.drafters.registry import FAMILIES
 from ospec_jax.loading import shipped_drafts
-from ospec_jax.models.weights import WeightsError
 from ospec_jax.reports.progress import Interrupted, say, told
 from ospec_jax.storage import checkpoint
 
 _CONFIG = (tyro.conf.DisallowNone,)
 """What is not given is None; nobody types that."""
 
-_USER_ERRORS = (
-    ConfigError,
-    PromptTooLongError,
-    WeightsError,
-    checkpoint.CheckpointError,
-    FileNotFoundError,
-    FloatingPointError,
-)
+_USER_ERRORS = (InputError, FileNotFoundError, FloatingPointError)
 
 
 def drafters() -> None:

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import runpy
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -256,10 +257,7 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
             f"Python file with get_config()"
         )
 
-    get_config = runpy.run_path(name_or_file).get("get_config")
-    config = get_config() if get_config else None
-    if not isinstance(config, LearnerConfig):
-        raise ConfigError(f"{name_or_file} has no get_config() -> LearnerConfig")
+    config = _config_of(name_or_file)
     if "optimizer" in given:
         # The file's suits the file's optimizer.
         given = {"learning_rate": None} | given
@@ -267,6 +265,32 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
         given = {"update_every_prompts": None} | given
 
     return config.replace(**given)
+
+
+def _config_of(file: str) -> LearnerConfig:
+    """What a file's `get_config` returns; the file is run, as any program is.
+
+    Raises:
+      ConfigError: It fails, ends the program, or gives something else.
+    """
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        config = get_config() if callable(get_config) else None
+    except (Exception, SystemExit) as error:
+        # Where in the file, which a line of text can say as well as a traceback.
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame.lineno for frame in frames if frame.filename == file]
+        line = getattr(error, "lineno", None) or (own[-1] if own else None)
+        where = f"{file}, line {line}" if line else file
+        raise ConfigError(
+            f"{where}: {type(error).__name__}: {error}; the file must give a "
+            f"get_config() -> LearnerConfig"
+        ) from error
+
+    if not isinstance(config, LearnerConfig):
+        raise ConfigError(f"{file} has no get_config() -> LearnerConfig")
+
+    return config
 
 
 def write_json(file: Path | None, rows: list, is_list: bool) -> None:

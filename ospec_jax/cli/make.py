@@ -208,11 +208,11 @@ def import_draft(
       check: Decode a few prompts, and refuse a head that is never right.
     """
     from ospec_jax.formats.importing import load_folder
+    from ospec_jax.formats.tensors import check_is_free
     from ospec_jax.session.self_check import self_check
 
     check_outputs(folders=[out])
-    if max(checkpoint.steps(out), default=0) > 0:
-        raise ConfigError(f"{out} holds a run's checkpoints; choose another folder")
+    check_is_free(out)
 
     loaded = load_target(target, as_precision(precision)) if target else None
     draft, meta = load_folder(src, loaded, taps or None)
@@ -244,7 +244,7 @@ def export_draft(
       target: Its name or path for the reader of the head; by default the recorded one.
       max_position: Of the target; servers size their caches by it.
     """
-    from ospec_jax.formats import exporting
+    from ospec_jax.formats import exporting, speculators
 
     check_outputs(folders=[out])
     found = restore(draft)
@@ -258,6 +258,9 @@ def export_draft(
 
     chosen = card.get("dtype", "float32") if dtype == "auto" else dtype
     verifier = target or card.get("verifier") or meta.target
+    if format == "speculators":
+        verifier = speculators.loadable_name(verifier)
+
     exporting.write(
         out, found.draft, meta.draft, format, chosen, verifier, max_position
     )

@@ -4,7 +4,15 @@
 `from_dict` refuses keys that it does not know, and names the nearest known one.
 """
 
-from ospec_jax.config.base import ConfigError, check_types, from_dict, whole_number
+from ospec_jax.config.base import (
+    ConfigError,
+    InputError,
+    UnforeseenError,
+    check_types,
+    from_dict,
+    naming,
+    whole_number,
+)
 from ospec_jax.config.decoding import (
     AUTO_DEPTHS,
     ChildrenKind,
@@ -21,6 +29,7 @@ from ospec_jax.config.model import (
     ModelConfig,
     Precision,
     RopeScaling,
+    check_draft_vocab,
     draft_config_from,
 )
 
@@ -32,15 +41,19 @@ __all__ = [
     "DraftConfig",
     "ExitConfig",
     "HydraConfig",
+    "InputError",
     "ModelConfig",
     "Precision",
     "Recording",
     "RopeScaling",
     "SamplingConfig",
     "TreeConfig",
+    "UnforeseenError",
     "Verification",
+    "check_draft_vocab",
     "check_types",
     "draft_config_from",
     "from_dict",
+    "naming",
     "whole_number",
 ]

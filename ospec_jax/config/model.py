@@ -19,6 +19,14 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position: int
 
+    def __post_init__(self):
+        _check_above_zero(self, "factor low_freq_factor original_max_position")
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise ConfigError(
+                f"high_freq_factor {self.high_freq_factor} of the rope scaling must be "
+                f"above low_freq_factor {self.low_freq_factor}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -45,11 +53,8 @@ class ModelConfig:
     has_qk_norm: bool = False
 
     def __post_init__(self):
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads {self.num_heads} is not a multiple of "
-                f"num_kv_heads {self.num_kv_heads}"
-            )
+        _check_above_zero(self, f"{_SIZES} num_layers max_position")
+        _check_heads(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,20 @@ class DraftConfig:
     has_own_embedding: bool = False
     has_fc_bias: bool = False
 
+    def __post_init__(self):
+        _check_above_zero(self, f"{_SIZES} target_hidden_size")
+        _check_heads(self)
+        if self.draft_vocab_size < 0:
+            raise ConfigError(
+                f"draft_vocab_size is {self.draft_vocab_size}; use the number of "
+                f"tokens that can be drafted, or 0 for the target's head"
+            )
+        if min(self.taps, default=0) < 0:
+            raise ConfigError(
+                f"taps are {self.taps}; layers are counted from 0, and none is below "
+                f"it: name the layers that the draft reads (--taps)"
+            )
+
     @property
     def has_own_head(self) -> bool:
         """Whether the draft predicts its own reduced vocabulary with its own head."""
@@ -116,6 +135,7 @@ class HydraConfig(DraftConfig):
     has_separate_heads: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("depth", "num_blocks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
@@ -136,6 +156,7 @@ class ExitConfig(DraftConfig):
     has_qk_norm: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if len(self.taps) != 1 or self.taps[0] < 1:
             raise ConfigError(
                 f"an early exit lies behind one layer or more, not at {self.taps}"
@@ -154,6 +175,34 @@ class ExitConfig(DraftConfig):
         return ModelConfig(**shared, num_layers=self.num_layers)
 
 
+_SIZES = (
+    "vocab_size hidden_size intermediate_size num_heads num_kv_heads head_dim "
+    "rope_theta rms_norm_eps"
+)
+"""What is above 0 in each architecture."""
+
+
+def _check_above_zero(config: Any, names: str) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        if not 0 < value < float("inf"):  # NaN is refused, too
+            raise ConfigError(f"{name} is {value}; use a finite number above 0")
+
+
+def _check_heads(config: "ModelConfig | DraftConfig") -> None:
+    """Refuses heads that cannot be grouped, or whose halves cannot be rotated."""
+    if config.num_heads % config.num_kv_heads:
+        raise ConfigError(
+            f"num_heads {config.num_heads} is not a multiple of "
+            f"num_kv_heads {config.num_kv_heads}"
+        )
+    if config.head_dim % 2:
+        raise ConfigError(
+            f"head_dim is {config.head_dim}; rotary embeddings turn pairs, so use an "
+            f"even number"
+        )
+
+
 def draft_config_from(
     architecture: type[DraftConfig], values: dict[str, Any]
 ) -> DraftConfig:
@@ -166,4 +215,16 @@ def draft_config_from(
     if isinstance(scaling, dict):
         values = values | {"rope_scaling": from_dict(RopeScaling, scaling)}
 
-    return from_dict(architecture, values)
+    config = from_dict(architecture, values)
+    check_draft_vocab(config)
+
+    return config
+
+
+def check_draft_vocab(config: DraftConfig) -> None:
+    """Refuses a stored draft with more tokens than its target."""
+    if config.draft_vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"draft_vocab_size is {config.draft_vocab_size}, more than the vocab_size "
+            f"{config.vocab_size} of the target"
+        )

@@ -196,7 +196,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             prompt = parse_prompt(json.loads(line), f"{path.stem}-{number}")
             if prompt.id in seen:
                 raise ConfigError(f"id {prompt.id!r} stands in line {seen[prompt.id]}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}, line {number}: {error}") from error
         seen[prompt.id] = number
         prompts.append(prompt)

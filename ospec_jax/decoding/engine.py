@@ -251,6 +251,7 @@ class Engine:
             length = len(request.prompt_ids) + request.max_new_tokens
             if not request.prompt_ids:
                 raise ConfigError(f"request {request.id} has an empty prompt")
+            self._check_ids(request)
             if length > limit:
                 raise PromptTooLongError(
                     f"request {request.id}: {len(request.prompt_ids)} prompt tokens "
@@ -268,6 +269,18 @@ class Engine:
             )
 
         return -(-capacity // PREFILL_CHUNK) * PREFILL_CHUNK
+
+    def _check_ids(self, request: Request) -> None:
+        """Refuses tokens without an embedding, which XLA takes for the nearest one."""
+        vocab_size = self.config.model.vocab_size
+        ids = (*request.prompt_ids, *request.prediction_ids)
+        wrong = sorted({i for i in ids if not 0 <= i < vocab_size})
+        if wrong:
+            raise ConfigError(
+                f"request {request.id} has the token ids {wrong[:3]}, for which the "
+                f"model has no embedding: it knows ids below {vocab_size}; the "
+                f"tokenizer is of another model, or has tokens added to it"
+            )
 
     def needed_slots(self, request: Request) -> int:
         """Cache slots that a request takes at most."""
@@ -291,6 +304,7 @@ class Engine:
         if has_prediction is None:
             has_prediction = bool(request.prediction_ids)
 
+        self._check_ids(request)
         is_greedy = request.sampling.temperature == 0
         key = request.key(ordinal)
         state = self._initial_state(request, capacity, has_prediction, key)

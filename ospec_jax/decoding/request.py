@@ -9,14 +9,14 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Key
 
-from ospec_jax.config import SamplingConfig, whole_number
+from ospec_jax.config import InputError, SamplingConfig, whole_number
 from ospec_jax.control.base import Row
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import Feedback, StepOutput
 from ospec_jax.typing import short_repr
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(InputError):
     """A prompt and its answer do not fit the model's context or the cache."""
 
 

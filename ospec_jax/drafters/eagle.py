@@ -368,7 +368,11 @@ def _eagle(
 def eagle3_taps(model: ModelConfig) -> tuple[int, ...]:
     """Layers that EAGLE-3 reads of a target unless its configuration says otherwise."""
     n = model.num_layers
-    return (2, n // 2, n - 3) if n >= 6 else tuple(range(min(n, 3)))
+    if n >= 7:
+        return (2, n // 2, n - 3)
+
+    # The rule would name a layer twice, or one below the first.
+    return (2, 3, 4) if n == 6 else tuple(range(min(n, 3)))
 
 
 def _eagle3_config(

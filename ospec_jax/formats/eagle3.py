@@ -14,12 +14,14 @@ SGLang), one less. Without either the layers are 2, n // 2 and n - 3.
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from ospec_jax.config import ConfigError, DraftConfig
+from ospec_jax.config import ConfigError, DraftConfig, check_draft_vocab
+from ospec_jax.config.fields import Fields
 from ospec_jax.formats import speculators
 from ospec_jax.formats.tensors import DTYPES, read_config, read_tensors
 from ospec_jax.models.weights import WeightsError, read_rope
@@ -39,6 +41,24 @@ _FIXED = {
     "norm_output": False,
 }
 """Settings of which one value is supported; a missing key has it."""
+_READ = (
+    "draft_vocab_size",
+    "eagle_aux_hidden_state_layer_ids",
+    "eagle_config",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "norm_before_residual",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "target_hidden_size",
+    "vocab_size",
+)
+"""Names of which a default is taken where they are missing, or whose lack is told."""
 LAYER_NAME = "layers.0."
 _IGNORED = ("rotary_emb.inv_freq", "verifier_lm_head.weight", "verifier_norm.weight")
 """Tensors that some checkpoints hold though they are not the draft's."""
@@ -114,46 +134,49 @@ def _plain_name(name: str) -> str:
 
 
 def _read_config(folder, raw, taps, num_target_layers, tensors) -> DraftConfig:
-    try:
-        hidden = raw["hidden_size"]
-        heads = raw["num_attention_heads"]
-        theta, scaling = read_rope(raw, str(folder / "config.json"))
-        vocab_size = raw["vocab_size"]
-        return DraftConfig(
-            vocab_size=vocab_size,
-            target_hidden_size=raw.get("target_hidden_size") or hidden,
-            hidden_size=hidden,
-            intermediate_size=raw["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            taps=taps or _taps(folder, raw, num_target_layers),
-            draft_vocab_size=raw.get("draft_vocab_size") or vocab_size,
-            rope_theta=theta,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_scaling=scaling,
-            has_norm_before_residual=bool(raw.get("norm_before_residual")),
-            has_own_embedding="embed_tokens.weight" in tensors,
-        )
-    except KeyError as error:
-        raise ConfigError(
-            f"{folder / 'config.json'} lacks {error}: not an EAGLE-3 head"
-        ) from error
+    fields = Fields(raw, str(folder / "config.json"))
+    fields.refuse_slips(_READ)
+    hidden = fields.whole("hidden_size")
+    heads = fields.whole("num_attention_heads")
+    theta, scaling = read_rope(fields)
+    vocab_size = fields.whole("vocab_size")
+    chosen = taps or _taps(folder, fields, num_target_layers)
+    _check_taps(folder, chosen)
+
+    config = DraftConfig(
+        vocab_size=vocab_size,
+        target_hidden_size=fields.whole("target_hidden_size", None) or hidden,
+        hidden_size=hidden,
+        intermediate_size=fields.whole("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=fields.whole("num_key_value_heads", None) or heads,
+        head_dim=fields.whole("head_dim", None) or hidden // heads,
+        taps=chosen,
+        draft_vocab_size=fields.whole("draft_vocab_size", None) or vocab_size,
+        rope_theta=theta,
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_scaling=scaling,
+        has_norm_before_residual=bool(fields.flag("norm_before_residual", None)),
+        has_own_embedding="embed_tokens.weight" in tensors,
+    )
+    check_draft_vocab(config)
+
+    return config
 
 
-def _taps(folder, raw, num_target_layers) -> tuple[int, ...]:
-    nested = raw.get("eagle_config") or {}
-    if nested.get("use_aux_hidden_state") is False:
+def _taps(folder, fields: Fields, num_target_layers) -> tuple[int, ...]:
+    nested = fields.section("eagle_config")
+    if nested.flag("use_aux_hidden_state", None) is False:
         raise ConfigError(
             f"{folder} reads no inner states of its target (use_aux_hidden_state is "
             f"false), which is not supported"
         )
 
     key = "eagle_aux_hidden_state_layer_ids"
-    if raw.get(key):
-        return tuple(raw[key])
-    if nested.get(key):
-        return tuple(layer + 1 for layer in nested[key])
+    if found := fields.items(key, int, None):
+        return found
+    if found := nested.items(key, int, None):
+        return tuple(layer + 1 for layer in found)
     if num_target_layers is None:
         raise ConfigError(
             f"{folder} does not say which layers of its target it reads; pass "
@@ -163,6 +186,21 @@ def _taps(folder, raw, num_target_layers) -> tuple[int, ...]:
     n = num_target_layers
 
     return (2, n // 2, n - 3)
+
+
+def _check_taps(folder, taps: tuple[int, ...]) -> None:
+    """Refuses layers that no target has, and warns of a layer that is read twice."""
+    if min(taps) < 0:
+        raise ConfigError(
+            f"{folder} reads the layers {taps} of its target, of which there is none "
+            f"below 0: say with --taps which ones it was trained on"
+        )
+    if len(set(taps)) < len(taps):
+        warnings.warn(
+            f"{folder} reads a layer of its target twice: {taps}; if it was trained on "
+            f"others, say so with --taps",
+            stacklevel=2,
+        )
 
 
 def _shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
@@ -209,6 +247,11 @@ def _check_tensors(folder, config: DraftConfig, tensors) -> None:
 
     for name, value in tensors.items():
         shape = (expected | optional)[name]
+        if name not in ("d2t", "t2d") and value.dtype not in DTYPES.values():
+            raise WeightsError(
+                f"{name} of {folder} is stored as {value.dtype}; heads in "
+                f"{', '.join(DTYPES)} can be read"
+            )
         if value.shape != shape:
             raise WeightsError(
                 f"{name} of {folder} has shape {value.shape}, but its config.json and "
@@ -226,6 +269,9 @@ def _token_ids(folder, config: DraftConfig, tensors):
         )
 
     offsets = tensors.get("d2t", np.zeros(size, np.int64))
+    if not np.issubdtype(offsets.dtype, np.integer):
+        raise WeightsError(f"d2t of {folder} is stored as {offsets.dtype}, not as ids")
+
     ids = np.arange(size) + offsets.astype(np.int64)
     marked = tensors.get("t2d")
     is_ids = marked is not None and np.array_equal(np.flatnonzero(marked), offsets)

@@ -8,7 +8,7 @@ import numpy as np
 from ospec_jax.config import ConfigError, DraftConfig
 from ospec_jax.formats import speculators
 from ospec_jax.formats.eagle3 import LAYER_NAME, LAYOUTS
-from ospec_jax.formats.tensors import DTYPES, write_folder
+from ospec_jax.formats.tensors import DTYPES, check_is_free, write_folder
 from ospec_jax.types import Draft
 
 
@@ -94,8 +94,10 @@ def write(
       max_position: Of the target; servers size their caches by it.
 
     Raises:
-      ConfigError: The draft has no head of its own, or the layout is unknown.
+      ConfigError: The draft has no head of its own, the layout is unknown, or the
+        folder is not empty.
     """
+    check_is_free(folder)
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown format {layout!r}; use {' or '.join(LAYOUTS)}")
     if dtype not in DTYPES:

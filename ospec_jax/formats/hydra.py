@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax.config import ConfigError, HydraConfig, ModelConfig
+from ospec_jax.config.fields import Fields
 from ospec_jax.formats.tensors import DTYPES, read_config, read_tensors
 from ospec_jax.models.weights import WeightsError
 from ospec_jax.types import Draft
@@ -26,6 +27,8 @@ WEIGHTS = "hydra_lm_head.pt"
 _KINDS = ("mlp", "prefix-mlp")
 _LAYER = "prefix_embeding_layer.layers.0."  # as it is spelt
 _EMBEDDING = "input_embed_fn.weight"
+_MOST_HEADS = 64
+"""Far more heads, or blocks, than any public draft has."""
 _IGNORED = ("rotary_emb.inv_freq", "prefix_embeding_layer.embed_tokens.weight")
 
 
@@ -69,7 +72,7 @@ def read(folder: Path, target: ModelConfig) -> ImportedHydra:
         draft=Draft(_to_params(config, tensors), jnp.arange(config.vocab_size)),
         config=config,
         dtype=next((n for n, d in DTYPES.items() if d == dtype), "float32"),
-        verifier=raw.get("base_model_name_or_path"),
+        verifier=Fields(raw, "config.json").text("base_model_name_or_path", None),
         embedding=tensors.get(_EMBEDDING),
     )
 
@@ -83,12 +86,13 @@ def _read_config(folder, raw: dict, target: ModelConfig, tensors) -> HydraConfig
     }
 
     for key, (value, values) in supported.items():
-        if value not in values:
+        if not any(type(value) is type(x) and value == x for x in values):
             raise ConfigError(
                 f"{folder} has {key} {value!r}; only "
                 f"{' and '.join(map(repr, values))} can be read"
             )
 
+    fields = Fields(raw, str(folder / "config.json"))
     gate = tensors.get(f"{_LAYER}mlp.gate_proj.weight")
     return HydraConfig(
         vocab_size=target.vocab_size,
@@ -103,8 +107,8 @@ def _read_config(folder, raw: dict, target: ModelConfig, tensors) -> HydraConfig
         rope_theta=target.rope_theta,
         rms_norm_eps=target.rms_norm_eps,
         rope_scaling=target.rope_scaling,
-        depth=raw["hydra_num_heads"],
-        num_blocks=raw.get("hydra_num_layers", 1),
+        depth=fields.whole("hydra_num_heads", high=_MOST_HEADS),
+        num_blocks=fields.whole("hydra_num_layers", 1, high=_MOST_HEADS),
         has_prefix=kind == "prefix-mlp",
         has_separate_heads=True,
     )
@@ -185,6 +189,11 @@ def _check_tensors(folder: Path, c: HydraConfig, tensors) -> None:
 
     for name, value in tensors.items():
         shape = (shapes | optional)[name]
+        if value.dtype not in DTYPES.values():
+            raise WeightsError(
+                f"{name} of {folder} is stored as {value.dtype}; heads in "
+                f"{', '.join(DTYPES)} can be read"
+            )
         if value.shape != shape:
             raise WeightsError(
                 f"{name} of {folder} has shape {value.shape}, but its config.json and "

@@ -6,7 +6,12 @@ configuration is written as a difference to transformers' `LlamaConfig`, so a mi
 key means that class's default.
 """
 
-from ospec_jax.config import DraftConfig
+import re
+from pathlib import Path
+
+from ospec_jax.config import ConfigError, DraftConfig
+from ospec_jax.config.fields import Fields, read_json
+from ospec_jax.models.hub import KNOWN_MODELS
 
 _LLAMA_DEFAULTS = {
     "vocab_size": 32000,
@@ -27,14 +32,50 @@ def is_config(raw: dict) -> bool:
 
 def verifier_of(raw: dict) -> str | None:
     """The target that a head was trained for."""
-    verifier = (raw.get("speculators_config") or {}).get("verifier") or {}
-    return verifier.get("name_or_path")
+    where = Fields(raw, "config.json").section("speculators_config")
+    return where.section("verifier").text("name_or_path", None)
+
+
+def loadable_name(name: str) -> str:
+    """What a reader of the head can load its target by: a folder here, or a hub id.
+
+    Raises:
+      ConfigError: It is neither, nor a name that stands for one.
+    """
+    if name in KNOWN_MODELS:
+        return KNOWN_MODELS[name].hub_id
+
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return str(path.resolve())
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return name
+
+    raise ConfigError(
+        f"a head in the format speculators names the model that it drafts for, and "
+        f"{name!r} is no name that others can load; pass --target with its hub id "
+        f"(owner/name) or its Hugging Face folder"
+    )
+
+
+def _architectures(verifier: str) -> list[str]:
+    """Of the target: as its own config.json says, else by its name."""
+    file = Path(verifier) / "config.json"
+    if file.is_file():
+        found = Fields(read_json(file), str(file)).items("architectures", str, None)
+        if found:
+            return list(found)
+
+    # Of the families that targets are of, those of Qwen carry it in their names.
+    qwen = re.search(r"qwen-?(2|3)", verifier.lower())
+    return [f"Qwen{qwen[1]}ForCausalLM" if qwen else "LlamaForCausalLM"]
 
 
 def flatten(raw: dict) -> dict:
     """The keys of a flat EAGLE-3 configuration."""
     outer = {k: v for k, v in raw.items() if k != "transformer_layer_config"}
-    return _LLAMA_DEFAULTS | (raw.get("transformer_layer_config") or {}) | outer
+    layer = Fields(raw, "config.json").section("transformer_layer_config").values
+    return _LLAMA_DEFAULTS | layer | outer
 
 
 def layer_config(c: DraftConfig, max_position: int) -> dict:
@@ -85,7 +126,7 @@ def to_config(c: DraftConfig, dtype: str, verifier: str, max_position: int) -> d
             ],
             "verifier": {
                 "name_or_path": verifier,
-                "architectures": ["LlamaForCausalLM"],
+                "architectures": _architectures(verifier),
             },
         },
         "transformer_layer_config": layer_config(c, max_position),

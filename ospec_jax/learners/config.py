@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from ospec_jax.config.base import ConfigError, whole_number
+from ospec_jax.config.base import ConfigError, check_values, whole_number
 from ospec_jax.config.learner import (
     Batches,
     Effort,
@@ -229,7 +229,7 @@ class LearnerConfig(_Parts):
           ConfigError: There is no such learner, or a setting is out of its range.
         """
         settings = dict(settings)
-        name = settings.pop("name")
+        name = settings.pop("name", None)
         settings.pop("rule", None)
         # Guarded promotion once waited for so many windows.
         settings.pop("min_windows", None)
@@ -384,8 +384,13 @@ def _names(config: Any) -> tuple[str, ...]:
 
 
 def _taken(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a part's settings, each of its type."""
     names = _names(cls)
-    return {key: x for key, x in values.items() if key in names}
+    taken = {key: x for key, x in values.items() if key in names}
+    # None is unset in all of them.
+    check_values(cls, {key: x for key, x in taken.items() if x is not None})
+
+    return taken
 
 
 def _kind_of(name: str) -> type[Method]:

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading llama.cpp's GGUF files: configuration, weights and tokenizer."""
-
-from pathlib import Path
-from typing import Any
+"""Reading llama.cpp's GGUF files: configuration and weights."""
 
 import numpy as np
 
 from ospec_jax.config import ConfigError, ModelConfig, Precision
+from ospec_jax.config.fields import Fields
+from ospec_jax.models.gguf_file import GGUFFile
 from ospec_jax.models.smoothing import LayerRanges
 from ospec_jax.models.weights import (
     FAMILIES,
     QK_NORMS,
     QKV_BIASES,
     LayerWeights,
-    WeightsError,
     assemble,
+    check_all_read,
 )
 
 _LAYER_TENSORS = {
@@ -28,51 +27,32 @@ _LAYER_TENSORS = {
     "ffn_up": "up_proj",
     "ffn_down": "down_proj",
 }
-
-
-class GGUFFile:
-    """An opened GGUF file, whose tensors are dequantised one at a time."""
-
-    def __init__(self, path: str | Path):
-        import gguf
-
-        self.path = Path(path)
-
-        try:
-            self._reader = gguf.GGUFReader(str(path))
-            self._fields = {k: f.contents() for k, f in self._reader.fields.items()}
-            self._tensors = {t.name: t for t in self._reader.tensors}
-        except Exception as error:
-            raise WeightsError(
-                f"{path} cannot be read as GGUF ({error}); the file is truncated or "
-                f"not a GGUF file: download it again"
-            ) from error
-
-        self._dequantize = gguf.quants.dequantize
-
-    def __getitem__(self, key: str):
-        return self._fields[key]
-
-    def get(self, key: str, default=None):
-        """A metadata value, or `default`."""
-        return self._fields.get(key, default)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def tensor(self, name: str) -> np.ndarray:
-        """A tensor in float32, `[out, in]` for matrices."""
-        if name not in self._tensors:
-            raise WeightsError(f"{self.path} has no tensor {name!r}")
-
-        tensor = self._tensors[name]
-        array = self._dequantize(tensor.data, tensor.tensor_type)
-        return np.asarray(array, np.float32).reshape(tensor.shape[::-1])
+_KEYS = (
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+)
+"""What is read of a family's metadata. Others that change how attention or positions
+are computed are refused."""
+_COMPUTED = ("attention.", "rope.")
+_NO_SCALING = ("none", "")
 
 
 def read_config(file: GGUFFile) -> ModelConfig:
-    """The architecture that a GGUF file describes."""
-    family = file.get("general.architecture")
+    """The architecture that a GGUF file describes.
+
+    Raises:
+      ConfigError: It is not supported, or the file lacks a value, or one is wrong.
+    """
+    family = file.fields.text("general.architecture")
     if family not in FAMILIES:
         raise ConfigError(
             f"{file.path} holds a {family!r} model; supported architectures: "
@@ -84,26 +64,58 @@ def read_config(file: GGUFFile) -> ModelConfig:
             f"which is not supported in GGUF; load its Hugging Face folder instead"
         )
 
-    def get(key: str, default: Any = None) -> Any:
-        return file.get(f"{family}.{key}", default)
+    fields = Fields(file.fields.values, str(file.path), f"{family}.")
+    fields.refuse_slips(_KEYS)
+    _check_computed(file, fields)
+    heads = fields.whole("attention.head_count")
+    hidden = fields.whole("embedding_length")
+    head_dim = fields.whole("attention.key_length", None) or hidden // heads
 
-    heads = get("attention.head_count")
-    hidden = get("embedding_length")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        found = fields.whole(key, head_dim)
+        if found != head_dim:
+            raise ConfigError(
+                f"{file.path} has {fields.prefix}{key} {found}, and heads of "
+                f"{head_dim}; only the same for both is supported"
+            )
 
     return ModelConfig(
-        vocab_size=len(file["tokenizer.ggml.tokens"]),
+        vocab_size=len(file.fields.items("tokenizer.ggml.tokens", str)),
         hidden_size=hidden,
-        intermediate_size=get("feed_forward_length"),
-        num_layers=get("block_count"),
+        intermediate_size=fields.whole("feed_forward_length"),
+        num_layers=fields.whole("block_count"),
         num_heads=heads,
-        num_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=get("attention.key_length", hidden // heads),
-        rope_theta=float(get("rope.freq_base", 10000.0)),
-        rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
-        max_position=get("context_length"),
+        num_kv_heads=fields.whole("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rope_theta=fields.number("rope.freq_base", 10000.0),
+        rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        max_position=fields.whole("context_length"),
         tie_embeddings="output.weight" not in file,
         **FAMILIES[family],
     )
+
+
+def _check_computed(file: GGUFFile, fields: Fields) -> None:
+    """Refuses settings that would have to be computed with, and are not."""
+    for name, value in fields.values.items():
+        key = name.removeprefix(fields.prefix)
+        is_own = name.startswith(fields.prefix) and key.startswith(_COMPUTED)
+        if not is_own or key in _KEYS:
+            continue
+        if key == "rope.scaling.type" and value in _NO_SCALING:
+            continue
+        if key in ("rope.scale_linear", "rope.scaling.factor") and value == 1:
+            continue
+        if key.startswith("rope.scaling.") and _is_unscaled(fields):
+            continue  # of a scaling that is not done
+        raise ConfigError(
+            f"{file.path} has {name} {value!r:.80}, which is not supported in GGUF; "
+            f"load its Hugging Face folder instead, if that has none or one of llama3's"
+        )
+
+
+def _is_unscaled(fields: Fields) -> bool:
+    return fields.text("rope.scaling.type", None) in _NO_SCALING
 
 
 def unpermute_rotary(kernel: np.ndarray, num_heads: int) -> np.ndarray:
@@ -119,7 +131,16 @@ def load_params(
     precision: Precision,
     ranges: list[LayerRanges] | None = None,
 ) -> dict:
-    """Reads the target's parameters, dequantising and casting tensor by tensor."""
+    """Reads the target's parameters, dequantising and casting tensor by tensor.
+
+    Raises:
+      WeightsError: A tensor is missing, surplus, not finite or of the wrong shape.
+    """
+    read = set()
+
+    def tensor(name: str) -> np.ndarray:
+        read.add(name)
+        return file.tensor(name)
 
     def layer(i: int) -> LayerWeights:
         names = {ours: f"{theirs}.weight" for theirs, ours in _LAYER_TENSORS.items()}
@@ -128,11 +149,13 @@ def load_params(
         if config.has_qk_norm:
             names |= {n: f"attn_{n}.weight" for n in QK_NORMS}
 
-        weights = {ours: file.tensor(f"blk.{i}.{n}") for ours, n in names.items()}
-        if file["general.architecture"] == "llama":
+        weights = {ours: tensor(f"blk.{i}.{n}") for ours, n in names.items()}
+        if file.get("general.architecture") == "llama":
             heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
             for name, count in heads.items():
-                weights[name] = unpermute_rotary(weights[name], count)
+                rows = count * config.head_dim
+                if weights[name].shape == (rows, config.hidden_size):
+                    weights[name] = unpermute_rotary(weights[name], count)
 
         return weights
 
@@ -142,6 +165,9 @@ def load_params(
             "norm": "output_norm.weight",
             "lm_head": "output.weight",
         }
-        return file.tensor(names[name])
+        return tensor(names[name])
 
-    return assemble(config, precision, top, layer, ranges)
+    params = assemble(config, precision, top, layer, ranges)
+    check_all_read(str(file.path), file.tensor_names, read)
+
+    return params

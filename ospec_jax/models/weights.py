@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Assembling target parameters from named tensors, and reading safetensors folders."""
 
-import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from ospec_jax.config import ConfigError, ModelConfig, Precision, RopeScaling
+from ospec_jax.config import (
+    ConfigError,
+    InputError,
+    ModelConfig,
+    Precision,
+    RopeScaling,
+)
+from ospec_jax.config.fields import Fields, read_json
 from ospec_jax.models.quantization import cast_leaf
 from ospec_jax.models.smoothing import LayerRanges, smooth
 
@@ -30,11 +37,39 @@ _FIXED = {
 }
 """Settings of a Hugging Face configuration that only have one supported value."""
 
+_READ = (
+    "attention_bias",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "quantization_config",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+"""Names that a default is taken for where they are missing, or whose lack is told."""
+_UNUSED = re.compile(r".*rotary_emb\.inv_freq|lm_head\.weight|rope_freqs\.weight")
+"""Tensors that some files hold without a need; a tied head is checked to be tied."""
+
 QKV_BIASES = ("q_bias", "k_bias", "v_bias")
 QK_NORMS = ("q_norm", "k_norm")
 
 
-class WeightsError(ValueError):
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of safetensors that hold the weights themselves."""
+
+
+class WeightsError(InputError):
     """Weights that are missing, truncated or of the wrong shape."""
 
 
@@ -109,7 +144,7 @@ def _check_layer(c: ModelConfig, tensors: LayerWeights, i: int) -> None:
         expected |= dict.fromkeys(QK_NORMS, (e,))
 
     for name, shape in expected.items():
-        _check_shape(name, tensors[name], shape, f"layer {i}")
+        _check_tensor(name, tensors[name], shape, f"layer {i}")
 
 
 def _assemble_layer(
@@ -139,74 +174,142 @@ def _assemble_layer(
 
 
 def _put(target, name, value, shape, precision):
-    _check_shape(name, value, shape, "the model")
+    _check_tensor(name, value, shape, "the model")
     target.update(cast_leaf(name, value, precision))
 
 
-def _check_shape(name, value, shape, where):
+def _check_tensor(name, value, shape, where):
     if value.shape != shape:
         raise WeightsError(
             f"{name} of {where} has shape {value.shape}, but the configuration says "
             f"{shape}: the weights belong to another model"
         )
+    if not np.isfinite(value).all():
+        raise WeightsError(
+            f"{name} of {where} holds infinities or NaNs, so that every answer would "
+            f"be nonsense; get another copy of the weights"
+        )
+
+
+def check_all_read(where: str, names: Iterable[str], read: set[str]) -> None:
+    """Refuses weights that hold more than the model that their configuration describes.
+
+    Args:
+      names: Of all tensors.
+      read: Of those that were read.
+
+    Raises:
+      WeightsError: A tensor was left over.
+    """
+    surplus = [n for n in sorted(set(names) - read) if not _UNUSED.fullmatch(n)]
+    if surplus:
+        raise WeightsError(
+            f"{where} has {len(surplus)} tensors that its configuration has no place "
+            f"for, as {', '.join(surplus[:3])}: the configuration is of another model, "
+            f"or of fewer layers"
+        )
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
-    """The architecture in a Hugging Face `config.json` (v4 or v5 names)."""
+    """The architecture in a Hugging Face `config.json` (v4 or v5 names).
+
+    Raises:
+      FileNotFoundError: There is none.
+      ConfigError: It is not supported, or a value is missing or wrong.
+    """
     file = folder / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no config.json: not a model folder")
 
-    raw = json.loads(file.read_text())
-    family = raw.get("model_type")
+    fields = Fields(read_json(file), str(file))
+    family = fields.text("model_type")
     if family not in FAMILIES:
         raise ConfigError(
             f"{file} describes a {family!r} model; supported families: "
             f"{', '.join(FAMILIES)}"
         )
 
-    for key, supported in _FIXED.items():
-        if raw.get(key, supported) != supported:
-            raise ConfigError(
-                f"{file} has {key} {raw[key]!r}; only {supported!r} is supported"
-            )
-
-    theta, scaling = read_rope(raw, str(file))
-    heads = raw["num_attention_heads"]
+    fields.refuse_slips(_READ)
+    _refuse_variants(fields)
+    theta, scaling = read_rope(fields)
+    heads = fields.whole("num_attention_heads")
+    hidden = fields.whole("hidden_size")
 
     return ModelConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_layers=raw["num_hidden_layers"],
+        vocab_size=fields.whole("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.whole("intermediate_size"),
+        num_layers=fields.whole("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads", heads),
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        num_kv_heads=fields.whole("num_key_value_heads", None) or heads,
+        head_dim=fields.whole("head_dim", None) or hidden // heads,
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        max_position=raw.get("max_position_embeddings", 2048),
-        tie_embeddings=raw.get("tie_word_embeddings", False),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        max_position=fields.whole("max_position_embeddings", 2048),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
         **FAMILIES[family],
     )
 
 
-def read_rope(raw: dict, where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of rotary embeddings in a `config.json` (v4 or v5 names)."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ConfigError(f"{where} uses rope type {kind!r}; default and llama3 work")
+def _refuse_variants(fields: Fields) -> None:
+    """Refuses what would have to be computed with, and is not."""
+    for key, supported in _FIXED.items():
+        value = fields.values.get(key)
+        if value is not None and value != supported:
+            raise ConfigError(
+                f"{fields.where} has {key} {value!r:.80}; only {supported!r} is "
+                f"supported"
+            )
 
-    theta = float(raw.get("rope_theta", rope.get("rope_theta", 10000.0)))
+    kinds = fields.items("layer_types", str, None) or ()
+    if other := set(kinds) - {"full_attention"}:
+        raise ConfigError(
+            f"{fields.where} has layers of the type {min(other)!r}; only "
+            f"'full_attention' is supported"
+        )
+
+    quantized = fields.section("quantization_config")
+    if quantized.values:
+        method = quantized.values.get("quant_method", "of no name")
+        raise ConfigError(
+            f"{fields.where} says that its weights are quantised ({method}), which "
+            f"cannot be read; use the folder that they were quantised from (precision "
+            f"int8 quantises it on loading), or a GGUF file"
+        )
+
+
+def read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of rotary embeddings in a `config.json` (v4 or v5 names)."""
+    rope = fields.section("rope_parameters")
+    if not rope.values:
+        rope = fields.section("rope_scaling")
+
+    old_name = rope.text("type", "default")
+    kind = rope.text("rope_type", old_name)
+    if kind not in ("default", "llama3"):
+        raise ConfigError(
+            f"{fields.where} uses rope type {kind!r}; default and llama3 work"
+        )
+
+    partial = {s.values.get("partial_rotary_factor") for s in (fields, rope)}
+    if partial - {None, 1}:
+        raise ConfigError(
+            f"{fields.where} rotates only a part of each head "
+            f"(partial_rotary_factor), which is not supported"
+        )
+
+    # Null is no base; a missing one is in either place.
+    is_nested = "rope_theta" not in fields.values
+    theta = (rope if is_nested else fields).number("rope_theta", 10000.0)
     if kind == "default":
         return theta, None
 
     return theta, RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_position=rope["original_max_position_embeddings"],
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_max_position=rope.whole("original_max_position_embeddings"),
     )
 
 
@@ -216,34 +319,18 @@ def load_hf_params(
     precision: Precision,
     ranges: list[LayerRanges] | None = None,
 ) -> dict:
-    """Reads `*.safetensors` shards (bfloat16, float16 or float32) tensor by tensor."""
-    from safetensors import safe_open
+    """Reads `*.safetensors` shards (bfloat16, float16 or float32) tensor by tensor.
 
-    where = {}
-    handles = []
-
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            handle = safe_open(file, framework="flax")
-        except Exception as error:
-            raise WeightsError(
-                f"{file} cannot be read ({error}): it is truncated or corrupt"
-            ) from error
-        handles.append(handle)
-        where.update(dict.fromkeys(handle.keys(), handle))
-
-    if not where:
-        raise FileNotFoundError(f"{folder} has no *.safetensors weights")
-
-    def tensor(name: str) -> np.ndarray:
-        if name not in where:
-            raise WeightsError(f"{folder} has no tensor {name!r}")
-
-        return np.asarray(where[name].get_tensor(name), np.float32)
+    Raises:
+      FileNotFoundError: There are no weights.
+      WeightsError: A file is corrupt; a tensor is missing, surplus, quantised, not
+        finite, or of the wrong shape.
+    """
+    tensors = SafetensorsFolder(folder)
 
     def top(name: str) -> np.ndarray:
         prefix = "" if name == "lm_head" else "model."
-        return tensor(f"{prefix}{name}.weight")
+        return tensors.read(f"{prefix}{name}.weight")
 
     def layer(i: int) -> LayerWeights:
         parts = {
@@ -259,6 +346,138 @@ def load_hf_params(
         if config.has_qk_norm:
             names |= {n: f"self_attn.{n}.weight" for n in QK_NORMS}
 
-        return {name: tensor(f"model.layers.{i}.{n}") for name, n in names.items()}
+        return {
+            name: tensors.read(f"model.layers.{i}.{n}") for name, n in names.items()
+        }
 
-    return assemble(config, precision, top, layer, ranges)
+    params = assemble(config, precision, top, layer, ranges)
+    check_all_read(str(folder), tensors.names, tensors.read_names)
+    if config.tie_embeddings and "lm_head.weight" in tensors.names:
+        head = tensors.read("lm_head.weight")
+        if not np.array_equal(head, top("embed_tokens")):
+            raise WeightsError(
+                f"{folder} has a head of its own, lm_head.weight, but its config.json "
+                f"says that it is the embedding; set tie_word_embeddings to false if "
+                f"it is not"
+            )
+
+    return params
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face folder, each read when it is asked for.
+
+    Where there is an index, it says which file holds which tensor, and other files are
+    not looked at; else all of them are taken.
+
+    Raises:
+      FileNotFoundError: There are no weights.
+      InputError: A file or the index is corrupt, or the two contradict each other.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.read_names: set[str] = set()
+        self._handles = {}
+
+        index = _read_index(folder)
+        files = index.values() if index else (f.name for f in weight_files(folder))
+        for name in sorted(set(files)):
+            handle = _open_safetensors(folder / name)
+            for tensor in handle.keys():  # noqa: SIM118
+                if index and index.get(tensor) != name:
+                    continue
+                if tensor in self._handles:
+                    raise WeightsError(
+                        f"{folder} has the tensor {tensor!r} in {name} and in another "
+                        f"file, and no model.safetensors.index.json says which counts"
+                    )
+                self._handles[tensor] = handle
+
+        if lost := sorted(set(index) - set(self._handles)):
+            raise WeightsError(
+                f"{index[lost[0]]} of {folder} lacks the tensor {lost[0]!r}, which the "
+                f"index says that it holds; get another copy"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors."""
+        return tuple(self._handles)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in float32.
+
+        Raises:
+          WeightsError: There is none, or it is quantised.
+        """
+        if name not in self._handles:
+            raise WeightsError(f"{self.folder} has no tensor {name!r}")
+
+        handle = self._handles[name]
+        kind = handle.get_slice(name).get_dtype()
+        if kind not in _FLOATS:
+            raise WeightsError(
+                f"{name} of {self.folder} is stored as {kind}, which has scales that "
+                f"cannot be read; use the folder that the weights were quantised from "
+                f"(types {', '.join(_FLOATS)})"
+            )
+
+        self.read_names.add(name)
+        return np.asarray(handle.get_tensor(name), np.float32)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold its weights: those of its index, or all.
+
+    Raises:
+      FileNotFoundError: There are none.
+      InputError: The index is corrupt.
+    """
+    index = _read_index(folder)
+    if index:
+        return sorted({folder / name for name in index.values()})
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no *.safetensors weights")
+
+    # As written by transformers: what lies beside it is of others.
+    whole = folder / "model.safetensors"
+    return [whole] if whole in files else files
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Names of files by tensor; empty where a folder has no index."""
+    file = folder / "model.safetensors.index.json"
+    if not file.exists() or (folder / "model.safetensors").exists():
+        return {}
+
+    where = Fields(read_json(file, WeightsError), str(file), error=WeightsError)
+    index = where.section("weight_map").values
+    if not index:
+        raise WeightsError(f"{file} names no tensors; get another copy")
+
+    for tensor, name in index.items():
+        is_name = isinstance(name, str) and name.endswith(".safetensors")
+        if not is_name or Path(name).name != name:
+            raise WeightsError(
+                f"{file} says that {tensor!r} is in {name!r:.80}, which is no "
+                f"*.safetensors file of the folder"
+            )
+
+    return index
+
+
+def _open_safetensors(file: Path):
+    from safetensors import safe_open
+
+    if not file.is_file():
+        raise WeightsError(f"{file} is missing, which the folder's index names")
+
+    try:
+        return safe_open(file, framework="numpy")
+    except Exception as error:
+        raise WeightsError(
+            f"{file} cannot be read ({error}): it is truncated or corrupt"
+        ) from error

@@ -14,7 +14,6 @@ from ospec_jax.decoding.engine import CAPACITIES, Engine
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.models.hub import Target
-from ospec_jax.models.tokenizer import stop_token_ids
 from ospec_jax.replay.store import Recording, recorded, shard_folders, write_shard
 from ospec_jax.reports.progress import Interrupt, progress_bar
 
@@ -49,7 +48,7 @@ def collect(
         numerics=target.numerics,
         tree=TreeConfig(num_steps=0),
         taps=taps,
-        stop_ids=stop_token_ids(target.tokenizer),
+        stop_ids=target.stop_ids,
     )
     engine = Engine(config, target.params, recording="features")
     limit = capacity - max_new_tokens - engine.num_extra_slots

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ospec_jax import atomic
-from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.config import ConfigError, SamplingConfig, from_dict, naming
+from ospec_jax.config.fields import read_json
 from ospec_jax.data.known import find_known
 from ospec_jax.data.prompts import Prompt, encode
 from ospec_jax.decoding.engine import CAPACITIES
@@ -112,6 +113,7 @@ def read_meta(folder: Path) -> RecordingMeta:
 
     Raises:
       FileNotFoundError: It holds no recording.
+      ConfigError: The record is damaged.
     """
     file = folder / _FILE
     if not file.is_file():
@@ -120,9 +122,11 @@ def read_meta(folder: Path) -> RecordingMeta:
             f"--out {folder}`"
         )
 
-    fields = json.loads(file.read_text())
-    tuples = {name: tuple(fields[name]) for name in ("taps", "order")}
-    return RecordingMeta(**(fields | tuples))
+    with naming(file):
+        try:
+            return from_dict(RecordingMeta, read_json(file))
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
 
 
 def _check_same(folder: Path, found: RecordingMeta, wanted: RecordingMeta) -> None:

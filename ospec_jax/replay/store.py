@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from ospec_jax.config import ConfigError
+from ospec_jax.config.fields import Fields, read_json
 from ospec_jax.learners.base import Segments
 from ospec_jax.types import Feedback
 
 _ARRAYS = ("tokens", "taps", "hidden", "logsumexp")
+_RANKS = {"taps": 2, "hidden": 2, "logsumexp": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +77,66 @@ def recorded(folder: Path) -> tuple[list[str], list[str]]:
     contents = []
 
     for shard in shard_folders(folder):
-        index = json.loads((shard / "index.json").read_text())
+        index = read_index(shard)
         ids += index["ids"]
         contents += _contents(index)
 
     return ids, contents
+
+
+def read_index(shard: Path) -> dict[str, Any]:
+    """What a shard says of its requests: lists with an entry for each of them.
+
+    Raises:
+      ConfigError: It is damaged.
+    """
+    file = shard / "index.json"
+    fields = Fields(read_json(file), str(file))
+    kinds = {"ids": str, "domains": str, "num_prompt": int, "lengths": int}
+    lists = {name: fields.items(name, kind) for name, kind in kinds.items()}
+    if "last_tokens" in fields:
+        lists["last_tokens"] = fields.items("last_tokens", int)
+
+    for name, values in fields.values.items():
+        if not isinstance(values, list) or len(values) != len(lists["ids"]):
+            raise ConfigError(
+                f"{file} has {name} {values!r:.80}; use a list with an entry for each "
+                f"of its {len(lists['ids'])} requests"
+            )
+
+    pairs = zip(lists["num_prompt"], lists["lengths"], strict=True)
+    if any(not 0 < num_prompt <= length for num_prompt, length in pairs):
+        raise ConfigError(f"{file} has a prompt that is longer than its request")
+
+    return fields.values
+
+
+def _open_arrays(shard: Path, length: int) -> dict[str, np.ndarray]:
+    """A shard's arrays of so many tokens, which stay on disk until read."""
+    arrays = {}
+    for name in _ARRAYS:
+        file = shard / f"{name}.npy"
+        try:
+            arrays[name] = np.load(file, mmap_mode="r")
+        except OSError:
+            raise
+        except Exception as error:
+            # A header is Python's text: what is wrong with it may be anything.
+            raise ConfigError(
+                f"{file} cannot be read ({error}): it is truncated or damaged; record "
+                f"into another folder"
+            ) from error
+
+        found = arrays[name]
+        wanted = (np.integer, 1) if name == "tokens" else (np.floating, _RANKS[name])
+        is_good = np.issubdtype(found.dtype, wanted[0]) and found.ndim == wanted[1]
+        if not is_good or len(found) != length:
+            raise ConfigError(
+                f"{file} holds {found.dtype} of the shape {found.shape}, but its index "
+                f"tells of {length} tokens; record into another folder"
+            )
+
+    return arrays
 
 
 def recorded_ids(folder: Path) -> set[str]:
@@ -110,8 +167,8 @@ class FeedbackStore:
     def __init__(self, folder: Path):
         self.entries: list[_Entry] = []
         for shard in shard_folders(folder):
-            index = json.loads((shard / "index.json").read_text())
-            arrays = {n: np.load(shard / f"{n}.npy", mmap_mode="r") for n in _ARRAYS}
+            index = read_index(shard)
+            arrays = _open_arrays(shard, sum(index["lengths"]))
             count = len(index["ids"])
             last = index.get("last_tokens", [-1] * count)
             contents = _contents(index)

@@ -120,7 +120,7 @@ def read_answers(file: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
             rows[-1]["id"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"{file}, line {number}: no answer; move the file away to go on "
                 f"without the answers that it holds"

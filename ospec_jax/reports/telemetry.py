@@ -19,6 +19,8 @@ import optax
 
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError
+from ospec_jax.config.base import is_of_type
+from ospec_jax.config.fields import Fields, parse_json
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.online.trainer import UpdateReport
 from ospec_jax.types import Draft
@@ -35,6 +37,15 @@ _TOLD = (
     "candidate_acceptance",
     "num_samples",
 )
+_DRAWN = (
+    *_TOLD,
+    "acceptance_per_position",
+    "path_length",
+    "running_acceptance_length",
+    "staleness",
+    "stride",
+)
+"""What a plot shows of rows, beside what the learner told."""
 _LEARNED_FROM = ("loss", "agreement", "candidate_agreement")
 _TITLES = {
     "acceptance_per_position": "measured acceptance, by position",
@@ -42,6 +53,26 @@ _TITLES = {
     "candidate_agreement": "agreement among candidates only, by depth",
 }
 """Of panels for which the row's name does not say it all."""
+_ROWS: dict[str, dict[str, Any]] = {
+    "answer": {
+        "number": int,
+        "num_tokens": int,
+        "num_drafts": int,
+        "num_accepted_tokens": int,
+        "acceptance_histogram": list[int] | None,
+        "version": int,
+    },
+    "update": {
+        "number": int,
+        "num_answers": int,
+        "decision": str,
+        "path_length": float,
+        "extra": dict,
+    },
+}
+"""What each row must have to be read back, and to be drawn."""
+_LARGEST = 2**53
+"""Of whole numbers."""
 _WRITERS = ("tensorboardX", "torch.utils.tensorboard", "flax.metrics.tensorboard")
 
 
@@ -275,17 +306,67 @@ def read_rows(file: Path) -> list[dict]:
     if not file.is_file():
         raise FileNotFoundError(f"no telemetry file {file}")
 
-    lines = file.read_text("utf-8").split("\n")
+    try:
+        lines = file.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: no telemetry") from error
+
     rows = []
 
     for number, line in enumerate(lines[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-            assert rows[-1]["kind"] in ("answer", "update")
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ConfigError(f"{file}, line {number}: no row of telemetry") from error
+        where = f"{file}, line {number}"
+        fields = Fields(parse_json(line, where), where)
+        _check_row(fields)
+        rows.append(fields.values)
 
     return rows
+
+
+def _check_row(fields: Fields) -> None:
+    """Refuses what is no row of telemetry.
+
+    Raises:
+      ConfigError: A value is missing, or of another type.
+    """
+    kind = fields.text("kind")
+    if kind not in ("answer", "update"):
+        raise ConfigError(f"{fields.where}: no row of telemetry, but {kind!r:.80}")
+
+    for name, hint in _ROWS[kind].items():
+        value = fields.values.get(name)
+        is_good = _is_number(value) if hint is float else is_of_type(value, hint)
+        if not is_good:
+            raise ConfigError(
+                f"{fields.where}: no row of telemetry: {name} is {value!r:.80}"
+            )
+
+    for name, value in (fields.values | fields.values.get("extra", {})).items():
+        values = value if isinstance(value, list) else [value]
+        # What a later version may add is none of our affair.
+        is_text = isinstance(value, str | dict) and name in fields.values
+        if is_text and name not in _DRAWN:
+            continue
+        if not all(map(_is_number, values)):
+            raise ConfigError(
+                f"{fields.where}: no row of telemetry: {name} is {value!r:.80}, "
+                f"neither a number nor a list of numbers"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number; of a learner that went astray, infinite or NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+
+    return isinstance(value, float) or abs(value) <= _LARGEST
+
+
+def _padded(rows: Sequence[Any], rest: float) -> np.ndarray:
+    """Numbers, or lists of them, as rows of one width."""
+    lists = [np.ravel(np.asarray(row, float)) for row in rows]
+    width = max(map(len, lists), default=0)
+    pad = lambda values: np.pad(values, (0, width - len(values)), constant_values=rest)
+    return np.array([pad(values) for values in lists])
 
 
 def plot_telemetry(rows: list[dict], path: Path) -> Path:
@@ -319,17 +400,14 @@ def plot_telemetry(rows: list[dict], path: Path) -> Path:
     for axes, name in zip(grid.flat, panels, strict=False):
         if name in measured:
             found = [r for r in answers if name in r]
-            width = max((np.size(r[name]) for r in found), default=0)
-            values = [np.ravel(r[name]) for r in found]
+            values = [r[name] for r in found]
             # Chains of suggestions may go deeper in some answers than in others.
-            padded = [np.pad(v, (0, width - len(v))) for v in values]
-            lines = axes.plot([r["number"] for r in found], np.array(padded, float))
+            lines = axes.plot([r["number"] for r in found], _padded(values, 0.0))
         else:
             found = [r for r in updates if name in r or name in r["extra"]]
             values = [r[name] if name in r else r["extra"][name] for r in found]
-            lines = axes.plot(
-                [r["num_answers"] for r in found], np.array(values, float)
-            )
+            steps = [r["num_answers"] for r in found]
+            lines = axes.plot(steps, _padded(values, np.nan))
         if len(lines) > 1:
             # Beside the axes, where it hides no curve.
             axes.legend(

@@ -22,7 +22,6 @@ from ospec_jax.learners.last_layer import LastLayer
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.quantization import cast_params
-from ospec_jax.models.tokenizer import stop_token_ids
 from ospec_jax.online.registry import build_trainer
 from ospec_jax.online.trainer import Trainer
 from ospec_jax.types import Draft
@@ -115,7 +114,7 @@ def assembled(
         numerics=target.numerics,
         tree=plain,
         taps=draft.taps if draft else (),
-        stop_ids=stop_token_ids(target.tokenizer),
+        stop_ids=target.stop_ids,
         has_log_probs=has_log_probs,
         mesh=target.mesh,
     )

@@ -193,7 +193,7 @@ def check_settings(folder: str | Path, meta: Meta, learner: LearnerConfig) -> No
         remedy = f"give Session(learner=...) the same rule {rule!r} again, whose code "
         remedy += "a checkpoint does not hold"
         if not rule:
-            remedy = f"resume with the learner {meta.learner['name']!r}"
+            remedy = f"resume with the learner {meta.learner.get('name')!r}"
         theirs = f"the rule {rule!r}" if rule else "a built-in learner"
         raise CheckpointError(
             f"{folder} was learned with {theirs}, not with {ours}; {remedy}"

@@ -28,16 +28,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from ospec_jax import sharding
 from ospec_jax.config import (
+    ConfigError,
     DraftConfig,
+    InputError,
     Precision,
     TreeConfig,
+    UnforeseenError,
     draft_config_from,
     from_dict,
 )
+from ospec_jax.config.fields import Fields, parse_json
 from ospec_jax.drafters.base import Family, dequantized
 from ospec_jax.drafters.registry import FAMILIES, build_drafter
 from ospec_jax.models import finite
@@ -54,8 +59,12 @@ _REPLACED = ".replaced"
 _ORBAX_PART = ".orbax-checkpoint-tmp"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be read, or belongs to something else."""
+
+
+class BrokenCheckpointError(CheckpointError, UnforeseenError):
+    """No step can be read, for a reason that was not foreseen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,6 +420,7 @@ def load(
     found = steps(path)
     check_present(folder, found)
     failures = []
+    kind = CheckpointError
 
     for number in reversed(found if step is None else [step]):
         try:
@@ -420,7 +430,10 @@ def load(
         except CheckpointError:
             raise  # readable, but not what was asked for
         except Exception as error:
-            failures.append(f"step {number}: {str(error).splitlines()[0][:200]}")
+            # An earlier step may be whole.
+            kind = kind if isinstance(error, InputError) else BrokenCheckpointError
+            said = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            failures.append(f"step {number}: {said}")
             continue
         if failures:
             warnings.warn(
@@ -432,26 +445,31 @@ def load(
             checkpoint.meta.check(target)
         return checkpoint
 
-    raise CheckpointError(f"{folder}: no step can be read ({'; '.join(failures)})")
+    raise kind(f"{folder}: no step can be read ({'; '.join(failures)})")
 
 
 def _load_step(
     path: Path, step: int, learner_like, feedback_like, mesh, own: Family | None
 ) -> Checkpoint:
     with _open(path) as checkpointer:
-        raw = checkpointer.load_checkpointables(step, {"meta": None})["meta"]
-        meta = read_meta(json.loads(str(raw["json"])), own)
+        with _reading_files(path, step):
+            raw = checkpointer.load_checkpointables(step, {"meta": None})["meta"]
+            kept = checkpointer.checkpointables_metadata(step).metadata
+            text = str(raw["json"])
+        meta = read_meta(parse_json(text, f"the record of step {step}"), own)
         draft = Draft(params={})
         if meta.draft is not None:
             like = abstract_draft(meta, own)
+            _check_stored(kept.get("draft"), like)
             wanted = {"draft": _on_devices(like, mesh)}
-            stored = _restore(checkpointer, step, wanted)["draft"]
+            with _reading_files(path, step):
+                stored = _restore(checkpointer, step, wanted)["draft"]
             token_ids = stored.get("token_ids")
             draft = Draft(params=_widen(stored["params"]), token_ids=token_ids)
             _check_finite(draft, f"step {step} of {path}")
+            _check_token_ids(token_ids, meta.draft)
         rest = {}
         likes = {}
-        kept = checkpointer.checkpointables_metadata(step).metadata
         for name, like in (("learner", learner_like), ("feedback", feedback_like)):
             if like is not None:
                 like = like(meta, draft) if callable(like) else like
@@ -459,10 +477,54 @@ def _load_step(
                 if name in kept:  # else Orbax says that it is not there
                     like = older.stored_like(like, kept[name])
                 rest[name] = _on_devices(like, mesh)
-        restored = _restore(checkpointer, step, rest) if rest else {}
+        with _reading_files(path, step):
+            restored = _restore(checkpointer, step, rest) if rest else {}
 
     found = {name: older.brought_up(likes[name], restored[name]) for name in likes}
     return Checkpoint(step, meta, draft, found.get("learner"), found.get("feedback"))
+
+
+@contextlib.contextmanager
+def _reading_files(path: Path, step: int) -> Iterator[None]:
+    """Whatever Orbax says of damaged files, which it has no error of its own for."""
+    try:
+        yield
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(
+            f"the files of step {step} of {path} are damaged, or lack something "
+            f"({said})"
+        ) from error
+
+
+def _check_stored(stored: Any, like: Any) -> None:
+    """Refuses arrays that are not of the shapes that their record gives."""
+    shapes = lambda tree: {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    wanted = shapes(like)
+    found = shapes(stored)
+
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ConfigError(
+                f"the array {name} is stored with the shape {found.get(name)}, but the "
+                f"checkpoint's record gives {wanted.get(name)}"
+            )
+
+
+def _check_token_ids(token_ids: Any, config: DraftConfig) -> None:
+    """Refuses a draft vocabulary that is not of the target's, or not ascending."""
+    if token_ids is None:
+        return
+
+    ids = np.asarray(token_ids)
+    if ids.min() < 0 or ids.max() >= config.vocab_size or np.any(np.diff(ids) <= 0):
+        raise ConfigError(
+            f"the stored draft vocabulary must be ascending ids below "
+            f"{config.vocab_size}"
+        )
 
 
 def _check_finite(draft: Draft, what: str) -> None:
@@ -511,12 +573,16 @@ def read_meta(values: dict, own: Family | None = None) -> Meta:
 
     Args:
       own: See `family_of`.
+
+    Raises:
+      InputError: A value is missing, unknown, or of another type or range.
     """
-    if "depth" in values:  # what older versions called it
+    if isinstance(values, dict) and "depth" in values:  # what older versions called it
         values = {("controller" if k == "depth" else k): v for k, v in values.items()}
 
-    draft = values["draft"]
-    family = family_of(values["family"], own)
+    fields = Fields(values, "the checkpoint's record")
+    draft = fields.section("draft").values if values.get("draft") is not None else None
+    family = family_of(fields.text("family"), own)
     if draft is not None:
         if family.config is None or not issubclass(family.config, DraftConfig):
             raise CheckpointError(
@@ -525,7 +591,16 @@ def read_meta(values: dict, own: Family | None = None) -> Meta:
             )
         draft = draft_config_from(family.config, draft)
 
-    return from_dict(Meta, values | {"draft": draft})
+    meta = from_dict(Meta, values | {"draft": draft})
+    if meta.base and meta.rank < 1:
+        raise ConfigError(
+            f"the checkpoint's record names the base {meta.base!r} of a difference of "
+            f"rank {meta.rank}; its rank must be 1 or more"
+        )
+    if min(meta.draft_version, meta.num_admitted, meta.rank) < 0:
+        raise ConfigError("the checkpoint's record has a count below 0")
+
+    return meta
 
 
 def abstract_draft(meta: Meta, own: Family | None = None) -> dict:

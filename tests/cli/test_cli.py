@@ -145,7 +145,7 @@ def test_generate_answers_a_file(ospec, tree):
 @pytest.mark.parametrize("layout", ["eagle3", "speculators"])
 def test_drafts_move_out_and_back_in(ospec, layout, tmp_path):
     public, again = tmp_path / "public", tmp_path / "again"
-    to = ("--format", layout, "--out")
+    to = ("--format", layout, "--target", ospec.target, "--out")
     assert ospec.run("export", ospec.draft, *to, public) == 0
     assert ospec.run(
         "import", public, "--out", tmp_path / "draft", "--target", ospec.target,

@@ -3,21 +3,24 @@
 
 import dataclasses
 import json
+import re
 import sys
 import types
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import public_heads as heads
 import pytest
 from reference import random_params
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from ospec_jax import Session, load_draft
 from ospec_jax.config import ConfigError, RopeScaling, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.drafters.eagle import eagle3 as build_eagle3
+from ospec_jax.drafters.eagle import eagle3_taps
 from ospec_jax.formats import eagle3, exporting
 from ospec_jax.formats.importing import load_folder
 from ospec_jax.loading import LoadedDraft
@@ -25,7 +28,12 @@ from ospec_jax.models.weights import WeightsError
 from ospec_jax.session.self_check import self_check
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import CheckpointError, Meta
-from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.testing import (
+    tiny_draft,
+    tiny_draft_config,
+    tiny_model_config,
+    tiny_target,
+)
 from ospec_jax.types import Draft, Pairs, SharedTables
 
 VOCAB = 259
@@ -346,3 +354,72 @@ def test_drafts_without_a_place_in_the_format_are_refused(target, tmp_path):
         exporting.write(tmp_path, draft, config, "gguf", "float32", "x")
     with pytest.raises(ConfigError, match="unknown type 'int4'"):
         exporting.write(tmp_path, draft, config, "eagle3", "int4", "x")
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "message"), [(2, "(2, 1, -1)"), (1, "(2, 0, -2)")]
+)
+def test_layers_that_no_target_has_are_refused(num_layers, message, tmp_path):
+    """The usual three of a target that has too few: -1 would be another state."""
+    with pytest.raises(ConfigError, match=re.escape(message) + ".*--taps"):
+        eagle3.read(flat(tmp_path), num_layers)
+
+
+@pytest.mark.parametrize("taps", [(-1, 2, 3), (1, 2, -3)])
+def test_layers_below_the_first_are_refused(target, taps, tmp_path):
+    with pytest.raises(ConfigError, match="--taps"):
+        load_folder(flat(tmp_path), target, taps)
+    with pytest.raises(ConfigError, match="counted from 0"):
+        tiny_draft_config(target.config, taps=taps)
+
+
+def test_a_layer_that_is_read_twice_is_told_of(target, tmp_path):
+    with pytest.warns(UserWarning, match=r"twice: \(2, 2, 1\)"):
+        found, meta = load_folder(flat(tmp_path), target)
+    assert meta.draft.taps == (2, 2, 1)
+
+
+@pytest.mark.parametrize("num_layers", range(1, 40))
+def test_new_drafts_read_each_layer_once(num_layers):
+    taps = eagle3_taps(tiny_model_config(num_layers=num_layers))
+    assert len(taps) == len(set(taps)) == min(num_layers, 3)
+    assert min(taps) >= 0
+    assert max(taps) < num_layers
+
+
+def test_no_file_of_a_head_overrides_another(tmp_path):
+    folder = flat(tmp_path)
+    surplus = {"norm.weight": np.zeros(heads.D, np.float32)}
+    save_file(surplus, folder / "other.safetensors")
+    found = eagle3.read(folder, 4, (1, 2, 3))
+    assert np.any(found.draft.params["norm"]["scale"])
+    (folder / "model.safetensors").rename(folder / "first.safetensors")
+    with pytest.raises(WeightsError, match="'norm.weight' in other.safetensors"):
+        eagle3.read(folder, 4, (1, 2, 3))
+
+
+def test_quantised_heads_are_refused(tmp_path):
+    weights = heads.tensors(VOCAB)
+    weights["fc.weight"] = weights["fc.weight"].astype(ml_dtypes.float8_e4m3fn)
+    folder = heads.write(tmp_path / "head", heads.flat_config(VOCAB), weights)
+    with pytest.raises(WeightsError, match="fc.weight .* stored as F8"):
+        eagle3.read(folder, 4, (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": None},
+        {"hidden_size": "32"},
+        {"rms_norm_eps": float("nan")},
+        {"rope_theta": -1.0},
+        {"eagle_aux_hidden_state_layer_ids": ["1", "2"]},
+        {"eagle_config": 3},
+        {"draft_vocab_size": 10**6},
+        {"norm_before_residual": "no"},
+    ],
+    ids=str,
+)
+def test_values_of_another_type_are_refused(changes, tmp_path):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        eagle3.read(flat(tmp_path, changes=changes), 30)

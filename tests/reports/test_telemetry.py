@@ -209,3 +209,33 @@ def test_a_real_tensorboard_writer_takes_them(tmp_path):
     files = list((tmp_path / "board").glob("events*"))
     assert files
     assert b"expert_weights" in files[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "else"}, "no row of telemetry, but 'else'"),
+        ({"path_length": None}, "path_length is None"),
+        ({"num_answers": "3"}, "num_answers is '3'"),
+        ({"extra": [1]}, "extra is .1."),
+        ({"extra": {"weights": ["a"]}}, "weights is .'a'."),
+        ({"loss": {}}, "loss is {}"),
+        ({"stride": "one"}, "stride is 'one'"),
+    ],
+)
+def test_rows_that_are_none_are_named(tmp_path, changes, message):
+    file = tmp_path / "t.jsonl"
+    row = {"kind": "update", "number": 1, "num_answers": 0, "decision": "wait"}
+    row |= {"path_length": 0.0, "extra": {}}
+    file.write_text(json.dumps(row) + "\n")
+    assert read_rows(file) == [row]
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row | changes) + "\n")
+    with pytest.raises(ConfigError, match=f"t.jsonl, line 2.*{message}"):
+        read_rows(file)
+
+
+def test_lists_of_several_lengths_are_drawn(tmp_path):
+    row = {"kind": "update", "number": 1, "num_answers": 0, "decision": "wait"}
+    row |= {"path_length": 0.0, "stride": 1, "loss": 1.0}
+    rows = [row | {"extra": {"weights": [0.5] * n}} for n in (2, 3)]
+    assert plot_telemetry(rows, tmp_path / "t.png").exists()

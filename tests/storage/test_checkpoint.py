@@ -2,6 +2,7 @@
 """Checkpoints: what comes back, on which devices, and what is refused."""
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.config import ConfigError, TreeConfig, UnforeseenError
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import CheckpointError, Meta
@@ -301,3 +302,51 @@ def test_the_logger_of_others_is_as_it_was(tmp_path):
             assert logger.level == level
     finally:
         logger.setLevel(before)
+
+
+def rewrite_record(folder, **changes):
+    """Changes values of a stored record, as an editor might."""
+    file = folder / "meta" / "_strings.json"
+    strings = json.loads(file.read_text())
+    (name,) = (key for key, value in strings.items() if isinstance(value, str))
+    strings[name] = json.dumps(json.loads(strings[name]) | changes)
+    file.write_text(json.dumps(strings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"draft_version": "3"}, "draft_version is '3'; use a whole number"),
+        ({"answered": [1]}, "answered is .1.*; use a list of which each is text"),
+        ({"storage": "int2"}, "storage is 'int2'"),
+        ({"card": None}, "card is None"),
+        ({"num_admitted": -1}, "a count below 0"),
+        ({"draft": 3}, "has draft 3"),
+        ({"family": None}, "has null for 'family'"),
+    ],
+)
+def test_a_damaged_record_is_named_and_an_earlier_step_taken(
+    made, tmp_path, changes, message
+):
+    draft, meta = made
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, meta, draft)
+    rewrite_record(tmp_path / "2", **changes)
+    with pytest.warns(UserWarning, match=message):
+        assert checkpoint.load(tmp_path).step == 1
+    rewrite_record(tmp_path / "1", **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint.load(tmp_path)
+    assert not isinstance(caught.value, UnforeseenError)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 64}, {"intermediate_size": 10**9}, {"num_heads": 2}]
+)
+def test_arrays_of_other_shapes_than_recorded_are_named(made, tmp_path, changes):
+    """Not padded, nor cut; and nothing of their size is made."""
+    draft, meta = made
+    checkpoint.save(tmp_path, 1, meta, draft)
+    rewrite_record(tmp_path / "1", draft=dataclasses.asdict(meta.draft) | changes)
+    with pytest.raises(CheckpointError, match="is stored with the shape"):
+        checkpoint.load(tmp_path)

@@ -117,3 +117,15 @@ def test_shipped_drafts_are_named(target):
     for name in shipped_drafts():
         with pytest.raises(CheckpointError, match="use a draft of this target"):
             load_draft(f"shipped:{name}", target)
+
+
+def test_differences_that_go_round_in_circles_are_refused(made, tmp_path):
+    draft, meta, other = made
+    change = Draft(low_rank.subtract(other, draft.params, RANK))
+    for name, base in (("a", "b"), ("b", "a"), ("own", "own")):
+        base = str(tmp_path / base)
+        whole = dataclasses.replace(meta, base=base, base_hash="0" * 16, rank=RANK)
+        checkpoint.save(tmp_path / name, 0, whole, change)
+    for name in ("a", "own"):
+        with pytest.raises(CheckpointError, match="is itself, or a difference to it"):
+            restore(tmp_path / name)
