@@ -5,9 +5,10 @@
         target, draft, tree=TreeConfig.auto(depths=(0, 1, 3)), controller=back_off
     )
 
-The rule drafts one depth deeper after a step of which every row accepted all, and one
-shallower after a step of which no row accepted anything. From plain decoding, which
-tells nothing of the draft, it tries the next depth again after a while.
+The rule drafts one depth deeper once it reads of a step of which every row accepted
+all, and one shallower for one of which no row accepted anything. (The host runs one
+step ahead: by then another one was chosen.) From plain decoding, which tells nothing of
+the draft, it tries the next depth again after a while.
 
 What a controller chooses changes the speed, never the tokens: it sees what was accepted
 before, and nothing of the step that it chooses.

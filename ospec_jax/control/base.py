@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ospec_jax.config import TreeConfig, from_dict
+from ospec_jax.config import ConfigError, TreeConfig, from_dict
 
 SUGGESTIONS = -1
 """In place of a drafter's number: suggestions alone, in the state of the first one."""
@@ -28,6 +28,10 @@ class Action:
 
     tree: TreeConfig
     drafter: int = 0
+
+    def __str__(self) -> str:
+        who = "suggestions" if self.drafter == SUGGESTIONS else f"draft {self.drafter}"
+        return f"{self.tree.kind} of depth {self.tree.num_steps} by {who}"
 
 
 class Row(NamedTuple):
@@ -48,7 +52,8 @@ class Outcome(NamedTuple):
     """What one step came to.
 
     Attributes:
-      num_accepted: Draft tokens, of each row that the step did not end.
+      num_accepted: Draft tokens, of each row that the step did not end. How many there
+        were to accept is not said: a drafter may have found fewer than the tree holds.
     """
 
     num_accepted: tuple[int, ...]
@@ -67,7 +72,8 @@ class Controller(NamedTuple):
         two of them share their random numbers: a choice that followed from what one
         had accepted would then bias the other.
       observe: `(state, action, outcome) -> state`. Rows whose numbers may come again
-        are left out of the outcome.
+        are left out of the outcome. The host is one step ahead of what it has read: a
+        step's outcome is observed when the next one has been chosen already.
       set_costs: `(state, seconds) -> state`: told once what a step of each of
         `actions` takes, before the first choice; None if that does not matter.
       has_costs: `state -> bool`: whether it knows them, from a checkpoint.
@@ -127,8 +133,19 @@ class Chooser:
 
     @classmethod
     def start(cls, controller: Controller, num_rows: int) -> "Chooser":
-        """One that has seen nothing."""
-        return cls(controller, controller.init(num_rows))
+        """One that has seen nothing.
+
+        Raises:
+          ConfigError: Its state is none that a checkpoint could keep.
+        """
+        state = controller.init(num_rows)
+        if state is not None and not dataclasses.is_dataclass(state):
+            raise ConfigError(
+                f"the controller's state is {state!r:.60}; use None, or a frozen "
+                f"dataclass of numbers, strings and tuples, which a checkpoint keeps"
+            )
+
+        return cls(controller, state)
 
     @property
     def has_costs(self) -> bool:

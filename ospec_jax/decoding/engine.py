@@ -214,7 +214,7 @@ class Engine:
         if (action, is_greedy) not in self._steps:
             raise ConfigError(
                 f"{action} is not on this engine's menu; a controller chooses among "
-                f"its own actions, here {self.actions}"
+                f"its own actions, here {'; '.join(map(str, self.actions))}"
             )
 
         return self._steps[action, is_greedy]

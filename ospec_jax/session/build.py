@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -121,7 +122,13 @@ def assembled(
     recording = trainer.recording if trainer else "nothing"
     engine = Engine(config, target.params, drafter, recording, menu)
     actions = tuple(action for action in menu if action != long)
-    rule = find_controller(controller, actions)(actions)
+    rule: Any = find_controller(controller, actions)(actions)
+    if not isinstance(rule, Controller):
+        raise ConfigError(
+            f"the rule {getattr(controller, '__name__', controller)!r} returned "
+            f"{type(rule).__name__}; a function from actions to a `Controller` is "
+            f"wanted"
+        )
     if long is not None:
         rule = follow_predictions(rule, long)
     if trainer is None:

@@ -19,6 +19,11 @@ def as_prompt(prompt: Prompt | str | dict, number: int) -> Prompt:
     return parse_prompt(row, f"prompt-{number}")
 
 
+def is_default_name(name: str) -> bool:
+    """Whether a prompt may have been named by its number."""
+    return name.removeprefix("prompt-").isdecimal()
+
+
 def tokenized(
     prompts: Iterable[Prompt],
     tokenizer,

@@ -128,7 +128,10 @@ def resume(
       CheckpointError: There is no such state.
     """
     if learner is None or trainer is None:
-        raise CheckpointError("this session does not learn")
+        raise CheckpointError(
+            f"{folder}: only a session that learns goes on from a checkpoint; give it "
+            f"the same learner, or take the draft alone, with load_draft"
+        )
 
     def learner_like(meta: Meta, draft: Draft):
         check_settings(folder, meta, learner)

@@ -37,7 +37,7 @@ from ospec_jax.models.hub import Target
 from ospec_jax.models.tokenizer import TextStream
 from ospec_jax.online.trainer import Learned, UpdateReport, go_on_from, learn_from
 from ospec_jax.session import arguments, build, resume, warm_up
-from ospec_jax.session.requests import tokenized
+from ospec_jax.session.requests import is_default_name, tokenized
 from ospec_jax.session.result import Result
 from ospec_jax.session.state import SessionState
 from ospec_jax.storage.checkpoint import Meta
@@ -486,7 +486,8 @@ class Session:
         state = self._state
         parsed = list(arguments.as_prompts(prompts, first=self.num_admitted))
         found = find_known(parsed, state.answered, state.contents)
-        found.warn("what was answered before")
+        moved = tuple(name for name in found.moved if not is_default_name(name))
+        dataclasses.replace(found, moved=moved).warn("what was answered before")
         return found.new
 
     def _count_answer(self, prompt: Prompt) -> None:

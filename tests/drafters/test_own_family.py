@@ -22,7 +22,7 @@ def family():
 
 @pytest.fixture(scope="module")
 def target():
-    return tiny_target(16)
+    return tiny_target()
 
 
 def answers(session):
@@ -42,6 +42,16 @@ def test_a_family_of_ones_own_drafts_exactly(target, family, batch_size, ngrams)
     )
     assert answers(session) == answers(Session(target))
     assert session.stats.num_draft_tokens > 0
+
+
+def test_it_is_mixed_by_its_name(target, family):
+    draft = load_draft("fallback:ngram,repeat", target, family=family)
+    assert (draft.family, draft.mix, draft.suggestions) == (family, "fallback", "ngram")
+    session = Session(target, draft, tree=TreeConfig(num_steps=3))
+    assert answers(session) == answers(Session(target))
+    pooled = load_draft("pool:ngram+repeat", target, family=family)
+    assert [member.family.name for member in pooled.members] == ["ngram", "repeat"]
+    assert answers(Session(target, pooled)) == answers(Session(target))
 
 
 def test_its_refusal_reaches_the_user(target, family):
