@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import tyro
 
+from ospec_jax.atomic import InUseError
 from ospec_jax.cli.answer import generate, learn
 from ospec_jax.cli.make import distill, export_draft, import_draft, lower
 from ospec_jax.cli.measure import bench, demo, roofline
-from ospec_jax.cli.outputs import describe_failure
+from ospec_jax.cli.outputs import describe_failure, release
 from ospec_jax.cli.streams import record, replay, stream, telemetry
 from ospec_jax.config import ConfigError
 from ospec_jax.decoding.request import PromptTooLongError
@@ -31,6 +32,7 @@ _USER_ERRORS = (
     checkpoint.CheckpointError,
     FileNotFoundError,
     FloatingPointError,
+    InUseError,
 )
 
 
@@ -84,6 +86,8 @@ def main() -> None:
             console.print("interrupted")
         is_saved = isinstance(interrupt, Interrupted)
         sys.exit(interrupt.exit_code if is_saved else 130)
+    finally:
+        release()
 
 
 def _drop_output() -> None:

@@ -59,6 +59,9 @@ def cast_params(params, precision: Precision):
     return cast
 
 
+_TIMED: tuple[Precision, ...] = ("int8", "float32")
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def _products(x, kernels, numerics):
     for kernel in kernels:
@@ -106,16 +109,26 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
     file = cache_folder / "calibration.json"
     kind = "native" if is_native else "xla"
     key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__} int8 {kind}"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if key not in known:
+    known = _read_calibrations(file)
+    if known.get(key) not in _TIMED:
         times = {
             precision: sum(_time_products(of(precision), rows) for rows in (2, 8))
-            for precision in ("int8", "float32")
+            for precision in _TIMED
         }
         known[key] = min(times, key=times.__getitem__)
-        atomic.write_text(file, json.dumps(known, indent=1))
+        atomic.keep(file, json.dumps(known, indent=1).encode())
 
     return of(known[key])
+
+
+def _read_calibrations(file: Path) -> dict:
+    """What was measured before; nothing where the file is damaged."""
+    try:
+        known = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+    return known if isinstance(known, dict) else {}
 
 
 def _cpu_name() -> str:
