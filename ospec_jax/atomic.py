@@ -4,10 +4,14 @@
 import contextlib
 import itertools
 import os
+import platform
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import filelock
 
 
 @contextlib.contextmanager
@@ -63,6 +67,63 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+class InUseError(RuntimeError):
+    """Another process, or another thread of this one, works on the same."""
+
+
+@contextlib.contextmanager
+def locked(
+    lock: Path, what: object, patience: float = 0.0, on_wait: Callable = print
+) -> Iterator[None]:
+    """Keeps other processes from what a lock file stands for.
+
+    The system releases the lock of a process that ends, however it ends. Where locks
+    are not possible, as on some network drives, nothing is kept from anybody.
+
+    Args:
+      what: Is named to others who want it.
+      patience: Seconds to wait for who holds it.
+      on_wait: Called with a line about that one before waiting.
+
+    Raises:
+      InUseError: It is held for longer.
+    """
+    holder = lock.with_name(f"{lock.name}-holder")
+    guard = filelock.FileLock(lock)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            guard.acquire(timeout=0)
+        except filelock.Timeout:
+            if patience > 0:
+                on_wait(f"waiting for {what}, which is used by {_read_holder(holder)}")
+            guard.acquire(timeout=patience)
+    except filelock.Timeout:
+        raise InUseError(
+            f"{what} is used by {_read_holder(holder)}; wait until that ends, or use "
+            f"another place"
+        ) from None
+    except (OSError, NotImplementedError):
+        yield
+        return
+
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        keep(holder, f"{os.getpid()} on {platform.node()}, since {since}".encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            holder.unlink()
+        guard.release()
+
+
+def _read_holder(holder: Path) -> str:
+    try:
+        return f"process {holder.read_text()}"
+    except (OSError, ValueError):
+        return "another process"
+
+
 def set_aside(file: Path) -> Path | None:
     """Gives what a file holds another name, `FILE.before`, or `FILE.before-2`, ...
 
@@ -92,6 +153,16 @@ def write_bytes(file: Path, content: bytes | bytearray) -> None:
     """Writes bytes in place of what `file` held."""
     with replacing(file) as part:
         part.write_bytes(content)
+
+
+def keep(file: Path, content: bytes) -> bool:
+    """Writes what can be made again, if there is a place for it; tells whether."""
+    try:
+        write_bytes(file, content)
+    except OSError:
+        return False
+
+    return True
 
 
 def write_figure(figure, file: Path) -> Path:

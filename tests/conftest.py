@@ -8,13 +8,8 @@ import jax
 import pytest
 
 from ospec_jax.decoding.engine import forget_programs
-from ospec_jax.models.hub import cache_folder, enable_compilation_cache
+from ospec_jax.models.hub import enable_compilation_cache
 
-# A folder for each worker: jax writes programs in place, and one that is read while
-# another process writes it ends the reader.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    folder = cache_folder() / "compilations" / worker
-    jax.config.update("jax_compilation_cache_dir", str(folder))
 enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

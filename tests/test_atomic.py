@@ -2,6 +2,8 @@
 """Result files: whole or as before."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,41 @@ def test_what_is_set_aside_is_never_written_over(tmp_path):
     assert [place.name for place in names] == ["lines.before", "lines.before-2"]
     assert [place.read_text() for place in names] == ["one", "two"]
     assert not file.exists()
+
+
+def test_a_lock_tells_who_holds_it_and_ends_with_its_process(tmp_path):
+    lock = tmp_path / "deep" / ".lock"
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from ospec_jax import atomic\n"
+        "with atomic.locked(Path(sys.argv[1]), 'it'):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", code, str(lock)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        told = []
+        message = f"it is used by process {process.pid} on .*; wait until that ends"
+        with (
+            pytest.raises(atomic.InUseError, match=message),
+            atomic.locked(lock, "it", 0.01, told.append),
+        ):
+            pass
+        assert f"waiting for it, which is used by process {process.pid}" in told[0]
+        process.kill()
+    with atomic.locked(lock, "it"):
+        pass
+
+
+def test_where_no_lock_can_be_nothing_is_kept_from_anybody(tmp_path):
+    (tmp_path / "file").touch()
+    with atomic.locked(tmp_path / "file" / ".lock", "it"):
+        pass
+
+
+def test_what_can_be_made_again_need_not_be_kept(tmp_path):
+    assert atomic.keep(tmp_path / "a", b"content")
+    assert not atomic.keep(tmp_path / "a" / "b", b"content")

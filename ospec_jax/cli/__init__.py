@@ -11,11 +11,12 @@ from collections.abc import Callable
 import tyro
 
 import ospec_jax
+from ospec_jax.atomic import InUseError
 from ospec_jax.cli.answer import generate, learn
 from ospec_jax.cli.helping import summary_of, with_plain_help
 from ospec_jax.cli.make import distill, export_draft, import_draft, lower
 from ospec_jax.cli.measure import bench, demo, roofline
-from ospec_jax.cli.outputs import describe_failure
+from ospec_jax.cli.outputs import describe_failure, release
 from ospec_jax.cli.streams import record, replay, stream, telemetry
 from ospec_jax.config import InputError
 from ospec_jax.drafters.combine import MIXES
@@ -27,7 +28,7 @@ from ospec_jax.storage import checkpoint
 _CONFIG = (tyro.conf.DisallowNone,)
 """What is not given is None; nobody types that."""
 
-_USER_ERRORS = (InputError, FileNotFoundError, FloatingPointError)
+_USER_ERRORS = (InputError, InUseError, FileNotFoundError, FloatingPointError)
 
 
 def drafters() -> None:
@@ -99,6 +100,8 @@ def main() -> None:
             say("interrupted")
         is_saved = isinstance(interrupt, Interrupted)
         sys.exit(interrupt.exit_code if is_saved else 130)
+    finally:
+        release()
 
 
 def _drop_output() -> None:

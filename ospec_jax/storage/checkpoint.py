@@ -18,6 +18,7 @@ alone, since someone may be reading.
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import logging
 import shutil
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from ospec_jax import sharding
+from ospec_jax import atomic, sharding
 from ospec_jax.config import (
     ConfigError,
     DraftConfig,
@@ -56,6 +57,8 @@ from ospec_jax.typing import short_repr
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 _WRITING = ".writing"
 _REPLACED = ".replaced"
+_PATIENCE = 300.0
+"""Seconds to wait for another one's save, which takes a few."""
 _ORBAX_PART = ".orbax-checkpoint-tmp"
 
 
@@ -226,7 +229,7 @@ def save(
 
     path = Path(folder).resolve()
 
-    with _open(path, num_kept) as checkpointer:
+    with _alone(path), _open(path, num_kept) as checkpointer:
         found = sorted(c.step for c in checkpointer.checkpoints)
         newest = max(found, default=step)
         if newest > step:
@@ -308,6 +311,21 @@ def _sweep(path: Path) -> None:
     _wait_for_all()
 
 
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Lets one session at a time write into a folder: each sweeps up what seems left.
+
+    Processes that work together write together, behind the first one's lock.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+
+    wait = lambda line: warnings.warn(line, stacklevel=5)
+    with atomic.locked(path / ".save.lock", path, _PATIENCE, wait):
+        yield
+
+
 def _wait_for_all() -> None:
     """A barrier of all processes, before which only the first one renames."""
     if jax.process_count() > 1:
@@ -379,13 +397,27 @@ def check_present(folder: str | Path, found: list[int] | None = None) -> None:
 def set_aside(folder: str | Path, last: int) -> None:
     """Renames the steps behind `last`, which could not be read, so that a run that goes
     on from there may save."""
+    with _alone(Path(folder)):
+        _set_aside(folder, last)
+
+
+def _set_aside(folder: str | Path, last: int) -> None:
     found = steps(folder)
     # Else what a renamed step had replaced would come back in its place.
     _sweep(Path(folder))
     for step in found:
         if step > last and jax.process_index() == 0:
             old = Path(folder) / str(step)
-            old.rename(old.with_name(f"{step}.unreadable"))
+            old.rename(_free_name(old.with_name(f"{step}.unreadable")))
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with a number behind it where something has that name."""
+    if not path.exists():
+        return path
+
+    numbered = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return next(place for place in numbered if not place.exists())
 
 
 def load(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import test_cli
 
+from ospec_jax import atomic
 from ospec_jax.cli import answer
 from ospec_jax.cli.outputs import check_outputs, run_then
 from ospec_jax.config import ConfigError
@@ -256,6 +257,30 @@ def test_recording_keeps_every_complete_answer(ospec, tmp_path, monkeypatch):
     assert ospec("record", *args) == 0
     assert kept < recorded_ids(tmp_path)
     assert len(recorded_ids(tmp_path)) == 8
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("learn", "--checkpoint"),
+        ("distill", "--out"),
+        ("distill", "--out", "other", "--data"),
+        ("record", "--out"),
+    ],
+    ids=" ".join,
+)
+def test_a_second_run_on_a_folder_hears_who_holds_it(
+    ospec, tmp_path, monkeypatch, capsys, args
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    with atomic.locked(folder / ".lock", folder):
+        assert ospec(*args, folder, "--prompts", ospec.prompts) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"is used by process {os.getpid()} on" in printed
+    # What a command held before it failed is free again.
+    with atomic.locked(tmp_path / "other" / ".lock", "other"):
+        pass
 
 
 def test_output_that_nobody_reads_any_more_is_no_failure():

@@ -181,3 +181,27 @@ def test_only_whole_vectors_of_float32_are_attended_to():
     assert not native.can_attend(queries, keys[..., :70])
     assert not native.can_attend(queries[..., :24], keys)
     assert not native.can_attend(queries, keys.astype(np.float16))
+
+
+def test_a_damaged_library_is_built_again_not_loaded(tmp_path, monkeypatch):
+    built = []
+    compile = native._run
+    monkeypatch.setattr(native, "_run", lambda *a: (built.append(a), compile(*a))[1])
+    native._load(tmp_path)
+    (library,) = (tmp_path / "native").iterdir()
+    content = library.read_bytes()
+    num_runs = len(built)
+    native._load(tmp_path)
+    assert len(built) == num_runs + 1  # that asks the compiler's version
+    # Loading half of one would end this process. The file of the one that is loaded
+    # stays as it is: another takes its name.
+    library.unlink()
+    library.write_bytes(content[: len(content) // 2])
+    native._load(tmp_path)
+    assert len(built) == num_runs + 3
+    assert [p.read_bytes() for p in (tmp_path / "native").iterdir()] == [content]
+
+
+def test_a_library_that_cannot_be_kept_is_used_all_the_same(tmp_path):
+    (tmp_path / "native").touch()
+    assert native._load(tmp_path)

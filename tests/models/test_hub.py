@@ -2,15 +2,18 @@
 """Where targets come from, and what loading them leaves as it was."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import zipfile
 
 import jax
+import numpy as np
 import pytest
 
-from ospec_jax.models import hub
+from ospec_jax import atomic
+from ospec_jax.models import hub, quantization
 from ospec_jax.models.tokenizer import quiet_import
 from ospec_jax.models.weights import WeightsError
 
@@ -75,6 +78,77 @@ def test_other_weights_than_those_known_are_refused(index, tmp_path, monkeypatch
     with pytest.raises(WeightsError, match="expected 000.*try again, or pass"):
         hub.resolve("tiny")
     assert not list((tmp_path / "cache" / "models").iterdir())
+
+
+def test_two_first_downloads_wait_for_each_other(index, tmp_path, monkeypatch):
+    known_model(monkeypatch, hashlib.sha256(WEIGHTS).hexdigest())
+    monkeypatch.setattr(hub, "_DOWNLOAD_SECONDS", 0.01)
+    lock = tmp_path / "cache" / "locks" / "tiny"
+    with (
+        atomic.locked(lock, "the first"),
+        pytest.raises(atomic.InUseError, match="download of tiny is used by process"),
+    ):
+        hub.resolve("tiny")
+    assert hub.resolve("tiny").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("value", ["", " ", "~/elsewhere", None])
+def test_the_cache_lies_where_users_expect_it(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("OSPEC_CACHE_DIR", raising=False)
+    if value is not None:
+        monkeypatch.setenv("OSPEC_CACHE_DIR", value)
+    own = value and value.strip()
+    expected = tmp_path / ("elsewhere" if own else ".cache/ospec_jax")
+    assert hub.cache_folder() == expected
+    assert expected.is_dir()
+
+
+def test_a_cache_that_cannot_be_made_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OSPEC_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="nothing is kept for later runs"):
+        folder = hub.cache_folder()
+    assert folder.is_dir()
+    assert hub.cache_folder() == folder  # and is not said again
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"half", b"[1]", b'{"a'])
+def test_a_damaged_calibration_is_measured_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(quantization.native, "is_available", lambda folder: False)
+    monkeypatch.setattr(quantization, "_time_products", lambda numerics, rows: 1.0)
+    file = tmp_path / "calibration.json"
+    if damage is not None:
+        file.write_bytes(damage)
+    found = quantization.calibrated_numerics(tmp_path, None).precision
+    assert json.loads(file.read_text()).popitem()[1] == found == "int8"
+
+    # Nor is a precision believed that there is not.
+    file.write_text(file.read_text().replace('int8"', 'int3"'))
+    assert quantization.calibrated_numerics(tmp_path, None).precision == "int8"
+    nowhere = tmp_path / "calibration.json"  # a file, in which none can lie
+    assert quantization.calibrated_numerics(nowhere, None).precision == "int8"
+
+
+def test_damaged_ranges_are_measured_again(tmp_path):
+    file = tmp_path / "ranges.npz"
+    names = ("a", "b")
+    read = lambda: hub._read_ranges(file, names, 2)
+    assert read() is None
+    np.savez(file, a=np.ones((2, 3)), b=np.ones((2, 4)))
+    whole = read()
+    assert whole is not None
+    np.testing.assert_array_equal(whole["b"], np.ones((2, 4)))
+    content = file.read_bytes()
+    for size in (0, 10, len(content) // 2, len(content) - 30):
+        file.write_bytes(content[:size])
+        assert read() is None
+    np.savez(file, a=np.ones((2, 3)))
+    assert read() is None
+    np.savez(file, a=np.ones((2, 3)), b=np.full((2, 4), np.nan))
+    assert read() is None
+    np.savez(file, a=np.ones((1, 3)), b=np.ones((1, 4)))
+    assert read() is None
 
 
 @pytest.fixture

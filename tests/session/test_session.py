@@ -24,6 +24,7 @@ from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models import finite
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import resume
+from ospec_jax.session import session as session_module
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import CheckpointError, Meta
 from ospec_jax.testing import byte_tokenizer, tiny_draft, tiny_draft_config, tiny_target
@@ -826,6 +827,16 @@ def test_a_checkpoint_without_contents_knows_prompts_by_name(target, draft, tmp_
         left = [prompt.id for prompt in resumed.unanswered(rows)]
     assert left[0].startswith("b-")
     assert left[1:] == ["c"]
+
+
+def test_a_session_that_serves_for_long_forgets_old_reports(target, draft, monkeypatch):
+    monkeypatch.setattr(session_module, "_MAX_REPORTS", 2)
+    session = Session(target, draft, learner=LEARNER)
+    told = []
+    session.on_update = lambda report, *_: told.append(report)
+    answers(session)
+    assert len(told) > 2
+    assert session.reports == told[-2:]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ospec_jax import atomic
 from ospec_jax.config import ConfigError, TreeConfig, UnforeseenError
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.storage import checkpoint
@@ -33,6 +34,11 @@ def made(target):
     config = tiny_draft_config(target.config)
     draft = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
     return draft, Meta.create(target, config, card={"history": [{"step": 1}]})
+
+
+def names_in(folder):
+    """What lies in a folder, but for locks."""
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
@@ -134,7 +140,7 @@ def test_a_save_killed_anywhere_leaves_the_old_step_or_the_new(
     checkpoint.save(tmp_path, 3, meta, changed(2))
     found = checkpoint.load(tmp_path).draft
     jax.tree.map(np.testing.assert_array_equal, found, changed(2))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+    assert names_in(tmp_path) == ["2", "3"]
 
 
 def test_loading_removes_no_leftovers_and_a_set_aside_step_stays_away(made, tmp_path):
@@ -144,9 +150,13 @@ def test_loading_removes_no_leftovers_and_a_set_aside_step_stays_away(made, tmp_
     for name in ("2.replaced", "2.writing", "2.orbax-checkpoint-tmp-9"):
         shutil.copytree(tmp_path / "2", tmp_path / name)
     checkpoint.load(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 5
-    checkpoint.set_aside(tmp_path, 1)
-    assert checkpoint.steps(tmp_path) == [1]
+    assert len(names_in(tmp_path)) == 5
+    for name in ("2.unreadable", "2.unreadable-2"):
+        checkpoint.set_aside(tmp_path, 1)
+        assert checkpoint.steps(tmp_path) == [1]
+        assert (tmp_path / name).is_dir()
+        # It may be written again, and be unreadable again.
+        checkpoint.save(tmp_path, 2, meta, draft)
 
 
 def test_a_reader_may_give_the_step_its_name_back_within_the_swap(
@@ -205,7 +215,7 @@ def test_a_save_that_is_really_killed_loses_nothing(made, tmp_path):
     found = checkpoint.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, found.draft, draft)
     checkpoint.save(tmp_path, 3, meta, draft)
-    assert [p.name for p in tmp_path.iterdir()] == ["3"]
+    assert names_in(tmp_path) == ["3"]
 
 
 def test_corrupt_step_falls_back_to_the_one_before_and_says_so(target, made, tmp_path):
@@ -350,3 +360,16 @@ def test_arrays_of_other_shapes_than_recorded_are_named(made, tmp_path, changes)
     rewrite_record(tmp_path / "1", draft=dataclasses.asdict(meta.draft) | changes)
     with pytest.raises(CheckpointError, match="is stored with the shape"):
         checkpoint.load(tmp_path)
+
+
+def test_a_save_waits_for_another_one_and_tells_whose(made, tmp_path, monkeypatch):
+    draft, meta = made
+    monkeypatch.setattr(checkpoint, "_PATIENCE", 0.01)
+    message = f"used by process {os.getpid()} on "
+    with (
+        atomic.locked(tmp_path / ".save.lock", "held"),
+        pytest.warns(UserWarning, match=message),
+        pytest.raises(atomic.InUseError, match=message),
+    ):
+        checkpoint.save(tmp_path, 3, meta, draft)
+    assert checkpoint.save(tmp_path, 3, meta, draft).is_dir()
