@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ospec_jax.bench.harness import BenchRun, ModeRun, Turns
-from ospec_jax.data.prompts import encode
+from ospec_jax.data.templates import encode
 from ospec_jax.decoding.engine import PREFILL_CHUNK
 from ospec_jax.decoding.reference import is_tie
 from ospec_jax.decoding.stats import repeated_share

@@ -4,12 +4,26 @@
 import dataclasses
 import importlib.resources
 import json
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError
 
+_KEYS = {
+    "id",
+    "prompt",
+    "messages",
+    "domain",
+    "prediction",
+    "prediction_confidence",
+    "seed",
+    "choice",
+}
 DEMO_DOMAINS = ("math", "html", "yaml")
 """The demo's stream: one domain that the shipped draft knows, then two it does not."""
 
@@ -170,7 +184,7 @@ def add_predictions(
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Reads a JSONL file.
+    """Reads a JSONL file; `-` is standard input.
 
     Raises:
       FileNotFoundError: There is no such file.
@@ -178,22 +192,29 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         the line.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    is_input = str(path) == "-"
+    if not is_input and not path.is_file():
         raise FileNotFoundError(f"no prompt file {path}")
 
     try:
-        lines = path.read_text("utf-8").split("\n")
+        content = sys.stdin.buffer.read() if is_input else path.read_bytes()
+        # Some editors put a mark of its encoding in front of a file.
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text; convert it") from error
 
     prompts = []
     seen = {}
+    unread = Counter()
+    name = "stdin" if is_input else path.stem
 
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            prompt = parse_prompt(json.loads(line), f"{path.stem}-{number}")
+            row = _parse_line(line)
+            prompt = parse_prompt(row, f"{name}-{number}")
+            unread.update(row.keys() - _KEYS)
             if prompt.id in seen:
                 raise ConfigError(f"id {prompt.id!r} stands in line {seen[prompt.id]}")
         except (ValueError, RecursionError) as error:
@@ -203,8 +224,36 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
     if not prompts:
         raise ConfigError(f"{path} holds no prompts")
+    if unread:
+        counts = ", ".join(f"{key!r} ({count})" for key, count in unread.most_common(9))
+        warnings.warn(
+            f"{path}: keys of rows that are not read, and in how many: {counts}; those "
+            f"that are read are {', '.join(sorted(_KEYS))}",
+            stacklevel=2,
+        )
 
     return prompts
+
+
+def _parse_line(line: str) -> Any:
+    """One row, as JSON."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{error}; each line is a row of JSON, like "
+            f'{{"prompt": "..."}}; a text alone is asked with --prompt'
+        ) from error
+
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"it has {error.object[error.start]!a}, half of a surrogate pair, which is "
+            f"no character; write both halves, or the character itself"
+        ) from error
+
+    return row
 
 
 def write_prompts(path: str | Path, prompts: Sequence[Prompt]) -> None:
@@ -246,14 +295,3 @@ def encode_prediction(prompt: Prompt, tokenizer) -> tuple[int, ...]:
     ids = tokenizer.encode(prompt.prediction, add_special_tokens=False)
     end = tokenizer.eos_token_id
     return (*ids, end) if end is not None else tuple(ids)
-
-
-def encode(prompt: Prompt, tokenizer, is_raw: bool = False) -> tuple[int, ...]:
-    """Token ids, through the chat template unless raw or there is none."""
-    if is_raw or not tokenizer.chat_template:
-        return tuple(tokenizer.encode(prompt.text))
-
-    text = tokenizer.apply_chat_template(
-        list(prompt.messages), add_generation_prompt=True, tokenize=False
-    )
-    return tuple(tokenizer.encode(text, add_special_tokens=False))

@@ -9,7 +9,8 @@ import numpy as np
 
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.data.known import content_hash, find_known
-from ospec_jax.data.prompts import Prompt, encode
+from ospec_jax.data.prompts import Prompt
+from ospec_jax.data.templates import encode
 from ospec_jax.decoding.engine import CAPACITIES, Engine
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.step import StepConfig

@@ -14,7 +14,8 @@ from ospec_jax import atomic
 from ospec_jax.config import ConfigError, SamplingConfig, from_dict, naming
 from ospec_jax.config.fields import read_json
 from ospec_jax.data.known import find_known
-from ospec_jax.data.prompts import Prompt, encode
+from ospec_jax.data.prompts import Prompt
+from ospec_jax.data.templates import encode
 from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.models.hub import Target
 from ospec_jax.replay.collect import collect

@@ -67,8 +67,23 @@ def write_shard(folder: Path, number: int, recordings: Sequence[Recording]) -> N
 
 
 def shard_folders(folder: Path) -> list[Path]:
-    """Complete shards, in order."""
-    return sorted(p for p in folder.glob("shard_?????") if (p / "index.json").exists())
+    """Shards, in order.
+
+    Raises:
+      ConfigError: Some are missing, or have lost their index.
+    """
+    shards = sorted(folder.glob("shard_?????"))
+    names = [f"shard_{i:05d}" for i in range(len(shards))]
+    found = [p.name for p in shards if (p / "index.json").exists()]
+    if found != names:
+        wrong = sorted({*names, *(p.name for p in shards)} - ({*names} & {*found}))
+        raise ConfigError(
+            f"{folder} lacks a part of its recording, at {', '.join(wrong[:3])}: a "
+            f"shard is missing or has no index.json; get it back, or record into "
+            f"another folder"
+        )
+
+    return shards
 
 
 def recorded(folder: Path) -> tuple[list[str], list[str]]:

@@ -5,7 +5,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 
 from ospec_jax.config import SamplingConfig
-from ospec_jax.data.prompts import Prompt, encode, encode_prediction, parse_prompt
+from ospec_jax.data.prompts import Prompt, encode_prediction, parse_prompt
+from ospec_jax.data.templates import encode
 from ospec_jax.decoding.request import Request, StopPoint
 from ospec_jax.models.tokenizer import first_stop
 

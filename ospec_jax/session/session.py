@@ -27,7 +27,8 @@ from ospec_jax.config import (
 from ospec_jax.control.base import Chooser
 from ospec_jax.control.registry import BuildController
 from ospec_jax.data.known import content_hash, find_known
-from ospec_jax.data.prompts import Prompt, encode, parse_prompt
+from ospec_jax.data.prompts import Prompt, parse_prompt
+from ospec_jax.data.templates import encode
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.drafters.base import Family

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt files: what is read, what is refused and where."""
 
+import io
+
 import pytest
 
 from ospec_jax.config import ConfigError
@@ -8,12 +10,12 @@ from ospec_jax.data.prompts import (
     DEMO_DOMAINS,
     add_predictions,
     demo_prompts,
-    encode,
     encode_prediction,
     parse_prompt,
     read_prediction,
     read_prompts,
 )
+from ospec_jax.data.templates import encode
 from ospec_jax.testing import byte_tokenizer
 
 
@@ -34,6 +36,10 @@ def test_prompts_and_messages_are_read(tmp_path):
     [
         ('{"prompt": "a"}\n{"prompt": ', "line 2"),
         ('{"question": "a"}', "needs `prompt`"),
+        ("What is it?", "line 1: .* each line is a row of JSON.*--prompt"),
+        ('{"prompt": "a\\ud800b"}', r"line 1: it has '.ud800', half of a surrogate"),
+        ('{"id": "\\udfff", "prompt": "a"}', "half of a surrogate"),
+        ("[" * 100_000, "line 1: maximum recursion depth"),
         (
             '{"prompt": "a", "prediction": 3}',
             "prediction is a int; it must be the text",
@@ -69,6 +75,40 @@ def test_unicode_line_separators_do_not_end_a_row(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "one\u2028still one\u0085"}\n', "utf-8")
     assert len(read_prompts(file)) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "b"}',
+        b'{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n',
+        b'\n\n{"prompt": "a"}\n   \n{"prompt": "b"}',
+    ],
+    ids=["mark of the encoding", "carriage returns", "blank lines"],
+)
+def test_files_of_all_editors_are_read(tmp_path, content):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(content)
+    assert [prompt.text for prompt in read_prompts(file)] == ["a", "b"]
+
+
+def test_standard_input_is_read(monkeypatch):
+    content = io.TextIOWrapper(io.BytesIO(b'{"prompt": "a"}\n'))
+    monkeypatch.setattr("sys.stdin", content)
+    (prompt,) = read_prompts("-")
+    assert (prompt.id, prompt.text) == ("stdin-1", "a")
+
+
+def test_keys_that_are_not_read_are_named(tmp_path):
+    file = tmp_path / "p.jsonl"
+    rows = (
+        '{"prompt": "a", "predicton": "b"}\n{"prompt": "b", "meta": 1, "predicton": 2}'
+    )
+    file.write_text(rows)
+    with pytest.warns(
+        UserWarning, match=r"'predicton' \(2\), 'meta' \(1\).*prediction"
+    ):
+        assert len(read_prompts(file)) == 2
 
 
 def test_missing_file():

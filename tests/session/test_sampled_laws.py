@@ -13,7 +13,8 @@ from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.control.base import Action, Chooser
 from ospec_jax.control.depth import most_tokens_a_second
-from ospec_jax.data.prompts import encode, parse_prompt
+from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.data.templates import encode
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig

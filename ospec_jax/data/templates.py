@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat templates: programs that come with a model, and may say no, or never end.
+
+They run in Jinja's sandbox, as transformers has it. It keeps them from everything but
+their own text; here they are kept from taking for ever, too.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ospec_jax.config import ConfigError
+from ospec_jax.data.prompts import Prompt
+
+_MAX_LINES = 200_000
+"""Lines of a compiled template that one prompt may run: a second's worth, a
+thousand times what templates in use take."""
+_MAX_CHARACTERS = 16_000_000
+"""Of one variable."""
+_FILE = "<template>"
+"""What Jinja compiles a template as that was no file."""
+
+
+class _TooMuchError(Exception):
+    """A template went beyond a limit."""
+
+
+def encode(prompt: Prompt, tokenizer: Any, is_raw: bool = False) -> tuple[int, ...]:
+    """Token ids, through the chat template unless raw or there is none.
+
+    Raises:
+      ConfigError: The template refuses the prompt, or there are turns and no template.
+    """
+    if not is_raw and tokenizer.chat_template:
+        text = _render(prompt, tokenizer)
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    if prompt.messages[:-1]:
+        why = "it is asked for raw" if is_raw else "the model has no chat template"
+        raise ConfigError(
+            f"the prompt {prompt.id!r} has {len(prompt.messages)} turns, but {why}: "
+            f"nothing says how they are put together; give one text as `prompt`"
+        )
+
+    return tuple(tokenizer.encode(prompt.text))
+
+
+def _render(prompt: Prompt, tokenizer: Any) -> str:
+    try:
+        with _bounded():
+            return tokenizer.apply_chat_template(
+                list(prompt.messages), add_generation_prompt=True, tokenize=False
+            )
+    except Exception as error:
+        # What a template does is up to its author: anything may come of it.
+        said = str(error) or type(error).__name__
+        raise ConfigError(
+            f"the prompt {prompt.id!r}: the model's chat template refuses it: {said}; "
+            f"change its turns (some models know no system turn, or want turns in "
+            f"alternation), or pass the text raw"
+        ) from error
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Raises within a template that runs too many lines, or makes too long a text.
+
+    Python's own tracing tells of each line; only those of templates are looked at. One
+    line's work is not bounded.
+    """
+    num_lines = 0
+    before = sys.gettrace()
+
+    def on_line(frame, event: str, _):
+        nonlocal num_lines
+        num_lines += 1
+        if num_lines > _MAX_LINES:
+            raise _TooMuchError(f"it has run {num_lines} lines, and goes on")
+
+        sizes = (len(x) for x in frame.f_locals.values() if isinstance(x, str | list))
+        if max(sizes, default=0) > _MAX_CHARACTERS:
+            raise _TooMuchError(f"it makes a text of over {_MAX_CHARACTERS} characters")
+
+        return on_line
+
+    def on_call(frame, event: str, argument):
+        return on_line if frame.f_code.co_filename == _FILE else None
+
+    sys.settrace(on_call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
