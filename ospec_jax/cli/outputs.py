@@ -117,6 +117,7 @@ def describe_failure(error: OSError, path: object = None) -> str:
 
 
 _HELD = contextlib.ExitStack()
+_LOCK = ".lock"
 
 
 def hold(*folders: Path | None, file: Path | None = None) -> None:
@@ -126,11 +127,22 @@ def hold(*folders: Path | None, file: Path | None = None) -> None:
       InUseError: One is held by another process, which the message names.
     """
     for folder in filter(None, folders):
-        _HELD.enter_context(atomic.locked(folder / ".lock", folder))
+        if not folder.exists():
+            # The stack runs from its top: this comes when the lock is given back.
+            _HELD.callback(_remove_if_unused, folder)
+        _HELD.enter_context(atomic.locked(folder / _LOCK, folder))
 
     if file is not None:
         lock = file.with_name(f".{file.name}.lock")
         _HELD.enter_context(atomic.locked(lock, file))
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """Removes a folder that holds nothing but its lock."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [_LOCK]:
+            (folder / _LOCK).unlink()
+            folder.rmdir()
 
 
 def release() -> None:

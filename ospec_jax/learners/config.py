@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from ospec_jax.config.base import ConfigError, check_values, whole_number
+from ospec_jax.config.base import ConfigError, whole_number
 from ospec_jax.config.learner import (
     Batches,
     Effort,
@@ -384,13 +384,9 @@ def _names(config: Any) -> tuple[str, ...]:
 
 
 def _taken(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a part's settings, each of its type."""
+    """The values of a part's settings."""
     names = _names(cls)
-    taken = {key: x for key, x in values.items() if key in names}
-    # None is unset in all of them.
-    check_values(cls, {key: x for key, x in taken.items() if x is not None})
-
-    return taken
+    return {key: x for key, x in values.items() if key in names}
 
 
 def _kind_of(name: str) -> type[Method]:

@@ -87,7 +87,7 @@ def test_a_draft_is_not_exported_over_a_model(tmp_path, ospec, draft, capsys):
 
     # Nor beside a checkpoint, which would be taken for a public head from then on.
     assert ospec("export", draft, "--out", draft) == 2
-    assert [file.name for file in draft.iterdir()] == ["0"]
+    assert [file.name for file in draft.glob("[!.]*")] == ["0"]
 
 
 def test_a_draft_is_not_imported_over_another(tmp_path, ospec, draft, capsys):

@@ -808,9 +808,11 @@ def test_prompts_are_known_by_their_content_behind_a_resume(target, draft, tmp_p
 
     resumed = Session(target, draft, learner=learner)
     resumed.resume(tmp_path)
-    with pytest.warns(UserWarning, match="2 prompts are there under other names"):
-        left = resumed.unanswered(["another", *PROMPTS[1:3]])
+    left = resumed.unanswered(["another", *PROMPTS[1:3]])
     assert [(prompt.id, prompt.text) for prompt in left] == [("prompt-4", "another")]
+    named = [{"id": f"row-{i}", "prompt": text} for i, text in enumerate(PROMPTS[1:3])]
+    with pytest.warns(UserWarning, match="2 prompts are there under other names"):
+        assert resumed.unanswered(named) == []
 
 
 def test_a_checkpoint_without_contents_knows_prompts_by_name(target, draft, tmp_path):
