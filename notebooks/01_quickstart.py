@@ -12,12 +12,13 @@
 # ---
 
 # %% [markdown]
-# # Quickstart: does a draft that learns from its own verification get better?
+# # Quickstart: a draft that learns from its own verification
 #
 # A *draft* proposes tokens, the *target* checks them in one pass and keeps those that
 # it would have chosen itself. The check says how wrong the draft was: a free training
-# signal. Here a tiny random target is served with an untrained draft, which learns
-# while it serves. Nothing is downloaded, and it takes about a minute on two cores.
+# signal. Here SmolLM2-135M writes HTML, which the draft that comes with the package
+# knows little of. It takes about two minutes on two cores, most of them compilation;
+# the model (98 MB) is fetched once.
 #
 # In Colab, first run `!pip install ospec-jax`.
 
@@ -27,15 +28,14 @@ import tempfile
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ospec_jax import LearnerConfig, LoadedDraft, Session, TreeConfig, load_draft
-from ospec_jax.drafters.eagle import eagle3
-from ospec_jax.storage.checkpoint import Meta
-from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax import Session, TreeConfig, load_draft, load_target
+from ospec_jax.data.prompts import demo_prompts
 
-target = tiny_target()
-config = tiny_draft_config(target.config, draft_vocab_size=240)
-untrained = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
-draft = LoadedDraft(untrained, Meta.create(target, config))
+NUM_PROMPTS, NEW_TOKENS = 20, 64
+target = load_target("smollm2-135m")
+draft = load_draft("shipped", target)
+prompts = demo_prompts("html")[:NUM_PROMPTS]
+print(target, draft, sep="\n")
 
 # %% [markdown]
 # ## Plain decoding is the reference
@@ -43,53 +43,72 @@ draft = LoadedDraft(untrained, Meta.create(target, config))
 # With no draft a `Session` decodes token by token.
 
 # %%
-prompts = [f"Question {i % 6}: what comes after {i % 6}?" for i in range(36)]
-plain = [r.token_ids for r in Session(target).generate(prompts, max_new_tokens=48)]
-len(plain), plain[0][:10]
+plain = list(Session(target).generate(prompts, NEW_TOKENS))
+print(prompts[0].text, "\n")
+print(plain[0].text)
 
 # %% [markdown]
-# ## The same prompts, with a draft that learns
+# ## The same prompts in three more ways
 #
-# Every 96 tokens the learner takes two steps on what verification recorded; the target
-# is never run for it.
+# With the draft as it is; with n-grams of the request beside it; and with learning:
+# after each answer the draft's last layer is fitted to what the target said, and
+# n-grams of the answer are remembered. The target is never run for it.
 
 # %%
-learner = LearnerConfig(
-    update_interval=96, batch_size=4, window=32, learning_rate=3e-3, num_epochs=2
-)
-session = Session(target, draft, learner=learner, tree=TreeConfig(num_steps=3))
-results = list(session.generate(prompts, max_new_tokens=48))
-lengths = np.array([r.stats.mean_acceptance_length for r in results])
+sessions = {
+    "the draft as it is": Session(target, draft, ngrams=False),
+    "and n-grams": Session(target, draft),
+    "and learning": Session(target, draft, learner="auto"),
+}
+answers = {
+    name: list(session.generate(prompts, NEW_TOKENS))
+    for name, session in sessions.items()
+}
 
+# %% [markdown]
+# ## Tokens per pass of the target
+#
+# Each line counts from the first prompt to the one below it. A pass of the target is
+# what takes the time; how many tokens it gives does not depend on the machine.
+
+# %%
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
-ax.plot(np.arange(1, len(lengths) + 1), lengths, marker="o", ms=3)
-ax.set(xlabel="prompt", ylabel="tokens per target pass", title="Learning while serving")
+for name, results in answers.items():
+    passes = np.cumsum([r.stats.num_drafts for r in results])
+    accepted = np.cumsum([r.stats.num_accepted_tokens for r in results])
+    ax.plot(np.arange(1, len(results) + 1), 1 + accepted / passes, label=name)
+ax.set(
+    xlabel="prompts answered",
+    ylabel="tokens per target pass",
+    title="SmolLM2-135M writes HTML",
+)
 ax.grid(alpha=0.3)
+ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
+{name: f"{s.stats.mean_acceptance_length:.2f}" for name, s in sessions.items()}
 
 # %% [markdown]
 # ## What was promised
 #
-# The output is exactly the target's own, whatever the draft does, and the draft has
-# become better at predicting this traffic.
+# The output is exactly the target's own, whoever drafts, and whatever was learned.
 
 # %%
-assert [r.token_ids for r in results] == plain
-first, last = lengths[:6].mean(), lengths[-6:].mean()
-assert last > first + 0.1, (first, last)
-f"tokens per target pass: {first:.2f} at first, {last:.2f} at last"
+for results in answers.values():
+    assert [r.token_ids for r in results] == [r.token_ids for r in plain]
+"every token is plain decoding's"
 
 # %% [markdown]
 # ## Keep it
 #
 # A checkpoint holds the draft, the learner and (unless told otherwise) recent traffic.
-# `load_draft(folder, target)` reads the draft alone.
+# `load_draft(folder, target)` reads the draft alone; `session.resume(folder)` goes on
+# with everything.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    session.save(folder, with_feedback=False)
+    sessions["and learning"].save(folder, with_feedback=False)
     restored = load_draft(folder, target)
-again = Session(target, restored, tree=TreeConfig(num_steps=3))
-result = next(again.generate(prompts[:1], max_new_tokens=48))
-assert result.token_ids == plain[0]
-f"restored draft: {result.stats.mean_acceptance_length:.2f} tokens per target pass"
+again = Session(target, restored, tree=TreeConfig(num_steps=5))
+result = next(again.generate(prompts[:1], NEW_TOKENS))
+assert result.token_ids == plain[0].token_ids
+f"the restored draft, five deep: {result.stats.mean_acceptance_length:.2f}"

@@ -110,11 +110,7 @@ show_grid(lengths, "Acceptance length: tokens per target pass")
 
 # %%
 length = {name: found[name, "all"]["mean_acceptance_length"] for name in drafts}
-assert max(length, key=length.__getitem__) == "self:int4"
-assert length["shipped, as a tree"] > length["shipped"]
-assert length["fallback:ngram,shipped"] > max(length["shipped"], length["ngram"])
-math, chat = domains.index("math"), domains.index("chat")
-assert lengths[0, math] > lengths[0, chat] + 0.2, "the head is at home in mathematics"
+{name: round(length[name], 2) for name in sorted(length, key=length.get, reverse=True)}
 
 # %% [markdown]
 # ## What does a step cost?
@@ -152,9 +148,6 @@ plt.show()
 show_grid(grid("speedup"), "Tokens/s, relative to plain decoding")
 
 # %%
-speed = {name: found[name, "all"]["speedup"] for name in drafts}
-assert max(speed, key=speed.__getitem__) != "self:int4"
-assert speed["self:int4"] < speed["fallback:ngram,shipped"]
 winners = [list(drafts)[i] for i in grid("speedup").argmax(axis=0)]
 dict(zip(domains, winners, strict=True))
 

@@ -154,11 +154,5 @@ for name, length in sorted(lengths.items(), key=lambda item: -item[1]):
 # `ospec replay` runs the same race on recordings of real models.
 
 # %%
-for name in lengths:
-    assert name == "static" or lengths[name] > 1.02 * lengths["static"], name
-assert max(lengths, key=lambda name: lengths[name]) == "head"
-assert all(tables[name][2] > tables[name][0] for name in lengths if name != "static")
-assert lengths["shared_ensemble"] > 0.97 * lengths["gradient"]
-assert lengths["ensemble"] > 0.97 * lengths["gradient"]
-assert lengths["paced"] > 0.97 * lengths["gradient"]
-assert updates["paced"] <= updates["gradient"]
+ranked = sorted(lengths, key=lambda name: lengths[name], reverse=True)
+{name: f"{lengths[name] / lengths['static']:.2f} times static" for name in ranked}

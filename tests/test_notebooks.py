@@ -9,8 +9,11 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
-REAL_WEIGHTS = {"02_speed", "03_drafters"}
+REAL_WEIGHTS = {"01_quickstart", "02_speed", "03_drafters"}
 SMALLER = {
+    "01_quickstart": {
+        "NUM_PROMPTS, NEW_TOKENS = 20, 64": "NUM_PROMPTS, NEW_TOKENS = 4, 32"
+    },
     "02_speed": {
         "NUM_PROMPTS, NEW_TOKENS = 8, 64": "NUM_PROMPTS, NEW_TOKENS = 2, 32",
         # Each is a program of thirty layers.
