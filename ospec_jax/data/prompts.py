@@ -2,8 +2,10 @@
 """Prompts: JSON lines with a `prompt` string or chat `messages`."""
 
 import dataclasses
+import difflib
 import importlib.resources
 import json
+import logging
 import sys
 import warnings
 from collections import Counter
@@ -14,6 +16,7 @@ from typing import Any
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError
 
+_LOG = logging.getLogger(__name__)
 _KEYS = {
     "id",
     "prompt",
@@ -225,14 +228,22 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise ConfigError(f"{path} holds no prompts")
     if unread:
-        counts = ", ".join(f"{key!r} ({count})" for key, count in unread.most_common(9))
-        warnings.warn(
-            f"{path}: keys of rows that are not read, and in how many: {counts}; those "
-            f"that are read are {', '.join(sorted(_KEYS))}",
-            stacklevel=2,
-        )
+        _tell_of_unread(path, unread)
 
     return prompts
+
+
+def _tell_of_unread(path: Path, unread: Counter) -> None:
+    """Names keys that mean nothing here, aloud if one may be a slip of the pen."""
+    counts = ", ".join(f"{key!r} ({count})" for key, count in unread.most_common(9))
+    told = (
+        f"{path}: keys of rows that are not read, and in how many: {counts}; those "
+        f"that are read are {', '.join(sorted(_KEYS))}"
+    )
+    if any(difflib.get_close_matches(key, _KEYS, 1, 0.75) for key in unread):
+        warnings.warn(told, stacklevel=3)
+    else:
+        _LOG.info(told)
 
 
 def _parse_line(line: str) -> Any:

@@ -111,6 +111,14 @@ def test_keys_that_are_not_read_are_named(tmp_path):
         assert len(read_prompts(file)) == 2
 
 
+def test_what_data_sets_carry_along_is_no_reason_to_warn(tmp_path, caplog):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a", "reference": "b", "meta": {}}')
+    with caplog.at_level("INFO", "ospec_jax"):
+        assert len(read_prompts(file)) == 1
+    assert "'reference' (1)" in caplog.text
+
+
 def test_missing_file():
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         read_prompts("nowhere.jsonl")
