@@ -253,7 +253,7 @@ def _parse_line(line: str) -> Any:
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{error}; each line is a row of JSON, like "
-            f'{{"prompt": "..."}}; a text alone is asked with --prompt'
+            f'{{"prompt": "..."}}; `ospec generate --prompt` asks a text alone'
         ) from error
 
     try:

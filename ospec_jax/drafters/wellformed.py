@@ -7,7 +7,8 @@ made from these, and a tree that says what cannot be is refused while the step i
 compiled. So a slip makes drafts worse, or an error, but never another output.
 
 One thing cannot be checked: that drawn children were drawn from what `draft_probs`
-says. Greedy output does not depend on it; sampled output does.
+says, and none was left out after a look at it. Greedy output does not depend on it;
+sampled output does.
 """
 
 from typing import Any
@@ -76,7 +77,8 @@ def with_checks(drafter: Drafter, tree: TreeConfig, name: str) -> Drafter:
         drafted, cache = proposed
         _check_shapes(drafted, tree, roots.token.shape[0], name)
 
-        return _rebuilt(drafted, tree, roots.token), cache
+        num_tokens = shared.embedding["kernel"].shape[0]
+        return _rebuilt(drafted, tree, roots.token, num_tokens), cache
 
     return drafter._replace(propose=propose)
 
@@ -107,7 +109,9 @@ def _check_shapes(drafted: DraftTree, tree: TreeConfig, num_rows: int, name: str
         )
 
 
-def _rebuilt(drafted: DraftTree, tree: TreeConfig, root: jax.Array) -> DraftTree:
+def _rebuilt(
+    drafted: DraftTree, tree: TreeConfig, root: jax.Array, num_tokens: int
+) -> DraftTree:
     """A tree of the same tokens and parents, all else following from these."""
     shape = drafted.tokens.shape
     place = np.arange(shape[1], dtype=np.int32)
@@ -123,16 +127,17 @@ def _rebuilt(drafted: DraftTree, tree: TreeConfig, root: jax.Array) -> DraftTree
         mask = topology.ancestor_mask(parents, shape[1] - 1)
         depths = jnp.sum(mask, axis=-1, dtype=jnp.int32) - 1
 
-    is_valid = (drafted.is_valid | is_root) & (depths <= tree.num_steps)
+    # A token that there is not would be given the probability of another one.
+    is_token = (drafted.tokens >= 0) & (drafted.tokens < num_tokens)
+    is_valid = drafted.is_valid & is_token & (depths <= tree.num_steps)
 
     return drafted.replace(
         tokens=jnp.where(is_root, root[:, None], drafted.tokens).astype(jnp.int32),
         parents=parents,
         depths=depths,
         ancestor_mask=mask,
-        is_valid=is_valid,
+        is_valid=is_valid | is_root,
         max_depth=tree.num_steps,
         max_children=1 if tree.is_chain else shape[1] - 1,
         is_chain=tree.is_chain,
-        is_reranked=drafted.is_reranked,
     )

@@ -2,9 +2,9 @@
 """The inverse of a positive definite matrix, without LAPACK.
 
 XLA:CPU hands decompositions to the LAPACK that SciPy brings, whose threads wait by
-spinning: beside other work a Cholesky inverse of 576 x 576 took 200 ms, and at times a
-second, on two cores. Products are XLA's own. Of these the inverse below consists, but
-for small blocks, and takes 3 ms, beside other work 7.
+spinning: beside other work a Cholesky inverse of 576 x 576 took up to a second on two
+cores. Products are XLA's own. Of these the inverse below consists, but for small
+blocks.
 """
 
 import jax

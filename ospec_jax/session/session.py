@@ -505,8 +505,8 @@ class Session:
     def _ordinals(self) -> Iterator[int]:
         """Numbers for requests, each taken when one is begun; none ever comes twice.
 
-        A request that is begun again after an interruption gets another one: what is
-        kept may depend on the numbers that it was accepted with before.
+        In a larger batch a request that is begun again after an interruption gets
+        another one: what is kept may depend on the numbers that it was accepted with.
         """
         while True:
             ordinal = self._state.num_admitted

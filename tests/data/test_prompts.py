@@ -36,7 +36,7 @@ def test_prompts_and_messages_are_read(tmp_path):
     [
         ('{"prompt": "a"}\n{"prompt": ', "line 2"),
         ('{"question": "a"}', "needs `prompt`"),
-        ("What is it?", "line 1: .* each line is a row of JSON.*--prompt"),
+        ("What is it?", "line 1: .* each line is a row of JSON.*generate --prompt"),
         ('{"prompt": "a\\ud800b"}', r"line 1: it has '.ud800', half of a surrogate"),
         ('{"id": "\\udfff", "prompt": "a"}', "half of a surrogate"),
         ("[" * 100_000, "line 1: maximum recursion depth"),

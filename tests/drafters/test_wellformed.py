@@ -81,6 +81,7 @@ SLIPS = {
     ),
     "not said to be a chain": lambda tree, roots: tree.replace(is_chain=False),
     "no such tokens": lambda tree, roots: tree.replace(tokens=tree.tokens - 7),
+    "far too large": lambda tree, roots: tree.replace(tokens=tree.tokens + 9),
     "wild parents": wild_parents,
 }
 
@@ -148,13 +149,15 @@ def test_the_packages_own_are_taken_at_their_word():
     assert "wellformed" in theirs.propose.__module__
 
 
-def test_sampled_output_follows_the_target_through_a_spoilt_tree(target):
-    """First tokens of many answers, against plain decoding's."""
+@pytest.mark.parametrize("slip", ["wild parents", "no such tokens", "far too large"])
+def test_sampled_output_follows_the_target_through_a_spoilt_tree(target, slip):
+    """Second tokens of many answers, against plain decoding's."""
     count = functools.partial(np.bincount, minlength=NUM_TOKENS)
-    spoilt = build_drafter(family(SLIPS["wild parents"]), None, STATIC)
+    spoilt = build_drafter(family(SLIPS[slip]), None, STATIC)
     tables = []
     for drafter, tree in ((spoilt, STATIC), (None, TreeConfig(num_steps=0))):
         found, _ = answers(target, drafter, tree, 1.0, 150, num_tokens=3)
+        assert all(0 <= token < NUM_TOKENS for ids in found for token in ids)
         tables.append(count([ids[1] for ids in found if len(ids) > 1]))
     ours, expected = tables
     total = ours + expected
