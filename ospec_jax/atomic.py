@@ -31,19 +31,19 @@ def replacing(file: Path) -> Iterator[Path]:
     """
     if file.exists() and not file.is_file():
         # A device or a pipe, such as /dev/stdout, must not give way to a file.
-        with naming(file):
+        with named_errors(file):
             yield file
         return
 
     # A link stays a link: what it leads to is replaced.
     file = Path(os.path.realpath(file))
-    with naming(file):
+    with named_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     # Other machines that write here, too, may have processes of the same number.
     part = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
     try:
-        with naming(file):
+        with named_errors(file):
             yield part
             if file.exists():
                 shutil.copymode(file, part)
@@ -54,7 +54,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
     """Lets errors of the system name `path`: a full disk does not say whose file it
     has no room for."""
     try:

@@ -49,7 +49,7 @@ def generate(
 
     Args:
       prompt: The prompt's text.
-      prompts: A JSONL file of prompts instead.
+      prompts: A JSONL file of prompts instead; - for standard input.
       prediction: A file that the answer to --prompt is expected to resemble, such as
         the one that it edits; rows of --prompts have a key `prediction`.
       stream: Print text as it comes.
@@ -142,7 +142,7 @@ def learn(
     """Answers a stream of prompts, learns from it, and saves the draft.
 
     Args:
-      prompts: A JSONL file.
+      prompts: A JSONL file; - for standard input.
       update_interval: Tokens between updates; 0, the default, derives it from the
         budget.
       pace: Learn always, the default, or ever more rarely while learning does not pay

@@ -73,7 +73,7 @@ class AnswerLog:
         """Writes one answer, `Result.to_json()`."""
         self.rows.append(row)
         for file in self._files:
-            with atomic.naming(Path(file.name)):
+            with atomic.named_errors(Path(file.name)):
                 file.write(_lines([row]))
                 file.flush()
 

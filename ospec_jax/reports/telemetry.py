@@ -247,7 +247,7 @@ class Telemetry:
         counts["tokens"] += row["num_tokens"]
 
     def _write(self, row: dict, number: int) -> None:
-        with atomic.naming(Path(self._file.name)):
+        with atomic.named_errors(Path(self._file.name)):
             self._file.write(_line(row))
             self._file.flush()
         if self._writer is None:
