@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jupytext
 import nbclient
+import nbformat
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -49,3 +50,13 @@ def test_notebook_is_paired(source):
         (cell.cell_type, cell.source) for cell in jupytext.read(path).cells
     ]
     assert cells(source) == cells(source.with_suffix(".ipynb"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_notebook_shows_results_and_nothing_of_whoever_ran_it(source):
+    """Readers see it on the web before they run it."""
+    cells = nbformat.read(source.with_suffix(".ipynb"), 4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any("site-packages" in str(output) for output in outputs)
+    assert not any(output.output_type == "error" for output in outputs)

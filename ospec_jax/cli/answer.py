@@ -176,7 +176,7 @@ def learn(
         raise ConfigError("--resume needs --checkpoint")
     if decoding.draft == "none":
         raise ConfigError("learning needs a draft: --draft shipped or a folder")
-    hold(checkpoint_dir)
+    hold(checkpoint_dir, files=[jsonl, telemetry])
     if checkpoint_dir is not None and not resume and checkpoint.steps(checkpoint_dir):
         raise ConfigError(
             f"{checkpoint_dir} holds an earlier run; go on with --resume, or choose "

@@ -120,8 +120,8 @@ _HELD = contextlib.ExitStack()
 _LOCK = ".lock"
 
 
-def hold(*folders: Path | None, file: Path | None = None) -> None:
-    """Keeps other processes from folders, and a file, until `release`.
+def hold(*folders: Path | None, files: Sequence[Path | None] = ()) -> None:
+    """Keeps other processes from folders and files until `release`.
 
     Raises:
       InUseError: One is held by another process, which the message names.
@@ -132,9 +132,11 @@ def hold(*folders: Path | None, file: Path | None = None) -> None:
             _HELD.callback(_remove_if_unused, folder)
         _HELD.enter_context(atomic.locked(folder / _LOCK, folder))
 
-    if file is not None:
-        lock = file.with_name(f".{file.name}.lock")
-        _HELD.enter_context(atomic.locked(lock, file))
+    for file in filter(None, files):
+        # Standard output, devices and pipes belong to whoever redirected them.
+        if file != STANDARD_OUTPUT and (file.is_file() or not file.exists()):
+            lock = file.with_name(f".{file.name}.lock")
+            _HELD.enter_context(atomic.locked(lock, file))
 
 
 def _remove_if_unused(folder: Path) -> None:

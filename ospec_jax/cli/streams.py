@@ -156,7 +156,7 @@ def replay(
     from ospec_jax.replay.replayer import Replayer
 
     check_outputs([json_file], [telemetry], figures=[plot], inputs=[prompts])
-    hold(telemetry, file=json_file)
+    hold(telemetry, files=[json_file])
     configs = {
         name: None
         if name == "static"

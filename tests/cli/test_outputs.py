@@ -283,6 +283,16 @@ def test_a_second_run_on_a_folder_hears_who_holds_it(
         pass
 
 
+@pytest.mark.parametrize("flag", ["--jsonl", "--telemetry"])
+def test_a_second_run_on_a_file_hears_who_holds_it(ospec, tmp_path, capsys, flag):
+    file = tmp_path / "rows.jsonl"
+    with atomic.locked(tmp_path / ".rows.jsonl.lock", file):
+        assert ospec("learn", flag, file, "--prompts", ospec.prompts) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"is used by process {os.getpid()} on" in printed
+    assert not file.exists()
+
+
 def test_output_that_nobody_reads_any_more_is_no_failure():
     code = (
         "import sys\n"
