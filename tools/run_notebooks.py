@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs notebooks from top to bottom, and keeps what they show in their `.ipynb`.
 
-  python tools/run_notebooks.py [NAME ...]
+python tools/run_notebooks.py [NAME ...]
 """
 
 import sys
