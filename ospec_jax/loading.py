@@ -247,7 +247,7 @@ def new_draft(family: Family, target: Target) -> LoadedDraft:
         config = family.default_config(target.config, 0, _NUM_HEADS, 0)
 
     drafter = build_drafter(family, config, TreeConfig(num_steps=1), target.numerics)
-    params = drafter.init_params(jax.random.key(0))
+    params = jax.jit(drafter.init_params)(jax.random.key(0))
     draft = Draft(start_warm(family, params, target, None))
     own = None if FAMILIES.get(family.name) is family else family
 

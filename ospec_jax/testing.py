@@ -113,7 +113,7 @@ def tiny_draft_config(
 
 def tiny_draft(drafter, config: DraftConfig, seed: int = 0) -> Draft:
     """A random draft; its vocabulary leaves out some of the target's first tokens."""
-    params = drafter.init_params(jax.random.key(seed))
+    params = jax.jit(drafter.init_params)(jax.random.key(seed))
     if not config.has_own_head:
         return Draft(params)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from ospec_jax.decoding.engine import forget_programs
 from ospec_jax.models.hub import enable_compilation_cache
+from ospec_jax.models.sharing import forget_programs
 
 enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

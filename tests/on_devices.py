@@ -226,11 +226,13 @@ def test_an_update_gathers_no_weight(session_target, loaded):
     split = split_target(session_target, sharding.make_mesh("data=2,model=4"))
     session, _ = learned(split, loaded)
     windows, now = session.trainer.update.__self__, session.state
-    batch = windows._batch(now.traffic.ring, *np.int32([4, 0, 0]), np.bool_(True))
+    batch = windows._batching.make_batch(
+        now.traffic.ring, *np.int32([4, 0, 0]), np.bool_(True)
+    )
     assert batch.start.sharding.shard_shape(batch.start.shape) == (2,)
     state = now.trainer.learner
     args = batch, windows.shared, session.draft.token_ids
-    compiled = windows._update.lower(
+    compiled = windows._learning.update.lower(
         state.opt_state, state.params, state.num_updates, *args
     ).compile()
     weights = shapes_of_weights((split.params, session.draft.params))

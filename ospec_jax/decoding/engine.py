@@ -7,7 +7,6 @@ tokens cannot depend on its neighbours.
 """
 
 import dataclasses
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.pool import bring_first
 from ospec_jax.drafters.prediction import as_prediction
 from ospec_jax.models.cache import KVCache
+from ospec_jax.models.sharing import share
 from ospec_jax.types import DecodeState, Draft, Feedback, SamplingParams, StepOutput
 from ospec_jax.typing import Params
 
@@ -61,13 +61,8 @@ def _finish(is_finished, slot):
     return is_finished.at[slot].set(True)
 
 
-# Engines of one configuration share their programs, so that a second session of the
-# same models compiles nothing. What is kept holds no weights: they are arguments.
 # Drafters are the same if they are the same object, as `build_drafter` gives them.
-_share = functools.lru_cache(maxsize=64)
-
-
-@_share
+@share
 def _compiled(
     build: Callable, config: StepConfig, drafter: Drafter | None
 ) -> Callable[..., tuple[DecodeState, StepOutput]]:
@@ -88,7 +83,7 @@ class _Rows(NamedTuple):
     finish: Callable[..., jax.Array]
 
 
-@_share
+@share
 def _compiled_rows(
     config: StepConfig, drafter: Drafter | None, recording: Recording
 ) -> _Rows:
@@ -128,12 +123,6 @@ def _fitting(queue: Queue, batch: Batch, batch_size: int) -> Iterator[Request]:
 
     while (ahead := queue.look(1)) and batch.fits(ahead[0]):
         yield queue.take()
-
-
-def forget_programs() -> None:
-    """Lets go of the programs that engines share; those in use stay with theirs."""
-    _compiled.cache_clear()
-    _compiled_rows.cache_clear()
 
 
 class Engine:

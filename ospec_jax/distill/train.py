@@ -233,7 +233,7 @@ def train(
             token_ids = jnp.asarray(
                 frequent_tokens(store, target.config.vocab_size, size)
             )
-        params = drafter.init_params(jax.random.key(config.seed))
+        params = jax.jit(drafter.init_params)(jax.random.key(config.seed))
         draft = Draft(start_warm(family, params, target, token_ids), token_ids)
         state = learner.init(draft.params)
         card = {}

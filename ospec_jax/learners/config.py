@@ -23,6 +23,7 @@ from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective, build_objective
 from ospec_jax.learners.optimizers import is_parameter_free
 from ospec_jax.learners.registry import LEARNER_NAMES, LEARNERS
+from ospec_jax.models.sharing import share
 
 Rule = Callable[[Objective], Learner]
 """An update rule that a user wrote."""
@@ -302,17 +303,27 @@ def build_learner(config: LearnerConfig, unroll: Callable) -> Learner | None:
     if batches is None or objective is None:
         return None
 
-    return config.method.build(
+    return _build_rule(
+        config.method, objective, batches.num_context, batches.num_steps, unroll
+    )
+
+
+# The same settings give the same object, so that trainers find its programs again.
+@share
+def _build_rule(
+    method: Method, loss: Loss, num_context: int, num_steps: int, unroll: Callable
+) -> Learner:
+    return method.build(
         build_objective(
             unroll,
-            batches.num_context,
-            batches.num_steps,
-            named_loss(objective.loss, objective.forward_share),
-            objective.decay,
-            objective.num_candidates,
-            objective.positions,
-            objective.position_decay,
-            objective.token_share,
+            num_context,
+            num_steps,
+            named_loss(loss.loss, loss.forward_share),
+            loss.decay,
+            loss.num_candidates,
+            loss.positions,
+            loss.position_decay,
+            loss.token_share,
         )
     )
 

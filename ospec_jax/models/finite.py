@@ -30,10 +30,15 @@ def find_not_finite(tree: Any) -> str:
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     floats = [(path, x) for path, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
-    flags = jax.device_get([jnp.all(jnp.isfinite(x)) for _, x in floats])
+    flags = jax.device_get([_all_finite(x) for _, x in floats])
 
     for (path, _), is_good in zip(floats, flags, strict=True):
         if not is_good:
             return jax.tree_util.keystr(path, simple=True, separator="/")
 
     return ""
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> Bool[Array, ""]:
+    return jnp.all(jnp.isfinite(array))

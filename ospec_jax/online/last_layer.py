@@ -5,9 +5,10 @@ The learner's projection is in float32, the served one in the target's precision
 an update only the rows that changed are cast again.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -21,6 +22,7 @@ from ospec_jax.decoding.request import Completion
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.last_layer import (
     HeadInfo,
+    HeadLearner,
     HeadSamples,
     HeadSampling,
     HeadState,
@@ -28,6 +30,7 @@ from ospec_jax.learners.last_layer import (
 )
 from ospec_jax.models.layers import Numerics, linear
 from ospec_jax.models.quantization import cast_params
+from ospec_jax.models.sharing import share
 from ospec_jax.online import pace
 from ospec_jax.online.trainer import (
     Speed,
@@ -98,8 +101,90 @@ def last_layer_trainer(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """What is run over parts of answers; equal ones share their compiled functions.
+
+    Attributes:
+      head_inputs: The drafter's.
+      vocab_size: The target's.
+    """
+
+    config: LearnerConfig
+    head_inputs: Callable
+    numerics: Numerics
+    vocab_size: int
+
+    @property
+    def learner(self) -> HeadLearner:
+        """The update rule."""
+        config = self.config
+        return head_learner(
+            config.head_rate, config.head_damping, config.head_candidates
+        )
+
+    def samples(self, params, token_ids, feedback, tokens, start, end) -> HeadSamples:
+        """`CHUNK` positions of an answer from `start` on; without logits."""
+        positions = start + jnp.arange(CHUNK)
+        take = lambda x: jnp.take(x, positions, axis=0, mode="clip")
+        labels = take(tokens[1:])
+        if token_ids is not None:
+            entry_of = jnp.full((self.vocab_size,), -1, jnp.int32)
+            entry_of = entry_of.at[token_ids].set(jnp.arange(token_ids.shape[0]))
+            labels = entry_of[labels]
+
+        inputs = self.head_inputs(params, take(feedback.states[0]).astype(jnp.float32))
+        is_real = take(feedback.has_state[0]) & (positions < end)
+
+        return HeadSamples(inputs, jnp.zeros((CHUNK, 0)), labels, is_real)
+
+    def learn(self, state: HeadState, head: dict, sampling, *args):
+        """One step: the learner's state, the served projection, and the info."""
+        samples = self.samples(*args)
+        logits = linear(samples.inputs, head, self.numerics)
+        samples = samples.replace(logits=logits, sampling=sampling)
+        state, rows, info = self.learner.update(state, samples)
+        changed = cast_params({"kernel": state.kernel[rows]}, self.numerics.precision)
+        head = {name: head[name].at[rows].set(changed[name]) for name in head}
+
+        return state, head, info
+
+    def accepted(self, heads, *args):
+        """`[1]` accepted tokens a step with each projection, and the samples' weight.
+
+        A share of a drafted tokens that are right makes a + a^2 + ... accepted ones.
+        Right is the likeliest token: of sampled answers this tells what children of
+        the kind `topk` get accepted, and only nearly what drawn ones do.
+        """
+        samples = self.samples(*args)
+        count = jnp.sum(samples.is_real)[None]
+
+        def accepted_with(head):
+            best = jnp.argmax(linear(samples.inputs, head, self.numerics), axis=-1)
+            is_right = samples.is_real & (best == samples.labels)
+            share = jnp.sum(is_right) / jnp.maximum(count, 1)
+            return sum(share ** (i + 1) for i in range(self.config.num_steps))
+
+        return *(accepted_with(head) for head in heads), count
+
+
+class _Programs(NamedTuple):
+    """Jitted `_Chunks.learn`, which overwrites state and head, and `accepted`."""
+
+    learn: Callable
+    accepted: Callable
+
+
+@share
+def _compiled(chunks: _Chunks) -> _Programs:
+    return _Programs(
+        learn=jax.jit(chunks.learn, donate_argnums=(0, 1)),
+        accepted=jax.jit(chunks.accepted),
+    )
+
+
 class LastLayer:
-    """Compiled functions of `last_layer_trainer`; holds no state."""
+    """What `last_layer_trainer` runs; holds no state."""
 
     def __init__(
         self,
@@ -120,19 +205,13 @@ class LastLayer:
             )
 
         self.config = config
-        self._head_inputs = head_inputs
-        self._numerics = numerics
-        self._vocab_size = vocab_size
         self._mesh = mesh
-        self._learner = head_learner(
-            config.head_rate, config.head_damping, config.head_candidates
-        )
-        self._learn = jax.jit(self._chunk, donate_argnums=(0, 1))
-        self._compare = jax.jit(self._accepted)
+        self.chunks = _Chunks(config, head_inputs, numerics, vocab_size)
+        self._learn, self._compare = _compiled(self.chunks)
 
     def init(self, draft: Draft) -> tuple[LastLayerState, Traffic]:
         """A state that has seen nothing."""
-        learner = self._learner.init(draft.params[HEAD]["kernel"])
+        learner = self.chunks.learner.init(draft.params[HEAD]["kernel"])
         state = LastLayerState(*new_counts(), learner=learner)
         if self.config.pace == "pays":
             cost = self.config.budget_share * CHUNK
@@ -148,7 +227,9 @@ class LastLayer:
 
     def _projection(self, state: LastLayerState) -> dict:
         """A copy of the learned projection, in the target's precision."""
-        served = cast_params({"kernel": state.learner.kernel}, self._numerics.precision)
+        served = cast_params(
+            {"kernel": state.learner.kernel}, self.chunks.numerics.precision
+        )
         return jax.tree.map(lambda x: jnp.array(x, copy=True), served)
 
     def warm_up(
@@ -245,7 +326,7 @@ class LastLayer:
         infos = []
         sampling = as_drawn(completion.request.sampling)
 
-        for args in self._chunks(params, served, completion):
+        for args in self._parts(params, served, completion):
             learner, head, info = self._learn(learner, head, sampling, *args)
             infos.append(info)
 
@@ -275,13 +356,13 @@ class LastLayer:
         params = dict(served.params)
         heads = params.pop(HEAD), state.snapshot
 
-        for args in self._chunks(params, served, completion):
+        for args in self._parts(params, served, completion):
             state = pace.record_gain(state, *self._compare(heads, *args))
 
         return state
 
-    def _chunks(self, params, served: Draft, completion: Completion):
-        """Arguments of `_samples`, for each part of an answer."""
+    def _parts(self, params, served: Draft, completion: Completion):
+        """Arguments of `_Chunks.samples`, for each part of an answer."""
         ids = [*completion.request.prompt_ids, *completion.token_ids]
         tokens = np.full(completion.capacity + 1, -1, np.int32)
         tokens[: len(ids)] = ids
@@ -296,49 +377,6 @@ class LastLayer:
                 np.int32(start),
                 np.int32(last),
             )
-
-    def _samples(self, params, token_ids, feedback, tokens, start, end) -> HeadSamples:
-        """Without logits."""
-        positions = start + jnp.arange(CHUNK)
-        take = lambda x: jnp.take(x, positions, axis=0, mode="clip")
-        labels = take(tokens[1:])
-        if token_ids is not None:
-            entry_of = jnp.full((self._vocab_size,), -1, jnp.int32)
-            entry_of = entry_of.at[token_ids].set(jnp.arange(token_ids.shape[0]))
-            labels = entry_of[labels]
-
-        inputs = self._head_inputs(params, take(feedback.states[0]).astype(jnp.float32))
-        is_real = take(feedback.has_state[0]) & (positions < end)
-
-        return HeadSamples(inputs, jnp.zeros((CHUNK, 0)), labels, is_real)
-
-    def _chunk(self, state, head, sampling, *args):
-        samples = self._samples(*args)
-        logits = linear(samples.inputs, head, self._numerics)
-        samples = samples.replace(logits=logits, sampling=sampling)
-        state, rows, info = self._learner.update(state, samples)
-        changed = cast_params({"kernel": state.kernel[rows]}, self._numerics.precision)
-        head = {name: head[name].at[rows].set(changed[name]) for name in head}
-
-        return state, head, info
-
-    def _accepted(self, heads, *args):
-        """`[1]` accepted tokens a step with each projection, and the samples' weight.
-
-        A share of a drafted tokens that are right makes a + a^2 + ... accepted ones.
-        Right is the likeliest token: of sampled answers this tells what children of
-        the kind `topk` get accepted, and only nearly what drawn ones do.
-        """
-        samples = self._samples(*args)
-        count = jnp.sum(samples.is_real)[None]
-
-        def accepted(head):
-            best = jnp.argmax(linear(samples.inputs, head, self._numerics), axis=-1)
-            is_right = samples.is_real & (best == samples.labels)
-            share = jnp.sum(is_right) / jnp.maximum(count, 1)
-            return sum(share ** (i + 1) for i in range(self.config.num_steps))
-
-        return *(accepted(head) for head in heads), count
 
 
 def _span(completion: Completion) -> tuple[int, int]:

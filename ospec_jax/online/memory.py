@@ -9,6 +9,7 @@ import numpy as np
 from ospec_jax import sharding
 from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters import ngram
+from ospec_jax.models.sharing import share
 from ospec_jax.online.trainer import (
     Traffic,
     Trainer,
@@ -17,6 +18,12 @@ from ospec_jax.online.trainer import (
     new_counts,
 )
 from ospec_jax.types import Draft
+
+
+@share
+def _compiled(mesh: jax.sharding.Mesh | None) -> Callable:
+    """The jitted `ngram.remember`."""
+    return jax.jit(sharding.pinned(ngram.remember, mesh, sharding.replicated))
 
 
 def with_memory(
@@ -35,7 +42,7 @@ def with_memory(
     if num_slots == 0:
         return trainer
 
-    remember = jax.jit(sharding.pinned(ngram.remember, mesh, sharding.replicated))
+    remember = _compiled(mesh)
 
     def init(draft: Draft):
         state, traffic = trainer.init(draft)

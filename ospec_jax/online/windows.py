@@ -9,6 +9,7 @@ passes once. Not in tokens, for those cost less as the draft learns.
 import functools
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from ospec_jax.decoding.request import Completion
 from ospec_jax.learners.base import Learner, LearnerState, Segments, restarted
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.models import finite
+from ospec_jax.models.sharing import share
 from ospec_jax.online import batches, pace, promotion, rounds
 from ospec_jax.online.promotion import GuardState
 from ospec_jax.online.ring import (
@@ -76,8 +78,81 @@ def windows_trainer(
     )
 
 
+class _Learning(NamedTuple):
+    """A learner's jitted functions.
+
+    Attributes:
+      begin: At the beginning of a round.
+      update: `(opt_state, params, num_updates, segments, shared, token_ids) -> (state,
+        info, is_finite)`. The iterate may be what is being served: only the optimizer's
+        state is donated.
+      evaluate: See `Learner`.
+    """
+
+    begin: Callable
+    update: Callable
+    evaluate: Callable
+
+
+@share
+def _compiled_learner(learner: Learner, mesh: jax.sharding.Mesh | None) -> _Learning:
+    def update(opt_state, params, num_updates, *data):
+        state = LearnerState(params, opt_state, num_updates)
+        state, info = learner.update(state, *data)
+        return state, info, finite.is_finite((state.params, state.opt_state))
+
+    pinned = lambda function, *places: sharding.pinned(function, mesh, *places)
+    everywhere = sharding.replicated
+    params = sharding.param_shardings
+
+    return _Learning(
+        begin=jax.jit(pinned(learner.begin, params)),
+        update=jax.jit(
+            pinned(update, params, everywhere, everywhere), donate_argnums=0
+        ),
+        evaluate=jax.jit(pinned(learner.evaluate, everywhere, everywhere)),
+    )
+
+
+class _Batching(NamedTuple):
+    """Jitted functions of the ring and what is drawn from it.
+
+    Attributes:
+      add_window: Into the ring, which is donated.
+      make_batch: See `batches.make_batch`.
+      of_request: See `batches.of_request`.
+      gain_of: See `promotion.gain_of`; the weight is that of each position.
+    """
+
+    add_window: Callable
+    make_batch: Callable
+    of_request: Callable
+    gain_of: Callable
+
+
+@share
+def _compiled_batching(
+    config: LearnerConfig, mesh: jax.sharding.Mesh | None
+) -> _Batching:
+    def gain_of(candidate, served, weight):
+        weight = jnp.sum(weight, axis=1)
+        return promotion.gain_of(candidate, served, weight, config.num_steps)
+
+    pinned = lambda function, place: sharding.pinned(function, mesh, place)
+    everywhere = sharding.replicated
+    # Windows are split over devices, as rows of a batch are.
+    rows = sharding.row_shardings
+
+    return _Batching(
+        add_window=jax.jit(pinned(add_window, everywhere), donate_argnums=0),
+        make_batch=jax.jit(pinned(functools.partial(batches.make_batch, config), rows)),
+        of_request=jax.jit(pinned(functools.partial(batches.of_request, config), rows)),
+        gain_of=jax.jit(pinned(gain_of, everywhere)),
+    )
+
+
 class Windows:
-    """Compiled functions of `windows_trainer`; holds no state."""
+    """What `windows_trainer` runs; holds no state."""
 
     def __init__(
         self,
@@ -100,25 +175,8 @@ class Windows:
             tap_width,
             hidden_size,
         )
-        pinned = lambda function, *places, **options: jax.jit(
-            sharding.pinned(function, mesh, *places), **options
-        )
-        everywhere = sharding.replicated
-        params = sharding.param_shardings
-        self._begin = pinned(learner.begin, params)
-        # The iterate may be what is being served: it alone is never donated.
-        self._update = pinned(
-            self._updated, params, everywhere, everywhere, donate_argnums=0
-        )
-        self._evaluate = pinned(learner.evaluate, everywhere, everywhere)
-        add = sharding.pinned(add_window, mesh, everywhere)
-        self._add = jax.jit(add, donate_argnums=0)
-        # Windows are split over devices, as rows of a batch are.
-        place = sharding.row_shardings
-        make_batch = functools.partial(batches.make_batch, config)
-        self._batch = pinned(make_batch, place)
-        self._request = pinned(functools.partial(batches.of_request, config), place)
-        self._gain = pinned(self._gain_of, everywhere)
+        self._learning = _compiled_learner(learner, mesh)
+        self._batching = _compiled_batching(config, mesh)
 
     def init(self, draft: Draft) -> tuple[WindowsState, Traffic]:
         """A state that has seen nothing."""
@@ -180,10 +238,12 @@ class Windows:
         # As updates get them, or they would be dispatched anew.
         zero = jnp.int32(0)
         none = np.int32(0)
-        batch = self._batch(traffic.ring, zero, zero, none, np.bool_(True))
+        batch = self._batching.make_batch(
+            traffic.ring, zero, zero, none, np.bool_(True)
+        )
         # An empty ring weighs nothing, and an update of nothing would cost less.
         batch = batch.replace(weight=jnp.ones_like(batch.weight))
-        learner = jax.tree.map(jnp.copy, self._begin(state.learner))
+        learner = jax.tree.map(jnp.copy, self._learning.begin(state.learner))
         learner, *_ = self._learn(learner, draft, batch)
         if state.pace is not None:
             accepted = self._accepted(draft.params, draft, batch)
@@ -248,7 +308,7 @@ class Windows:
         )
 
         for start in starts:
-            ring = self._add(
+            ring = self._batching.add_window(
                 ring,
                 completion.feedback,
                 np.int32(start),
@@ -283,8 +343,8 @@ class Windows:
     def _scored(
         self, guard: GuardState, traffic: Traffic, draft: Draft, num_windows
     ) -> GuardState:
-        batch = self._request(traffic.ring, num_windows)
-        gain = self._gain(
+        batch = self._batching.of_request(traffic.ring, num_windows)
+        gain = self._batching.gain_of(
             self._accepted(guard.candidate, draft, batch),
             self._accepted(draft.params, draft, batch),
             batch.weight,
@@ -347,11 +407,11 @@ class Windows:
         is_finite = np.bool_(True)
         is_compared = state.pace is not None and pace.is_compared(state.pace)
         num_fresh = int(state.num_fresh)
-        state = state.replace(learner=self._begin(state.learner))
+        state = state.replace(learner=self._learning.begin(state.learner))
 
         for epoch in range(self.config.num_epochs):
             for num_newer in batches.of_round(self.config, traffic.ring, num_fresh):
-                batch = self._batch(
+                batch = self._batching.make_batch(
                     traffic.ring,
                     state.num_fresh,
                     state.learner.num_updates,
@@ -413,14 +473,9 @@ class Windows:
         learner = _owned(restarted(self.learner, learner, draft.params))
         return before.replace(learner=learner, is_stopped=jnp.ones((), bool))
 
-    def _updated(self, opt_state, params, num_updates, *data):
-        state = LearnerState(params, opt_state, num_updates)
-        state, info = self.learner.update(state, *data)
-        return state, info, finite.is_finite((state.params, state.opt_state))
-
     def _learn(self, learner: LearnerState, draft: Draft, batch: Segments):
         """State, info, and whether the state is finite."""
-        return self._update(
+        return self._learning.update(
             learner.opt_state,
             learner.params,
             learner.num_updates,
@@ -431,7 +486,7 @@ class Windows:
 
     def _accepted(self, params, draft: Draft, batch: Segments):
         """`[b]` tokens that a step would get accepted, by window."""
-        return self._evaluate(params, batch, self.shared, draft.token_ids)[1]
+        return self._learning.evaluate(params, batch, self.shared, draft.token_ids)[1]
 
     def _progress(self, state: WindowsState, draft: Draft, batch: Segments):
         """Compares the iterate with that of the span's beginning, on fresh windows."""
@@ -444,11 +499,12 @@ class Windows:
 
         return pace.record_gain(state.pace, newest, oldest, weight)
 
-    def _gain_of(self, candidate, served, weight):
-        steps = self.config.num_steps
-        return promotion.gain_of(candidate, served, jnp.sum(weight, axis=1), steps)
-
 
 def _owned(learner: LearnerState) -> LearnerState:
     """Updates overwrite all but the parameters: so none of that may be another's."""
-    return learner.replace(opt_state=jax.tree.map(jnp.copy, learner.opt_state))
+    return learner.replace(opt_state=_copied(learner.opt_state))
+
+
+@jax.jit
+def _copied(tree):
+    return jax.tree.map(jnp.copy, tree)

@@ -24,11 +24,13 @@ from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import shared_tables
+from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
-from ospec_jax.models.quantization import cast_params
+from ospec_jax.models.layers import Numerics
+from ospec_jax.models.sharing import caster, share
 from ospec_jax.online.trainer import (
     Learned,
     Traffic,
@@ -114,6 +116,21 @@ class Run:
     seconds: float = 0.0
 
 
+@share
+def _compiled(
+    drafter: Drafter,
+    numerics: Numerics,
+    context: int,
+    num_steps: int,
+    decay: float,
+    has_states: bool,
+) -> Callable:
+    """The jitted function of `build_score`."""
+    return jax.jit(
+        build_score(drafter, numerics, context, num_steps, decay, has_states)
+    )
+
+
 class Replayer:
     """Compiled functions for one draft and one recording; holds no learner."""
 
@@ -161,9 +178,7 @@ class Replayer:
             TreeConfig(num_steps=num_steps),
             target.numerics,
         )
-        precision = target.numerics.precision
-        self._cast = jax.jit(lambda params: cast_params(params, precision))
-        self._scorers: dict[tuple[int, bool], Callable] = {}
+        self._cast = caster(target.numerics.precision)
         self._target = target
         entries = [self.store.entries[i] for i in self.order]
         longest = max(e.length - e.num_prompt for e in entries)
@@ -188,23 +203,20 @@ class Replayer:
         num_rows = next(n for n in _ROWS if n >= len(found))
         longest = max(r.num_prompt for r in found) - 1
         context = max(-(-longest // _CONTEXT), 1) * _CONTEXT
-        if (context, has_states) not in self._scorers:
-            self._scorers[context, has_states] = jax.jit(
-                build_score(
-                    self.drafter,
-                    self._numerics,
-                    context,
-                    self.num_steps,
-                    self.decay,
-                    has_states,
-                )
-            )
+        score_rows = _compiled(
+            self.drafter,
+            self._numerics,
+            context,
+            self.num_steps,
+            self.decay,
+            has_states,
+        )
 
         rows = [self._window(r, context) for r in found]
         rows += [jax.tree.map(np.zeros_like, rows[0])] * (num_rows - len(rows))
         feedback, start, following, weight = jax.tree.map(lambda *x: np.stack(x), *rows)
         found_of_all = jax.device_get(
-            self._scorers[context, has_states](
+            score_rows(
                 params,
                 self.draft.draft.token_ids,
                 self.shared,

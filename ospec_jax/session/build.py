@@ -22,7 +22,7 @@ from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.last_layer import LastLayer
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
-from ospec_jax.models.quantization import cast_params
+from ospec_jax.models.sharing import caster
 from ospec_jax.online.registry import build_trainer
 from ospec_jax.online.trainer import Trainer
 from ospec_jax.types import Draft
@@ -243,16 +243,9 @@ def serving(
     It remembers no n-grams; there is nothing in its table but their rates.
     """
     mesh = target.mesh
-    precision = target.numerics.precision
     members = draft.members if draft is not None else ()
     is_trained = draft is not None and draft.meta.draft is not None
-    cast = jax.jit(
-        sharding.pinned(
-            lambda params: cast_params(params, precision),
-            mesh,
-            sharding.param_shardings,
-        )
-    )
+    cast = caster(target.numerics.precision, mesh)
     nothing = sharding.put_params(init_memory(1, orders), mesh)
 
     def serve(draft: Draft) -> Draft:

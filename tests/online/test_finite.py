@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts that are not finite are neither saved nor loaded, exported or trained on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,9 +152,7 @@ def test_an_update_of_the_head_that_is_not_finite_is_none():
         jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
-def test_the_head_stops_and_its_last_good_projection_is_served(
-    target, made, tmp_path, monkeypatch
-):
+def test_the_head_stops_and_its_last_good_projection_is_served(target, made, tmp_path):
     draft, meta = made
     learner = LearnerConfig(name="head")
     loaded = LoadedDraft(draft, meta)
@@ -168,13 +168,13 @@ def test_the_head_stops_and_its_last_good_projection_is_served(
         np.array(session.draft.params["lm_head"]["kernel"]),
     )
     head = session.trainer.update.__self__
-    inner = head._head_inputs
+    inner = head.chunks.head_inputs
 
     def spoil(params, states):
         return inner(params, states) * jnp.nan
 
-    monkeypatch.setattr(head, "_head_inputs", spoil)
-    head._learn = jax.jit(head._chunk, donate_argnums=(0, 1))
+    spoilt = dataclasses.replace(head.chunks, head_inputs=spoil)
+    head._learn = jax.jit(spoilt.learn, donate_argnums=(0, 1))
     with pytest.warns(UserWarning, match="'head' with head_rate 1.0 was not finite"):
         assert answer(session, 3) == expected[1]
     assert [r.decision for r in session.reports].count("stopped") == 1

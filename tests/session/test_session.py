@@ -136,7 +136,10 @@ def guarded(target, draft, gain, **own):
         LEARNER, promotion="guarded", promotion_level=0.9, update_interval=30, **own
     )
     session = Session(target, draft, learner=learner, ngrams=False)
-    windows_of(session)._gain = lambda *args: jax.numpy.float32(gain)
+    windows = windows_of(session)
+    windows._batching = windows._batching._replace(
+        gain_of=lambda *args: jax.numpy.float32(gain)
+    )
     return session
 
 
@@ -498,7 +501,7 @@ def test_experts_are_not_judged_by_what_they_were_trained_on(target, draft):
     answers(session)
     assert {is_same for is_old, is_same in changes if is_old} == {True}
     assert [is_same for is_old, is_same in changes if not is_old].count(False) > 2
-    assert windows._update._cache_size() == 1
+    assert windows._learning.update._cache_size() == 1
 
 
 @pytest.mark.parametrize("family", ["ngram", "suffix"])

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled programs within a process: built once for the same arguments.
+
+A second session of the same models, or a second learner of the same settings, compiles
+nothing. What is kept holds no weights: they are arguments of the programs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+from ospec_jax import sharding
+from ospec_jax.config import Precision
+from ospec_jax.models.quantization import cast_params
+
+_NUM_KEPT = 64
+_SHARED: list = []
+
+Built = TypeVar("Built")
+
+
+def share(build: Callable[..., Built]) -> Callable[..., Built]:
+    """Keeps what `build` made of its latest arguments.
+
+    Functions among them, as drafters are made of, are the same if they are one object.
+    For arguments that cannot be hashed, as a user's own may be, it builds anew.
+    """
+    kept = functools.lru_cache(maxsize=_NUM_KEPT)(build)
+    _SHARED.append(kept)
+
+    @functools.wraps(build)
+    def find(*args):
+        try:
+            hash(args)
+        except TypeError:
+            return build(*args)
+
+        return kept(*args)
+
+    return find
+
+
+def forget_programs() -> None:
+    """Lets go of all that is shared; what is in use stays with its users."""
+    for kept in _SHARED:
+        kept.cache_clear()
+
+
+@share
+def caster(precision: Precision, mesh: sharding.AnyMesh | None = None) -> Callable:
+    """The jitted function from parameters in float32 to those in a precision."""
+    cast = lambda params: cast_params(params, precision)
+    return jax.jit(sharding.pinned(cast, mesh, sharding.param_shardings))
