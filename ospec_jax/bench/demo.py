@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 from ospec_jax import atomic
-from ospec_jax.bench.harness import BenchConfig
 from ospec_jax.bench.live import run_with_progress
-from ospec_jax.bench.report import markdown_table, plot_stream
+from ospec_jax.bench.report import markdown_report, plot_stream
+from ospec_jax.bench.runs import BenchConfig
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.learners.config import LearnerConfig
@@ -49,14 +49,14 @@ def run_demo(
     interrupt = Interrupt()
     run, rows = run_with_progress(target, draft, stream, config, interrupt)
     atomic.write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
-    atomic.write_text(out / "results.md", markdown_table(rows) + "\n")
+    atomic.write_text(out / "results.md", markdown_report(rows) + "\n")
     plot = plot_stream(run, out / "acceptance.png")
     if is_again:  # the checkpoint is an earlier demonstration's
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
 
     saved = run.modes["learned"].session.save(out / "checkpoint")
     say(f"plot        {plot}\ncheckpoint  {saved}")
-    if len(run.prompts) < len(stream):
+    if not run.is_complete:
         interrupt.raise_if_set()
 
     return rows

@@ -7,12 +7,12 @@ from typing import get_args
 
 import numpy as np
 
-from ospec_jax.bench.harness import BenchRun, ModeRun
+from ospec_jax.bench.parts import PLAIN, by_domain, paired_quartiles
 from ospec_jax.bench.rows import count_mismatches
+from ospec_jax.bench.runs import BenchRun, ModeRun
 from ospec_jax.config import ChildrenKind, ConfigError, TreeConfig, Verification
 from ospec_jax.decoding.stats import DecodingStats, repeated_share
 
-PLAIN = "autoregressive"
 ALL = "all"
 
 
@@ -60,13 +60,7 @@ def domain_rows(run: BenchRun) -> list[dict]:
             f"size of 1, and the mode {PLAIN!r} among --modes"
         )
 
-    of_domain = lambda prompt: prompt.domain or "unnamed"
-    domains = list(dict.fromkeys(map(of_domain, run.prompts)))
-    chosen = {
-        domain: [i for i, p in enumerate(run.prompts) if of_domain(p) == domain]
-        for domain in domains
-    }
-    chosen[ALL] = list(range(len(run.prompts)))
+    chosen = by_domain(run) | {ALL: list(range(len(run.prompts)))}
 
     return [
         _row(run, name, domain, where)
@@ -84,13 +78,11 @@ def _row(run: BenchRun, name: str, domain: str, where: Sequence[int]) -> dict:
     part = _part(mode, where)
     seconds = lambda mode: np.take(mode.turn_seconds, where)
     tokens = lambda mode: np.take(mode.turn_tokens, where)
-    pace = lambda mode: seconds(mode) / np.maximum(tokens(mode), 1)
     total = lambda mode: seconds(mode).sum() / max(tokens(mode).sum(), 1)
     empty = DecodingStats(num_spec_tokens=mode.session.tree.num_steps)
     stats = sum((result.stats for result in part.results), empty)
     picked = dataclasses.replace(run, reference=[run.reference[i] for i in where])
     mismatched, ties = count_mismatches(picked, part)
-    quartiles = np.percentile(pace(plain) / pace(mode), (25, 50, 75))
 
     return {
         "domain": domain,
@@ -104,7 +96,7 @@ def _row(run: BenchRun, name: str, domain: str, where: Sequence[int]) -> dict:
         "tokens_per_second": 1 / total(mode),
         "speedup": total(plain) / total(mode),
         "repeated_token_share": repeated_share([r.token_ids for r in part.results]),
-        "paired_speedup_quartiles": [float(q) for q in quartiles],
+        "paired_speedup_quartiles": paired_quartiles(plain, mode, where),
         "num_mismatched_outputs": mismatched,
         "num_tie_flips": ties,
     }

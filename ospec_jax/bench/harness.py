@@ -4,163 +4,49 @@
 Every prompt is answered by every mode in turn, in rotating order, so that drifts of the
 machine hit all alike. Learning happens inside the learned mode's turn and is drained
 before the next one; a prompt is always decoded before anything is learned from it.
+
+Turns of a conversation follow each other. The answers within it are those of plain
+decoding, so that all modes, and other decoders, are asked the same. In greedy decoding
+they are each mode's own answers, too: where they are not, `num_mismatched_outputs` says
+so.
 """
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
-from ospec_jax.bench.passes import (
-    PassSeconds,
-    measure_passes,
-    measure_verification,
+from ospec_jax.bench.asking import (
+    first_turn,
+    fitting_items,
+    request_bounds,
+    requests_of,
+    rounds_of,
 )
+from ospec_jax.bench.passes import measure_passes, measure_verification
 from ospec_jax.bench.peers import Peer
-from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig, check_types
+from ospec_jax.bench.runs import (
+    UNPADDED,
+    BenchConfig,
+    BenchRun,
+    ModeRun,
+    PeerRun,
+    Turns,
+)
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.data.conversations import Conversation
 from ospec_jax.data.prompts import Prompt
-from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.learners.config import LearnerConfig
+from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
-from ospec_jax.session import Result, Session
-
-MODES = ("autoregressive", "static", "ngrams", "learned")
-"""Without a draft; with the draft as it is; that with n-grams of the request; that with
-learning from earlier requests."""
-
-UNPADDED = "unpadded"
-"""Plain decoding without what keeps a row's bits independent of the others: a lone
-token is not computed twice. Faster, and no oracle: it may round differently."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchConfig:
-    """What is measured.
-
-    Attributes:
-      modes: Some of `MODES`, and `UNPADDED`.
-      max_new_tokens: Of each answer.
-      ngrams: Let n-grams suggest tokens in the learned mode, too.
-      stop: Strings that end an answer.
-      num_predicted_tokens: Tokens verified at once while a prediction holds.
-      batch_size: Prompts decoded together.
-    """
-
-    modes: tuple[str, ...] = MODES
-    max_new_tokens: int = 128
-    tree: TreeConfig = TreeConfig(num_steps=3)
-    learner: LearnerConfig = LearnerConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    is_raw: bool = False
-    ngrams: bool = True
-    batch_size: int = 1
-    stop: tuple[str, ...] = ()
-    num_predicted_tokens: int = 12
-
-    def __post_init__(self):
-        check_types(self)
-        known = (*MODES, UNPADDED)
-        unknown = set(self.modes) - set(known)
-        if unknown or not self.modes:
-            raise ConfigError(f"unknown modes {sorted(unknown)}; use some of {known}")
-
-
-@dataclasses.dataclass
-class Turns:
-    """What anybody did who took part.
-
-    Attributes:
-      turn_seconds: Wall-clock time of each turn, learning included.
-      turn_tokens: Of each turn's answers.
-    """
-
-    compile_seconds: float = 0.0
-    turn_seconds: list[float] = dataclasses.field(default_factory=list)
-    turn_tokens: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all answers."""
-        return sum(self.turn_tokens)
-
-    @property
-    def total_seconds(self) -> float:
-        """All wall-clock time."""
-        return sum(self.turn_seconds)
-
-    @property
-    def tokens_per_second_with_learning(self) -> float:
-        """All wall-clock time of all turns."""
-        return self.num_tokens / max(self.total_seconds, 1e-9)
-
-    def keep(self, num_turns: int, num_prompts: int) -> None:
-        """Forgets what was done after so many turns and prompts."""
-        del self.turn_seconds[num_turns:]
-        del self.turn_tokens[num_turns:]
-
-
-@dataclasses.dataclass
-class PeerRun(Turns):
-    """What another decoder did."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class ModeRun(Turns):
-    """What one mode did."""
-
-    session: Session
-    results: list[Result] = dataclasses.field(default_factory=list)
-
-    def keep(self, num_turns: int, num_prompts: int) -> None:
-        """Forgets what was done after so many turns and prompts."""
-        super().keep(num_turns, num_prompts)
-        del self.results[num_prompts:]
-
-    @property
-    def stats(self) -> DecodingStats:
-        """Counters of all answers."""
-        empty = DecodingStats(num_spec_tokens=self.session.tree.num_steps)
-        return sum((r.stats for r in self.results), empty)
-
-    @property
-    def seconds(self) -> float:
-        """All wall-clock time of the mode's turns but learning."""
-        return self.total_seconds - self.learning_seconds
-
-    @property
-    def learning_seconds(self) -> float:
-        """Ring writes, updates, promotion scoring and swaps."""
-        return sum(r.learning_seconds for r in self.results)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Without learning."""
-        return self.num_tokens / max(self.seconds, 1e-9)
-
-
-@dataclasses.dataclass
-class BenchRun:
-    """A finished benchmark.
-
-    Attributes:
-      verify_seconds: Of the target's pass over each mode's nodes; empty unless drafts
-        were compared.
-    """
-
-    config: BenchConfig
-    prompts: list[Prompt]
-    modes: dict[str, ModeRun]
-    peers: dict[str, PeerRun]
-    reference: list[list[int]]
-    pass_seconds: dict[str, PassSeconds]
-    verify_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+from ospec_jax.session import Session
 
 
 def run_bench(
     target: Target,
     draft: LoadedDraft | None,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | Conversation],
     config: BenchConfig = BenchConfig(),
     on_result: Callable[[int, str, "Turns"], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -170,33 +56,46 @@ def run_bench(
 ) -> BenchRun:
     """Measures all modes, and other decoders, on all prompts.
 
+    What does not fit into the context is left out, in all modes, with a warning.
+
     Args:
+      prompts: Prompts, or conversations, whose turns are asked one after another.
       drafts: Drafts that are compared, each as it is: further modes by these names.
       peers: Take their turns like the modes.
       on_result: Called after each turn with the number of prompts begun, the mode's
         name and its run.
       should_stop: Asked before each round of turns.
       should_drop: Asked at every step: once it says so, the round is left out.
+
+    Raises:
+      ConfigError: Settings do not go together, or no prompt fits.
     """
     if draft is None and not set(config.modes) <= {"autoregressive", UNPADDED}:
         raise ConfigError("all modes but autoregressive and unpadded need a draft")
     if peers and (config.batch_size > 1 or config.sampling.temperature > 0):
         raise ConfigError("peers are compared greedily, with a batch size of 1")
+    if config.batch_size > 1 and any(isinstance(x, Conversation) for x in prompts):
+        raise ConfigError("conversations are asked with a batch size of 1")
 
-    size = config.batch_size
-    groups = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-    open_mode = lambda name: _open_mode(name, target, draft, config, groups)
-    modes = {name: open_mode(name) for name in config.modes}
-
+    modes = {name: _open_mode(name, target, draft, config) for name in config.modes}
     for name, (other, tree) in (drafts or {}).items():
         own = dataclasses.replace(config, tree=tree)
-        modes[name] = _open_mode(name, target, other, own, groups)
+        modes[name] = _open_mode(name, target, other, own)
+
+    # Mismatches are against plain decoding, which runs unscored if nobody asked for it.
+    hidden = []
+    if "autoregressive" not in modes:
+        hidden = [_open_mode("autoregressive", target, draft, config)]
+    plain = hidden[0] if hidden else modes["autoregressive"]
 
     sessions = {name: mode.session for name, mode in modes.items()}
+    opened = [*sessions.values(), *(mode.session for mode in hidden)]
+    items, left_out = fitting_items(prompts, opened, config)
+    for mode in [*modes.values(), *hidden]:
+        _warm_up(mode, items, config)
+
     pass_seconds = measure_passes(sessions)
     verify_seconds = measure_verification(sessions) if drafts else {}
-    # Mismatches are against plain decoding, which runs unscored if nobody asked for it.
-    plain = modes.get("autoregressive") or open_mode("autoregressive")
     others = {peer.name: PeerRun() for peer in peers}
     take_turn = {
         name: functools.partial(_answer, mode, config=config, should_drop=should_drop)
@@ -208,40 +107,60 @@ def run_bench(
         for peer in peers
     }
 
-    for peer in peers:  # warms up
-        _answer_by_peer(peer, PeerRun(), plain.session, groups[0], config)
+    for peer in peers:
+        if items:  # warms up
+            first = [first_turn(items[0])]
+            _answer_by_peer(peer, PeerRun(), plain.session, first, config)
 
-    done: list[Prompt] = []
-    turns = [*modes.values(), *others.values(), plain]
+    turns = [*modes.values(), *others.values(), *hidden]
+    run = BenchRun(
+        config,
+        [],
+        modes,
+        others,
+        [],
+        pass_seconds,
+        verify_seconds,
+        left_out=left_out,
+        is_complete=False,
+    )
 
-    for number, group in enumerate(groups):
+    rounds = rounds_of(items, plain, opened, config, left_out)
+
+    for number, (name, group) in enumerate(rounds):
         if should_stop():
             break
         begun = [len(one.turn_seconds) for one in turns]
-        done += group
+        num_begun = len(run.prompts) + len(group)
         turn = number % len(take_turn)
-        for name in [*list(take_turn)[turn:], *list(take_turn)[:turn]]:
-            take_turn[name](group)
+        for mode_name in [*list(take_turn)[turn:], *list(take_turn)[:turn]]:
+            take_turn[mode_name](group)
             if should_drop():
                 break
             if on_result is not None:
-                on_result(len(done), name, modes.get(name) or others[name])
-        if "autoregressive" not in modes and not should_drop():
+                taken = modes.get(mode_name) or others[mode_name]
+                on_result(num_begun, mode_name, taken)
+        if hidden and not should_drop():
             _answer(plain, group, config, should_drop)
         if should_drop():
-            done = done[: -len(group)]
             for one, count in zip(turns, begun, strict=True):
-                one.keep(count, len(done))
+                one.keep(count, len(run.prompts))
             break
+        run.prompts += group
+        run.prompt_lengths += [
+            len(request.prompt_ids)
+            for request in requests_of(group, plain.session, config)
+        ]
+        run.conversations += [name] * len(group)
+    else:
+        run.is_complete = True
 
-    reference = [result.token_ids for result in plain.results]
+    run.reference = [result.token_ids for result in plain.results]
 
-    return BenchRun(
-        config, done, modes, others, reference, pass_seconds, verify_seconds
-    )
+    return run
 
 
-def _open_mode(name, target, draft, config: BenchConfig, groups) -> ModeRun:
+def _open_mode(name, target, draft, config: BenchConfig) -> ModeRun:
     if name == UNPADDED:
         numerics = dataclasses.replace(target.numerics, is_row_invariant=False)
         target = dataclasses.replace(target, numerics=numerics)
@@ -263,18 +182,34 @@ def _open_mode(name, target, draft, config: BenchConfig, groups) -> ModeRun:
             num_predicted_tokens=config.num_predicted_tokens,
         )
 
+    return ModeRun(session=session)
+
+
+def _warm_up(
+    mode: ModeRun, items: Sequence[Prompt | Conversation], config: BenchConfig
+) -> None:
+    """Compiles all that the mode will run, and books its time."""
+    session = mode.session
     capacities = set()
 
-    for group in groups:
-        pairs = session.requests(
-            group, config.max_new_tokens, config.sampling, config.is_raw
-        )
-        capacities.add(session.engine.capacity_for(request for _, request in pairs))
+    for begin in range(0, len(items), config.batch_size):
+        group = items[begin : begin + config.batch_size]
+        bounds = [request_bounds(item, session, config) for item in group]
+        if isinstance(group[0], Conversation):
+            each = [session.engine.capacity_for([bound]) for bound in bounds[0]]
+            # Answers may be of any length: where 256 slots or 1,024 may be needed, so
+            # may be 512.
+            capacities |= {c for c in CAPACITIES if min(each) <= c <= max(each)}
+        else:
+            together = itertools.chain.from_iterable(bounds)
+            capacities.add(session.engine.capacity_for(together))
 
-    has_predictions = any(prompt.prediction for group in groups for prompt in group)
-    seconds = session.warm_up(sorted(capacities), config.sampling, has_predictions)
-
-    return ModeRun(compile_seconds=seconds, session=session)
+    has_predictions = any(
+        isinstance(item, Prompt) and item.prediction for item in items
+    )
+    mode.compile_seconds = session.warm_up(
+        sorted(capacities), config.sampling, has_predictions
+    )
 
 
 def _answer(
@@ -302,10 +237,7 @@ def _answer(
 
 def _answer_by_peer(peer, run: PeerRun, session, group, config: BenchConfig) -> None:
     """The same for another decoder, which gets the same token ids."""
-    pairs = session.requests(
-        group, config.max_new_tokens, config.sampling, config.is_raw
-    )
-    prompts = [request.prompt_ids for _, request in pairs]
+    prompts = [r.prompt_ids for r in requests_of(group, session, config)]
     stop_ids = session.engine.config.stop_ids
     start = time.perf_counter()
     answers = [peer.generate(ids, config.max_new_tokens, stop_ids) for ids in prompts]

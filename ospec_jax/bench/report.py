@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks as terminal tables, Markdown and plots."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,9 +9,19 @@ import numpy as np
 from rich.console import Group
 
 from ospec_jax import atomic
-from ospec_jax.bench.harness import UNPADDED, BenchRun
+from ospec_jax.bench.part_tables import (
+    PartTable,
+    markdown_part_tables,
+    part_tables,
+    terminal_part_tables,
+)
+from ospec_jax.bench.parts import add_speedups
 from ospec_jax.bench.passes import Machine, PassCost
+from ospec_jax.bench.runs import BenchRun
 from ospec_jax.reports.tables import records_table
+
+_MAX_CHANGES = 24
+"""Of domain, that a plot along a stream shows."""
 
 _COLUMNS = (
     ("mode", "mode", "{}"),
@@ -34,21 +45,11 @@ _COLUMNS = (
 
 
 def with_ratios(rows: Sequence[dict]) -> list[dict]:
-    """Adds the speed-up over plain decoding, learning time included.
-
-    Where plain decoding was also measured without row invariance, over the faster of
-    the two as well.
-    """
-    plain = next((r for r in rows if r["mode"] == "autoregressive"), None)
-    unpadded = next((r for r in rows if r["mode"] == UNPADDED), None)
+    """Adds speed-ups (see `parts.add_speedups`), and what else columns show."""
     extended = []
 
-    for row in rows:
-        speed = row["tokens_per_second_with_learning"]
-        extra = {"speedup": speed / plain["tokens_per_second"] if plain else None}
-        if plain and unpadded:
-            fastest = max(x["tokens_per_second"] for x in (plain, unpadded))
-            extra["speedup_over_fastest_plain"] = speed / fastest
+    for row in add_speedups(rows):
+        extra = {}
         spread = row["paired_speedup_quartiles"]
         extra["quartiles"] = f"{spread[0]:.2f} - {spread[2]:.2f}" if spread else None
         if row.get("num_mismatched_outputs") is not None:
@@ -94,16 +95,44 @@ def markdown_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def terminal_report(
+    rows: Sequence[dict], title: str, width: int | None = None
+) -> Group:
+    """All tables, for people."""
+    return Group(terminal_table(rows, title, width), terminal_part_tables(rows, width))
+
+
+def markdown_report(rows: Sequence[dict]) -> str:
+    """All tables, for documents."""
+    texts = [markdown_table(rows), markdown_part_tables(rows)]
+    return "\n\n".join(text for text in texts if text)
+
+
 def plot_modes(rows: Sequence[dict], path: Path) -> Path:
-    """Draws tokens a second, learning time included, as bars."""
+    """Draws tokens a second, learning time included, as bars.
+
+    Below, speed-ups by domain and by prompt length, where there are several.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained"
+    parts = part_tables(rows)
+    # A bar's thickness is the same in all of them.
+    num_bars = [len(part.labels) * (len(part.cells) + 1) for part in parts]
+    heights = [0.45 * len(rows) + 1.2, *(0.16 * count + 1.1 for count in num_bars)]
+    figure, panels = plt.subplots(
+        len(heights),
+        figsize=(7, sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
     )
+    axes, *others = panels[:, 0]
+    for part, panel in zip(parts, others, strict=True):
+        _draw_part(panel, part)
+
     speeds = [row["tokens_per_second_with_learning"] for row in rows]
     colors = ["#1f6feb" if "target" in row else "#8a8f98" for row in rows]
     bars = axes.barh([row["mode"] for row in rows], speeds, color=colors)
@@ -119,6 +148,36 @@ def plot_modes(rows: Sequence[dict], path: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
 
     return atomic.write_figure(figure, path)
+
+
+def _draw_part(axes, part: PartTable) -> None:
+    """Grouped bars: a group each domain or length, a bar each mode."""
+    import matplotlib
+
+    colors = matplotlib.colormaps["tab10"].colors
+    thickness = 0.8 / len(part.cells)
+    middles = np.arange(len(part.labels))
+
+    for number, (mode, cells) in enumerate(part.cells.items()):
+        bars = axes.barh(
+            middles + (number + 0.5) * thickness - 0.4,
+            [cell.value or 0 for cell in cells],
+            height=thickness,
+            label=mode,
+            color=colors[number % len(colors)],
+        )
+        texts = ["-" if cell.value is None else f"{cell.value:.2f}" for cell in cells]
+        axes.bar_label(bars, texts, padding=2, fontsize=7)
+
+    if part.plain is not None:
+        axes.axvline(1, color="#57606a", ls=":", lw=1, zorder=0, label="plain")
+
+    axes.set_yticks(middles, part.labels)
+    axes.invert_yaxis()
+    axes.set(title=f"By {part.what}", xlabel=part.unit)
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def acceptance_series(run: BenchRun, mode: str, window: int = 8) -> np.ndarray:
@@ -194,6 +253,11 @@ def _title_of(domains: Sequence[str]) -> str:
 
 
 def _shade_domains(axes, domains: list[str]) -> None:
+    """Names each stretch of a domain, unless they are too many to be read."""
+    changes = sum(a != b for a, b in itertools.pairwise(domains))
+    if changes > _MAX_CHANGES:
+        return
+
     begin = 0
     for i in range(1, len(domains) + 1):
         if i == len(domains) or domains[i] != domains[begin]:

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from ospec_jax.bench.harness import BenchRun, ModeRun, Turns
+from ospec_jax.bench.parts import add_parts, add_speedups, paired_quartiles
+from ospec_jax.bench.runs import BenchRun, ModeRun, Turns
 from ospec_jax.data.templates import encode
 from ospec_jax.decoding.engine import PREFILL_CHUNK
 from ospec_jax.decoding.reference import is_tie
@@ -21,32 +21,28 @@ def predicted_seconds(run: BenchRun, name: str) -> float:
     """What a mode's passes should take in all, by their number and single cost."""
     mode = run.modes[name]
     cost = run.pass_seconds[name]
-    lengths = [
-        len(encode(prompt, mode.session.target.tokenizer, run.config.is_raw))
-        for prompt in run.prompts
-    ]
-    num_chunks = sum(-(-length // PREFILL_CHUNK) for length in lengths)
+    num_chunks = sum(-(-length // PREFILL_CHUNK) for length in run.prompt_lengths)
     return num_chunks * cost.prefill + mode.stats.num_drafts * cost.step
 
 
 def to_rows(run: BenchRun) -> list[dict]:
-    """The benchmark's JSON: one row a mode, then one a peer."""
+    """The benchmark's JSON: one row a mode, then one a peer; see `parts`, too."""
     rows = [_row(run, name) for name in run.modes]
-    return rows + [_peer_row(run, name) for name in run.peers]
+    rows += [_peer_row(run, name) for name in run.peers]
+    return add_parts(run, add_speedups(rows))
 
 
 def _shared(run: BenchRun, name: str, turns: Turns) -> dict:
     """Of modes and peers alike; ratios are to plain decoding, turn by turn."""
     quartiles = None
     plain = run.modes.get("autoregressive")
-    if plain is not None and turns.turn_seconds:
-        pace = lambda t: np.divide(t.turn_seconds, np.maximum(t.turn_tokens, 1))
-        ratios = pace(plain) / pace(turns)
-        quartiles = [float(q) for q in np.percentile(ratios, (25, 50, 75))]
+    if plain is not None:
+        quartiles = paired_quartiles(plain, turns, range(len(turns.turn_seconds)))
 
     return {
         "mode": name,
         "num_prompts": len(run.prompts),
+        "left_out": run.left_out,
         "num_tokens": turns.num_tokens,
         "tokens_per_second_with_learning": turns.tokens_per_second_with_learning,
         "paired_speedup_quartiles": quartiles,

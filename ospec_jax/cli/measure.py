@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +25,14 @@ from ospec_jax.cli.arguments import (
     write_text,
 )
 from ospec_jax.cli.outputs import check_outputs, hold
-from ospec_jax.config import ConfigError
-from ospec_jax.data.prompts import demo_prompts, read_prompts
+from ospec_jax.config import ConfigError, whole_number
+from ospec_jax.data.conversations import (
+    Conversation,
+    choose_evenly,
+    read_spec_bench,
+    shuffled,
+)
+from ospec_jax.data.prompts import Prompt, demo_prompts, read_prompts
 from ospec_jax.models.hub import load_target
 from ospec_jax.reports.progress import Interrupt, say
 
@@ -33,7 +40,9 @@ from ospec_jax.reports.progress import Interrupt, say
 def bench(
     prompts: Path | None = None,
     decoding: Shared = Given,
-    num_prompts: int = 50,
+    spec_bench: Path | None = None,
+    num_prompts: int | None = None,
+    shuffle: int | None = None,
     modes: str = "",
     drafts: tuple[str, ...] = (),
     learner: Learner = "auto",
@@ -50,7 +59,12 @@ def bench(
 
     Args:
       prompts: A JSONL file; without one, mathematics that comes with the package.
-      num_prompts: Prompts taken from its beginning.
+      spec_bench: Spec-Bench's file of questions instead: conversations turn by turn,
+        by its six tasks, with the table as it is published.
+      num_prompts: Prompts taken from the file's beginning, by default 50. Of
+        Spec-Bench, questions of each task, evenly spread over it; by default all.
+      shuffle: Ask in an order drawn by this seed; turns of a conversation stay
+        together.
       modes: Comma-separated: autoregressive, static (the draft as it is), ngrams (and
         n-grams of the request), learned (and of earlier ones; the draft is trained).
         These by default; with --drafts, autoregressive alone. Also unpadded: plain
@@ -62,24 +76,27 @@ def bench(
       peers: Comma-separated other decoders of the same weights: transformers,
         transformers-bfloat16, transformers-lookup, transformers-assisted, llama-cpp,
         llama-cpp-lookup.
-      json_file: Write one row a mode.
-      markdown: Write the table.
-      plot: Draw the modes' speed into this PNG.
+      json_file: Write one row a mode; within it, one a domain and a prompt length.
+      markdown: Write the tables.
+      plot: Draw the modes' speed, by domain and by prompt length, too, into this PNG.
       stream_plot: Draw acceptance over the stream into this PNG.
     """
-    from ospec_jax.bench.harness import MODES, BenchConfig
     from ospec_jax.bench.peers import open_peer
-    from ospec_jax.bench.report import markdown_table, plot_modes, plot_stream
+    from ospec_jax.bench.report import markdown_report, plot_modes, plot_stream
+    from ospec_jax.bench.runs import MODES, BenchConfig
 
-    check_outputs([json_file, markdown], figures=[plot, stream_plot], inputs=[prompts])
+    check_outputs(
+        [json_file, markdown],
+        figures=[plot, stream_plot],
+        inputs=[prompts, spec_bench],
+    )
     if drafts and decoding.batch_size > 1:
         raise ConfigError("drafts are compared with a batch size of 1")
     if drafts and (peers or plot or stream_plot):
         raise ConfigError("--drafts goes without --peers, --plot and --stream-plot")
 
     modes = modes or ("autoregressive" if drafts else ",".join(MODES))
-    rows = read_prompts(prompts) if prompts else demo_prompts("math")
-    rows = rows[:num_prompts]
+    rows = _asked(prompts, spec_bench, num_prompts, shuffle)
     config = BenchConfig(
         modes=tuple(m for m in modes.split(",") if m),
         tree=decoding.tree_config,
@@ -114,14 +131,42 @@ def bench(
     with contextlib.ExitStack() as ends:  # each is tried, also if another one fails
         ends.callback(write_json, json_file, table, is_list=True)
         if markdown is not None:
-            ends.callback(write_text, markdown, markdown_table(table))
+            ends.callback(write_text, markdown, markdown_report(table))
         if plot is not None:
             ends.callback(lambda: say(f"plot: {plot_modes(table, plot)}"))
         if stream_plot is not None:
             draw = lambda: plot_stream(run, stream_plot)
             ends.callback(lambda: say(f"plot: {draw()}"))
-    if len(run.prompts) < len(rows):
+    if not run.is_complete:
         interrupt.raise_if_set()
+
+
+def _asked(
+    prompts: Path | None,
+    spec_bench: Path | None,
+    num_prompts: int | None,
+    shuffle: int | None,
+) -> Sequence[Prompt | Conversation]:
+    """What is asked, in its order.
+
+    Raises:
+      ConfigError: Flags contradict each other, or a file has another form.
+    """
+    if prompts is not None and spec_bench is not None:
+        raise ConfigError("give either --prompts or --spec-bench")
+    if num_prompts is not None:
+        whole_number("--num-prompts", num_prompts, least=1)
+    if shuffle is not None:
+        whole_number("--shuffle", shuffle, least=0)
+
+    if spec_bench is not None:
+        asked = read_spec_bench(spec_bench)
+        asked = choose_evenly(asked, num_prompts) if num_prompts else asked
+    else:
+        asked = read_prompts(prompts) if prompts else demo_prompts("math")
+        asked = asked[: num_prompts or 50]
+
+    return asked if shuffle is None else shuffled(asked, shuffle)
 
 
 def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) -> None:
@@ -149,7 +194,7 @@ def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) ->
         ends.callback(write_json, json_file, table, is_list=True)
         if markdown is not None:
             ends.callback(write_text, markdown, text)
-    if len(run.prompts) < len(prompts):
+    if not run.is_complete:
         interrupt.raise_if_set()
 
 

@@ -76,6 +76,12 @@ def parse_prompt(row: dict, default_id: str) -> Prompt:
                 "`messages` needs turns with `role` and text as `content`"
             )
         text = messages[-1]["content"]
+    elif isinstance(row, dict) and "turns" in row:
+        raise ConfigError(
+            "a row with `turns` is one of Spec-Bench's questions, whose later turns "
+            "need answers to the earlier ones; `ospec bench --spec-bench` asks them, "
+            "other rows have `prompt` (text) or `messages` (chat turns)"
+        )
     else:
         raise ConfigError("a row needs `prompt` (text) or `messages` (chat turns)")
 
@@ -195,27 +201,15 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         the line.
     """
     path = Path(path).expanduser()
-    is_input = str(path) == "-"
-    if not is_input and not path.is_file():
-        raise FileNotFoundError(f"no prompt file {path}")
-
-    try:
-        content = sys.stdin.buffer.read() if is_input else path.read_bytes()
-        # Some editors put a mark of its encoding in front of a file.
-        lines = content.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text; convert it") from error
-
+    lines = read_lines(path)
     prompts = []
     seen = {}
     unread = Counter()
-    name = "stdin" if is_input else path.stem
+    name = "stdin" if str(path) == "-" else path.stem
 
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            row = _parse_line(line)
+            row = parse_line(line)
             prompt = parse_prompt(row, f"{name}-{number}")
             unread.update(row.keys() - _KEYS)
             if prompt.id in seen:
@@ -233,6 +227,27 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """Lines of a file that are not empty, with their numbers; `-` is standard input.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ConfigError: It is not UTF-8.
+    """
+    is_input = str(path) == "-"
+    if not is_input and not path.is_file():
+        raise FileNotFoundError(f"no prompt file {path}")
+
+    try:
+        content = sys.stdin.buffer.read() if is_input else path.read_bytes()
+        # Some editors put a mark of its encoding in front of a file.
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text; convert it") from error
+
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
 def _tell_of_unread(path: Path, unread: Counter) -> None:
     """Names keys that mean nothing here, aloud if one may be a slip of the pen."""
     counts = ", ".join(f"{key!r} ({count})" for key, count in unread.most_common(9))
@@ -246,8 +261,12 @@ def _tell_of_unread(path: Path, unread: Counter) -> None:
         _LOG.info(told)
 
 
-def _parse_line(line: str) -> Any:
-    """One row, as JSON."""
+def parse_line(line: str) -> Any:
+    """One row, as JSON.
+
+    Raises:
+      ConfigError: It is none, or holds half of a character.
+    """
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

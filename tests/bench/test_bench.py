@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from ospec_jax.bench import passes
@@ -13,6 +14,7 @@ from ospec_jax.bench.harness import UNPADDED, BenchConfig, run_bench
 from ospec_jax.bench.passes import Machine, measure_machine, roofline
 from ospec_jax.bench.peers import Peer, open_peer
 from ospec_jax.bench.report import (
+    _shade_domains,
     markdown_table,
     plot_modes,
     roofline_table,
@@ -175,3 +177,13 @@ def test_ratios_are_also_to_the_faster_plain_decoding(target):
     assert faster["speedup_over_fastest_plain"] == 1.0
     assert "over the fastest plain" in markdown_table([plain, unpadded])
     assert "over the fastest plain" not in markdown_table([plain])
+
+
+def test_stretches_of_domains_are_named_while_they_can_be_read():
+    axes = Figure().subplots()
+    _shade_domains(axes, ["a", "a", "b"])
+    assert [text.get_text() for text in axes.texts] == ["a", "b"]
+    axes = Figure().subplots()
+    _shade_domains(axes, ["a", "b"] * 20)
+    assert not axes.texts
+    assert not axes.lines

@@ -14,7 +14,7 @@ from reference import random_params
 
 import ospec_jax
 from ospec_jax import LearnerConfig, cli
-from ospec_jax.bench.harness import MODES
+from ospec_jax.bench.runs import MODES
 from ospec_jax.cli import answer, arguments
 from ospec_jax.config import ConfigError
 from ospec_jax.learners.registry import LEARNER_NAMES
@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BENCH_KEYS = {
-    "mode", "num_prompts", "num_tokens", "tokens_per_second",
+    "mode", "num_prompts", "left_out", "num_tokens", "tokens_per_second", "speedup",
+    "by_domain", "by_prompt_length",
     "tokens_per_second_with_learning", "paired_speedup_quartiles",
     "predicted_speedup", "mean_acceptance_length",
     "mean_draft_length", "draft_acceptance_rate",
@@ -460,6 +461,29 @@ def test_bench_reports_every_mode(ospec, tmp_path):
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_bench_asks_spec_bench(ospec, tmp_path):
+    turns = {"translation": ["Guten Tag."], "writing": ["Write.", "Again."]}
+    lines = [
+        json.dumps({"question_id": f"{name}{i}", "category": name, "turns": texts})
+        for name, texts in turns.items()
+        for i in range(2)
+    ]
+    file = ospec.write_prompts("questions", lines)
+    table, plot = tmp_path / "table.md", tmp_path / "plot.png"
+    modes = ("--modes", "autoregressive,ngrams", "--draft", ospec.draft)
+    outputs = ("--markdown", table, "--plot", plot)
+    args = ("--spec-bench", file, "--num-prompts", 1, "--shuffle", 3)
+    plain, ngrams = ospec.json("bench", *args, *modes, *outputs)
+    assert plain["num_prompts"] == 3  # two turns, and one
+    assert ngrams["num_mismatched_outputs"] == 0
+    labels = [part["domain"] for part in ngrams["by_domain"]]
+    assert labels == ["multi-turn conversation", "translation"]
+    assert ngrams["spec_bench"]["by_task"]["overall"]["num_questions"] == 2
+    headings = "| Models | Multi-turn Conversation | Translation |"
+    assert headings in table.read_text()
+    assert plot.exists()
+
+
 def test_bench_compares_drafts(ospec, tmp_path):
     table = tmp_path / "table.md"
     rows = ospec.json(
@@ -490,6 +514,10 @@ def test_bench_compares_drafts(ospec, tmp_path):
     ("generate", ["--prompt", "x", "--batch-size", "0"], "--batch-size is 0"),
     ("bench", ["--prompts", "{empty}"], "holds no prompts"),
     ("bench", ["--prompts", "{prompts}", "--modes", "fast"], "unknown modes"),
+    ("bench", ["--prompts", "{prompts}", "--spec-bench", "{bad}"], "give either"),
+    ("bench", ["--spec-bench", "{prompts}"], "line 1: a question of Spec-Bench has"),
+    ("bench", ["--prompts", "{prompts}", "--num-prompts", "0"], "--num-prompts is 0"),
+    ("bench", ["--prompts", "{prompts}", "--shuffle", "-1"], "--shuffle is -1"),
     ("bench", ["--drafts", "ngram", "--batch-size", "2"], "batch size of 1"),
     ("bench", ["--prompts", "{prompts}", "--drafts", "none"], "names no draft"),
     ("generate", ["--prompt", "x", "--draft", "shipped:x"], "there are shipped:"),
