@@ -475,6 +475,30 @@ def pool_draft(
     return LoadedDraft(Draft(params), meta, members=tuple(members), pool=config)
 
 
+def with_sliding_window(draft: LoadedDraft, sliding_window: int) -> LoadedDraft:
+    """The draft with another window in its own attention.
+
+    No parameter depends on it, so a trained draft may see less, or more, than it was
+    trained with.
+
+    Args:
+      sliding_window: See `DraftConfig`; 0 for all.
+
+    Raises:
+      ConfigError: The draft has no attention of its own.
+    """
+    if draft.meta.draft is None:
+        raise ConfigError(
+            f"a draft of the family {draft.meta.family!r} has no attention of its own "
+            f"for a sliding window"
+        )
+
+    config = dataclasses.replace(draft.meta.draft, sliding_window=sliding_window)
+    meta = dataclasses.replace(draft.meta, draft=config)
+
+    return dataclasses.replace(draft, meta=meta)
+
+
 def freely_placed(tree, mesh):
     """Copies of restored arrays that are not committed to a device; on a mesh, all are.
 

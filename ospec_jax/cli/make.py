@@ -15,7 +15,13 @@ from ospec_jax.config import AttentionKind, ConfigError, Precision, SamplingConf
 from ospec_jax.data.prompts import read_prompts
 from ospec_jax.drafters.eagle import eagle3_taps
 from ospec_jax.drafters.registry import TRAINED, default_draft_config, find_family
-from ospec_jax.loading import LoadedDraft, draft_folder, load_draft, restore
+from ospec_jax.loading import (
+    LoadedDraft,
+    draft_folder,
+    load_draft,
+    restore,
+    with_sliding_window,
+)
 from ospec_jax.models.hub import load_config, load_target
 from ospec_jax.reports.progress import Interrupt, busy, console, say
 from ospec_jax.storage import checkpoint, low_rank
@@ -38,6 +44,7 @@ def distill(
     data: Path | None = None,
     domain: str = "",
     draft_vocab_size: int = 8192,
+    sliding_window: int | None = None,
     num_steps: int = 3,
     num_updates: int = 1200,
     batch_size: int = 16,
@@ -46,7 +53,7 @@ def distill(
     feature_weight: float | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
-    capacity: int = 256,
+    capacity: int = 0,
     collect_batch_size: int = 32,
     collect_only: bool = False,
     ship: Path | None = None,
@@ -69,6 +76,8 @@ def distill(
       domain: Comma-separated: learn from rows of these domains alone.
       draft_vocab_size: Tokens that can be drafted, the most frequent ones; 0 for all,
         with the target's frozen head.
+      sliding_window: Tokens that the draft's own attention sees, when it serves as in
+        training; 0 for all. By default that of the draft it starts from, else 0.
       num_steps: Drafted tokens that training looks ahead; Hydra gets as many heads.
       num_updates: Updates in all, those of an earlier run that it goes on with counted.
       batch_size: Windows of one update.
@@ -81,7 +90,8 @@ def distill(
       temperature: Of the recorded outputs.
       capacity: Tokens of a prompt and its output; longer prompts are left out. 0 takes
         all.
-      collect_batch_size: Requests decoded together while recording.
+      collect_batch_size: Requests decoded together while recording, at most: of long
+        ones fewer.
       collect_only: Stop after recording.
       ship: Also save the draft alone, in int8, into this folder.
       delta: Of the shipped draft, keep only its difference to the one that it started
@@ -114,6 +124,10 @@ def distill(
         loaded.config, draft_vocab_size, family, num_steps, exit_layer
     )
     initial = _trained(start, loaded)
+    if sliding_window is not None:
+        draft_config = dataclasses.replace(draft_config, sliding_window=sliding_window)
+        initial = initial and with_sliding_window(initial, sliding_window)
+
     kind = find_family(family) if initial is None else initial.family
     if initial is not None and initial.meta.draft is not None:
         draft_config = initial.meta.draft

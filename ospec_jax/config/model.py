@@ -72,6 +72,8 @@ class DraftConfig:
         at the feature itself (EAGLE-3 heads of the `speculators` project).
       has_own_embedding: The draft does not share the target's embedding.
       has_fc_bias: The joining projection has a bias (most EAGLE-1 heads).
+      sliding_window: Pairs that the draft's own attention sees, the newest included,
+        while drafting and in training; 0 for all. No parameter depends on it.
     """
 
     vocab_size: int
@@ -89,6 +91,7 @@ class DraftConfig:
     has_norm_before_residual: bool = False
     has_own_embedding: bool = False
     has_fc_bias: bool = False
+    sliding_window: int = 0
 
     def __post_init__(self):
         _check_above_zero(self, f"{_SIZES} target_hidden_size")
@@ -97,6 +100,11 @@ class DraftConfig:
             raise ConfigError(
                 f"draft_vocab_size is {self.draft_vocab_size}; use the number of "
                 f"tokens that can be drafted, or 0 for the target's head"
+            )
+        if self.sliding_window < 0:
+            raise ConfigError(
+                f"sliding_window is {self.sliding_window}; use the number of tokens "
+                f"that the draft shall see, or 0 for all"
             )
         if min(self.taps, default=0) < 0:
             raise ConfigError(
@@ -142,6 +150,11 @@ class HydraConfig(DraftConfig):
 
         if self.has_separate_heads and not self.has_own_head:
             raise ConfigError("separate heads have a draft vocabulary of their own")
+        if self.sliding_window and not self.has_prefix:
+            raise ConfigError(
+                f"sliding_window is {self.sliding_window}, but Hydra heads without a "
+                f"prefix layer (has_prefix) attend to nothing; use 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +173,11 @@ class ExitConfig(DraftConfig):
         if len(self.taps) != 1 or self.taps[0] < 1:
             raise ConfigError(
                 f"an early exit lies behind one layer or more, not at {self.taps}"
+            )
+        if self.sliding_window:
+            raise ConfigError(
+                f"sliding_window is {self.sliding_window}, but an early exit attends "
+                f"as its target does; use 0"
             )
 
     @property

@@ -38,6 +38,8 @@ from ospec_jax.reports.progress import Interrupt, progress_bar, say
 from ospec_jax.storage import checkpoint
 from ospec_jax.types import Draft
 
+_NUM_CONTEXT = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
@@ -46,7 +48,8 @@ class DistillConfig:
     Attributes:
       num_updates: Optimizer steps in all; the learning rate falls to zero over the
         last `decay_share` of them, so a run may be resumed with more.
-      num_context: Pairs before each window that are attended to.
+      num_context: Pairs before each window that are attended to; None for all that the
+        draft's `sliding_window` lets it see, or 128 without one.
       window: Pairs trained in a window.
       num_steps: Unrolled draft steps (training-time test), or Hydra's heads.
       loss: One of `learners.losses.LOSSES`, on tokens.
@@ -58,7 +61,7 @@ class DistillConfig:
 
     num_updates: int = 1200
     batch_size: int = 16
-    num_context: int = 128
+    num_context: int | None = None
     window: int = 64
     num_steps: int = 3
     loss: str = "forward_kl"
@@ -81,6 +84,24 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and not np.isfinite(value):
                 raise ConfigError(f"{name} is {value}; use a finite number")
+
+    def for_draft(self, draft: DraftConfig) -> "DistillConfig":
+        """The settings with `num_context` decided.
+
+        Raises:
+          ConfigError: Training would show the draft less than it sees when it serves.
+        """
+        seen = draft.sliding_window
+        if self.num_context is None:
+            return dataclasses.replace(self, num_context=seen or _NUM_CONTEXT)
+        if seen and self.num_context < seen - 1:
+            raise ConfigError(
+                f"num_context is {self.num_context}, but this draft sees {seen} tokens "
+                f"(sliding_window); use {seen} or more, None for what it needs, or a "
+                f"shorter window"
+            )
+
+        return self
 
     def learns_from(self, entry) -> bool:
         """Whether an answer of the store is in the training set."""
@@ -116,7 +137,11 @@ def coverage_by_domain(store: FeedbackStore, token_ids: np.ndarray) -> dict[str,
 
 
 def distill_learner(config: DistillConfig, drafter: Drafter, family: Family) -> Learner:
-    """The learner that offline training runs."""
+    """The learner that offline training runs.
+
+    Args:
+      config: From `for_draft`.
+    """
     feature_weight = config.feature_weight
     if feature_weight is None:
         feature_weight = family.feature_weight
@@ -133,6 +158,7 @@ def distill_learner(config: DistillConfig, drafter: Drafter, family: Family) -> 
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95)
     )
+    assert config.num_context is not None, "it is decided"
     objective = build_objective(
         drafter.unroll,
         config.num_context,
@@ -147,6 +173,7 @@ def distill_learner(config: DistillConfig, drafter: Drafter, family: Family) -> 
 
 def _batches(store_folder: Path, config: DistillConfig, first: int) -> Iterator:
     """Endless batches; the order is a function of seed and position alone."""
+    assert config.num_context is not None, "it is decided"
     epoch = 0
     position = 0
     while True:
@@ -200,6 +227,7 @@ def train(
     draft_config = draft_config or default_draft_config(
         target.config, family=family, num_steps=config.num_steps
     )
+    config = config.for_draft(draft_config)
     _check_taps(family, draft_config, store)
     _check_domains(config, store)
     drafter = build_drafter(family, draft_config, TreeConfig(num_steps=1))
@@ -250,6 +278,8 @@ def score(
 ) -> dict[str, float]:
     """Held-out acceptance length by domain of any draft of a trained family."""
     meta = draft.meta
+    assert meta.draft is not None, "drafts of trained families have parameters"
+    config = config.for_draft(meta.draft)
     drafter = build_drafter(draft.family, meta.draft, TreeConfig(num_steps=1))
     return evaluate_held_out(
         distill_learner(config, drafter, draft.family),

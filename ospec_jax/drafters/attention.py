@@ -33,20 +33,40 @@ def split_heads(
 
 
 def attend_cached(qkv, config, numerics, positions, bias, cache: kv.KVCache, starts):
-    """Appends to a one-layer cache and attends to it; `[b, t, heads * e]`."""
+    """Appends to a one-layer cache and attends to it; `[b, t, heads * e]`.
+
+    Args:
+      bias: Of all slots that each entry may see; `config.sliding_window` takes those
+        that lie too far behind it.
+    """
     num_positions = cache.capacity if numerics.is_row_invariant else None
     q, k, v = split_heads(qkv, config, numerics, positions, num_positions)
     keys, values = kv.append(
         cache.keys[0], cache.values[0], k, v, starts, numerics.has_batched_writes
     )
+    bias = kv.within_window(bias, positions, config.sliding_window)
     out = attend(q, keys, values, bias, numerics)
     return out, kv.KVCache(keys=(keys,), values=(values,))
 
 
-def seen_in_window(positions, num_context: int):
-    """Which entries of a window each trained one attends to, `[b, t - c, t]`."""
+def num_unseen(num_context: int, sliding_window: int) -> int:
+    """Leading pairs of a context that no trained pair behind it attends to."""
+    return max(num_context - sliding_window + 1, 0) if sliding_window else 0
+
+
+def seen_in_window(positions, num_context: int, sliding_window: int = 0, depth=0):
+    """Which entries of a window each trained one attends to, `[b, t - c, t]`.
+
+    Args:
+      sliding_window: See `DraftConfig`.
+      depth: Of the draft that attends: so many tokens beyond its trained entry.
+    """
     order = jnp.arange(positions.shape[1])
-    is_before = order <= order[num_context:, None]
+    own = order[num_context:, None]
+    is_before = order <= own
+    if sliding_window:
+        is_before &= order > own + depth - sliding_window
+
     return is_before & (positions >= 0)[:, None, :]
 
 

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ospec_jax.config import DraftConfig, ModelConfig, TreeConfig
+from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.attention import (
     attend_cached,
     attend_unrolled,
+    num_unseen,
     seen_in_window,
     split_heads,
 )
@@ -140,12 +141,17 @@ class EagleHead(nn.Module):
           For each depth j, `[b, t - num_context, q]` logits of token i + 2 + j, and
           the outputs that they were made of.
         """
+        _check_window(self.config, num_steps)
+        sliding_window = self.config.sliding_window
+        unseen = num_unseen(num_context, sliding_window)
+        taps = taps[:, unseen:]
+        embeddings = embeddings[:, unseen:]
+        num_context = num_context - unseen
         num_pairs = taps.shape[1]
-        positions = start[:, None] + jnp.arange(num_pairs)
+        positions = start[:, None] + unseen + jnp.arange(num_pairs)
         qkv, residual = self._join(self.fuse(taps), embeddings[:, :num_pairs])
         q, k, v = split_heads(qkv, self.config, self.numerics, positions)
         queries = slice(num_context, num_pairs)
-        is_seen = seen_in_window(positions, num_context)
         residual = residual[:, queries]
         q = q[:, queries]
         own_keys = []
@@ -162,6 +168,8 @@ class EagleHead(nn.Module):
                 )
                 own_keys.append(own_k)
                 own_values.append(own_v)
+
+            is_seen = seen_in_window(positions, num_context, sliding_window, depth)
             out = attend_unrolled(q, k, v, own_keys, own_values, is_seen)
             outputs.append(self._finish(residual, out))
             logits.append(self.logits(outputs[-1], head))
@@ -207,6 +215,7 @@ def _eagle(
     numerics: Numerics | None,
     stop_fn: StopFn | None,
 ) -> Drafter:
+    _check_window(config, tree.num_steps)
     numerics = numerics or Numerics()
     module = EagleHead(config, numerics, version)
     trainer = EagleHead(config, numerics.for_training(), version)
@@ -363,6 +372,16 @@ def _eagle(
         head_inputs=head_inputs if config.has_own_head else None,
         predict=predict,
     )
+
+
+def _check_window(config: DraftConfig, num_steps: int) -> None:
+    """Refuses drafts whose last token would not see the path to it."""
+    if 0 < config.sliding_window < num_steps:
+        raise ConfigError(
+            f"this draft sees {config.sliding_window} tokens (sliding_window), fewer "
+            f"than the {num_steps} that are drafted one after the other; draft less, "
+            f"or give it a longer window"
+        )
 
 
 def eagle3_taps(model: ModelConfig) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from ospec_jax.config import ConfigError, HydraConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.attention import (
     attend_cached,
     attend_unrolled,
+    num_unseen,
     seen_in_window,
     split_heads,
 )
@@ -94,9 +95,14 @@ class Prefix(nn.Module):
 
     def windowed(self, states, positions, num_context):
         """Without a cache: prefix states of all but the first `num_context`."""
+        sliding_window = self.config.sliding_window
+        unseen = num_unseen(num_context, sliding_window)
+        states = states[:, unseen:]
+        positions = positions[:, unseen:]
+        num_context = num_context - unseen
         qkv = self.qkv_proj(self.input_layernorm(states))
         q, k, v = split_heads(qkv, self.config, self.numerics, positions)
-        is_seen = seen_in_window(positions, num_context)
+        is_seen = seen_in_window(positions, num_context, sliding_window)
         out = attend_unrolled(q[:, num_context:], k, v, [], [], is_seen)
         return self._finish(states[:, num_context:], out)
 

@@ -11,6 +11,9 @@ Tap layers are written in two ways as well. A top-level
 `eagle_aux_hidden_state_layer_ids` names the layers whose *input* is read (vLLM, and
 ours); the same key inside `eagle_config` names those whose *output* is (SpecForge,
 SGLang), one less. Without either the layers are 2, n // 2 and n - 3.
+
+A `sliding_window` holds where `layer_types` says that the layer has one, as vLLM reads
+them: transformers fills it in for models that attend to everything, too.
 """
 
 import dataclasses
@@ -48,6 +51,7 @@ _READ = (
     "head_dim",
     "hidden_size",
     "intermediate_size",
+    "layer_types",
     "norm_before_residual",
     "num_attention_heads",
     "num_key_value_heads",
@@ -55,6 +59,7 @@ _READ = (
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
+    "sliding_window",
     "target_hidden_size",
     "vocab_size",
 )
@@ -158,10 +163,23 @@ def _read_config(folder, raw, taps, num_target_layers, tensors) -> DraftConfig:
         rope_scaling=scaling,
         has_norm_before_residual=bool(fields.flag("norm_before_residual", None)),
         has_own_embedding="embed_tokens.weight" in tensors,
+        sliding_window=_sliding_window(folder, fields),
     )
     check_draft_vocab(config)
 
     return config
+
+
+def _sliding_window(folder, fields: Fields) -> int:
+    """Of the head's layer; 0 where it attends to everything."""
+    kinds = fields.items("layer_types", str, None) or ()
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            f"{folder} has a layer of the type {min(unknown)!r}; those that can be "
+            f"read attend to all (full_attention) or to a window (sliding_attention)"
+        )
+
+    return fields.whole("sliding_window") if "sliding_attention" in kinds else 0
 
 
 def _taps(folder, fields: Fields, num_target_layers) -> tuple[int, ...]:

@@ -87,7 +87,12 @@ def layer_config(c: DraftConfig, max_position: int) -> dict:
         "high_freq_factor": c.rope_scaling.high_freq_factor,
         "original_max_position_embeddings": c.rope_scaling.original_max_position,
     }
-    return {
+    window = {}
+    if c.sliding_window:
+        window["sliding_window"] = c.sliding_window
+        window["layer_types"] = ["sliding_attention"]
+
+    return window | {
         "model_type": "llama",
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,

@@ -4,7 +4,8 @@
 //
 // A query's sums run over the slots strictly one after the other, so that neither the
 // queries beside it nor the exact zeros of masked slots, wherever they lie, change its
-// bits. Slots behind the last one that anybody attends to are not read at all.
+// bits. Slots in front of the first one that anybody attends to, and behind the last one,
+// are not read at all.
 
 #include <immintrin.h>
 
@@ -27,6 +28,11 @@ constexpr int64_t kVectors = 4;            // vectors of slots or channels in on
 constexpr float kMasked = -1e29f;          // biases below it exclude a slot
 constexpr int64_t kMinParallel = 600000;   // multiplications worth waking a thread for
 
+// Slots that are read, in whole vectors.
+struct Range {
+  int64_t first, end;
+};
+
 struct Attention {
   const float* queries;  // [b, t, heads, e]
   const float* keys;     // [b, h, e, s]
@@ -35,7 +41,7 @@ struct Attention {
   float* out;            // [b, t, heads, e]
   int64_t t, heads, kv_heads, e, s;
   float scale;
-  std::vector<int64_t> num_slots;  // [b], whole vectors
+  std::vector<Range> slots;  // [b]
 
   int64_t group() const { return heads / kv_heads; }
   // Where the r-th query of a key-value head lies, in queries and in out.
@@ -88,29 +94,29 @@ inline void score(const Attention& a, const float* queries, const float* keys,
 }
 
 // Turns a query's scores into unnormalised weights.
-void exponentiate(const float* bias, int64_t num_slots, float* scores) {
+void exponentiate(const float* bias, Range slots, float* scores) {
   __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  for (int64_t i = 0; i < num_slots; i += kLanes) {
+  for (int64_t i = slots.first; i < slots.end; i += kLanes) {
     __m512 x = _mm512_add_ps(_mm512_loadu_ps(scores + i), _mm512_loadu_ps(bias + i));
     _mm512_storeu_ps(scores + i, x);
     top = _mm512_max_ps(top, x);
   }
   top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-  for (int64_t i = 0; i < num_slots; i += kLanes)
+  for (int64_t i = slots.first; i < slots.end; i += kLanes)
     _mm512_storeu_ps(scores + i, exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), top)));
 }
 
 // Adds up V vectors of the values' channels, from `channel` on, by R queries' weights.
 template <int R, int V>
 inline void mix(const Attention& a, const float* weights, const float* values,
-                int64_t num_slots, int64_t channel, float* const* out) {
+                Range slots, int64_t channel, float* const* out) {
   __m512 acc[R][V];
   float total[R] = {};
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < num_slots; ++i) {
+  for (int64_t i = slots.first; i < slots.end; ++i) {
     __m512 x[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
@@ -136,7 +142,7 @@ template <int R>
 void block(const Attention& a, int64_t b, int64_t h, int64_t row) {
   const float* keys = a.keys + (b * a.kv_heads + h) * a.e * a.s;
   const float* values = a.values + (b * a.kv_heads + h) * a.s * a.e;
-  int64_t num_slots = a.num_slots[b];
+  Range slots = a.slots[b];
   thread_local std::vector<float> queries, scores;
   queries.resize(R * a.e);
   scores.resize(R * a.s);
@@ -146,20 +152,20 @@ void block(const Attention& a, int64_t b, int64_t h, int64_t row) {
     for (int64_t i = 0; i < a.e; ++i) queries[r * a.e + i] = query[i] * a.scale;
     out[r] = a.out + a.offset(b, h, row + r);
   }
-  int64_t slot = 0;
-  for (; slot + kVectors * kLanes <= num_slots; slot += kVectors * kLanes)
+  int64_t slot = slots.first;
+  for (; slot + kVectors * kLanes <= slots.end; slot += kVectors * kLanes)
     score<R, kVectors>(a, queries.data(), keys, slot, scores.data());
-  for (; slot < num_slots; slot += kLanes)
+  for (; slot < slots.end; slot += kLanes)
     score<R, 1>(a, queries.data(), keys, slot, scores.data());
   for (int r = 0; r < R; ++r) {
     const float* bias = a.bias + (b * a.t + (row + r) / a.group()) * a.s;
-    exponentiate(bias, num_slots, scores.data() + r * a.s);
+    exponentiate(bias, slots, scores.data() + r * a.s);
   }
   int64_t channel = 0;
   for (; channel + kVectors * kLanes <= a.e; channel += kVectors * kLanes)
-    mix<R, kVectors>(a, scores.data(), values, num_slots, channel, out);
+    mix<R, kVectors>(a, scores.data(), values, slots, channel, out);
   for (; channel < a.e; channel += kLanes)
-    mix<R, 1>(a, scores.data(), values, num_slots, channel, out);
+    mix<R, 1>(a, scores.data(), values, slots, channel, out);
 }
 
 void rows(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t count) {
@@ -171,14 +177,22 @@ void rows(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t count) 
   }
 }
 
-// Slots, in whole vectors, up to the last one that some query of a request attends to.
-int64_t used_slots(const float* bias, int64_t t, int64_t s) {
-  for (int64_t slot = s - kLanes; slot > 0; slot -= kLanes)
-    for (int64_t row = 0; row < t; ++row) {
-      __m512 x = _mm512_loadu_ps(bias + row * s + slot);
-      if (_mm512_cmp_ps_mask(x, _mm512_set1_ps(kMasked), _CMP_GT_OQ)) return slot + kLanes;
-    }
-  return kLanes;
+// Whether some query of a request attends to a slot of the vector that begins at `slot`.
+bool is_used(const float* bias, int64_t t, int64_t s, int64_t slot) {
+  for (int64_t row = 0; row < t; ++row) {
+    __m512 x = _mm512_loadu_ps(bias + row * s + slot);
+    if (_mm512_cmp_ps_mask(x, _mm512_set1_ps(kMasked), _CMP_GT_OQ)) return true;
+  }
+  return false;
+}
+
+// From the first slot that some query of a request attends to up to the last one.
+Range used_slots(const float* bias, int64_t t, int64_t s) {
+  Range slots{0, s};
+  while (slots.end > kLanes && !is_used(bias, t, s, slots.end - kLanes)) slots.end -= kLanes;
+  while (slots.first < slots.end - kLanes && !is_used(bias, t, s, slots.first))
+    slots.first += kLanes;
+  return slots;
 }
 
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries,
@@ -198,10 +212,10 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries,
   a.kv_heads = keys.dimensions()[1];
   a.s = keys.dimensions()[3];
   a.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(a.e)));
-  int64_t slots = 0;
+  int64_t num_slots = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    a.num_slots.push_back(used_slots(a.bias + b * a.t * a.s, a.t, a.s));
-    slots += a.num_slots.back();
+    a.slots.push_back(used_slots(a.bias + b * a.t * a.s, a.t, a.s));
+    num_slots += a.slots.back().end - a.slots.back().first;
   }
   int64_t num_rows = a.t * a.group();
   int64_t num_blocks = (num_rows + kMaxRows - 1) / kMaxRows;
@@ -210,7 +224,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries,
     int64_t i = chunk % num_blocks, row = num_rows * i / num_blocks;
     rows(a, b, h, row, num_rows * (i + 1) / num_blocks - row);
   };
-  bool is_parallel = 2 * slots * num_rows * a.kv_heads * a.e >= kMinParallel;
+  bool is_parallel = 2 * num_slots * num_rows * a.kv_heads * a.e >= kMinParallel;
   ospec::share(pool, batch * a.kv_heads * num_blocks, is_parallel, run);
   return ffi::Error::Success();
 }

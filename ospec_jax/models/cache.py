@@ -179,6 +179,25 @@ def causal_bias(
 
 
 @typed
+def within_window(
+    bias: Float[Array, "b t s"], positions: Int[Array, "b t"], window: int
+) -> Float[Array, "b t s"]:
+    """Takes from each query the committed slots that are `window` or more behind it.
+
+    A tree's own nodes lie in slots at or beyond their positions: they stay, as long as
+    no path is longer than the window.
+
+    Args:
+      window: Slots that are seen, the query's own included; 0 for all.
+    """
+    if not window:
+        return bias
+
+    slots = jnp.arange(bias.shape[-1])
+    return jnp.where(slots > positions[..., None] - window, bias, _MASKED)
+
+
+@typed
 def tree_bias(
     starts: Int[Array, " b"], ancestor_mask: Bool[Array, "b t n"], capacity: int
 ) -> Float[Array, "b t s"]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recording the target's own outputs for offline training."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,10 @@ from ospec_jax.decoding.step import StepConfig
 from ospec_jax.models.hub import Target
 from ospec_jax.replay.store import Recording, recorded, shard_folders, write_shard
 from ospec_jax.reports.progress import Interrupt, progress_bar
+from ospec_jax.sharding import AnyMesh
+
+_MOST_SLOTS = 32_768
+"""Cache slots of a batch: 1.5 GB of keys and values for SmolLM2-135M in float32."""
 
 
 def collect(
@@ -28,14 +33,20 @@ def collect(
     max_new_tokens: int = 128,
     sampling: SamplingConfig = SamplingConfig(),
     batch_size: int = 32,
-    capacity: int = 256,
+    capacity: int = 0,
     shard_size: int = 100,
 ) -> int:
     """Answers every prompt that is not in `folder` yet; returns the number recorded.
 
     Features are stored as the target computed them, in float16: about 4.6 KB a token
-    for a width of 576. Prompts too long for `capacity` are left out, with a warning.
-    Ctrl-C keeps all answers that are complete.
+    for a width of 576. Prompts too long for `capacity`, or for the target, are left
+    out, with a warning. Short prompts are answered first, in short caches: each size of
+    them has its own batches. Ctrl-C keeps all answers that are complete.
+
+    Args:
+      batch_size: Requests decoded together at most; fewer in long caches.
+      capacity: Cache slots of the longest request, one of `CAPACITIES`; 0 for as many
+        as the target has positions.
 
     Raises:
       ConfigError: No prompt would fit beside so many new tokens.
@@ -52,8 +63,15 @@ def collect(
         stop_ids=target.stop_ids,
     )
     engine = Engine(config, target.params, recording="features")
-    limit = capacity - max_new_tokens - engine.num_extra_slots
-    assert capacity in CAPACITIES
+    largest = capacity or CAPACITIES[-1]
+    assert largest in CAPACITIES
+    room = min(largest - engine.num_extra_slots, target.config.max_position)
+    limit = room - max_new_tokens
+    if limit < 1 and not capacity:
+        raise ConfigError(
+            f"max_new_tokens {max_new_tokens} leave no room for prompts in the {room} "
+            f"tokens of {target.name}; lower max_new_tokens"
+        )
     if limit < 1:
         raise ConfigError(
             f"max_new_tokens {max_new_tokens} leave no room for prompts in a capacity "
@@ -74,7 +92,7 @@ def collect(
     if num_long:
         warnings.warn(
             f"{num_long} of {len(prompts)} prompts have more than {limit} tokens and "
-            f"are left out; raise --capacity",
+            f"are left out; {_remedy(room, target)}",
             stacklevel=2,
         )
 
@@ -83,12 +101,7 @@ def collect(
 
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("collect", total=len(requests))
-        completions = engine.serve(
-            requests,
-            batch_size=batch_size,
-            capacity=capacity,
-            should_stop=interrupt.is_over,
-        )
+        completions = _served(engine, requests, batch_size, interrupt.is_over)
         for shard in _grouped(completions, shard_size, lambda: bool(interrupt)):
             recordings = [_record(c, prompt_of[c.request.id]) for c in shard]
             with interrupt.held():
@@ -103,6 +116,49 @@ def collect(
         interrupt.raise_if_set()
 
     return count
+
+
+def _remedy(room: int, target: Target) -> str:
+    """How longer prompts could be answered."""
+    if room < target.config.max_position:
+        return "raise --capacity"
+
+    return f"{target.name} has only {room} positions: lower --max-new-tokens"
+
+
+def _served(
+    engine: Engine,
+    requests: Sequence[Request],
+    batch_size: int,
+    should_stop: Callable[[], bool],
+) -> Iterator[Completion]:
+    """Answers, those that fit the smallest cache first."""
+    capacity_of = lambda request: engine.capacity_for([request])
+    ordinals = itertools.count()
+
+    for capacity, group in itertools.groupby(
+        sorted(requests, key=capacity_of), capacity_of
+    ):
+        yield from engine.serve(
+            list(group),
+            batch_size=rows_of(capacity, batch_size, engine.config.mesh),
+            capacity=capacity,
+            # Each answer's random numbers are its own, over all groups.
+            ordinals=ordinals,
+            should_stop=should_stop,
+        )
+
+
+def rows_of(capacity: int, batch_size: int, mesh: AnyMesh | None = None) -> int:
+    """Requests to decode together in caches of a size, `batch_size` at most.
+
+    Args:
+      mesh: Over whose `data` axis rows are split.
+    """
+    least = 1 if mesh is None else mesh.shape["data"]
+    fitting = _MOST_SLOTS // capacity // least * least
+
+    return min(batch_size, max(fitting, least))
 
 
 def _grouped(

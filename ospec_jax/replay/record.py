@@ -15,15 +15,12 @@ from ospec_jax.config import ConfigError, SamplingConfig, from_dict, naming
 from ospec_jax.config.fields import read_json
 from ospec_jax.data.known import find_known
 from ospec_jax.data.prompts import Prompt
-from ospec_jax.data.templates import encode
 from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.models.hub import Target
 from ospec_jax.replay.collect import collect
 from ospec_jax.replay.store import FeedbackStore, recorded
 
 _FILE = "recording.json"
-_EXTRA_SLOTS = 8
-"""Cache slots beyond a request's tokens; the engine needs three without a draft."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +60,9 @@ def record(
     Goes on where an interrupted recording stopped, and adds to a complete one.
 
     Args:
-      capacity: Cache slots a request; prompts that do not fit are left out. 0 takes
-        as many as the longest one needs.
+      batch_size: Requests decoded together at most; fewer in long caches.
+      capacity: Cache slots of the longest request; prompts that do not fit are left
+        out. 0 takes all that the target has positions for.
 
     Raises:
       ConfigError: The folder holds answers of another target or other settings.
@@ -83,13 +81,10 @@ def record(
         known = found.order
         _check_same(folder, dataclasses.replace(found, order=()), meta)
 
-    if not capacity:
-        longest = max(len(encode(prompt, target.tokenizer)) for prompt in prompts)
-        needed = longest + max_new_tokens + _EXTRA_SLOTS
-        capacity = next((c for c in CAPACITIES if c >= needed), CAPACITIES[-1])
-
-    if capacity not in CAPACITIES:
-        raise ConfigError(f"the capacity is {capacity}; use one of {CAPACITIES}")
+    if capacity and capacity not in CAPACITIES:
+        raise ConfigError(
+            f"the capacity is {capacity}; use one of {CAPACITIES}, or 0 for all prompts"
+        )
 
     named = find_known(prompts, *recorded(folder)).prompts
     order = dict.fromkeys([*known, *(prompt.id for prompt in named)])

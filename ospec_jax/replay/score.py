@@ -99,13 +99,13 @@ def walk(
       num_tokens: Of the answer; its first one comes from the prompt's pass.
     """
     stats = DecodingStats(num_spec_tokens=num_steps)
-    for _, count in _steps(accepted, num_tokens):
+    for _, count in steps(accepted, num_tokens):
         stats.add_step(num_steps, count)
 
     return stats
 
 
-def _steps(
+def steps(
     accepted: Sequence[int] | np.ndarray, num_tokens: int
 ) -> Iterator[tuple[int, int]]:
     """Each step's root, as a token of the answer, and what it gets accepted."""
@@ -131,7 +131,7 @@ def drafting_states(
     kept = np.zeros((num_tokens - 1, states.shape[-1]), states.dtype)
     has_state = np.zeros(num_tokens - 1, bool)
 
-    for root, count in _steps(accepted, num_tokens):
+    for root, count in steps(accepted, num_tokens):
         size = min(count + 1, states.shape[1], num_tokens - 1 - root)
         kept[root : root + size] = states[root, :size]
         has_state[root : root + size] = True

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from ospec_jax.config import DraftConfig
 from ospec_jax.drafters.base import Family
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import freely_placed
@@ -166,8 +167,14 @@ def resume(
     answered = found.meta.answered
     num_nameless = len(answered) - len(found.meta.contents)
 
+    ours = like.meta.draft if like.meta is not None else None
+
     return SessionState(
-        meta=dataclasses.replace(found.meta, draft_version=version),
+        meta=dataclasses.replace(
+            found.meta,
+            draft=_served_architecture(folder, found.meta.draft, ours),
+            draft_version=version,
+        ),
         # A checkpoint holds no language model that drafts: the session has its own.
         draft=place(found.draft) if found.meta.draft is not None else like.draft,
         trainer=state,
@@ -177,6 +184,27 @@ def resume(
         contents=("",) * num_nameless + found.meta.contents,
         num_admitted=found.meta.num_admitted,
     )
+
+
+def _served_architecture(
+    folder: str | Path, stored: DraftConfig | None, ours: DraftConfig | None
+) -> DraftConfig | None:
+    """The draft's architecture as this session serves it.
+
+    A draft may be given another window than it was stored with: no array tells.
+    """
+    if stored is None or ours is None or stored.sliding_window == ours.sliding_window:
+        return stored
+
+    shown = lambda config: config.sliding_window or "all"
+    warnings.warn(
+        f"{folder} was learned with a draft that sees {shown(stored)} tokens "
+        f"(sliding_window); it goes on seeing {shown(ours)}, as the draft that this "
+        f"session was given",
+        stacklevel=4,
+    )
+
+    return dataclasses.replace(stored, sliding_window=ours.sliding_window)
 
 
 def check_settings(folder: str | Path, meta: Meta, learner: LearnerConfig) -> None:

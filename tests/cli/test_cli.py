@@ -204,8 +204,11 @@ def test_experts_are_kept_as_differences(ospec, tmp_path, capsys):
     assert "no prompt of the domains 'nowhere'" in " ".join(
         capsys.readouterr().err.split()
     )
-    assert ospec(*args, "--from", ospec.draft) == 0
+    narrow = ("--sliding-window", 40)
+    assert ospec(*args, "--from", ospec.draft, *narrow) == 0
     meta = checkpoint.load(tmp_path / "expert").meta
+    assert meta.draft is not None
+    assert meta.draft.sliding_window == 40
     assert (meta.base, meta.rank, meta.storage) == (ospec.draft, 2, "int8")
     prompt = ("--prompt", "Hello there")
     drafted = ospec.json("generate", *prompt, "--draft", tmp_path / "expert")

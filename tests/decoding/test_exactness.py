@@ -58,10 +58,11 @@ def target(request):
 
 
 def engine_for(
-    target, tree, draft_vocab_size=12, stop_ids=(), ngrams=False, family="eagle3"
-):
+    target, tree, draft_vocab_size=12, stop_ids=(), ngrams=False, family="eagle3",
+    **changes,
+):  # fmt: skip
     """An engine with a random draft; small vocabularies make it lucky at times."""
-    config = tiny_draft_config(target.config, draft_vocab_size, family)
+    config = tiny_draft_config(target.config, draft_vocab_size, family, **changes)
     drafter = None
     if tree.num_steps:
         drafter = build_drafter(family, config, tree, target.numerics)
@@ -132,6 +133,20 @@ def test_every_trained_family_drafts_exactly(target, plain, name, family):
         alone = tokens(answers(engine, draft, 1, seeded(1)))
         assert tokens(answers(engine, draft, 3, seeded(1))) == alone
         assert tokens(answers(engine, draft, 1, seeded(2))) != alone
+
+
+@pytest.mark.parametrize("family", ["eagle3", "hydra"])
+@pytest.mark.parametrize("name", ["chain-5", "dynamic", "static-drawn"])
+def test_a_sliding_window_drafts_exactly(target, plain, name, family):
+    """Rows of a batch, too, whose windows begin at other slots than each other's."""
+    only_one_tree_in_int8(target, name.replace("-5", ""))
+    engine, draft = engine_for(target, TREES[name], family=family, sliding_window=7)
+    alone = answers(engine, draft, 1)
+    together = answers(engine, draft, 3)
+    assert tokens(alone) == tokens(together) == plain
+    drafted = lambda done: [c.stats for c in done]
+    assert drafted(alone) == drafted(together)
+    assert sum(c.stats.num_accepted_tokens for c in alone) > 0
 
 
 @pytest.mark.parametrize("name", list(NGRAM_TREES))

@@ -21,7 +21,7 @@ from ospec_jax.drafters.registry import (
     default_draft_config,
 )
 from ospec_jax.drafters.starts import start_warm
-from ospec_jax.loading import LoadedDraft
+from ospec_jax.loading import LoadedDraft, with_sliding_window
 from ospec_jax.models import finite
 from ospec_jax.models.llama import head_table
 from ospec_jax.replay.collect import collect
@@ -179,6 +179,24 @@ def test_a_domain_is_learned_alone(target, folder, trained, tmp_path, monkeypatc
     config = dataclasses.replace(config, domains=("c",))
     with pytest.raises(ConfigError, match="domains c is there .* 'a', 'b'"):
         train(target, folder, tmp_path / "c", config)
+
+
+def test_a_window_is_trained_behind_all_that_it_sees(
+    target, folder, draft_config, trained, tmp_path
+):
+    """A start draft brings its window, or is given another; its record says which."""
+    windowed = dataclasses.replace(draft_config, sliding_window=90)
+    undecided = dataclasses.replace(CONFIG, num_context=None, num_updates=1)
+    assert undecided.for_draft(draft_config).num_context == 128
+    assert undecided.for_draft(windowed).num_context == 90
+    assert CONFIG.for_draft(draft_config) == CONFIG
+    with pytest.raises(ConfigError, match="num_context is 64, .* sees 90 tokens"):
+        train(target, folder, tmp_path / "refused", CONFIG, windowed)
+    initial = with_sliding_window(load_draft(trained[0], target), 90)
+    train(target, folder, tmp_path / "run", undecided, initial=initial)
+    meta = checkpoint.load(tmp_path / "run", target).meta
+    assert meta.draft == windowed
+    assert meta.card["config"]["num_context"] == 90
 
 
 @pytest.mark.parametrize("family", ["eagle1", "hydra", "exit"])

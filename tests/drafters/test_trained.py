@@ -27,6 +27,9 @@ VARIANTS = {
     "eagle1": {"has_fc_bias": True},
     "hydra": {"has_prefix": False, "num_blocks": 1},
     "hydra-prefix": {},
+    "eagle3-window": {"sliding_window": 6},
+    "eagle1-window": {"sliding_window": STEPS},
+    "hydra-window": {"sliding_window": 6},
 }
 """Families, with what sets variants of them apart. (`exit`: test_early_exit.py.)"""
 

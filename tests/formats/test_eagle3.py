@@ -171,6 +171,27 @@ def test_configurations_are_read_in_full(tmp_path):
     assert (config.rope_theta, config.rms_norm_eps) == (1e4, 1e-6)
 
 
+@pytest.mark.parametrize("layout", ["eagle3", "speculators"])
+def test_a_sliding_window_is_read_and_written(layout, tmp_path):
+    """Only where the layer's type says so, as other servers have it."""
+    make = {"eagle3": flat, "speculators": nested}[layout]
+    key = {"eagle3": "changes", "speculators": "layer_changes"}[layout]
+    read = lambda **values: eagle3.read(make(tmp_path, **{key: values}), 9)
+    assert read(sliding_window=96).config.sliding_window == 0
+    full = {"layer_types": ["full_attention"]}
+    assert read(sliding_window=96, **full).config.sliding_window == 0
+    sliding = {"layer_types": ["sliding_attention"]}
+    found = read(sliding_window=96, **sliding)
+    assert found.config.sliding_window == 96
+    out = tmp_path / "out"
+    exporting.write(out, found.draft, found.config, layout, "float32", "a/b")
+    assert eagle3.read(out).config == found.config
+    with pytest.raises(ConfigError, match="sliding_window"):
+        read(**sliding)
+    with pytest.raises(ConfigError, match="layer of the type 'chunked_attention'"):
+        read(layer_types=["chunked_attention"])
+
+
 def test_our_own_draft_round_trips(target, tmp_path):
     config = tiny_draft_config(target.config, 100)
     draft = tiny_draft(build_eagle3(config, TreeConfig(num_steps=1)), config)

@@ -165,6 +165,21 @@ def test_masked_slots_leave_no_trace():
     np.testing.assert_array_equal(moved, before)
 
 
+def test_slots_beyond_a_window_are_not_read():
+    """Not even what would spread: a window costs what it holds, wherever it lies."""
+    queries, keys, values, bias = random_attention()
+    bias[..., :40] = -1e30
+    bias[..., 40] = 0.0
+    before = np.asarray(native.attention(queries, keys, values, bias))
+    exact = exact_attention(queries, keys, values, bias)
+    np.testing.assert_allclose(before, exact, rtol=3e-5, atol=3e-6)
+    for unread in (slice(0, 32), slice(64, 80)):  # in vectors of 16
+        keys[..., unread] = np.nan
+        values[:, :, unread] = np.nan
+    found = native.attention(queries, keys, values, bias)
+    np.testing.assert_array_equal(found, before)
+
+
 def test_queries_do_not_depend_on_their_neighbours():
     queries, keys, values, bias = random_attention(t=13)
     together = np.asarray(native.attention(queries, keys, values, bias))

@@ -20,7 +20,7 @@ from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.base import LearnerState
 from ospec_jax.learners.last_layer import HeadState
 from ospec_jax.learners.registry import LEARNER_NAMES
-from ospec_jax.loading import LoadedDraft, load_draft
+from ospec_jax.loading import LoadedDraft, load_draft, with_sliding_window
 from ospec_jax.models import finite
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import resume
@@ -671,6 +671,22 @@ def test_resume_with_other_settings_is_refused(target, draft, tmp_path):
     other = dataclasses.replace(LEARNER, learning_rate=1.0)
     with pytest.raises(CheckpointError, match="resume with the same settings"):
         Session(target, draft, learner=other).resume(tmp_path)
+
+
+def test_a_resumed_session_serves_and_records_the_window_that_it_was_given(
+    target, draft, tmp_path
+):
+    """No array tells which one it was: shipped drafts may get another one."""
+    session = Session(target, draft, learner=LEARNER)
+    answers(session, PROMPTS[:1])
+    session.save(tmp_path)
+    windowed = with_sliding_window(draft, 50)
+    resumed = Session(target, windowed, learner=LEARNER)
+    with pytest.warns(UserWarning, match="sees all tokens .* goes on seeing 50"):
+        resumed.resume(tmp_path)
+    resumed.save(tmp_path / "again")
+    meta = checkpoint.load(tmp_path / "again").meta
+    assert meta.draft == windowed.architecture
 
 
 def test_one_target_pass_a_step_whether_learning_or_not(target, draft, monkeypatch):

@@ -119,6 +119,14 @@ def test_shipped_drafts_are_named(target):
             load_draft(f"shipped:{name}", target)
 
 
+def test_shipped_heads_see_what_they_were_trained_on():
+    """Windows of 64 behind 128; alike, so that in a pool they share their step."""
+    found = [restore(f"shipped:{name}").meta for name in shipped_drafts()]
+    heads = [meta.draft for meta in found if meta.family == "eagle3"]
+    assert heads
+    assert {head.sliding_window for head in heads if head is not None} == {192}
+
+
 def test_differences_that_go_round_in_circles_are_refused(made, tmp_path):
     draft, meta, other = made
     change = Draft(low_rank.subtract(other, draft.params, RANK))
