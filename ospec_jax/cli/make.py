@@ -24,7 +24,6 @@ from ospec_jax.drafters.registry import TRAINED, default_draft_config, find_fami
 from ospec_jax.loading import LoadedDraft, draft_folder, load_draft, restore
 from ospec_jax.models.hub import Target, load_config, load_target
 from ospec_jax.reports.progress import Interrupt, busy, console, say
-from ospec_jax.reports.tables import print_table
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
 
@@ -53,7 +52,8 @@ def write_prompts(
 
     Args:
       out: A JSONL file, for --prompts of the other commands; what it was written by
-        stands beside it, in `FILE.recipe.json`.
+        stands beside it, in `FILE.recipe.json`, and what waits for earlier prompts in
+        `FILE.ahead.jsonl`.
       num: Prompts that the file shall hold.
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id; it must have
         a chat template.
@@ -112,7 +112,7 @@ def _write_self_prompts(
     report = write_self_prompts(target, file, num, config, batch_size)
     say(f"{file} holds {len(report.prompts)} prompts")
     if report.num_tokens:
-        print_table(describe_report(report))
+        console.print(describe_report(report))
 
     return report.prompts
 

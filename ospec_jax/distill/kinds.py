@@ -201,7 +201,8 @@ def translation(rng: np.random.Generator, limits: Limits) -> Talk:
     language = _choose(rng, phrases.LANGUAGES)
     source = "English"
     ask = ""
-    if rng.random() < 0.3:
+    # A text in the other language is only as good as the target knows it.
+    if rng.random() < 0.2:
         ask = phrases.FOREIGN_DOCUMENT.format(language=language, topic="{topic}")
         language, source = source, language
 

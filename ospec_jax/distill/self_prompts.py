@@ -160,9 +160,9 @@ def write_self_prompts(
 ) -> Report:
     """Has the target write prompts until a JSONL file holds so many.
 
-    Each is appended as soon as all before it are judged; the same call goes on behind
-    the last one, also with a larger count. Beside the file, `FILE.recipe.json` says
-    what it was written by.
+    Each is appended as soon as all before it are judged; until then it stands in
+    `FILE.ahead.jsonl`. The same call goes on, also with a larger count; only what was
+    being written is written again. `FILE.recipe.json` says what the file was made by.
 
     Args:
       batch_size: Rows decoded together, where 512 slots of the cache suffice; half as
@@ -181,9 +181,13 @@ def write_self_prompts(
     rows = read_answers(file) if file.is_file() else []
     prompts = [parse_prompt(row, "") for row in rows]
     judge = _Judge(config, prompts)
-    writer = _Writer(target, config, batch_size)
     first = 1 + max((_number(prompt) for prompt in prompts), default=-1)
+    ahead = _read_ahead(ahead_file(file), first)
     log = AnswerLog([file], [prompt.id for prompt in prompts])
+    ahead_log = AnswerLog([ahead_file(file)], [str(number) for number in ahead])
+    writer = _Writer(
+        target, config, batch_size, ahead, lambda end: ahead_log.add(end.to_json())
+    )
 
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("write", total=count)
@@ -210,6 +214,7 @@ def write_self_prompts(
             show()
 
     log.close()
+    ahead_log.close()
     if len(prompts) < count:
         interrupt.raise_if_set()
 
@@ -262,6 +267,11 @@ def recipe_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.recipe.json")
 
 
+def ahead_file(file: Path) -> Path:
+    """Where prompts are kept that wait for earlier ones to be judged."""
+    return file.with_name(f"{file.name}.ahead.jsonl")
+
+
 def _check_recipe(file: Path, target: Target, config: SelfPromptConfig) -> None:
     """Writes down what a file is written by, or compares what is written down.
 
@@ -308,6 +318,40 @@ class Result(NamedTuple):
     kind: str
     prompt: Prompt | None
     fault: str = ""
+
+    def to_json(self) -> dict:
+        """A row of `ahead_file`."""
+        row = None if self.prompt is None else row_of(self.prompt)
+        return {
+            "id": str(self.number),
+            "kind": self.kind,
+            "row": row,
+            "fault": self.fault,
+        }
+
+
+def _read_ahead(file: Path, first: int) -> dict[int, Result]:
+    """Ends of talks from number `first` on that an earlier run came to.
+
+    Raises:
+      ConfigError: The file holds something else.
+    """
+    found = {}
+
+    for row in read_answers(file) if file.is_file() else []:
+        try:
+            number = int(row["id"])
+            prompt = None if row["row"] is None else parse_prompt(row["row"], "")
+            result = Result(number, row["kind"], prompt, row["fault"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file} holds something else than prompts that wait; delete it, and "
+                f"they are written again"
+            ) from error
+        if number >= first:
+            found[number] = result
+
+    return found
 
 
 class _Judge:
@@ -360,8 +404,8 @@ class _Judge:
         told = ", ".join(f"{fault} ({n})" for fault, n in reasons.most_common(4))
         raise ConfigError(
             f"none of the last {self._patience} prompts that the target wrote could be "
-            f"kept; dropped so far: {told}; loosen the filters, take another seed, or ask for fewer "
-            f"prompts"
+            f"kept; dropped so far: {told}; loosen the filters, take another seed, or "
+            f"ask for fewer prompts"
         )
 
 
@@ -445,7 +489,21 @@ class _Writer:
       num_tokens: Decoded so far.
     """
 
-    def __init__(self, target: Target, config: SelfPromptConfig, batch_size: int):
+    def __init__(
+        self,
+        target: Target,
+        config: SelfPromptConfig,
+        batch_size: int,
+        ahead: dict[int, Result],
+        on_end: Callable[[Result], None],
+    ):
+        """Prepares it.
+
+        Args:
+          ahead: Ends that are known, by number: these talks are not held again.
+          on_end: Called with each other end as soon as it comes, in any order.
+        """
+        self._on_end = on_end
         self._target = target
         self._config = config
         self._batch_size = batch_size
@@ -460,7 +518,7 @@ class _Writer:
         self._special = set(target.tokenizer.all_special_ids) | set(target.stop_ids)
         self._pools: dict[int, _Pool] = {}
         self._talks: dict[str, _Talking] = {}
-        self._results: dict[int, Result] = {}
+        self._results = dict(ahead)
         self.num_tokens = 0
 
     @property
@@ -488,7 +546,8 @@ class _Writer:
             # About a third is dropped. Near the end no more are begun than it takes.
             room = min(_NUM_OPEN * self._batch_size, math.ceil(1.5 * num_missing()))
             while begun < due + room:
-                self._begin(begun)
+                if begun not in self._results:
+                    self._begin(begun)
                 begun += 1
 
             if self._talks:
@@ -570,8 +629,11 @@ class _Writer:
         name = f"self-{self._config.seed}-{talking.number}"
         row = {"id": name, "domain": talking.kind, "messages": list(turns)}
         prompt = parse_prompt(row, name)
-        self._results[talking.number] = Result(talking.number, talking.kind, prompt)
+        self._end(Result(talking.number, talking.kind, prompt))
 
     def _drop(self, talking: _Talking, fault: str) -> None:
-        result = Result(talking.number, talking.kind, None, fault)
-        self._results[talking.number] = result
+        self._end(Result(talking.number, talking.kind, None, fault))
+
+    def _end(self, result: Result) -> None:
+        self._results[result.number] = result
+        self._on_end(result)

@@ -14,6 +14,7 @@ from ospec_jax.distill import self_prompts
 from ospec_jax.distill.kinds import KINDS
 from ospec_jax.distill.self_prompts import (
     SelfPromptConfig,
+    ahead_file,
     describe_report,
     recipe_file,
     write_self_prompts,
@@ -130,8 +131,35 @@ def test_ctrl_c_keeps_what_is_written(target, whole, tmp_path, monkeypatch):
         write_self_prompts(target, file, COUNT, CONFIG, batch_size=4)
     monkeypatch.undo()
     assert 3 <= len(read_prompts(file)) < COUNT
+    last = max(self_prompts._number(prompt) for prompt in read_prompts(file))
+    rows = map(json.loads, ahead_file(file).read_text().splitlines())
+    waiting = {int(row["id"]) for row in rows} - {*range(last + 1)}
+
+    begun = []
+    begin = self_prompts._Writer._begin
+    monkeypatch.setattr(
+        self_prompts._Writer,
+        "_begin",
+        lambda writer, number: (begun.append(number), begin(writer, number)),
+    )
     write_self_prompts(target, file, COUNT, CONFIG, batch_size=4)
     assert file.read_text() == whole[0].read_text()
+    # What was over already, and waited for earlier ones, is not written again.
+    assert waiting
+    assert waiting.isdisjoint(begun)
+
+
+def test_what_waits_may_be_cut_or_lost(target, whole, tmp_path):
+    file = copy_start(whole[0], tmp_path, 0)
+    content = ahead_file(whole[0]).read_bytes()
+    assert len(content) > 1000
+    ahead_file(file).write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match="cut short"):
+        write_self_prompts(target, file, COUNT, CONFIG, batch_size=4)
+    assert file.read_bytes() == whole[0].read_bytes()
+    ahead_file(file).write_text('{"id": "a"}\n')
+    with pytest.raises(ConfigError, match="delete it, and they are written again"):
+        write_self_prompts(target, file, COUNT, CONFIG, batch_size=4)
 
 
 def test_another_seed_gives_other_prompts(target, whole, tmp_path):
