@@ -15,7 +15,8 @@ from reference import forward
 from ospec_jax import Session, TreeConfig, load_draft, load_target
 from ospec_jax.config import SamplingConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts, read_prompts
-from ospec_jax.distill.self_prompts import SelfPromptConfig, write_self_prompts
+from ospec_jax.distill.self_config import SelfPromptConfig
+from ospec_jax.distill.self_prompts import write_self_prompts
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 

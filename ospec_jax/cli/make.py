@@ -52,7 +52,7 @@ def write_prompts(
 
     Args:
       out: A JSONL file, for --prompts of the other commands; what it was written by
-        stands beside it, in `FILE.recipe.json`, and what waits for earlier prompts in
+        stands beside it, in `FILE.config.json`, and what waits for earlier prompts in
         `FILE.ahead.jsonl`.
       num: Prompts that the file shall hold.
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id; it must have
@@ -69,7 +69,7 @@ def write_prompts(
       seed: Of all that is chosen: another one gives other prompts.
     """
     from ospec_jax.data.filters import FilterConfig
-    from ospec_jax.distill.self_prompts import DEFAULT_KINDS, SelfPromptConfig
+    from ospec_jax.distill.self_config import DEFAULT_KINDS, SelfPromptConfig
 
     check_outputs(files=[out])
     config = SelfPromptConfig(
@@ -187,7 +187,7 @@ def distill(
         flags; those that are given win.
     """
     from ospec_jax.distill.evaluate import history_table
-    from ospec_jax.distill.self_prompts import SelfPromptConfig
+    from ospec_jax.distill.self_config import SelfPromptConfig
     from ospec_jax.distill.train import DistillConfig, score, train
     from ospec_jax.replay.record import record
 

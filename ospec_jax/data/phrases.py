@@ -5,23 +5,36 @@ Asked in many ways, since a draft that learns from the answers must not learn on
 """
 
 DOCUMENTS = (
-    "Write a detailed article for readers who ask: {topic}",
-    "Write a short story that has to do with this: {topic}",
-    "Write a newspaper report about an event related to this: {topic}",
-    "Write a passage of an encyclopedia on the subject of: {topic}",
-    "Write a long e-mail to a colleague about: {topic}",
-    "Write a chapter of a textbook that helps someone who asks: {topic}",
-    "Write a blog post with several sections about: {topic}",
-    "Write the minutes of a meeting that was about: {topic}",
-    "Write a dialogue between two people who talk about: {topic}",
-    "Write a product review that touches on: {topic}",
-    "Write a biography of an invented person who worked on: {topic}",
-    "Write a speech for a conference about: {topic}",
-    "Write a table in Markdown with facts and figures on: {topic}",
-    "Write a case study with numbers, names and dates on: {topic}",
-    "Write a Python program that has to do with: {topic}",
+    "Write a detailed article",
+    "Write a short story",
+    "Write a newspaper report of an event",
+    "Write a passage of an encyclopedia",
+    "Write a long e-mail to a colleague",
+    "Write a chapter of a textbook",
+    "Write a blog post with several sections",
+    "Write the minutes of a meeting",
+    "Write a dialogue between two people",
+    "Write a product review",
+    "Write a biography of an invented person",
+    "Write a speech for a conference",
+    "Write a table in Markdown with facts and figures",
+    "Write a case study with numbers, names and dates",
+    "Write a Python program with comments",
 )
-FOREIGN_DOCUMENT = "Write a text of several sentences in {language} about: {topic}"
+SUBJECT = (
+    '{form}. Its subject is what somebody asked about:\n\n"{topic}"\n\nDo not answer '
+    "them and do not talk to me: write the text alone, of several paragraphs, and "
+    "begin with its first sentence."
+)
+MORE = "Write the next part of the text, alone as before."
+FOREIGN_DOCUMENT = "Write a text of several sentences in {language}"
+CHATTER = (
+    r"\bI(?:'m| am) (?:here to|happy to|glad|sorry|programmed|designed|an? AI|just an?)"
+    r"|\bI(?:'d| would) be (?:happy|glad)"
+    r"|\bI can(?:'t|not)? (?:help|assist|provide)"
+    r"|\bas an AI\b|\bhow (?:can|may) I (?:help|assist)|\bfeel free to ask\b"
+)
+"""What an assistant says that talks about itself, and no document does."""
 
 SUMMARIES = (
     "Summarize the following text.",
@@ -83,6 +96,7 @@ ASK_QUESTION = (
     "{text}\n\nWrite one question that the text above answers. Write the question "
     "alone, nothing else."
 )
+QUESTION_WORDS = ("What", "How", "Why", "Who", "When", "Where", "Which", "Does", "Is")
 QUESTION_LAYOUTS = (
     "{text}\n\n{task}",
     "Read the text and answer the question.\n\nText: {text}\n\nQuestion: {task}",

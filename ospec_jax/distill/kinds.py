@@ -24,7 +24,12 @@ SYSTEM_KIND = "self-system"
 """The kind that not every template can show."""
 _TOPIC_CHARS = 300
 _MAX_DOCUMENT_CHARS = 12_000
-_SENTENCE_END = re.compile(r"[.!?:;][\"')\]*`]*(?=\s|$)|\n")
+_MAX_MORE_PARTS = 3
+_CHARS_A_TOKEN = 4
+"""About, in English; other languages have fewer."""
+_CHATTER = re.compile(phrases.CHATTER, re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<=[^\W\d_])[.!?][\"')\]*`]*(?=\s|$)|\n")
+"""Behind a digit a full stop may be that of a list."""
 
 
 class Wanted(NamedTuple):
@@ -32,11 +37,13 @@ class Wanted(NamedTuple):
 
     Attributes:
       writer: Whose turn it writes.
+      begin: How the turn begins: it is gone on with, and part of what is written.
     """
 
     turns: Turns
     writer: Literal["user", "assistant"]
     max_new_tokens: int
+    begin: str = ""
 
 
 class Written(NamedTuple):
@@ -62,12 +69,14 @@ class Limits(NamedTuple):
       turn: Tokens of a user's turn.
       answer: Tokens of an answer that is quoted in a prompt.
       document: The least and the most tokens of a document.
+      min_document_chars: Of a document; what is shorter is hardly one.
     """
 
     filters: FilterConfig
     turn: int
     answer: int
     document: tuple[int, int]
+    min_document_chars: int = 200
 
 
 Talk = Generator[Wanted, Written, Turns]
@@ -92,10 +101,12 @@ def _user_turn(limits: Limits, turns: Turns = ()) -> Part:
     return _checked(written.text.strip(), limits.filters)
 
 
-def _answer(limits: Limits, turns: Turns, max_new_tokens: int = 0) -> Part:
+def _answer(
+    limits: Limits, turns: Turns, max_new_tokens: int = 0, begin: str = ""
+) -> Part:
     """The target's answer; one that is too long ends with its last sentence."""
     limit = max_new_tokens or limits.answer
-    written = yield Wanted(turns, "assistant", limit)
+    written = yield Wanted(turns, "assistant", limit, begin)
     text = written.text.rpartition("</think>")[2]
     if not written.has_ended:
         text = cut_at_sentence(text)
@@ -135,18 +146,43 @@ def _topic(limits: Limits) -> Part:
     return text[:_TOPIC_CHARS]
 
 
-def _document(rng: np.random.Generator, limits: Limits, ask: str = "") -> Part:
+def _document(rng: np.random.Generator, limits: Limits, form: str = "") -> Part:
     """A text on a topic of the target's own, of any length up to the limit.
 
     Args:
-      ask: How it is asked for, with a place for `{topic}`; one of many by default.
+      form: What is asked for; one of many by default.
     """
-    ask = ask or _choose(rng, phrases.DOCUMENTS)
+    form = form or _choose(rng, phrases.DOCUMENTS)
     least, most = limits.document
     # As many short ones as long ones on a scale of ratios.
     size = int(np.exp(rng.uniform(np.log(least), np.log(most))))
     topic = yield from _topic(limits)
-    text = yield from _answer(limits, _user(ask.format(topic=topic)), size)
+    turns = _user(phrases.SUBJECT.format(form=form, topic=topic))
+    text = yield from _passages(limits, turns, size)
+
+    for _ in range(_MAX_MORE_PARTS):
+        if len(text) >= _CHARS_A_TOKEN * size / 2:
+            break
+        # Small models are soon done with a subject.
+        more = (_turn("assistant", text), _turn("user", phrases.MORE))
+        try:
+            part = yield from _passages(limits, (*turns, *more), size)
+        except Dropped:
+            break
+        text = f"{text}\n\n{part}"
+
+    if len(text) < limits.min_document_chars:
+        raise Dropped("short document")
+
+    # Parts may say the same.
+    return _checked(text, _for_documents(limits.filters))
+
+
+def _passages(limits: Limits, turns: Turns, size: int) -> Part:
+    """A part of a document."""
+    text = yield from _answer(limits, turns, size)
+    if _CHATTER.search(text):
+        raise Dropped("no document")
 
     return without_announcement(text)
 
@@ -200,13 +236,13 @@ def translation(rng: np.random.Generator, limits: Limits) -> Talk:
     """A text, or sentences of one, to translate from English or into it."""
     language = _choose(rng, phrases.LANGUAGES)
     source = "English"
-    ask = ""
+    form = ""
     # A text in the other language is only as good as the target knows it.
     if rng.random() < 0.2:
-        ask = phrases.FOREIGN_DOCUMENT.format(language=language, topic="{topic}")
+        form = phrases.FOREIGN_DOCUMENT.format(language=language)
         language, source = source, language
 
-    text = yield from _document(rng, limits, ask)
+    text = yield from _document(rng, limits, form)
     if rng.random() < 0.6:
         text = _passage(rng, text)
 
@@ -229,9 +265,11 @@ def _passage(rng: np.random.Generator, text: str) -> str:
 def question(rng: np.random.Generator, limits: Limits) -> Talk:
     """A document, perhaps as numbered passages, and the target's question about it."""
     text = yield from _document(rng, limits)
-    asked = yield from _answer(limits, _user(phrases.ASK_QUESTION.format(text=text)))
-    lines = [line.strip() for line in asked.splitlines() if "?" in line]
-    if not lines:
+    ask = _user(phrases.ASK_QUESTION.format(text=text))
+    begin = _choose(rng, phrases.QUESTION_WORDS)
+    asked = yield from _answer(limits, ask, limits.turn, begin)
+    asked, mark, _ = asked.partition("?")
+    if not mark or "\n" in asked:
         raise Dropped("no question")
 
     if rng.random() < 0.3:
@@ -240,7 +278,7 @@ def question(rng: np.random.Generator, limits: Limits) -> Talk:
         text = "\n\n".join(named)
 
     layout = _choose(rng, phrases.QUESTION_LAYOUTS)
-    return _user(layout.format(task=lines[0].strip('*"'), text=text))
+    return _user(layout.format(task=f"{asked}?", text=text))
 
 
 def continuation(rng: np.random.Generator, limits: Limits) -> Talk:
@@ -259,11 +297,7 @@ def with_system_turn(rng: np.random.Generator, limits: Limits) -> Talk:
     if rng.random() < 0.5:
         topic = yield from _topic(limits)
         ask = _user(phrases.ASK_SYSTEM.format(topic=topic))
-        written = yield from _answer(limits, ask)
-        _, begin, rest = written.partition("You are")
-        if not begin:
-            raise Dropped("no instructions")
-        instructions = begin + rest
+        instructions = yield from _answer(limits, ask, begin="You are")
 
     turns = (_turn("system", instructions),)
     text = yield from _user_turn(limits, turns)

@@ -22,8 +22,8 @@ from ospec_jax.cli import answer, arguments, make
 from ospec_jax.cli.recipes import with_recipe
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import read_prompts
-from ospec_jax.distill import kinds, self_prompts
-from ospec_jax.distill.self_prompts import SelfPromptConfig
+from ospec_jax.distill import kinds, self_config
+from ospec_jax.distill.self_config import SelfPromptConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.replay.store import FeedbackStore
 from ospec_jax.storage import checkpoint
@@ -731,9 +731,9 @@ def writes(ospec, monkeypatch):
     fault = lambda text, config: "" if text.strip() else "too short"
     monkeypatch.setattr(kinds, "find_fault", fault)
     chat_alone = (("self-chat", 1.0),)
-    monkeypatch.setattr(self_prompts, "DEFAULT_KINDS", chat_alone)
+    monkeypatch.setattr(self_config, "DEFAULT_KINDS", chat_alone)
     shorter = functools.partial(SelfPromptConfig, kinds=chat_alone, max_turn_tokens=90)
-    monkeypatch.setattr(self_prompts, "SelfPromptConfig", shorter)
+    monkeypatch.setattr(self_config, "SelfPromptConfig", shorter)
     return ospec
 
 

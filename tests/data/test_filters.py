@@ -8,6 +8,8 @@ from ospec_jax.data.filters import FilterConfig, Seen, find_fault
 
 GOOD = "Could you explain how a heat pump works, and what one costs in a cold country?"
 
+LOOP = "".join(f"set_image_of_the_game_{i}, " for i in range(30))
+
 
 @pytest.mark.parametrize(
     ("text", "fault"),
@@ -23,6 +25,7 @@ GOOD = "Could you explain how a heat pump works, and what one costs in a cold co
         ("12 + 34 = 46, 5 * 6 = 30", "few letters"),
         ("Расскажи мне, как работает тепловой насос", "other script"),
         ("in a loop and " * 8, "repeats itself"),
+        (LOOP, "repeats itself"),
     ],
 )
 def test_faults(text, fault):
@@ -33,7 +36,9 @@ def test_faults(text, fault):
     ("text", "change"),
     [
         ("Hi", {"min_chars": 1}),
-        ("a word or two " * 100, {"max_chars": 2000, "max_repeated_share": 1.0}),
+        ("many a word " * 10, {"max_repeated_share": 1.0}),
+        (LOOP, {"min_packed_share": 0.0}),
+        (LOOP, {"min_packed_share": 0.0, "max_chars": len(LOOP)}),
         (GOOD + "\ufffd", {"max_odd_share": 0.1}),
         ("12 + 34 = 46, 5 * 6 = 30", {"min_letter_share": 0.0}),
         ("Расскажи мне, как работает тепловой насос", {"script": "CYRILLIC"}),

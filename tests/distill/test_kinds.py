@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kinds of prompts that a target writes, held with one that says what is wanted."""
 
+import re
+
 import numpy as np
 import pytest
 
+from ospec_jax.data import phrases
 from ospec_jax.data.filters import FilterConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.distill.kinds import KINDS, Dropped, Limits, Written, cut_at_sentence
 
 LIMITS = Limits(FilterConfig(), turn=50, answer=60, document=(100, 400))
-DOCUMENT = "It rained on Monday. The river rose by two metres, and a bridge broke."
+DOCUMENT = (
+    "It rained on Monday. The river rose by two metres in the night, and the people of "
+    "three villages had to leave their houses. Nobody was hurt. On Tuesday the bridge "
+    "at the old mill gave way under a lorry, and it broke."
+)
 
 
 class Scripted:
@@ -30,22 +37,24 @@ class Scripted:
 
         asked = wanted.turns[-1]["content"]
         if "Write one question" in asked:
-            text = self.changes.get("question", '**"Which bridge broke?"**')
+            text = self.changes.get("question", f'{wanted.begin} bridge broke?"\nIt is')
         elif "Begin with" in asked:
-            text = self.changes.get("system", "Sure! You are a bridge builder.")
+            text = f"{wanted.begin} a bridge builder."
         elif "Write another request" in asked:
             text = f"How do I paint house number {number}?"
+        elif asked == phrases.MORE:
+            text = self.changes.get("more", f"Part {number} is about step {number}.")
         elif asked.startswith("Write"):
             text = self.changes.get("document", f"Here it is:\n\n{DOCUMENT}")
         else:
-            text = f"Like this, in step {number}. With"
+            text = f"Like this, in step {number} or so. 3. With"
             return Written(text, has_ended=False)
         return Written(text, has_ended=True)
 
 
-def hold(kind, model, seed=0):
+def hold(kind, model, seed=0, limits=LIMITS):
     """The turns that a talk of this kind leads to."""
-    talk = KINDS[kind](np.random.default_rng(seed), LIMITS)
+    talk = KINDS[kind](np.random.default_rng(seed), limits)
     written = None
     while True:
         try:
@@ -75,7 +84,7 @@ def test_first_turns_are_the_targets_own():
     model = Scripted()
     (turn,) = hold("self-chat", model)
     assert turn == {"role": "user", "content": "How do I mend bridge number 1?"}
-    assert model.wanted == [((), "user", 50)]
+    assert model.wanted == [((), "user", 50, "")]
 
 
 def test_later_turns_are_written_behind_its_answers():
@@ -84,7 +93,7 @@ def test_later_turns_are_written_behind_its_answers():
     assert set(roles(turns)[::2]) == {"user"}
     assert roles(turns)[1] == "assistant"
     # What did not end is cut behind its last sentence.
-    assert turns[1]["content"] == "Like this, in step 2."
+    assert turns[1]["content"] == "Like this, in step 2 or so."
     assert model.wanted[2].turns == turns[:2]
     assert model.wanted[2].writer == "user"
 
@@ -111,8 +120,8 @@ def test_translations_go_both_ways():
 
 def test_questions_and_continuations_come_from_the_document():
     (turn,) = hold("self-question", Scripted())
-    assert "Which bridge broke?" in turn["content"]
-    assert '"' not in turn["content"]
+    assert re.search(r"\b[A-Z][a-z]+ bridge broke\?", turn["content"])
+    assert "It is" not in turn["content"]
     assert "two metres" in turn["content"]
     (turn,) = hold("self-continuation", Scripted())
     assert "It rained" in turn["content"]
@@ -138,7 +147,9 @@ def test_examples_come_before_the_last_question():
         assert len(turns) >= 5
         assert turns[-1]["content"].startswith("How do I paint house")
     for text in in_one:
-        assert text.index("mend bridge number 1") < text.index("Like this, in step 2.")
+        assert text.index("mend bridge number 1") < text.index(
+            "Like this, in step 2 or so."
+        )
         assert text.rindex("paint house") > text.rindex("Like this")
 
 
@@ -149,6 +160,8 @@ def test_examples_come_before_the_last_question():
         ("self-chat", {"turn": "so so so so so so so so so so"}, "repeats itself"),
         ("self-summary", {"document": "\ufffd\ufffd"}, "no text"),
         ("self-summary", {"document": ""}, "too short"),
+        ("self-summary", {"document": DOCUMENT[:100]}, "short document"),
+        ("self-summary", {"document": f"I'm here to help! {DOCUMENT}"}, "no document"),
         ("self-question", {"question": "It broke."}, "no question"),
     ],
 )
@@ -157,16 +170,16 @@ def test_what_is_of_no_use_is_dropped(kind, changes, why):
         hold(kind, Scripted(**changes))
 
 
-def test_instructions_that_are_none_are_dropped():
-    def ends(seed):
-        try:
-            return hold("self-system", Scripted(system="Of course!"), seed)
-        except Dropped as fault:
-            return str(fault)
-
-    assert "no instructions" in {
-        end for end in map(ends, range(9)) if end is not None and isinstance(end, str)
-    }
+def test_short_documents_are_gone_on_with():
+    most = LIMITS._replace(document=(400, 400))
+    (turn,) = hold("self-summary", Scripted(), limits=most)
+    assert all(f"Part {n} is about" in turn["content"] for n in (3, 4, 5))
+    # What goes wrong with a part leaves those before it.
+    (turn,) = hold("self-summary", Scripted(more="I'm here to help!"), limits=most)
+    assert DOCUMENT in turn["content"]
+    assert "here to help" not in turn["content"]
+    (turn,) = hold("self-summary", Scripted(), limits=LIMITS._replace(document=(9, 9)))
+    assert "Part" not in turn["content"]
 
 
 def test_texts_are_cut_behind_a_sentence():

@@ -12,19 +12,19 @@ from ospec_jax.data.filters import FilterConfig
 from ospec_jax.data.prompts import read_prompts
 from ospec_jax.distill import self_prompts
 from ospec_jax.distill.kinds import KINDS
+from ospec_jax.distill.self_config import DEFAULT_KINDS, SelfPromptConfig, config_file
 from ospec_jax.distill.self_prompts import (
-    SelfPromptConfig,
     ahead_file,
     describe_report,
-    recipe_file,
     write_self_prompts,
 )
+from ospec_jax.distill.talking import Writer
 from ospec_jax.reports.progress import Interrupted
 from ospec_jax.testing import tiny_target
 
 ANYTHING = FilterConfig(
     min_chars=1, script="", min_letter_share=0.0, max_odd_share=1.0,
-    max_repeated_share=1.0, max_overlap=1.0,
+    max_repeated_share=1.0, min_packed_share=0.0, max_overlap=1.0,
 )  # fmt: skip
 CONFIG = SelfPromptConfig(
     seed=5,
@@ -33,6 +33,7 @@ CONFIG = SelfPromptConfig(
     max_answer_tokens=30,
     min_document_tokens=20,
     max_document_tokens=30,
+    min_document_chars=1,
     filters=ANYTHING,
 )
 COUNT = 12
@@ -62,7 +63,7 @@ def copy_start(whole, folder, num_bytes):
     """A file as a run leaves it that was killed so early."""
     file = folder / "prompts.jsonl"
     file.write_bytes(whole.read_bytes()[:num_bytes])
-    recipe_file(file).write_bytes(recipe_file(whole).read_bytes())
+    config_file(file).write_bytes(config_file(whole).read_bytes())
     return file
 
 
@@ -136,9 +137,9 @@ def test_ctrl_c_keeps_what_is_written(target, whole, tmp_path, monkeypatch):
     waiting = {int(row["id"]) for row in rows} - {*range(last + 1)}
 
     begun = []
-    begin = self_prompts._Writer._begin
+    begin = Writer._begin
     monkeypatch.setattr(
-        self_prompts._Writer,
+        Writer,
         "_begin",
         lambda writer, number: (begun.append(number), begin(writer, number)),
     )
@@ -189,7 +190,7 @@ def test_files_of_other_targets_and_origins_are_refused(whole, tmp_path):
     file = copy_start(whole[0], tmp_path, 10_000)
     with pytest.raises(ConfigError, match="fingerprint 'tiny-0', not 'tiny-1'"):
         write_self_prompts(terse_target(seed=1), file, COUNT, CONFIG)
-    recipe_file(file).unlink()
+    config_file(file).unlink()
     with pytest.raises(ConfigError, match="choose another file"):
         write_self_prompts(terse_target(), file, COUNT, CONFIG)
 
@@ -230,7 +231,7 @@ def test_templates_without_system_turns_write_the_other_kinds(tmp_path):
     with pytest.warns(UserWarning, match="no prompts of self-system: .*: none"):
         report = write_self_prompts(target, file, 2, config, batch_size=4)
     assert {prompt.domain for prompt in report.prompts} == {"self-chat"}
-    kinds = json.loads(recipe_file(file).read_text())["kinds"]
+    kinds = json.loads(config_file(file).read_text())["kinds"]
     assert kinds == [["self-chat", 1.0]]
 
 
@@ -260,4 +261,4 @@ def test_settings_that_cannot_be_are_refused(change, message):
 
 
 def test_all_kinds_are_written_by_default():
-    assert {name for name, _ in self_prompts.DEFAULT_KINDS} == set(KINDS)
+    assert {name for name, _ in DEFAULT_KINDS} == set(KINDS)
