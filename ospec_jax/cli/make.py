@@ -106,7 +106,7 @@ def _parse_kinds(text: str) -> tuple[tuple[str, float], ...]:
 def _write_self_prompts(
     target: Target, file: Path, num: int, config, batch_size: int
 ) -> list[Prompt]:
-    """Writes prompts, and tells what was kept and dropped."""
+    """Writes prompts, and tells what was kept and dropped; gives so many of them."""
     from ospec_jax.distill.self_prompts import describe_report, write_self_prompts
 
     report = write_self_prompts(target, file, num, config, batch_size)
@@ -114,7 +114,7 @@ def _write_self_prompts(
     if report.num_tokens:
         console.print(describe_report(report))
 
-    return report.prompts
+    return report.prompts[:num]
 
 
 def distill(

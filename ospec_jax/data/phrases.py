@@ -5,28 +5,25 @@ Asked in many ways, since a draft that learns from the answers must not learn on
 """
 
 DOCUMENTS = (
-    "Write a detailed article",
-    "Write a short story",
-    "Write a newspaper report of an event",
-    "Write a passage of an encyclopedia",
-    "Write a long e-mail to a colleague",
-    "Write a chapter of a textbook",
-    "Write a blog post with several sections",
-    "Write the minutes of a meeting",
-    "Write a dialogue between two people",
-    "Write a product review",
-    "Write a biography of an invented person",
-    "Write a speech for a conference",
-    "Write a table in Markdown with facts and figures",
-    "Write a case study with numbers, names and dates",
-    "Write a Python program with comments",
+    ("Write a detailed article", "#"),
+    ("Write a short story", "Once"),
+    ("Write a newspaper report", "Last week,"),
+    ("Write a passage of an encyclopedia", "The"),
+    ("Write a long e-mail to a colleague", "Dear"),
+    ("Write a chapter of a textbook", "Chapter 1"),
+    ("Write a blog post with several sections", "#"),
+    ("Write the minutes of a meeting", "The meeting"),
+    ("Write a dialogue between two people", "Anna:"),
+    ("Write a product review", "After two weeks"),
+    ("Write a biography of an invented person", "Born in"),
+    ("Write a speech for a conference", "Ladies and gentlemen,"),
+    ("Write a table in Markdown with facts and figures", "|"),
+    ("Write a case study with numbers, names and dates", "In 2019,"),
+    ("Write a Python program with comments", "```python"),
 )
-SUBJECT = (
-    '{form}. Its subject is what somebody asked about:\n\n"{topic}"\n\nDo not answer '
-    "them and do not talk to me: write the text alone, of several paragraphs, and "
-    "begin with its first sentence."
-)
-MORE = "Write the next part of the text, alone as before."
+"""Each with how it begins: else small models answer, or talk about themselves."""
+SUBJECT = "{form} about this subject: {topic}"
+MORE = "Write the next part of the text."
 FOREIGN_DOCUMENT = "Write a text of several sentences in {language}"
 CHATTER = (
     r"\bI(?:'m| am) (?:here to|happy to|glad|sorry|programmed|designed|an? AI|just an?)"

@@ -152,13 +152,16 @@ def _document(rng: np.random.Generator, limits: Limits, form: str = "") -> Part:
     Args:
       form: What is asked for; one of many by default.
     """
-    form = form or _choose(rng, phrases.DOCUMENTS)
+    number = int(rng.integers(len(phrases.DOCUMENTS)))
+    begin = ""
+    if not form:
+        form, begin = phrases.DOCUMENTS[number]
     least, most = limits.document
     # As many short ones as long ones on a scale of ratios.
     size = int(np.exp(rng.uniform(np.log(least), np.log(most))))
     topic = yield from _topic(limits)
     turns = _user(phrases.SUBJECT.format(form=form, topic=topic))
-    text = yield from _passages(limits, turns, size)
+    text = yield from _passages(limits, turns, size, begin)
 
     for _ in range(_MAX_MORE_PARTS):
         if len(text) >= _CHARS_A_TOKEN * size / 2:
@@ -178,9 +181,9 @@ def _document(rng: np.random.Generator, limits: Limits, form: str = "") -> Part:
     return _checked(text, _for_documents(limits.filters))
 
 
-def _passages(limits: Limits, turns: Turns, size: int) -> Part:
+def _passages(limits: Limits, turns: Turns, size: int, begin: str = "") -> Part:
     """A part of a document."""
-    text = yield from _answer(limits, turns, size)
+    text = yield from _answer(limits, turns, size, begin)
     if _CHATTER.search(text):
         raise Dropped("no document")
 

@@ -27,7 +27,7 @@ _SMALLEST = 512
 """Slots of the rows that `batch_size` counts; of larger ones there are fewer."""
 _NUM_OPEN = 4
 """Talks that are held at once, in batches."""
-_WELL_FILLED = 0.75
+_WELL_FILLED = 0.5
 """Share of a batch's rows that makes a step worth its while."""
 
 

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from ospec_jax.config import ConfigError
+from ospec_jax.data import phrases
 from ospec_jax.data.filters import FilterConfig
 from ospec_jax.data.prompts import read_prompts
 from ospec_jax.distill import self_prompts
@@ -77,6 +78,9 @@ def test_prompts_are_an_ordinary_file(whole):
         roles = [turn["role"] for turn in prompt.messages]
         assert roles[-1] == "user"
         assert (len(roles) > 1) == (prompt.domain == "self-turns")
+        # Documents begin as they were begun.
+        begins = [begin in prompt.text for _, begin in phrases.DOCUMENTS]
+        assert any(begins) or prompt.domain != "self-summary"
 
 
 def test_reports_count_what_was_dropped(whole):
@@ -119,20 +123,21 @@ def test_a_killed_run_goes_on(target, whole, tmp_path, num_rows, num_over):
 
 def test_ctrl_c_keeps_what_is_written(target, whole, tmp_path, monkeypatch):
     file = tmp_path / "prompts.jsonl"
-    accepts = self_prompts._Judge.accepts
+    hear = Writer._hear
 
-    def accepts_and_interrupts(judge, result):
-        is_kept = accepts(judge, result)
-        if judge.kept.total() == 3 and is_kept:
+    def hears_and_interrupts(writer, completion):
+        hear(writer, completion)
+        running = [talking.number for talking in writer._talks.values()]
+        if any(number > min(running) for number in writer._results):
             signal.raise_signal(signal.SIGINT)
-        return is_kept
+            monkeypatch.undo()
 
-    monkeypatch.setattr(self_prompts._Judge, "accepts", accepts_and_interrupts)
+    monkeypatch.setattr(Writer, "_hear", hears_and_interrupts)
     with pytest.raises(Interrupted):
         write_self_prompts(target, file, COUNT, CONFIG, batch_size=4)
-    monkeypatch.undo()
-    assert 3 <= len(read_prompts(file)) < COUNT
-    last = max(self_prompts._number(prompt) for prompt in read_prompts(file))
+    kept = read_prompts(file) if file.read_text() else []
+    assert len(kept) < COUNT
+    last = max((self_prompts._number(prompt) for prompt in kept), default=-1)
     rows = map(json.loads, ahead_file(file).read_text().splitlines())
     waiting = {int(row["id"]) for row in rows} - {*range(last + 1)}
 
