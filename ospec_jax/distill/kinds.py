@@ -23,6 +23,7 @@ Turns = tuple[dict, ...]
 SYSTEM_KIND = "self-system"
 """The kind that not every template can show."""
 _TOPIC_CHARS = 300
+_TOPIC_TRIES = 3
 _MAX_DOCUMENT_CHARS = 12_000
 _MAX_MORE_PARTS = 3
 _CHARS_A_TOKEN = 4
@@ -142,8 +143,15 @@ def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 def _topic(limits: Limits) -> Part:
     """Something to write about: what a user might have asked."""
-    text = yield from _user_turn(limits)
-    return text[:_TOPIC_CHARS]
+    for number in range(_TOPIC_TRIES):
+        try:
+            text = yield from _user_turn(limits)
+            return text[:_TOPIC_CHARS]
+        except Dropped:
+            if number == _TOPIC_TRIES - 1:
+                raise
+
+    raise AssertionError("the last try returns or raises")
 
 
 def _document(rng: np.random.Generator, limits: Limits, form: str = "") -> Part:

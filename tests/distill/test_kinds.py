@@ -186,3 +186,10 @@ def test_texts_are_cut_behind_a_sentence():
     assert cut_at_sentence('He said "Stop!" Then he') == 'He said "Stop!"'
     assert cut_at_sentence("- one\n- two\n- thr") == "- one\n- two"
     assert cut_at_sentence("It costs 3.50 and") == ""
+
+
+def test_topics_are_tried_again():
+    model = Scripted(turn="Hi")
+    with pytest.raises(Dropped, match="too short"):
+        hold("self-summary", model)
+    assert len(model.wanted) == 3
