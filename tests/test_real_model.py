@@ -15,6 +15,8 @@ from reference import forward
 from ospec_jax import Session, TreeConfig, load_draft, load_target
 from ospec_jax.config import SamplingConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts, read_prompts
+from ospec_jax.distill.self_config import SelfPromptConfig
+from ospec_jax.distill.self_prompts import write_self_prompts
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 
@@ -105,6 +107,20 @@ def test_the_last_layer_learns_more_than_ngrams_of_the_request():
         passes[learner] = session.stats.num_drafts
     # It was 237 to 253; with a preconditioner that is none, 248.
     assert passes["head"] < 0.96 * passes[None]
+
+
+def test_the_target_writes_what_reads_as_a_users_turn(tmp_path):
+    target = open_target("int8")
+    config = SelfPromptConfig(kinds=(("self-chat", 1.0),), max_turn_tokens=72)
+    file = tmp_path / "prompts.jsonl"
+    report = write_self_prompts(target, file, 6, config, batch_size=6)
+    assert len(read_prompts(file)) == 6
+    # Most turns end by themselves, and hold words that no English text is without.
+    assert report.dropped["self-chat", "goes on"] <= 6
+    common = {"a", "the", "to", "of", "in", "is", "and", "for", "how", "can", "you"}
+    words = [set(prompt.text.lower().split()) for prompt in report.prompts]
+    assert all(common & said for said in words)
+    assert not any("<|" in prompt.text for prompt in report.prompts)
 
 
 def log_probs(target, texts):

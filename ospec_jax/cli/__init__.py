@@ -14,9 +14,16 @@ import ospec_jax
 from ospec_jax.atomic import InUseError
 from ospec_jax.cli.answer import generate, learn
 from ospec_jax.cli.helping import summary_of, with_plain_help
-from ospec_jax.cli.make import distill, export_draft, import_draft, lower
+from ospec_jax.cli.make import (
+    distill,
+    export_draft,
+    import_draft,
+    lower,
+    write_prompts,
+)
 from ospec_jax.cli.measure import bench, demo, roofline
 from ospec_jax.cli.outputs import describe_failure, release
+from ospec_jax.cli.recipes import with_recipe
 from ospec_jax.cli.streams import record, replay, stream, telemetry
 from ospec_jax.config import InputError
 from ospec_jax.drafters.combine import MIXES
@@ -45,6 +52,7 @@ def drafters() -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "learn": learn,
+    "write-prompts": write_prompts,
     "distill": distill,
     "bench": bench,
     "roofline": roofline,
@@ -63,6 +71,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 EXAMPLES = {
     "generate": 'ospec generate --prompt "Write a haiku about the sea." --stream',
     "learn": "ospec learn --prompts FILE.jsonl --checkpoint my-draft",
+    "write-prompts": "ospec write-prompts --num 200 --out FILE.jsonl",
     "distill": "ospec distill --prompts FILE.jsonl --out my-draft --num-updates 400",
     "bench": "ospec bench --prompts FILE.jsonl --num-prompts 20 --plot modes.png",
     "roofline": "ospec roofline --precision int8",
@@ -123,7 +132,10 @@ def _run(args: list[str]) -> None:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ospec", config=_CONFIG)
     elif args and args[0] in COMMANDS:
         name, *rest = args
-        command = with_plain_help(COMMANDS[name])
+        command = COMMANDS[name]
+        if command is distill:
+            command = with_recipe(distill, rest)
+        command = with_plain_help(command)
         about = f"{summary_of(command)}\n\nExample: {EXAMPLES[name]}"
         tyro.cli(
             command, prog=f"ospec {name}", description=about, args=rest, config=_CONFIG

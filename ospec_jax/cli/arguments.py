@@ -6,7 +6,7 @@ import json
 import runpy
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -217,6 +217,9 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         )
 
 
+Config = TypeVar("Config")
+"""What a configuration file gives."""
+
 GROUPS = (ModelFlags, DraftingFlags, AnswerFlags)
 """Of the shared flags, as they are shown."""
 
@@ -257,7 +260,7 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
             f"Python file with get_config()"
         )
 
-    config = _config_of(name_or_file)
+    config = run_config(name_or_file, LearnerConfig)
     if "optimizer" in given:
         # The file's suits the file's optimizer.
         given = {"learning_rate": None} | given
@@ -267,7 +270,7 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
     return config.replace(**given)
 
 
-def _config_of(file: str) -> LearnerConfig:
+def run_config(file: str, kind: type[Config]) -> Config:
     """What a file's `get_config` returns; the file is run, as any program is.
 
     Raises:
@@ -284,11 +287,11 @@ def _config_of(file: str) -> LearnerConfig:
         where = f"{file}, line {line}" if line else file
         raise ConfigError(
             f"{where}: {type(error).__name__}: {error}; the file must give a "
-            f"get_config() -> LearnerConfig"
+            f"get_config() -> {kind.__name__}"
         ) from error
 
-    if not isinstance(config, LearnerConfig):
-        raise ConfigError(f"{file} has no get_config() -> LearnerConfig")
+    if not isinstance(config, kind):
+        raise ConfigError(f"{file} has no get_config() -> {kind.__name__}")
 
     return config
 

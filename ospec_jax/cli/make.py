@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ospec distill`, `import`, `export` and `lower`: making drafts and artefacts."""
+"""`ospec write-prompts`, `distill`, `import`, `export`, `lower`: what is made."""
 
 import dataclasses
 from pathlib import Path
@@ -11,8 +11,14 @@ from ospec_jax import sharding
 from ospec_jax.cli.arguments import PrecisionName, as_precision
 from ospec_jax.cli.notation import parse_tree
 from ospec_jax.cli.outputs import check_outputs, hold
-from ospec_jax.config import AttentionKind, ConfigError, Precision, SamplingConfig
-from ospec_jax.data.prompts import read_prompts
+from ospec_jax.config import (
+    AttentionKind,
+    ConfigError,
+    Precision,
+    SamplingConfig,
+    whole_number,
+)
+from ospec_jax.data.prompts import Prompt, read_prompts
 from ospec_jax.drafters.eagle import eagle3_taps
 from ospec_jax.drafters.registry import TRAINED, default_draft_config, find_family
 from ospec_jax.loading import (
@@ -22,7 +28,7 @@ from ospec_jax.loading import (
     restore,
     with_sliding_window,
 )
-from ospec_jax.models.hub import load_config, load_target
+from ospec_jax.models.hub import Target, load_config, load_target
 from ospec_jax.reports.progress import Interrupt, busy, console, say
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
@@ -33,9 +39,94 @@ else:
     TrainedFamily = tyro.extras.literal_type_from_choices(TRAINED)
 
 
-def distill(
-    prompts: Path,
+def write_prompts(
     out: Path,
+    num: int,
+    target: str = "smollm2-135m",
+    precision: PrecisionName = "auto",
+    kinds: str = "",
+    max_document_tokens: int = 1500,
+    script: str = "LATIN",
+    batch_size: int = 32,
+    seed: int = 0,
+) -> None:
+    """Has a target write prompts itself: its users' turns, documents with tasks.
+
+    It continues its own chat template where a user's turn begins (Magpie). Turns that
+    it does not end, that repeat themselves or are like earlier ones are dropped. Ctrl-C
+    keeps what is written; the same command goes on, also with a larger number.
+
+    Args:
+      out: A JSONL file, for --prompts of the other commands; what it was written by
+        stands beside it, in `FILE.config.json`, and what waits for earlier prompts in
+        `FILE.ahead.jsonl`.
+      num: Prompts that the file shall hold.
+      target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id; it must have
+        a chat template.
+      precision: Of weights and products; auto measures which is fastest on this device.
+      kinds: NAME=WEIGHT, comma-separated, of self-chat, self-turns, self-summary,
+        self-translation, self-extraction, self-question, self-rewrite,
+        self-continuation, self-system, self-shots; these are the prompts' domains. By
+        default all, chat most often.
+      max_document_tokens: Longest text that a task is set on, in tokens.
+      script: Of the prompts' letters: LATIN, CYRILLIC, CJK, or another first word of
+        their Unicode names; empty for any.
+      batch_size: Rows decoded together; of long ones fewer.
+      seed: Of all that is chosen: another one gives other prompts.
+    """
+    from ospec_jax.data.filters import FilterConfig
+    from ospec_jax.distill.self_config import DEFAULT_KINDS, SelfPromptConfig
+
+    check_outputs(files=[out])
+    config = SelfPromptConfig(
+        seed=seed,
+        kinds=_parse_kinds(kinds) if kinds else DEFAULT_KINDS,
+        max_document_tokens=max_document_tokens,
+        min_document_tokens=min(200, max_document_tokens),
+        filters=FilterConfig(script=script),
+    )
+    whole_number("--num", num, least=1)
+    whole_number("--batch-size", batch_size, least=1)
+    hold(files=[out])
+    loaded = load_target(target, as_precision(precision))
+    _write_self_prompts(loaded, out, num, config, batch_size)
+
+
+def _parse_kinds(text: str) -> tuple[tuple[str, float], ...]:
+    """Reads `NAME=WEIGHT,NAME=WEIGHT`."""
+    pairs = {}
+
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            pairs[name] = float(weight)
+        except ValueError as error:
+            raise ConfigError(
+                f"cannot read the kinds {text!r}: use NAME=WEIGHT,NAME=WEIGHT, as "
+                f"self-chat=3,self-summary=1"
+            ) from error
+
+    return tuple(pairs.items())
+
+
+def _write_self_prompts(
+    target: Target, file: Path, num: int, config, batch_size: int
+) -> list[Prompt]:
+    """Writes prompts, and tells what was kept and dropped; gives so many of them."""
+    from ospec_jax.distill.self_prompts import describe_report, write_self_prompts
+
+    report = write_self_prompts(target, file, num, config, batch_size)
+    say(f"{file} holds {len(report.prompts)} prompts")
+    if report.num_tokens:
+        console.print(describe_report(report))
+
+    return report.prompts[:num]
+
+
+def distill(
+    out: Path,
+    prompts: Path | None = None,
+    self_prompts: int = 0,
     target: str = "smollm2-135m",
     precision: PrecisionName = "auto",
     start: Annotated[str, tyro.conf.arg(name="from")] = "none",
@@ -59,12 +150,16 @@ def distill(
     ship: Path | None = None,
     delta: int = 0,
     seed: int = 0,
+    recipe: Path | None = None,
 ) -> None:
     """Trains a draft on the target's own outputs; both stages resume.
 
     Args:
-      prompts: A JSONL file.
       out: Folder of the recorded answers and of the draft's checkpoints.
+      prompts: A JSONL file.
+      self_prompts: So many prompts the target writes itself first, as by `ospec
+        write-prompts`, into `OUT/self_prompts.jsonl`; beside those of --prompts, or
+        alone.
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
       precision: Of weights and products; auto measures which is fastest on this device.
       start: A trained draft to start from: none, shipped, shipped:NAME, or a folder;
@@ -96,28 +191,40 @@ def distill(
       ship: Also save the draft alone, in int8, into this folder.
       delta: Of the shipped draft, keep only its difference to the one that it started
         from, of this rank; 0 keeps all. Loading it takes that one.
-      seed: Of the draft's first parameters, of the order of training, and of sampling.
+      seed: Of the draft's first parameters, of the order of training, of sampling, and
+        of the prompts that the target writes.
+      recipe: A Python file with `get_config() -> dict` of other defaults for these
+        flags; those that are given win.
     """
     from ospec_jax.distill.evaluate import history_table
+    from ospec_jax.distill.self_config import SelfPromptConfig
     from ospec_jax.distill.train import DistillConfig, score, train
     from ospec_jax.replay.record import record
 
+    # Its defaults are in place before arguments are read: see `recipes`.
+    _ = recipe
     check_outputs(folders=[out, data, ship])
     hold(out, data or out / "data", ship)
     if ship is not None and max(checkpoint.steps(ship), default=0) > num_updates:
         raise ConfigError(f"{ship} holds a longer trained draft; choose another folder")
 
-    rows = read_prompts(prompts)
+    if prompts is None and not self_prompts:
+        raise ConfigError(
+            "there is nothing to answer: give --prompts FILE.jsonl, or --self-prompts "
+            "NUMBER for the target to write prompts itself"
+        )
+    whole_number("--self-prompts", self_prompts, least=0)
+    whole_number("--collect-batch-size", collect_batch_size, least=1)
+    rows = read_prompts(prompts) if prompts is not None else []
     domains = tuple(d for d in domain.split(",") if d)
-    rows = [row for row in rows if not domains or row.domain in domains]
     if delta and start == "none":
         raise ConfigError(
             "--delta keeps the difference to a draft: name it with --from"
         )
     if delta and ship is None:
         raise ConfigError("--delta is for the draft that --ship saves: name its folder")
-    if not rows:
-        raise ConfigError(f"{prompts} has no prompt of the domains {domain!r}")
+    if not self_prompts:
+        rows = _of_domains(rows, domains)
 
     loaded = load_target(target, as_precision(precision))
     draft_config = default_draft_config(
@@ -136,6 +243,15 @@ def distill(
     folder = data or out / "data"
     sampling = SamplingConfig(temperature=temperature, seed=seed)
     with Interrupt() as interrupt:
+        if self_prompts:
+            file = out / "self_prompts.jsonl"
+            own = SelfPromptConfig(seed=seed)
+            rows += _write_self_prompts(
+                loaded, file, self_prompts, own, collect_batch_size
+            )
+            rows = _of_domains(rows, domains)
+            interrupt.raise_if_set()
+
         count = record(
             loaded,
             rows,
@@ -179,6 +295,18 @@ def distill(
             checkpoint.save(ship, newest.step, meta, draft)
             found = score(loaded, folder, load_draft(ship, loaded), config)
             say(f"saved {ship}; as it is stored there: {found}")
+
+
+def _of_domains(rows: list[Prompt], domains: tuple[str, ...]) -> list[Prompt]:
+    """The prompts of these domains; of all of them if none is named."""
+    found = [row for row in rows if not domains or row.domain in domains]
+    if not found:
+        raise ConfigError(
+            f"no prompt is of the domains {', '.join(domains)}; there are "
+            f"{', '.join(sorted({repr(row.domain) for row in rows}))}"
+        )
+
+    return found
 
 
 def _trained(name: str, target) -> LoadedDraft | None:

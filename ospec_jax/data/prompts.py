@@ -288,11 +288,12 @@ def parse_line(line: str) -> Any:
 
 def write_prompts(path: str | Path, prompts: Sequence[Prompt]) -> None:
     """Writes a JSONL file that `read_prompts` reads back as the same prompts."""
-    lines = [json.dumps(_row_of(prompt), ensure_ascii=False) for prompt in prompts]
+    lines = [json.dumps(row_of(prompt), ensure_ascii=False) for prompt in prompts]
     atomic.write_text(Path(path).expanduser(), "\n".join(lines) + "\n")
 
 
-def _row_of(prompt: Prompt) -> dict:
+def row_of(prompt: Prompt) -> dict:
+    """What `parse_prompt` reads back as the same prompt, as JSON has it."""
     row: dict = {"id": prompt.id, "domain": prompt.domain}
     if prompt.messages == ({"role": "user", "content": prompt.text},):
         row["prompt"] = prompt.text

@@ -7,7 +7,7 @@ their own text; here they are kept from taking for ever, too.
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ospec_jax.config import ConfigError
@@ -20,6 +20,8 @@ _MAX_CHARACTERS = 16_000_000
 """Of one variable."""
 _FILE = "<template>"
 """What Jinja compiles a template as that was no file."""
+_MARKER = "Xq7UsersTurn7qX"
+"""Stands for what a user says: no template has it, and none would trim it."""
 
 
 class _TooMuchError(Exception):
@@ -46,11 +48,45 @@ def encode(prompt: Prompt, tokenizer: Any, is_raw: bool = False) -> tuple[int, .
     return tuple(tokenizer.encode(prompt.text))
 
 
-def _render(prompt: Prompt, tokenizer: Any) -> str:
+def encode_opening(turns: Sequence[dict], tokenizer: Any) -> tuple[int, ...]:
+    """Token ids up to where a user's turn begins, for a target to write that turn.
+
+    What the template puts in front of it by itself, like a default system turn, is
+    there. The place is found by a marker in the turn, so any template will do.
+
+    Args:
+      turns: What was said before, `{role, content}` each.
+
+    Raises:
+      ConfigError: There is no template, it refuses the turns, or it does not show what
+        the user says exactly once.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "the model has no chat template, so nothing says where a user's turn "
+            "begins; use a model that was tuned to chat, or give prompts of your own"
+        )
+
+    turn = {"role": "user", "content": _MARKER}
+    prompt = Prompt("a user's turn", _MARKER, (*turns, turn))
+    text = _render(prompt, tokenizer, has_reply=False)
+    opening, *behind = text.split(_MARKER)
+    if len(behind) != 1:
+        raise ConfigError(
+            f"the model's chat template shows a user's turn {len(behind)} times, not "
+            f"once, so where it begins is not known; give prompts of your own"
+        )
+
+    # A word takes the space in front of it into its first token.
+    return tuple(tokenizer.encode(opening.rstrip(" "), add_special_tokens=False))
+
+
+def _render(prompt: Prompt, tokenizer: Any, has_reply: bool = True) -> str:
+    """The text of a conversation, up to the beginning of the reply if it has one."""
     try:
         with _bounded():
             return tokenizer.apply_chat_template(
-                list(prompt.messages), add_generation_prompt=True, tokenize=False
+                list(prompt.messages), add_generation_prompt=has_reply, tokenize=False
             )
     except Exception as error:
         # What a template does is up to its author: anything may come of it.

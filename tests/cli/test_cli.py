@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands, on files as a user has them."""
 
+import functools
+import inspect
 import json
 import re
+import runpy
 import signal
 import sys
 import warnings
@@ -15,9 +18,14 @@ from reference import random_params
 import ospec_jax
 from ospec_jax import LearnerConfig, cli
 from ospec_jax.bench.runs import MODES
-from ospec_jax.cli import answer, arguments
+from ospec_jax.cli import answer, arguments, make
+from ospec_jax.cli.recipes import with_recipe
 from ospec_jax.config import ConfigError
+from ospec_jax.data.prompts import read_prompts
+from ospec_jax.distill import kinds, self_config
+from ospec_jax.distill.self_config import SelfPromptConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
+from ospec_jax.replay.store import FeedbackStore
 from ospec_jax.storage import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
@@ -705,7 +713,115 @@ def test_settings_that_cannot_be_are_refused(settings, message):
         LearnerConfig(**settings)
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem)
+RECIPES = sorted(CONFIGS.glob("distill_*.py"))
+LEARNERS = sorted({*CONFIGS.glob("*.py")} - {*RECIPES})
+
+
+@pytest.mark.parametrize("file", LEARNERS, ids=lambda f: f.stem)
 def test_shipped_configurations_are_learners(file):
     assert isinstance(arguments.learner_config(str(file)), LearnerConfig)
     assert arguments.learner_config(str(file), learning_rate=0.5).learning_rate == 0.5
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+def test_shipped_recipes_are_of_flags(file):
+    command = with_recipe(make.distill, ["--recipe", str(file), "--out", "x"])
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(command).parameters.items()
+    }
+    given = runpy.run_path(str(file))["get_config"]()
+    assert given.items() <= defaults.items()
+    # Others keep theirs.
+    assert defaults["family"] == "eagle3"
+    assert with_recipe(make.distill, ["--out", str(file)]) is make.distill
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("{'num_update': 3}", "none of the flags; did you mean 'num_updates'?"),
+        ("{'num_updates': 'many'}", "num_updates is 'many'"),
+        ("{'recipe': 'x'}", "'recipe' is none of the flags"),
+        ("[]", "has no get_config() -> dict"),
+        ("1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_recipes_that_are_none_are_refused(ospec, tmp_path, capsys, values, message):
+    file = tmp_path / "recipe.py"
+    file.write_text(f"def get_config():\n    return {values}\n")
+    assert ospec.run("distill", "--recipe", file, "--out", tmp_path / "run") == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert ospec.run("distill", f"--recipe={file}x", "--out", tmp_path / "run") == 2
+    assert "no recipe" in capsys.readouterr().err
+
+
+@pytest.fixture
+def writes(ospec, monkeypatch):
+    """What a random model writes is taken as it is."""
+    fault = lambda text, config: "" if text.strip() else "too short"
+    monkeypatch.setattr(kinds, "find_fault", fault)
+    chat_alone = (("self-chat", 1.0),)
+    monkeypatch.setattr(self_config, "DEFAULT_KINDS", chat_alone)
+    shorter = functools.partial(SelfPromptConfig, kinds=chat_alone, max_turn_tokens=90)
+    monkeypatch.setattr(self_config, "SelfPromptConfig", shorter)
+    return ospec
+
+
+def test_prompts_are_written_and_gone_on_with(writes, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    args = (
+        "write-prompts", "--target", writes.target, "--precision", "float32", "--out",
+        file, "--batch-size", 2,
+    )  # fmt: skip
+    assert writes.run(*args, "--num", 2) == 0
+    told = capsys.readouterr().err
+    assert f"{file} holds 2 prompts" in told
+    assert "self-chat" in told
+    first = file.read_text()
+    assert writes.run(*args, "--num", 4) == 0
+    assert file.read_text().startswith(first)
+    assert [p.domain for p in read_prompts(file)] == ["self-chat"] * 4
+    assert writes.run(*args, "--num", 4, "--seed", 1) == 2
+    assert "was written with seed 0, not 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--num", 0), "--num is 0"),
+        (("--num", 2, "--kinds", "self-chat"), "use NAME=WEIGHT"),
+        (("--num", 2, "--kinds", "chat=2"), "unknown kind of prompts 'chat'"),
+        (("--num", 2, "--batch-size", 0), "--batch-size is 0"),
+    ],
+)
+def test_prompts_that_cannot_be_written_are_refused(
+    ospec, tmp_path, capsys, args, message
+):
+    command = "write-prompts", "--target", ospec.target, "--out", tmp_path / "x.jsonl"
+    assert ospec.run(*command, *args) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_drafts_learn_from_prompts_of_the_target(writes, tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    values = {"self_prompts": 5, "num_updates": 1, "batch_size": 2}
+    recipe.write_text(f"def get_config():\n    return {values}\n")
+    args = "distill", "--recipe", recipe, "--collect-batch-size", 2, "--out"
+    out = tmp_path / "alone"
+    assert writes(*args, out, "--self-prompts", 3, "--collect-only") == 0
+    assert len(read_prompts(out / "self_prompts.jsonl")) == 3
+    store = FeedbackStore(out / "data")
+    assert {entry.domain for entry in store.entries} == {"self-chat"}
+    assert not (out / "draft").exists()
+
+    # Without the flag the recipe's number holds, and other prompts come beside.
+    size = "--draft-vocab-size", 100
+    assert writes(*args, out, "--prompts", writes.prompts, *size) == 0
+    assert len(FeedbackStore(out / "data").entries) == 5 + 8
+    assert checkpoint.load(out / "draft").step == 1
+
+    capsys.readouterr()
+    assert writes("distill", "--out", tmp_path / "none") == 2
+    assert "give --prompts FILE.jsonl, or --self-prompts" in capsys.readouterr().err

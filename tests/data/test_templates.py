@@ -5,7 +5,7 @@ import pytest
 
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import parse_prompt
-from ospec_jax.data.templates import encode
+from ospec_jax.data.templates import encode, encode_opening
 from ospec_jax.testing import byte_tokenizer
 
 TURNS = [
@@ -85,3 +85,56 @@ def test_turns_need_a_template(is_raw):
         encode(conversation(), tokenizer, is_raw)
     alone = conversation(TURNS[1:])
     assert encode(alone, tokenizer, is_raw) == tuple(tokenizer.encode("Hi"))
+
+
+_BEGIN = "<|im_start|>user\n"
+_PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}"
+)
+_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "opening"),
+    [
+        (_PLAIN, _BEGIN),
+        (_SYSTEM + _PLAIN, f"<|im_start|>system\nBe kind.<|im_end|>\n{_BEGIN}"),
+        # A prompt for the answer that is always there, and a text that is trimmed.
+        (_PLAIN.replace("content", "content | trim") + "<|im_start|>bot\n", _BEGIN),
+        # The first token of a turn has the space in front of it.
+        ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "[INST]"),
+    ],
+)
+def test_openings_end_where_a_user_begins(template, opening):
+    tokenizer = with_template(template)
+    ids = encode_opening((), tokenizer)
+    assert tokenizer.decode(ids) == opening
+    # Special tokens are one each, as in a prompt that is answered.
+    assert ids == tuple(tokenizer.encode(opening, add_special_tokens=False))
+
+
+def test_openings_stand_behind_earlier_turns():
+    tokenizer = with_template(_SYSTEM + _PLAIN)
+    turns = (*TURNS, {"role": "assistant", "content": "Hello"})
+    text = tokenizer.decode(encode_opening(turns, tokenizer))
+    said = "system\nBe brief.", "user\nHi", "assistant\nHello"
+    begun = [f"<|im_start|>{turn}<|im_end|>\n" for turn in said]
+    assert text == "".join(begun) + _BEGIN
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template, .* use a model that was tuned to chat"),
+        ("hello", "shows a user's turn 0 times"),
+        (_PLAIN + _PLAIN, "shows a user's turn 2 times"),
+        ("{{ raise_exception('no') }}", "refuses it: no"),
+    ],
+)
+def test_templates_without_an_opening_are_refused(template, message):
+    with pytest.raises(ConfigError, match=message):
+        encode_opening((), with_template(template))
