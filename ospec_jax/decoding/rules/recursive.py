@@ -30,9 +30,14 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
         None if tree.draft_probs is None else tree.draft_probs[node]
     )
 
+    # One level: `p` is the target's law at `node`, or what rejections have left of it.
+    # After a level without acceptance the walk is closed, and further turns change
+    # nothing.
     def descend(_, carry):
         node, p, is_open = carry
 
+        # All children have the loop's fixed number of turns; a missing one is never
+        # tried.
         def try_child(j, attempt):
             accepted, p, q = attempt
             is_child = (tree.parents == node) & (rank == j) & tree.is_valid
@@ -42,7 +47,9 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
             is_drawn = jnp.bool_(tree.children != "topk_sampled") | (j == 0)
             q_token = jnp.where(is_drawn, draft_prob(tree, q, token), 1.0)
             # When q's support is used up, what comes next was not drawn from it.
+
             is_tried &= q_token > 0
+            # u < p / q without the division.
             is_accepted = is_tried & (uniforms[child] * q_token < p[token])
             is_rejected = is_tried & ~is_accepted
             left = residual(tree, p, q, token)
@@ -50,6 +57,7 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
                 left = jnp.where(is_drawn, left, residual(tree, p, None, token))
 
             p = jnp.where(is_rejected, left, p)
+            # The rejected child cannot be drawn again.
             if tree.children == "without_replacement":
                 without = jnp.where(is_token(tree, q, token), 0.0, q)
                 q = jnp.where(
@@ -61,9 +69,11 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
         accepted, p, _ = jax.lax.fori_loop(
             0, tree.max_children, try_child, (jnp.int32(-1), p, draft_probs(node))
         )
+
         has_moved = accepted >= 0
         node = jnp.where(has_moved, accepted, node)
 
+        # Below an accepted child the target's law is its own, without any residual.
         return node, jnp.where(has_moved, target_probs[node], p), has_moved
 
     start = (jnp.int32(0), target_probs[0], jnp.bool_(True))
@@ -88,6 +98,7 @@ def residual(tree: DraftTree, p, q, token):
     """max(p - q, 0), renormalised; p itself when rounding leaves nothing."""
     if q is None:
         rest = p.at[token].set(0.0)
+    # The draft's vocabulary is a part of the target's, so q is subtracted at its ids.
     elif tree.token_ids is None:
         rest = jnp.maximum(p - q, 0.0)
     else:
