@@ -28,7 +28,6 @@ def argmax(logits: Float[Array, "*rows v"]) -> Int[Array, "*rows"]:
     Two plain reductions: XLA:CPU does not vectorise `jnp.argmax`, which takes twice as
     long.
     """
-
     is_top = logits == jnp.max(logits, axis=-1, keepdims=True)
     last = logits.shape[-1] - 1
     index = jnp.arange(last + 1, dtype=jnp.int32)
@@ -58,8 +57,6 @@ def processed_probs(
     total = row_sum(weights, is_row_invariant)[:, 0]
     threshold = _top_p_threshold(scaled, weights, top, params.top_p, total)
     weights = jnp.where(scaled >= threshold[:, None], weights, 0.0)
-    # Normalised over the row by the row-invariant sum: a row's law must have the same
-    # bits whatever it is batched with.
     probs = weights / row_sum(weights, is_row_invariant)
     best = argmax(logits)[:, None] == jnp.arange(logits.shape[-1])
 
@@ -152,8 +149,6 @@ def draw(key: Key[Array, ""], probs: Float[Array, " v"]) -> Int[Array, ""]:
 
 
 def _halved_sum(x):
-    # In a fixed tree of additions: a library's sum may add in an order that depends on
-    # the shape.
     """Sums over the last axis, a power of two long, half onto half."""
     while (half := x.shape[-1] // 2) > 0:
         x = x[..., :half] + x[..., half:]
@@ -163,7 +158,6 @@ def _halved_sum(x):
 
 def _draw_index(uniform, weights):
     """The first index with more than `uniform` of the sum up to it, never a zero's."""
-
     size = weights.shape[-1]
     sums = jnp.cumsum(weights)
     index = jnp.arange(size, dtype=jnp.int32)

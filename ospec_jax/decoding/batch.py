@@ -89,8 +89,6 @@ class _Sent(NamedTuple):
     """
 
     action: Action | None
-    # Passes that were sent are taken to emit all they can. If that would end every row,
-    # the host must read before it knows whether to go on.
     rows: list[tuple[int, int, Slot]]
     output: StepOutput
 
@@ -138,6 +136,8 @@ class Batch:
     @property
     def has_work(self) -> bool:
         """Whether a further step would find a row that is not at its limit."""
+        # Passes that were sent are taken to emit all they can. If that would end every
+        # row, the host must read before it knows whether to go on.
         unread = sum(sent.output.tokens.shape[1] for sent in self._in_flight)
         return any(slot.num_remaining > unread for slot in self._running)
 

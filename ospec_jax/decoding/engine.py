@@ -64,9 +64,9 @@ def _finish(is_finished, slot):
 
 # Engines of one configuration share their programs, so that a second session of the
 # same models compiles nothing. What is kept holds no weights: they are arguments.
-# Drafters are the same if they are the same object, as `build_drafter` gives them. That
-# what decides is an argument here is what makes sharing safe: a builder that read
-# anything else would get a program of other settings.
+# Drafters are the same if they are the same object, as `build_drafter` gives them. All
+# that a program depends on must be an argument here, or it would be shared by engines
+# that differ in it.
 _share = functools.lru_cache(maxsize=64)
 
 
@@ -414,7 +414,6 @@ class Engine:
           should_stop: Asked before every step; once it says so, requests that are on
             their way are dropped, and no others are begun.
         """
-
         sharding.check_batch(self.config.mesh, batch_size)
         chooser = chooser or Chooser.start(fixed((self.action,)), batch_size)
         ordinals = itertools.count() if ordinals is None else ordinals

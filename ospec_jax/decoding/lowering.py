@@ -133,7 +133,6 @@ def lower(
         make = lambda: empty_state(step, drafter, batch_size, config.capacity)
         return placed(jax.eval_shape(make), rows)
 
-    # The plain step first: it is what decodes without a draft, and the baseline.
     batch = config.batch_size
     state = state_of(plain, None, batch)
     add("plain_step", build_step(plain, None), target, None, state)

@@ -207,11 +207,10 @@ class Slot:
         self.log_probs = self.log_probs[: found.num_tokens]
         self.text_over = found.text_over
         self.is_done = True
-
-        # A stop string may begin in tokens of earlier passes: of the newest ones at
-        # most all are dropped.
         self.finish_reason = "stop"
 
+        # Where the string began in tokens of earlier passes, more is cut off than is
+        # new.
         return min(cut, count)
 
     def completion(self, feedback: Feedback | None, capacity: int) -> Completion:

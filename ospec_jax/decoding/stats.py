@@ -118,7 +118,6 @@ def repeated_token_share(token_ids: list[int], length: int = 16) -> float:
     """Share of tokens inside a run of `length` tokens seen before in the answer.
 
     Small greedy models loop, and loops flatter speculation, n-grams most of all.
-
     """
     seen: dict[tuple, int] = {}
     is_repeated = [False] * len(token_ids)

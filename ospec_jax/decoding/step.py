@@ -282,11 +282,12 @@ def _verify(config, tree, logits, state, keys) -> Verdict:
 
 
 def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:
-    # Node i lies in slot `lengths + i`, and the accepted nodes are the first ones. In a
-    # tree they are scattered, and must be moved before the next step overwrites them.
     """In a chain the accepted entries lie in place already."""
     if config.tree.is_chain:
         return cache
+
+    # Node i lies in slot `lengths + i`. The accepted ones are scattered, and must be
+    # moved up before the next step writes its own nodes there.
 
     is_batched = config.numerics.has_batched_writes
     return kv.keep_path(cache, state.lengths, verdict.path, is_batched)
@@ -450,7 +451,6 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
 
 
 def _first_token(config, logits, state, positions):
-
     if config.is_greedy:
         return argmax(logits)
 

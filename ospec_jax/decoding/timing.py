@@ -47,7 +47,6 @@ def seconds_of_steps(
 
     Another round, the first, compiles them and does not count.
     """
-
     least = dict.fromkeys(steps, float("inf"))
     for round_number in range(num_rounds + 1):
         # Kinds take turns, and the least time counts: other load on the machine then

@@ -33,7 +33,6 @@ def verify_greedy(tree: DraftTree, best: Int[Array, "b n"]) -> Verdict:
     is_match = tree.is_valid & ((tree.tokens == expected) | (tree.parents < 0))
     # Drawn siblings may be copies of one token. Then several paths match, and any of
     # the longest will do: they have the same tokens.
-
     is_alive = jnp.all(~tree.ancestor_mask | is_match[:, None, :], axis=-1)
     last = jnp.argmax(jnp.where(is_alive, tree.depths, -1), axis=1)
     path = _path_to(tree, last)

@@ -21,7 +21,6 @@ def hub(uniforms, tree: DraftTree, rank, target_probs):
 
     def descend(_, carry):
         node, p, is_open = carry
-        # A level without acceptance closes the walk; see `recursive`.
         is_child = lambda j: (tree.parents == node) & (rank == j) & tree.is_valid
         has_pair = jnp.any(is_child(0)) & is_open
         pair = jnp.stack([jnp.argmax(is_child(0)), jnp.argmax(is_child(1))])
@@ -30,7 +29,6 @@ def hub(uniforms, tree: DraftTree, rank, target_probs):
         q = on_target(tree, draft_probs[node], p.shape[-1])
         accepted, rest = _transport(p, q, tree.tokens[pair], has_second, uniforms[pair])
         has_moved = has_pair & (accepted >= 0)
-
         child = pair[jnp.maximum(accepted, 0)]
         # If the pair is rejected, the next token is drawn from what it could not cover.
         stays = jnp.where(has_pair, rest, p)
@@ -52,13 +50,12 @@ def _transport(p, q, pair, has_second, uniforms):
     top = jnp.argmax(q)
     is_top = jnp.arange(q.shape[-1]) == top
     p_top = p[top]
-
     q_top = q[top]
+
     # `after_top` is the probability of the pair (a, i), `others` that of (i, a).
     others = jnp.where(is_top, 0.0, q)
     after_top = others * q_top / jnp.maximum(1.0 - q_top, 1e-30)
     # Tokens other than the hub: first from the pairs (i, a), then from (a, i).
-
     by_first = jnp.minimum(p, others)
     left = jnp.where(is_top, 0.0, p - by_first)
     by_second = jnp.minimum(left, after_top)

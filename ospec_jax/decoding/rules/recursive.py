@@ -36,8 +36,6 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
     def descend(_, carry):
         node, p, is_open = carry
 
-        # All children have the loop's fixed number of turns; a missing one is never
-        # tried.
         def try_child(j, attempt):
             accepted, p, q = attempt
             is_child = (tree.parents == node) & (rank == j) & tree.is_valid
@@ -47,7 +45,6 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
             is_drawn = jnp.bool_(tree.children != "topk_sampled") | (j == 0)
             q_token = jnp.where(is_drawn, draft_prob(tree, q, token), 1.0)
             # When q's support is used up, what comes next was not drawn from it.
-
             is_tried &= q_token > 0
             # u < p / q without the division.
             is_accepted = is_tried & (uniforms[child] * q_token < p[token])
@@ -98,9 +95,9 @@ def residual(tree: DraftTree, p, q, token):
     """max(p - q, 0), renormalised; p itself when rounding leaves nothing."""
     if q is None:
         rest = p.at[token].set(0.0)
-    # The draft's vocabulary is a part of the target's, so q is subtracted at its ids.
     elif tree.token_ids is None:
         rest = jnp.maximum(p - q, 0.0)
+    # The draft's vocabulary is a part of the target's: q is subtracted at its ids.
     else:
         rest = jnp.maximum(p.at[tree.token_ids].add(-q), 0.0)
 

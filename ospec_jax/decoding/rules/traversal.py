@@ -82,8 +82,8 @@ def traversal(uniforms, tree: DraftTree, rank, target_probs):
 
     def visit(state):
         node = state[0]
-
         is_left = state[4]
+
         # Children are visited in the order in which they were drawn.
         is_child = (tree.parents == node) & is_left
         child = jnp.argmin(jnp.where(is_child, rank, num_nodes))
