@@ -25,6 +25,7 @@ def split_heads(
     qkv = qkv.reshape(*qkv.shape[:2], rest + c.num_kv_heads, c.head_dim)
     frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     angles = rope_angles(positions, frequencies, num_positions)
+    # Queries and keys are rotated together, as one array of `rest` heads: one pass.
     split = lambda x, *sizes: split_groups(x, sizes, numerics.num_groups, axis=2)
     rotated, values = split(qkv, rest, c.num_kv_heads)
     rotated = rotate(rotated, angles, numerics.is_row_invariant)
@@ -45,6 +46,7 @@ def attend_cached(qkv, config, numerics, positions, bias, cache: kv.KVCache, sta
 
 def seen_in_window(positions, num_context: int):
     """Which entries of a window each trained one attends to, `[b, t - c, t]`."""
+    # Entry `num_context + i` sees all up to itself; negative positions are padding.
     order = jnp.arange(positions.shape[1])
     is_before = order <= order[num_context:, None]
     return is_before & (positions >= 0)[:, None, :]
@@ -58,6 +60,10 @@ def attend_unrolled(q, k, v, own_keys, own_values, is_seen):
     """
     b, t, heads, e = q.shape
     h = k.shape[2]
+
+    # Scores of verified entries `[b, h, g, t, s]`, and one column more for each deeper
+    # draft, which only the entry that it was drafted from attends to: that is the path
+    # that it stands on while drafting.
     q = q.reshape(b, t, h, heads // h, e) * e**-0.5
     scores = jnp.einsum("bthge,bshe->bhgts", q, k)
     scores = [jnp.where(is_seen[:, None, None], scores, -1e30)]
@@ -66,6 +72,7 @@ def attend_unrolled(q, k, v, own_keys, own_values, is_seen):
     num_keys = k.shape[1]
     out = jnp.einsum("bhgts,bshe->bthge", weights[..., :num_keys], v)
 
+    # `[b, t, h, g, 1]` shares of `[b, t, h, 1, e]` values.
     for i, own in enumerate(own_values):
         share = weights[..., num_keys + i].transpose(0, 3, 1, 2)[..., None]
         out = out + share * own[:, :, :, None, :]
