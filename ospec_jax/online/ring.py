@@ -66,7 +66,10 @@ def add_window(
     """Adds the window that begins at `start` of a request's `[1, s, ...]` feedback."""
     size = ring.segments.weight.shape[1]
     positions = start + jnp.arange(size)
+    # The target's distribution is known from the prompt's last token on.
     is_verified = (positions >= num_prompt - 1) & (positions < num_recorded)
+    # Positions before the prompt are read from its first token; negative positions mark
+    # them as padding.
     take = lambda x: jnp.take(x[0], positions, axis=0, mode="clip")
     slot = ring.num_added % ring.capacity
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[None], slot, 0)
@@ -88,6 +91,7 @@ def newest(ring: FeedbackRing, count: int, num_fresh, num_newer=0) -> Segments:
     Args:
       num_newer: Windows to leave out before them, which are fresh ones, too.
     """
+    # Windows are numbered by age, the newest being 0; `slots` go round the ring.
     age = num_newer + jnp.arange(count)
     slots = (ring.num_added - 1 - age) % ring.capacity
     segments = jax.tree.map(lambda x: x[slots], ring.segments)
