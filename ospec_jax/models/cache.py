@@ -82,7 +82,7 @@ def write_rows(
       layer: Which of the stacked layers of `buffer` to write, if it has such.
     """
     if layer is not None:
-
+        # One layer's part of the stacked buffer, in place: the others are not touched.
         def put_layer(layers, entries, start):
             indices = [jnp.zeros_like(start)] * layers.ndim
             indices[0] = jnp.asarray(layer, start.dtype)
@@ -100,6 +100,7 @@ def write_rows(
 
     zero = jnp.zeros((), starts.dtype)
 
+    # One slice a row, each in place: XLA:CPU would run a scatter index by index.
     for row in range(buffer.shape[0]):
         indices = [zero] * buffer.ndim
         indices[0] = jnp.full((), row, starts.dtype)
@@ -152,6 +153,7 @@ def keep_path(
       starts: Number of committed tokens of each row.
       path: Tree nodes to keep, in order; node i lies in slot `starts + i`.
     """
+    # All are read before any is written: a kept node may lie where an earlier one goes.
     slots = starts[:, None] + path
     move = lambda buffer, axis: write_rows(
         buffer, gather_slots(buffer, slots, axis), starts, axis, is_batched
@@ -173,6 +175,7 @@ def causal_bias(
     starts: Int[Array, " b"], num_tokens: int, capacity: int
 ) -> Float[Array, "b t s"]:
     """Bias of attention scores for consecutive tokens that begin at slot `starts`."""
+    # Token i of a row sees slots up to its own, `starts + i`.
     slots = jnp.arange(capacity)
     last = starts[:, None] + jnp.arange(num_tokens)
     return jnp.where(slots <= last[:, :, None], 0.0, _MASKED)
@@ -187,6 +190,8 @@ def tree_bias(
     Args:
       ancestor_mask: Whether node j, in slot `starts + j`, is node i or its ancestor.
     """
+    # Slots before `starts` are committed tokens, all visible; slot `starts + j` is node
+    # j; what lies behind the tree is rubbish.
     offset = jnp.arange(capacity) - starts[:, None]
     num_nodes = ancestor_mask.shape[-1]
     index = jnp.clip(offset, 0, num_nodes - 1)

@@ -83,6 +83,8 @@ class GGUFFile:
             if not self.path.stat().st_size:
                 raise WeightsError(f"{path} cannot be read as GGUF: it is empty")
             self._data = np.memmap(self.path, np.uint8, "r")
+            # Mapped, not read: tensors are dequantised one by one, and only one is in
+            # memory.
             found = _Cursor(self._data, self.path)
             values, self._tensors = found.read_header()
 
@@ -115,6 +117,7 @@ class GGUFFile:
         kind = gguf.GGMLQuantizationType(entry.kind)
         block, size = gguf.GGML_QUANT_SIZES[kind]
         raw = self._data[entry.begin : entry.end]
+        # Quantised rows are whole blocks, each with its scales.
         rows = raw.reshape(-1, entry.shape[-1] // block * size)
         if kind == gguf.GGMLQuantizationType.F64:
             return rows.view("<f8").astype(np.float32).reshape(entry.shape)
@@ -170,6 +173,7 @@ class _Cursor:
                 f"{self._path} has general.alignment {alignment!r}; use a power of two"
             )
 
+        # Offsets count from the first multiple of the alignment behind the header.
         start = -(-self._place // alignment) * alignment
         tensors: dict[str, TensorEntry] = {}
 
@@ -223,6 +227,7 @@ class _Cursor:
                     f"download it again"
                 )
 
+        # Sorted by where they begin, so only neighbours can overlap.
         for entry, following in itertools.pairwise(ordered):
             if entry.end > following.begin:
                 raise WeightsError(
@@ -275,6 +280,7 @@ class _Cursor:
             )
 
         raw = self._take(8 * num_dimensions, f"the shape of {name}")
+        # GGUF names the fastest dimension first, numpy last.
         shape = tuple(raw.view("<u8").tolist()[::-1])
         if 0 in shape:
             raise WeightsError(f"{self._path}: the tensor {name!r} is empty: {shape}")

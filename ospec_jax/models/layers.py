@@ -161,6 +161,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        # Compiled away unless somebody measures ranges; see `smoothing`.
         largest = jnp.max(jnp.abs(x), axis=tuple(range(x.ndim - 1)))
         self.sow("ranges", "input", largest, reduce_fn=jnp.maximum, init_fn=lambda: 0.0)
         init = nn.initializers.normal(x.shape[-1] ** -0.5)
@@ -213,6 +214,7 @@ def split_groups(x, sizes: tuple[int, ...], num_groups: int, axis: int) -> list:
         return jnp.split(x, np.cumsum(sizes)[:-1], axis=axis)
 
     axis %= x.ndim
+    # With groups each device holds its share of every part, side by side.
     before = x.shape[:axis]
     after = x.shape[axis + 1 :]
     grouped = x.reshape(*before, num_groups, -1, *after)
@@ -258,6 +260,7 @@ def rope_frequencies(
     wavelength = 2 * np.pi / freqs
     ratio = scaling.original_max_position / wavelength
     span = scaling.high_freq_factor - scaling.low_freq_factor
+    # 1 where all of a frequency is kept, 0 where it is stretched by the full factor.
     keep = np.clip((ratio - scaling.low_freq_factor) / span, 0.0, 1.0)
 
     return (keep * freqs + (1 - keep) * freqs / scaling.factor).astype(np.float32)

@@ -60,6 +60,7 @@ class SelfAttention(nn.Module):
             rotated = rotate(rotated, angles, n.is_row_invariant)
             queries, new_keys = split(rotated, heads, kv_heads)
 
+        # Written before it is read: a token attends to itself through the cache.
         keys, values = kv.append(
             keys, values, new_keys, new_values, starts, n.has_batched_writes, layer
         )
@@ -144,9 +145,11 @@ class Llama(nn.Module):
             x if i == c.num_layers else tap
             for i, tap in zip(self.taps, taps, strict=True)
         ]
+        # The head is not used here, but its parameter must be a part of the tree.
         if not c.tie_embeddings:
             self._table("lm_head")
 
+        # Without taps the features have width 0.
         features = jnp.concatenate([*taps, x[..., :0]], axis=-1)
 
         return x[:, :num_tokens], features[:, :num_tokens], cache
@@ -179,6 +182,7 @@ class Llama(nn.Module):
 
         def one(layer, carry, i):
             x, keys, values, taps = carry
+            # `[taps, b, t, d]`: layer i fills the places that ask for it.
             taps = jnp.where((tapped == i)[:, None, None, None], x, taps)
             x, keys, values = layer(x, angles, bias, keys, values, starts, i)
             return (x, keys, values, taps), None
@@ -201,6 +205,7 @@ class Llama(nn.Module):
         init = nn.initializers.normal(self.config.hidden_size**-0.5)
         params = {"kernel": self.param(f"{name}_kernel", init, shape, jnp.float32)}
         if params["kernel"].dtype == jnp.int8:
+            # An int8 kernel comes with its scale, for which there is no initialiser.
             params["scale"] = self.get_variable("params", f"{name}_scale")
 
         return params

@@ -90,6 +90,7 @@ def _time_products(numerics: Numerics, rows: int, features: int = 1024) -> float
         jax.block_until_ready(_products(x, kernels, numerics))
         times.append(time.perf_counter() - start)
 
+    # The first run compiles.
     return min(times[1:])
 
 
@@ -112,6 +113,7 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
 
     file = cache_folder / "calibration.json"
     kind = "native" if is_native else "xla"
+    # Another machine or version of jax that shares the folder is measured for itself.
     key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__} int8 {kind}"
     known = _read_calibrations(file)
     if key not in known:
