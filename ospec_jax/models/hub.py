@@ -243,6 +243,7 @@ def _load(
 
     # What is split or stacked next is first put together where there is room for it.
     with _on_host() if is_moved else contextlib.nullcontext():
+        # int8 is smoothed by what activations look like, which float32 weights tell.
         ranges = None
         if precision == "int8":
             ranges = _activation_ranges(path, config, numerics, read_tokenizer, read)

@@ -144,8 +144,8 @@ def resume(
     found = checkpoint.load(
         folder, target, learner_like=learner_like, mesh=mesh, family=family
     )
-    # Newer steps belong to a run that is not gone on with; left there, they would be
-    # resumed next.
+    # Newer steps could not be read; left under their names, they would keep this run
+    # from saving.
     checkpoint.set_aside(folder, found.step)
     place = lambda tree: grouped(freely_placed(tree, mesh), found.meta.draft, mesh)
     state = place(_completed(found.learner, trainer, found.draft))
