@@ -81,6 +81,7 @@ class LoadedDraft:
     @property
     def memory_orders(self) -> tuple[int, ...]:
         """Lengths of the n-grams that stand by it."""
+        # One memory serves all members, so it holds the orders of whoever wants most.
         if self.members:
             return max((member.memory_orders for member in self.members), key=len)
 
@@ -254,6 +255,7 @@ def new_draft(family: Family, target: Target) -> LoadedDraft:
     drafter = build_drafter(family, config, TreeConfig(num_steps=1), target.numerics)
     params = drafter.init_params(jax.random.key(0))
     draft = Draft(start_warm(family, params, target, None))
+    # A family that the package does not know must come with the draft.
     own = None if FAMILIES.get(family.name) is family else family
 
     return LoadedDraft(draft, Meta.create(target, config, family.name), own_family=own)
@@ -341,6 +343,7 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
     Raises:
       CheckpointError: The two have different tokenizers.
     """
+    # Like the target, so that one kind of cache and numerics serves both.
     how = target.numerics
     model = load_target(name_or_path, how.precision, target.mesh, how.is_scanned)
     meta = Meta.create(target, None, "model", card={"model": name_or_path})
@@ -381,6 +384,7 @@ def own_draft(name: str, target: Target) -> LoadedDraft:
     else:
         config = dataclasses.replace(config, num_layers=layers)
 
+    # The record names the part; the weights are the target's own.
     meta = Meta.create(target, None, "self", card={"model": name})
     return LoadedDraft(Draft(params), meta, dataclasses.replace(target, config=config))
 
@@ -420,6 +424,7 @@ def mixed_draft(
     Raises:
       ConfigError: They are not one of each.
     """
+    # The inner draft stays what it is: only how it is drafted with changes.
     suggestions, name = _split_mix(mix, names)
     inner = load_draft(name, target, family)
     if inner.members:
