@@ -199,8 +199,6 @@ class Engine:
             own = dataclasses.replace(config, is_greedy=is_greedy)
             self._prefills[is_greedy] = _compiled(build_prefill, own, drafter)
             for action, member in self._menu.items():
-                # Each action of the menu has its own tree, and so its own compiled
-                # step.
                 special = dataclasses.replace(own, tree=action.tree)
                 step = _compiled(build_step, special, member)
                 self._steps[action, is_greedy] = step
@@ -498,7 +496,6 @@ class Engine:
         capacity: int,
     ) -> DecodeState:
         """Puts a prefilled request into a row of a batch; None begins one."""
-        # A batch of one row is the row itself, and there is nothing to copy into.
         if batch_size == 1:
             return row
 

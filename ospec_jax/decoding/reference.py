@@ -17,7 +17,7 @@ from ospec_jax.typing import Params
 def teacher_forced_logits(
     config: StepConfig, target_params: Params, token_ids: Sequence[int], num_rows: int
 ) -> np.ndarray:
-    """Logits after the last of `token_ids`.
+    """Logits `[v]` after the last of `token_ids`.
 
     Args:
       num_rows: Tokens of the last pass; those before it are run in one pass.

@@ -345,14 +345,20 @@ def _drafting_states(tree: DraftTree, verdict, inputs, feedback) -> Feedback:
 
 
 def narrow(features):
-    """Features as they are recorded."""
+    """Features of any shape as they are recorded, in float16."""
     return jnp.clip(features, -_FLOAT16_MAX, _FLOAT16_MAX).astype(jnp.float16)
 
 
 def record(
     feedback: Feedback, scored: Feedback, starts, is_batched: bool = False
 ) -> Feedback:
-    """Writes verified tokens into the slots of their positions."""
+    """Writes verified tokens into the slots of their positions.
+
+    Args:
+      feedback: `[b, s, ...]` in each field.
+      scored: `[b, m, ...]` of consecutive tokens.
+      starts: `[b]` position of the first of them.
+    """
     # Features are narrowed; ids, flags and the logsumexp have no feature axis, and keep
     # their type.
     write = lambda old, new: kv.write_rows(old, new, starts, is_batched=is_batched)

@@ -84,7 +84,6 @@ def verify_sampled(
             f"be verified exactly; use children='topk' or a static tree"
         )
 
-    # Which rule is exact depends on how the children were drawn.
     rule = recursive
     if verification != "token":
         if tree.children not in ("sampled", "without_replacement"):

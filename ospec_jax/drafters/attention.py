@@ -19,7 +19,11 @@ from ospec_jax.models.layers import (
 def split_heads(
     qkv, config: DraftConfig, numerics: Numerics, positions, num_positions=None
 ):
-    """Rotated queries and keys, and values, of a joint projection `[b, t, _]`."""
+    """Rotated queries and keys, and values, of a joint projection `[b, t, _]`.
+
+    Returns:
+      `[b, t, heads, e]`, and `[b, t, h, e]` twice.
+    """
     c = config
     rest = config.num_heads + config.num_kv_heads
     qkv = qkv.reshape(*qkv.shape[:2], rest + c.num_kv_heads, c.head_dim)
@@ -34,7 +38,17 @@ def split_heads(
 
 
 def attend_cached(qkv, config, numerics, positions, bias, cache: kv.KVCache, starts):
-    """Appends to a one-layer cache and attends to it; `[b, t, heads * e]`."""
+    """Appends to a one-layer cache and attends to it.
+
+    Args:
+      qkv: `[b, t, _]` joint projection.
+      positions: `[b, t]`.
+      bias: `[b, t, s]`; see `models.cache`.
+      starts: `[b]` slot of the first entry.
+
+    Returns:
+      `[b, t, heads * e]`, and the cache.
+    """
     num_positions = cache.capacity if numerics.is_row_invariant else None
     q, k, v = split_heads(qkv, config, numerics, positions, num_positions)
     keys, values = kv.append(
@@ -56,6 +70,9 @@ def attend_unrolled(q, k, v, own_keys, own_values, is_seen):
     """Attention of entry i to the verified ones it sees and to its own deeper drafts.
 
     Args:
+      q: `[b, t, heads, e]` of the entries.
+      k: `[b, s, h, e]` of the verified ones, `v` likewise.
+      is_seen: `[b, t, s]`.
       own_keys: One `[b, t, h, e]` for each deeper draft, `own_values` likewise.
     """
     b, t, heads, e = q.shape

@@ -175,7 +175,14 @@ def stateless(
 
 
 def frozen_head(shared: SharedTables, token_ids) -> dict:
-    """The target's head on the draft vocabulary, in its own precision."""
+    """The target's head on the draft vocabulary, in its own precision.
+
+    Args:
+      token_ids: `[q]`, or None for the whole one.
+
+    Returns:
+      `{kernel: [q, d], [scale: [q]]}`.
+    """
     if token_ids is None:
         return shared.head
 
@@ -199,6 +206,7 @@ def training_head(
     """The float32 head rows of `candidates`; None stands for the draft's own, whole.
 
     Args:
+      candidates: `[c]` entries of the draft vocabulary; None for all.
       name: Of the draft's own head among its parameters.
     """
     # None lets the module read its own projection. Candidate rows are taken from

@@ -128,7 +128,7 @@ def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:
 
 
 def merge_chains(first: DraftTree, second: DraftTree) -> DraftTree:
-    """One tree of two chains with the same root and depth.
+    """One tree `[b, 2 k + 1]` of two chains `[b, k + 1]` of the same root and depth.
 
     Node 2 i - 1 is the i-th of `first`, node 2 i that of `second`, which is dropped as
     long as the two agree: its successors then follow the node of `first`.

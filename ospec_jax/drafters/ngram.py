@@ -173,7 +173,12 @@ def match_memory(
 def suggest(
     memory: NgramMemory, history, num_known, recent
 ) -> tuple[Int[Array, "b w"], Float[Array, "b w"]]:
-    """The likelier of both sources' tokens with its log-rate, -inf for none."""
+    """The likelier of both sources' tokens with its log-rate, -inf for none.
+
+    Args:
+      history: `[b, s]`, with `num_known` `[b, w]` and `recent` `[b, w, m]`; see
+        `match_context`.
+    """
     rates = memory.hits / memory.trials
     rate = lambda level: jnp.where(level >= 0, rates[level], 0.0)
     near, near_level = match_context(history, num_known, recent)

@@ -55,6 +55,7 @@ def passing(kernel: jax.Array, first_column: int) -> jax.Array:
     """A projection `[d, e]` that passes `d` of its inputs on, the others hardly.
 
     Args:
+      kernel: `[d, e]`, at random.
       first_column: Of the inputs that are passed on.
     """
     width, num_inputs = kernel.shape

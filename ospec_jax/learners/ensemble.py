@@ -265,6 +265,8 @@ def _summary(
 def averaged(weights: Float[Array, " m"], anchor: Params, experts: Params) -> Params:
     """The experts' mean under the weights, the anchor being the first of them.
 
+    Leaves of `experts` are `[m - 1, ...]`; the anchor and the mean lack that axis.
+
     Only floating-point leaves are averaged: tables of integers stay the anchor's.
     """
 

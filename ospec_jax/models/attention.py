@@ -69,7 +69,10 @@ def attend(
 
 
 def by_library(queries, keys, values, bias, kind: AttentionKind):
-    """`attend` by JAX's own function, in the type of the cache."""
+    """`attend` by JAX's own function, in the type of the cache.
+
+    Shapes are those of `attend`.
+    """
     b, t, heads, e = queries.shape
     # The library wants tokens before heads, `[b, s, h, e]`.
     out = jax.nn.dot_product_attention(

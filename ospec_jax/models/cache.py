@@ -77,6 +77,8 @@ def write_rows(
     """Writes entries into the slots of `axis` from `starts` on.
 
     Args:
+      buffer: `[b, ...]`, with `s` slots along `axis`; `[layers, b, ...]` with `layer`.
+      new: `[b, ...]`, with `t` entries along `axis`.
       is_batched: In one scatter, instead of one in-place slice a row; see
         `Numerics.has_batched_writes`.
       layer: Which of the stacked layers of `buffer` to write, if it has such.
@@ -135,7 +137,7 @@ def append(
 
 
 def gather_slots(buffer, slots: Int[Array, "b m"], axis: int = -2):
-    """Reads the given slots, along `axis`, of each row."""
+    """Reads the given slots, along `axis`, of each row of `buffer`, `[b, ...]`."""
     take = lambda row, index: jnp.take(row, index, axis=axis, mode="clip")
     return jax.vmap(take)(buffer, slots)
 
@@ -159,6 +161,7 @@ def keep_path(
         buffer, gather_slots(buffer, slots, axis), starts, axis, is_batched
     )
     each = lambda axis: lambda buffer: move(buffer, axis)
+    # Stacked caches are moved layer by layer, each as an unstacked one.
     if cache.batch_axis:
         return KVCache(
             keys=jax.vmap(each(-1))(cache.keys), values=jax.vmap(each(-2))(cache.values)

@@ -121,7 +121,11 @@ def _is_unscaled(fields: Fields) -> bool:
 
 
 def unpermute_rotary(kernel: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undoes llama.cpp's interleaved order of q and k rows (llama architecture)."""
+    """Undoes llama.cpp's interleaved order of q and k rows (llama architecture).
+
+    Args:
+      kernel: `[num_heads * e, d]`.
+    """
     out, fan_in = kernel.shape
     # Interleaved pairs `[heads, e / 2, 2]` to two halves `[heads, 2, e / 2]`.
     pairs = kernel.reshape(num_heads, out // num_heads // 2, 2, fan_in)

@@ -82,9 +82,9 @@ class GGUFFile:
         with naming(path):
             if not self.path.stat().st_size:
                 raise WeightsError(f"{path} cannot be read as GGUF: it is empty")
-            self._data = np.memmap(self.path, np.uint8, "r")
             # Mapped, not read: tensors are dequantised one by one, and only one is in
             # memory.
+            self._data = np.memmap(self.path, np.uint8, "r")
             found = _Cursor(self._data, self.path)
             values, self._tensors = found.read_header()
 
@@ -149,6 +149,7 @@ class _Cursor:
             )
 
         version = self._number("<u4", "its version")
+        # In a big-endian file the version reads as a huge number.
         if version not in _VERSIONS:
             raise WeightsError(
                 f"{self._path} is GGUF of version {version}; little-endian files of "
@@ -292,6 +293,7 @@ class _Cursor:
         """A count of things, each of which takes at least so many bytes."""
         count = self._number("<u8", f"the count of {what}")
         rest = len(self._data) - self._place
+        # Before anything is allocated or read by the count.
         if count * least > rest:
             raise WeightsError(
                 f"{self._path} states {count} {what}, but has only {rest} more bytes: "

@@ -243,7 +243,8 @@ def _load(
 
     # What is split or stacked next is first put together where there is room for it.
     with _on_host() if is_moved else contextlib.nullcontext():
-        # int8 is smoothed by what activations look like, which float32 weights tell.
+        # int8 weights are smoothed by the ranges of activations, which are measured on
+        # the model as it is without.
         ranges = None
         if precision == "int8":
             ranges = _activation_ranges(path, config, numerics, read_tokenizer, read)
@@ -402,6 +403,7 @@ def resolve(name_or_path: str) -> Path:
     name_or_path = _as_name(name_or_path)
     check_name(name_or_path)
     path = Path(name_or_path).expanduser()
+    # What is here comes before a known name or a hub id.
     if path.exists():
         return path
     if name_or_path in KNOWN_MODELS:
@@ -435,6 +437,7 @@ def _packaged(name: str, model: PackagedModel) -> Path:
         if candidate.exists() and _is_genuine(candidate, model.sha256):
             return candidate
 
+    # Installed as a package, the model is here without a download.
     spec = importlib.util.find_spec(model.package.replace("-", "_"))
     if spec is not None and spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations)))

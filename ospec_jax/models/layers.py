@@ -114,7 +114,14 @@ def row_sum(
 
 
 def quantize_rows(x):
-    """Rounds each row to int8 and returns it with its scale, `x ~ q * scale`."""
+    """Rounds each row to int8 and returns it with its scale, `x ~ q * scale`.
+
+    Args:
+      x: `[..., n]`.
+
+    Returns:
+      `[..., n]` int8 and `[..., 1]` float32.
+    """
     amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     # XLA may turn a division by a constant into this product, which rounds otherwise.
     scale = jnp.maximum(amax, 1e-12) * np.float32(1 / 127)
@@ -129,6 +136,8 @@ def _contract_last(x, kernel, dtype):
 def linear(x, params, numerics: Numerics):
     """`x @ kernel.T` for `params = {kernel, [scale], [bias]}`, in float32.
 
+    `x` is `[..., in]`, the kernel `[out, in]`, scale and bias `[out]`.
+
     The kernel's own type says how it is multiplied, so one tree of parameters may mix
     int8 and floating-point layers.
     """
@@ -136,6 +145,7 @@ def linear(x, params, numerics: Numerics):
     if kernel.dtype == jnp.int8 and numerics.is_native:
         y = int8_linear(x.astype(jnp.float32), kernel, params["scale"])
     elif kernel.dtype == jnp.int8:
+        # Sums of integers are exact, so their order does not matter.
         quantized, scale = quantize_rows(x)
         y = _contract_last(quantized, kernel, jnp.int32).astype(jnp.float32)
         y = y * scale * params["scale"]
@@ -283,6 +293,7 @@ def rope_angles(
         angles = positions[..., None].astype(jnp.float32) * frequencies
         halves = jnp.cos(angles), jnp.sin(angles)
     else:
+        # In float64: of a large angle float32 keeps few bits behind the point.
         table = np.outer(np.arange(num_positions), frequencies.astype(np.float64))
         table = np.concatenate([np.cos(table), np.sin(table)], axis=1)
         found = jax.nn.one_hot(positions, num_positions) @ table.astype(np.float32)

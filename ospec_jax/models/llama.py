@@ -64,6 +64,7 @@ class SelfAttention(nn.Module):
         keys, values = kv.append(
             keys, values, new_keys, new_values, starts, n.has_batched_writes, layer
         )
+        # Stacked caches hold all layers; attention reads this one's.
         own = (keys, values) if layer is None else (keys[layer], values[layer])
         out = attend(queries, *own, bias, n)
         out = Linear(c.hidden_size, n, name="o_proj")(out)
@@ -126,6 +127,8 @@ class Llama(nn.Module):
         """
         c = self.config
         num_tokens = tokens.shape[1]
+        # Where a lone token is repeated its copy is written to the cache, too: behind
+        # the real entry, where the next pass overwrites it.
         if self.numerics.is_row_invariant:
             tokens, positions, bias = at_least_two_rows(
                 tokens, positions, bias, is_grouped=c.num_heads > c.num_kv_heads
@@ -134,6 +137,7 @@ class Llama(nn.Module):
         table = self._table("embed_tokens")
         x = embed(tokens, table)
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        # Positions lie below the cache's capacity, so a table of that size serves.
         num_positions = cache.capacity if self.numerics.is_row_invariant else None
         angles = rope_angles(positions, frequencies, num_positions)
         run = self._scan_layers if self.numerics.is_scanned else self._run_layers
@@ -162,6 +166,7 @@ class Llama(nn.Module):
 
         for i in range(self.config.num_layers):
             if i in self.taps:
+                # A tap is the state that enters a layer.
                 taps[i] = x
             layer = DecoderLayer(self.config, self.numerics, name=f"layers_{i}")
             x, k, v = layer(x, angles, bias, cache.keys[i], cache.values[i], starts)

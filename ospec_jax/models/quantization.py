@@ -24,11 +24,14 @@ _LOG = logging.getLogger(__name__)
 def quantize_kernel(kernel):
     """Symmetric int8 by output channel: `kernel ~ q * scale[:, None]`.
 
+    Of `[out, in]` it makes `[out, in]` int8 and a scale `[out]` in float32.
+
     Works on numpy arrays, for loading without a second copy on the device, and on JAX
     arrays, for use inside `jit`.
     """
     xp = jnp if isinstance(kernel, jax.Array) else np
     kernel = kernel.astype(xp.float32)
+    # A row of zeros has no range, and must not divide by it.
     scale = xp.maximum(xp.max(xp.abs(kernel), axis=1), 1e-12) / 127.0
     quantized = xp.rint(kernel / scale[:, None]).astype(xp.int8)
     return quantized, scale.astype(xp.float32)

@@ -39,6 +39,7 @@ def measure_ranges(
         config.head_dim,
         numerics.cache_dtype,
     )
+    # All texts have the same length: nothing is padded, and nothing else is cached.
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
 
     @jax.jit
@@ -61,7 +62,10 @@ def measure_ranges(
 
 
 def smooth(tensors: dict[str, np.ndarray], ranges: LayerRanges) -> dict:
-    """One layer's tensors, by Hugging Face's short names, with outliers moved."""
+    """One layer's tensors, by Hugging Face's short names, with outliers moved.
+
+    Matrices are `[out, in]`; ranges `[in]` of the products that they are named after.
+    """
     t = dict(tensors)
 
     # Dividing what produces a channel and multiplying all that read it, so the layer's

@@ -64,6 +64,8 @@ def tokenizer_from_folder(folder: Path):
         from transformers import AutoTokenizer
 
     _check_tokenizer_files(folder)
+    # Read by the library at its own risk: an error of any kind becomes one that names
+    # the folder.
     with naming(f"the tokenizer of {folder}"):
         # Else the user would be asked, and a `y` on standard input would run it.
         tokenizer: Any = AutoTokenizer.from_pretrained(

@@ -246,6 +246,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
         intermediate_size=fields.whole("intermediate_size"),
         num_layers=fields.whole("num_hidden_layers"),
         num_heads=heads,
+        # Missing or null: as many as there are query heads.
         num_kv_heads=fields.whole("num_key_value_heads", None) or heads,
         head_dim=fields.whole("head_dim", None) or hidden // heads,
         rope_theta=theta,
@@ -287,6 +288,7 @@ def _refuse_variants(fields: Fields) -> None:
 def read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling of rotary embeddings in a `config.json` (v4 or v5 names)."""
     rope = fields.section("rope_parameters")
+    # The name of v5 first, then that of v4.
     if not rope.values:
         rope = fields.section("rope_scaling")
 

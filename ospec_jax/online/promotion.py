@@ -97,7 +97,7 @@ def gain_of(
     """A request's gain, between -1 and 1.
 
     Args:
-      candidate: Expected accepted tokens of each of its windows; `served` likewise. A
+      candidate: `[b]` expected accepted tokens of its windows; `served` likewise. A
         draft whose outputs are no numbers gets nothing accepted.
       weight: `[b]`; windows without any are none.
       num_steps: Tokens that are drafted, more than which cannot be accepted.

@@ -111,6 +111,7 @@ def assembled(
             drafter = build(everyone, plain)
         if learner is not None:
             learner = learner_for(learner, draft, drafter, target)
+            # Remembered only where they are looked up.
             orders = orders if has_ngrams else ()
             trainer = trainer_for(learner, target, draft, drafter, serve, orders)
 

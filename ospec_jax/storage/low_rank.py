@@ -51,7 +51,10 @@ def empty(params, rank: int):
 
 
 def subtract(params, base, rank: int):
-    """`params` less `base`, float32 trees of one structure, up to `rank`."""
+    """`params` less `base`, float32 trees of one structure, up to `rank`.
+
+    A kernel `[out, in]` becomes `left`, `[out, rank]`, and `right`, `[rank, in]`.
+    """
     found = {}
     for name, value in params.items():
         if isinstance(value, dict):

@@ -15,7 +15,14 @@ from ospec_jax.types import DraftTree
 
 
 def hub(uniforms, tree: DraftTree, rank, target_probs):
-    """Walks one row's tree from the root down, pair by pair."""
+    """Walks one row's tree from the root down, pair by pair.
+
+    Args:
+      uniforms: `[n]`, likewise `rank`; `target_probs`: `[n, v]`.
+
+    Returns:
+      The last accepted node, and weights `[v]` of the token after it.
+    """
     assert tree.draft_probs is not None, "pairs are drawn"
     draft_probs = tree.draft_probs
 

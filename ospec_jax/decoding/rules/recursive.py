@@ -25,7 +25,14 @@ from ospec_jax.types import DraftTree
 
 
 def recursive(uniforms, tree: DraftTree, rank, target_probs):
-    """Walks one row's tree from the root down."""
+    """Walks one row's tree from the root down.
+
+    Args:
+      uniforms: `[n]`, likewise `rank`; `target_probs`: `[n, v]`.
+
+    Returns:
+      The last accepted node, and weights `[v]` of the token after it.
+    """
     draft_probs = lambda node: (
         None if tree.draft_probs is None else tree.draft_probs[node]
     )
@@ -79,7 +86,11 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
 
 
 def draft_prob(tree: DraftTree, q, token):
-    """Probability that the child was drawn; one for deterministic children."""
+    """Probability that the child was drawn; one for deterministic children.
+
+    Args:
+      q: `[q]` what it was drawn from, or None.
+    """
     if q is None:
         return jnp.float32(1.0)
 
@@ -87,12 +98,18 @@ def draft_prob(tree: DraftTree, q, token):
 
 
 def is_token(tree: DraftTree, q, token):
+    """Which entries of the draft vocabulary `[q]` are a target's token: one or none."""
     ids = jnp.arange(q.shape[-1]) if tree.token_ids is None else tree.token_ids
     return ids == token
 
 
 def residual(tree: DraftTree, p, q, token):
-    """max(p - q, 0), renormalised; p itself when rounding leaves nothing."""
+    """max(p - q, 0), renormalised; p itself when rounding leaves nothing.
+
+    Args:
+      p: `[v]` of the target.
+      q: `[q]` of the draft; None for all of it at `token`.
+    """
     if q is None:
         rest = p.at[token].set(0.0)
     elif tree.token_ids is None:
@@ -106,7 +123,7 @@ def residual(tree: DraftTree, p, q, token):
 
 
 def on_target(tree: DraftTree, q, num_tokens: int):
-    """The draft's distribution over the target's vocabulary."""
+    """The draft's distribution `[q]` over the target's vocabulary, `[v]`."""
     if tree.token_ids is None:
         return q
 

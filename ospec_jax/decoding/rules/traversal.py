@@ -21,7 +21,14 @@ from ospec_jax.types import DraftTree
 
 
 def traversal(uniforms, tree: DraftTree, rank, target_probs):
-    """Visits one row's nodes depth first, children in order."""
+    """Visits one row's nodes depth first, children in order.
+
+    Args:
+      uniforms: `[n]`, likewise `rank`; `target_probs`: `[n, v]`.
+
+    Returns:
+      The last accepted node, and weights `[v]` of the token after it.
+    """
     # A state is (node, p `[n, v]`, q `[n, q]`, rates `[n]`, nodes not yet visited
     # `[n]`, whether a node was accepted); p, q and rates are those of the formulas
     # above, and change at a node whenever one of its children is removed.
