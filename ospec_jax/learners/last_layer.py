@@ -292,7 +292,6 @@ def _errors(samples: HeadSamples, total, num_candidates: int):
     kept = _kept_probs(samples)
     # Emitted tokens come first, whatever the draft thought of them.
     mass = jnp.sum(probs(samples.logits) if kept is None else kept, axis=0)
-    # Their rows are what the step raises; the others it lowers.
     mass = mass.at[labels].add(jnp.where(is_inside, 1e6, 0.0))
     rows = jax.lax.top_k(mass, min(num_candidates, mass.shape[0]))[1]
     is_label = (rows == labels[:, None]) & is_inside[:, None]
