@@ -384,7 +384,6 @@ def own_draft(name: str, target: Target) -> LoadedDraft:
     else:
         config = dataclasses.replace(config, num_layers=layers)
 
-    # The record names the part; the weights are the target's own.
     meta = Meta.create(target, None, "self", card={"model": name})
     return LoadedDraft(Draft(params), meta, dataclasses.replace(target, config=config))
 
@@ -424,7 +423,6 @@ def mixed_draft(
     Raises:
       ConfigError: They are not one of each.
     """
-    # The inner draft stays what it is: only how it is drafted with changes.
     suggestions, name = _split_mix(mix, names)
     inner = load_draft(name, target, family)
     if inner.members:
@@ -433,6 +431,7 @@ def mixed_draft(
             f"'pool:fallback:ngram,shipped+shipped:chat'"
         )
 
+    # The inner draft stays what it is: only how it is drafted with changes.
     return dataclasses.replace(inner, mix=mix, suggestions=suggestions)
 
 

@@ -284,8 +284,8 @@ class Windows:
         if num_windows == 0 or bool(state.is_stopped):
             return False
 
-        # An answer in the middle of an interval is not scored: scoring each one would
-        # cost more than learning.
+        # An answer in the middle of an interval is not scored, so that scoring stays a
+        # bounded share of learning.
         is_chunked = self.config.update_every_prompts > 0
         if not is_chunked and not rounds.is_due(self.config, state):
             return False
@@ -329,7 +329,7 @@ class Windows:
         # trained.
         state, draft, decision = self._decided(state, draft)
         state, info, num_passes, is_finite = self._train(state, traffic, draft)
-        # The first read of the device in a round.
+        # All updates are under way before anybody waits for them.
         if not bool(is_finite):
             state = self._stopped(before, state.learner, was_served)
             draft = was_served

@@ -18,7 +18,9 @@ def hub(uniforms, tree: DraftTree, rank, target_probs):
     """Walks one row's tree from the root down, pair by pair.
 
     Args:
-      uniforms: `[n]`, likewise `rank`; `target_probs`: `[n, v]`.
+      uniforms: `[n]`, by which each node is accepted.
+      rank: `[n]` earlier siblings of each node.
+      target_probs: `[n, v]`, after each node.
 
     Returns:
       The last accepted node, and weights `[v]` of the token after it.

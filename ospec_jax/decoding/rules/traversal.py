@@ -24,7 +24,9 @@ def traversal(uniforms, tree: DraftTree, rank, target_probs):
     """Visits one row's nodes depth first, children in order.
 
     Args:
-      uniforms: `[n]`, likewise `rank`; `target_probs`: `[n, v]`.
+      uniforms: `[n]`, by which each node is accepted.
+      rank: `[n]` earlier siblings of each node.
+      target_probs: `[n, v]`, after each node.
 
     Returns:
       The last accepted node, and weights `[v]` of the token after it.
