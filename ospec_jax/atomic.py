@@ -46,10 +46,12 @@ def replacing(file: Path) -> Iterator[Path]:
         with named_errors(file):
             yield part
             if file.exists():
+                # A file keeps the rights that its owner gave it.
                 shutil.copymode(file, part)
             os.replace(part, file)
     finally:
         with contextlib.suppress(OSError):
+            # After a success there is nothing left of that name.
             part.unlink(missing_ok=True)
 
 
@@ -62,6 +64,7 @@ def named_errors(path: Path) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        # Errors of a renaming name both files already.
         if error.filename2 is None and error.errno is not None:
             error.filename = str(path)
         raise
@@ -93,6 +96,7 @@ def locked(
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # Without waiting first: only who must wait is told of it.
             guard.acquire(timeout=0)
         except filelock.Timeout:
             if patience > 0:

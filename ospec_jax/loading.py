@@ -81,6 +81,7 @@ class LoadedDraft:
     @property
     def memory_orders(self) -> tuple[int, ...]:
         """Lengths of the n-grams that stand by it."""
+        # One memory serves all members, so it holds the orders of whoever wants most.
         if self.members:
             return max((member.memory_orders for member in self.members), key=len)
 
@@ -133,9 +134,11 @@ def load_draft(
             f"family is {family!r:.60}; use the record of a family "
             f"(drafters.base.Family), or leave it out"
         )
+    # A family's own name stands for a new draft of it.
     if family is not None and name_or_folder == family.name:
         name_or_folder = family
 
+    # A slip in the name shows before a target is loaded for it.
     check_draft(name_or_folder, family)
     if isinstance(target, str | Path):
         target = load_target(target)
@@ -149,6 +152,7 @@ def load_draft(
     if name_or_folder in SUGGESTIONS:
         return new_draft(FAMILIES[str(name_or_folder)], target)
 
+    # A prefix says what kind of draft it is; without one it is a folder.
     kind, _, name = str(name_or_folder).partition(":")
     if kind == "model":
         return model_draft(name, target)
@@ -166,6 +170,7 @@ def load_draft(
         with naming(folder):
             return LoadedDraft(*load_folder(folder, target))
 
+    # A checkpoint that was learned beside a language model does not hold that model.
     restored = restore(name_or_folder, target, family)
     known = checkpoint.family_of(restored.meta.family, family)
     if known.config is not None and not known.is_trained:
@@ -246,9 +251,11 @@ def new_draft(family: Family, target: Target) -> LoadedDraft:
     if family.default_config is not None:
         config = family.default_config(target.config, 0, _NUM_HEADS, 0)
 
+    # The depth does not matter to its parameters.
     drafter = build_drafter(family, config, TreeConfig(num_steps=1), target.numerics)
     params = jax.jit(drafter.init_params)(jax.random.key(0))
     draft = Draft(start_warm(family, params, target, None))
+    # A family that the package does not know must come with the draft.
     own = None if FAMILIES.get(family.name) is family else family
 
     return LoadedDraft(draft, Meta.create(target, config, family.name), own_family=own)
@@ -310,7 +317,9 @@ def restore(
             f"is itself, or a difference to it; get the base back"
         )
 
+    # The base may itself be a difference, down to one that stands alone.
     base = restore(meta.base, target, family, above).draft
+    # By content, not by name: added to another base, the difference would be noise.
     known = low_rank.fingerprint(base)
     if known != meta.base_hash:
         raise checkpoint.CheckpointError(
@@ -322,6 +331,7 @@ def restore(
     with naming(f"{name_or_folder}, a difference to {meta.base},"):
         params = low_rank.add(base.params, found.draft.params)
 
+    # From here on it is a whole draft.
     meta = dataclasses.replace(meta, base="", base_hash="", rank=0)
 
     return dataclasses.replace(found, draft=base.replace(params=params), meta=meta)
@@ -333,6 +343,7 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
     Raises:
       CheckpointError: The two have different tokenizers.
     """
+    # Like the target, so that one kind of cache and numerics serves both.
     how = target.numerics
     model = load_target(name_or_path, how.precision, target.mesh, how.is_scanned)
     meta = Meta.create(target, None, "model", card={"model": name_or_path})
@@ -347,6 +358,7 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
             f"mean something else; use a model of the same family"
         )
 
+    # Equal tokenizers, but heads may be padded to different sizes.
     token_ids = None
     if model.config.vocab_size < target.config.vocab_size:
         token_ids = jnp.arange(model.config.vocab_size, dtype=jnp.int32)
@@ -419,6 +431,7 @@ def mixed_draft(
             f"'pool:fallback:ngram,shipped+shipped:chat'"
         )
 
+    # The inner draft stays what it is: only how it is drafted with changes.
     return dataclasses.replace(inner, mix=mix, suggestions=suggestions)
 
 

@@ -43,9 +43,14 @@ def processed_probs(
     Tokens that tie with the last kept one are kept too, so that the result does not
     depend on their order.
     """
+    # Temperature 0 is replaced by 1 in the division, and its rows by one-hot ones at
+    # the end. The largest logit is taken off, so that `exp` cannot overflow.
     is_greedy = params.temperature == 0
     safe = jnp.where(is_greedy, 1.0, params.temperature)[:, None]
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / safe
+
+    # Top-k, then top-p of what is left, each as a threshold on values: no sorting, and
+    # ties with the last kept token stay.
     top, _ = jax.lax.top_k(scaled, min(_PREFIX, scaled.shape[-1]))
     kept = scaled >= _top_k_threshold(scaled, top, params.top_k)[:, None]
     weights = jnp.where(kept, jnp.exp(scaled), 0.0)
@@ -65,6 +70,8 @@ def _top_k_threshold(scaled, top, top_k):
     threshold = jnp.take_along_axis(
         top, jnp.clip(top_k - 1, 0, width - 1)[:, None], axis=-1
     )[:, 0]
+    # Both branches of a `cond` inside `vmap` would run; the rows are a plain batch axis
+    # here, so the bisection runs only if one of them needs it.
     threshold = jax.lax.cond(
         jnp.all(is_in_prefix),
         lambda: threshold,
@@ -110,6 +117,8 @@ def _bisect(scaled, weights, goal):
         return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
 
     rows = scaled.shape[0]
+    # A bound below the bits of zero. As a float it is no number, which nothing is at
+    # least as large as: it keeps no mass.
     low = jnp.full((rows,), -1, jnp.int32)
     high = jnp.full((rows,), 0x7F800000, jnp.int32)  # bits of +inf
     _, high = jax.lax.fori_loop(0, 32, halve, (low, high))
@@ -131,8 +140,10 @@ def draw(key: Key[Array, ""], probs: Float[Array, " v"]) -> Int[Array, ""]:
     additions in a fixed order, so that the row's neighbours cannot change them.
     """
     size = probs.shape[-1]
+    # A vocabulary that is no multiple of the block is filled with zeros, never drawn.
     blocks = jnp.pad(probs, (0, -size % _BLOCK)).reshape(-1, _BLOCK)
     uniforms = jax.random.uniform(key, (2,))
+
     block = _draw_index(uniforms[0], _halved_sum(blocks))
     return block * _BLOCK + _draw_index(uniforms[1], blocks[block])
 

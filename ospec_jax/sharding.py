@@ -135,6 +135,7 @@ def _spec(
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     spec = default
 
+    # The first rule that matches counts; it describes the last axes of the array.
     for pattern, found in rules:
         if re.search(pattern, name):
             spec = P(*(None,) * (x.ndim - len(found)), *found)
@@ -187,6 +188,8 @@ def pinned(function: Callable, mesh: AnyMesh | None, *places: Callable) -> Calla
     if mesh is None:
         return function
 
+    # Without it the compiler chooses where results lie, and the next call may be
+    # compiled anew for them.
     pin = lambda tree, place: jax.lax.with_sharding_constraint(tree, place(tree, mesh))
 
     @functools.wraps(function)
@@ -229,14 +232,19 @@ def regroup(
 
 
 def _regroup_rows(x, sizes: tuple[int, ...], groups: int, is_inverse: bool):
+    # Rows of a unit: `head_dim` for heads, all columns of one part for gate and up.
     unit = x.shape[0] // sum(sizes)
     rows = [size * unit for size in sizes]
+    # `[groups, rows of a group]`, taken apart by part, and the parts of all groups put
+    # one behind the other again.
     if is_inverse:
         rows = [size // groups for size in rows]
         x = x.reshape(groups, -1, *x.shape[1:])
         pieces = jnp.split(x, np.cumsum(rows)[:-1], axis=1)
         return jnp.concatenate([p.reshape(-1, *p.shape[2:]) for p in pieces])
 
+    # Each part is cut into groups `[groups, rows, ...]`; joined along the rows of a
+    # group they are `[q_0; k_0; v_0; q_1; ...]`.
     pieces = jnp.split(x, np.cumsum(rows)[:-1])
     pieces = [p.reshape(groups, -1, *p.shape[1:]) for p in pieces]
 

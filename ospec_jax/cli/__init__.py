@@ -90,10 +90,12 @@ EXAMPLES = {
 
 def main() -> None:
     """Entry point of `ospec`."""
+    # A line each, without the place in the code that only developers want.
     warnings.showwarning = lambda message, *_: say(f"warning: {message}", "yellow")
     try:
         with told():
             _run(sys.argv[1:])
+    # Foreseen errors are a line; what was not foreseen keeps its traceback.
     except _USER_ERRORS as error:
         say(f"error: {error}", "red")
         sys.exit(2)
@@ -104,6 +106,7 @@ def main() -> None:
     except OSError as error:
         say(f"error: {describe_failure(error)}", "red")
         sys.exit(2)
+    # As shells tell of a signal: 130 is a Ctrl-C that nothing was saved for.
     except KeyboardInterrupt as interrupt:
         with contextlib.suppress(Exception):
             say("interrupted")

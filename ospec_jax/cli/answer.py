@@ -57,6 +57,7 @@ def generate(
       json_file: Write one object (a list for several prompts); - for standard output.
       jsonl: Write each answer as one line, as soon as it is complete; - likewise.
     """
+    # Whatever is wrong with the arguments is said before a model is loaded.
     check_outputs([json_file, jsonl], inputs=[prompts, prediction])
     check_unused(jsonl)
     if prompts is not None and prompt is None:
@@ -74,6 +75,7 @@ def generate(
             )
         rows = add_predictions(rows, [read_prediction(prediction)])
 
+    # A prediction is verified as a draft: without another one it is the draft.
     if decoding.draft == "none" and any(row.prediction for row in rows):
         decoding = dataclasses.replace(decoding, draft="prediction")
 
@@ -164,6 +166,7 @@ def learn(
         telemetry`.
       tensorboard: Folder to write the same to for TensorBoard; needs --telemetry.
     """
+    # From cheap to dear: arguments, places, the folder's lock, and only then models.
     check_outputs(
         [json_file, jsonl, telemetry],
         [checkpoint_dir, tensorboard],
@@ -176,6 +179,8 @@ def learn(
         raise ConfigError("--resume needs --checkpoint")
     if decoding.draft == "none":
         raise ConfigError("learning needs a draft: --draft shipped or a folder")
+    # Held before the look at what is there: two runs of one folder would both find it
+    # empty.
     hold(checkpoint_dir, files=[jsonl, telemetry])
     if checkpoint_dir is not None and not resume and checkpoint.steps(checkpoint_dir):
         raise ConfigError(
@@ -206,16 +211,19 @@ def learn(
     session = decoding.open(target, draft, config)
     if resume and checkpoint_dir is not None:
         answered = session.resume(checkpoint_dir)
+        # By content, so a stream may have grown or been moved since.
         rows = session.unanswered(rows)
         say(
             f"{len(answered)} prompts were answered before, {len(rows)} are left; "
             f"draft version {session.version}"
         )
 
+    # The logs are cut to what the checkpoint counts before anything is added.
     log = _open_log(session, checkpoint_dir, save_feedback, jsonl, json_file)
     num_answered = len(session.answered) if resume else None
     writer = telemetry and Telemetry(telemetry, tensorboard, num_answered)
     has_predictions = any(row.prediction for row in rows)
+    # Compiled before the clock starts.
     if rows:
         session.warm_up(sampling=decoding.sampling, has_predictions=has_predictions)
 
@@ -235,6 +243,8 @@ def learn(
             )
             for result in answers:
                 results.append(result)
+                # The line first, then the checkpoint that counts it: a kill in between
+                # repeats an answer, and never loses one.
                 log.add(result.to_json())
                 bar.update(task, advance=1, description=live(result, results))
                 if writer:
@@ -247,6 +257,7 @@ def learn(
                         result.learning_seconds,
                     )
                 if checkpoint_dir is not None and len(results) % save_every == 0:
+                    # A save that has begun is finished.
                     with interrupt.held():
                         session.save(checkpoint_dir, save_feedback)
                 if interrupt:
@@ -267,6 +278,7 @@ def learn(
             say(summarize_learning(results, time.perf_counter() - start))
 
     with Interrupt() as interrupt:
+        # The answers' lines are complete before a checkpoint counts them.
         last = [log.close, save, write_answers, summarize]
         run_then(interrupt, answer_all, last + ([writer.close] if writer else []))
 

@@ -188,6 +188,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
 
     def load(self):
         """The target and its draft; bad arguments are refused before the loading."""
+        # Read for their checks alone.
         _ = self.tree_config, self.sampling
         whole_number("--max-new-tokens", self.max_new_tokens, least=1)
         whole_number("--batch-size", self.batch_size, least=1)
@@ -264,6 +265,7 @@ def learner_config(name_or_file: str, **flags) -> LearnerConfig:
     if "optimizer" in given:
         # The file's suits the file's optimizer.
         given = {"learning_rate": None} | given
+    # The two are alternatives: the flag's takes the place of the file's.
     if "update_interval" in given:
         given = {"update_every_prompts": None} | given
 

@@ -57,6 +57,7 @@ def with_plain_help(command: Callable[..., None]) -> Callable[..., None]:
         for parameter in inspect.signature(command).parameters.values()
     ]
     same.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    # Else inspection would follow it back to the command, and to its own annotations.
     del same.__wrapped__
 
     return same

@@ -99,6 +99,8 @@ def _parse_optimal(text, kind, numbers, num_steps):
             f"second, ... child, as sequoia:12,0.6,0.15,0.05"
         ) from error
 
+    # OPT-Tree: a dynamic tree as wide as it has tokens, which stops once a depth adds
+    # too little.
     if kind == "opt" and len(rates) == 1:
         return TreeConfig("dynamic", num_steps, size, size, min_gain=rates[0])
 

@@ -98,6 +98,7 @@ def _probe(folder: Path, wanted: Path) -> None:
         folder = folder.parent
 
     try:
+        # A file without a name: nothing is left behind, whatever happens.
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(_PROBE)
             probe.flush()

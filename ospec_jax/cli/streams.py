@@ -42,6 +42,7 @@ def stream(
       block: Prompts of a block, for alternating.
       seed: Of the choice and order of the prompts.
     """
+    # The inputs are only known once the domains are read; see below.
     check_outputs([out])
     files = {}
     paths = []
@@ -166,6 +167,7 @@ def replay(
             learning_rate=learning_rate,
             optimizer=optimizer,
         )
+        # A name that is given twice runs once, in the place of the first.
         for name in dict.fromkeys(n for n in learners.split(",") if n)
     }
     if not configs or not all(s.strip().isdecimal() for s in seeds.split(",")):
@@ -178,6 +180,8 @@ def replay(
     replayer = Replayer(
         loaded, load_draft(draft, loaded), folder, num_speculative_tokens, asked, regret
     )
+
+    # What a result depends on: the stream, the recording, the draft's weights.
     entries = [replayer.store.entries[i] for i in replayer.order]
     key = results.stream_key([e.id for e in entries], [e.content for e in entries])
     kind = meta.fingerprint, meta.precision, str(meta.max_new_tokens)
@@ -188,11 +192,14 @@ def replay(
     with Interrupt() as interrupt, progress_bar() as bar:
         for name, config in configs.items():
             is_random = _draws(config)
+            # Learners that draw nothing give the same for every seed.
             for seed in [int(s) for s in seeds.split(",")][: None if is_random else 1]:
                 config = config and config.replace(seed=seed)
                 settings = results.settings_of(
                     name, config, draft, num_speculative_tokens, key, content
                 )
+                # Finished runs are taken from the file, so that the same command goes
+                # on.
                 row = kept.find(settings, regret)
                 if row is None and not interrupt:
                     label = f"{Path(name).stem}-{seed}"
@@ -297,6 +304,8 @@ def _hindsight(
 
         def show(count):
             bar.update(task, completed=count)
+            # Chunk by chunk; a part of a series of losses is of no use, so nothing is
+            # kept.
             interrupt.raise_if_set()
 
         try:

@@ -109,12 +109,15 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
     """
 
     def choose(state, rows: Sequence[Row]) -> Action:
+        # One compiled step runs all rows: a single one that is not sure would pay for a
+        # long chain in vain.
         if rows and all(row.is_sure for row in rows):
             return long
 
         return inner.choose(state, rows)
 
     def observe(state, action: Action, outcome: Outcome):
+        # Its chain is not one of the inner rule's trees, and says nothing about them.
         if action == long:
             return state
 
@@ -168,6 +171,7 @@ class Chooser:
         """Goes on from a checkpoint's state, if it is one of this rule."""
         if not saved or self.state is None:
             return
+        # A state of another rule, or of another version of it: begin anew.
         if set(saved) != {field.name for field in dataclasses.fields(self.state)}:
             return
 

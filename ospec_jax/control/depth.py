@@ -67,15 +67,19 @@ def most_tokens_a_second(
         if not state.costs:
             return actions[-1]
 
+        # `[d + 1]` by depth, of which some are on the menu.
         emitted = expected_emitted(chances(state))[list(depths)]
         return actions[int(np.argmax(emitted / np.asarray(state.costs)))]
 
     def observe(state: DepthState, action: Action, outcome: Outcome) -> DepthState:
         accepted = np.asarray(outcome.num_accepted, int)[:, None]
         depth = np.arange(1, len(state.hits) + 1)
+        # A token is tried if all before it were accepted: the chances are conditional
+        # ones, so that depths which are rarely reached are judged by what reached them.
         is_tried = (accepted >= depth - 1) & (depth <= action.tree.num_steps)
         is_hit = is_tried & (accepted >= depth)
 
+        # Plain steps fade the evidence, too: that is what brings drafting back.
         def book(old, new):
             return tuple((kept * np.asarray(old) + np.sum(new, axis=0)).tolist())
 
@@ -109,6 +113,7 @@ def chances(state: DepthState) -> np.ndarray:
     weight = _HOPE_TRIALS[0]
 
     for hits, trials in zip(state.hits, state.trials, strict=True):
+        # Each depth's estimate is the prior of the next: late tokens are seldom tried.
         hope = (hits + weight * hope) / (trials + weight)
         found.append(hope)
         weight = _HOPE_TRIALS[1]

@@ -56,6 +56,8 @@ def find_controller(
             f"(in Python `TreeConfig.auto()`)"
         )
 
+    # The rule is built later, for all actions of a session; those by name look only at
+    # the first drafter's.
     rule = CONTROLLERS[name_or_rule]
     return lambda actions: rule(_of_first_drafter(actions))
 

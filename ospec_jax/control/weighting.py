@@ -60,6 +60,8 @@ def hedge(
     """
 
     def observe(state: MetaState, losses, weights):
+        # Relative losses keep the totals small; a constant taken off all of them
+        # changes no weight.
         relative = losses - jnp.sum(losses * weights)
         spread = jnp.max(losses) - jnp.min(losses)
         # Experts that are equal but for rounding have not been told apart.
@@ -96,6 +98,7 @@ def last_chunk(
 
 def _softmax(logits: Float[Array, " m"], prior) -> Float[Array, " m"]:
     if prior is not None:
+        # A prior of 0 is a logit of -inf: that expert never gets any weight.
         logits = logits + jnp.log(jnp.asarray(prior))
 
     return jax.nn.softmax(logits)

@@ -85,12 +85,14 @@ def find_known(
     hashes = [content_hash(prompt) for prompt in prompts]
     known_as: list[str | None] = [None] * len(prompts)
 
+    # First those that have both the name and the content, or a name without a content.
     for i, prompt in enumerate(prompts):
         for content in (hashes[i], ""):
             if known_as[i] is None and left[prompt.id, content]:
                 left[prompt.id, content] -= 1
                 known_as[i] = prompt.id
 
+    # Then those whose content is there under another name.
     names: dict[str, list[str]] = {}
     for (name, content), count in left.items():
         if content:
@@ -103,6 +105,7 @@ def find_known(
             known_as[i] = names[hashes[i]].pop(0)
             moved.append(prompt.id)
 
+    # New ones last, since only now it is known whose names are taken.
     named = []
     renamed = []
 

@@ -33,6 +33,7 @@ def single(names: Sequence[str], num_prompts: int, block: int, rng) -> list[str]
 
 def shifts(names: Sequence[str], num_prompts: int, block: int, rng) -> list[str]:
     """Each domain once, in one long block; blocks differ by one prompt at most."""
+    # Rounded ends, not lengths: so the rounding never adds up.
     ends = [round(num_prompts * (i + 1) / len(names)) for i in range(len(names))]
     lengths = np.diff([0, *ends])
     pairs = zip(names, lengths, strict=True)
@@ -51,6 +52,8 @@ def gradual(names: Sequence[str], num_prompts: int, block: int, rng) -> list[str
     one after it, the latter with the chance that s is beyond the former.
     """
     times = np.linspace(0, len(names) - 1, num_prompts)
+    # At the very end the time is the last domain's own: the one before it, with odds of
+    # 1.
     before = np.minimum(times.astype(int), max(len(names) - 2, 0))
     is_next = rng.random(num_prompts) < times - before
     return [names[int(i)] for i in before + is_next]
@@ -69,6 +72,7 @@ def fast(names: Sequence[str], num_prompts: int, block: int, rng) -> list[str]:
     found = []
 
     for _ in range(num_prompts):
+        # One to n - 1 domains on: never the same again.
         current = (current + 1 + int(rng.integers(len(names) - 1))) % len(names)
         found.append(names[current])
 
@@ -112,6 +116,8 @@ def build_stream(
         )
 
     _check_ids(domains)
+    # One generator for schedule and order, in this order: the stream is a function of
+    # the seed.
     rng = np.random.default_rng(seed)
     schedule = KINDS[kind](list(domains), num_prompts, block, rng)
     _check_lengths(domains, schedule, kind)

@@ -36,8 +36,11 @@ def encode(prompt: Prompt, tokenizer: Any, is_raw: bool = False) -> tuple[int, .
     """
     if not is_raw and tokenizer.chat_template:
         text = _render(prompt, tokenizer)
+        # The template has written special tokens itself.
         return tuple(tokenizer.encode(text, add_special_tokens=False))
 
+    # Without a template one turn can be text as it is; several would need to be joined
+    # somehow.
     if prompt.messages[:-1]:
         why = "it is asked for raw" if is_raw else "the model has no chat template"
         raise ConfigError(
@@ -106,6 +109,7 @@ def _bounded() -> Iterator[None]:
     line's work is not bounded.
     """
     num_lines = 0
+    # A debugger or a coverage tool may be tracing already; it gets its place back.
     before = sys.gettrace()
 
     def on_line(frame, event: str, _):
@@ -121,6 +125,7 @@ def _bounded() -> Iterator[None]:
         return on_line
 
     def on_call(frame, event: str, argument):
+        # None spares everything but templates the call for each line.
         return on_line if frame.f_code.co_filename == _FILE else None
 
     sys.settrace(on_call)

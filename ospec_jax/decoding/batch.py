@@ -136,6 +136,8 @@ class Batch:
     @property
     def has_work(self) -> bool:
         """Whether a further step would find a row that is not at its limit."""
+        # Passes that were sent are taken to emit all they can. If that would end every
+        # row, the host must read before it knows whether to go on.
         unread = sum(sent.output.tokens.shape[1] for sent in self._in_flight)
         return any(slot.num_remaining > unread for slot in self._running)
 
@@ -185,6 +187,8 @@ class Batch:
                 f"batch has {self.capacity} a row: begin one that fits"
             )
 
+        # The prompt is run in a state of its own, so the running rows neither wait for
+        # a common shape nor see the newcomer before it is complete.
         number = self._slots.index(None)
         row, output = self._engine.prefill(
             draft, request, self.capacity, self._has_prediction, ordinal
@@ -192,14 +196,20 @@ class Batch:
         self._state = self._engine.place(
             self._state, row, number, len(self._slots), self.capacity
         )
+
+        # The first token is read with the steps, in the order in which they were sent.
         slot = Slot(request, self._engine.new_stats())
         self._slots[number] = slot
         self._in_flight.append(_Sent(None, [(number, 0, slot)], output))
 
     def dispatch(self, draft: Draft | None, action: Action) -> None:
         """Sends one step of all rows to the device, without waiting for it."""
+        # A sent pass keeps the slots it was made for: a row may be given to another
+        # request before the pass is read.
         rows = [(i, i, slot) for i, slot in enumerate(self._slots) if slot is not None]
         assert self._state is not None, "a batch with rows has a state"
+        # One sampled row makes the whole step a sampled one, in which greedy rows have
+        # one-hot probabilities and so the same tokens.
         is_greedy = all(slot.request.sampling.temperature == 0 for *_, slot in rows)
         self._state, output = self._engine.step(action, is_greedy, draft, self._state)
         self._in_flight.append(_Sent(action, rows, output))
@@ -237,6 +247,8 @@ class Batch:
         if sent.action is None or self._on_step is None:
             return
 
+        # A row's last step is left out, since what it accepted is cut at a stop token
+        # or at the limit.
         accepted = tuple(
             int(sent.output.num_accepted[row])
             for _, row, slot in sent.rows
@@ -249,6 +261,8 @@ class Batch:
 
     def _read(self, sent: _Sent, row: int, slot: Slot) -> bool:
         """Books one pass's tokens of a request; whether they were its last."""
+        # It ended in an earlier pass, or was cancelled: this one was sent before the
+        # host knew.
         if slot.is_done:
             return False
 
@@ -262,6 +276,8 @@ class Batch:
     def _end(self, number: int, slot: Slot) -> Completion:
         """Frees a row; returns its answer."""
         assert self._state is not None, "a batch with rows has a state"
+        # Steps that are under way may still write into the row, but behind its length:
+        # what was recorded stays as it is.
         self._state = self._engine.finish(self._state, number)
         self._slots[number] = None
         feedback = self._engine.feedback_of(self._state, number)

@@ -40,6 +40,7 @@ CAPACITIES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
     """Puts a single-row state into a slot of a batch."""
 
+    # Rows are axis 0 of all arrays but those of a cache with stacked layers.
     def place(batch, one, axis=0):
         if isinstance(batch, KVCache):
             within = lambda x, y: place(x, y, batch.batch_axis)
@@ -61,13 +62,18 @@ def _finish(is_finished, slot):
     return is_finished.at[slot].set(True)
 
 
-# Drafters are the same if they are the same object, as `build_drafter` gives them.
+# Drafters are the same if they are the same object, as `build_drafter` gives them. All
+# that a program depends on must be an argument here, or it would be shared by engines
+# that differ in it.
 @share
 def _compiled(
     build: Callable, config: StepConfig, drafter: Drafter | None
 ) -> Callable[..., tuple[DecodeState, StepOutput]]:
     """The jitted step or prefill that `build` makes."""
     # The host reads outputs, and learning keeps feedback, whatever its process.
+    # The state is donated: a step writes into the caches that it was given, and its
+    # caller must not use the old state again. Parameters are not: the next step reads
+    # them.
     places = sharding.row_shardings, sharding.replicated
     function = sharding.pinned(build(config, drafter), config.mesh, *places)
     return jax.jit(function, donate_argnums=2)
@@ -100,6 +106,8 @@ def _compiled_rows(
         state = start_batch(1, capacity, has_prediction)
         sampling = SamplingParams(*values)
         fill = lambda old, value: jnp.full_like(old, value)
+        # Keys and sampling are arguments, not constants, so that one program serves
+        # every request.
         return state.replace(
             request_keys=key[None],
             sampling=jax.tree.map(fill, state.sampling, sampling),
@@ -174,6 +182,8 @@ class Engine:
         self._prefills: dict[bool, Callable] = {}
         self._steps: dict[tuple[Action, bool], Callable] = {}
 
+        # Greedy and sampled steps are separate programs: a greedy one needs no
+        # probabilities over the vocabulary.
         for is_greedy in (True, False):
             own = dataclasses.replace(config, is_greedy=is_greedy)
             self._prefills[is_greedy] = _compiled(build_prefill, own, drafter)
@@ -215,6 +225,9 @@ class Engine:
     @property
     def num_extra_slots(self) -> int:
         """Cache slots needed beyond a request's tokens."""
+        # Rejected nodes and scratch entries are written behind a row's last token;
+        # without room, `dynamic_update_slice` would move the write back over real
+        # entries.
         nodes = [action.tree.num_nodes for action in self._menu]
         scratch = [drafter.num_scratch for drafter in self._menu.values() if drafter]
         return max(nodes + scratch) + 2
@@ -232,6 +245,8 @@ class Engine:
           ConfigError: A prompt is empty.
           PromptTooLongError: One of the requests does not fit.
         """
+        # The model's positions bound the tokens, the largest cache bounds tokens and
+        # room.
         largest = CAPACITIES[-1] - self.num_extra_slots
         limit = min(self.config.model.max_position, largest)
         needed = self.num_extra_slots
@@ -257,6 +272,8 @@ class Engine:
                 f"{needed}; raise the capacity or lower max_new_tokens"
             )
 
+        # A prompt's last chunk is padded to its full length: it must fit as well, or
+        # its write would be moved back over earlier slots.
         return -(-capacity // PREFILL_CHUNK) * PREFILL_CHUNK
 
     def _check_ids(self, request: Request) -> None:
@@ -302,12 +319,15 @@ class Engine:
         self._announce("the pass over a prompt", is_greedy, capacity)
         output = None
 
+        # Every chunk has one shape, so that one program runs prompts of any length. The
+        # chunks are only dispatched here; nobody waits for them.
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
             is_last = start + PREFILL_CHUNK >= len(ids)
             following = 0 if is_last else ids[start + PREFILL_CHUNK]
             padded = np.zeros((1, PREFILL_CHUNK), np.int32)
             padded[0, : len(chunk)] = chunk
+            # `following` tells the draft which token comes after the chunk's last one.
             state, output = run(
                 self.target_params,
                 draft,
@@ -385,8 +405,12 @@ class Engine:
         chooser = chooser or Chooser.start(fixed((self.action,)), batch_size)
         ordinals = itertools.count() if ordinals is None else ordinals
         queue = Queue(requests)
+        # Only a list can be looked through without using it up. Alone in its batch each
+        # request may have a cache of its own size.
         are_known = isinstance(requests, list | tuple) and batch_size > 1
 
+        # Each turn is a batch of one compiled shape; a request that does not fit waits
+        # for the next turn.
         while ahead := queue.look(batch_size):
             group = requests if are_known else ahead
             slots = self.capacity_for(group, capacity)
@@ -395,6 +419,8 @@ class Engine:
                 self, batch_size, slots, has_prediction, on_tokens, chooser.observe
             )
             pending = _fitting(queue, batch, batch_size)
+            # Admit, dispatch, collect: the next step is sent before the oldest is read,
+            # so that the device does not wait for the host.
             while True:
                 if should_stop():
                     return
@@ -402,6 +428,8 @@ class Engine:
                     batch.admit(request, draft_fn(), next(ordinals))
                 if batch.is_idle:
                     break
+                # When no row is sure to want another step, all passes are read first:
+                # only then is it known which rows are left.
                 num_ahead = 0
                 if batch.has_work:
                     batch.dispatch(draft_fn(), chooser.choose(batch.rows))
@@ -427,6 +455,8 @@ class Engine:
         depth = action.tree.num_steps
         self._announce(f"a step of depth {depth}", action, is_greedy, *shape)
         run = self.compiled(action, is_greedy)
+        # The member that shall propose is swapped to the front, and back once it has:
+        # the state's order is always that of the menu. Nothing is copied.
         chosen = action.drafter
         state, output = run(
             self.target_params, bring_first(draft, chosen), bring_first(state, chosen)
@@ -466,6 +496,7 @@ class Engine:
 
     def finish(self, state: DecodeState, slot: int) -> DecodeState:
         """Marks a row as done: it emits nothing more."""
+        # Only this array is donated; the rest of the state is shared with the new one.
         is_finished = self._rows.finish(state.is_finished, np.int32(slot))
         return state.replace(is_finished=is_finished)
 

@@ -105,11 +105,14 @@ def lower(
     if draft is not None:
         sharding.check_model(config.mesh, draft, "the draft")
 
+    # Only shapes are traced from here on: no weights are made, whatever the size of the
+    # model.
     cast = lambda params: cast_params(params, config.precision)
     stack = stack_layers if config.is_scanned else lambda params: params
     params = sharding.param_shardings
     rows = sharding.row_shardings
     placed = functools.partial(_placed, config.mesh)
+
     target = jax.eval_shape(lambda: stack(cast(init_params(model, jax.random.key(0)))))
     target = placed(target, params)
     plain = StepConfig(
@@ -144,6 +147,7 @@ def lower(
         state = state_of(step, drafter, batch)
         add("speculative_step", build_step(step, drafter), target, drafts, state)
 
+    # A prompt is prefilled one row at a time, whatever the batch size of a step.
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     is_last = jax.ShapeDtypeStruct((), jnp.bool_)
     add(
@@ -177,6 +181,8 @@ def _empty_draft(drafter, config: DraftConfig, cast) -> Draft:
 
 
 def _export(function: Callable, args: tuple, platforms) -> export.Exported:
+    # An artefact takes plain arrays in a flat list: it must be callable from programs
+    # that know neither the package's classes nor JAX's typed keys.
     leaves, treedef = jax.tree.flatten(args)
 
     def flattened(*values):
@@ -186,6 +192,7 @@ def _export(function: Callable, args: tuple, platforms) -> export.Exported:
 
     at = lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding)
     flat = list(map(at, jax.eval_shape(as_data, leaves), leaves))
+    # Without this, export refuses every call that is not guaranteed to stay as it is.
     checks = [export.DisabledSafetyCheck.custom_call(_CUDNN_ATTENTION)]
     lower = export.export(
         jax.jit(flattened), platforms=platforms, disabled_checks=checks

@@ -17,7 +17,7 @@ from ospec_jax.typing import Params
 def teacher_forced_logits(
     config: StepConfig, target_params: Params, token_ids: Sequence[int], num_rows: int
 ) -> np.ndarray:
-    """Logits after the last of `token_ids`.
+    """Logits `[v]` after the last of `token_ids`.
 
     Args:
       num_rows: Tokens of the last pass; those before it are run in one pass.
@@ -25,6 +25,8 @@ def teacher_forced_logits(
     c = config.model
     numerics = config.numerics
     target = llama.build(c, numerics)
+    # The caches that decoding is compiled for, so that products have the shapes it
+    # uses.
     capacity = next(size for size in CAPACITIES if size > len(token_ids) + 1)
     cache = kv.init_cache(
         c.num_layers,
@@ -48,6 +50,8 @@ def teacher_forced_logits(
     cut = ids.shape[1] - num_rows
     logits = None
 
+    # All but the last rows first: what they write to the cache is what the last ones
+    # read.
     for start, stop in ((0, cut), (cut, ids.shape[1])):
         if stop > start:
             logits, cache = run(
@@ -63,6 +67,8 @@ def is_tie(config: StepConfig, target_params: Params, prefix: Sequence[int]) -> 
     It is when the plain path's two best logits lie no further apart than twice the
     largest difference between a pass of one row and one of several.
     """
+    # The passes differ in their number of rows alone, as a plain step and a
+    # verification do: their difference is what rounding does to logits here.
     single = teacher_forced_logits(config, target_params, prefix, 1)
     several = teacher_forced_logits(config, target_params, prefix, min(8, len(prefix)))
     second, best = np.partition(single, -2)[-2:]

@@ -169,15 +169,20 @@ class Slot:
           depth: Of what the pass drafted, or could have; None for a prompt.
         """
         count = int(output.num_emitted[row])
+        # Of the newest pass alone: what an earlier one said is out of date.
         self.is_sure = output.is_sure is not None and bool(output.is_sure[row])
         tokens = output.tokens[row, :count].tolist()
         if output.log_probs is not None:
             self.log_probs += output.log_probs[row, :count].tolist()
 
+        # The stop string is looked for in the answer with the new tokens: it may have
+        # begun in an earlier pass.
         self.token_ids += tokens
         drafted = int(output.num_drafted[row])
         accepted = int(output.num_accepted[row])
         kept = count - self._cut_at_stop_string(count)
+        # Accepted tokens behind a stop string were of no use to anybody, so they do not
+        # count. A finished row's pass emits nothing, and is no verification.
         if depth is not None and count:
             self.stats.add_step(drafted, min(accepted, kept), depth)
 
@@ -204,6 +209,8 @@ class Slot:
         self.is_done = True
         self.finish_reason = "stop"
 
+        # Where the string began in tokens of earlier passes, more is cut off than is
+        # new.
         return min(cut, count)
 
     def completion(self, feedback: Feedback | None, capacity: int) -> Completion:

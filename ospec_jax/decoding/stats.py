@@ -39,6 +39,8 @@ class DecodingStats:
         Args:
           depth: Of its tree.
         """
+        # A deeper tree than any before makes the histogram longer; its earlier passes
+        # had no chance at the new depths.
         self.num_spec_tokens = max(self.num_spec_tokens, depth)
         num_missing = self.num_spec_tokens + 1 - len(self.acceptance_histogram)
         self.acceptance_histogram += [0] * num_missing
@@ -82,6 +84,8 @@ class DecodingStats:
         survived = self.num_drafts
         shares = []
 
+        # Who accepted more than i tokens is who is left after those that accepted 0 to
+        # i.
         for count in self.acceptance_histogram[:-1]:
             survived -= count
             shares.append(survived / max(self.num_drafts, 1))
@@ -120,6 +124,8 @@ def repeated_token_share(token_ids: list[int], length: int = 16) -> float:
 
     for end in range(length, len(token_ids) + 1):
         gram = tuple(token_ids[end - length : end])
+        # Overlapping repeats are marked once each, so a loop counts every token but
+        # those of its first turn.
         if gram in seen:
             is_repeated[end - length : end] = [True] * length
         seen[gram] = end

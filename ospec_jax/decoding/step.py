@@ -42,6 +42,7 @@ from ospec_jax.types import (
 )
 from ospec_jax.typing import Params
 
+# Beyond this float16 is infinite, and what is trained on infinities is not finite.
 _FLOAT16_MAX = 65504.0
 
 
@@ -99,19 +100,28 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         target_params: Params, draft: Draft | None, state: DecodeState
     ) -> tuple[DecodeState, StepOutput]:
         shared = shared_tables(target_params)
+        # A row's randomness is a function of its request and its position alone, so its
+        # neighbours cannot change what is drawn. A finished row stays at its position
+        # and repeats its numbers, but emits nothing with them.
         keys = jax.vmap(jax.random.fold_in)(state.request_keys, state.lengths)
         key_draft, key_verify = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
 
+        # The cache holds verified tokens only: the root is not among them yet.
         if drafter is not None and drafter.reads_target:
             shared = shared.replace(params=target_params, cache=state.cache)
 
+        # Propose, score, verify, commit. The order is that of the data: what the target
+        # says is never known to the drafter of the same step.
         tree, state = _propose(config, drafter, draft, shared, state, key_draft)
         hidden, taps, cache = _score(target, target_params, tree, state)
         logits = llama.target_logits(target_params, hidden, config.numerics)
         verdict = _verify(config, tree, logits, state, key_verify)
+        # A finished row's cache is rewritten behind its length, where nobody reads it.
         state = state.replace(cache=_keep_accepted(config, cache, state, verdict))
         emitted, num_emitted, is_finished = _emit(config, tree, verdict, state)
 
+        # From here on values lie along the accepted path, `[b, m, ...]`; entries beyond
+        # the accepted ones repeat the last node, and `num_emitted` cuts them off.
         gather = jax.vmap(lambda values, path: values[path])
         taps = gather(taps, verdict.path)
         inputs = gather(tree.tokens, verdict.path)
@@ -126,6 +136,8 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
                 hidden=gather(hidden, verdict.path),
                 logsumexp=gather(logsumexp, verdict.path),
             )
+        # Only the draft's own states are recorded: they come with the tree, not with
+        # the target's pass.
         elif state.feedback is not None:
             scored = _drafting_states(tree, verdict, inputs, state.feedback)
 
@@ -134,6 +146,8 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
                 feedback=record(state.feedback, scored, state.lengths, is_batched)
             )
 
+        # The i-th accepted node and the token emitted after it are a pair; the last of
+        # them is the accepted leaf with the recovered or bonus token.
         if drafter is not None:
             pairs = Pairs(inputs, emitted, taps, state.lengths, num_emitted)
             draft_cache, context = drafter.extend(
@@ -146,6 +160,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             chosen = jax.vmap(lambda row, path, token: row[path, token])
             log_probs = chosen(logits - logsumexp[..., None], verdict.path, emitted)
 
+        # Finished rows ran along, because the shape is fixed: they count for nothing.
         was_active = ~state.is_finished
         output = StepOutput(
             tokens=emitted,
@@ -155,6 +170,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             is_finished=is_finished,
             log_probs=log_probs,
         )
+        # The newest token is emitted but not cached: it is the next step's root.
         newest = take_row(emitted, jnp.maximum(num_emitted - 1, 0))
         state = state.replace(
             lengths=state.lengths + num_emitted,
@@ -170,6 +186,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
 
 def _extended(drafter: Drafter, state: DecodeState, draft_cache, context):
     """The state behind the newest tokens; logits only if they cannot be had later."""
+    # Shapes of the state are fixed, so the old logits stay as a placeholder.
     if drafter.predict is not None:
         assert state.draft_context is not None
         context = context.replace(logits=state.draft_context.logits)
@@ -188,6 +205,7 @@ def _look_ahead(drafter, draft, state: DecodeState, output: StepOutput):
         state = state.replace(prediction=prediction)
         votes.append(prediction.run >= LONG_RUN)
 
+    # One voice is enough: a wrong guess costs a longer pass, never a wrong token.
     votes = [vote for vote in votes if vote is not None]
     is_sure = functools.reduce(jnp.logical_or, votes) if votes else None
 
@@ -210,6 +228,8 @@ def _propose(config, drafter, draft, shared, state, keys):
         )
         return tree, state
 
+    # The logits of the root's children were put off until now, since a plain step does
+    # not need them.
     context = state.draft_context
     if drafter.predict is not None:
         context = context.replace(logits=drafter.predict(draft, shared, context.hidden))
@@ -223,8 +243,11 @@ def _propose(config, drafter, draft, shared, state, keys):
 
 def _score(target, target_params, tree: DraftTree, state: DecodeState):
     """The target's one pass over all nodes."""
+    # The root's position is the number of committed tokens; siblings share a position
+    # and differ in what they attend to.
     positions = state.lengths[:, None] + tree.depths
     capacity = state.cache.capacity
+    # A chain's nodes see one another in order, so the cheaper causal bias serves.
     if tree.is_chain:
         bias = kv.causal_bias(state.lengths, tree.tokens.shape[1], capacity)
     else:
@@ -244,6 +267,8 @@ def _verify(config, tree, logits, state, keys) -> Verdict:
     if config.is_greedy:
         return verify_greedy(tree, argmax(logits))
 
+    # Every node of a row is processed by its row's temperature, top-k and top-p: `[b *
+    # n]` parameters for `[b * n, v]` logits.
     b, n, v = logits.shape
     params = jax.tree.map(lambda x: jnp.repeat(x, n), state.sampling)
     probs = processed_probs(
@@ -261,22 +286,32 @@ def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:
     if config.tree.is_chain:
         return cache
 
+    # Node i lies in slot `lengths + i`. The accepted ones are scattered, and must be
+    # moved up before the next step writes its own nodes there.
+
     is_batched = config.numerics.has_batched_writes
     return kv.keep_path(cache, state.lengths, verdict.path, is_batched)
 
 
 def _emit(config, tree, verdict: Verdict, state):
     """Accepted tokens and the next one, cut at stop tokens and at the limit."""
+    # `[b, m]`: accepted tokens, then the next one up to the end. Node 0 is the root,
+    # which was emitted by the step before.
     depth = jnp.arange(config.max_emitted)
     accepted = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
     accepted = jnp.pad(accepted[:, 1:], ((0, 0), (0, 1)))
     is_accepted = depth < verdict.num_accepted[:, None]
     emitted = jnp.where(is_accepted, accepted, verdict.next_token[:, None])
+
+    # A stop token counts only where it is emitted: entries behind the next token are
+    # its copies.
     is_stop = is_any_of(emitted, config.stop_ids)
     is_stop &= depth <= verdict.num_accepted[:, None]
     until_stop = jnp.where(
         jnp.any(is_stop, axis=1), jnp.argmax(is_stop, axis=1) + 1, config.max_emitted
     )
+    # Cut first at the stop token, then at the limit: a stop token beyond the limit is
+    # not emitted, and then the answer ended by length.
     num_emitted = jnp.minimum(verdict.num_accepted + 1, until_stop)
     has_stopped = jnp.any(is_stop, axis=1) & (until_stop <= state.num_remaining)
     num_emitted = jnp.minimum(num_emitted, state.num_remaining)
@@ -289,6 +324,7 @@ def _emit(config, tree, verdict: Verdict, state):
 def _drafting_states(tree: DraftTree, verdict, inputs, feedback) -> Feedback:
     """The draft's states on the accepted path."""
     rows, length = inputs.shape
+    # A step that drafted nothing has no states. Its tokens are recorded all the same.
     if tree.states is None:
         width = feedback.states.shape[-1]
         return Feedback(
@@ -298,6 +334,8 @@ def _drafting_states(tree: DraftTree, verdict, inputs, feedback) -> Feedback:
         )
 
     gather = jax.vmap(lambda values, path: values[path])
+    # Behind the accepted nodes the path repeats its last one, whose state would be
+    # booked under the positions of tokens that are yet to come.
     is_on_path = jnp.arange(length) <= verdict.num_accepted[:, None]
     return Feedback(
         tokens=inputs,
@@ -307,14 +345,22 @@ def _drafting_states(tree: DraftTree, verdict, inputs, feedback) -> Feedback:
 
 
 def narrow(features):
-    """Features as they are recorded."""
+    """Features of any shape as they are recorded, in float16."""
     return jnp.clip(features, -_FLOAT16_MAX, _FLOAT16_MAX).astype(jnp.float16)
 
 
 def record(
     feedback: Feedback, scored: Feedback, starts, is_batched: bool = False
 ) -> Feedback:
-    """Writes verified tokens into the slots of their positions."""
+    """Writes verified tokens into the slots of their positions.
+
+    Args:
+      feedback: `[b, s, ...]` in each field.
+      scored: `[b, m, ...]` of consecutive tokens.
+      starts: `[b]` position of the first of them.
+    """
+    # Features are narrowed; ids, flags and the logsumexp have no feature axis, and keep
+    # their type.
     write = lambda old, new: kv.write_rows(old, new, starts, is_batched=is_batched)
     wide = lambda old, new: write(old, narrow(new))
     column = lambda old, new: write(old[..., None], new[..., None])[..., 0]
@@ -347,12 +393,19 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         hidden, taps, cache = target(
             target_params, tokens, positions, bias, state.cache, starts
         )
+
+        # Logits of one token: of the others nobody reads any, and the head is large.
         last_hidden = take_row(hidden, num_valid - 1)
         logits = llama.target_logits(
             target_params, last_hidden[:, None], config.numerics
         )
+        # Chunks before the last choose a token, too, which nobody uses: one program
+        # serves them all.
         first = _first_token(config, logits[:, 0], state, starts + num_valid - 1)
         following = jnp.where(is_last, first, following)
+
+        # Feedback of a prompt is context for training on the answer; only its last
+        # token has a distribution that a draft is held against.
         state = state.replace(cache=cache)
         is_end = jnp.arange(chunk) == num_valid - 1
         logsumexp = jax.nn.logsumexp(logits[:, 0], axis=-1)
@@ -364,6 +417,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             recorded = record(state.feedback, scored, starts, is_batched)
             state = state.replace(feedback=recorded)
 
+        # Padding is paired with junk, but `num_valid` says how far the pairs are real.
         if drafter is not None:
             successors = jnp.where(is_end, following[:, None], jnp.roll(tokens, -1, 1))
             pairs = Pairs(tokens, successors, taps, starts, num_valid)
@@ -372,6 +426,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             )
             state = _extended(drafter, state, draft_cache, context)
 
+        # Before the last chunk nothing is emitted, and so nothing can be finished.
         num_emitted = jnp.where(is_last, 1, 0) * jnp.ones_like(starts)
         num_remaining = state.num_remaining - num_emitted
         has_stopped = is_any_of(first[:, None], config.stop_ids)[:, 0]
@@ -405,6 +460,8 @@ def _first_token(config, logits, state, positions):
     if config.is_greedy:
         return argmax(logits)
 
+    # The position of the last prompt token: steps fold in the number of committed
+    # tokens, which is at least one more, so no number is used twice.
     keys = jax.vmap(jax.random.fold_in)(state.request_keys, positions)
     probs = processed_probs(logits, state.sampling, config.numerics.is_row_invariant)
     return sample(keys, probs)
@@ -427,6 +484,8 @@ def empty_state(
         draft_context = drafter.init_context(b)
 
     feedback = None
+    # Nothing is allocated for what no learner reads: features are several hidden states
+    # a slot.
     zeros = lambda *shape, dtype=jnp.float16: jnp.zeros((b, capacity, *shape), dtype)
     if recording == "features":
         feedback = Feedback(
@@ -458,11 +517,14 @@ def empty_state(
         draft_context=draft_context,
         lengths=ints(),
         last_token=ints(),
+        # Placeholders: a row's key is set when its request is admitted.
         request_keys=jax.random.split(jax.random.key(0), b),
         sampling=SamplingParams(
             temperature=jnp.zeros((b,)), top_k=ints(), top_p=jnp.ones((b,))
         ),
         num_remaining=ints(),
+        # Free rows count as finished, so a batch that is not full emits nothing for
+        # them.
         is_finished=jnp.ones((b,), bool),
         feedback=feedback,
         prediction=init_prediction(b, capacity) if has_prediction else None,

@@ -15,9 +15,13 @@ def time_steps(
     step: Step, state: DecodeState, num_steps: int = 8
 ) -> tuple[float, DecodeState]:
     """Seconds a step, one ahead; and the state, rewound to where it was."""
+    # Copies: the step donates its state, and with it these arrays.
     lengths = state.lengths + 0
     remaining = state.num_remaining + 0
     is_finished = state.is_finished | False
+
+    # One step is under way before the clock starts, as in the engine's loop: each of
+    # the timed ones is dispatched before the one before it is read.
     state, unread = step(state)
     start = time.perf_counter()
 
@@ -29,6 +33,8 @@ def time_steps(
     fetch(unread)
     seconds = (time.perf_counter() - start) / num_steps
 
+    # Every round begins at the same length, so that all time the same work. Tokens and
+    # caches are those of the last step, which does not matter for their time.
     return seconds, state.replace(
         lengths=lengths, num_remaining=remaining, is_finished=is_finished
     )
@@ -43,6 +49,8 @@ def seconds_of_steps(
     """
     least = dict.fromkeys(steps, float("inf"))
     for round_number in range(num_rounds + 1):
+        # Kinds take turns, and the least time counts: other load on the machine then
+        # strikes all of them alike, and the rounds without it decide.
         for name, step in steps.items():
             seconds, state = time_steps(step, state, 3 if round_number else 1)
             if round_number:

@@ -27,9 +27,12 @@ def verify_greedy(tree: DraftTree, best: Int[Array, "b n"]) -> Verdict:
     Args:
       best: The target's argmax after each node.
     """
+    # Each node is held against the argmax after its parent; the root has been emitted
+    # already and matches by definition.
     expected = jnp.take_along_axis(best, jnp.maximum(tree.parents, 0), axis=1)
     is_match = tree.is_valid & ((tree.tokens == expected) | (tree.parents < 0))
-    # Siblings differ, so the nodes all of whose ancestors match form one path.
+    # Drawn siblings may be copies of one token. Then several paths match, and any of
+    # the longest will do: they have the same tokens.
     is_alive = jnp.all(~tree.ancestor_mask | is_match[:, None, :], axis=-1)
     last = jnp.argmax(jnp.where(is_alive, tree.depths, -1), axis=1)
     path = _path_to(tree, last)
@@ -43,6 +46,8 @@ def verify_greedy(tree: DraftTree, best: Int[Array, "b n"]) -> Verdict:
 
 def _path_to(tree: DraftTree, last: Int[Array, " b"]) -> Int[Array, "b m"]:
     """Nodes from the root to `last`, which fills the rest."""
+    # A node's row of the ancestor mask is its path; `[b, m, n]` says which of its nodes
+    # is the one at each depth.
     on_path = jnp.take_along_axis(tree.ancestor_mask, last[:, None, None], axis=1)[:, 0]
     depths = jnp.arange(tree.max_depth + 1)
     is_step = on_path[:, None, :] & (tree.depths[:, None, :] == depths[:, None])
@@ -94,7 +99,10 @@ def verify_sampled(
     rows = tree.replace(token_ids=None)  # the draft vocabulary has no batch axis
 
     def row(key, tree_row, rank_row, probs):
+        # What accepts and what draws the next token must be independent.
         key_accept, key_next = jax.random.split(key)
+        # One number a node, whether it is looked at or not: what accepts a node does
+        # not depend on the order in which a rule visits them.
         uniforms = jax.random.uniform(key_accept, rank_row.shape)
         tree_row = tree_row.replace(token_ids=tree.token_ids)
         last, rest = rule(uniforms, tree_row, rank_row, probs)
@@ -111,6 +119,7 @@ def verify_sampled(
 
 def _sibling_rank(tree: DraftTree) -> Int[Array, "b n"]:
     """How many earlier siblings each node has."""
+    # Nodes stand in the order in which their siblings were drawn.
     same = tree.parents[:, :, None] == tree.parents[:, None, :]
     earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
     return jnp.sum(same & earlier, axis=-1)

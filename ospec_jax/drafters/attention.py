@@ -19,12 +19,17 @@ from ospec_jax.models.layers import (
 def split_heads(
     qkv, config: DraftConfig, numerics: Numerics, positions, num_positions=None
 ):
-    """Rotated queries and keys, and values, of a joint projection `[b, t, _]`."""
+    """Rotated queries and keys, and values, of a joint projection `[b, t, _]`.
+
+    Returns:
+      `[b, t, heads, e]`, and `[b, t, h, e]` twice.
+    """
     c = config
     rest = config.num_heads + config.num_kv_heads
     qkv = qkv.reshape(*qkv.shape[:2], rest + c.num_kv_heads, c.head_dim)
     frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     angles = rope_angles(positions, frequencies, num_positions)
+    # Queries and keys are rotated together, as one array of `rest` heads: one pass.
     split = lambda x, *sizes: split_groups(x, sizes, numerics.num_groups, axis=2)
     rotated, values = split(qkv, rest, c.num_kv_heads)
     rotated = rotate(rotated, angles, numerics.is_row_invariant)
@@ -33,11 +38,17 @@ def split_heads(
 
 
 def attend_cached(qkv, config, numerics, positions, bias, cache: kv.KVCache, starts):
-    """Appends to a one-layer cache and attends to it; `[b, t, heads * e]`.
+    """Appends to a one-layer cache and attends to it.
 
     Args:
-      bias: Of all slots that each entry may see; `config.sliding_window` takes those
-        that lie too far behind it.
+      qkv: `[b, t, _]` joint projection.
+      positions: `[b, t]`.
+      bias: `[b, t, s]` of all slots that each entry may see; `config.sliding_window`
+        takes those that lie too far behind it.
+      starts: `[b]` slot of the first entry.
+
+    Returns:
+      `[b, t, heads * e]`, and the cache.
     """
     num_positions = cache.capacity if numerics.is_row_invariant else None
     q, k, v = split_heads(qkv, config, numerics, positions, num_positions)
@@ -61,6 +72,7 @@ def seen_in_window(positions, num_context: int, sliding_window: int = 0, depth=0
       sliding_window: See `DraftConfig`.
       depth: Of the draft that attends: so many tokens beyond its trained entry.
     """
+    # Entry `num_context + i` sees all up to itself; negative positions are padding.
     order = jnp.arange(positions.shape[1])
     own = order[num_context:, None]
     is_before = order <= own
@@ -74,10 +86,17 @@ def attend_unrolled(q, k, v, own_keys, own_values, is_seen):
     """Attention of entry i to the verified ones it sees and to its own deeper drafts.
 
     Args:
+      q: `[b, t, heads, e]` of the entries.
+      k: `[b, s, h, e]` of the verified ones, `v` likewise.
+      is_seen: `[b, t, s]`.
       own_keys: One `[b, t, h, e]` for each deeper draft, `own_values` likewise.
     """
     b, t, heads, e = q.shape
     h = k.shape[2]
+
+    # Scores of verified entries `[b, h, g, t, s]`, and one column more for each deeper
+    # draft, which only the entry that it was drafted from attends to: that is the path
+    # that it stands on while drafting.
     q = q.reshape(b, t, h, heads // h, e) * e**-0.5
     scores = jnp.einsum("bthge,bshe->bhgts", q, k)
     scores = [jnp.where(is_seen[:, None, None], scores, -1e30)]
@@ -86,6 +105,7 @@ def attend_unrolled(q, k, v, own_keys, own_values, is_seen):
     num_keys = k.shape[1]
     out = jnp.einsum("bhgts,bshe->bthge", weights[..., :num_keys], v)
 
+    # `[b, t, h, g, 1]` shares of `[b, t, h, 1, e]` values.
     for i, own in enumerate(own_values):
         share = weights[..., num_keys + i].transpose(0, 3, 1, 2)[..., None]
         out = out + share * own[:, :, :, None, :]

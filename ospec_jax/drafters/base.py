@@ -175,10 +175,18 @@ def stateless(
 
 
 def frozen_head(shared: SharedTables, token_ids) -> dict:
-    """The target's head on the draft vocabulary, in its own precision."""
+    """The target's head on the draft vocabulary, in its own precision.
+
+    Args:
+      token_ids: `[q]`, or None for the whole one.
+
+    Returns:
+      `{kernel: [q, d], [scale: [q]]}`.
+    """
     if token_ids is None:
         return shared.head
 
+    # Gathered in the head's own storage: int8 rows keep their scales.
     return {name: rows[token_ids] for name, rows in shared.head.items()}
 
 
@@ -198,13 +206,18 @@ def training_head(
     """The float32 head rows of `candidates`; None stands for the draft's own, whole.
 
     Args:
+      candidates: `[c]` entries of the draft vocabulary; None for all.
       name: Of the draft's own head among its parameters.
     """
+    # None lets the module read its own projection. Candidate rows are taken from
+    # `params`, so gradients reach these as well.
     if config.has_own_head and candidates is None:
         return None
     if config.has_own_head:
         return {key: rows[candidates] for key, rows in params[name].items()}
 
+    # The target's head is frozen: it is a constant of the loss, in float32 whatever it
+    # is stored in.
     kernel = dequantized(frozen_head(shared, token_ids))
     return {"kernel": kernel if candidates is None else kernel[candidates]}
 
@@ -217,5 +230,6 @@ def dequantized(table: dict) -> Float[Array, "v d"]:
 
 def take_row(values: jax.Array, index: jax.Array) -> jax.Array:
     """`values[b, index[b]]` for every row."""
+    # One index a row, spread over the trailing axes: `[b, 1, 1, ...]`.
     shape = (-1, 1) + (1,) * (values.ndim - 2)
     return jnp.take_along_axis(values, index.reshape(shape), axis=1)[:, 0]

@@ -50,8 +50,11 @@ def draw(
         log_probs, ids = _most_probable(logits, count)
         return Children(ids, log_probs, None)
 
+    # The same processing as the target's: drawing from other distributions than those
+    # that acceptance reads would not be exact.
     flat = jax.tree.map(lambda x: jnp.repeat(x, w), sampling)
     probs = processed_probs(logits.reshape(b * w, q), flat, is_row_invariant)
+    # Each node and each of its children has a key of its own, `[b, w, c]`.
     split = jax.vmap(lambda key: jax.random.split(key, (w, count)))(keys)
     if kind == "topk_sampled":
         ids, probs = _draw_topk_sampled(
@@ -74,6 +77,7 @@ def draw(
 def _most_probable(logits, count):
     """Log-probabilities `[b, w, c]` of the `count` largest entries, and their ids."""
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # The usual chain: `argmax` and a maximum are cheaper than `top_k`.
     if count == 1:
         best = argmax(logits)[..., None]
         return jnp.max(logits, axis=-1, keepdims=True) - total, best
@@ -88,6 +92,8 @@ def _draw_topk_sampled(keys, probs, count):
     is_top = jnp.any(top[..., None] == jnp.arange(probs.shape[-1]), axis=1)
     others = jnp.where(is_top, 0.0, probs)
     others = others / jnp.maximum(jnp.sum(others, axis=-1, keepdims=True), 1e-30)
+    # Where the top tokens hold all the mass nothing is left to draw from; what is drawn
+    # then has probability 0, and the acceptance rule never tries it.
     drawn = sample(keys[:, 0], others)
 
     return jnp.concatenate([drawn[:, None], top], axis=1), others
@@ -124,6 +130,10 @@ def consider(
     hint, rate = hints.suggest(recent, depth)
     hint = hint[..., None]
     rate = rate[..., None]
+
+    # A suggestion that was drafted anyway makes that child likelier; another one takes
+    # the last child's place if it is likelier. Where a token comes from does not matter
+    # to the rule for `topk` children.
     is_drafted = tokens == hint
     is_taken = (rate > log_probs[..., -1:]) & ~jnp.any(is_drafted, -1, keepdims=True)
     is_last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1

@@ -56,6 +56,7 @@ def combine(mix: str, drafter: Drafter, tree: TreeConfig) -> Drafter:
 
 def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
     """Drafts suggestions where the first is likely, else what `drafter` drafts."""
+    # The neural drafter keeps its cache up to date either way: `extend` is its own.
     suggested = hinted_chain(inner_tree(tree))
     is_learned = drafter.head_inputs is not None
 
@@ -85,12 +86,15 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
         is_likely = chain.log_probs[:, 1] >= np.log(_LIKELY)
 
         def draft_others():
+            # Without hints: they had their chance as a chain of their own.
             other, new_cache = drafter.propose(draft, shared, cache, roots)
             # The draft vocabulary matters for drawn children only.
             other = other.replace(token_ids=None)
             if not is_learned:
                 other = other.replace(states=None, has_state=None)
 
+            # Rows choose for themselves once the neural drafter has to run for any of
+            # them.
             rows = chain.tokens.shape[0]
             pick = lambda a, b: jnp.where(
                 is_likely.reshape(rows, *[1] * (a.ndim - 1)), a, b
@@ -98,6 +102,7 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
 
             return jax.tree.map(pick, chain, other), new_cache
 
+        # What this saves is the neural draft, when no row needs it.
         return jax.lax.cond(jnp.all(is_likely), lambda: (chain, cache), draft_others)
 
     return drafter._replace(propose=propose)
@@ -123,13 +128,16 @@ def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:
 
 
 def merge_chains(first: DraftTree, second: DraftTree) -> DraftTree:
-    """One tree of two chains with the same root and depth.
+    """One tree `[b, 2 k + 1]` of two chains `[b, k + 1]` of the same root and depth.
 
     Node 2 i - 1 is the i-th of `first`, node 2 i that of `second`, which is dropped as
     long as the two agree: its successors then follow the node of `first`.
     """
     num_rows, num_nodes = first.tokens.shape
     num_steps = num_nodes - 1
+
+    # Shared nodes: both chains have drafted the same tokens from the root on. A second
+    # copy of them would be verified for nothing.
     is_both = first.is_valid & second.is_valid
     is_same = (first.tokens == second.tokens) & is_both
     is_shared = jnp.cumprod(is_same, axis=1).astype(bool)
@@ -138,6 +146,7 @@ def merge_chains(first: DraftTree, second: DraftTree) -> DraftTree:
     above_first = np.maximum(own[:-1] - 1, 0)
     above_second = jnp.where(is_shared[:, :-1], above_first, own[:-1])
 
+    # Nodes in turns from both chains stand in depth order, as trees must.
     def weave(root, a, b):
         pairs = jnp.stack([a, b], axis=-1).reshape(num_rows, 2 * num_steps)
         return jnp.concatenate([root, pairs], axis=1)

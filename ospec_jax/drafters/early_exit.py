@@ -164,6 +164,9 @@ def early_exit(
             {"params": params}, states, head, method=ExitHead.init_all
         )
         logits, outputs = found
+
+        # One pass serves all depths: what depth d predicts of pair i it reads off
+        # position i + d. Slices of the same array stand for the unrolled steps.
         num_pairs = states.shape[1] + 1 - num_steps
         rows = [slice(depth, depth + num_pairs) for depth in range(num_steps)]
 

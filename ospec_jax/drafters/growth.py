@@ -128,6 +128,8 @@ class _Plan(NamedTuple):
 
     def children(self, depth, logits, recent, count: int) -> Children:
         """The children of nodes at `depth`, as target ids."""
+        # Numbers follow from the request, the position and the depth: every level draws
+        # with its own.
         keys = jax.vmap(lambda key: jax.random.fold_in(key, depth))(self.roots.keys)
         kind = self.tree.children
         sampling = self.roots.sampling
@@ -140,6 +142,7 @@ class _Plan(NamedTuple):
 
 def num_scratch(tree: TreeConfig) -> int:
     """Cache slots that growing a tree uses behind the committed ones."""
+    # Nodes of the last depth are never run over, but a level is written as a whole.
     return max(tree.num_steps - 1, 0) * max(tree.topk, tree.num_nodes) + 1
 
 
@@ -202,11 +205,15 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
     most = 1
 
     for depth in range(tree.num_steps):
+        # All of a level's sizes are known while tracing: `above` are its children's
+        # parents within the level, `rank` which of their parent's children each of them
+        # is.
         width = int(np.sum(depths == depth))
         above = parents[depths == depth + 1] - first
         rank = np.arange(len(above)) - np.searchsorted(above, above)
         branches = int(rank.max()) + 1
         most = max(most, branches)
+
         if depth:
             level = slice(first, first + width)
             # Node n lies in scratch slot n - 1: the root is part of the context.
@@ -221,16 +228,21 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
             )
             hidden, logits, cache = plan.step(cache, nodes)
 
+        # As many children for all nodes of a level as the widest one has; `above` and
+        # `rank` pick those that the tree holds.
         children = plan.children(depth, logits, recent, branches)
         drawn_from.append(children.probs)
         states.append(hidden)
         tokens.append(children.tokens[:, above, rank])
         log_probs.append(children.log_probs[:, above, rank])
+        # A child is run with its parent's state.
         hidden = hidden[:, above]
         if recent is not None:
             recent = extend_path(recent[:, above], tokens[-1])
         first += width
 
+    # Leaves were not run over: they have no state, and nothing was drawn below them.
+    # Their places are filled, so that node numbers index all arrays.
     leaves = tokens[-1].shape[1]
     states.append(jnp.zeros((b, leaves, hidden.shape[-1])))
     draft_probs = None
@@ -285,6 +297,8 @@ def _begin(plan: _Plan, cache) -> _Growth:
     b = context.logits.shape[0]
     width = tree.topk
     logits = context.logits[:, None]
+
+    # Depth 1: children of the root alone, and all of them make the first frontier.
     children = plan.children(0, logits, plan.recent, width)
     pool = _empty_pool(tree, context.hidden, children.probs)
     none = jnp.full_like(children.tokens, topology.NO_PARENT)
@@ -295,6 +309,7 @@ def _begin(plan: _Plan, cache) -> _Growth:
     if recent is not None:
         recent = extend_path(jnp.repeat(recent, width, axis=1), children.tokens[:, 0])
 
+    # Scratch slots of expanded nodes: `width` a depth, the last depth being leaves.
     num_slots = max(tree.num_steps - 1, 1) * width
     frontier = Frontier(
         tokens=children.tokens[:, 0],
@@ -322,7 +337,10 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
     pool = growth.pool
     frontier = growth.frontier
     b, width = frontier.tokens.shape
+
     slots = jnp.arange(frontier.visible.shape[-1])
+    # Frontier node i of depth d is written to scratch slot `(d - 1) * width + i`, where
+    # its descendants find it.
     is_own = slots == (depth - 1) * width + jnp.arange(width)[:, None]
     frontier = frontier.replace(visible=frontier.visible | is_own)
     nodes = Nodes(
@@ -337,7 +355,11 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
 
     children = plan.children(depth, logits, frontier.recent, width)
     scores = frontier.scores[..., None] + children.log_probs
+
+    # Children of a row that has stopped get no probability: they are never kept. The
+    # row runs along as long as another one grows.
     scores = jnp.where(growth.is_stopped[:, None, None], -jnp.inf, scores)
+    # The pool holds `width` nodes of depth 1 and `width ** 2` of each depth below.
     first = width + (depth - 1) * width**2
     parents = jnp.repeat(frontier.places[..., None], width, axis=-1)
     grown = _with_states(pool, frontier.places, hidden)
@@ -345,6 +367,7 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
     grown = _with_probs(grown, depth, children.probs)
     frontier = _next_frontier(frontier, first, hidden, children.tokens, scores)
 
+    # Rules compare the tree as it would be verified now with that of the depth before.
     num_kept = plan.tree.num_nodes - 1
     progress = Progress(
         depth + 1, frontier.scores, logits, grown.scores, pool.scores, num_kept
@@ -377,6 +400,7 @@ def _with_children(pool: Pool, first, children: Children, scores, parents) -> Po
     """Adds nodes from place `first` on; `scores` and `parents` are `[b, w, c]`."""
 
     def put(buffer, new):
+        # Children of one node lie side by side, nodes in the order of the frontier.
         flat = new.reshape(new.shape[0], -1).astype(buffer.dtype)
         return jax.lax.dynamic_update_slice(buffer, flat, (0, first))
 
@@ -390,6 +414,7 @@ def _with_children(pool: Pool, first, children: Children, scores, parents) -> Po
 
 def _with_states(pool: Pool, places, states) -> Pool:
     """Keeps what the draft made of the nodes at `places`, `[b, w]`."""
+    # A place is expanded at most once, so nothing is overwritten.
     rows = jnp.arange(places.shape[0])[:, None]
     return pool.replace(
         states=pool.states.at[rows, places].set(states),
@@ -418,6 +443,7 @@ def _next_frontier(frontier: Frontier, first, hidden, tokens, scores) -> Frontie
     """
     b, width = frontier.tokens.shape
     best, slot = jax.lax.top_k(scores.reshape(b, -1), width)
+    # Child c of node i has slot `i * width + c`.
     of_parent = lambda x: jax.vmap(lambda x, i: x[i])(x, slot // width)
     newest = jnp.take_along_axis(tokens.reshape(b, -1), slot, axis=1)
     recent = frontier.recent
@@ -443,10 +469,13 @@ def _assemble(plan: _Plan, pool: Pool) -> DraftTree:
     is_reranked = kept < num_pool
     if is_reranked:
         # top_k is stable, so parents win over children that tie with them.
+        # Places ascend with depth, so sorting them is the depth order that trees have.
         places = jnp.sort(jax.lax.top_k(pool.scores, kept)[1], axis=1)
         rows = jnp.arange(b)[:, None]
         take = lambda x: x[rows, places]
         above = take(pool.parents)
+        # Parents are places in the pool; their numbers in the tree are where these were
+        # sorted to, the root being 0.
         is_parent = places[:, None, :] == above[:, :, None]
         parents = jnp.where(above < 0, 0, jnp.argmax(is_parent, axis=-1) + 1)
     else:

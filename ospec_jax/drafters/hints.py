@@ -64,6 +64,7 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
         root = roots.token
         known = Hints(root[:, None], _suggest_nothing) if hints is None else hints
         recent = known.recent[:, None]
+
         tokens = [root]
         rates = [jnp.zeros(root.shape)]
         is_valid = [jnp.ones(root.shape, bool)]
@@ -73,10 +74,14 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
         for depth in range(tree.num_steps):
             token, rate = known.suggest(recent, depth)
             recent = extend_path(recent, token)
+            # A path without a suggestion has probability 0 from there on, and is no
+            # longer valid.
             path = path + rate[:, 0]
             tokens.append(token[:, 0])
             rates.append(rate[:, 0])
             is_valid.append((path > -jnp.inf) & ~stopped)
+            # The token that stopped the chain is kept: a rule decides about the next
+            # one.
             if rules:
                 stopped |= is_stopped(rules, Progress(depth + 1, path[:, None]))
 

@@ -73,6 +73,7 @@ class Prefix(nn.Module):
     def setup(self):
         c = self.config
         n = self.numerics
+        # Named as in the target's layers, so that its last one can be the start.
         norm = lambda: RMSNorm(c.rms_norm_eps, n)
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
@@ -103,6 +104,7 @@ class Prefix(nn.Module):
         qkv = self.qkv_proj(self.input_layernorm(states))
         q, k, v = split_heads(qkv, self.config, self.numerics, positions)
         is_seen = seen_in_window(positions, num_context, sliding_window)
+        # Nothing deeper is drafted by this layer: it runs over verified states only.
         out = attend_unrolled(q[:, num_context:], k, v, [], [], is_seen)
         return self._finish(states[:, num_context:], out)
 
@@ -117,8 +119,10 @@ class Head(nn.Module):
     def __call__(self, joined):
         c = self.config
         dense = lambda name: Linear(c.hidden_size, self.numerics, True, name=name)
+        # The first block changes the width, so its residual path is a projection.
         x = dense("residual")(joined) + nn.silu(dense("first")(joined))
         if c.num_blocks > 1:
+            # One block, run several times: the published heads share its weights.
             block = dense("block")
             for _ in range(c.num_blocks - 1):
                 x = x + nn.silu(block(x))
@@ -154,6 +158,7 @@ class HydraHeads(nn.Module):
 
     def logits(self, read, depth: int, head):
         """Head `depth`'s logits of `[b, t, >= (depth + 2) * d]` read so far."""
+        # The row holds what deeper heads read as well; this one reads its part.
         x = self.heads[depth](read[..., : (depth + 2) * self.config.hidden_size])
         if head is not None:
             return linear(x, head, self.numerics)
@@ -178,6 +183,9 @@ class HydraHeads(nn.Module):
         logits = []
 
         for depth in range(num_steps):
+            # Head `depth` reads the embedding of the token `depth + 1` after the pair's
+            # state. While training all of them are true tokens, which is what the head
+            # reads when the draft before it was accepted.
             shifted = slice(num_context + depth, num_pairs + depth)
             read = jnp.concatenate([read, embeddings[:, shifted]], axis=-1)
             logits.append(self.logits(read, depth, heads[depth]))
@@ -214,6 +222,8 @@ def hydra(
         )
 
     numerics = numerics or Numerics()
+    # One set of parameters, two precisions: drafting in the target's, training in
+    # float32.
     module = HydraHeads(config, numerics)
     trainer = HydraHeads(config, numerics.for_training())
     width = config.hidden_size
@@ -258,6 +268,8 @@ def hydra(
         bias = kv.causal_bias(starts, tokens.shape[1], cache.capacity)
         args = (taps, positions, bias, cache, starts)
         states, cache = apply(draft, HydraHeads.read, *args)
+        # Only the newest pair's state is drafted from. The row is laid out for the
+        # deepest head at once, because a tree's states have one shape.
         newest = jnp.maximum(pairs.num_valid - 1, 0)
         follower = take_row(tokens, newest)
         known = embed(follower[:, None], shared.embedding)[:, 0]
@@ -289,9 +301,12 @@ def hydra(
             if numerics.is_row_invariant:
                 hidden, tokens = at_least_two_rows(hidden, tokens)
 
+            # A drafted token's embedding goes behind what its parent's row holds: the
+            # state, the root's embedding, and `depth - 1` drafted ones.
             own = embed(tokens, shared.embedding)
             place = (0, 0, (depth + 1) * width)
             hidden = jax.lax.dynamic_update_slice(hidden, own, place)
+            # The depth is known only on the device, where the loop over depths is.
             logits = jax.lax.switch(depth, heads, hidden)
 
             return hidden[:, :num_tokens], logits[:, :num_tokens], cache
@@ -325,6 +340,7 @@ def hydra(
             )
 
         assert feedback.hidden is not None, "features are recorded"
+        # The last pair needs a token for each depth to be compared with.
         num_pairs = feedback.tokens.shape[1] - num_steps
         states = feedback.hidden[:, :num_pairs].astype(jnp.float32)
         embeddings = embed(feedback.tokens[:, 1:], shared.embedding)
@@ -382,6 +398,7 @@ def _warm_start(params, target) -> dict:
         if not name.startswith("heads_"):
             continue
 
+        # An identity over the state, which comes first in what a head reads.
         kernel = head["residual"]["kernel"]
         passed = {"kernel": 0.1 * (jnp.eye(*kernel.shape) + kernel)}
         started[name] = {

@@ -76,6 +76,8 @@ def init_memory(num_slots: int, orders: tuple[int, ...] = ORDERS) -> NgramMemory
       num_slots: n-grams of each order that it can hold.
       orders: `ORDERS` or `SUFFIX_ORDERS`.
     """
+    # One rate a kind of match, in one array: first the context's by length, then each
+    # order's by count. Rates begin at measured ones that weigh as much as 32 trials.
     kinds = [_CONTEXT_RATES[max(4, *orders)], *(_MEMORY_RATES[n] for n in orders)]
     shape = (len(orders), num_slots)
     rates = jnp.asarray(np.concatenate(kinds))
@@ -91,6 +93,8 @@ def init_memory(num_slots: int, orders: tuple[int, ...] = ORDERS) -> NgramMemory
 
 def _fingerprint(context):
     """A 32-bit hash of the last axis."""
+    # FNV's offset, multiplied by a golden-ratio constant and mixed downwards, since the
+    # slot is taken from the low bits.
     code = jnp.full(context.shape[:-1], 0x811C9DC5, jnp.uint32)
     for i in range(context.shape[-1]):
         code = (code ^ context[..., i].astype(jnp.uint32)) * np.uint32(0x9E3779B1)
@@ -119,6 +123,8 @@ def match_context(
     num_slots = history.shape[1]
     num_recent = recent.shape[-1]
     index = jnp.arange(num_slots)
+    # `[b, w, s]`: how many of the tokens right before each slot equal the last of the
+    # path. A mismatch ends the count for good.
     is_same = jnp.broadcast_to(
         index < num_known[..., None], (*num_known.shape, num_slots)
     )
@@ -127,9 +133,11 @@ def match_context(
     for back in range(num_recent):
         before = jnp.roll(history, back + 1, axis=1)[:, None]
         wanted = recent[..., num_recent - 1 - back, None]
+        # `roll` wraps around: the first slots have no tokens so far back.
         is_same = is_same & (before == wanted) & (index > back)
         length = length + is_same
 
+    # One maximum for two wishes: the longest match, and of these the latest.
     score = jnp.max(length * num_slots + jnp.where(length > 0, index, 0), axis=-1)
     found = jnp.take_along_axis(history, score % num_slots, axis=1)
 
@@ -148,10 +156,12 @@ def match_memory(
     token = jnp.full(recent.shape[:2], _NO_TOKEN)
     level = jnp.full(recent.shape[:2], -1)
 
+    # Ascending orders, so that a longer match overwrites a shorter one.
     for i, order in enumerate(memory.orders):
         code = _fingerprint(recent[..., -order:])
         slot = (code % memory.num_slots).astype(jnp.int32)
         count = memory.counts[i, slot]
+        # Slots are shared: the fingerprint tells n-grams of one slot apart.
         is_found = (memory.fingerprints[i, slot] == code) & (count > 0)
         first = memory.max_match + i * _MAX_COUNT
         token = jnp.where(is_found, memory.tokens[i, slot], token)
@@ -163,7 +173,12 @@ def match_memory(
 def suggest(
     memory: NgramMemory, history, num_known, recent
 ) -> tuple[Int[Array, "b w"], Float[Array, "b w"]]:
-    """The likelier of both sources' tokens with its log-rate, -inf for none."""
+    """The likelier of both sources' tokens with its log-rate, -inf for none.
+
+    Args:
+      history: `[b, s]`, with `num_known` `[b, w]` and `recent` `[b, w, m]`; see
+        `match_context`.
+    """
     rates = memory.hits / memory.trials
     rate = lambda level: jnp.where(level >= 0, rates[level], 0.0)
     near, near_level = match_context(history, num_known, recent)
@@ -171,6 +186,7 @@ def suggest(
     is_near = rate(near_level) >= rate(far_level)
     best = jnp.maximum(rate(near_level), rate(far_level))
 
+    # Without any suggestion the rate is 0, and its logarithm -inf.
     return jnp.where(is_near, near, far), jnp.log(best)
 
 
@@ -203,17 +219,21 @@ def _score(memory: NgramMemory, tokens, num_prompt, num_tokens) -> NgramMemory:
     # The answer's first token comes from prefill: it is never drafted.
     is_scored = positions > num_prompt
     recent = _recent_at(tokens, positions, memory.max_match)[None]
+    # With the memory as it was before this request, as while it was decoded.
     near = match_context(tokens[None], positions[None], recent)
     far = match_memory(memory, recent)
     actual = tokens[jnp.maximum(positions, 0)]
     hits = memory.hits
     trials = memory.trials
 
+    # Both sources are judged at every token, whether drafted or not. Level -1 adds
+    # nothing, although it indexes the last rate.
     for token, level in (near, far):
         weight = (is_scored & (level[0] >= 0)).astype(hits.dtype)
         trials = trials.at[level[0]].add(weight)
         hits = hits.at[level[0]].add(weight * (token[0] == actual))
 
+    # Hits and trials shrink alike: the rate stays, its weight is bounded.
     keep = jnp.minimum(1.0, _MAX_TRIALS / trials)
 
     return memory.replace(hits=hits * keep, trials=trials * keep)
@@ -222,9 +242,11 @@ def _score(memory: NgramMemory, tokens, num_prompt, num_tokens) -> NgramMemory:
 def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
     """Enters every n-gram, in order."""
     positions = jnp.arange(tokens.shape[0])
+    # All hashes at once: only the tables' updates depend on one another.
     recent = _recent_at(tokens, positions, memory.max_match)
     codes = [_fingerprint(recent[:, -n:]) for n in memory.orders]
     codes = jnp.stack(codes, axis=1)
+    # The first tokens have fewer predecessors than an n-gram needs.
     has_context = positions[:, None] >= np.asarray(memory.orders)
     rows = np.arange(len(memory.orders))
 
@@ -234,6 +256,9 @@ def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
         token = tokens[position]
         is_real = has_context[position]
         slot = (code % memory.num_slots).astype(jnp.int32)
+        # A slot is a majority vote (Boyer and Moore): the token it holds is counted up
+        # when it comes again and down by anything else, and replaced once its count is
+        # used up.
         count = counts[rows, slot]
         is_known = (fingerprints[rows, slot] == code) & (count > 0)
         is_same = is_known & (followers[rows, slot] == token)
@@ -298,11 +323,15 @@ def with_ngrams(
         if memory is None:
             raise ConfigError("drafting with n-grams needs a draft with a memory")
 
+        # The root is at `position`, which slot `position - 1` holds; it is the last of
+        # `recent`.
         index = position[:, None] + jnp.arange(-memory.max_match, 0)
         recent = jnp.take_along_axis(history, jnp.maximum(index, 0), axis=1)
         recent = jnp.where(index >= 0, recent, _NO_TOKEN)
 
         def suggest_after(recent, depth):
+            # Drafted tokens are not in the history: matches end before the root's
+            # follower, wherever the path has got to.
             num_known = jnp.broadcast_to(position[:, None], recent.shape[:2])
             return suggest(memory, history, num_known, recent)
 
@@ -312,6 +341,7 @@ def with_ngrams(
         draft: Draft, cache: dict, position: Int[Array, " b"]
     ) -> Bool[Array, " b"] | None:
         memory = draft.memory
+        # Shorter matches have no rates that pay for a longer chain.
         if memory is None or memory.max_match < _SURE_MATCH:
             return None
 

@@ -50,6 +50,7 @@ def bring_first(tree: Any, number: int) -> Any:
     if number <= 0:
         return tree
 
+    # Everything else of a state belongs to the request, not to a drafter, and stays.
     is_members = lambda node: isinstance(node, Members)
     swap = lambda node: node.swapped(number) if is_members(node) else node
     return jax.tree.map(swap, tree, is_leaf=is_members)
@@ -142,6 +143,8 @@ def pool(
         draft: Draft, shared: SharedTables, cache: Members, pairs: Pairs
     ) -> tuple[Members, Members]:
         caches = list(cache.items)
+        # Who does not run keeps its old cache; its context is a blank one, since the
+        # one it had belongs to an earlier token.
         contexts = list(init_context(pairs.inputs.shape[0]).items)
         num_extended = len(drafters) if extends == "all" else 1
         drafts = drafts_of(draft)
@@ -149,6 +152,7 @@ def pool(
         for i, one in enumerate(drafters[:num_extended]):
             own = pairs.replace(taps=_taps_of(pairs.taps, columns, i))
             caches[i], context = one.extend(drafts[i], shared, caches[i], own)
+
             # Where logits can be had later, none are computed for those who wait.
             if one.predict is not None:
                 context = context.replace(logits=contexts[i].logits)
@@ -163,6 +167,8 @@ def pool(
         roots: Roots,
         hints: Hints | None = None,
     ) -> tuple[DraftTree, Members]:
+        # The engine makes logits late only for a drafter that has `predict`, which a
+        # pool has not: of its members the one that proposes makes its own here.
         own = drafts_of(draft)[0]
         context: DraftContext = roots.context.items[0]
         if chosen.predict is not None:
@@ -202,9 +208,12 @@ def _taps_of(taps: jax.Array, columns: tuple, number: int) -> jax.Array:
     if own is None:
         return taps
 
+    # The target taps every layer that any member reads, one beside the other in
+    # ascending order of layers.
     num_taps = 1 + max((i for some in columns for i in some or ()), default=0)
     width = taps.shape[-1] // num_taps
     parts = [taps[..., i * width : (i + 1) * width] for i in own]
+    # A member without taps gets features of width zero.
     return jnp.concatenate(parts, axis=-1) if parts else taps[..., :0]
 
 
@@ -234,6 +243,8 @@ def build_pool(
 def _build_member(
     member: Member, has_ngrams: bool, tree, numerics: Numerics, stop_fn
 ) -> Drafter:
+    # Mixing and n-grams belong to the member, not to the pool: two members may differ
+    # in them.
     inner = inner_tree(tree) if member.mix else tree
     drafter = build_checked(member.family, member.config, inner, numerics, stop_fn)
     if member.mix:
@@ -246,6 +257,7 @@ def _build_member(
 
 def _max_depth(config: PoolConfig) -> int:
     """What the shallowest member can draft; there need not be a limit."""
+    # Every action's tree must be one that whoever is chosen can draft.
     limits = [
         member.family.max_depth(member.config)
         for member in config.members

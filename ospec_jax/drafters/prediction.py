@@ -72,6 +72,8 @@ def nearest_match(
     """
     num_slots = tokens.shape[1]
     num_recent = recent.shape[1]
+    # `length[b, i]` counts how many tokens right before place i equal the last ones of
+    # the answer; a mismatch ends the count for good.
     index = jnp.arange(num_slots)
     is_same = index < num_tokens[:, None]
     length = jnp.zeros(tokens.shape, jnp.int32)
@@ -79,9 +81,12 @@ def nearest_match(
     for back in range(num_recent):
         before = jnp.roll(tokens, back + 1, axis=1)
         wanted = recent[:, num_recent - 1 - back, None]
+        # `roll` wraps around at the beginning; places there have no token so far back.
         is_same = is_same & (before == wanted) & (index > back)
         length = length + is_same
 
+    # Places behind `place` are all nearer than those before it: an edit mostly goes on,
+    # and returns to something earlier only when it repeats itself.
     ahead = index - place[:, None]
     distance = jnp.where(ahead >= 0, ahead, num_slots - ahead)
     longest = jnp.max(length, axis=1)
@@ -104,15 +109,22 @@ def follow(
     expected = prediction.place + prediction.num_skipped
     is_true = _tokens_at(prediction, expected[:, None] + count) == tokens
     is_true &= count < num_new[:, None]
+    # Only the first tokens in a row count: behind a mismatch an equal token is chance.
     num_true = jnp.sum(jnp.cumprod(is_true, axis=1), axis=1).astype(jnp.int32)
     # The window of the last tokens moves on by as many as are new.
     joined = jnp.concatenate([prediction.recent, tokens], axis=1)
     width = prediction.recent.shape[1]
     recent = jnp.take_along_axis(joined, num_new[:, None] + jnp.arange(width), axis=1)
+
+    # Where the stretch that was true ends. Without a single true token it is where it
+    # was.
     came_off = jnp.where(num_true > 0, expected + num_true, prediction.place)
     found, length = nearest_match(
         prediction.tokens, prediction.num_tokens, recent, came_off
     )
+
+    # Held: all new tokens are as predicted. Found: their end occurs elsewhere. Neither:
+    # the place stays, and the skipped tokens add up.
     is_held = num_true == num_new
     is_found = length >= MIN_MATCH
     is_on = is_held | is_found
@@ -124,6 +136,7 @@ def follow(
         run=jnp.where(is_held, held, jnp.where(is_found, length, 0)),
         recent=recent,
     )
+    # Rows that had finished emit nothing, and must not move.
     is_moving = num_new > 0
     keep = lambda new, old: jnp.where(
         is_moving.reshape(-1, *[1] * (new.ndim - 1)), new, old
@@ -151,15 +164,21 @@ def suggest(
       depth: How many of them were drafted.
     """
     num_recent = recent.shape[-1]
+    # The token behind those that were emitted and drafted since the place.
     index = (prediction.place + prediction.num_skipped + depth)[:, None]
     is_followed = jnp.ones(recent.shape[:2], bool)
 
+    # A path has followed the prediction if all its drafted tokens did; tokens before
+    # them were emitted, and `follow` has judged them already.
     for back in range(num_recent):
         drafted = recent[..., num_recent - 1 - back]
         is_same = drafted == _tokens_at(prediction, index - 1 - back)
         is_followed &= is_same | (back >= depth)
 
     token = _tokens_at(prediction, index)
+
+    # Drafted tokens count as come true, since the suggestion matters only if they are
+    # accepted.
     run = prediction.run + depth
     rate = (run + 2 * prediction.confidence) / (run + prediction.num_skipped + 2)
     is_suggested = is_followed & (token >= 0)

@@ -133,6 +133,9 @@ def build_drafter(
     if isinstance(config, PoolConfig):
         config = dataclasses.replace(config, has_ngrams=is_lent)
 
+    # From the inside out: the family's own drafter, suggestions beside it, then the
+    # source that they come from. `propose` of a longer chain replaces all of the
+    # family's drafting but none of its state, so that steps can change between both.
     inner = inner_tree(tree) if mix else tree
     drafter = build_checked(family, config, inner, numerics, stop_fn)
     if mix:

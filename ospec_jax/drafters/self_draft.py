@@ -53,6 +53,8 @@ def self_draft(
             out, _, entries = model(
                 params, nodes.tokens, nodes.positions, nodes.bias, entries, nodes.starts
             )
+            # Nothing is learned from states here, so there are none: the placeholder of
+            # width one is passed on.
             return nodes.hidden, llama.target_logits(params, out, numerics), entries
 
         proposed = propose_from_root(
@@ -83,6 +85,7 @@ def first_layers(params, num_layers: int, numerics: Numerics):
 def first_entries(shared: SharedTables, num_layers: int) -> kv.KVCache:
     """What a target's first layers have cached of verified tokens."""
     assert shared.cache is not None, "the drafter reads the target"
+    # A tuple of layers or one stacked array: the slice is right for both.
     keys = shared.cache.keys
     values = shared.cache.values
     return kv.KVCache(keys=keys[:num_layers], values=values[:num_layers])
@@ -104,6 +107,8 @@ def propose_from_root(
       entries: The target's, of the layers that draft; a copy is written to.
       args: Further ones of `grow`.
     """
+    # The root's own pass makes what verification leaves in the context of other
+    # drafters: its state, and the logits of its children.
     starts = roots.position
     root = Nodes(
         tokens=roots.token[:, None],
@@ -116,6 +121,8 @@ def propose_from_root(
     hidden, logits, entries = step(entries, root)
     context = DraftContext(hidden=hidden[:, 0], logits=logits[:, 0])
     roots = roots.replace(context=context)
+    # The written copy is dropped: verification runs the target's own layers over the
+    # tree and makes the entries that stay.
     drafted, _ = grow(
         step, tree, entries, roots, *args, is_row_invariant=is_row_invariant, offset=1
     )
@@ -144,8 +151,10 @@ def in_four_bits(params):
 def _rounded(linear: dict) -> dict:
     kernel = linear["kernel"]
     num_out, num_in = kernel.shape
+    # Rows that do not divide share one scale.
     size = GROUP if num_in % GROUP == 0 else num_in
     groups = kernel.astype(jnp.float32).reshape(num_out, num_in // size, size)
+    # Symmetric: 15 levels from -7 to 7.
     step = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / 7.0
     values = jnp.round(groups / jnp.maximum(step, 1e-12)) * step
     values = values.reshape(num_out, num_in)

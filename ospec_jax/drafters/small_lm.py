@@ -48,6 +48,7 @@ def small_lm(
         return hidden, cache
 
     def logits_of(draft, hidden):
+        # Rows beyond the vocabulary are padding, which must not be drafted.
         return llama.target_logits(draft.params, hidden, numerics)[..., :num_ids]
 
     def init_cache(batch_size, capacity):
@@ -77,6 +78,8 @@ def small_lm(
         positions = starts[:, None] + jnp.arange(num_tokens)
         bias = kv.causal_bias(starts, num_tokens, cache.capacity)
         hidden, cache = run(draft, cache, tokens, positions, bias, starts)
+        # The newest real token lies behind `num_valid` others, the repeated one
+        # included.
         last = logits_of(draft, take_row(hidden, pairs.num_valid)[:, None])[:, 0]
         nothing = jnp.zeros((tokens.shape[0], 1))
 

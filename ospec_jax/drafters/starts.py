@@ -23,10 +23,12 @@ def start_warm(family: Family, params: dict, target: Target, token_ids) -> dict:
         return params
 
     started = dict(family.warm_start(params, target))
+    # Its head begins as the target's rows of its own vocabulary.
     if token_ids is not None:
         rows = dequantized(head_table(target.params))[token_ids]
         started["lm_head"] = {"kernel": rows}
 
+    # A draft of another shape starts at random as a whole, rather than in part.
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)
     if shapes(started) != shapes({name: params[name] for name in started}):
         return params
@@ -53,6 +55,7 @@ def passing(kernel: jax.Array, first_column: int) -> jax.Array:
     """A projection `[d, e]` that passes `d` of its inputs on, the others hardly.
 
     Args:
+      kernel: `[d, e]`, at random.
       first_column: Of the inputs that are passed on.
     """
     width, num_inputs = kernel.shape

@@ -76,6 +76,9 @@ class Progress(NamedTuple):
         return self._promise(self.scores) - self._promise(self.scores_before)
 
     def _promise(self, scores: Float[Array, "b p"]) -> Float[Array, " b"]:
+        # A node's path probability is its chance of being accepted, by the draft's own
+        # measure, so the sum over the kept nodes is the expected number of accepted
+        # tokens.
         best = jax.lax.top_k(scores, self.num_kept)[0]
         return jnp.sum(jnp.exp(best), axis=-1)
 
@@ -101,6 +104,7 @@ def rules_of(tree: TreeConfig, stop_fn: StopFn | None = None) -> tuple[StopFn, .
     Raises:
       ConfigError: The tree cannot stop early.
     """
+    # A static tree's shape is fixed while tracing, and none of its nodes is dropped.
     if stop_fn is not None and tree.kind == "static":
         raise ConfigError(
             "a static tree always has its full depth, so stop_fn has nothing to say: "

@@ -19,6 +19,7 @@ def static_parents(config: TreeConfig) -> np.ndarray:
     if config.parents:
         return np.asarray(config.parents, np.int32)
 
+    # Level by level, so that nodes stand in depth order and siblings side by side.
     branching = config.branching if config.kind == "static" else (1,) * config.num_steps
     parents = [NO_PARENT]
     level = [0]
@@ -34,6 +35,7 @@ def static_parents(config: TreeConfig) -> np.ndarray:
 def static_depths(parents: np.ndarray | tuple[int, ...]) -> np.ndarray:
     """Depth of each node, `[n]`."""
     depths = np.zeros(len(parents), np.int32)
+    # Parents stand before their children: one pass is enough.
     for node in range(1, len(parents)):
         depths[node] = depths[parents[node]] + 1
 
@@ -59,6 +61,8 @@ def ancestor_mask(parents: Int[Array, "b n"], max_depth: int) -> Bool[Array, "b 
     is_child = (parents >= 0)[:, :, None]
     mask = jnp.broadcast_to(own, (parents.shape[0], n, n))
 
+    # Each turn hands masks one generation down; after `max_depth` of them everyone has
+    # all its ancestors'.
     for _ in range(max_depth):
         mask = own | (inherit(mask, above) & is_child)
 
@@ -90,6 +94,10 @@ def best_parents(
             f"{num_draft_tokens} and {max_depth}"
         )
 
+    # Best first. A path is a tuple of child ranks. When a node is taken, its first
+    # child and its next sibling become candidates; all others are less probable than
+    # one of these, so the largest products come out in order, and parents before
+    # children.
     chosen: list[tuple[int, ...]] = []
     queue: list[tuple[float, tuple[int, ...]]] = [(-rates[0], (0,))]
 
@@ -108,6 +116,7 @@ def best_parents(
             f"{len(chosen)} nodes, not {num_draft_tokens}"
         )
 
+    # Trees are numbered in depth order.
     ordered = [(), *sorted(chosen, key=lambda path: (len(path), path))]
     place = {path: i for i, path in enumerate(ordered)}
 

@@ -74,6 +74,8 @@ def with_checks(drafter: Drafter, tree: TreeConfig, name: str) -> Drafter:
                 f"{type(proposed).__name__}; return (DraftTree, cache)"
             )
 
+        # Shapes are known while tracing, so a wrong one is an error; values are not, so
+        # they are put right instead.
         drafted, cache = proposed
         _check_shapes(drafted, tree, roots.token.shape[0], name)
 
@@ -124,6 +126,8 @@ def _rebuilt(
         # Nobody stands before its parent; the first one has none.
         parents = jnp.clip(drafted.parents, 0, np.maximum(place - 1, 0))
         parents = jnp.where(is_root, topology.NO_PARENT, parents).astype(jnp.int32)
+        # A tree of n nodes may be n - 1 deep: what is deeper than was asked for is
+        # found by its depth, and dropped.
         mask = topology.ancestor_mask(parents, shape[1] - 1)
         depths = jnp.sum(mask, axis=-1, dtype=jnp.int32) - 1
 

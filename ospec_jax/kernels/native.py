@@ -137,6 +137,8 @@ def _load(folder: Path) -> ctypes.CDLL:
     if compiler is None:
         raise FileNotFoundError("no C++ compiler was found")
 
+    # Whatever could make another binary is a part of its name, so that no stale one is
+    # ever loaded.
     version = _run(compiler, "--version").splitlines()[0]
     jaxlib = importlib.metadata.version("jaxlib")
     texts = [p.read_text() for p in sorted(_FOLDER.iterdir()) if p.suffix in _SUFFIXES]
@@ -144,6 +146,7 @@ def _load(folder: Path) -> ctypes.CDLL:
     name = f"kernels-{_digest(key.encode())}"
     place = folder / "native"
 
+    # A damaged file is deleted, so that it is built anew below.
     for library in sorted(place.glob(f"{name}-*.so")):
         with contextlib.suppress(OSError):
             if library.stem == f"{name}-{_digest(library.read_bytes())}":
@@ -192,6 +195,7 @@ def _is_correct() -> bool:
         x = rng.normal(size=(rows, columns)).astype(np.float32)
         kernel = rng.integers(-127, 128, size=(features, columns)).astype(np.int8)
         scale = rng.random(features).astype(np.float32)
+        # As `quantize_rows` computes it, bit by bit: the integer product must be equal.
         row_scale = np.max(np.abs(x), axis=1, keepdims=True) * np.float32(1 / 127)
         quantized = np.rint(x / row_scale).astype(np.int32)
         expected = (quantized @ kernel.T.astype(np.int32)).astype(np.float32)

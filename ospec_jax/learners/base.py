@@ -168,6 +168,7 @@ def stepped(
       size: Factor of the step.
     """
     updates, opt_state = directed(optimizer, grads, opt_state, params, loss)
+    # The optimizer runs at step 1 where several step sizes share it; see `ensemble`.
     updates = jax.tree.map(lambda update: size * update, updates)
     return optax.apply_updates(params, updates), opt_state
 
@@ -176,6 +177,7 @@ def directed(
     optimizer: optax.GradientTransformation, grads, opt_state, params, loss
 ) -> tuple[Params, Any]:
     """What an optax optimizer would add to the parameters, and its state."""
+    # Some optimizers (momo, say) ask for the loss; the others are not told.
     run = optax.with_extra_args_support(optimizer).update
     return run(grads, opt_state, params, value=loss)
 
@@ -197,4 +199,5 @@ def restarted(learner: Learner, state: LearnerState, params: Params) -> LearnerS
     else:
         new = learner.restart(state, params)
 
+    # The count goes on: it seeds the choice of older windows, which must not repeat.
     return new.replace(num_updates=state.num_updates)

@@ -17,6 +17,7 @@ def expected_tokens(acceptance_rate, num_steps: int):
     The bonus token included: (1 - a^(K+1)) / (1 - a), written as the sum that it is.
     """
     powers = [np.asarray(acceptance_rate, float) ** i for i in range(num_steps + 1)]
+    # The sum has no division by zero at a rate of 1.
     return np.sum(powers, axis=0)
 
 
@@ -47,6 +48,7 @@ def acceleration_lower_bound(
       regret: Summed over rounds, in nats.
       comparator_loss: Sum of KL(p_t || q) of the comparators; 0 if they attain p_t.
     """
+    # Measured regret may be negative; the bound then is that of none.
     total = np.maximum(np.asarray(regret, float) + comparator_loss, 0.0)
     rejection = np.minimum(np.sqrt(total / (2 * num_rounds)), 1.0)
     tokens = expected_tokens(1 - rejection, num_steps)

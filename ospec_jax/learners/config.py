@@ -141,12 +141,16 @@ class LearnerConfig(_Parts):
           ConfigError: There is no such learner, it does not read a setting, or a
             setting is out of its range.
         """
+        # Parts are taken apart first, so that every setting has one place, whoever
+        # gives it.
         given = _flattened(settings)
         used = given.pop("rule", None)
         rule = used if rule is None else rule
         shared = {key: given.pop(key, usual) for key, usual in _SHARED.items()}
         _check_shared(shared)
 
+        # Whose settings they are: a rule of the user's, one to be decided on, one by
+        # name.
         parts: dict[str, Any] = dict.fromkeys(_PARTS)
         if rule is not None:
             name = _name_for_rule(name, rule)
@@ -159,12 +163,14 @@ class LearnerConfig(_Parts):
             name = name or "gradient"
             kind = _kind_of(name)
 
+        # A setting that the rule fixes may be repeated, but not changed.
         given = {key: x for key, x in given.items() if kind.fixed.get(key) != x}
         if unread := given.keys() - _readable(kind):
             raise _refusal(name, kind, sorted(unread))
 
         method = kind(**_taken(kind, given)).settled()
 
+        # Later ones win: the rule's defaults, what was given, what the rule fixes.
         for part, cls in _PARTS.items():
             if cls in kind.parts:
                 values = kind.defaults | given | kind.fixed
@@ -242,6 +248,8 @@ class LearnerConfig(_Parts):
             settings = {key: x for key, x in settings.items() if key in known}
             # A loss was written once for learners that did not read it.
             unread.pop("loss", None)
+            # Older versions wrote all settings; only what somebody had set is worth a
+            # warning.
             odd = [key for key, x in unread.items() if x not in _usual_values(key)]
             if odd:
                 warnings.warn(
@@ -379,6 +387,7 @@ def _flattened(settings: dict[str, Any]) -> dict[str, Any]:
                     f"by one, or name a learner: LearnerConfig(name=...)"
                 )
             values |= {name: getattr(given, name) for name in _names(given)}
+            # Settings of `auto` are held in pairs; they are as flat as all others.
             values |= dict(values.pop("given", ()))
             values = {k: x for k, x in values.items() if x is not None}
 

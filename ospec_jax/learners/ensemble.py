@@ -179,6 +179,8 @@ def ensemble(
     def init(params, anchor=None):
         copies = lambda x: jnp.repeat(x[None], len(steps), axis=0)
         count = 1 + len(steps)
+        # A static draft without weight keeps its place, so that shapes do not depend on
+        # it.
         start = jnp.arange(count) >= (0 if has_static else 1)
         experts = jax.tree.map(copies, params)
         opt_state = EnsembleState(
@@ -209,6 +211,8 @@ def ensemble(
                 params, segments, shared, token_ids
             )
             move = lambda: stepped(optimizer, grads, inner, params, info.loss, size)
+            # Each expert decides for itself: with positions that depend on the draft,
+            # one of them may have nothing to learn where another has.
             moved = jax.lax.cond(info.weight > 0, move, lambda: (params, inner))
             return moved, info._replace(grad_norm=optax.global_norm(grads))
 
@@ -260,6 +264,8 @@ def _summary(
 
 def averaged(weights: Float[Array, " m"], anchor: Params, experts: Params) -> Params:
     """The experts' mean under the weights, the anchor being the first of them.
+
+    Leaves of `experts` are `[m - 1, ...]`; the anchor and the mean lack that axis.
 
     Only floating-point leaves are averaged: tables of integers stay the anchor's.
     """

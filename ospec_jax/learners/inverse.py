@@ -55,6 +55,8 @@ def _eliminated(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
 
     def eliminate(k, state):
         matrix, found = state
+        # Row k is taken off all rows below it; the same operations on the identity give
+        # the inverse of L, once row k is divided by the root of its pivot.
         pivot = matrix[k, k]
         share = jnp.where(rows > k, matrix[:, k] / pivot, 0.0)[:, None]
         scaled = found.at[k].multiply(jax.lax.rsqrt(pivot))

@@ -201,11 +201,15 @@ def head_learner(
     def inverted(moment, weight):
         mean = moment / jnp.maximum(weight, 1.0)
         width = mean.shape[0]
+        # Relative to the mean eigenvalue, so that damping means the same for states of
+        # any scale; the constant serves before any state was seen.
         floor = damping * jnp.trace(mean) / width + 1e-6
         return inverse(mean + floor * jnp.eye(width))
 
     @typed
     def update(state: HeadState, samples: HeadSamples):
+        # The second moment of the inputs, and its inverse where that is due: it moves
+        # too little to be inverted at every update.
         x = samples.inputs * samples.is_real[:, None]
         moment = fading * state.moment + x.T @ x
         weight = fading * state.weight + jnp.sum(samples.is_real)
@@ -218,15 +222,20 @@ def head_learner(
             moment,
             weight,
         )
+        # From here on `logits` are u = z / T.
         if samples.sampling is not None:
             scaled = samples.logits / samples.sampling.temperature
             samples = samples.replace(logits=scaled)
 
+        # The step: each sample's error along its preconditioned input, divided by the
+        # curvature, so that it moves its own logits by exactly its error at `rate` 1.
         total = jax.nn.logsumexp(samples.logits, axis=-1, keepdims=True)
         error, rows = _errors(samples, total, num_candidates)
         direction = x @ preconditioner
         curvature = jnp.sum(direction * x, axis=1, keepdims=True)
         direction = direction / jnp.maximum(curvature, 1e-9)
+
+        # Rows that were often corrected take shorter steps, as with AdaGrad.
         energy = fading * state.energy
         steps = rate / jnp.sqrt(1 + energy[rows] / patience)
         shift = -steps[:, None] * (error.T @ direction)

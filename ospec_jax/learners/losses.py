@@ -49,6 +49,7 @@ def target_probs(
     logsumexp: Float[Array, "b t"],
 ) -> Float[Array, "b t q"]:
     """The target's probabilities of the draft vocabulary."""
+    # Rounding of the recorded float16 states may push a log-probability above 0.
     logits = jnp.einsum("btd,qd->btq", hidden, head)
     return jnp.exp(jnp.minimum(logits - logsumexp[..., None], 0.0))
 
@@ -58,6 +59,8 @@ def forward_kl(
     probs: Float[Array, "b t q"], logits: Float[Array, "b t q"]
 ) -> Float[Array, "b t"]:
     """Cross-entropy to the target's distribution: KL(p || q) up to p's entropy."""
+    # The target's probabilities need not sum to one, so neither does their weight on
+    # the normaliser: -sum p log q = (sum p) logsumexp(z) - sum p z.
     total = jax.nn.logsumexp(logits, axis=-1)
     return jnp.sum(probs, axis=-1) * total - jnp.sum(probs * logits, axis=-1)
 
@@ -158,12 +161,17 @@ def unrolled_loss(
     total = jnp.float32(0.0)
     scale = 0.0
     signal = jnp.float32(0.0)
+
+    # By row: the chance that a path has survived so far, whether it ran over verified
+    # rows alone, and whether the draft's best tokens were right so far.
     survival = on_path = agreed_so_far = jnp.ones_like(weight[:, :length])
     fresh_total = jnp.float32(0.0)
     fresh_signal = jnp.float32(0.0)
     agreement = []
     acceptance = []
 
+    # A draft of depth d at row i predicts the token after target row i + d, so every
+    # depth is a shifted slice of the same recorded rows.
     for depth, depth_logits in enumerate(logits):
         rows = slice(depth, depth + length)
         p = probs[:, rows]
@@ -177,15 +185,20 @@ def unrolled_loss(
             survival = survival * jnp.where(w > 0, 1.0 - rejection, 1.0)
             rejection = 1.0 - survival
             used = used * on_path
+        # The first disagreement of a chain counts; behind it, verification would have
+        # stopped and begun anew.
         if positions == "rejected":
             used = used * agreed_so_far * (1.0 - is_same)
             agreed_so_far = agreed_so_far * is_same
         total += decay**depth * _mean(rejection, used)
         signal += decay**depth * jnp.sum(used)
+
+        # The same sums over the windows that no update has trained on: an honest loss.
         fresh = used if is_fresh is None else used * is_fresh[:, None]
         fresh_total += decay**depth * _mean(rejection, fresh)
         fresh_signal += decay**depth * jnp.sum(fresh)
         scale += decay**depth
+        # What is reported counts every verified row, whatever the loss emphasises.
         agreement.append(_mean(is_same, w))
         acceptance.append(1.0 - _mean(total_variation(p, depth_logits), w))
 
@@ -203,6 +216,7 @@ def unrolled_loss(
 
 
 def _mean(values: Float[Array, "b l"], weight: Float[Array, "b l"]) -> Float[Array, ""]:
+    # A depth without any counted row gives 0, not 0 / 0.
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
 
 
@@ -260,6 +274,7 @@ def accepted_lengths(
 
     for depth, depth_logits in enumerate(logits):
         rows = slice(depth, depth + length)
+        # An unverified row ends the path.
         survival = survival * is_agreed(probs[:, rows], depth_logits) * weight[:, rows]
         total = total + survival
 

@@ -40,6 +40,7 @@ class OptimizedMethod(Method):
         self._check_optimizer()
         check_finite(self)
         check(self, "learning_rate", lambda x: x > 0, "above 0")
+
         own = self.published_optimizer
         if self.optimizer or self.learning_rate is None or own == "adam":
             return

@@ -79,6 +79,8 @@ def build_objective(
         feedback = segments.feedback
         assert feedback.hidden is not None, "features are recorded"
         assert feedback.logsumexp is not None, "features are recorded"
+        # Recorded states and the frozen head give the target's probabilities: the
+        # target itself is not run again.
         head = dequantized(frozen_head(shared, token_ids))
         hidden = feedback.hidden[:, rows].astype(jnp.float32)
 
@@ -114,6 +116,8 @@ def build_objective(
         weight = segments.weight[:, rows]
         counted = emphasis(segments)
         candidates = None
+        # Candidates are chosen by the target's mass over the whole batch, not by
+        # position: one small matrix of head rows then serves all of it.
         if 0 < num_candidates < probs.shape[-1]:
             mass = jnp.einsum("btq,bt->q", probs, weight)
             candidates = jax.lax.top_k(mass, num_candidates)[1]
@@ -132,6 +136,7 @@ def build_objective(
                 counted,
                 segments.is_fresh,
             )
+            # Figures about the whole draft vocabulary would be wrong for a part of it.
             return total, info if candidates is None else info.of_candidates()
 
         if unroll_features is None or not feature_weight:
@@ -144,6 +149,8 @@ def build_objective(
         return total + of_states * feature_weight, info
 
     def score(params, segments: Segments, shared, token_ids):
+        # With all tokens and even weights: drafts are compared by what they get
+        # accepted, not by the loss that one of them was trained on.
         logits = forward(unroll, params, segments, shared, token_ids)
         probs = targets(segments, shared, token_ids)[0]
         scored = logits, probs, segments.weight[:, rows]

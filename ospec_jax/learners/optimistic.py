@@ -123,12 +123,16 @@ def optimistic(
         )
         hint_error = distance(grads, state.opt_state.hint) ** 2
 
+        # The four lines of the rule, in the order learn, expect, play; the gradient
+        # above was observed at the played parameters.
         def move(state: LearnerState):
             old = state.opt_state
             learned, inner = stepped(optimizer, grads, old.inner, old.params, info.loss)
             learned = bounded(learned, old.anchor)
             keep = lambda h, g: hint_decay * h + (1.0 - hint_decay) * g
             hint = jax.tree.map(keep, old.hint, grads)
+            # The optimizer's state after this step is dropped: the step is only
+            # expected.
             ahead, _ = stepped(optimizer, hint, inner, learned, info.loss)
             played = bounded(ahead, old.anchor)
             length = old.path_length + distance(played, state.params)

@@ -34,6 +34,7 @@ def make_optimizer(
     Raises:
       ConfigError: optax has none of that name, or it needs more than a learning rate.
     """
+    # One odd batch of traffic must not throw the draft far off.
     return optax.chain(
         optax.clip_by_global_norm(1.0), _bare(name, learning_rate, options)
     )
@@ -51,6 +52,8 @@ def _bare(name: str, learning_rate: float, options: dict) -> Any:
         options = {"weight_decay": 0.0} | options
         return optax.contrib.mechanize(_bare(wrapped or "adam", 1.0, {}), **options)
 
+    # optax has no registry: a name is looked up in its modules, and what is found there
+    # must behave like an optimizer.
     factory = getattr(optax, kind, None) or getattr(optax.contrib, kind, None)
     rate = 1.0 if kind in PARAMETER_FREE else learning_rate
     found = None

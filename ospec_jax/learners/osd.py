@@ -110,6 +110,8 @@ def osd(
 
     def empty(params, opt_state: OsdState, loss):
         """One step on what is buffered."""
+        # A buffer whose positions were all right has no gradient: the optimizer does
+        # not step, so that its momentum and its counters stay.
         scale = 1.0 / jnp.maximum(opt_state.weight, 1e-6)
         grads = jax.tree.map(lambda g: scale * g, opt_state.gradient)
         take = lambda: stepped(optimizer, grads, opt_state.inner, params, loss)
@@ -129,6 +131,8 @@ def osd(
         )
 
         def move(state: LearnerState):
+            # The loss is a mean over wrong positions, so weighting it by their number
+            # makes sums that can be divided by all of them.
             old = state.opt_state
             add = lambda total, g: total + info.weight * g
             gathered = old.replace(
@@ -143,6 +147,7 @@ def osd(
             )
             return state.replace(params=params, opt_state=opt_state)
 
+        # Requests count by their verified tokens, even if none of them was wrong.
         new = moved_if(jnp.sum(segments.weight) > 0, state, move)
         extra = {
             "buffered": new.opt_state.count,

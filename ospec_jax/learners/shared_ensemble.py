@@ -159,6 +159,8 @@ def shared_ensemble(
     """
     sizes = jnp.asarray(steps)
     middle = jnp.exp(jnp.mean(jnp.log(sizes)))
+    # As many pulls as a round has updates, done at once: (1 - pull) of the distance is
+    # left after each.
     pulls = 1.0 - (1.0 - jnp.minimum(pull * sizes / middle, 1.0)) ** round_length
     count = 1 + len(steps)
 
@@ -183,6 +185,7 @@ def shared_ensemble(
 
     def judge(old: SharedEnsembleState, segments, shared, token_ids):
         """`[m]` losses on the newest windows that are fresh, and what they weigh."""
+        # Windows of a batch come newest first.
         newest = jax.tree.map(lambda x: x[:num_scored], segments)
 
         def loss_of(expert):
@@ -196,6 +199,7 @@ def shared_ensemble(
 
             return info.fresh_loss, info.fresh_weight
 
+        # One expert after the other: only one of them exists as parameters at a time.
         losses, weights = jax.lax.map(loss_of, jnp.arange(count))
         weight = jnp.min(weights)
         return jnp.where(weight > 0, losses, old.losses), weight
@@ -203,6 +207,8 @@ def shared_ensemble(
     def moved(old: SharedEnsembleState, shifts, ahead):
         """Experts after a round whose directions add up to `ahead`."""
 
+        # The mean of the shifts under the old weights is where the ensemble played when
+        # the round began, the static draft's shift being 0.
         def along(s, d):
             played = jnp.tensordot(old.weights[1:], s, 1)
             return s + _each(pulls, played[None] - s) + jnp.tensordot(sizes, d, 0)
@@ -219,6 +225,9 @@ def shared_ensemble(
         old = state.opt_state
         data = (segments, shared, token_ids)
         grads, info = jax.grad(objective.loss, has_aux=True)(state.params, *data)
+
+        # A round ends with its last update, or with the next fresh batch if that one is
+        # not.
         has_signal = info.weight > 0
         is_fresh = info.fresh_weight > 0
         is_due = (state.num_updates + 1) % round_length == 0
@@ -245,6 +254,8 @@ def shared_ensemble(
             direction, inner = directed(
                 optimizer, grads, old.inner, state.params, info.loss
             )
+            # Moving the mean as its experts will move: each by its own step along the
+            # direction.
             size = old.weights[1:] @ sizes
             ahead = jax.tree.map(jnp.add, old.ahead, direction)
             played = jax.tree.map(lambda p, d: p + size * d, state.params, direction)

@@ -39,10 +39,15 @@ def attend(
     is_row_invariant = numerics.is_row_invariant
     b, t, heads, e = queries.shape
     h = keys.shape[1]
+
+    # Rows of the products: all queries that read one key-value head, `[b, h, g * t,
+    # e]`.
     q = queries.reshape(b, t, h, heads // h, e).transpose(0, 2, 3, 1, 4)
     q = (q * e**-0.5).reshape(b, h, heads // h * t, e).astype(keys.dtype)
     scores = jnp.einsum("bhqe,bhes->bhqs", q, keys, preferred_element_type=jnp.float32)
     scores = scores.reshape(b, h, heads // h, t, -1) + bias[:, None, None]
+    # Exponentials relative to the largest score cannot overflow. The shift cancels in
+    # the quotient, so no gradient goes through it.
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top).reshape(b, h, heads // h * t, -1)
     total = row_sum(weights, is_row_invariant, WIDE)
@@ -64,8 +69,12 @@ def attend(
 
 
 def by_library(queries, keys, values, bias, kind: AttentionKind):
-    """`attend` by JAX's own function, in the type of the cache."""
+    """`attend` by JAX's own function, in the type of the cache.
+
+    Shapes are those of `attend`.
+    """
     b, t, heads, e = queries.shape
+    # The library wants tokens before heads, `[b, s, h, e]`.
     out = jax.nn.dot_product_attention(
         queries.astype(keys.dtype),
         keys.transpose(0, 3, 1, 2),

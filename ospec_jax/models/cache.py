@@ -77,12 +77,14 @@ def write_rows(
     """Writes entries into the slots of `axis` from `starts` on.
 
     Args:
+      buffer: `[b, ...]`, with `s` slots along `axis`; `[layers, b, ...]` with `layer`.
+      new: `[b, ...]`, with `t` entries along `axis`.
       is_batched: In one scatter, instead of one in-place slice a row; see
         `Numerics.has_batched_writes`.
       layer: Which of the stacked layers of `buffer` to write, if it has such.
     """
     if layer is not None:
-
+        # One layer's part of the stacked buffer, in place: the others are not touched.
         def put_layer(layers, entries, start):
             indices = [jnp.zeros_like(start)] * layers.ndim
             indices[0] = jnp.asarray(layer, start.dtype)
@@ -100,6 +102,7 @@ def write_rows(
 
     zero = jnp.zeros((), starts.dtype)
 
+    # One slice a row, each in place: XLA:CPU would run a scatter index by index.
     for row in range(buffer.shape[0]):
         indices = [zero] * buffer.ndim
         indices[0] = jnp.full((), row, starts.dtype)
@@ -134,7 +137,7 @@ def append(
 
 
 def gather_slots(buffer, slots: Int[Array, "b m"], axis: int = -2):
-    """Reads the given slots, along `axis`, of each row."""
+    """Reads the given slots, along `axis`, of each row of `buffer`, `[b, ...]`."""
     take = lambda row, index: jnp.take(row, index, axis=axis, mode="clip")
     return jax.vmap(take)(buffer, slots)
 
@@ -152,11 +155,13 @@ def keep_path(
       starts: Number of committed tokens of each row.
       path: Tree nodes to keep, in order; node i lies in slot `starts + i`.
     """
+    # All are read before any is written: a kept node may lie where an earlier one goes.
     slots = starts[:, None] + path
     move = lambda buffer, axis: write_rows(
         buffer, gather_slots(buffer, slots, axis), starts, axis, is_batched
     )
     each = lambda axis: lambda buffer: move(buffer, axis)
+    # Stacked caches are moved layer by layer, each as an unstacked one.
     if cache.batch_axis:
         return KVCache(
             keys=jax.vmap(each(-1))(cache.keys), values=jax.vmap(each(-2))(cache.values)
@@ -173,6 +178,7 @@ def causal_bias(
     starts: Int[Array, " b"], num_tokens: int, capacity: int
 ) -> Float[Array, "b t s"]:
     """Bias of attention scores for consecutive tokens that begin at slot `starts`."""
+    # Token i of a row sees slots up to its own, `starts + i`.
     slots = jnp.arange(capacity)
     last = starts[:, None] + jnp.arange(num_tokens)
     return jnp.where(slots <= last[:, :, None], 0.0, _MASKED)
@@ -206,6 +212,8 @@ def tree_bias(
     Args:
       ancestor_mask: Whether node j, in slot `starts + j`, is node i or its ancestor.
     """
+    # Slots before `starts` are committed tokens, all visible; slot `starts + j` is node
+    # j; what lies behind the tree is rubbish.
     offset = jnp.arange(capacity) - starts[:, None]
     num_nodes = ancestor_mask.shape[-1]
     index = jnp.clip(offset, 0, num_nodes - 1)

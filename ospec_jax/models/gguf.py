@@ -90,6 +90,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         rope_theta=fields.number("rope.freq_base", 10000.0),
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
         max_position=fields.whole("context_length"),
+        # A file without a head of its own shares the embedding.
         tie_embeddings="output.weight" not in file,
         **FAMILIES[family],
     )
@@ -102,6 +103,7 @@ def _check_computed(file: GGUFFile, fields: Fields) -> None:
         is_own = name.startswith(fields.prefix) and key.startswith(_COMPUTED)
         if not is_own or key in _KEYS:
             continue
+        # Named, but without effect: these do not change what is computed.
         if key == "rope.scaling.type" and value in _NO_SCALING:
             continue
         if key in ("rope.scale_linear", "rope.scaling.factor") and value == 1:
@@ -119,8 +121,13 @@ def _is_unscaled(fields: Fields) -> bool:
 
 
 def unpermute_rotary(kernel: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undoes llama.cpp's interleaved order of q and k rows (llama architecture)."""
+    """Undoes llama.cpp's interleaved order of q and k rows (llama architecture).
+
+    Args:
+      kernel: `[num_heads * e, d]`.
+    """
     out, fan_in = kernel.shape
+    # Interleaved pairs `[heads, e / 2, 2]` to two halves `[heads, 2, e / 2]`.
     pairs = kernel.reshape(num_heads, out // num_heads // 2, 2, fan_in)
     return pairs.swapaxes(1, 2).reshape(out, fan_in)
 
@@ -154,6 +161,7 @@ def load_params(
             heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
             for name, count in heads.items():
                 rows = count * config.head_dim
+                # A wrong shape is told by `assemble`, which names the tensor.
                 if weights[name].shape == (rows, config.hidden_size):
                     weights[name] = unpermute_rotary(weights[name], count)
 

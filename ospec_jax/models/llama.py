@@ -60,9 +60,11 @@ class SelfAttention(nn.Module):
             rotated = rotate(rotated, angles, n.is_row_invariant)
             queries, new_keys = split(rotated, heads, kv_heads)
 
+        # Written before it is read: a token attends to itself through the cache.
         keys, values = kv.append(
             keys, values, new_keys, new_values, starts, n.has_batched_writes, layer
         )
+        # Stacked caches hold all layers; attention reads this one's.
         own = (keys, values) if layer is None else (keys[layer], values[layer])
         out = attend(queries, *own, bias, n)
         out = Linear(c.hidden_size, n, name="o_proj")(out)
@@ -125,6 +127,8 @@ class Llama(nn.Module):
         """
         c = self.config
         num_tokens = tokens.shape[1]
+        # Where a lone token is repeated its copy is written to the cache, too: behind
+        # the real entry, where the next pass overwrites it.
         if self.numerics.is_row_invariant:
             tokens, positions, bias = at_least_two_rows(
                 tokens, positions, bias, is_grouped=c.num_heads > c.num_kv_heads
@@ -133,6 +137,7 @@ class Llama(nn.Module):
         table = self._table("embed_tokens")
         x = embed(tokens, table)
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        # Positions lie below the cache's capacity, so a table of that size serves.
         num_positions = cache.capacity if self.numerics.is_row_invariant else None
         angles = rope_angles(positions, frequencies, num_positions)
         run = self._scan_layers if self.numerics.is_scanned else self._run_layers
@@ -144,9 +149,11 @@ class Llama(nn.Module):
             x if i == c.num_layers else tap
             for i, tap in zip(self.taps, taps, strict=True)
         ]
+        # The head is not used here, but its parameter must be a part of the tree.
         if not c.tie_embeddings:
             self._table("lm_head")
 
+        # Without taps the features have width 0.
         features = jnp.concatenate([*taps, x[..., :0]], axis=-1)
 
         return x[:, :num_tokens], features[:, :num_tokens], cache
@@ -159,6 +166,7 @@ class Llama(nn.Module):
 
         for i in range(self.config.num_layers):
             if i in self.taps:
+                # A tap is the state that enters a layer.
                 taps[i] = x
             layer = DecoderLayer(self.config, self.numerics, name=f"layers_{i}")
             x, k, v = layer(x, angles, bias, cache.keys[i], cache.values[i], starts)
@@ -179,6 +187,7 @@ class Llama(nn.Module):
 
         def one(layer, carry, i):
             x, keys, values, taps = carry
+            # `[taps, b, t, d]`: layer i fills the places that ask for it.
             taps = jnp.where((tapped == i)[:, None, None, None], x, taps)
             x, keys, values = layer(x, angles, bias, keys, values, starts, i)
             return (x, keys, values, taps), None
@@ -201,6 +210,7 @@ class Llama(nn.Module):
         init = nn.initializers.normal(self.config.hidden_size**-0.5)
         params = {"kernel": self.param(f"{name}_kernel", init, shape, jnp.float32)}
         if params["kernel"].dtype == jnp.int8:
+            # An int8 kernel comes with its scale, for which there is no initialiser.
             params["scale"] = self.get_variable("params", f"{name}_scale")
 
         return params

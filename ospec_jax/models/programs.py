@@ -47,6 +47,7 @@ class CheckedCache(CacheInterface):
         if hashlib.sha256(value).digest() == digest:
             return value
 
+        # Left there, it would be met at every start.
         with contextlib.suppress(OSError):
             file.unlink()
         return None

@@ -24,11 +24,14 @@ _LOG = logging.getLogger(__name__)
 def quantize_kernel(kernel):
     """Symmetric int8 by output channel: `kernel ~ q * scale[:, None]`.
 
+    Of `[out, in]` it makes `[out, in]` int8 and a scale `[out]` in float32.
+
     Works on numpy arrays, for loading without a second copy on the device, and on JAX
     arrays, for use inside `jit`.
     """
     xp = jnp if isinstance(kernel, jax.Array) else np
     kernel = kernel.astype(xp.float32)
+    # A row of zeros has no range, and must not divide by it.
     scale = xp.maximum(xp.max(xp.abs(kernel), axis=1), 1e-12) / 127.0
     quantized = xp.rint(kernel / scale[:, None]).astype(xp.int8)
     return quantized, scale.astype(xp.float32)
@@ -90,6 +93,7 @@ def _time_products(numerics: Numerics, rows: int, features: int = 1024) -> float
         jax.block_until_ready(_products(x, kernels, numerics))
         times.append(time.perf_counter() - start)
 
+    # The first run compiles.
     return min(times[1:])
 
 
@@ -112,6 +116,7 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
 
     file = cache_folder / "calibration.json"
     kind = "native" if is_native else "xla"
+    # Another machine or version of jax that shares the folder is measured for itself.
     key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__} int8 {kind}"
     known = _read_calibrations(file)
     if key not in known:

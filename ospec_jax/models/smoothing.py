@@ -39,6 +39,7 @@ def measure_ranges(
         config.head_dim,
         numerics.cache_dtype,
     )
+    # All texts have the same length: nothing is padded, and nothing else is cached.
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
 
     @jax.jit
@@ -61,9 +62,14 @@ def measure_ranges(
 
 
 def smooth(tensors: dict[str, np.ndarray], ranges: LayerRanges) -> dict:
-    """One layer's tensors, by Hugging Face's short names, with outliers moved."""
+    """One layer's tensors, by Hugging Face's short names, with outliers moved.
+
+    Matrices are `[out, in]`; ranges `[in]` of the products that they are named after.
+    """
     t = dict(tensors)
 
+    # Dividing what produces a channel and multiplying all that read it, so the layer's
+    # function stays the same.
     def fold(range_of, norm, readers):
         factor = _factors(ranges[range_of], [t[name] for name in readers])
         t[norm] = t[norm] / factor
@@ -71,6 +77,7 @@ def smooth(tensors: dict[str, np.ndarray], ranges: LayerRanges) -> dict:
 
     fold("qkv_proj", "input_layernorm", ["q_proj", "k_proj", "v_proj"])
     fold("gate_up_proj", "post_attention_layernorm", ["gate_proj", "up_proj"])
+    # `down_proj` reads silu(gate) * up, which is linear in `up` alone.
     factor = _factors(ranges["down_proj"], [t["down_proj"]])
     t["up_proj"] = t["up_proj"] / factor[:, None]
     t["down_proj"] = t["down_proj"] * factor
@@ -81,5 +88,7 @@ def smooth(tensors: dict[str, np.ndarray], ranges: LayerRanges) -> dict:
 def _factors(largest: np.ndarray, kernels: list[np.ndarray]) -> np.ndarray:
     columns = np.max([np.max(np.abs(k), axis=0) for k in kernels], axis=0)
     ratio = np.maximum(largest, _TINY) / np.maximum(columns, _TINY)
+    # The square root of the ratio, less its mean: only differences between channels
+    # matter, and the overall scale stays.
     exponent = 0.5 * np.log2(ratio)
     return np.exp2(np.rint(exponent - np.mean(exponent))).astype(np.float32)

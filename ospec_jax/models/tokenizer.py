@@ -64,6 +64,8 @@ def tokenizer_from_folder(folder: Path):
         from transformers import AutoTokenizer
 
     _check_tokenizer_files(folder)
+    # Read by the library at its own risk: an error of any kind becomes one that names
+    # the folder.
     with naming(f"the tokenizer of {folder}"):
         # Else the user would be asked, and a `y` on standard input would run it.
         tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -82,6 +84,8 @@ def _check_tokenizer_files(folder: Path) -> None:
 
     settings = folder / "tokenizer_config.json"
     whole = folder / "tokenizer.json"
+    # Checked beforehand, file by file, since the library's own errors do not say which
+    # file is wrong.
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(
             f"{folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy that of "
@@ -262,6 +266,7 @@ def _byte_level_bpe(file: GGUFFile, fields: Fields, pre: str, tokens: tuple[str,
         split = pre_tokenizers.Split(pattern, behavior="isolated")
 
     use_regex = pre == "smollm"
+    # The named patterns have split the text already; GPT-2's own would split it again.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -294,6 +299,7 @@ def _add_ends(tokenizer, fields: Fields, pre: str, num_tokens: int) -> None:
             )
         return [index] if wanted and index is not None else []
 
+    # As llama.cpp does where the file says nothing.
     has_bos = pre in _ADDS_BOS and "bos_token_id" in fields
     first = asked("bos", has_bos)
     last = asked("eos", False)
@@ -387,7 +393,9 @@ class TextStream:
     def add(self, token_ids: list[int]) -> str:
         """The text that these tokens add."""
         self._ids += token_ids
+        # All tokens again: what a token looks like may depend on those before it.
         text = self._decode(self._ids)
+        # The replacement character: some of the bytes of a character are still to come.
         if text.endswith("\ufffd"):
             return ""
 
@@ -407,6 +415,8 @@ class TextStream:
         if found is not None:
             return found
 
+        # Proper beginnings of stop strings that the text ends with may yet become
+        # whole.
         beginnings = (s[:size] for s in self._stop for size in range(1, len(s)))
         held = max((len(s) for s in beginnings if text.endswith(s)), default=0)
 

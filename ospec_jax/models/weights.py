@@ -100,9 +100,13 @@ def assemble(
         precision,
     )
 
+    # Layer by layer, since in float32 they would take several times the memory of the
+    # loaded model.
     for i in range(c.num_layers):
         tensors = layer(i)
         _check_layer(c, tensors, i)
+        # After the check and before the cast: smoothing is exact only in floating
+        # point.
         if ranges is not None:
             tensors = smooth(tensors, ranges[i])
         params[f"layers_{i}"] = _assemble_layer(c, precision, tensors)
@@ -150,6 +154,7 @@ def _check_layer(c: ModelConfig, tensors: LayerWeights, i: int) -> None:
 def _assemble_layer(
     config: ModelConfig, precision: Precision, tensors: LayerWeights
 ) -> dict:
+    # Fused along the output rows, in the order that `Llama` takes them apart in.
     join = lambda *names: np.concatenate([tensors[name] for name in names])
     kernel = lambda value: cast_leaf("kernel", value, precision)
     norm = lambda name: cast_leaf("scale", tensors[name], precision)
@@ -241,6 +246,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
         intermediate_size=fields.whole("intermediate_size"),
         num_layers=fields.whole("num_hidden_layers"),
         num_heads=heads,
+        # Missing or null: as many as there are query heads.
         num_kv_heads=fields.whole("num_key_value_heads", None) or heads,
         head_dim=fields.whole("head_dim", None) or hidden // heads,
         rope_theta=theta,
@@ -282,6 +288,7 @@ def _refuse_variants(fields: Fields) -> None:
 def read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling of rotary embeddings in a `config.json` (v4 or v5 names)."""
     rope = fields.section("rope_parameters")
+    # The name of v5 first, then that of v4.
     if not rope.values:
         rope = fields.section("rope_scaling")
 
@@ -351,6 +358,8 @@ def load_hf_params(
         }
 
     params = assemble(config, precision, top, layer, ranges)
+
+    # Tensors that nobody asked for tell of another model.
     check_all_read(str(folder), tensors.names, tensors.read_names)
     if config.tie_embeddings and "lm_head.weight" in tensors.names:
         head = tensors.read("lm_head.weight")

@@ -26,6 +26,9 @@ def of_round(
         return [np.int32(0)]
 
     size = num_newest(config)
+
+    # Rounded up: windows that do not fill a batch are trained on with weightless ones
+    # beside them.
     num_batches = -(-min(num_fresh, ring.capacity) // size)
     return [np.int32(i * size) for i in reversed(range(num_batches))]
 
@@ -46,6 +49,7 @@ def make_batch(
     if num_old == 0:
         return fresh
 
+    # A function of the update's number, so that a resumed run draws the same windows.
     key = jax.random.fold_in(jax.random.key(config.seed), num_updates)
     # Not from this round's: they would be trained on before they are judged.
     old = draw(ring, key, num_old, num_fresh)

@@ -127,8 +127,10 @@ class _Chunks:
         """`CHUNK` positions of an answer from `start` on; without logits."""
         positions = start + jnp.arange(CHUNK)
         take = lambda x: jnp.take(x, positions, axis=0, mode="clip")
+        # What the state at position i predicts is the token at i + 1.
         labels = take(tokens[1:])
         if token_ids is not None:
+            # Target ids to entries of the draft vocabulary, -1 for tokens outside.
             entry_of = jnp.full((self.vocab_size,), -1, jnp.int32)
             entry_of = entry_of.at[token_ids].set(jnp.arange(token_ids.shape[0]))
             labels = entry_of[labels]
@@ -145,6 +147,8 @@ class _Chunks:
         samples = samples.replace(logits=logits, sampling=sampling)
         state, rows, info = self.learner.update(state, samples)
         changed = cast_params({"kernel": state.kernel[rows]}, self.numerics.precision)
+        # Only the rows that changed are cast and written; an int8 head has its scales
+        # by row.
         head = {name: head[name].at[rows].set(changed[name]) for name in head}
 
         return state, head, info
@@ -276,6 +280,7 @@ class LastLayer:
         completion: Completion,
     ) -> tuple[LastLayerState, Traffic]:
         """Counts an answer; all that is learned from it comes with the update."""
+        # A copy, since the next update overwrites the projection.
         take_snapshot = lambda: self._projection(state)
         return state.replace(
             num_prompts=state.num_prompts + 1,
@@ -315,17 +320,21 @@ class LastLayer:
         start = time.perf_counter()
         stride = state.stride
         num_updates = num_chunks = _num_chunks(completion)
+        # Before learning from the answer, which neither projection has seen then.
         if state.pace is not None and pace.is_compared(state.pace):
             compared = self._record_gains(state.pace, served, completion)
             state = state.replace(pace=compared)
             num_updates = 2 * num_chunks
 
+        # The projection is taken out of the parameters, because it alone is donated.
         params = dict(served.params)
         head = params.pop(HEAD)
         learner = state.learner
         infos = []
         sampling = as_drawn(completion.request.sampling)
 
+        # An answer is learned from in parts of one shape, so one program serves all
+        # lengths.
         for args in self._parts(params, served, completion):
             learner, head, info = self._learn(learner, head, sampling, *args)
             infos.append(info)
@@ -337,6 +346,8 @@ class LastLayer:
         after = pace.finish_round(state.pace, num_updates, take_snapshot)
         info = _summed(jax.device_get(infos))  # waits
 
+        # Refused parts changed nothing; if all were refused, the served draft is the
+        # old one.
         is_changed = num_chunks > info.num_refused
         decision = "promote" if is_changed else "wait"
         if info.num_refused > 0:
@@ -363,6 +374,8 @@ class LastLayer:
 
     def _parts(self, params, served: Draft, completion: Completion):
         """Arguments of `_Chunks.samples`, for each part of an answer."""
+        # One place more than the cache has slots: labels are read one behind the
+        # states.
         ids = [*completion.request.prompt_ids, *completion.token_ids]
         tokens = np.full(completion.capacity + 1, -1, np.int32)
         tokens[: len(ids)] = ids
@@ -414,6 +427,7 @@ def as_drawn(sampling: SamplingConfig) -> HeadSampling | None:
 
 def _summed(infos: list[HeadInfo]) -> HeadInfo:
     """One answer's, of its parts'; without any sample, zeros."""
+    # `[parts, fields]`; an answer without samples has no parts.
     found = np.asarray(infos, np.float32).reshape(-1, len(HeadInfo._fields))
     loss, agreement, counts, norms, refused = found.T
     mean = lambda values: values @ counts / max(counts.sum(), 1)

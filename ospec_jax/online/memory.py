@@ -51,6 +51,7 @@ def with_memory(
 
     def observe(state, traffic: Traffic, draft: Draft, completion: Completion):
         assert traffic.memory is not None
+        # Not donated: the old memory may still be read by a step that is under way.
         memory = remember(traffic.memory, *_ngrams_of(completion))
         state, traffic = trainer.observe(state, traffic, draft, completion)
         return state, traffic.replace(memory=memory)

@@ -137,10 +137,14 @@ def _compiled(move: Callable[..., PaceState]) -> Callable[..., PaceState]:
 def record_answer(pace: PaceState, num_tokens, num_drafted, num_accepted) -> PaceState:
     """Notes an answer, and how many of its drafted tokens were accepted."""
     has_drafts = jnp.asarray(num_drafted) > 0
+    # A running mean of the first answers, later an exponential one over `_MEMORY`.
+    # Answers without drafts tell nothing.
     seen = pace.num_answers + has_drafts
     share = has_drafts / jnp.clip(seen, 1, _MEMORY)
     drop = pace.mean - num_accepted / jnp.maximum(num_drafted, 1)
     deviation = jnp.maximum(jnp.sqrt(pace.variance), _MIN_DEVIATION)
+    # Half a deviation is allowed for: noise alone makes the CUSUM fall back to 0. One
+    # odd answer counts as three deviations at most.
     step = jnp.clip(drop / deviation, -3.0, 3.0) - 0.5
     is_tested = has_drafts & (seen > _NUM_KNOWN)
 
@@ -205,14 +209,18 @@ def is_over(pace: PaceState) -> bool:
 @_compiled
 def end_span(pace: PaceState) -> PaceState:
     """Sets the pace of the next span, whose `snapshot` is to be taken."""
+    # Lower end of the 90% interval of the mean gain, in tokens a pass, relative to the
+    # tokens that a pass yields.
     count = jnp.maximum(pace.gains.count, 1)
     mean = pace.gains.total / count
     variance = jnp.maximum(pace.gains.total_square / count - mean**2, 0.0)
     margin = _Z_90 * jnp.sqrt(variance / jnp.maximum(count - 1, 1))
     gain = (mean - margin) / jnp.maximum(pace.length / count, 1.0)
+    # Lindy's law: the regime is expected to last for as many tokens as it has had.
     has_paid = gain * pace.num_tokens > pace.spent
     stride = jnp.where(has_paid, pace.stride // 2, pace.stride * 2)
     stride = jnp.clip(stride, 1, MAX_STRIDE)
+    # A single window has no variance, and changes nothing.
     is_told = pace.gains.count >= 2
 
     return pace.replace(
@@ -262,6 +270,7 @@ def observe(
         stats.num_accepted_tokens,
     )
     if is_drift(pace):
+        # The cost of an update was measured once, and stays.
         return start(take_snapshot(), pace.first, pace.cost)
 
     return pace

@@ -97,7 +97,7 @@ def gain_of(
     """A request's gain, between -1 and 1.
 
     Args:
-      candidate: Expected accepted tokens of each of its windows; `served` likewise. A
+      candidate: `[b]` expected accepted tokens of its windows; `served` likewise. A
         draft whose outputs are no numbers gets nothing accepted.
       weight: `[b]`; windows without any are none.
       num_steps: Tokens that are drafted, more than which cannot be accepted.
@@ -132,6 +132,7 @@ def verdict(guard: GuardState, level: float, patience: int) -> str:
     if not is_open:
         return "wait"
 
+    # Ville: wealth above 1 / a_j, with a_j = level / (j (j + 1)).
     needed = np.log(number * (number + 1.0) / level)
     if log_wealth(better) >= needed:
         return "promote"
@@ -143,4 +144,5 @@ def verdict(guard: GuardState, level: float, patience: int) -> str:
 
 def log_wealth(bets: np.ndarray) -> np.ndarray:
     """Of the mean of bets `[..., k]`, each given by its own log-wealth."""
+    # In logs: wealth of a long run would overflow.
     return np.logaddexp.reduce(np.asarray(bets, float), axis=-1) - np.log(len(BETS))

@@ -56,5 +56,6 @@ def build_trainer(
             config, learner, shared, serve, tap_width, hidden_size, mesh
         )
 
+    # n-grams are remembered beside any learner, if the draft's family looks them up.
     num_slots = config.memory_slots if orders else 0
     return with_memory(trainer, num_slots, tuple(orders), mesh)

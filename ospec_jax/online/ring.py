@@ -63,10 +63,18 @@ def window_starts(
 def add_window(
     ring: FeedbackRing, feedback: Feedback, start, num_prompt, num_recorded
 ) -> FeedbackRing:
-    """Adds the window that begins at `start` of a request's `[1, s, ...]` feedback."""
+    """Adds the window that begins at `start` of a request's `[1, s, ...]` feedback.
+
+    Args:
+      start: Position of its first token, negative before the prompt; a scalar, as are
+        the others.
+    """
     size = ring.segments.weight.shape[1]
     positions = start + jnp.arange(size)
+    # The target's distribution is known from the prompt's last token on.
     is_verified = (positions >= num_prompt - 1) & (positions < num_recorded)
+    # Positions before the prompt are read from its first token; negative positions mark
+    # them as padding.
     take = lambda x: jnp.take(x[0], positions, axis=0, mode="clip")
     slot = ring.num_added % ring.capacity
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[None], slot, 0)
@@ -83,11 +91,12 @@ def add_window(
 
 
 def newest(ring: FeedbackRing, count: int, num_fresh, num_newer=0) -> Segments:
-    """The newest `count` windows, of which only `num_fresh` weigh anything.
+    """The newest `count` windows, `[count, t]`, of which `num_fresh` weigh anything.
 
     Args:
       num_newer: Windows to leave out before them, which are fresh ones, too.
     """
+    # Windows are numbered by age, the newest being 0; `slots` go round the ring.
     age = num_newer + jnp.arange(count)
     slots = (ring.num_added - 1 - age) % ring.capacity
     segments = jax.tree.map(lambda x: x[slots], ring.segments)
@@ -98,7 +107,7 @@ def newest(ring: FeedbackRing, count: int, num_fresh, num_newer=0) -> Segments:
 
 
 def draw(ring: FeedbackRing, key, count: int, num_fresh=0) -> Segments:
-    """`count` windows drawn evenly from those that the ring holds.
+    """`count` windows, `[count, t]`, drawn evenly from those that the ring holds.
 
     Args:
       num_fresh: The newest windows, which are left out; if there are no others, what is

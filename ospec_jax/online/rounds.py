@@ -55,6 +55,7 @@ def is_due(config: LearnerConfig, state: WindowsState) -> bool:
     if bool(state.is_stopped):
         return False
 
+    # A chunk that left no window has nothing to train on.
     if every := config.update_every_prompts:
         is_over = int(state.num_prompts) % (every * state.stride) == 0
         return is_over and int(state.num_fresh) > 0
@@ -73,6 +74,8 @@ def answers_until_due(
         every *= state.stride
         return min(len(num_tokens), every - int(state.num_prompts) % every)
 
+    # The answer with which the missing ones are reached is the last that may be decoded
+    # before an update.
     missing = int(state.update_interval) * state.stride - int(state.num_waiting)
     num_before = int(np.sum(np.cumsum(num_tokens) < missing))
     return min(len(num_tokens), num_before + 1)
@@ -83,6 +86,8 @@ def count_answer(
 ) -> WindowsState:
     """Counts an answer, and the windows that it left."""
     num_waited = len(completion.token_ids)
+    # Under a budget the interval counts target passes: tokens get cheaper as the draft
+    # learns, passes do not.
     if config.update_interval == 0:
         num_waited = completion.stats.num_drafts
 
@@ -102,6 +107,7 @@ def count_answer(
 @functools.partial(jax.jit, static_argnames="every")
 def _count(num_prompts, num_waiting, num_fresh, num_waited, num_windows, every: int):
     """The sums; windows of a chunk that was passed over are fresh no more."""
+    # The answer begins a new chunk.
     if every:
         num_fresh = jnp.where(num_prompts % every == 0, 0, num_fresh)
 

@@ -169,6 +169,7 @@ class Learned(NamedTuple):
 
 def go_on_from(trainer: Trainer, state: Any, traffic: Traffic, draft: Draft) -> Learned:
     """Where a trainer stands that begins, or was restored: with a draft to serve."""
+    # n-grams belong to traffic, not to the draft: they are attached when it is served.
     served = trainer.serve(draft)
     if traffic.memory is not None:
         served = served.replace(memory=traffic.memory)
@@ -182,6 +183,7 @@ def learn_from(trainer: Trainer, now: Learned, completion: Completion) -> Learne
     Args:
       now: What an earlier call returned, or the beginning.
     """
+    # First what was seen, then what is learned from it, if that is due.
     state, traffic = trainer.observe(now.state, now.traffic, now.draft, completion)
     draft = now.draft
     served = now.served

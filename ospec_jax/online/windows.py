@@ -169,6 +169,8 @@ class Windows:
         self.shared = shared
         self.serve = serve
         self.mesh = mesh
+        # A window holds its context, its trained pairs, and a token more for each
+        # depth.
         self._ring_shape = (
             config.ring_capacity,
             config.num_context + config.window + config.num_steps,
@@ -244,6 +246,7 @@ class Windows:
         # An empty ring weighs nothing, and an update of nothing would cost less.
         batch = batch.replace(weight=jnp.ones_like(batch.weight))
         learner = jax.tree.map(jnp.copy, self._learning.begin(state.learner))
+        # Once to compile. What comes of it is dropped: a warm-up learns nothing.
         learner, *_ = self._learn(learner, draft, batch)
         if state.pace is not None:
             accepted = self._accepted(draft.params, draft, batch)
@@ -280,8 +283,11 @@ class Windows:
         if rounds.is_ready(self.config, state):
             return state
 
+        # The interval at which learning takes its share: an update's seconds over those
+        # of so many passes is `budget_share`.
         seconds *= self.config.num_epochs / self.config.budget_share
         interval = max(1, round(seconds / speed.seconds_per_step))
+        # All processes must come to the same interval, whatever their clocks say.
         interval = jnp.asarray(sharding.agreed(interval), jnp.int32)
 
         return state.replace(update_interval=interval)
@@ -319,9 +325,13 @@ class Windows:
         traffic = traffic.replace(ring=ring)
         state = rounds.count_answer(self.config, state, completion, len(starts))
         take_snapshot = lambda: state.learner.params
+        # Taken only when a regime ends; the iterate is never donated, so keeping it
+        # copies nothing.
         state = state.replace(pace=pace.observe(state.pace, completion, take_snapshot))
 
         guard = state.guard
+        # The windows that were just added came after the candidate was frozen, and
+        # before anything was trained on them: neither draft has seen them.
         if guard is not None and self._is_scored(state, guard, len(starts)):
             guard = self._scored(guard, traffic, draft, np.int32(len(starts)))
 
@@ -334,6 +344,8 @@ class Windows:
         if num_windows == 0 or bool(state.is_stopped):
             return False
 
+        # An answer in the middle of an interval is not scored, so that scoring stays a
+        # bounded share of learning.
         is_chunked = self.config.update_every_prompts > 0
         if not is_chunked and not rounds.is_due(self.config, state):
             return False
@@ -373,8 +385,11 @@ class Windows:
         start = time.perf_counter()
         before = state
         was_served = draft
+        # The verdict on the old candidate comes first: a rollback changes what is
+        # trained.
         state, draft, decision = self._decided(state, draft)
         state, info, num_passes, is_finite = self._train(state, traffic, draft)
+        # All updates are under way before anybody waits for them.
         if not bool(is_finite):
             state = self._stopped(before, state.learner, was_served)
             draft = was_served
@@ -409,6 +424,7 @@ class Windows:
         num_fresh = int(state.num_fresh)
         state = state.replace(learner=self._learning.begin(state.learner))
 
+        # Fresh windows are trained on from the oldest to the newest, as they came.
         for epoch in range(self.config.num_epochs):
             for num_newer in batches.of_round(self.config, traffic.ring, num_fresh):
                 batch = self._batching.make_batch(
@@ -418,6 +434,7 @@ class Windows:
                     num_newer,
                     np.bool_(epoch == 0),
                 )
+                # Before the iterate has trained on them: so the comparison is fair.
                 if epoch == 0 and is_compared:
                     state = state.replace(pace=self._progress(state, draft, batch))
                     num_passes += 1
@@ -441,6 +458,7 @@ class Windows:
         if decision == "wait":
             return state, draft, decision
 
+        # Exactly what was scored is served, not what the learner has become meanwhile.
         if decision == "promote":
             draft = draft.replace(params=guard.candidate)
             state = state.replace(version=state.version + 1)
@@ -449,6 +467,7 @@ class Windows:
             learner = restarted(self.learner, state.learner, draft.params)
             state = state.replace(learner=_owned(learner))
 
+        # Whatever the verdict, the evidence is used up.
         guard = promotion.dismiss(guard, state.learner.params)
 
         return state.replace(guard=guard), draft, decision
@@ -469,6 +488,8 @@ class Windows:
         self, before: WindowsState, learner: LearnerState, draft: Draft
     ) -> WindowsState:
         """The state before a round that failed; its optimizer's was overwritten."""
+        # The old optimizer state was donated, so it is begun anew from the last good
+        # draft; everything else is as it was before.
         learner = learner.replace(num_updates=before.learner.num_updates)
         learner = _owned(restarted(self.learner, learner, draft.params))
         return before.replace(learner=learner, is_stopped=jnp.ones((), bool))

@@ -52,6 +52,7 @@ def best_per_chunk_in_hindsight(
     for first in range(0, len(replayer.order), chunk_size):
         entries = replayer.order[first : first + chunk_size]
         windows = store.windows(entries, window)
+        # From the replayed draft each time: chunks must not learn from each other.
         state = learner.init(draft.params)
         for _ in range(num_epochs):
             rng.shuffle(windows)
@@ -66,6 +67,7 @@ def best_per_chunk_in_hindsight(
             losses_on(replayer, params, entries)
             for params in (draft.params, state.params)
         ]
+        # The comparator is at least as good as the draft that it started from.
         found += min(losses, key=sum)
         on_chunk(len(found))
 
@@ -82,7 +84,7 @@ def losses_on(replayer: Replayer, params, entries) -> list[float]:
 
 
 def dynamic_regret_proxy(losses, hindsight) -> np.ndarray:
-    """Summed loss beyond that of `best_per_chunk_in_hindsight`, after each answer.
+    """Summed loss beyond `best_per_chunk_in_hindsight`'s, `[n]`: after each answer.
 
     Answers weigh alike, whatever their lengths. With a static draft's losses in the
     place of `hindsight` it is the regret against that; learning should make it fall.

@@ -180,6 +180,8 @@ class Replayer:
         )
         self._cast = caster(target.numerics.precision)
         self._target = target
+
+        # Shapes of the whole stream, so that few programs are compiled.
         entries = [self.store.entries[i] for i in self.order]
         longest = max(e.length - e.num_prompt for e in entries)
         self._num_roots = -(-max(longest, 1) // _ANSWER) * _ANSWER
@@ -199,6 +201,7 @@ class Replayer:
           params: In serving precision.
           entries: At most eight numbers of `store`'s entries.
         """
+        # Padded to few numbers of rows and of context tokens, each compiled once.
         found = [self.store.recording(i) for i in entries]
         num_rows = next(n for n in _ROWS if n >= len(found))
         longest = max(r.num_prompt for r in found) - 1
@@ -213,6 +216,7 @@ class Replayer:
         )
 
         rows = [self._window(r, context) for r in found]
+        # Rows of zeros, whose scores are dropped.
         rows += [jax.tree.map(np.zeros_like, rows[0])] * (num_rows - len(rows))
         feedback, start, following, weight = jax.tree.map(lambda *x: np.stack(x), *rows)
         found_of_all = jax.device_get(
@@ -253,6 +257,7 @@ class Replayer:
         Args:
           score: With its states, where these are learned from.
         """
+        # As the engine would hand it over: features by position in a cache of one size.
         prompt = tuple(found.arrays["tokens"][: found.num_prompt].tolist())
         answer = whole_answer(found)
         length = len(found.arrays["tokens"])
@@ -262,6 +267,7 @@ class Replayer:
                 score.accepted, score.states, len(answer)
             )
             first = found.num_prompt
+            # What decoding records for the last layer is states alone.
             sources = {"tokens": sources["tokens"], "states": (first, states)}
             sources["has_state"] = first, has_state
 
@@ -274,6 +280,7 @@ class Replayer:
 
         feedback: Any = Feedback(**fields)
 
+        # Not decoded here, so it took no time.
         return Completion(
             Request(found.id, prompt, len(answer)),
             answer,
@@ -320,6 +327,7 @@ class Replayer:
             self.draft,
             self.drafter,
             self._serve,
+            # A recording may hold the taps of more layers than this draft reads.
             tap_width=first.arrays["taps"].shape[-1],
         )
 
@@ -334,6 +342,7 @@ class Replayer:
 
         completion = self.completion(first, DecodingStats(), score)
         state, traffic = trainer.init(draft)
+        # Without a speed nothing is measured: costs are what the settings say.
         state = trainer.warm_up(state, traffic, draft, served, completion, None)
 
         return go_on_from(trainer, state, traffic, draft)
@@ -364,10 +373,13 @@ class Replayer:
         begin = time.perf_counter()
         position = 0
 
+        # Answers are scored together as far as they are certain to be served by the
+        # same draft.
         while position < len(self.order) and not should_stop():
             batch = self.order[position:][: self._num_ahead(trainer, now, position)]
             has_states = trainer is not None and trainer.recording == "states"
             scores = self.score(now.served.params, batch, has_states)
+            # One by one from here on: learning sees them in the stream's order.
             for entry, score in zip(batch, scores, strict=True):
                 before = now.served
                 now, answered = self._answer(run, trainer, now, entry, score, on_update)

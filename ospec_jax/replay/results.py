@@ -128,6 +128,7 @@ class Results:
 
     def find(self, settings: dict, has_losses: bool = False) -> dict | None:
         """The finished run with these settings."""
+        # Through JSON, as the stored ones went: tuples become lists there.
         wanted = json.loads(json.dumps(settings))
         for row in self.runs:
             is_same = all(row.get(name) == value for name, value in wanted.items())
@@ -152,6 +153,7 @@ class Results:
         )
         row = json.loads(json.dumps(row))
         is_other = lambda old: any(old.get(key) != row[key] for key in keys)
+        # An interrupted run, or one without losses, gives way to the newer one.
         self.runs = [old for old in self.runs if is_other(old)] + [row]
         self.write()
 
@@ -227,6 +229,7 @@ def running_length(answers: dict[str, list], window: int = WINDOW) -> np.ndarray
     """Mean acceptance length over the last `window` answers, after each."""
     sums = []
     for name in _COUNTS:
+        # Differences of running sums: `total[i]` is that of the first i answers.
         total = np.cumsum([0, *answers[name]])
         last = np.arange(1, len(total))
         sums.append(total[last] - total[np.maximum(last - window, 0)])
@@ -263,6 +266,7 @@ def plot_replays(rows: list[dict], path: Path) -> Path:
             base = static["answers"]["loss"]
             grid[1, 0].plot(numbers, dynamic_regret_proxy(own, base[: len(own)]))
 
+    # Of the longest run, since an interrupted one has seen only a part of the stream.
     domains = max((row["answers"]["domain"] for row in rows), key=len)
     changes = [i for i in range(1, len(domains)) if domains[i] != domains[i - 1]]
 

@@ -52,6 +52,8 @@ def build_score(
         else:
             logits = drafter.unroll(*args, **sizes)
 
+        # A token counts as accepted if all drafted before it were: `is_same` is the
+        # chain's survival, `accepted` its sum.
         length = logits[0].shape[1]
         is_same = True
         accepted = 0
@@ -68,6 +70,8 @@ def build_score(
         return accepted, losses(logits, token_ids, shared, feedback, weight), states
 
     def losses(logits, token_ids, shared, feedback, weight):
+        # The pair at the root's predecessor predicts the token after the root, so the
+        # target's rows begin one behind the context.
         hidden = feedback.hidden[:, num_context + 1 :].astype(jnp.float32)
         target = linear(hidden, frozen_head(shared, token_ids), numerics)
         total = feedback.logsumexp[:, num_context + 1 :, None]
@@ -110,6 +114,7 @@ def steps(
 ) -> Iterator[tuple[int, int]]:
     """Each step's root, as a token of the answer, and what it gets accepted."""
     root = 0
+    # A step emits what it accepts and one token more, the next root.
     while root < num_tokens - 1:
         count = int(accepted[root])
         yield root, count
@@ -132,6 +137,8 @@ def drafting_states(
     has_state = np.zeros(num_tokens - 1, bool)
 
     for root, count in steps(accepted, num_tokens):
+        # States up to the first rejected token: behind it the engine would have begun
+        # anew. The answer may end within a chain.
         size = min(count + 1, states.shape[1], num_tokens - 1 - root)
         kept[root : root + size] = states[root, :size]
         has_state[root : root + size] = True
@@ -164,11 +171,14 @@ def answer_window(
     Returns:
       Feedback, its first position, the tokens after the first root, and weights.
     """
+    # A window has one shape, and lies partly outside the recording: what is outside is
+    # zero, and its positions are negative or carry no weight.
     start = found.num_prompt - 1 - num_context
     size = num_context + num_roots + num_steps
     low = max(start, 0)
     high = min(start + size, len(found.arrays["tokens"]))
     inside = slice(low - start, high - start)
+    # Only what is needed is read from disk; other fields are there for the shape.
     read = {"tokens", "taps" if is_tapped else "hidden"}
     read |= {"hidden", "logsumexp"} if has_losses else set()
     fields = {}
@@ -181,6 +191,7 @@ def answer_window(
     following = np.full(num_roots + num_steps, -1, np.int32)
     answer = whole_answer(found)
     following[: len(answer) - 1] = answer[1:]
+    # Nothing was verified after the last token.
     weight = np.arange(num_roots) < len(answer) - 1
     feedback: Any = Feedback(**fields)
 

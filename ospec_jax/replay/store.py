@@ -63,6 +63,7 @@ def write_shard(folder: Path, number: int, recordings: Sequence[Recording]) -> N
         "contents": [r.content for r in recordings],
     }
     (part / "index.json").write_text(json.dumps(index))
+    # The folder gets its name last: whoever finds a shard finds all of it.
     part.rename(part.with_suffix(""))
 
 
@@ -73,6 +74,7 @@ def shard_folders(folder: Path) -> list[Path]:
       ConfigError: Some are missing, or have lost their index.
     """
     shards = sorted(folder.glob("shard_?????"))
+    # Shards are numbered without gaps, so a missing one shows.
     names = [f"shard_{i:05d}" for i in range(len(shards))]
     found = [p.name for p in shards if (p / "index.json").exists()]
     if found != names:
@@ -183,6 +185,7 @@ class FeedbackStore:
         self.entries: list[_Entry] = []
         for shard in shard_folders(folder):
             index = read_index(shard)
+            # Mapped, not read: a recording may be larger than memory.
             arrays = _open_arrays(shard, sum(index["lengths"]))
             count = len(index["ids"])
             last = index.get("last_tokens", [-1] * count)
@@ -241,7 +244,11 @@ class FeedbackStore:
         length: int,
         num_steps: int,
     ) -> Segments:
-        """Stacks windows of `num_context` + `length` pairs for `num_steps` depths."""
+        """Stacks windows of `num_context` + `length` pairs for `num_steps` depths.
+
+        Returns:
+          `[len(windows), num_context + length + num_steps, ...]` in each field.
+        """
         size = num_context + length + num_steps
         rows = [self._window(i, s - num_context, size) for i, s in windows]
         fields: dict[str, Any] = {
@@ -264,6 +271,7 @@ class FeedbackStore:
             window[name] = np.zeros((size, *source.shape[1:]), source.dtype)
             window[name][inside] = source[e.begin + low : e.begin + high]
 
+        # The target's distributions are known from the prompt's last token on.
         positions = start + np.arange(size)
         is_verified = (positions >= e.num_prompt - 1) & (positions < e.length)
         window["weight"] = is_verified.astype(np.float32)

@@ -52,6 +52,8 @@ class AnswerLog:
         self._output = sys.stdout if STANDARD_OUTPUT in wanted else None
         paths = {file.resolve(): None for file in wanted if file != STANDARD_OUTPUT}
 
+        # Every file that may hold earlier answers, in the order in which they are
+        # believed.
         sources = [read_answers(path) for path in paths if path.is_file()]
         if older is not None and older.is_file():
             sources.append(read_answers(older))
@@ -66,6 +68,8 @@ class AnswerLog:
         self._files = []
 
         for path in paths:
+            # Written anew and whole, then added to: what is not counted is gone from
+            # all files.
             atomic.write_text(path, _lines(self.rows))
             self._files.append(path.open("a", encoding="utf-8"))
 
@@ -167,6 +171,7 @@ def _by_id(sources: Iterable[list[dict]]) -> dict[tuple[str, int], dict]:
 def _ordered(sources: Iterable[list[dict]], answered: Sequence[str]) -> list[dict]:
     """The row of each of these ids, in their order."""
     found = _by_id(sources)
+    # Rows that are not counted are dropped here: the run gives them again.
     return [found[key] for key in _counted(answered) if key in found]
 
 

@@ -168,18 +168,22 @@ class Interrupt:
             raise Interrupted(self.number)
 
     def _handle(self, number, frame):
+        # The terminal is gone, and with it what standard output leads to.
         if number == signal.SIGHUP:
             self._leave_terminals()
 
         if not self:
             self._note(number)
         elif not self._is_held:
+            # A second signal ends the program as if nobody had caught the first.
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
 
     def _note(self, number) -> None:
         self.number = number
         self._since = time.monotonic()
+        # Two that are entered one in the other: the handler before ours is the outer
+        # one's.
         outer = getattr(self._before.get(number), "__self__", None)
         if isinstance(outer, Interrupt) and not outer:
             outer._note(number)
@@ -195,6 +199,7 @@ class Interrupt:
         self._terminals = []
 
     def __enter__(self) -> "Interrupt":
+        # Only terminals vanish with their session; files and pipes stay.
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # None is a handler that was not installed from Python.

@@ -34,6 +34,7 @@ def records_table(
     blocks: list[list[Sequence[str]]] = []
     room = 0
 
+    # As many columns a table as fit beside the labels.
     for record in records:
         needed = max((len(record[i]) for i in filled), default=0) + _BORDERS
         if not blocks or needed > room:

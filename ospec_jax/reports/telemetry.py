@@ -141,6 +141,8 @@ class Telemetry:
                     f"{file} exists, and telemetry is only added to by the same run: "
                     f"choose another file, or resume"
                 )
+            # The rows are read back into the counts, so that running figures go on
+            # where they were.
             kept = [row for row in read_rows(file) if _is_within(row, num_answered)]
             for row in kept:
                 self._recall(row)
@@ -184,6 +186,7 @@ class Telemetry:
             "learning_seconds": learning_seconds,
         }
         self._recall(row)
+        # Sums over the window, not a mean of ratios: long answers weigh more.
         drafts, accepted = np.sum([counts[:2] for counts in self._recent], axis=0)
         row["running_acceptance_length"] = 1 + float(accepted) / max(float(drafts), 1)
         histograms = [histogram for _, _, histogram in self._recent]
@@ -200,6 +203,8 @@ class Telemetry:
         info = report.info
         step_length = report.step_length
         if step_length is None:
+            # Only what is served has moved; an iterate that waits for its verdict has
+            # not.
             is_moved = report.decision == "promote"
             step_length = is_moved * float(distance(before.params, after.params))
 
@@ -242,11 +247,14 @@ class Telemetry:
         self._recent.append((row["num_drafts"], row["num_accepted_tokens"], histogram))
         if row["version"] != self._version:
             self._version = row["version"]
+            # Before this answer's tokens are added: they are the first of the new
+            # version.
             self._changed = counts["tokens"]
 
         counts["tokens"] += row["num_tokens"]
 
     def _write(self, row: dict, number: int) -> None:
+        # Flushed at once: a killed run has a row for all that it did.
         with atomic.named_errors(Path(self._file.name)):
             self._file.write(_line(row))
             self._file.flush()
@@ -258,6 +266,7 @@ class Telemetry:
 
         for name, value in (row | row.get("extra", {})).items():
             if name not in ("kind", "number", "id", "domain", "decision", "extra"):
+                # A curve for each entry of a list.
                 for i, x in enumerate(np.ravel(value)):
                     part = f"/{i}" if np.ndim(value) else ""
                     add(f"{row['kind']}/{name}{part}", float(x), number)
@@ -274,6 +283,7 @@ def _shares_by_position(histograms: Sequence[list[int]]) -> list[float]:
     for histogram in histograms:
         total[: len(histogram)] += histogram
 
+    # From the back: steps that accepted at least so many.
     survived = np.cumsum(total[::-1])[::-1]
     return (survived[1:] / max(total.sum(), 1)).tolist()
 
@@ -313,6 +323,7 @@ def read_rows(file: Path) -> list[dict]:
 
     rows = []
 
+    # The last piece is empty, or a row that a crash cut short.
     for number, line in enumerate(lines[:-1], 1):
         where = f"{file}, line {number}"
         fields = Fields(parse_json(line, where), where)
@@ -373,6 +384,7 @@ def plot_telemetry(rows: list[dict], path: Path) -> Path:
     """Draws acceptance, loss, movement and all that the learner told into a PNG."""
     import matplotlib
 
+    # Without a display.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -203,6 +203,7 @@ def as_prompts(
             f"or several of these"
         )
 
+    # A generator: prompts of a source are parsed when they are taken.
     parsed = (as_prompt(prompt, i) for i, prompt in enumerate(prompts, first))
     if isinstance(prompts, list | tuple):
         parsed = list(parsed)

@@ -80,15 +80,19 @@ def assembled(
     controller: str | BuildController | None,
 ) -> Parts:
     """Builds the engine, a drafter for each kind of step, and what learns."""
+    # Suggestions in place of drawn children would not be exact.
     has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
     drafter = None
     trainer = None
     orders = draft.memory_orders if draft else ORDERS
     serve = serving(target, draft, orders)
+    # Of several depths the deepest is the engine's own action; the others share its
+    # state.
     plain = tree.of_depth(tree.num_steps) if tree.depths else tree
     menu: Mapping[Action, Drafter | None] = {Action(plain): None}
     long = None
     if draft is not None:
+        # n-grams are then a drafter beside the other one, and lend it nothing.
         if draft.mix:
             has_ngrams = draft.needs_ngrams
         build = functools.partial(
@@ -107,9 +111,11 @@ def assembled(
             drafter = build(everyone, plain)
         if learner is not None:
             learner = learner_for(learner, draft, drafter, target)
+            # Remembered only where they are looked up.
             orders = orders if has_ngrams else ()
             trainer = trainer_for(learner, target, draft, drafter, serve, orders)
 
+    # The engine is specialised to what the trainer wants recorded.
     config = StepConfig(
         model=target.config,
         numerics=target.numerics,
@@ -121,6 +127,7 @@ def assembled(
     )
     recording = trainer.recording if trainer else "nothing"
     engine = Engine(config, target.params, drafter, recording, menu)
+    # The long step of a held prediction is not the controller's to choose.
     actions = tuple(action for action in menu if action != long)
     rule: Any = find_controller(controller, actions)(actions)
     if not isinstance(rule, Controller):
@@ -167,6 +174,7 @@ def _menu_of(
             drafter = build(architecture, one) if one.num_steps else deepest
             menu[Action(one, number)] = drafter
 
+    # A chain that is no longer than the tree would gain nothing.
     if not 0 < tree.num_steps < num_predicted_tokens:
         return menu, None
 
@@ -249,6 +257,7 @@ def serving(
     nothing = sharding.put_params(init_memory(1, orders), mesh)
 
     def serve(draft: Draft) -> Draft:
+        # Drafts that are not trained come ready to run, in their own precision.
         params = cast(draft.params) if is_trained else draft.params
         if members:
             drafts = zip(members, params.items, strict=True)
@@ -278,6 +287,7 @@ def grouped(
         return sharding.put_params(tree, mesh)
 
     sharding.check_model(mesh, config, "the draft")
+    # Rows of fused products stand in the files in one order and on devices in another.
     move = lambda tree: sharding.regroup(
         tree, config, sharding.num_groups(mesh), is_inverse
     )

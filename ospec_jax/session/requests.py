@@ -68,15 +68,18 @@ def _find_stop(
     That is in front of the string which is complete first, token by token: so it does
     not matter how many tokens one pass has brought.
     """
+    # The usual case by far: one search in the text, and nothing else.
     if first_stop(decode(token_ids), stop) is None:
         return None
 
+    # Back to the shortest answer that holds a stop string.
     end = len(token_ids)
     while first_stop(decode(token_ids[: end - 1]), stop) is not None:
         end -= 1
 
     text = decode(token_ids[:end])
     before = text[: first_stop(text, stop)]
+    # And to the fewest tokens whose text holds all in front of it.
     keep = end
     while keep and decode(token_ids[: keep - 1]).startswith(before):
         keep -= 1

@@ -70,6 +70,8 @@ def save(
     if last is not None and last.holds(place, meta, with_feedback):
         return last
 
+    # Files hold rows in the order of a single device, so a run may go on with another
+    # number of them.
     draft = grouped(state.draft, config, mesh, is_inverse=True)
     trainer = state.trainer
     traffic = None
@@ -134,6 +136,7 @@ def resume(
             f"the same learner, or take the draft alone, with load_draft"
         )
 
+    # Only shapes are traced: nothing is trained or allocated to read a checkpoint.
     def learner_like(meta: Meta, draft: Draft):
         check_settings(folder, meta, learner)
         return jax.eval_shape(lambda: trainer.init(draft)[0])
@@ -142,6 +145,8 @@ def resume(
     found = checkpoint.load(
         folder, target, learner_like=learner_like, mesh=mesh, family=family
     )
+    # Newer steps could not be read; left under their names, they would keep this run
+    # from saving.
     checkpoint.set_aside(folder, found.step)
     place = lambda tree: grouped(freely_placed(tree, mesh), found.meta.draft, mesh)
     state = place(_completed(found.learner, trainer, found.draft))
@@ -163,6 +168,8 @@ def resume(
             stacklevel=3,
         )
 
+    # The stored version counts on from earlier runs, the trainer's from the beginning
+    # of this one.
     version = found.meta.draft_version - int(state.version)
     answered = found.meta.answered
     num_nameless = len(answered) - len(found.meta.contents)

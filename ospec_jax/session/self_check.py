@@ -24,6 +24,7 @@ def self_check(
     if max_depth is not None:
         depth = min(depth, max_depth(draft.architecture))
 
+    # n-grams would get tokens accepted that the draft had no part in.
     session = Session(target, draft, tree=TreeConfig(num_steps=depth), ngrams=False)
     prompts = [p for domain in DEMO_DOMAINS for p in demo_prompts(domain)[:num_prompts]]
     results = list(session.generate(prompts, max_new_tokens))

@@ -120,6 +120,8 @@ class Session:
         has_log_probs = arguments.as_flag("has_log_probs", has_log_probs)
         ngrams = arguments.as_flag("ngrams", ngrams)
 
+        # Before the target is loaded, which takes seconds: a slip in the draft's name
+        # shows at once.
         if isinstance(draft, str | Path) and draft != "none":
             check_draft(draft)
 
@@ -127,6 +129,8 @@ class Session:
         sharding.check_batch(target.mesh, batch_size)
         draft = arguments.as_draft(draft, target)
         learner = arguments.as_learner(learner, draft)
+
+        # From here on everything fits together; what is built never changes.
         tree = build.fitting_tree(tree, draft)
         parts = build.assembled(
             target,
@@ -149,6 +153,7 @@ class Session:
         self.trainer = parts.trainer
         self._serve = parts.serve
 
+        # What does change: counters, reports, and the state.
         self.stats = DecodingStats(num_spec_tokens=tree.num_steps)
         self._unjudged = self.stats
         self.reports: list[UpdateReport] = []
@@ -174,6 +179,8 @@ class Session:
         """Goes on from a state, whatever was before."""
         self._state = state
         self._served = None
+        # The served draft is made of the state's: it is never a part of it, so that the
+        # two cannot contradict each other.
         if state.draft is not None and self.trainer is None:
             self._served = self._serve(state.draft)
         elif state.draft is not None and self.trainer is not None:
@@ -273,6 +280,7 @@ class Session:
     ) -> None:
         request = self.probe_request(24, sampling)
         requests = [request]
+        # A prediction has a place in the state: rows with one are another program.
         if has_predictions and self.is_drafting:
             predicted = dataclasses.replace(request, prediction_ids=request.prompt_ids)
             requests = [predicted, request]
@@ -285,6 +293,7 @@ class Session:
             capacities,
             self.batch_size,
         )
+        # Nothing is learned here, but the trainer now knows its interval and its costs.
         if self.trainer is not None and self._served is not None:
             _LOG.info("compiling what learning needs")
             trained = warm_up.warm_up_trainer(
@@ -373,6 +382,8 @@ class Session:
 
         parsed = arguments.as_prompts(prompts, predictions, self.num_admitted)
         pairs = self.requests(parsed, max_new_tokens, sampling, is_raw)
+        # All are tokenised and measured before the first is decoded, so a prompt that
+        # does not fit is no surprise in the middle.
         if isinstance(parsed, list):
             pairs = list(pairs)
             self.engine.capacity_for(request for _, request in pairs)
@@ -381,6 +392,8 @@ class Session:
 
     def _locked(self, results: Generator[Result, None, None]) -> Iterator[Result]:
         """Lets one thread at a time move the session on, from answer to answer."""
+        # The lock is free while the caller looks at a result: an answer from another
+        # thread may come in between.
         with contextlib.closing(results):
             while True:
                 with self._lock:
@@ -397,6 +410,7 @@ class Session:
         should_stop: Callable[[], bool],
     ) -> Generator[Result, None, None]:
         """Answers requests; see `generate`."""
+        # By identity: ids of requests are users' and need not differ.
         prompt_of: dict[int, Prompt] = {}
         streams: dict[int, TextStream] = {}
 
@@ -410,9 +424,12 @@ class Session:
             first = requests
         else:
             source = taken(pairs)
+            # Of a source that need not end only so many are taken as are decoded
+            # together.
             first = list(itertools.islice(source, self.batch_size))
             requests = itertools.chain(first, source)
 
+        # What must be known before the first answer is measured in a cache of its size.
         if first:
             self._prepare(self.engine.capacity_for(first), sampling)
 
@@ -426,6 +443,7 @@ class Session:
 
         completions = self.engine.serve(
             requests,
+            # Asked before every step, so a swap after one answer holds for all rows.
             lambda: self.served_draft,
             self.batch_size,
             on_tokens=on_tokens if on_text else None,
@@ -438,9 +456,12 @@ class Session:
         for completion in completions:
             prompt = prompt_of.pop(id(completion.request))
             text = self._text_of(completion)
+            # What a stream held back, as the beginning of a stop string that never
+            # came, is shown when the answer has ended.
             stream = streams.pop(id(completion.request), None)
             if stream and on_text and (rest := stream.finish(text)):
                 on_text(prompt, rest)
+            # Of the draft that served this answer: learning may change it next.
             version = self.version
             learning_seconds = self._learn_from(completion)
             self._count_answer(prompt)
@@ -468,6 +489,7 @@ class Session:
 
     def _prepare(self, capacity: int, sampling: SamplingConfig) -> None:
         """Measures what learning, or the choice of a depth, must know beforehand."""
+        # A full warm-up times a step as well.
         if self.trainer and not self.trainer.is_ready(self._state.trainer):
             self._warm_up([capacity], sampling)
             release_memory()
@@ -551,6 +573,7 @@ class Session:
         return seconds
 
     def _warn_of_collapse(self, newest: DecodingStats) -> None:
+        # Judged in spans, so that a collapse late in a long service shows as well.
         self._unjudged = stats = self._unjudged + newest
         if stats.num_draft_tokens and stats.num_drafts >= _COLLAPSE_STEPS:
             # A controller of its own accord hardly drafts where that does not pay.

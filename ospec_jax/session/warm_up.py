@@ -91,6 +91,7 @@ def _decode_twice(
     serve = lambda: list(
         engine.serve(requests, lambda: served, batch_size, capacity, chooser=own)
     )
+    # The first time compiles, and the second one is timed.
     serve()
     completions = serve()
     _compile_longer_steps(engine, served, request, capacity, batch_size)
@@ -110,6 +111,8 @@ def _compile_longer_steps(
     if not longer:
         return
 
+    # The steps are taken here by hand, since a controller takes them only where rows
+    # are sure.
     slots = engine.capacity_for([request], capacity)
     row, output = engine.prefill(served, request, slots)
     if output.is_sure is None:
@@ -144,6 +147,7 @@ def measure_costs(
     }
     seconds, _ = seconds_of_steps(steps, state, num_rounds=5 if is_timed else 0)
     if is_timed:
+        # Processes of one mesh must choose the same actions.
         chooser.set_costs(
             {action: float(sharding.agreed(x)) for action, x in seconds.items()}
         )

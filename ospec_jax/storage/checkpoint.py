@@ -160,6 +160,8 @@ class Meta:
                 ("hidden size", draft.target_hidden_size, config.hidden_size),
             ]
 
+        # Without these being equal the draft could not run, or its tokens would mean
+        # something else. Other weights of the same shape only make it worse.
         for what, ours, theirs in found:
             if ours != theirs:
                 raise CheckpointError(
@@ -214,7 +216,10 @@ def save(
       CheckpointError: The folder holds a later step: it is of another run. Or the draft
         is not finite.
     """
+    # Before anything is touched: a draft that is not finite must not replace one that
+    # is.
     _check_finite(draft, f"the draft to be saved as step {step} of {folder}")
+    # Meta is text, so that it can be read without knowing any shape.
     items: dict[str, Any] = {"meta": {"json": json.dumps(dataclasses.asdict(meta))}}
     if meta.draft is not None:
         stored: dict[str, Any] = {"params": cast_params(draft.params, meta.storage)}
@@ -229,6 +234,8 @@ def save(
 
     path = Path(folder).resolve()
 
+    # The lock comes before the look at what is there: another session may just be
+    # writing.
     with _alone(path), _open(path, num_kept) as checkpointer:
         found = sorted(c.step for c in checkpointer.checkpoints)
         newest = max(found, default=step)
@@ -239,6 +246,7 @@ def save(
             )
         _sweep(path)
         if step in found:
+            # The step that is there stays whole until the new one is.
             _replace(path, step, items)
             for number in found[:-num_kept]:
                 checkpointer.delete(number)
@@ -253,6 +261,7 @@ def _replace(path: Path, step: int, items: dict[str, Any]) -> None:
     place = path / str(step)
     writing = place.with_name(place.name + _WRITING)
 
+    # In a folder of its own, which no reader takes for a checkpoint.
     with _open(writing) as checkpointer:
         checkpointer.save_checkpointables(step, items)
 
@@ -454,6 +463,7 @@ def load(
     failures = []
     kind = CheckpointError
 
+    # The newest first, unless one step was asked for.
     for number in reversed(found if step is None else [step]):
         try:
             checkpoint = _load_step(
@@ -484,6 +494,7 @@ def _load_step(
     path: Path, step: int, learner_like, feedback_like, mesh, own: Family | None
 ) -> Checkpoint:
     with _open(path) as checkpointer:
+        # Meta first: it says which shapes the rest has.
         with _reading_files(path, step):
             raw = checkpointer.load_checkpointables(step, {"meta": None})["meta"]
             kept = checkpointer.checkpointables_metadata(step).metadata
@@ -662,6 +673,8 @@ def abstract_draft(meta: Meta, own: Family | None = None) -> dict:
 
 def _on_devices(tree, mesh):
     """Gives every leaf of an abstract tree its place: the mesh, or one device."""
+    # Files say on which devices their arrays lay, which need not be those of this
+    # machine.
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = jax.tree.map(lambda _: device, tree)
     if mesh is not None:

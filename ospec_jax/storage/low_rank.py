@@ -21,6 +21,7 @@ def fingerprint(draft: Draft) -> str:
     digest = hashlib.sha256()
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(draft.params):
+        # The path, too: leaves of equal shapes could change places otherwise.
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
 
@@ -39,6 +40,7 @@ def empty(params, rank: int):
         if name != "kernel":
             return {name: jnp.zeros_like(value)}
 
+        # A matrix has no more singular vectors than its smaller side.
         kept = min(rank, *value.shape)
         return {
             "left": {"kernel": jnp.zeros((value.shape[0], kept))},
@@ -49,7 +51,10 @@ def empty(params, rank: int):
 
 
 def subtract(params, base, rank: int):
-    """`params` less `base`, float32 trees of one structure, up to `rank`."""
+    """`params` less `base`, float32 trees of one structure, up to `rank`.
+
+    A kernel `[out, in]` becomes `left`, `[out, rank]`, and `right`, `[rank, in]`.
+    """
     found = {}
     for name, value in params.items():
         if isinstance(value, dict):

@@ -34,10 +34,13 @@ def stored_like(like: Any, stored: Any) -> Any:
       Shapes in the stored structure, which may lack what is new, were it only a None;
       `like` if it is not known how the two belong together.
     """
+    # Both structures as flat paths: what is new, what is gone, and whether all of it is
+    # accounted for.
     ours = _by_path(like)
     theirs = _under_new_names(ours, stored)
     added = ours.keys() - theirs.keys()
     retired = theirs.keys() - ours.keys()
+    # Something else differs: Orbax then says what does not fit.
     if not all(name.startswith(_ADDED) for name in added) or retired - {*_RETIRED}:
         return like
 

@@ -15,7 +15,16 @@ from ospec_jax.types import DraftTree
 
 
 def hub(uniforms, tree: DraftTree, rank, target_probs):
-    """Walks one row's tree from the root down, pair by pair."""
+    """Walks one row's tree from the root down, pair by pair.
+
+    Args:
+      uniforms: `[n]`, by which each node is accepted.
+      rank: `[n]` earlier siblings of each node.
+      target_probs: `[n, v]`, after each node.
+
+    Returns:
+      The last accepted node, and weights `[v]` of the token after it.
+    """
     assert tree.draft_probs is not None, "pairs are drawn"
     draft_probs = tree.draft_probs
 
@@ -25,10 +34,12 @@ def hub(uniforms, tree: DraftTree, rank, target_probs):
         has_pair = jnp.any(is_child(0)) & is_open
         pair = jnp.stack([jnp.argmax(is_child(0)), jnp.argmax(is_child(1))])
         has_second = jnp.any(is_child(1))
+
         q = on_target(tree, draft_probs[node], p.shape[-1])
         accepted, rest = _transport(p, q, tree.tokens[pair], has_second, uniforms[pair])
         has_moved = has_pair & (accepted >= 0)
         child = pair[jnp.maximum(accepted, 0)]
+        # If the pair is rejected, the next token is drawn from what it could not cover.
         stays = jnp.where(has_pair, rest, p)
 
         return (
@@ -49,6 +60,8 @@ def _transport(p, q, pair, has_second, uniforms):
     is_top = jnp.arange(q.shape[-1]) == top
     p_top = p[top]
     q_top = q[top]
+
+    # `after_top` is the probability of the pair (a, i), `others` that of (i, a).
     others = jnp.where(is_top, 0.0, q)
     after_top = others * q_top / jnp.maximum(1.0 - q_top, 1e-30)
     # Tokens other than the hub: first from the pairs (i, a), then from (a, i).
@@ -61,6 +74,8 @@ def _transport(p, q, pair, has_second, uniforms):
     top_second = jnp.minimum(p_top, rest_second)
     top_first = jnp.minimum(p_top - top_second, rest_first)
 
+    # Given the pair that was drawn, each of its tokens is taken with the share of the
+    # pair's mass that was transported onto it.
     is_hub_first = pair[0] == top
     other = jnp.where(is_hub_first, pair[1], pair[0])
     share = lambda part, whole: part / jnp.maximum(whole, 1e-30)
@@ -73,13 +88,17 @@ def _transport(p, q, pair, has_second, uniforms):
         is_hub_first, share(top_second, rest_second), share(top_first, rest_first)
     )
     place_of_hub = jnp.where(is_hub_first, 0, 1)
+    # At most one is taken. The hub is asked for second, and its rate is over what the
+    # other token has left.
     is_other = uniforms[1 - place_of_hub] < rate_other
     is_hub = uniforms[place_of_hub] < rate_top
     is_hub &= ~is_other & (is_hub_first | has_second)
     accepted = jnp.where(is_other, 1 - place_of_hub, place_of_hub)
+    # What the pairs did not cover of p is the law of the next token.
     rest = jnp.where(is_top, p_top - top_second - top_first, left - by_second)
     rest = jnp.maximum(rest, 0.0)
     total = jnp.sum(rest)
+    # Rounding may leave nothing.
     rest = jnp.where(total > 0, rest / jnp.where(total > 0, total, 1.0), p)
 
     return jnp.where(is_other | is_hub, accepted, -1), rest

@@ -25,11 +25,23 @@ from ospec_jax.types import DraftTree
 
 
 def recursive(uniforms, tree: DraftTree, rank, target_probs):
-    """Walks one row's tree from the root down."""
+    """Walks one row's tree from the root down.
+
+    Args:
+      uniforms: `[n]`, by which each node is accepted.
+      rank: `[n]` earlier siblings of each node.
+      target_probs: `[n, v]`, after each node.
+
+    Returns:
+      The last accepted node, and weights `[v]` of the token after it.
+    """
     draft_probs = lambda node: (
         None if tree.draft_probs is None else tree.draft_probs[node]
     )
 
+    # One level: `p` is the target's law at `node`, or what rejections have left of it.
+    # After a level without acceptance the walk is closed, and further turns change
+    # nothing.
     def descend(_, carry):
         node, p, is_open = carry
 
@@ -43,6 +55,7 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
             q_token = jnp.where(is_drawn, draft_prob(tree, q, token), 1.0)
             # When q's support is used up, what comes next was not drawn from it.
             is_tried &= q_token > 0
+            # u < p / q without the division.
             is_accepted = is_tried & (uniforms[child] * q_token < p[token])
             is_rejected = is_tried & ~is_accepted
             left = residual(tree, p, q, token)
@@ -50,6 +63,7 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
                 left = jnp.where(is_drawn, left, residual(tree, p, None, token))
 
             p = jnp.where(is_rejected, left, p)
+            # The rejected child cannot be drawn again.
             if tree.children == "without_replacement":
                 without = jnp.where(is_token(tree, q, token), 0.0, q)
                 q = jnp.where(
@@ -61,9 +75,11 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
         accepted, p, _ = jax.lax.fori_loop(
             0, tree.max_children, try_child, (jnp.int32(-1), p, draft_probs(node))
         )
+
         has_moved = accepted >= 0
         node = jnp.where(has_moved, accepted, node)
 
+        # Below an accepted child the target's law is its own, without any residual.
         return node, jnp.where(has_moved, target_probs[node], p), has_moved
 
     start = (jnp.int32(0), target_probs[0], jnp.bool_(True))
@@ -72,7 +88,11 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
 
 
 def draft_prob(tree: DraftTree, q, token):
-    """Probability that the child was drawn; one for deterministic children."""
+    """Probability that the child was drawn; one for deterministic children.
+
+    Args:
+      q: `[q]` what it was drawn from, or None.
+    """
     if q is None:
         return jnp.float32(1.0)
 
@@ -80,16 +100,23 @@ def draft_prob(tree: DraftTree, q, token):
 
 
 def is_token(tree: DraftTree, q, token):
+    """Which entries of the draft vocabulary `[q]` are a target's token: one or none."""
     ids = jnp.arange(q.shape[-1]) if tree.token_ids is None else tree.token_ids
     return ids == token
 
 
 def residual(tree: DraftTree, p, q, token):
-    """max(p - q, 0), renormalised; p itself when rounding leaves nothing."""
+    """max(p - q, 0), renormalised; p itself when rounding leaves nothing.
+
+    Args:
+      p: `[v]` of the target.
+      q: `[q]` of the draft; None for all of it at `token`.
+    """
     if q is None:
         rest = p.at[token].set(0.0)
     elif tree.token_ids is None:
         rest = jnp.maximum(p - q, 0.0)
+    # The draft's vocabulary is a part of the target's: q is subtracted at its ids.
     else:
         rest = jnp.maximum(p.at[tree.token_ids].add(-q), 0.0)
 
@@ -98,7 +125,7 @@ def residual(tree: DraftTree, p, q, token):
 
 
 def on_target(tree: DraftTree, q, num_tokens: int):
-    """The draft's distribution over the target's vocabulary."""
+    """The draft's distribution `[q]` over the target's vocabulary, `[v]`."""
     if tree.token_ids is None:
         return q
 

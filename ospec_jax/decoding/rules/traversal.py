@@ -21,7 +21,19 @@ from ospec_jax.types import DraftTree
 
 
 def traversal(uniforms, tree: DraftTree, rank, target_probs):
-    """Visits one row's nodes depth first, children in order."""
+    """Visits one row's nodes depth first, children in order.
+
+    Args:
+      uniforms: `[n]`, by which each node is accepted.
+      rank: `[n]` earlier siblings of each node.
+      target_probs: `[n, v]`, after each node.
+
+    Returns:
+      The last accepted node, and weights `[v]` of the token after it.
+    """
+    # A state is (node, p `[n, v]`, q `[n, q]`, rates `[n]`, nodes not yet visited
+    # `[n]`, whether a node was accepted); p, q and rates are those of the formulas
+    # above, and change at a node whenever one of its children is removed.
     num_nodes = tree.tokens.shape[0]
 
     def enter(state, child):
@@ -46,8 +58,11 @@ def traversal(uniforms, tree: DraftTree, rank, target_probs):
         """Accepts a leaf, or removes it and goes up."""
         node, probs, draft, rate, is_left, _ = state
         above = jnp.maximum(tree.parents[node], 0)
+        # The root is accepted for certain once all below it are removed.
         is_accepted = (uniforms[node] < rate[node]) | (node == 0)
         q = draft[above]
+
+        # The parent's residual. The node's own rate and p are not needed any more.
         rest = jnp.maximum(
             rate[above] * probs[above] - on_target(tree, q, probs.shape[-1]), 0.0
         )
@@ -57,9 +72,12 @@ def traversal(uniforms, tree: DraftTree, rank, target_probs):
         total = mass + 1.0 - rate[above]
         new_rate = jnp.where(total > 0, mass / jnp.where(total > 0, total, 1.0), 0.0)
         if tree.children == "without_replacement":
+            # The removed child was drawn from q; the next sibling was drawn from what
+            # is left.
             others = jnp.where(is_token(tree, q, tree.tokens[node]), 0.0, q)
             q = others / jnp.maximum(jnp.sum(others), 1e-30)
 
+        # Nothing changes for a node that was accepted: it ends the walk.
         put = lambda x, new: x.at[above].set(jnp.where(is_accepted, x[above], new))
 
         return (
@@ -74,6 +92,8 @@ def traversal(uniforms, tree: DraftTree, rank, target_probs):
     def visit(state):
         node = state[0]
         is_left = state[4]
+
+        # Children are visited in the order in which they were drawn.
         is_child = (tree.parents == node) & is_left
         child = jnp.argmin(jnp.where(is_child, rank, num_nodes))
         return jax.lax.cond(
