@@ -24,6 +24,7 @@ from ospec_jax.drafters.self_draft import in_four_bits
 from ospec_jax.drafters.starts import start_warm
 from ospec_jax.formats.importing import is_public_folder, load_folder
 from ospec_jax.models.hub import Target, check_name, load_target
+from ospec_jax.models.llama import without_padding
 from ospec_jax.models.tokenizer import tokenizer_hash
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.storage.checkpoint import Meta
@@ -363,9 +364,13 @@ def model_draft(name_or_path: str, target: Target) -> LoadedDraft:
     if model.config.vocab_size < target.config.vocab_size:
         token_ids = jnp.arange(model.config.vocab_size, dtype=jnp.int32)
     elif model.config.vocab_size > target.config.vocab_size:
-        # What is beyond the common tokenizer is padding of the head.
-        own = dataclasses.replace(model.config, vocab_size=target.config.vocab_size)
-        model = dataclasses.replace(model, config=own)
+        # What is beyond the common tokenizer is padding.
+        size = target.config.vocab_size
+        model = dataclasses.replace(
+            model,
+            config=dataclasses.replace(model.config, vocab_size=size),
+            params=without_padding(model.params, size),
+        )
 
     return LoadedDraft(Draft(model.params, token_ids), meta, model)
 

@@ -103,8 +103,8 @@ def _top_p_threshold(scaled, weights, top, top_p, total):
 def _bisect(scaled, weights, goal):
     """Largest value t of each row with `sum(weights where scaled >= t) >= goal`.
 
-    Values are at most 0, so their bit patterns, as unsigned integers, grow as they
-    fall: 32 halvings of that range find the exact float.
+    Values are at most 0, so the bit patterns of what they are below 0, as integers,
+    grow as they fall: 32 halvings of that range find the exact float.
     """
 
     def halve(_, bounds):

@@ -248,7 +248,7 @@ class Batch:
             return
 
         # A row's last step is left out, since what it accepted is cut at a stop token
-        # or at the limit.
+        # or at the limit. One that ends with a stop string is not cut on the device.
         accepted = tuple(
             int(sent.output.num_accepted[row])
             for _, row, slot in sent.rows

@@ -119,7 +119,7 @@ def repeated_token_share(token_ids: list[int], length: int = 16) -> float:
 
     Small greedy models loop, and loops flatter speculation, n-grams most of all.
     """
-    seen: dict[tuple, int] = {}
+    seen: set[tuple] = set()
     is_repeated = [False] * len(token_ids)
 
     for end in range(length, len(token_ids) + 1):
@@ -128,6 +128,6 @@ def repeated_token_share(token_ids: list[int], length: int = 16) -> float:
         # those of its first turn.
         if gram in seen:
             is_repeated[end - length : end] = [True] * length
-        seen[gram] = end
+        seen.add(gram)
 
     return sum(is_repeated) / max(len(token_ids), 1)

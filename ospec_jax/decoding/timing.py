@@ -14,7 +14,10 @@ Step = Callable[[DecodeState], tuple[DecodeState, StepOutput]]
 def time_steps(
     step: Step, state: DecodeState, num_steps: int = 8
 ) -> tuple[float, DecodeState]:
-    """Seconds a step, one ahead; and the state, rewound to where it was."""
+    """Seconds a step, one ahead; and the state, as long as it was before.
+
+    Its newest tokens are those of the last step that was timed.
+    """
     # Copies: the step donates its state, and with it these arrays.
     lengths = state.lengths + 0
     remaining = state.num_remaining + 0

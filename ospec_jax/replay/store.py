@@ -211,11 +211,11 @@ class FeedbackStore:
 
     @property
     def num_answer_tokens(self) -> int:
-        """Tokens of the target's own outputs."""
+        """Tokens of the target's own outputs but the last of each."""
         return sum(e.length - e.num_prompt for e in self.entries)
 
     def answer(self, entry: int) -> np.ndarray:
-        """Token ids of one answer."""
+        """Token ids of one answer but the last, after which nothing was verified."""
         e = self.entries[entry]
         return np.asarray(
             e.arrays["tokens"][e.begin + e.num_prompt : e.begin + e.length]

@@ -591,6 +591,21 @@ def test_a_model_with_another_tokenizer_is_refused(model_folders):
         load_draft(f"model:{model_folders[1]}", target)
 
 
+def test_a_model_whose_vocabulary_is_padded_further_drafts(model_folders, tmp_path):
+    """Qwen's models of several sizes have one tokenizer, and heads of other sizes."""
+    target = load_target(model_folders[0], "float32")
+    config = dataclasses.replace(
+        model_config(), vocab_size=target.config.vocab_size + 9
+    )
+    tensors = hf_tensors(config, random_params(config, 1))
+    folder = write_folder(tmp_path / "padded", config, tensors)
+    expected = answers(Session(target), PROMPTS[:2])
+    draft = load_draft(f"model:{folder}", target)
+    session = Session(target, draft, ngrams=False)
+    assert answers(session, PROMPTS[:2]) == expected
+    assert session.stats.num_draft_tokens > 0
+
+
 def test_resume_without_feedback_warns_and_starts_an_empty_ring(
     target, draft, tmp_path
 ):
