@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.flax import save_file
 from tokenizers import pre_tokenizers
 
+from ospec_jax.models.hub import cache_folder
 from ospec_jax.testing import CHAT_TEMPLATE, byte_tokenizer, tiny_model_config
 
 VOCAB = 261
@@ -220,3 +221,11 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return str(file)
+
+
+def with_native_code(cache):
+    """Lends a cache folder the functions that were compiled for another one."""
+    native = cache_folder() / "native"
+    if native.is_dir():
+        cache.mkdir(exist_ok=True)
+        (cache / "native").symlink_to(native)

@@ -7,14 +7,13 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from model_files import hf_tensors, model_config, write_folder
+from model_files import hf_tensors, model_config, with_native_code, write_folder
 from reference import random_params
 from safetensors.numpy import load_file, save_file
 
 from ospec_jax.config import ConfigError, InputError
 from ospec_jax.decoding.request import Request
 from ospec_jax.models.hub import fingerprint, load_config, load_target
-from ospec_jax.models.quantization import calibrated_numerics
 from ospec_jax.models.weights import WeightsError
 from ospec_jax.session import Session
 
@@ -297,16 +296,9 @@ def test_weights_that_are_no_numbers_are_refused(folder, name, value):
         load(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": 3}'])
-def test_damaged_calibrations_are_made_anew(tmp_path, content):
-    file = tmp_path / "calibration.json"
-    file.write_bytes(content)
-    precision = calibrated_numerics(tmp_path, None).precision
-    assert [*json.loads(file.read_text()).values()] == [precision]
-
-
 @pytest.mark.parametrize("content", [b"", b"PK", None])
 def test_damaged_ranges_are_measured_anew(folder, tmp_path, monkeypatch, content):
+    with_native_code(tmp_path / "cache")
     monkeypatch.setenv("OSPEC_CACHE_DIR", str(tmp_path / "cache"))
     fingerprint.cache_clear()
     load_target(str(folder), "int8")

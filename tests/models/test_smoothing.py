@@ -5,7 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_files import hf_tensors, layer_tensors, model_config, write_folder
+from model_files import (
+    hf_tensors,
+    layer_tensors,
+    model_config,
+    with_native_code,
+    write_folder,
+)
 from reference import random_params
 
 from ospec_jax.models import cache as kv
@@ -98,6 +104,7 @@ def test_int8_comes_nearer_to_float32(params, ranges):
 
 
 def test_ranges_are_measured_once(tmp_path, monkeypatch, params):
+    with_native_code(tmp_path / "cache")
     monkeypatch.setenv("OSPEC_CACHE_DIR", str(tmp_path / "cache"))
     name = write_folder(tmp_path / "tiny", CONFIG, hf_tensors(CONFIG, params))
     first = load_target(name, "int8")

@@ -44,10 +44,16 @@ def stretched(rng, count, width=12):
     )
 
 
+def compiled(**settings):
+    """The learner, whose update is not compiled operation by operation."""
+    learner = head_learner(**settings)
+    return learner._replace(update=jax.jit(learner.update))
+
+
 def test_a_step_moves_a_sample_by_its_own_error():
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(0.1 * rng.normal(size=(9, 12)), jnp.float32)
-    learner = head_learner(rate=1.0, num_candidates=9)
+    learner = compiled(rate=1.0, num_candidates=9)
     samples = samples_of(kernel, stretched(rng, 1), [4])
     state, rows, info = learner.update(learner.init(kernel), samples)
     moved = (state.kernel - kernel) @ samples.inputs[0]
@@ -66,6 +72,7 @@ LAWS = {
 }
 
 
+@jax.jit
 def processed(logits, temperature, top_k, top_p):
     one = lambda value, dtype: jnp.full(len(logits), value, dtype)
     params = SamplingParams(
@@ -80,7 +87,7 @@ def test_the_targets_own_projection_is_where_sampled_labels_leave_it(law):
     rng = np.random.default_rng(5)
     kernel = jnp.asarray(0.5 * rng.normal(size=(9, 12)), jnp.float32)
     inputs = jnp.asarray(rng.normal(size=(1, 12)), jnp.float32)
-    learner = head_learner(rate=1.0, num_candidates=9)
+    learner = compiled(rate=1.0, num_candidates=9)
 
     def expected_step(sampling, law_of_labels):
         probs = processed(inputs @ kernel.T, *law_of_labels)[0]
@@ -108,7 +115,7 @@ def test_a_step_is_as_long_as_the_temperature_down_to_a_half(temperature, factor
     kernel = jnp.asarray(0.1 * rng.normal(size=(9, 12)), jnp.float32)
     samples = samples_of(kernel, stretched(rng, 1), [4])
     samples = samples.replace(sampling=as_drawn(SamplingConfig(temperature)))
-    learner = head_learner(rate=1.0, num_candidates=9)
+    learner = compiled(rate=1.0, num_candidates=9)
     state, _, info = learner.update(learner.init(kernel), samples)
     moved = (state.kernel - kernel) @ samples.inputs[0]
     probs = jax.nn.softmax(samples.logits[0] / temperature)
@@ -122,9 +129,9 @@ def test_drawn_children_stay_accepted_at_any_temperature(law):
     """A draft that begins at the target stays there but for the steps' noise."""
     rng = np.random.default_rng(7)
     truth = jnp.asarray(0.6 * rng.normal(size=(6, 8)), jnp.float32)
-    learner = head_learner(rate=0.3)
-    update, state = jax.jit(learner.update), learner.init(truth)
-    law_of = jax.jit(lambda kernel, x: processed(x @ kernel.T, *law))
+    learner = compiled(rate=0.3)
+    update, state = learner.update, learner.init(truth)
+    law_of = lambda kernel, x: processed(x @ kernel.T, *law)
     fresh = jnp.asarray(rng.normal(size=(1000, 8)), jnp.float32)
     accepted = lambda kernel: float(
         np.minimum(law_of(truth, fresh), law_of(kernel, fresh)).sum(1).mean()
@@ -162,7 +169,7 @@ def test_what_was_asked_tells_the_law_of_an_answer():
 def test_only_candidates_change_and_emitted_tokens_are_among_them():
     rng = np.random.default_rng(1)
     kernel = jnp.asarray(rng.normal(size=(50, 12)), jnp.float32)
-    learner = head_learner(num_candidates=6)
+    learner = compiled(num_candidates=6)
     labels = [3, 17, 31, -1]
     state, rows, _ = learner.update(
         learner.init(kernel), samples_of(kernel, stretched(rng, 4), labels)
@@ -175,7 +182,7 @@ def test_only_candidates_change_and_emitted_tokens_are_among_them():
 def test_nothing_real_changes_nothing():
     rng = np.random.default_rng(2)
     kernel = jnp.asarray(rng.normal(size=(9, 12)), jnp.float32)
-    learner = head_learner()
+    learner = compiled()
     samples = samples_of(kernel, stretched(rng, 5), [1] * 5, jnp.zeros(5, bool))
     state, _, info = learner.update(learner.init(kernel), samples)
     np.testing.assert_array_equal(state.kernel, kernel)
@@ -188,8 +195,8 @@ def test_preconditioning_learns_faster_than_plain_steps():
     teacher = rng.normal(size=(6, 12)) / np.geomspace(10, 0.1, 12)
 
     def agreement(damping, rate):
-        learner = head_learner(rate, damping, num_candidates=6)
-        update = jax.jit(learner.update)
+        learner = compiled(rate=rate, damping=damping, num_candidates=6)
+        update = learner.update
         state, found = learner.init(jnp.zeros((6, 12))), []
         draws = np.random.default_rng(4)
         for _ in range(60):
