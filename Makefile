@@ -39,9 +39,10 @@ lint: $(VENV)/.installed-dev
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 fast: $(VENV)/.installed-dev
-	$(PYTEST) -m "not (slow or optimized or gpu)"
+	$(PYTEST) -m "not (slow or optimized or gpu or long)"
 
-test: lint fast
+test: lint
+	$(PYTEST) -m "not (slow or optimized or gpu)"
 	$(PYTEST) -m "(slow or optimized) and not gpu"
 
 clean:

@@ -32,6 +32,35 @@ _MAX_MAPS_KEPT = 20_000
 # The longest come first, so that no worker is left alone with one. Tests that want the
 # same kind of programs stand together: a change of kind throws programs away.
 _LONGEST = ("test_notebooks", "test_sharding", "test_real_model")
+# Modules of a quarter of a minute and more that `make fast` does without; their laws
+# are those of whole sessions, meshes and commands.
+_LONG = {
+    *_LONGEST,
+    "test_asking",
+    "test_cli",
+    "test_depth",
+    "test_distill",
+    "test_drafts",
+    "test_early_exit",
+    "test_last_layer",
+    "test_laws",
+    "test_low_rank",
+    "test_lowering",
+    "test_outputs",
+    "test_pace",
+    "test_pool",
+    "test_protocol",
+    "test_replayer",
+    "test_sampled_laws",
+    "test_scan",
+    "test_self_prompts",
+    "test_session",
+    "test_sliding_window",
+    "test_trained",
+    "test_trainers",
+    "test_verify",
+    "test_wellformed",
+}
 
 
 def _is_for_users(item) -> bool:
@@ -45,8 +74,13 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{flags} {_QUICK_FLAG}".strip()
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """Sorts by length, and by how programs are compiled."""
+    """Marks what takes long; sorts by length, and by how programs are compiled."""
+    for item in items:
+        if item.path.stem in _LONG:
+            item.add_marker("long")
+
     rank = {name: i for i, name in enumerate(_LONGEST)}
     items.sort(
         key=lambda item: (

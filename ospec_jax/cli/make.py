@@ -302,7 +302,7 @@ def _of_domains(rows: list[Prompt], domains: tuple[str, ...]) -> list[Prompt]:
     found = [row for row in rows if not domains or row.domain in domains]
     if not found:
         raise ConfigError(
-            f"no prompt is of the domains {', '.join(domains)}; there are "
+            f"no prompt is of the domains {', '.join(map(repr, domains))}; there are "
             f"{', '.join(sorted({repr(row.domain) for row in rows}))}"
         )
 

@@ -209,7 +209,7 @@ def test_experts_are_kept_as_differences(ospec, tmp_path, capsys):
     assert ospec(*unshipped, "--from", ospec.draft) == 2
     assert "the draft that --ship saves" in capsys.readouterr().err
     assert ospec(*args, "--from", ospec.draft, "--domain", "nowhere") == 2
-    assert "no prompt of the domains 'nowhere'" in " ".join(
+    assert "no prompt is of the domains 'nowhere'" in " ".join(
         capsys.readouterr().err.split()
     )
     narrow = ("--sliding-window", 40)

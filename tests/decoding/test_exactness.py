@@ -54,7 +54,7 @@ LENGTHS = (40, 23, 57, 31)
 
 @pytest.fixture(scope="module", params=["float32", "int8"])
 def target(request):
-    return tiny_target(VOCAB, request.param)
+    return tiny_target(VOCAB, request.param, num_layers=2)
 
 
 def engine_for(
@@ -265,7 +265,7 @@ def test_a_target_drafts_for_itself_exactly(target, plain, part, name):
     only_one_tree_in_int8(target, name)
     config, params = target.config, {}
     if part == "exit":
-        config = dataclasses.replace(config, num_layers=2)
+        config = dataclasses.replace(config, num_layers=1)
     else:
         params = in_four_bits(target.params)
     tree = NGRAM_TREES[name]

@@ -134,9 +134,9 @@ def small_target():
     return tiny_target(16)
 
 
-def serve(session, requests):
+def serve(session, requests, batch_size=1):
     serving = session.engine.serve(
-        requests, lambda: session.served_draft, chooser=session.chooser
+        requests, lambda: session.served_draft, batch_size, chooser=session.chooser
     )
     return list(serving)
 
@@ -212,10 +212,10 @@ def test_sampled_answers_follow_the_targets_law(small_target, children):
         paths = itertools.product([token], following)
         law |= dict(zip(paths, chance * chances, strict=True))
 
-    num_runs = 400
+    num_runs = 200
     num_accepted = 0
     counts = dict.fromkeys(law, 0)
-    for done in serve(session, [Request("it", ids, 3, sampling)] * num_runs):
+    for done in serve(session, [Request("it", ids, 3, sampling)] * num_runs, 20):
         counts[tuple(done.token_ids[:2])] += 1
         num_accepted += done.stats.num_accepted_tokens
 

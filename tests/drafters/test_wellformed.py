@@ -86,7 +86,15 @@ SLIPS = {
 }
 
 
-def answers(target, drafter, tree, temperature=0.0, num_requests=1, num_tokens=24):
+def answers(
+    target,
+    drafter,
+    tree,
+    temperature=0.0,
+    num_requests=1,
+    num_tokens=24,
+    batch_size=2,
+):
     step = StepConfig(target.config, target.numerics, tree)
     engine = Engine(step, target.params, drafter)
     asked = [
@@ -94,7 +102,7 @@ def answers(target, drafter, tree, temperature=0.0, num_requests=1, num_tokens=2
         for i, ids in enumerate([(1, 2, 3), (5, 4, 5, 4)] * num_requests)
     ]
     draft = Draft({}, memory=init_memory(16))
-    done = list(engine.serve(asked, lambda: draft, 2))
+    done = list(engine.serve(asked, lambda: draft, batch_size))
     return [c.token_ids for c in sorted(done, key=lambda c: int(c.request.id))], done
 
 
@@ -156,7 +164,7 @@ def test_sampled_output_follows_the_target_through_a_spoilt_tree(target, slip):
     spoilt = build_drafter(family(SLIPS[slip]), None, STATIC)
     tables = []
     for drafter, tree in ((spoilt, STATIC), (None, TreeConfig(num_steps=0))):
-        found, _ = answers(target, drafter, tree, 1.0, 150, num_tokens=3)
+        found, _ = answers(target, drafter, tree, 1.0, 60, 3, batch_size=20)
         assert all(0 <= token < NUM_TOKENS for ids in found for token in ids)
         tables.append(count([ids[1] for ids in found if len(ids) > 1]))
     ours, expected = tables

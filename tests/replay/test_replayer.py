@@ -14,7 +14,7 @@ from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.config import build_learner
 from ospec_jax.loading import LoadedDraft, load_draft
-from ospec_jax.online.windows import Windows
+from ospec_jax.online import promotion
 from ospec_jax.replay.hindsight import best_per_chunk_in_hindsight, dynamic_regret_proxy
 from ospec_jax.replay.record import open_recording, read_meta, record
 from ospec_jax.replay.replayer import DEFAULT_INTERVAL, Replayer
@@ -80,16 +80,16 @@ def histograms(answers):
 
 
 @pytest.mark.parametrize(
-    ("family", "promotion"),
+    ("family", "promoted"),
     [("eagle3", "always"), ("hydra", "guarded")],
 )
-def test_replay_equals_the_engine(target, folder, family, promotion, monkeypatch):
+def test_replay_equals_the_engine(target, folder, family, promoted, monkeypatch):
     """Per request and step; learner and served draft at the end, too."""
     # Random models hardly gain anything: half of what there is to gain is a gift.
-    gain_of = Windows._gain_of
-    monkeypatch.setattr(Windows, "_gain_of", lambda *args: 0.5 + 0.5 * gain_of(*args))
+    gain_of = promotion.gain_of
+    monkeypatch.setattr(promotion, "gain_of", lambda *args: 0.5 + 0.5 * gain_of(*args))
     draft = make_draft(target, family)
-    config = dataclasses.replace(LEARNER, promotion=promotion, promotion_level=0.9)
+    config = dataclasses.replace(LEARNER, promotion=promoted, promotion_level=0.9)
     session, results = serve(target, draft, config)
     replayer = Replayer(target, draft, folder, STEPS)
     run = replayer.run(config)
