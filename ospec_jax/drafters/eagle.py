@@ -99,6 +99,9 @@ class EagleHead(nn.Module):
             joint = self.fc(jnp.concatenate([embeddings, features], axis=-1))
             return self.qkv_proj(joint), joint
 
+        # EAGLE-3 norms both parts apart, for the fused taps are of another size than
+        # the embeddings. Attention reads them side by side; the residual stream carries
+        # the features alone.
         normed = self.hidden_norm(features)
         joint = jnp.concatenate([self.input_layernorm(embeddings), normed], axis=-1)
         is_normed = self.config.has_norm_before_residual
@@ -143,6 +146,7 @@ class EagleHead(nn.Module):
         """
         _check_window(self.config, num_steps)
         sliding_window = self.config.sliding_window
+        # Pairs that lie in front of every trained pair's window cost nothing.
         unseen = num_unseen(num_context, sliding_window)
         taps = taps[:, unseen:]
         embeddings = embeddings[:, unseen:]
@@ -151,6 +155,7 @@ class EagleHead(nn.Module):
         positions = start[:, None] + unseen + jnp.arange(num_pairs)
         qkv, residual = self._join(self.fuse(taps), embeddings[:, :num_pairs])
         q, k, v = split_heads(qkv, self.config, self.numerics, positions)
+        # Keys of the context are read, but nothing is predicted there.
         queries = slice(num_context, num_pairs)
         residual = residual[:, queries]
         q = q[:, queries]
@@ -161,11 +166,16 @@ class EagleHead(nn.Module):
 
         for depth in range(num_steps):
             if depth:
+                # From here on a pair's features are the draft's own outputs, as when it
+                # drafts: it learns to go on from its own mistakes. All pairs go one
+                # token further, each along its own chain.
                 shifted = slice(num_context + depth, num_pairs + depth)
                 qkv, residual = self._join(outputs[-1], embeddings[:, shifted])
                 q, own_k, own_v = split_heads(
                     qkv, self.config, self.numerics, positions[:, queries] + depth
                 )
+                # A chain's deeper keys are its own: pair i at depth j attends to the
+                # verified pairs up to i, and to its own entries of depths 1 to j.
                 own_keys.append(own_k)
                 own_values.append(own_v)
 
@@ -218,12 +228,14 @@ def _eagle(
     _check_window(config, tree.num_steps)
     numerics = numerics or Numerics()
     module = EagleHead(config, numerics, version)
+    # Int8 products have no gradients: training runs the same parameters in float32.
     trainer = EagleHead(config, numerics.for_training(), version)
 
     def apply(draft, method, *args) -> Any:
         return module.apply({"params": draft.params}, *args, method=method)
 
     def init_params(key):
+        # A table of two rows stands for the target's head: no parameter depends on it.
         own = config.has_own_embedding
         width = config.hidden_size if own else config.target_hidden_size
         zeros = lambda width: jnp.zeros((1, 1, width))
@@ -269,6 +281,8 @@ def _eagle(
         tokens = nodes.tokens
         positions = nodes.positions
         bias = nodes.bias
+        # A product of one row may round differently from one of several: a lone token
+        # is doubled, so that its bits are those that it has among others.
         if numerics.is_row_invariant:
             features, tokens, positions, bias = at_least_two_rows(
                 features, tokens, positions, bias
@@ -297,6 +311,8 @@ def _eagle(
         embeddings = embedded(draft, shared, tokens)
         args = (features, embeddings, positions, bias, cache, starts)
         outputs, cache = apply(draft, EagleHead.step, *args)
+        # The next proposal begins behind the last real pair. Rows that are finished
+        # have none; nothing that follows from theirs is emitted.
         last = take_row(outputs, jnp.maximum(pairs.num_valid - 1, 0))
         logits = predict(draft, shared, last)
 
@@ -338,6 +354,7 @@ def _eagle(
         num_steps: int,
         candidates: Int[Array, " c"] | None = None,
     ) -> tuple[list[Float[Array, "b t q"]], list[Float[Array, "b t d"]]]:
+        # The last pair's chain needs `num_steps` tokens behind it.
         num_pairs = feedback.tokens.shape[1] - num_steps
         features = feedback.taps if version == "eagle3" else feedback.hidden
         assert features is not None, "features are recorded"
