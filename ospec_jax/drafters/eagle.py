@@ -228,7 +228,7 @@ def _eagle(
     _check_window(config, tree.num_steps)
     numerics = numerics or Numerics()
     module = EagleHead(config, numerics, version)
-    # Int8 products have no gradients: training runs the same parameters in float32.
+    # Training is in float32, and of whole windows, whose rows may depend on each other.
     trainer = EagleHead(config, numerics.for_training(), version)
 
     def apply(draft, method, *args) -> Any:
