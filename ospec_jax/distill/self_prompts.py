@@ -2,7 +2,8 @@
 """Prompts without end: a target writes its own users' turns, many at once.
 
 What is written is a function of the target, the seed and a prompt's number: neither the
-batch nor an interruption changes it. Which of the prompts are kept depends on those
+batch nor an interruption changes it, as far as rows are independent of their neighbours
+(`Numerics.is_row_invariant`: on a CPU). Which of the prompts are kept depends on those
 kept before, so they are judged in the order of their numbers.
 """
 

@@ -2,7 +2,8 @@
 """Many talks with one target at once, each waiting for its own rows of batches.
 
 What a talk leads to is a function of the target, the seed and its number: its random
-numbers are its own, and a row's tokens do not depend on its neighbours.
+numbers are its own, and a row's tokens do not depend on its neighbours where the target
+is row invariant, as on a CPU.
 """
 
 import math
