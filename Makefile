@@ -5,7 +5,7 @@ VERSION = $(shell $(PYTHON) -c 'import sys; print("-%d.%d" % sys.version_info[:2
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),$(VERSION))
 BIN := $(VENV)/bin
 
-.PHONY: demo test fast lint bench clean
+.PHONY: demo test test-all fast lint bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,9 +39,14 @@ lint: $(VENV)/.installed-dev
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 fast: $(VENV)/.installed-dev
-	$(PYTEST) -m "not (slow or optimized or gpu or long)"
+	$(PYTEST) -m "not (slow or optimized or gpu or thorough or long)"
 
 test: lint
+	$(PYTEST) -m "not (slow or optimized or gpu or thorough)"
+	$(PYTEST) -m "(slow or optimized) and not (gpu or thorough)"
+
+# With every combination of what `make test` tries each value of once.
+test-all: lint
 	$(PYTEST) -m "not (slow or optimized or gpu)"
 	$(PYTEST) -m "(slow or optimized) and not gpu"
 

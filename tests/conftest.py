@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: how programs are compiled, kept and counted."""
 
+import collections
 import os
 from pathlib import Path
 
@@ -74,9 +75,53 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{flags} {_QUICK_FLAG}".strip()
 
 
+def _values_of(item) -> set[tuple]:
+    """What a case sets each parameter to; those of one `parametrize` go together."""
+    params = item.callspec.params
+    together = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    lists = [x.split(",") if isinstance(x, str) else x for x in together]
+    groups = [tuple(name.strip() for name in names) for names in lists]
+    named = {name for names in groups for name in names}
+    # The others are parameters of fixtures.
+    groups += [(name,) for name in params if name not in named]
+
+    return {(names, *(repr(params[name]) for name in names)) for names in groups}
+
+
+def _is_beyond_cover(items) -> list[bool]:
+    """For one test's cases: which bring no value of a parameter for the first time.
+
+    The cases that bring most come first, so that few suffice.
+    """
+    values = [_values_of(item) for item in items]
+    missing = set().union(*values)
+    is_beyond = [True] * len(items)
+
+    while missing:
+        best = max(range(len(items)), key=lambda i: len(values[i] & missing))
+        is_beyond[best] = False
+        missing -= values[best]
+
+    return is_beyond
+
+
+def _mark_thorough(items):
+    """Leaves `make test` a cover of the cases of tests that are marked `crossed`."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("crossed"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+
+    for group in cases.values():
+        for item, is_beyond in zip(group, _is_beyond_cover(group), strict=True):
+            if is_beyond:
+                item.add_marker("thorough")
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     """Marks what takes long; sorts by length, and by how programs are compiled."""
+    _mark_thorough(items)
     for item in items:
         if item.path.stem in _LONG:
             item.add_marker("long")

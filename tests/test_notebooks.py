@@ -27,10 +27,18 @@ SMALLER = {
     },
 }
 """What is asked of real weights here, in place of what the notebook asks."""
-MARKED = [
-    pytest.param(p, marks=pytest.mark.slow if p.stem in REAL_WEIGHTS else ())
-    for p in SOURCES
-]
+QUICK = {"01_quickstart", "05_regret"}
+
+
+def marks_of(source):
+    """Who needs real weights is slow, and two of them suffice for `make test`."""
+    if source.stem in REAL_WEIGHTS:
+        yield pytest.mark.slow
+    if source.stem not in QUICK:
+        yield pytest.mark.thorough
+
+
+MARKED = [pytest.param(source, marks=[*marks_of(source)]) for source in SOURCES]
 
 
 @pytest.mark.parametrize("source", MARKED, ids=lambda p: p.stem)

@@ -98,18 +98,11 @@ def plain(target):
     return tokens(answers(*engine_for(target, TreeConfig(num_steps=0))))
 
 
-def only_one_tree_in_int8(target, name):
-    """Compilation takes most of these tests' time, and trees know no precision."""
-    if target.numerics.precision == "int8" and name != "chain":
-        pytest.skip("one tree suffices in int8")
-
-
+@pytest.mark.crossed
 @pytest.mark.parametrize("draft_vocab_size", [12, 0])
 @pytest.mark.parametrize("name", list(TREES))
 @pytest.mark.usefixtures("own_programs")
 def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
-    if draft_vocab_size == 0 and name != "chain-5":
-        pytest.skip("one tree suffices for the full head")
     engine, draft = engine_for(target, TREES[name], draft_vocab_size)
     for batch_size in (1, 3):
         done = answers(engine, draft, batch_size)
@@ -119,10 +112,10 @@ def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
     assert engine.compiled(engine.action, True)._cache_size() == 2
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("family", ["eagle1", "hydra", "exit"])
 @pytest.mark.parametrize("name", ["chain-5", "dynamic", "chain-sampled"])
 def test_every_trained_family_drafts_exactly(target, plain, name, family):
-    only_one_tree_in_int8(target, name.replace("-5", ""))
     engine, draft = engine_for(target, TREES[name], family=family)
     for batch_size in (1, 3):
         done = answers(engine, draft, batch_size)
@@ -135,11 +128,11 @@ def test_every_trained_family_drafts_exactly(target, plain, name, family):
         assert tokens(answers(engine, draft, 1, seeded(2))) != alone
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("family", ["eagle3", "hydra"])
 @pytest.mark.parametrize("name", ["chain-5", "dynamic", "static-drawn"])
 def test_a_sliding_window_drafts_exactly(target, plain, name, family):
     """Rows of a batch, too, whose windows begin at other slots than each other's."""
-    only_one_tree_in_int8(target, name.replace("-5", ""))
     engine, draft = engine_for(target, TREES[name], family=family, sliding_window=7)
     alone = answers(engine, draft, 1)
     together = answers(engine, draft, 3)
@@ -149,9 +142,9 @@ def test_a_sliding_window_drafts_exactly(target, plain, name, family):
     assert sum(c.stats.num_accepted_tokens for c in alone) > 0
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", list(NGRAM_TREES))
 def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name):
-    only_one_tree_in_int8(target, name)
     engine, draft = engine_for(target, NGRAM_TREES[name], ngrams=True)
     alone, _ = engine_for(target, NGRAM_TREES[name])
     done = answers(engine, draft)
@@ -161,6 +154,7 @@ def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name):
     assert accepted(done) > 1.2 * accepted(answers(alone, draft))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("family", ["ngram", "suffix"])
 @pytest.mark.usefixtures("own_programs")
@@ -200,6 +194,7 @@ def predictions_of(plain, kind):
     return [[3, *ids[:7], 1, 2, *ids[7:12], *ids[15:]] for ids in plain]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("prediction", kind) for kind in ("right", "edited", "some", "wrong")]
@@ -207,8 +202,6 @@ def predictions_of(plain, kind):
 )
 @pytest.mark.usefixtures("own_programs")
 def test_predicted_answers_are_verified_exactly(target, plain, family, kind):
-    if target.numerics.precision == "int8" and (family, kind) != ("eagle3", "edited"):
-        pytest.skip("one case suffices in int8")
     tree, longer = TreeConfig(num_steps=2), TreeConfig(num_steps=6)
     config = tiny_draft_config(target.config) if family == "eagle3" else None
     build = functools.partial(
@@ -241,6 +234,7 @@ def test_predicted_answers_are_verified_exactly(target, plain, family, kind):
         assert stats.mean_acceptance_length > 2
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("mix", ["fallback", "mixed"])
 def test_two_drafters_draft_exactly(target, plain, mix):
     tree = TreeConfig(num_steps=3)
@@ -258,11 +252,11 @@ def test_two_drafters_draft_exactly(target, plain, mix):
     assert accepted(done) > 1.2 * accepted(alone)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("part", "name"), [("int4", "chain"), ("int4", "dynamic"), ("exit", "chain")]
 )
 def test_a_target_drafts_for_itself_exactly(target, plain, part, name):
-    only_one_tree_in_int8(target, name)
     config, params = target.config, {}
     if part == "exit":
         config = dataclasses.replace(config, num_layers=1)
@@ -298,9 +292,9 @@ def test_predictions_among_drawn_children_are_refused(target):
         next(engine.serve([request], lambda: draft))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", list(NGRAM_TREES))
 def test_a_small_model_drafts_exactly(target, plain, name):
-    only_one_tree_in_int8(target, name)
     tree, small = NGRAM_TREES[name], tiny_target(VOCAB, seed=1, num_layers=1)
     precision = target.numerics.precision
     drafter = build_drafter(

@@ -212,6 +212,7 @@ def name_of(value):
     return NAMES.get(id(value), str(value))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kind", ["far", "narrow"])
 @pytest.mark.parametrize(("config", "children", "rule", "size"), CASES, ids=name_of)
 def test_the_emitted_law_is_the_targets(config, children, rule, size, kind):

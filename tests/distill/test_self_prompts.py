@@ -100,6 +100,7 @@ def test_neither_batch_nor_count_changes_a_prompt(target, whole, tmp_path):
     assert file.read_text() == whole[0].read_text()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("num_rows", [0, 1, 7, COUNT - 1, COUNT])
 @pytest.mark.parametrize("num_over", [0, 9])
 def test_a_killed_run_goes_on(target, whole, tmp_path, num_rows, num_over):

@@ -28,6 +28,7 @@ def model(request):
     return tiny_model_config(VOCAB, **request.param)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("draft_vocab_size", [12, 0])
 @pytest.mark.parametrize("is_scanned", [False, True])
 def test_training_sees_what_is_drafted(model, draft_vocab_size, is_scanned):

@@ -90,6 +90,7 @@ def assert_same(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra"])
 @pytest.mark.parametrize("name", list(TREES))
 def test_nothing_before_the_window_matters(shared, family, name):
@@ -110,6 +111,7 @@ def test_nothing_before_the_window_matters(shared, family, name):
     assert not np.array_equal(context.logits, found[0].logits)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra"])
 @pytest.mark.parametrize("name", list(TREES))
 def test_a_window_as_long_as_the_text_changes_nothing(shared, family, name):

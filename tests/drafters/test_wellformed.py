@@ -111,6 +111,7 @@ def plain(target):
     return answers(target, None, TreeConfig(num_steps=0))[0]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("slip", SLIPS)
 @pytest.mark.parametrize("tree", [CHAIN, STATIC], ids=lambda tree: tree.kind)
 def test_a_slip_changes_no_output(target, plain, tree, slip):

@@ -128,17 +128,20 @@ CUTS = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("cut", list(CUTS))
 def test_cuts(passes, cut):
     assert sum(CUTS[cut]) == LENGTH
     assert_same_bits(passes.in_passes(CUTS[cut]), passes.expected)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("cut", [[LENGTH], [1] * LENGTH], ids=["one", "ones"])
 def test_capacity(passes, cut):
     assert_same_bits(passes.in_passes(cut, capacity=512), passes.expected)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("size", [1, 5])
 def test_batch(passes, size):
     rng = np.random.default_rng(1)
@@ -166,6 +169,7 @@ def test_batch(passes, size):
     assert_same_bits(found, cut)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("layout", "capacity"), [("chain", 256), ("static", 256), ("ragged", 512)]
 )

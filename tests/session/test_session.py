@@ -196,6 +196,7 @@ def test_what_stays_unclear_makes_way_for_the_newest_iterate(target, draft):
         assert leaves_of(state.guard.candidate) == leaves_of(state.learner.params)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", ["gradient", "ensemble", "optimistic", "osd"])
 @pytest.mark.parametrize("promotion", ["always", "guarded"])
 def test_an_update_that_is_not_finite_ends_learning(
@@ -286,6 +287,7 @@ def older_traffic(traffic):
     return fields | {"ring": ring}
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("structure", [shared_structure, older_state])
 @pytest.mark.parametrize(
     "own",
@@ -800,6 +802,7 @@ def test_counts_go_on_after_a_look_at_them(target, draft, monkeypatch):
     assert session.stats.num_drafts == sum(counts) > max(counts)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("name", ["prediction", "suffix"])
 @pytest.mark.usefixtures("own_programs")
