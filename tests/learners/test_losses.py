@@ -12,6 +12,7 @@ from ospec_jax.learners.losses import (
     FORWARD_KL,
     LOSSES,
     Loss,
+    feature_loss,
     jsd,
     named_loss,
     reverse_kl,
@@ -171,3 +172,24 @@ def test_a_draft_that_is_right_everywhere_gives_no_signal():
 def test_unknown_losses_are_refused():
     with pytest.raises(ConfigError, match="unknown loss 'kl'; one of forward_kl"):
         named_loss("kl")
+
+
+def test_fresh_windows_are_scored_as_if_they_were_alone():
+    probs, logits = draw()
+    weight = jnp.asarray(np.random.default_rng(1).uniform(0.2, 1, probs.shape[:2]))
+    is_fresh = jnp.array([False, True])
+    _, both = unrolled_loss(logits, probs, weight, is_fresh=is_fresh)
+    _, alone = unrolled_loss([x[1:] for x in logits], probs[1:], weight[1:])
+    assert float(both.fresh_loss) == pytest.approx(float(alone.loss), rel=1e-5)
+    assert float(both.fresh_weight) == pytest.approx(float(alone.weight), rel=1e-5)
+    assert float(alone.fresh_weight) == float(alone.weight)
+
+
+def test_the_loss_of_states_is_square_below_one_and_linear_beyond():
+    features = [jnp.array([[[0.4, 3.0], [0.0, 0.0]]]), jnp.array([[[0.5, 0.5]] * 2])]
+    hidden = jnp.zeros((1, 3, 2))
+    weight = jnp.array([[1.0, 1.0, 0.0]])
+    first = ((0.5 * 0.4**2 + 2.5) / 2 + 0.0) / 2
+    second = 0.5 * 0.5**2  # its last row, of no weight, is left out
+    found = feature_loss(features, hidden, weight, decay=0.5)
+    assert float(found) == pytest.approx((first + 0.5 * second) / 1.5, rel=1e-6)
