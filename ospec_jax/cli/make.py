@@ -33,6 +33,8 @@ from ospec_jax.reports.progress import Interrupt, busy, console, say
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
 
+_DRAFT_VOCAB_SIZE = 8192
+
 if TYPE_CHECKING:
     TrainedFamily = str
 else:
@@ -134,7 +136,7 @@ def distill(
     exit_layer: int = 0,
     data: Path | None = None,
     domain: str = "",
-    draft_vocab_size: int = 8192,
+    draft_vocab_size: int | None = None,
     sliding_window: int | None = None,
     num_steps: int = 3,
     num_updates: int = 1200,
@@ -170,7 +172,8 @@ def distill(
       data: Where outputs and features are recorded; by default `OUT/data`.
       domain: Comma-separated: learn from rows of these domains alone.
       draft_vocab_size: Tokens that can be drafted, the most frequent ones; 0 for all,
-        with the target's frozen head.
+        with the target's frozen head. By default 8192, or those of the draft it starts
+        from; that one gets more of them with a larger number.
       sliding_window: Tokens that the draft's own attention sees, when it serves as in
         training; 0 for all. By default that of the draft it starts from, else 0.
       num_steps: Drafted tokens that training looks ahead; Hydra gets as many heads.
@@ -199,7 +202,9 @@ def distill(
     from ospec_jax.distill.evaluate import history_table
     from ospec_jax.distill.self_config import SelfPromptConfig
     from ospec_jax.distill.train import DistillConfig, score, train
+    from ospec_jax.distill.vocabulary import check_wider, widen
     from ospec_jax.replay.record import record
+    from ospec_jax.replay.store import FeedbackStore
 
     # Its defaults are in place before arguments are read: see `recipes`.
     _ = recipe
@@ -221,6 +226,11 @@ def distill(
         raise ConfigError(
             "--delta keeps the difference to a draft: name it with --from"
         )
+    if delta and draft_vocab_size is not None:
+        raise ConfigError(
+            "--delta keeps the difference to a draft of the same tokens; leave out "
+            "--draft-vocab-size"
+        )
     if delta and ship is None:
         raise ConfigError("--delta is for the draft that --ship saves: name its folder")
     if not self_prompts:
@@ -228,9 +238,15 @@ def distill(
 
     loaded = load_target(target, as_precision(precision))
     draft_config = default_draft_config(
-        loaded.config, draft_vocab_size, family, num_steps, exit_layer
+        loaded.config,
+        _DRAFT_VOCAB_SIZE if draft_vocab_size is None else draft_vocab_size,
+        family,
+        num_steps,
+        exit_layer,
     )
     initial = _trained(start, loaded)
+    if initial is not None and draft_vocab_size is not None:
+        check_wider(initial, draft_vocab_size)
     if sliding_window is not None:
         draft_config = dataclasses.replace(draft_config, sliding_window=sliding_window)
         initial = initial and with_sliding_window(initial, sliding_window)
@@ -269,6 +285,10 @@ def distill(
 
         # A signal behind the last answer, too, is not for training to go on.
         interrupt.raise_if_set()
+        if initial is not None and draft_vocab_size is not None:
+            store = FeedbackStore(folder)
+            initial = widen(initial, loaded, store, draft_vocab_size)
+
         config = DistillConfig(
             num_updates=num_updates,
             batch_size=batch_size,

@@ -19,6 +19,7 @@ from ospec_jax.distill.evaluate import (
     is_held_out,
     plot_history,
 )
+from ospec_jax.distill.vocabulary import coverage_by_domain, frequent_tokens
 from ospec_jax.drafters.base import Drafter, Family
 from ospec_jax.drafters.registry import (
     build_drafter,
@@ -107,33 +108,6 @@ class DistillConfig:
         """Whether an answer of the store is in the training set."""
         is_wanted = not self.domains or entry.domain in self.domains
         return is_wanted and not is_held_out(entry.id, self.holdout_share)
-
-
-def frequent_tokens(store: FeedbackStore, vocab_size: int, count: int) -> np.ndarray:
-    """The most frequent tokens of the answers, ascending.
-
-    Tokens that never occurred tie; the lower ids win, which byte-pair vocabularies give
-    to the more frequent merges.
-    """
-    counts = np.zeros(vocab_size, np.int64)
-
-    for i in range(len(store.entries)):
-        np.add.at(counts, store.answer(i), 1)
-
-    order = np.argsort(-counts, kind="stable")
-    return np.sort(order[:count]).astype(np.int32)
-
-
-def coverage_by_domain(store: FeedbackStore, token_ids: np.ndarray) -> dict[str, float]:
-    """Share of answer tokens that can be drafted, by domain."""
-    seen: dict[str, list[int]] = {}
-    for i, entry in enumerate(store.entries):
-        answer = store.answer(i)
-        total = seen.setdefault(entry.domain, [0, 0])
-        total[0] += int(np.isin(answer, token_ids).sum())
-        total[1] += len(answer)
-
-    return {domain: inside / total for domain, (inside, total) in seen.items()}
 
 
 def distill_learner(config: DistillConfig, drafter: Drafter, family: Family) -> Learner:

@@ -221,6 +221,11 @@ class FeedbackStore:
             e.arrays["tokens"][e.begin + e.num_prompt : e.begin + e.length]
         )
 
+    def prompt(self, entry: int) -> np.ndarray:
+        """Token ids of one prompt."""
+        e = self.entries[entry]
+        return np.asarray(e.arrays["tokens"][e.begin : e.begin + e.num_prompt])
+
     def recording(self, entry: int) -> Recording:
         """One request as it was written; its arrays stay on disk until read."""
         e = self.entries[entry]
