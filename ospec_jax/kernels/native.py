@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8 products and attention in C++, built with the machine's compiler at first use.
+"""Layers of an int8 model in C++, built with the machine's compiler at first use.
 
 XLA:CPU packs the kernel of an int8 product at every call, which costs more than the
-product itself when there are few rows, and makes five calls of an attention that a loop
-does in one. Both are for CPUs with AVX-512 VNNI. Elsewhere, and without a compiler,
-XLA's own code does the same, slower, and differing in last bits.
+product itself when there are few rows, makes five calls of an attention that a loop
+does in one, and hands some twenty small operations of a layer over from thread to
+thread. All this is for CPUs with AVX-512 VNNI; where there is AMX, too, products of
+several rows use its tiles, with the same bits. Elsewhere, and without a compiler, XLA's
+own code does the same, slower, and differing in last bits.
 """
 
 import contextlib
@@ -25,12 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import atomic
+from ospec_jax.kernels import checks
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("int8_linear.cc", "attention.cc")
+_SOURCES = ("int8_linear.cc", "attention.cc", "decoder_layer.cc")
 _HANDLERS = {
     "ospec_int8_linear": "OspecInt8Linear",
     "ospec_attention": "OspecAttention",
+    "ospec_decoder_layer": "OspecDecoderLayer",
 }
 _REGISTERED: set[str] = set()
 _SUFFIXES = (".cc", ".h")
@@ -47,18 +51,20 @@ _FLAGS = (
 )
 
 
-def int8_linear(x, kernel, scale):
+def int8_linear(x, kernel, scale, has_tiles: bool = True):
     """`quantize_rows(x) @ kernel.T * scale`, in float32.
 
     Args:
       x: `[..., in]` float32.
       kernel: `[out, in]` int8.
       scale: `[out]` float32.
+      has_tiles: Use AMX where the CPU has it. The bits are the same without.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
     call = jax.ffi.ffi_call("ospec_int8_linear", out, vmap_method="sequential")
-    return call(rows, kernel, scale).reshape(*x.shape[:-1], -1)
+    y = call(rows, kernel, scale, has_tiles=np.bool_(has_tiles))
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def can_attend(queries, keys) -> bool:
@@ -82,6 +88,81 @@ def attention(queries, keys, values, bias):
     out = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
     call = jax.ffi.ffi_call("ospec_attention", out, vmap_method="sequential")
     return call(queries, keys, values, bias).reshape(*queries.shape[:2], -1)
+
+
+def decoder_layer(
+    x, angles, bias, keys, values, starts, weights, eps: float, has_tiles: bool = True
+):
+    """One pre-norm block of the Llama family, in int8.
+
+    Norms, rotary embedding and SwiGLU add and multiply in an order of their own: their
+    last bits differ from XLA's, but depend on nothing beside a row.
+
+    Args:
+      x: `[b, t, d]`, all in float32.
+      angles: Cosines and sines, `[b, t, 1, e]`.
+      bias: `[b, t, s]`.
+      keys: `[b, h, e, s]`; written in place where nobody else reads them.
+      values: `[b, h, s, e]`, likewise.
+      starts: `[b]`, first slot that each row's tokens are written to.
+      weights: What `layer_weights` found.
+      eps: Of the norms.
+
+    Returns:
+      The new `x`, `keys` and `values`.
+    """
+    shapes = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (x, keys, values)]
+    call = jax.ffi.ffi_call(
+        "ospec_decoder_layer",
+        shapes,
+        input_output_aliases={4: 1, 5: 2},
+        vmap_method="sequential",
+    )
+    b, t = x.shape[:2]
+    cos, sin = (half.reshape(b, t, -1) for half in angles)
+
+    return call(
+        x,
+        cos,
+        sin,
+        bias,
+        keys,
+        values,
+        starts.astype(jnp.int32),
+        *weights,
+        eps=np.float32(eps),
+        has_tiles=np.bool_(has_tiles),
+    )
+
+
+def layer_weights(params) -> tuple | None:
+    """What `decoder_layer` reads of a layer's parameters; None if they are not int8."""
+    attention = params["self_attn"]
+    mlp = params["mlp"]
+    products = (
+        attention["qkv_proj"],
+        attention["o_proj"],
+        mlp["gate_up_proj"],
+        mlp["down_proj"],
+    )
+    if any(product["kernel"].dtype != jnp.int8 for product in products):
+        return None
+
+    qkv, o, gate_up, down = ((p["kernel"], p["scale"]) for p in products)
+    nothing = jnp.zeros(0, jnp.float32)
+    gain_of = lambda module, name: module[name]["scale"] if name in module else nothing
+
+    return (
+        gain_of(params, "input_layernorm"),
+        *qkv,
+        attention["qkv_proj"].get("bias", nothing),
+        gain_of(attention, "q_norm"),
+        gain_of(attention, "k_norm"),
+        *o,
+        gain_of(params, "post_attention_layernorm"),
+        *gate_up,
+        *down,
+    )
 
 
 @functools.cache
@@ -116,7 +197,7 @@ def is_available(folder: Path) -> bool:
             jax.ffi.register_ffi_target(target, capsule, platform="cpu")
             _REGISTERED.add(target)
 
-    if not _is_correct():
+    if not checks.is_correct(int8_linear, attention, decoder_layer):
         warnings.warn(
             "int8 decoding falls back to XLA's products: this machine's compiler built "
             "ours wrongly. Set CXX to another one, or OSPEC_NATIVE=0 to silence this.",
@@ -185,31 +266,3 @@ def _cpu_features() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _is_correct() -> bool:
-    """Compares results of odd shapes with numpy's."""
-    rng = np.random.default_rng(0)
-
-    for rows, features, columns in ((1, 5, 7), (2, 64, 64), (9, 70, 100), (16, 33, 63)):
-        x = rng.normal(size=(rows, columns)).astype(np.float32)
-        kernel = rng.integers(-127, 128, size=(features, columns)).astype(np.int8)
-        scale = rng.random(features).astype(np.float32)
-        # As `quantize_rows` computes it, bit by bit: the integer product must be equal.
-        row_scale = np.max(np.abs(x), axis=1, keepdims=True) * np.float32(1 / 127)
-        quantized = np.rint(x / row_scale).astype(np.int32)
-        expected = (quantized @ kernel.T.astype(np.int32)).astype(np.float32)
-        expected = expected * row_scale * scale
-        if not np.array_equal(expected, np.asarray(int8_linear(x, kernel, scale))):
-            return False
-
-    q, k, v = (
-        rng.normal(size=s) for s in ((1, 3, 2, 16), (1, 1, 16, 32), (1, 1, 32, 16))
-    )
-    scores = np.einsum("bthe,bes->bths", q, k[:, 0]) / 4
-    weights = np.exp(scores) / np.sum(np.exp(scores), axis=-1, keepdims=True)
-    expected = np.einsum("bths,bse->bthe", weights, v[:, 0]).reshape(1, 3, 32)
-    q, k, v = (x.astype(np.float32) for x in (q, k, v))
-    found = attention(q, k, v, np.zeros((1, 3, 32), np.float32))
-
-    return np.allclose(found, expected, rtol=1e-4, atol=1e-5)

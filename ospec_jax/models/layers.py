@@ -6,7 +6,8 @@ different shapes (one row, K + 1 rows, a prefill chunk), and greedy equality hol
 for bit only if a row's value does not depend on how many rows stand beside it. On
 XLA:CPU matrix products have this property when the weights are stored `[out, in]` and
 there are at least two rows; vectorised reductions have not. So with
-`Numerics.is_row_invariant` every sum over a row is itself a product with ones.
+`Numerics.is_row_invariant` every sum over a row is itself a product with ones. Native
+layers (`kernels.native.decoder_layer`) compute row by row, and need none of this.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ class Numerics:
       precision: Of weights and products. `int8` quantises weights by output channel
         and activations by row, and accumulates in int32.
       is_row_invariant: Keep a row's bits independent of the other rows (for the CPU).
-      is_native: int8 products and attention are those of `ospec_jax.kernels`.
+      is_native: int8 layers, products and attention are those of `ospec_jax.kernels`.
       num_groups: Groups in which rows of fused products lie; see `sharding`.
       is_scanned: Trace one layer and run it over stacked weights and caches, so that
         compiling takes no longer for more layers (for accelerators: XLA:CPU would copy

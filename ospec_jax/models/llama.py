@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ospec_jax.config import ModelConfig
+from ospec_jax.kernels import native
 from ospec_jax.models import cache as kv
 from ospec_jax.models.attention import attend
 from ospec_jax.models.layers import (
@@ -72,6 +73,21 @@ class SelfAttention(nn.Module):
         return out, keys, values
 
 
+def is_one_call(config: ModelConfig, numerics: Numerics, keys, layer_params) -> bool:
+    """Whether a layer with these keys and parameters is `native.decoder_layer`.
+
+    All passes of a model must agree: the two differ in last bits. So this must not
+    depend on the number of rows; caches of an engine have whole vectors of slots.
+    """
+    is_plain = numerics.is_native and numerics.num_groups == 1
+    if not is_plain or numerics.is_scanned or not layer_params:
+        return False
+
+    queries = jax.ShapeDtypeStruct((config.head_dim,), jnp.float32)
+    can_attend = native.can_attend(queries, keys)
+    return can_attend and native.layer_weights(layer_params) is not None
+
+
 class DecoderLayer(nn.Module):
     """One pre-norm transformer block.
 
@@ -84,6 +100,15 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x, angles, bias, keys, values, starts, layer=None):
         c = self.config
+        own = self.variables.get("params", {})
+        # Ranges are measured inside of the modules, see `smoothing`.
+        is_measured = self.is_mutable_collection("ranges")
+        if not is_measured and is_one_call(c, self.numerics, keys, own):
+            weights = native.layer_weights(own)
+            return native.decoder_layer(
+                x, angles, bias, keys, values, starts, weights, c.rms_norm_eps
+            )
+
         norm = lambda name: RMSNorm(c.rms_norm_eps, self.numerics, name=name)
         attention = SelfAttention(c, self.numerics, name="self_attn")
         out, keys, values = attention(
@@ -129,7 +154,8 @@ class Llama(nn.Module):
         num_tokens = tokens.shape[1]
         # Where a lone token is repeated its copy is written to the cache, too: behind
         # the real entry, where the next pass overwrites it.
-        if self.numerics.is_row_invariant:
+        # A native layer computes each row by itself, so a single one is no exception.
+        if self.numerics.is_row_invariant and not self._has_native_layers(cache):
             tokens, positions, bias = at_least_two_rows(
                 tokens, positions, bias, is_grouped=c.num_heads > c.num_kv_heads
             )
@@ -157,6 +183,17 @@ class Llama(nn.Module):
         features = jnp.concatenate([*taps, x[..., :0]], axis=-1)
 
         return x[:, :num_tokens], features[:, :num_tokens], cache
+
+    def _has_native_layers(self, cache: kv.KVCache) -> bool:
+        """Whether every layer is one call, for this cache."""
+        if cache.batch_axis or self.is_mutable_collection("ranges"):
+            return False
+
+        c = self.config
+        params = self.variables.get("params", {})
+        layers = [params.get(f"layers_{i}", {}) for i in range(c.num_layers)]
+        pairs = zip(cache.keys, layers, strict=True)
+        return all(is_one_call(c, self.numerics, keys, own) for keys, own in pairs)
 
     def _run_layers(self, x, angles, bias, cache: kv.KVCache, starts):
         """Each layer with its own weights and cache."""
@@ -284,9 +321,11 @@ def target_logits(
 ) -> Float[Array, "b t v"]:
     """Logits of final hidden states; at least two rows on the CPU, as `Llama` does."""
     b, t, d = hidden.shape
+    head = head_table(params)
+    is_native = numerics.is_native and head["kernel"].dtype == jnp.int8
     rows = hidden.reshape(b * t, d)
-    if numerics.is_row_invariant and b * t == 1:
+    if numerics.is_row_invariant and b * t == 1 and not is_native:
         rows = jnp.concatenate([rows, rows])
 
-    logits = linear(rows, head_table(params), numerics)
+    logits = linear(rows, head, numerics)
     return logits[: b * t].reshape(b, t, -1)

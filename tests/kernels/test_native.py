@@ -45,6 +45,31 @@ def test_equals_the_exact_product(shape):
     np.testing.assert_allclose(y, exact(x, params), rtol=3e-7)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 6, 8, 9, 15, 16, 17, 33, 64, 70, 130])
+def test_tiles_change_no_bit(rows):
+    """Where the CPU has none, both are the same code."""
+    x, params = random_product(rows, 75, 192)
+    args = x, params["kernel"], params["scale"]
+    found = native.int8_linear(*args, has_tiles=True)
+    np.testing.assert_array_equal(found, native.int8_linear(*args, has_tiles=False))
+
+
+def test_rounding_of_ties_is_that_of_the_quotient():
+    """A product with the reciprocal would round some of them the other way."""
+    rng = np.random.default_rng(0)
+    largest = rng.random((50, 1)).astype(np.float32) + np.float32(0.1)
+    scale = largest * np.float32(1 / 127)
+    halves = rng.integers(-126, 126, size=(50, 640)) + np.float32(0.5)
+    x = halves.astype(np.float32) * scale
+    x[:, :1] = largest
+    params = {
+        "kernel": np.eye(640, dtype=np.int8),
+        "scale": np.ones(640, np.float32),
+    }
+    rounded = np.rint(x / scale) * scale
+    np.testing.assert_array_equal(linear(x, params, NATIVE), rounded)
+
+
 def test_extremes_do_not_overflow():
     """Every term at its largest, over more columns than 16 bits could add."""
     x = np.ones((2, 4096), np.float32)

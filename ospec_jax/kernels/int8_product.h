@@ -1,0 +1,433 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// y = (quantize(x) @ kernel^T) * row_scale * scale: int8 products for few rows.
+//
+// Decoding reads every weight once for a handful of rows, so a product is as fast as
+// memory delivers the kernel, provided that it is read in place and only once. XLA:CPU's
+// own int8 products pack the kernel first, at every call.
+//
+// The dot-product instruction multiplies unsigned by signed bytes, so 128 is added to the
+// kernel as it is read (by flipping a bit) and 128 times the sum of x's row taken off
+// again. Where the CPU has matrix tiles (AMX), up to 16 rows cost what one does.
+//
+// All sums are of integers, hence exact in any order: a row's result depends neither on
+// the rows beside it, nor on the number of threads, nor on the instructions used.
+
+#ifndef OSPEC_JAX_KERNELS_INT8_PRODUCT_H_
+#define OSPEC_JAX_KERNELS_INT8_PRODUCT_H_
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "parallel.h"
+#include "vector_math.h"
+
+namespace ospec {
+// Each source file that includes this has its own copy.
+namespace {
+
+constexpr int64_t kChannels = 4;  // kernel rows that are read side by side
+// Rows of x in one block. The sums stay in registers, so blocks of many rows have few
+// channels: 4 rows by 4 channels, or 8 by 2. Compilers spill more than 16 sums.
+constexpr int64_t kMaxRows = 8;
+constexpr int64_t kMaxWideRows = 4;
+constexpr int64_t kAlign = 64;    // bytes in a vector
+// Blocks read several short runs of memory, which no hardware prefetcher follows.
+constexpr int64_t kPrefetchBytes = 4096;
+// Bytes of the kernel that a thread claims at a time. They stay in the first cache while
+// one block of rows after the other passes over them; a single block needs no such care.
+constexpr int64_t kChunkBytes = 16 * 1024;
+constexpr int64_t kSingleChunkBytes = 64 * 1024;
+constexpr int64_t kMinParallel = 1500000;   // multiplications worth waking a thread for
+
+constexpr int64_t kTile = 16;        // rows and channels of a tile
+constexpr int64_t kMaxTiles = 4;     // tiles of rows in one block
+constexpr int64_t kMinTileRows = 3;  // fewer are as fast by vectors
+constexpr int64_t kStepsAhead = 4;   // vectors of each channel that are fetched ahead
+
+struct Product {
+  int8_t* x;               // [m, padded_k], zeros in the padding
+  int64_t number;          // of this product alone
+  const int8_t* kernel;    // [n, k]
+  const float* scale;      // [n]
+  const float* residual;   // [m, n], added to the product; or null
+  float* y;                // [m, n]
+  int64_t m, n, k, padded_k;
+  bool has_tiles;
+  int64_t width;           // rows in a tile of x
+  float* row_scale;        // [m]
+  int32_t* row_sum;        // [m]
+};
+
+// Sums the lanes of four vectors: {sum a, sum b, sum c, sum d}.
+inline __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  __m512i all =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all),
+                                  _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+float largest_magnitude(const float* x, int64_t k) {
+  __m512 largest = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 16 <= k; i += 16)
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+  __mmask16 rest = static_cast<__mmask16>((1u << (k - i)) - 1);
+  largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(rest, x + i)));
+  return _mm512_reduce_max_ps(largest);
+}
+
+// x / scale to the nearest integer, ties to even. A product with the reciprocal is several
+// times as fast and off by less than 1e-4: it decides unless the quotient is that close to
+// a tie.
+inline __m512i round_ratio(__m512 x, __m512 scale, __m512 reciprocal) {
+  __m512 ratio = _mm512_mul_ps(x, reciprocal);
+  __m512i rounded = _mm512_cvtps_epi32(ratio);
+  __m512 rest = _mm512_abs_ps(_mm512_sub_ps(ratio, _mm512_cvtepi32_ps(rounded)));
+  if (_mm512_cmp_ps_mask(rest, _mm512_set1_ps(0.4999f), _CMP_NLT_UQ))
+    return _mm512_cvtps_epi32(_mm512_div_ps(x, scale));
+  return rounded;
+}
+
+// Rounds a row to `out`, zeros behind it up to `padded_k`, and returns its sum.
+int32_t round_row(const float* x, int64_t k, int64_t padded_k, float scale, int8_t* out) {
+  const __m512 divisor = _mm512_set1_ps(scale);
+  const __m512 reciprocal = _mm512_set1_ps(1.0f / scale);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < padded_k; i += 16) {
+    int64_t left = std::max<int64_t>(k - i, 0);
+    __mmask16 mask = left < 16 ? static_cast<__mmask16>((1u << left) - 1) : 0xffff;
+    __m512i rounded = round_ratio(_mm512_maskz_loadu_ps(mask, x + i), divisor, reciprocal);
+    sum = _mm512_add_epi32(sum, rounded);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtepi32_epi8(rounded));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+// R rows from `row` on times C channels from `channel` on. The first block of rows
+// fetches the kernel ahead; the others find it in the cache.
+template <int R, int C, bool kFirst>
+inline void block(const Product& p, int64_t row, int64_t channel) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int8_t* x = p.x + row * p.padded_k;
+  const int8_t* kernel = p.kernel + channel * p.k;
+  __m512i acc[R][C];
+  each<R * C>([&](auto i) { acc[i / C][i % C] = _mm512_setzero_si512(); });
+  for (int64_t i = 0; i < p.k; i += kAlign) {
+    int64_t left = p.k - i;
+    __mmask64 mask = ~__mmask64{0} >> (left < kAlign ? kAlign - left : 0);
+    __m512i w[C];
+    each<C>([&](auto c) {
+      if (kFirst) _mm_prefetch(kernel + C * i + kAlign * c + kPrefetchBytes, _MM_HINT_T0);
+      w[c] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, kernel + c * p.k + i), flip);
+    });
+    each<R>([&](auto r) {
+      __m512i values = _mm512_load_si512(x + r * p.padded_k + i);
+      each<C>([&](auto c) { acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], w[c], values); });
+    });
+  }
+  const __mmask8 is_written = (1 << C) - 1;
+  __m128 scale = _mm_maskz_loadu_ps(is_written, p.scale + channel);
+  each<R>([&](auto r) {
+    __m128i total = sum_lanes(acc[r][0], acc[r][1 % C], acc[r][2 % C], acc[r][3 % C]);
+    total = _mm_sub_epi32(total, _mm_set1_epi32(128 * p.row_sum[row + r]));
+    __m128 y = _mm_mul_ps(_mm_cvtepi32_ps(total), _mm_set1_ps(p.row_scale[row + r]));
+    y = _mm_mul_ps(y, scale);
+    int64_t place = (row + r) * p.n + channel;
+    if (p.residual) y = _mm_add_ps(_mm_maskz_loadu_ps(is_written, p.residual + place), y);
+    _mm_mask_storeu_ps(p.y + place, is_written, y);
+  });
+}
+
+template <int R, bool kFirst>
+inline void four_channels(const Product& p, int64_t row, int64_t channel) {
+  constexpr int C = R <= kMaxWideRows ? kChannels : kChannels / 2;
+  for (int c = 0; c < kChannels; c += C) block<R, C, kFirst>(p, row, channel + c);
+}
+
+template <bool kFirst>
+void block_of(int64_t rows, const Product& p, int64_t row, int64_t channel) {
+  switch (rows) {
+    case 1: return four_channels<1, kFirst>(p, row, channel);
+    case 2: return four_channels<2, kFirst>(p, row, channel);
+    case 3: return four_channels<3, kFirst>(p, row, channel);
+    case 4: return four_channels<4, kFirst>(p, row, channel);
+    case 5: return four_channels<5, kFirst>(p, row, channel);
+    case 6: return four_channels<6, kFirst>(p, row, channel);
+    case 7: return four_channels<7, kFirst>(p, row, channel);
+    default: return four_channels<8, kFirst>(p, row, channel);
+  }
+}
+
+// The kernel's rows that are no whole block.
+void channels_left(const Product& p, int64_t begin, int64_t end) {
+  for (int64_t channel = begin; channel < end; ++channel)
+    for (int64_t row = 0; row < p.m; ++row) {
+      const int8_t *x = p.x + row * p.padded_k, *w = p.kernel + channel * p.k;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < p.k; ++i) sum += static_cast<int32_t>(x[i]) * w[i];
+      float y = static_cast<float>(sum) * p.row_scale[row] * p.scale[channel];
+      int64_t place = row * p.n + channel;
+      p.y[place] = p.residual ? p.residual[place] + y : y;
+    }
+}
+
+#ifdef __AMX_INT8__
+
+// Which registers of tiles hold what: sums 0 to 3, the kernel 4 and 5, x 6 and 7.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  explicit TileConfig(int64_t width) {
+    for (int i = 0; i < 8; ++i) {
+      bytes[i] = i == 4 || i == 5 ? 64 : 4 * width;
+      rows[i] = kTile;
+    }
+  }
+};
+
+// Linux gives a process tiles when it asks for them.
+bool may_use_tiles() {
+  constexpr int kRequest = 0x1023, kTileData = 18;
+  static const bool is_granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return is_granted;
+}
+
+// Writes `count` rows of 16 channels; `sums` is [16 channels, 16 rows].
+inline void write_tile(const Product& p, const int32_t* sums, int64_t row, int64_t count,
+                       int64_t channel) {
+  const __m512i places = _mm512_mullo_epi32(
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+      _mm512_set1_epi32(kTile));
+  __m512 scale = _mm512_loadu_ps(p.scale + channel);
+  for (int64_t r = 0; r < count; ++r) {
+    __m512 total = _mm512_cvtepi32_ps(_mm512_i32gather_epi32(places, sums + r, 4));
+    __m512 y = _mm512_mul_ps(total, _mm512_set1_ps(p.row_scale[row + r]));
+    y = _mm512_mul_ps(y, scale);
+    int64_t place = (row + r) * p.n + channel;
+    if (p.residual) y = _mm512_add_ps(_mm512_loadu_ps(p.residual + place), y);
+    _mm512_storeu_ps(p.y + place, y);
+  }
+}
+
+// Puts four columns of each of four rows side by side, as a tile wants them:
+// [rows, k] becomes [k / 4, rows, 4].
+void pack_rows(const Product& p, int64_t first, int8_t* packed) {
+  int8_t* out = packed + first / kTile * p.k * p.width + first % kTile * 4;
+  const int8_t* rows[4];
+  for (int64_t i = 0; i < 4; ++i)
+    // Rows beyond the last are multiplied like others, but written nowhere.
+    rows[i] = p.x + std::min(first + i, p.m - 1) * p.padded_k;
+  auto load = [](const int8_t* x) {
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(x));
+  };
+  for (int64_t k = 0; k < p.k; k += 16) {
+    __m128i a = load(rows[0] + k), b = load(rows[1] + k);
+    __m128i c = load(rows[2] + k), d = load(rows[3] + k);
+    __m128i ab = _mm_unpacklo_epi32(a, b), ab2 = _mm_unpackhi_epi32(a, b);
+    __m128i cd = _mm_unpacklo_epi32(c, d), cd2 = _mm_unpackhi_epi32(c, d);
+    __m128i words[4] = {_mm_unpacklo_epi64(ab, cd), _mm_unpackhi_epi64(ab, cd),
+                        _mm_unpacklo_epi64(ab2, cd2), _mm_unpackhi_epi64(ab2, cd2)};
+    for (int64_t i = 0; i < 4; ++i)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + (k + 4 * i) * p.width), words[i]);
+  }
+}
+
+// The rows as tiles read them, [tiles, k / 64, 16, width, 4]. Each thread packs them for
+// itself, at its first channels of a product: that takes less time than the lines of
+// memory would that several threads write to.
+const int8_t* packed_rows(const Product& p) {
+  thread_local Buffer buffer;
+  thread_local int64_t number = -1;
+  const int64_t num_tiles = (p.m + kTile - 1) / kTile;
+  int8_t* packed = buffer.of<int8_t>(num_tiles * p.width * p.k);
+  if (number != p.number)
+    for (int64_t row = 0; row < p.m; row += 4) pack_rows(p, row, packed);
+  number = p.number;
+  return packed;
+}
+
+// 16 channels by up to 16 rows. Even and odd parts of the sums go to registers of their
+// own, so that one product need not wait for the one before it.
+void one_tile(const Product& p, const int8_t* packed, int64_t channel) {
+  const int8_t* kernel = p.kernel + channel * p.k;
+  const int64_t stride = 4 * p.width, bytes = kTile * stride;
+  const int64_t steps = p.k / kAlign;
+  alignas(64) int32_t even[kTile * kTile], odd[kTile * kTile];
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t i = 0; i < steps; ++i) {
+    // Fetched in the order in which it is read, over the end of these 16 channels.
+    const int64_t next = i + kStepsAhead;
+    const int8_t* ahead =
+        kernel + next * kAlign + (next < steps ? 0 : (kTile - 1) * p.k);
+    for (int64_t c = 0; c < kTile; ++c) _mm_prefetch(ahead + c * p.k, _MM_HINT_T0);
+    const int8_t* x = packed + i * bytes;
+    if (i % 2 == 0) {
+      _tile_loadd(4, kernel + i * kAlign, p.k);
+      _tile_loadd(6, x, stride);
+      _tile_dpbssd(0, 4, 6);
+    } else {
+      _tile_loadd(5, kernel + i * kAlign, p.k);
+      _tile_loadd(7, x, stride);
+      _tile_dpbssd(1, 5, 7);
+    }
+  }
+  _tile_stored(0, even, 4 * kTile);
+  _tile_stored(1, odd, 4 * kTile);
+  for (int64_t i = 0; i < kTile * kTile; i += kTile)
+    _mm512_store_si512(even + i, _mm512_add_epi32(_mm512_load_si512(even + i),
+                                                  _mm512_load_si512(odd + i)));
+  write_tile(p, even, 0, p.m, channel);
+}
+
+// 16 channels by T tiles of 16 rows.
+template <int T>
+void some_tiles(const Product& p, const int8_t* packed, int64_t tile, int64_t channel) {
+  const int8_t* kernel = p.kernel + channel * p.k;
+  const int64_t bytes = 4 * kTile * kTile, tile_bytes = p.k / kAlign * bytes;
+  const int8_t* x = packed + tile * tile_bytes;
+  alignas(64) int32_t sums[kTile * kTile];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t i = 0; i < p.k / kAlign; ++i) {
+    _tile_loadd(4, kernel + i * kAlign, p.k);
+    _tile_loadd(6, x + i * bytes, 4 * kTile);
+    _tile_dpbssd(0, 4, 6);
+    if (T > 1) {
+      _tile_loadd(7, x + tile_bytes + i * bytes, 4 * kTile);
+      _tile_dpbssd(1, 4, 7);
+    }
+    if (T > 2) {
+      _tile_loadd(6, x + 2 * tile_bytes + i * bytes, 4 * kTile);
+      _tile_dpbssd(2, 4, 6);
+    }
+    if (T > 3) {
+      _tile_loadd(7, x + 3 * tile_bytes + i * bytes, 4 * kTile);
+      _tile_dpbssd(3, 4, 7);
+    }
+  }
+  for (int64_t t = 0; t < T; ++t) {
+    if (t == 0) _tile_stored(0, sums, 4 * kTile);
+    if (t == 1) _tile_stored(1, sums, 4 * kTile);
+    if (t == 2) _tile_stored(2, sums, 4 * kTile);
+    if (t == 3) _tile_stored(3, sums, 4 * kTile);
+    int64_t row = (tile + t) * kTile;
+    write_tile(p, sums, row, std::min(kTile, p.m - row), channel);
+  }
+}
+
+// Channels from `begin` on by tiles; returns where it stopped for want of whole tiles.
+int64_t tiled_channels(const Product& p, int64_t begin, int64_t end) {
+  const int8_t* packed = packed_rows(p);
+  const TileConfig config(p.width);
+  const int64_t num_tiles = (p.m + kTile - 1) / kTile;
+  const int64_t whole = begin + (end - begin) / kTile * kTile;
+  _tile_loadconfig(&config);
+  for (int64_t tile = 0; tile < num_tiles; tile += kMaxTiles)
+    for (int64_t channel = begin; channel < whole; channel += kTile) {
+      if (num_tiles == 1) one_tile(p, packed, channel);
+      else switch (num_tiles - tile) {
+        case 1: some_tiles<1>(p, packed, tile, channel); break;
+        case 2: some_tiles<2>(p, packed, tile, channel); break;
+        case 3: some_tiles<3>(p, packed, tile, channel); break;
+        default: some_tiles<4>(p, packed, tile, channel);
+      }
+    }
+  _tile_release();
+  return whole;
+}
+
+#else
+
+bool may_use_tiles() { return false; }
+
+int64_t tiled_channels(const Product& p, int64_t begin, int64_t end) { return begin; }
+
+#endif
+
+void channels(const Product& p, int64_t begin, int64_t end) {
+  if (p.has_tiles) begin = tiled_channels(p, begin, end);
+  int64_t num_blocks = (p.m + kMaxRows - 1) / kMaxRows;
+  int64_t whole = begin + (end - begin) / kChannels * kChannels;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    int64_t row = p.m * i / num_blocks, count = p.m * (i + 1) / num_blocks - row;
+    for (int64_t channel = begin; channel < whole; channel += kChannels)
+      i ? block_of<false>(count, p, row, channel) : block_of<true>(count, p, row, channel);
+  }
+  channels_left(p, whole, end);
+}
+
+// Memory of a product beside its arguments and result.
+struct ProductScratch {
+  Buffer x, row_scale, row_sum;
+};
+
+// Fills in what follows from a product's shape.
+void allocate(Product& p, ProductScratch& scratch) {
+  p.padded_k = (p.k + kAlign - 1) / kAlign * kAlign;
+  p.has_tiles =
+      p.has_tiles && p.m >= kMinTileRows && p.k % kAlign == 0 && may_use_tiles();
+  p.width = p.m > kTile ? kTile : (p.m + 3) / 4 * 4;
+  static std::atomic<int64_t> number{0};
+  p.number = number.fetch_add(1);
+  p.x = scratch.x.of<int8_t>(p.m * p.padded_k);
+  p.row_scale = scratch.row_scale.of<float>(p.m);
+  p.row_sum = scratch.row_sum.of<int32_t>(p.m);
+}
+
+void quantize_row(const Product& p, int64_t row, const float* x) {
+  float largest = largest_magnitude(x, p.k);
+  p.row_scale[row] = std::max(largest, 1e-12f) * (1.0f / 127.0f);
+  p.row_sum[row] =
+      round_row(x, p.k, p.padded_k, p.row_scale[row], p.x + row * p.padded_k);
+}
+
+// Quantises the rows, one or a few a chunk.
+//
+// `make_row(row, place)` says where a row of k numbers lies: in memory of its own, or in
+// the place for k numbers that it is offered. The product must outlive the phase.
+template <class MakeRow>
+Phase quantize(const Product& p, MakeRow make_row) {
+  const int64_t per_chunk = p.m > kTile ? 4 : 1;
+  auto run = [&p, make_row, per_chunk](int64_t chunk) {
+    thread_local Buffer buffer;
+    float* place = buffer.of<float>(p.k);
+    const int64_t end = std::min((chunk + 1) * per_chunk, p.m);
+    for (int64_t row = chunk * per_chunk; row < end; ++row)
+      quantize_row(p, row, make_row(row, place));
+  };
+  return {(p.m + per_chunk - 1) / per_chunk, run};
+}
+
+// Multiplies the quantised rows, some channels a chunk.
+Phase multiply(const Product& p) {
+  const int64_t most = p.has_tiles ? kTile * kMaxTiles : kMaxRows;
+  const int64_t bytes = p.m > most ? kChunkBytes : kSingleChunkBytes;
+  const int64_t unit = p.has_tiles ? kTile : kChannels;
+  const int64_t per_chunk = std::max<int64_t>(1, bytes / p.k / unit) * unit;
+  auto run = [&p, per_chunk](int64_t chunk) {
+    channels(p, chunk * per_chunk, std::min((chunk + 1) * per_chunk, p.n));
+  };
+  return {(p.n + per_chunk - 1) / per_chunk, run};
+}
+
+// Whether a product is worth waking a thread for.
+bool is_large(const Product& p) { return p.m * p.n * p.k >= kMinParallel; }
+
+}  // namespace
+}  // namespace ospec
+
+#endif  // OSPEC_JAX_KERNELS_INT8_PRODUCT_H_

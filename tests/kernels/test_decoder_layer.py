@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer in one call: what the modules compute, and row by row the same bits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import random_params
+
+from ospec_jax.kernels import native
+from ospec_jax.models import cache as kv
+from ospec_jax.models import llama
+from ospec_jax.models.hub import cache_folder
+from ospec_jax.models.layers import Numerics, rope_angles, rope_frequencies
+from ospec_jax.models.quantization import cast_params
+from ospec_jax.testing import tiny_model_config
+
+pytestmark = pytest.mark.optimized
+
+NATIVE = Numerics("int8", is_native=True)
+CAPACITY = 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _available():
+    if not native.is_available(cache_folder()):
+        pytest.skip("layers cannot be built here: no C++ compiler, or no CPU")
+
+
+def random_layer(num_tokens, starts=(7, 20), **changes):
+    """A layer's configuration, its parameters and its arguments."""
+    sizes = dict(num_layers=1, head_dim=16, hidden_size=64, intermediate_size=128)
+    config = tiny_model_config(**(sizes | changes))
+    params = cast_params(random_params(config), "int8")["layers_0"]
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    starts = jnp.asarray(starts, jnp.int32)
+    b = len(starts)
+    positions = starts[:, None] + jnp.arange(num_tokens)
+    frequencies = rope_frequencies(config.head_dim, 1e4, None)
+    args = (
+        normal(b, num_tokens, config.hidden_size),
+        rope_angles(positions, frequencies, 2 * CAPACITY),
+        kv.causal_bias(starts, num_tokens, CAPACITY),
+        normal(b, config.num_kv_heads, config.head_dim, CAPACITY),
+        normal(b, config.num_kv_heads, CAPACITY, config.head_dim),
+        starts,
+    )
+    return config, params, args
+
+
+def run_modules(config, numerics, params, args):
+    layer = llama.DecoderLayer(config, numerics)
+    return jax.jit(layer.apply)({"params": params}, *args)
+
+
+KINDS = {
+    "plain": {},
+    "odd": dict(hidden_size=40, intermediate_size=50, num_heads=6, num_kv_heads=2),
+    "bias": dict(has_qkv_bias=True),
+    "qk_norm": dict(has_qk_norm=True),
+    "single": dict(num_heads=1, num_kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 9])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_equals_the_modules(kind, num_tokens, monkeypatch):
+    layer = random_layer(num_tokens, **KINDS[kind])
+    calls = []
+    real = native.decoder_layer
+    monkeypatch.setattr(
+        native, "decoder_layer", lambda *a: (calls.append(a), real(*a))[1]
+    )
+    config, params, args = layer
+    expected = run_modules(config, Numerics("int8"), params, args)
+    assert not calls
+    found = run_modules(config, NATIVE, params, args)
+    assert len(calls) == 1
+    for name, x, y in zip(("x", "keys", "values"), found, expected, strict=True):
+        # Another last bit may move a number of some row to the next of int8's levels.
+        np.testing.assert_allclose(x, y, atol=0.05, err_msg=name)
+        assert np.mean(np.isclose(x, y, rtol=1e-4, atol=1e-5)) > 0.85, name
+
+
+def test_writes_nothing_but_the_new_slots():
+    """A start that is too late is moved forward, as XLA moves it."""
+    starts, num_tokens = (3, CAPACITY), 4
+    config, params, args = random_layer(num_tokens, starts)
+    _, keys, values = run_modules(config, NATIVE, params, args)
+    is_new = np.zeros((2, CAPACITY), bool)
+    is_new[0, 3:7] = is_new[1, CAPACITY - num_tokens :] = True
+    changed = np.any(np.asarray(keys) != np.asarray(args[3]), axis=(1, 2))
+    np.testing.assert_array_equal(changed, is_new)
+    changed = np.any(np.asarray(values) != np.asarray(args[4]), axis=(1, 3))
+    np.testing.assert_array_equal(changed, is_new)
+
+
+def test_its_arguments_stay_when_others_read_them():
+    config, params, args = random_layer(2)
+    before = np.array(args[3]), np.array(args[4])
+    run_modules(config, NATIVE, params, args)
+    np.testing.assert_array_equal(args[3], before[0])
+    np.testing.assert_array_equal(args[4], before[1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_tokens_do_not_depend_on_their_neighbours(size):
+    config, params, args = random_layer(20, starts=(5,))
+    x, angles, bias, keys, values, starts = args
+    together = run_modules(config, NATIVE, params, args)
+    parts = []
+    for first in range(0, 20, size):
+        cut = lambda a, first=first: a[:, first : first + size]
+        own = cut(x), tuple(map(cut, angles)), cut(bias), keys, values, starts + first
+        out, keys, values = run_modules(config, NATIVE, params, own)
+        parts.append(out)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), together[0])
+    np.testing.assert_array_equal(keys, together[1])
+    np.testing.assert_array_equal(values, together[2])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 30])
+def test_tiles_change_no_bit(num_tokens):
+    config, params, args = random_layer(num_tokens, starts=(2, 9, 11))
+    weights = native.layer_weights(params)
+    call = functools.partial(native.decoder_layer, *args, weights, 1e-5)
+    for found, expected in zip(call(True), call(False), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_layers_of_other_kinds_are_left_to_the_modules():
+    config, params, args = random_layer(2)
+    is_one_call = lambda numerics, keys=args[3], params=params: llama.is_one_call(
+        config, numerics, keys, params
+    )
+    assert is_one_call(NATIVE)
+    assert not is_one_call(Numerics("int8"))
+    assert not is_one_call(Numerics("int8", is_native=True, num_groups=2))
+    assert not is_one_call(Numerics("int8", is_native=True, is_scanned=True))
+    assert not is_one_call(NATIVE, keys=args[3][..., :40])
+    mixed = {**params, "mlp": {**params["mlp"]}}
+    mixed["mlp"]["down_proj"] = {"kernel": jnp.zeros((64, 128))}
+    assert not is_one_call(NATIVE, params=mixed)
+
+
+def test_a_lone_token_is_computed_once(monkeypatch):
+    """What needs two rows is XLA's products, of which there are none."""
+    shapes = []
+    real = native.decoder_layer
+    monkeypatch.setattr(
+        native, "decoder_layer", lambda *a: (shapes.append(a[0].shape), real(*a))[1]
+    )
+    config = tiny_model_config(num_layers=2, head_dim=16, hidden_size=64)
+    params = cast_params(random_params(config), "int8")
+    cache = kv.init_cache(2, 1, config.num_kv_heads, CAPACITY, 16, jnp.float32)
+    tokens, starts = jnp.ones((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
+    bias = kv.causal_bias(starts, 1, CAPACITY)
+    llama.build(config, NATIVE)(params, tokens, tokens, bias, cache, starts)
+    assert shapes == [(1, 1, 64)] * 2
