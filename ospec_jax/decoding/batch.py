@@ -15,6 +15,7 @@ import jax
 
 from ospec_jax.config import ConfigError
 from ospec_jax.control.base import Action, Outcome, Row
+from ospec_jax.control.lengths import join
 from ospec_jax.decoding.request import Completion, Request, Slot
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import DecodeState, Draft, Feedback, StepOutput
@@ -102,7 +103,7 @@ class Batch:
       capacity: Cache slots of each row, one of those that are compiled for.
       has_prediction: Requests may have predictions, which need room.
       on_tokens: Called with each request's new tokens as they are read.
-      on_step: Called with what each step came to, of the rows that it did not end.
+      on_step: Called with what each step came to.
     """
 
     def __init__(
@@ -247,17 +248,21 @@ class Batch:
         if sent.action is None or self._on_step is None:
             return
 
+        rows = [
+            (row, slot)
+            for _, row, slot in sent.rows
+            if not slot.is_done and slot.request.can_teach
+        ]
         # A row's last step is left out, since what it accepted is cut at a stop token
         # or at the limit. One that ends with a stop string is not cut on the device.
-        accepted = tuple(
-            int(sent.output.num_accepted[row])
-            for _, row, slot in sent.rows
-            if not slot.is_done
-            and not sent.output.is_finished[row]
-            and slot.request.can_teach
-        )
-        if accepted:
-            self._on_step(sent.action, Outcome(accepted))
+        going = [row for row, _ in rows if not sent.output.is_finished[row]]
+        accepted = tuple(int(sent.output.num_accepted[row]) for row in going)
+        # What was emitted is evidence on every drafter, to the answer's last token.
+        windows = [slot.judge(sent.output, row) for row, slot in rows]
+        found = join([w for w in windows if w is not None]) if any(windows) else None
+        if rows:
+            outcome = Outcome(accepted, found, len(rows) - len(going))
+            self._on_step(sent.action, outcome)
 
     def _read(self, sent: _Sent, row: int, slot: Slot) -> bool:
         """Books one pass's tokens of a request; whether they were its last."""
