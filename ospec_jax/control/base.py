@@ -119,7 +119,7 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
     """Takes a longer step where all rows' suggestions are sure to be right.
 
     Args:
-      inner: Chooses elsewhere; it hears nothing of the longer steps.
+      inner: Chooses elsewhere; it does not hear what longer steps had accepted.
       long: The longer step, of suggestions alone.
     """
 
@@ -133,8 +133,11 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
 
     def observe(state, action: Action, outcome: Outcome):
         # Its chain is not one of the inner rule's trees, and says nothing about them.
+        # What was emitted still is evidence on drafters, if anybody asks.
         if action == long:
-            return state
+            rest = outcome._replace(num_accepted=())
+            is_asked = inner.is_judging or inner.hears_ends
+            return inner.observe(state, action, rest) if is_asked else state
 
         return inner.observe(state, action, outcome)
 
