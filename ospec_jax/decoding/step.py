@@ -117,7 +117,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
 
         # Propose, score, verify, commit. The order is that of the data: what the target
         # says is never known to the drafter of the same step.
-        tree, state = _propose(config, drafter, draft, shared, state, key_draft)
+        tree, state = propose_tree(config, drafter, draft, shared, state, key_draft)
         hidden, taps, cache = _score(target, target_params, tree, state)
         logits = llama.target_logits(target_params, hidden, config.numerics)
         probs = None if config.is_greedy else _target_probs(config, logits, state)
@@ -250,7 +250,7 @@ def _look_ahead(drafter, draft, state: DecodeState, output: StepOutput):
     return state, output.replace(is_sure=is_sure)
 
 
-def _propose(config, drafter, draft, shared, state, keys):
+def propose_tree(config, drafter, draft, shared, state, keys):
     """The tree to verify; the root alone when nothing is drafted."""
     root = state.last_token
     if drafter is None or config.tree.num_steps == 0:
