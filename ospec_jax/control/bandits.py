@@ -188,8 +188,8 @@ def bandit(
         counts = np.maximum(state.counts, 1)
         means = (np.asarray(state.rewards) / counts).tolist()
         return {
-            "means": dict(zip(state.names, means, strict=True)),
-            "drafter": state.names[state.last] if state.last >= 0 else None,
+            "means": means,
+            "action": state.last,
             "switches": state.num_switches,
         }
 

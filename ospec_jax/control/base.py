@@ -89,8 +89,8 @@ class Controller(NamedTuple):
       is_judging: It wants to know how every drafter of a pool would have been accepted
         (`Outcome.windows`), which costs each step some time.
       hears_ends: It wants to know of steps that ended an answer, too.
-      report: `state -> dict`: what it thinks, in numbers, for telemetry; None for
-        nothing to tell.
+      report: `state -> dict` of numbers and lists of them: what it thinks, for
+        telemetry; None for nothing to tell.
     """
 
     actions: tuple[Action, ...]

@@ -179,8 +179,8 @@ def select(
 
     def report(state: SelectionState) -> dict[str, Any]:
         return {
-            "weights": dict(zip(state.names, state.weights, strict=True)),
-            "drafter": state.names[state.last] if state.last >= 0 else None,
+            "weights": list(state.weights),
+            "action": state.last,
             "switches": state.num_switches,
             "windows": state.num_windows,
             "regret": max(state.values) - state.own_value,

@@ -100,7 +100,7 @@ def replay(
                 "tokens": answer.num_tokens - 1,
                 "seconds": float(relative[numbers].sum()) if numbers else 0.0,
                 "shares": counts / max(len(numbers), 1),
-                "weights": list(report.get("weights", {}).values()),
+                "weights": report.get("weights", []),
             }
         )
 

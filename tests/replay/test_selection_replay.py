@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ospec_jax import Session, TreeConfig, load_draft
+from ospec_jax.cli import streams as cli
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.drafters.registry import build_drafter
@@ -167,3 +168,23 @@ def test_a_stream_names_the_order(recording):
     ]
     with pytest.raises(ConfigError, match="1 prompts of the stream are not"):
         in_order(answers, [parse_prompt({"prompt": "new"}, "n")], recording)
+
+
+def test_the_command_compares_and_refuses(recording, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    cli.replay(recording, select="hedge,ucb:request", json_file=file)
+    table = capsys.readouterr().out
+    assert all(name in table for name in ("head", "ngram", "hedge", "ucb:request"))
+    names = [row["name"] for row in json.loads(file.read_text())]
+    assert names[:2] == ["head", "ngram"]
+    assert names[-2:] == ["hedge", "ucb:request"]
+    with pytest.raises(ConfigError, match="without learners"):
+        cli.replay(recording, learners="head", select="hedge")
+    with pytest.raises(ConfigError, match="cannot read the selection|unknown"):
+        cli.replay(recording, select="hegde")
+    with pytest.raises(ConfigError, match="use numbers"):
+        cli.replay(recording, select="hedge", costs="1,x")
+    with pytest.raises(FileNotFoundError, match="holds no recording of a pool"):
+        cli.replay(tmp_path, select="hedge")
+    with pytest.raises(ConfigError, match="is for recording a pool"):
+        cli.record(file, tmp_path, num_speculative_tokens=2)
