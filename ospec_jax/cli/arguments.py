@@ -100,7 +100,8 @@ class DraftingFlags:
         adanormalhedge, hedge, share, leader, which judge every member by every token;
         ucb, exp3, thompson, epsilon, which hear of the one that drafted; fixed:N.
         Behind colons may follow length (the default loss), time, request (begin anew
-        with every answer), sample, product, acceptance. By default the first drafts.
+        with every answer), sample, product, raw, acceptance. By default the first
+        drafts.
       tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the
         best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
         sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...

@@ -57,6 +57,8 @@ class Outcome(NamedTuple):
         were to accept is not said: a drafter may have found fewer than the tree holds.
       windows: What the emitted tokens complete of the evidence on every drafter of a
         pool, of all rows; None unless the controller `is_judging`.
+      expected: For each row of `num_accepted`, the chances that its drafter was judged
+        to have at each depth that the draft got to; empty where nobody judges.
       num_ended: Rows whose answer ended with this step. A controller that `hears_ends`
         is told of steps of which there is nothing else to say.
     """
@@ -64,6 +66,7 @@ class Outcome(NamedTuple):
     num_accepted: tuple[int, ...]
     windows: Windows | None = None
     num_ended: int = 0
+    expected: tuple[tuple[float, ...], ...] = ()
 
 
 class Controller(NamedTuple):
@@ -135,7 +138,7 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
         # Its chain is not one of the inner rule's trees, and says nothing about them.
         # What was emitted still is evidence on drafters, if anybody asks.
         if action == long:
-            rest = outcome._replace(num_accepted=())
+            rest = outcome._replace(num_accepted=(), expected=())
             is_asked = inner.is_judging or inner.hears_ends
             return inner.observe(state, action, rest) if is_asked else state
 

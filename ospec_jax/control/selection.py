@@ -26,6 +26,11 @@ from ospec_jax.control.base import Action, Controller, Outcome
 from ospec_jax.control.lengths import Estimator, Windows, expected_lengths
 from ospec_jax.control.weighting import Meta
 
+_KEPT = float(np.exp(-1 / 500))
+"""Of what drafting has shown of depths, at each step."""
+_PRIOR = 8.0
+"""Tokens accepted as they were judged, with which each depth of a drafter begins."""
+
 Loss = Literal["length", "time", "acceptance"]
 """Tokens that a draft yields; the same a second; whether its first token is right."""
 
@@ -47,6 +52,9 @@ class SelectionState:
       num_steps: That were heard of.
       last: Number of the action that was taken last; -1 before the first.
       num_switches: From one action to another.
+      hits: Tokens that were accepted of each drafter's drafts, by depth, one drafter
+        behind the other.
+      expected: Likewise those that should have been, by how they were judged.
     """
 
     names: tuple[str, ...]
@@ -60,6 +68,8 @@ class SelectionState:
     num_steps: int = 0
     last: int = -1
     num_switches: int = 0
+    hits: tuple[float, ...] = ()
+    expected: tuple[float, ...] = ()
 
 
 def select(
@@ -69,6 +79,7 @@ def select(
     loss: Loss = "length",
     estimator: Estimator = "coupled",
     draws: bool = False,
+    corrects: bool = True,
     begins_anew: bool = False,
     seed: int = 0,
 ) -> Controller:
@@ -79,6 +90,9 @@ def select(
       loss: What is minimised: one less the share of what is possible at best.
       estimator: See `control.lengths.expected_lengths`.
       draws: Draw actions from the weights, rather than take the one of the largest.
+      corrects: Judge deeper tokens down by what drafting has shown them to lose: each
+        position is judged as the first of a draft, and drafters that go on from their
+        own states are worse than that. Who has not drafted is not judged down.
       begins_anew: Forget everything at the end of an answer.
       seed: Of the draws. They have nothing to do with those of answers.
 
@@ -89,6 +103,7 @@ def select(
     num_actions = len(actions)
     drafters = [action.drafter for action in actions]
     depths = [action.tree.num_steps for action in actions]
+    table = max(drafters) + 1, max(depths)
     # Its arrays are laid out one behind the other: a checkpoint keeps flat tuples.
     first, structure = jax.tree.flatten(rule.init(num_actions))
     shapes = [np.shape(leaf) for leaf in first]
@@ -103,7 +118,12 @@ def select(
 
     def init(num_rows: int) -> SelectionState:
         nothing = SelectionState(tuple(map(str, actions)), num_rows, (), ())
-        return begin(dataclasses.replace(nothing, values=(0.0,) * num_actions))
+        counts = (0.0,) * (table[0] * table[1])
+        return begin(
+            dataclasses.replace(
+                nothing, values=(0.0,) * num_actions, hits=counts, expected=counts
+            )
+        )
 
     def choose(state: SelectionState, rows) -> Action:
         if not draws:
@@ -145,6 +165,8 @@ def select(
             last=taken,
             num_switches=state.num_switches + is_switch,
         )
+        if corrects and action in actions:
+            state = book_depths(state, action.drafter, outcome)
         windows = outcome.windows
         if windows is not None and windows.count:
             state = learn(state, taken, windows)
@@ -153,7 +175,33 @@ def select(
 
         return state
 
+    def book_depths(state, drafter: int, outcome: Outcome) -> SelectionState:
+        hits = _KEPT * np.reshape(state.hits, table)
+        expected = _KEPT * np.reshape(state.expected, table)
+
+        pairs = zip(outcome.num_accepted, outcome.expected, strict=False)
+        for accepted, chances in pairs:
+            tried = np.arange(len(chances))
+            hits[drafter, tried] += tried < accepted
+            expected[drafter, tried] += chances
+
+        return dataclasses.replace(
+            state,
+            hits=tuple(hits.ravel().tolist()),
+            expected=tuple(expected.ravel().tolist()),
+        )
+
+    def corrected(state: SelectionState, windows: Windows) -> Windows:
+        hits = np.reshape(state.hits, table)
+        expected = np.reshape(state.expected, table)
+        kept = np.minimum((hits + _PRIOR) / (expected + _PRIOR), 1.0)
+        # The first token is judged as it is drafted.
+        kept[:, :1] = 1.0
+        return Windows(*(values * kept.T for values in windows))
+
     def learn(state: SelectionState, taken: int, windows: Windows) -> SelectionState:
+        if corrects:
+            windows = corrected(state, windows)
         values = value_of(state, windows).astype(float)
         losses = np.clip(1.0 - values / most(state), 0.0, 1.0)
         places = np.cumsum(sizes)[:-1]

@@ -38,6 +38,7 @@ OPTIONS = {
     "time": "the tokens that they yield a second; steps are timed before serving",
     "acceptance": "whether their first token is right; not for bandits",
     "product": "lengths as products of chances, as published; not for bandits",
+    "raw": "deep tokens are judged as first ones are, as published; not for bandits",
     "sample": "drafters are drawn from the weights; not for bandits",
     "request": "everything is forgotten at the end of an answer",
 }
@@ -93,6 +94,7 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
         loss=loss,
         estimator="product" if "product" in options else "coupled",
         draws="sample" in options,
+        corrects="raw" not in options,
         begins_anew=begins_anew,
     )
 

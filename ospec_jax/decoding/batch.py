@@ -261,7 +261,8 @@ class Batch:
         windows = [slot.judge(sent.output, row) for row, slot in rows]
         found = join([w for w in windows if w is not None]) if any(windows) else None
         if rows:
-            outcome = Outcome(accepted, found, len(rows) - len(going))
+            expected = _expected(sent, going)
+            outcome = Outcome(accepted, found, len(rows) - len(going), expected)
             self._on_step(sent.action, outcome)
 
     def _read(self, sent: _Sent, row: int, slot: Slot) -> bool:
@@ -287,3 +288,18 @@ class Batch:
         self._slots[number] = None
         feedback = self._engine.feedback_of(self._state, number)
         return slot.completion(feedback, self.capacity)
+
+
+def _expected(sent: _Sent, rows: list[int]) -> tuple[tuple[float, ...], ...]:
+    """How the drafter of a step was judged, as deep as its draft got in each row."""
+    if sent.output.judged is None or sent.action is None or sent.action.drafter < 0:
+        return ()
+
+    chances = sent.output.judged.items[sent.action.drafter].chances
+    # The draft's last token is that which was not accepted, if there was one left.
+    deepest = min(sent.action.tree.num_steps, chances.shape[-1])
+    count = lambda row: min(int(sent.output.num_accepted[row]) + 1, deepest)
+    return tuple(
+        tuple(float(chances[row, depth, depth]) for depth in range(count(row)))
+        for row in rows
+    )

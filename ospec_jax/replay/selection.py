@@ -138,7 +138,11 @@ def _walk(chooser: Chooser, answer: PoolAnswer, depth: int) -> list[int]:
         place = emitted.stop
         is_end = place == num_places
         heard = () if is_end else (accepted,)
-        unread = action, Outcome(heard, pending.add(hits, hits), int(is_end))
+        # As deep as the draft got: to the token that was not accepted, if one was left.
+        judged = answer.hits[emitted, action.drafter][:depth].astype(float)
+        expected = () if is_end else (tuple(judged.tolist()),)
+        windows = pending.add(hits, hits)
+        unread = action, Outcome(heard, windows, int(is_end), expected)
 
     if unread is not None:
         chooser.observe(*unread)

@@ -174,6 +174,27 @@ def test_long_steps_of_a_prediction_are_evidence_too():
     assert state == rule.init(1)
 
 
+def test_deep_tokens_are_worth_what_drafting_shows():
+    """Judged alike; but one has lost every second token, and the other none."""
+    hits = np.ones((1, DEPTH, 2)) * [1.0, 0.9]
+    for name, best in [("normalhedge", 1), ("normalhedge:raw", 0)]:
+        chooser = Chooser.start(build_selector(name, actions_of(2)), 1)
+        for _ in range(100):
+            action = chooser.choose(())
+            outcome = Outcome((3,), Windows(hits, hits), 0, ((0.9, 0.9, 0.9),))
+            if action.drafter == 0:
+                outcome = Outcome((1,), Windows(hits, hits), 0, ((1.0, 1.0),))
+            chooser.observe(action, outcome)
+        assert chooser.choose(()).drafter == best
+    # The first token is what it is judged to be.
+    assert chooser.state.hits == (0.0,) * 6
+    chooser = Chooser.start(build_selector("leader:acceptance", actions_of(2)), 1)
+    chooser.observe(
+        chooser.choose(()), Outcome((0,), Windows(hits, hits), 0, ((1.0,),))
+    )
+    assert chooser.state.values == (1.0, 0.9)
+
+
 def test_ucb_by_hand():
     state = BanditState(("a", "b"), 1, (4.0, 9.0), (2.0, 4.0), (0.0, 0.0))
     rounds = 2 * 14**2

@@ -102,6 +102,8 @@ def test_who_drafts_is_judged_as_it_was_accepted(target, members, number, temper
         if outcome.num_accepted:
             first = outcome.windows.couplings[0, 0]
             assert first[place] == outcome.num_accepted[0]
+            [[expected]] = outcome.expected
+            assert expected == outcome.windows.chances[0, 0, place]
             num_judged += 1
     assert num_judged > 5
     # All but each answer's first token, which the pass over the prompt chose.
