@@ -223,6 +223,49 @@ class Pairs:
 
 
 @struct
+class Suggested:
+    """What was suggested to a draft in the place of each verified token.
+
+    Attributes:
+      tokens: `[b, t]`.
+      log_rates: `[b, t]` how likely each is thought to be right, -inf for none.
+    """
+
+    tokens: Int[Array, "b t"]
+    log_rates: Float[Array, "b t"]
+
+
+@struct
+class Retraced:
+    """What a drafter would have drafted in the place of each verified token.
+
+    Attributes:
+      suggested: What stands in for its own drafts where it is likelier, or None.
+      logits: `[b, t, q]` its own predictions, each from the verified tokens before;
+        None for a drafter that has none.
+      token_ids: `[q]` target ids that these are of, None for all.
+    """
+
+    suggested: Suggested | None
+    logits: Float[Array, "b t q"] | None
+    token_ids: Int[Array, " q"] | None
+
+
+@struct
+class Judged:
+    """How one drafter's tokens would have been accepted; see `control.lengths`.
+
+    Attributes:
+      chances: `[b, m, k]` of being accepted in the place of each emitted token, if it
+        were at that depth of a draft.
+      couplings: `[b, m, k]` likewise, given the emitted token.
+    """
+
+    chances: Float[Array, "b m k"]
+    couplings: Float[Array, "b m k"]
+
+
+@struct
 class Feedback:
     """What verification said about consecutive tokens: the training signal.
 
@@ -292,6 +335,8 @@ class StepOutput:
       log_probs: `[b, m]` the target's log-probabilities of the tokens, or None.
       is_sure: `[b]` whether a long chain of suggestions is likely to be right next;
         None when there is nobody to say.
+      judged: `Judged` of every member of a pool, for the emitted tokens, in the order
+        in which the state has them; None where nobody asks.
     """
 
     tokens: Int[Array, "b m"]
@@ -301,3 +346,4 @@ class StepOutput:
     is_finished: Bool[Array, " b"]
     log_probs: Float[Array, "b m"] | None
     is_sure: Bool[Array, " b"] | None = None
+    judged: Any = None

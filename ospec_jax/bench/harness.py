@@ -180,6 +180,7 @@ def _open_mode(name, target, draft, config: BenchConfig) -> ModeRun:
             batch_size=config.batch_size,
             stop=config.stop,
             num_predicted_tokens=config.num_predicted_tokens,
+            controller=config.select,
         )
 
     return ModeRun(session=session)

@@ -30,6 +30,7 @@ class BenchConfig:
       stop: Strings that end an answer.
       num_predicted_tokens: Tokens verified at once while a prediction holds.
       batch_size: Prompts decoded together.
+      select: Which member of a pool drafts; see `control.selectors`.
     """
 
     modes: tuple[str, ...] = MODES
@@ -42,6 +43,7 @@ class BenchConfig:
     batch_size: int = 1
     stop: tuple[str, ...] = ()
     num_predicted_tokens: int = 12
+    select: str | None = None
 
     def __post_init__(self):
         check_types(self)

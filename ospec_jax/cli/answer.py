@@ -255,6 +255,7 @@ def learn(
                         result.stats,
                         result.version,
                         result.learning_seconds,
+                        session.chooser.report(),
                     )
                 if checkpoint_dir is not None and len(results) % save_every == 0:
                     # A save that has begun is finished.

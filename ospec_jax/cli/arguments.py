@@ -21,6 +21,8 @@ from ospec_jax.config import (
     Verification,
     whole_number,
 )
+from ospec_jax.control.base import Action
+from ospec_jax.control.selectors import build_selector
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.loading import LoadedDraft, check_draft, load_draft
@@ -71,7 +73,7 @@ class ModelFlags:
         prediction, model:TARGET (a smaller model), self:int4, self:exit-N, a checkpoint
         folder or that of a public EAGLE-3 or Hydra head, or two drafts:
         fallback:ngram,DRAFT (n-grams where they are likely), mixed:ngram,DRAFT (both in
-        one tree).
+        one tree). Several behind one, of which --select chooses: pool:A+B+...
       precision: Of weights and products, which are those of the answer; auto measures
         which is fastest on this device, mostly int8 on a CPU.
       batch_size: Requests decoded together.
@@ -94,6 +96,12 @@ class DraftingFlags:
         auto is short for --controller auto.
       controller: What each step drafts: fixed, always the tree, which is the default;
         auto, a chain of the depth that pays.
+      select: Which member of a pool drafts, for --draft pool:A+B: normalhedge,
+        adanormalhedge, hedge, share, leader, which judge every member by every token;
+        ucb, exp3, thompson, epsilon, which hear of the one that drafted; fixed:N.
+        Behind colons may follow length (the default loss), time, request (begin anew
+        with every answer), sample, product, raw, acceptance. By default the first
+        drafts.
       tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the
         best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
         sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...
@@ -109,6 +117,7 @@ class DraftingFlags:
 
     num_speculative_tokens: Annotated[int | Literal["auto"] | None, OwnEmpty] = None
     controller: Annotated[Literal["fixed", "auto"] | None, OwnEmpty] = None
+    select: Annotated[str | None, OwnEmpty] = None
     tree: Annotated[str, Own] = "chain"
     min_path_probability: Annotated[float, Own] = 0.0
     draft_sample_method: Annotated[ChildrenKind, Own] = "topk"
@@ -190,6 +199,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         """The target and its draft; bad arguments are refused before the loading."""
         # Read for their checks alone.
         _ = self.tree_config, self.sampling
+        self._check_select()
         whole_number("--max-new-tokens", self.max_new_tokens, least=1)
         whole_number("--batch-size", self.batch_size, least=1)
         if self.draft != "none":
@@ -200,6 +210,32 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         draft = None if self.draft == "none" else load_draft(self.draft, target)
 
         return target, draft
+
+    def _check_select(self) -> None:
+        """Refuses a selection that means nothing.
+
+        Raises:
+          ConfigError: It has nothing to select from, or contradicts another flag.
+        """
+        if self.select is None:
+            return
+        if not self.draft.startswith("pool:"):
+            raise ConfigError(
+                f"--select {self.select} chooses among the drafts of a pool, and "
+                f"--draft is {self.draft!r}; use --draft pool:A+B"
+            )
+        if self.controller == "fixed":
+            raise ConfigError(
+                f"--select {self.select} contradicts --controller fixed; leave one of "
+                f"the two out"
+            )
+
+        # Built for two drafters of the same trees, to read its name and options.
+        tree = self.tree_config
+        trees = [tree.of_depth(depth) for depth in tree.depths] or [tree]
+        number = max(1, self.draft.count("+"))
+        actions = tuple(Action(one, i) for i in range(number + 1) for one in trees)
+        build_selector(self.select, actions)
 
     def open(
         self, target, draft: LoadedDraft | None, learner=None, has_log_probs=False
@@ -215,6 +251,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
             has_log_probs=has_log_probs,
             ngrams=self.ngrams,
             num_predicted_tokens=self.num_predicted_tokens,
+            controller=self.select,
         )
 
 

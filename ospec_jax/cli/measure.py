@@ -95,6 +95,12 @@ def bench(
     if drafts and (peers or plot or stream_plot):
         raise ConfigError("--drafts goes without --peers, --plot and --stream-plot")
 
+    if drafts and decoding.select:
+        raise ConfigError(
+            "--drafts compares single drafts, of which --select has nothing to choose; "
+            "leave one of the two out"
+        )
+
     modes = modes or ("autoregressive" if drafts else ",".join(MODES))
     rows = _asked(prompts, spec_bench, num_prompts, shuffle)
     config = BenchConfig(
@@ -113,6 +119,7 @@ def bench(
         batch_size=decoding.batch_size,
         stop=decoding.stop,
         num_predicted_tokens=decoding.num_predicted_tokens,
+        select=decoding.select,
     )
     names = [name for name in peers.split(",") if name]
     if names and decoding.stop:

@@ -7,9 +7,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ospec_jax.cli.arguments import PrecisionName, as_precision, learner_config
+from ospec_jax.cli.arguments import (
+    PrecisionName,
+    as_precision,
+    learner_config,
+    write_json,
+)
 from ospec_jax.cli.outputs import check_outputs, hold
-from ospec_jax.config import ConfigError
+from ospec_jax.config import ConfigError, whole_number
 from ospec_jax.data.prompts import read_prompts, write_prompts
 from ospec_jax.data.streams import build_stream
 from ospec_jax.learners.config import LearnerConfig
@@ -71,8 +76,12 @@ def record(
     max_new_tokens: int = 64,
     batch_size: int = 8,
     capacity: int = 0,
+    num_speculative_tokens: int | None = None,
 ) -> None:
     """Records a target's greedy answers, to replay drafts and learners on them.
+
+    Of a pool (--draft pool:A+B+...) it is recorded, instead of features, what each of
+    its drafts would have had accepted at every position, to compare selections.
 
     Ctrl-C keeps complete answers; the same command goes on. The recording holds prompts
     and answers, which can be read back from it.
@@ -81,18 +90,35 @@ def record(
       prompts: A JSONL file.
       out: Folder of the recording; of other prompts, more can be added later.
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
-      draft: Whose view of the target is recorded: shipped, or a checkpoint folder.
+      draft: Whose view of the target is recorded: shipped, or a checkpoint folder; or
+        pool:A+B+....
       precision: Of weights and products; auto measures which is fastest on this device.
       max_new_tokens: Longest answer, in tokens.
       batch_size: Requests decoded together.
       capacity: Tokens of a prompt and its answer; longer prompts are left out. 0 takes
         all.
+      num_speculative_tokens: Of a pool: depth of the chains, by default 3.
     """
     from ospec_jax.replay import record
+
+    is_pool = draft.startswith("pool:")
+    if num_speculative_tokens is not None and not is_pool:
+        raise ConfigError(
+            "--num-speculative-tokens is for recording a pool; other recordings serve "
+            "chains of any depth"
+        )
+    if is_pool and capacity:
+        raise ConfigError("--capacity is not for recording a pool; leave it out")
 
     check_outputs(folders=[out])
     hold(out)
     rows = read_prompts(prompts)
+    if is_pool:
+        depth = 3 if num_speculative_tokens is None else num_speculative_tokens
+        whole_number("--num-speculative-tokens", depth, least=1)
+        _record_pool(rows, out, target, draft, precision, max_new_tokens, depth)
+        return
+
     loaded = load_target(target, as_precision(precision))
     taps = load_draft(draft, loaded).taps
     count = record.record(
@@ -105,6 +131,29 @@ def record(
         capacity=capacity,
     )
     say(f"recorded {count} answers in {out}")
+
+
+def _record_pool(rows, out, target, draft, precision, max_new_tokens, depth) -> None:
+    """Records a pool, one answer after the other."""
+    from ospec_jax.replay.pool_record import record_pool
+
+    loaded = load_target(target, as_precision(precision))
+    pool = load_draft(draft, loaded)
+    with Interrupt() as interrupt, progress_bar() as bar:
+        task = bar.add_task("record", total=len(rows))
+        count = record_pool(
+            loaded,
+            pool,
+            rows,
+            out,
+            num_steps=depth,
+            max_new_tokens=max_new_tokens,
+            should_stop=lambda: bool(interrupt),
+            on_answer=lambda answer: bar.update(task, advance=1),
+        )
+
+    say(f"recorded {count} answers in {out}")
+    interrupt.raise_if_set()
 
 
 def replay(
@@ -120,11 +169,16 @@ def replay(
     seeds: Annotated[str, tyro.conf.arg(aliases=["--seed"])] = "0",
     regret: bool = False,
     chunk_size: int = 40,
+    select: str | None = None,
+    costs: str = "",
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     plot: Path | None = None,
     telemetry: Path | None = None,
 ) -> None:
     """Compares learners on a recording, with the draft alone and no target.
+
+    On the recording of a pool it compares selections among its drafts (--select), with
+    no model at all: each draft by itself, the best ones in hindsight, and the rules.
 
     Acceptance is what decoding would measure with chains, at batch 1 and without
     n-grams. Ctrl-C keeps what was replayed; with --json the same command goes on with
@@ -148,15 +202,31 @@ def replay(
       regret: Also measure losses, and the regret against drafts trained on each chunk
         in hindsight.
       chunk_size: Answers of such a chunk.
+      select: Comma-separated rules, as for `ospec generate --select`.
+      costs: What a step of each draft takes, comma-separated, in any unit, for rules
+        that weigh time; by default the same.
       json_file: Results; also where finished runs are found.
       plot: Draw acceptance along the stream into this PNG.
       telemetry: Folder of telemetry files, one a run.
     """
     from ospec_jax.replay import results
+    from ospec_jax.replay.pool_record import is_pool_recording
     from ospec_jax.replay.record import read_meta
     from ospec_jax.replay.replayer import Replayer
 
     check_outputs([json_file], [telemetry], figures=[plot], inputs=[prompts])
+    if select is not None or is_pool_recording(folder):
+        others = learners != "static,gradient", regret, telemetry, optimizer
+        if any(others) or learning_rate is not None or update_interval is not None:
+            raise ConfigError(
+                "a selection is replayed without learners; leave their flags and "
+                "--telemetry out"
+            )
+        _replay_selection(folder, select, costs, prompts, json_file, plot)
+        return
+    if costs:
+        raise ConfigError("--costs go with --select, on the recording of a pool")
+
     hold(telemetry, files=[json_file])
     configs = {
         name: None
@@ -224,6 +294,33 @@ def replay(
         say(f"plot: {results.plot_replays(rows, plot)}")
     if is_cut_short or not all(row["is_finished"] for row in rows):
         interrupt.raise_if_set()
+
+
+def _replay_selection(folder, select, costs, prompts, json_file, plot) -> None:
+    """Compares selections on the recording of a pool."""
+    from ospec_jax.replay import selection
+    from ospec_jax.replay.pool_record import in_order, read_pool
+
+    meta, answers = read_pool(folder)
+    if prompts is not None:
+        answers = in_order(answers, read_prompts(prompts), folder)
+
+    names = [name for name in (select or "normalhedge,ucb,exp3").split(",") if name]
+    try:
+        own = [float(cost) for cost in costs.split(",") if cost]
+    except ValueError as error:
+        raise ConfigError(
+            f"costs are {costs!r}; use numbers, separated by commas"
+        ) from error
+
+    found = selection.compare(meta, answers, names, own)
+    best = next(one for one in found if one.name.startswith(selection.BEST))
+    rows = [selection.to_row(one, best, answers, meta) for one in found]
+    print(selection.markdown_table(rows))
+    if json_file is not None:
+        write_json(json_file, rows, is_list=True)
+    if plot is not None:
+        say(f"plot: {selection.plot(rows, list(meta.drafters), plot)}")
 
 
 def _replayed(name: str, **flags) -> LearnerConfig:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ospec_jax.config import ConfigError, TreeConfig, from_dict
+from ospec_jax.control.lengths import Windows
 
 SUGGESTIONS = -1
 """In place of a drafter's number: suggestions alone, in the state of the first one."""
@@ -54,9 +55,18 @@ class Outcome(NamedTuple):
     Attributes:
       num_accepted: Draft tokens, of each row that the step did not end. How many there
         were to accept is not said: a drafter may have found fewer than the tree holds.
+      windows: What the emitted tokens complete of the evidence on every drafter of a
+        pool, of all rows; None unless the controller `is_judging`.
+      expected: For each row of `num_accepted`, the chances that its drafter was judged
+        to have at each depth that the draft got to; empty where nobody judges.
+      num_ended: Rows whose answer ended with this step. A controller that `hears_ends`
+        is told of steps of which there is nothing else to say.
     """
 
     num_accepted: tuple[int, ...]
+    windows: Windows | None = None
+    num_ended: int = 0
+    expected: tuple[tuple[float, ...], ...] = ()
 
 
 class Controller(NamedTuple):
@@ -79,6 +89,11 @@ class Controller(NamedTuple):
       has_costs: `state -> bool`: whether it knows them, from a checkpoint.
       resume: `(fresh, saved) -> state`: where to go on, given the state that it begins
         with here and one that was saved; the fresh one where the other does not fit.
+      is_judging: It wants to know how every drafter of a pool would have been accepted
+        (`Outcome.windows`), which costs each step some time.
+      hears_ends: It wants to know of steps that ended an answer, too.
+      report: `state -> dict` of numbers and lists of them: what it thinks, for
+        telemetry; None for nothing to tell.
     """
 
     actions: tuple[Action, ...]
@@ -88,6 +103,9 @@ class Controller(NamedTuple):
     set_costs: Callable[[Any, Sequence[float]], Any] | None = None
     has_costs: Callable[[Any], bool] = lambda state: True
     resume: Callable[[Any, Any], Any] = lambda fresh, saved: saved
+    is_judging: bool = False
+    hears_ends: bool = False
+    report: Callable[[Any], dict[str, Any]] | None = None
 
 
 def fixed(actions: tuple[Action, ...]) -> Controller:
@@ -104,7 +122,7 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
     """Takes a longer step where all rows' suggestions are sure to be right.
 
     Args:
-      inner: Chooses elsewhere; it hears nothing of the longer steps.
+      inner: Chooses elsewhere; it does not hear what longer steps had accepted.
       long: The longer step, of suggestions alone.
     """
 
@@ -118,8 +136,11 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
 
     def observe(state, action: Action, outcome: Outcome):
         # Its chain is not one of the inner rule's trees, and says nothing about them.
+        # What was emitted still is evidence on drafters, if anybody asks.
         if action == long:
-            return state
+            rest = outcome._replace(num_accepted=(), expected=())
+            is_asked = inner.is_judging or inner.hears_ends
+            return inner.observe(state, action, rest) if is_asked else state
 
         return inner.observe(state, action, outcome)
 
@@ -182,6 +203,18 @@ class Chooser:
         """What to run next."""
         return self.controller.choose(self.state, rows)
 
+    def report(self) -> dict[str, Any] | None:
+        """What it thinks, for telemetry; None for nothing to tell."""
+        if self.controller.report is None:
+            return None
+
+        return self.controller.report(self.state)
+
     def observe(self, action: Action, outcome: Outcome) -> None:
         """Books a step."""
+        # A rule that asked for nothing else hears of accepted tokens alone.
+        wants_more = self.controller.is_judging or self.controller.hears_ends
+        if not outcome.num_accepted and not wants_more:
+            return
+
         self.state = self.controller.observe(self.state, action, outcome)

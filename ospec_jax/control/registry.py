@@ -6,6 +6,7 @@ from collections.abc import Callable
 from ospec_jax.config import ConfigError
 from ospec_jax.control.base import Action, Controller, fixed
 from ospec_jax.control.depth import most_tokens_a_second
+from ospec_jax.control.selectors import BANDITS, JUDGING, build_selector, is_selector
 
 BuildController = Callable[[tuple[Action, ...]], Controller]
 
@@ -15,7 +16,8 @@ CONTROLLERS: dict[str, BuildController] = {
 }
 """Rules for what to run next, each built for the actions to choose from.
 
-Those by name choose how deep to draft; of a pool's drafters they take the first.
+These choose how deep to draft; of a pool's drafters they take the first. Those that
+choose drafters are in `control.selectors`.
 """
 
 
@@ -32,14 +34,18 @@ def find_controller(
     """
     if callable(name_or_rule):
         return name_or_rule
+    if isinstance(name_or_rule, str) and is_selector(name_or_rule):
+        selection = name_or_rule
+        return lambda actions: build_selector(selection, actions)
 
     actions = _of_first_drafter(actions)
     if name_or_rule is None:
         name_or_rule = "auto" if len(actions) > 1 else "fixed"
     if not isinstance(name_or_rule, str) or name_or_rule not in CONTROLLERS:
         raise ConfigError(
-            f"unknown controller {name_or_rule!r}; use {', '.join(CONTROLLERS)}, or a "
-            f"function from actions to a `Controller`"
+            f"unknown controller {name_or_rule!r}; use {', '.join(CONTROLLERS)}; for "
+            f"the drafters of a pool {', '.join((*JUDGING, *BANDITS))}; or a function "
+            f"from actions to a `Controller`"
         )
 
     if name_or_rule == "fixed" and len(actions) > 1:

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an ensemble weighs its experts by their losses."""
+"""How experts are weighed by their losses: step sizes of an ensemble, or drafters.
+
+Rules are pure transitions. They run on JAX's arrays within an update, and on NumPy's on
+the host, where a controller asks them between two steps.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ospec_jax.typing import struct
@@ -26,22 +32,24 @@ class MetaState:
     square: Float[Array, ""]
 
 
-class Meta(NamedTuple):
-    """A rule for weights.
-
-    Attributes:
-      observe: `(state, losses [m], weights [m]) -> (state, weights [m])`.
-      begin: `state -> state`, at a new round of traffic.
-    """
-
-    observe: Callable
-    begin: Callable
-
-
 def init_meta(num_experts: int) -> MetaState:
     """No losses."""
     zero = jnp.zeros(())
     return MetaState(jnp.zeros(num_experts), zero, zero)
+
+
+class Meta(NamedTuple):
+    """A rule for weights, which begin even, or at a rule's prior.
+
+    Attributes:
+      observe: `(state, losses [m], weights [m]) -> (state, weights [m])`.
+      begin: `state -> state`, at a new round of traffic.
+      init: `num_experts -> state`, before any losses.
+    """
+
+    observe: Callable
+    begin: Callable
+    init: Callable[[int], Any] = init_meta
 
 
 def hedge(
@@ -60,19 +68,20 @@ def hedge(
     """
 
     def observe(state: MetaState, losses, weights):
+        namespace = namespace_of(losses)
         # Relative losses keep the totals small; a constant taken off all of them
         # changes no weight.
-        relative = losses - jnp.sum(losses * weights)
-        spread = jnp.max(losses) - jnp.min(losses)
+        relative = losses - namespace.sum(losses * weights)
+        spread = namespace.max(losses) - namespace.min(losses)
         # Experts that are equal but for rounding have not been told apart.
-        is_told = spread > 1e-6 * (1.0 + jnp.max(jnp.abs(losses)))
+        is_told = spread > 1e-6 * (1.0 + namespace.max(namespace.abs(losses)))
         state = MetaState(
-            total=discount * state.total + jnp.where(is_told, relative, 0.0),
+            total=discount * state.total + namespace.where(is_told, relative, 0.0),
             count=discount * state.count + is_told,
-            square=discount * state.square + jnp.where(is_told, spread**2, 0.0),
+            square=discount * state.square + namespace.where(is_told, spread**2, 0.0),
         )
-        scale = jnp.sqrt(state.square / jnp.maximum(state.count, 1e-12))
-        regret = state.total / jnp.maximum(scale, 1e-12)
+        scale = namespace.sqrt(state.square / namespace.maximum(state.count, 1e-12))
+        regret = state.total / namespace.maximum(scale, 1e-12)
 
         return state, _softmax(-rate * regret, prior)
 
@@ -96,9 +105,94 @@ def last_chunk(
     return Meta(observe, begin=lambda state: init_meta(state.total.shape[0]))
 
 
+def fixed_hedge(rate: float) -> Meta:
+    """Hedge as in the books: `p_i ~ exp(-rate * L_i)`, for losses in [0, 1].
+
+    After T rounds the regret is at most `log(m) / rate + rate * T / 8`: for T known
+    beforehand the best rate is `sqrt(8 log(m) / T)`.
+    """
+    return _exponential(lambda count, num_experts: rate)
+
+
+def anytime_hedge() -> Meta:
+    """Hedge whose rate falls as rounds go by: `sqrt(8 log(m) / t)` after t of them.
+
+    Regret is at most `sqrt(2 T log(m)) + sqrt(log(m) / 8)` for every T, which need not
+    be known (Cesa-Bianchi and Lugosi, theorem 2.3).
+    """
+    return _exponential(
+        lambda count, num_experts: (8.0 * np.log(num_experts) / count) ** 0.5
+    )
+
+
+def _exponential(rate_of: Callable) -> Meta:
+    def observe(state: MetaState, losses, weights):
+        state = MetaState(state.total + losses, state.count + 1, state.square)
+        rate = rate_of(state.count, losses.shape[0])
+        return state, _softmax(-rate * state.total, None)
+
+    return Meta(observe, begin=lambda state: state)
+
+
+def fixed_share(rate: float, share: float) -> Meta:
+    """Hedge that gives a part of every round's weight back to all alike.
+
+    So an expert that was bad for long is found again within `log(m / share) / rate`
+    rounds or so of being the best (Herbster and Warmuth, 1998). Against any sequence
+    of experts with S shifts in T rounds regret is at most `(log(m) + S log((m - 1) /
+    share) + (T - 1 - S) log(1 / (1 - share))) / rate + rate * T / 8`.
+
+    Args:
+      rate: As for `fixed_hedge`.
+      share: Of the weight, that is spread evenly over the other experts.
+    """
+
+    def observe(state: MetaState, losses, weights):
+        namespace = namespace_of(losses)
+        # The weights are all that there is to remember: a total of losses would bring
+        # the old ones back.
+        posterior = weights * namespace.exp(-rate * (losses - losses.min()))
+        posterior = posterior / posterior.sum()
+        others = (1.0 - posterior) / max(losses.shape[0] - 1, 1)
+        state = state.replace(count=state.count + 1)
+
+        return state, (1.0 - share) * posterior + share * others
+
+    return Meta(observe, begin=lambda state: state)
+
+
+def follow_leader(discount: float = 1.0) -> Meta:
+    """All the weight to the expert of the least loss so far, of equal ones the first.
+
+    Where losses are drawn alike every round nothing is better; an adversary can make
+    it wrong every time.
+
+    Args:
+      discount: Of older losses at each round; 1 never forgets.
+    """
+
+    def observe(state: MetaState, losses, weights):
+        total = discount * state.total + losses
+        state = MetaState(total, discount * state.count + 1, state.square)
+        index = namespace_of(losses).arange(losses.shape[0])
+
+        return state, (index == total.argmin()).astype(total.dtype)
+
+    return Meta(observe, begin=lambda state: state)
+
+
+def namespace_of(array: Any) -> ModuleType:
+    """The library that an array is of: rules run on the device and on the host."""
+    return jnp if isinstance(array, jax.Array) else np
+
+
 def _softmax(logits: Float[Array, " m"], prior) -> Float[Array, " m"]:
+    namespace = namespace_of(logits)
     if prior is not None:
         # A prior of 0 is a logit of -inf: that expert never gets any weight.
-        logits = logits + jnp.log(jnp.asarray(prior))
+        logits = logits + namespace.log(namespace.asarray(prior))
+    if namespace is jnp:
+        return jax.nn.softmax(logits)
 
-    return jax.nn.softmax(logits)
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()

@@ -15,6 +15,7 @@ import jax
 
 from ospec_jax.config import ConfigError
 from ospec_jax.control.base import Action, Outcome, Row
+from ospec_jax.control.lengths import join
 from ospec_jax.decoding.request import Completion, Request, Slot
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import DecodeState, Draft, Feedback, StepOutput
@@ -102,7 +103,7 @@ class Batch:
       capacity: Cache slots of each row, one of those that are compiled for.
       has_prediction: Requests may have predictions, which need room.
       on_tokens: Called with each request's new tokens as they are read.
-      on_step: Called with what each step came to, of the rows that it did not end.
+      on_step: Called with what each step came to.
     """
 
     def __init__(
@@ -247,17 +248,22 @@ class Batch:
         if sent.action is None or self._on_step is None:
             return
 
+        rows = [
+            (row, slot)
+            for _, row, slot in sent.rows
+            if not slot.is_done and slot.request.can_teach
+        ]
         # A row's last step is left out, since what it accepted is cut at a stop token
         # or at the limit. One that ends with a stop string is not cut on the device.
-        accepted = tuple(
-            int(sent.output.num_accepted[row])
-            for _, row, slot in sent.rows
-            if not slot.is_done
-            and not sent.output.is_finished[row]
-            and slot.request.can_teach
-        )
-        if accepted:
-            self._on_step(sent.action, Outcome(accepted))
+        going = [row for row, _ in rows if not sent.output.is_finished[row]]
+        accepted = tuple(int(sent.output.num_accepted[row]) for row in going)
+        # What was emitted is evidence on every drafter, to the answer's last token.
+        windows = [slot.judge(sent.output, row) for row, slot in rows]
+        found = join([w for w in windows if w is not None]) if any(windows) else None
+        if rows:
+            expected = _expected(sent, going)
+            outcome = Outcome(accepted, found, len(rows) - len(going), expected)
+            self._on_step(sent.action, outcome)
 
     def _read(self, sent: _Sent, row: int, slot: Slot) -> bool:
         """Books one pass's tokens of a request; whether they were its last."""
@@ -282,3 +288,18 @@ class Batch:
         self._slots[number] = None
         feedback = self._engine.feedback_of(self._state, number)
         return slot.completion(feedback, self.capacity)
+
+
+def _expected(sent: _Sent, rows: list[int]) -> tuple[tuple[float, ...], ...]:
+    """How the drafter of a step was judged, as deep as its draft got in each row."""
+    if sent.output.judged is None or sent.action is None or sent.action.drafter < 0:
+        return ()
+
+    chances = sent.output.judged.items[sent.action.drafter].chances
+    # The draft's last token is that which was not accepted, if there was one left.
+    deepest = min(sent.action.tree.num_steps, chances.shape[-1])
+    count = lambda row: min(int(sent.output.num_accepted[row]) + 1, deepest)
+    return tuple(
+        tuple(float(chances[row, depth, depth]) for depth in range(count(row)))
+        for row in rows
+    )

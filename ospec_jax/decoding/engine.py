@@ -462,7 +462,7 @@ class Engine:
             self.target_params, bring_first(draft, chosen), bring_first(state, chosen)
         )
 
-        return bring_first(state, chosen), output
+        return bring_first(state, chosen), bring_first(output, chosen)
 
     def _announce(self, what: str, *key: Any) -> None:
         """Tells of a program that this engine has not run yet, and must compile."""

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Key
 
 from ospec_jax.config import InputError, SamplingConfig, whole_number
 from ospec_jax.control.base import Row
+from ospec_jax.control.lengths import Pending, Windows
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import Feedback, StepOutput
 from ospec_jax.typing import short_repr
@@ -131,6 +133,7 @@ class Slot:
     Attributes:
       is_done: Its last token has been read.
       is_sure: A long chain of suggestions is likely to be right next.
+      pending: Evidence on a pool's drafters that is not complete.
     """
 
     __repr__ = short_repr
@@ -144,6 +147,7 @@ class Slot:
     is_sure: bool = False
     finish_reason: str = "length"
     text_over: str = ""
+    pending: Pending = dataclasses.field(default_factory=Pending)
 
     @property
     def num_remaining(self) -> int:
@@ -154,6 +158,23 @@ class Slot:
         """What a controller may know of it."""
         num_tokens = len(self.request.prompt_ids) + len(self.token_ids)
         return Row(self.is_sure, num_tokens, self.num_remaining)
+
+    def judge(self, output: StepOutput, row: int) -> Windows | None:
+        """What one pass completes of the evidence on a pool's drafters.
+
+        Args:
+          output: Fetched; its members stand in the order of their numbers.
+        """
+        if output.judged is None:
+            return None
+
+        count = int(output.num_emitted[row])
+        members = output.judged.items
+        stacked = lambda name: np.stack(
+            [np.asarray(getattr(one, name))[row, :count] for one in members], axis=-1
+        )
+
+        return self.pending.add(stacked("chances"), stacked("couplings"))
 
     def book(
         self,

@@ -15,6 +15,7 @@ import numpy as np
 
 from ospec_jax import sharding
 from ospec_jax.config import ModelConfig, Recording, TreeConfig
+from ospec_jax.decoding.judging import judge_all
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, take_row
@@ -23,6 +24,7 @@ from ospec_jax.drafters.prediction import (
     follow,
     init_prediction,
     prediction_hints,
+    prediction_suggested,
 )
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
@@ -56,6 +58,8 @@ class StepConfig:
       is_greedy: All rows are greedy; else rows follow their `SamplingParams`.
       has_log_probs: Report the emitted tokens' log-probabilities.
       mesh: Devices that the state is split over; see `sharding`.
+      judged: Report how every member of a pool would have been accepted, if it had
+        drafted such a tree; None reports nothing.
     """
 
     model: ModelConfig
@@ -66,6 +70,7 @@ class StepConfig:
     is_greedy: bool = True
     has_log_probs: bool = False
     mesh: sharding.AnyMesh | None = None
+    judged: TreeConfig | None = None
 
     @property
     def max_emitted(self) -> int:
@@ -112,10 +117,11 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
 
         # Propose, score, verify, commit. The order is that of the data: what the target
         # says is never known to the drafter of the same step.
-        tree, state = _propose(config, drafter, draft, shared, state, key_draft)
+        tree, state = propose_tree(config, drafter, draft, shared, state, key_draft)
         hidden, taps, cache = _score(target, target_params, tree, state)
         logits = llama.target_logits(target_params, hidden, config.numerics)
-        verdict = _verify(config, tree, logits, state, key_verify)
+        probs = None if config.is_greedy else _target_probs(config, logits, state)
+        verdict = _verify(config, tree, logits, probs, key_verify)
         # A finished row's cache is rewritten behind its length, where nobody reads it.
         state = state.replace(cache=_keep_accepted(config, cache, state, verdict))
         emitted, num_emitted, is_finished = _emit(config, tree, verdict, state)
@@ -148,10 +154,12 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
 
         # The i-th accepted node and the token emitted after it are a pair; the last of
         # them is the accepted leaf with the recovered or bonus token.
+        judged = None
         if drafter is not None:
             pairs = Pairs(inputs, emitted, taps, state.lengths, num_emitted)
-            draft_cache, context = drafter.extend(
-                draft, shared, state.draft_cache, pairs
+            on_path = None if probs is None else gather(probs, verdict.path)
+            draft_cache, context, judged = _catch_up(
+                config, drafter, draft, shared, state, pairs, on_path
             )
             state = _extended(drafter, state, draft_cache, context)
 
@@ -169,6 +177,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             num_drafted=jnp.where(was_active, jnp.sum(tree.is_valid, axis=1) - 1, 0),
             is_finished=is_finished,
             log_probs=log_probs,
+            judged=judged,
         )
         # The newest token is emitted but not cached: it is the next step's root.
         newest = take_row(emitted, jnp.maximum(num_emitted - 1, 0))
@@ -182,6 +191,35 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         return _look_ahead(drafter, draft, state, output)
 
     return speculative_step
+
+
+def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs):
+    """Runs the draft over the emitted tokens; what each member would have drafted.
+
+    Args:
+      probs: `[b, m, v]` that the tokens were drawn from; None for greedy ones.
+    """
+    if config.judged is None:
+        return *drafter.extend(draft, shared, state.draft_cache, pairs), None
+
+    cache, context, found = drafter.retrace(
+        draft,
+        shared,
+        state.draft_cache,
+        state.draft_context,
+        pairs,
+        prediction_suggested(state.prediction, pairs.tokens),
+    )
+    judged = judge_all(
+        found,
+        config.judged,
+        pairs.tokens,
+        probs,
+        state.sampling,
+        config.numerics.is_row_invariant,
+    )
+
+    return cache, context, judged
 
 
 def _extended(drafter: Drafter, state: DecodeState, draft_cache, context):
@@ -212,7 +250,7 @@ def _look_ahead(drafter, draft, state: DecodeState, output: StepOutput):
     return state, output.replace(is_sure=is_sure)
 
 
-def _propose(config, drafter, draft, shared, state, keys):
+def propose_tree(config, drafter, draft, shared, state, keys):
     """The tree to verify; the root alone when nothing is drafted."""
     root = state.last_token
     if drafter is None or config.tree.num_steps == 0:
@@ -263,10 +301,8 @@ def _score(target, target_params, tree: DraftTree, state: DecodeState):
     )
 
 
-def _verify(config, tree, logits, state, keys) -> Verdict:
-    if config.is_greedy:
-        return verify_greedy(tree, argmax(logits))
-
+def _target_probs(config, logits, state):
+    """What the target's tokens are drawn from after each node, `[b, n, v]`."""
     # Every node of a row is processed by its row's temperature, top-k and top-p: `[b *
     # n]` parameters for `[b * n, v]` logits.
     b, n, v = logits.shape
@@ -274,11 +310,18 @@ def _verify(config, tree, logits, state, keys) -> Verdict:
     probs = processed_probs(
         logits.reshape(b * n, v), params, config.numerics.is_row_invariant
     )
+    return probs.reshape(b, n, v)
+
+
+def _verify(config, tree, logits, probs, keys) -> Verdict:
+    if config.is_greedy:
+        return verify_greedy(tree, argmax(logits))
+
     rule = config.tree.verification
     # Suggestions alone make chains of `topk` children whatever the tree's own are.
     rule = "token" if tree.children == "topk" else rule
 
-    return verify_sampled(keys, tree, probs.reshape(b, n, v), rule)
+    return verify_sampled(keys, tree, probs, rule)
 
 
 def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:

@@ -60,6 +60,10 @@ class Drafter(NamedTuple):
       reads_target: `propose` needs the target's parameters and cache in `shared`.
       head_inputs: `(params, states [..., d]) -> [..., e]`: what the draft's own output
         projection `lm_head` reads of its states; None for drafts without one.
+      retrace: `(draft, shared, cache, context, pairs, suggested=None) -> (cache,
+        context, Retraced)`: as `extend`, and beside it what would have been drafted in
+        the place of each of the pairs' `tokens`. `context` is that of the state before
+        the first pair. None for a drafter that would have to draft to know.
     """
 
     init_params: Callable
@@ -75,6 +79,7 @@ class Drafter(NamedTuple):
     predict: Callable | None = None
     reads_target: bool = False
     head_inputs: Callable | None = None
+    retrace: Callable | None = None
 
 
 class Family(NamedTuple):

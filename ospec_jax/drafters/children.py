@@ -47,7 +47,7 @@ def draw(
     """Draws `count` children of each node, as ids of the draft's vocabulary."""
     b, w, q = logits.shape
     if kind == "topk":
-        log_probs, ids = _most_probable(logits, count)
+        log_probs, ids = most_probable(logits, count)
         return Children(ids, log_probs, None)
 
     # The same processing as the target's: drawing from other distributions than those
@@ -74,7 +74,7 @@ def draw(
     return Children(ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs)
 
 
-def _most_probable(logits, count):
+def most_probable(logits, count):
     """Log-probabilities `[b, w, c]` of the `count` largest entries, and their ids."""
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     # The usual chain: `argmax` and a maximum are cheaper than `top_k`.

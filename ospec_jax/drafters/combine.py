@@ -17,7 +17,16 @@ from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, Hints
 from ospec_jax.drafters.hints import hinted_chain
-from ospec_jax.types import Draft, DraftTree, Roots, SharedTables
+from ospec_jax.types import (
+    Draft,
+    DraftContext,
+    DraftTree,
+    Pairs,
+    Retraced,
+    Roots,
+    SharedTables,
+    Suggested,
+)
 
 MIXES = {
     "fallback": "a chain of suggestions where they are likely, else the other draft's",
@@ -105,7 +114,28 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
         # What this saves is the neural draft, when no row needs it.
         return jax.lax.cond(jnp.all(is_likely), lambda: (chain, cache), draft_others)
 
-    return drafter._replace(propose=propose)
+    def retrace(
+        draft: Draft,
+        shared: SharedTables,
+        cache: Any,
+        context: DraftContext,
+        pairs: Pairs,
+        suggested: Suggested | None = None,
+    ) -> tuple[Any, DraftContext, Retraced]:
+        assert drafter.retrace is not None
+        cache, context, found = drafter.retrace(draft, shared, cache, context, pairs)
+        if suggested is None:
+            return cache, context, found
+
+        # Likely suggestions come before whatever the other one is sure of; others do
+        # not come at all.
+        is_likely = suggested.log_rates >= np.log(_LIKELY)
+        asked = suggested.replace(log_rates=jnp.where(is_likely, 1.0, -jnp.inf))
+        return cache, context, found.replace(suggested=asked)
+
+    return drafter._replace(
+        propose=propose, retrace=retrace if drafter.retrace is not None else None
+    )
 
 
 def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:
@@ -123,8 +153,9 @@ def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:
         other, cache = drafter.propose(draft, shared, cache, roots)
         return merge_chains(other, chain), cache
 
-    # Nodes of suggestions have no state to learn a projection from.
-    return drafter._replace(propose=propose, head_inputs=None)
+    # Nodes of suggestions have no state to learn a projection from, and of two chains
+    # at once nobody has said how they would have been accepted.
+    return drafter._replace(propose=propose, head_inputs=None, retrace=None)
 
 
 def merge_chains(first: DraftTree, second: DraftTree) -> DraftTree:

@@ -57,8 +57,10 @@ from ospec_jax.types import (
     DraftTree,
     Feedback,
     Pairs,
+    Retraced,
     Roots,
     SharedTables,
+    Suggested,
 )
 from ospec_jax.typing import Params
 
@@ -295,9 +297,8 @@ def _eagle(
 
         return outputs[:, :num_tokens], logits[:, :num_tokens], cache
 
-    def extend(
-        draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
-    ) -> tuple[kv.KVCache, DraftContext]:
+    def run_pairs(draft, shared, cache, pairs: Pairs):
+        """Outputs of pairs, which may be twice one, the newest one's, and the cache."""
         tokens = pairs.tokens
         taps = pairs.taps
         starts = pairs.starts
@@ -313,10 +314,36 @@ def _eagle(
         outputs, cache = apply(draft, EagleHead.step, *args)
         # The next proposal begins behind the last real pair. Rows that are finished
         # have none; nothing that follows from theirs is emitted.
-        last = take_row(outputs, jnp.maximum(pairs.num_valid - 1, 0))
+        return outputs, take_row(outputs, jnp.maximum(pairs.num_valid - 1, 0)), cache
+
+    def extend(
+        draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
+    ) -> tuple[kv.KVCache, DraftContext]:
+        _, last, cache = run_pairs(draft, shared, cache, pairs)
         logits = predict(draft, shared, last)
 
         return cache, DraftContext(hidden=last, logits=logits)
+
+    def retrace(
+        draft: Draft,
+        shared: SharedTables,
+        cache: kv.KVCache,
+        context: DraftContext,
+        pairs: Pairs,
+        suggested: Suggested | None = None,
+    ) -> tuple[kv.KVCache, DraftContext, Retraced]:
+        outputs, last, cache = run_pairs(draft, shared, cache, pairs)
+        # A pair predicts the token behind its own: the first one was predicted by the
+        # pair before.
+        num_tokens = pairs.tokens.shape[1]
+        before = context.hidden[:, None].astype(outputs.dtype)
+        states = jnp.concatenate([before, outputs[:, : num_tokens - 1]], axis=1)
+        if numerics.is_row_invariant:
+            (states,) = at_least_two_rows(states)
+        logits = logits_of(draft, shared, states)[:, :num_tokens]
+        found = Retraced(suggested, logits, draft.token_ids)
+
+        return cache, DraftContext(last, predict(draft, shared, last)), found
 
     def predict(draft, shared, hidden):
         # Twice each row: its logits are one product of at least two rows.
@@ -388,6 +415,7 @@ def _eagle(
         num_scratch=num_scratch(tree),
         head_inputs=head_inputs if config.has_own_head else None,
         predict=predict,
+        retrace=retrace,
     )
 
 

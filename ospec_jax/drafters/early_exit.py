@@ -39,7 +39,17 @@ from ospec_jax.models.layers import (
     at_least_two_rows,
     linear,
 )
-from ospec_jax.types import Draft, DraftTree, Feedback, Roots, SharedTables
+from ospec_jax.types import (
+    Draft,
+    DraftContext,
+    DraftTree,
+    Feedback,
+    Pairs,
+    Retraced,
+    Roots,
+    SharedTables,
+    Suggested,
+)
 from ospec_jax.typing import Params
 
 
@@ -145,6 +155,28 @@ def early_exit(
         )
         return proposed, cache
 
+    def retrace(
+        draft: Draft,
+        shared: SharedTables,
+        cache: tuple,
+        context: DraftContext,
+        pairs: Pairs,
+        suggested: Suggested | None = None,
+    ) -> tuple[tuple, DraftContext, Retraced]:
+        # The target itself has run the layers below the exit over the inputs, and what
+        # it made of each is what the token behind that is predicted from.
+        states = pairs.taps
+        num_tokens = states.shape[1]
+        if numerics.is_row_invariant:
+            (states,) = at_least_two_rows(states)
+
+        params = {"params": draft.params}
+        head = None if config.has_own_head else shared.head
+        found: Any = module.apply(params, states, head, method=ExitHead.init_all)
+        logits = found[0][:, :num_tokens]
+
+        return cache, context, Retraced(suggested, logits, draft.token_ids)
+
     def unroll_outputs(
         params: Params,
         token_ids: Int[Array, " q"] | None,
@@ -184,6 +216,7 @@ def early_exit(
         unroll_outputs=unroll_outputs,
         state_width=config.hidden_size,
         head_inputs=head_inputs if config.has_own_head else None,
+        retrace=retrace,
     )
 
 

@@ -11,7 +11,16 @@ from ospec_jax.drafters.base import Drafter, Family, Hints, stateless
 from ospec_jax.drafters.children import extend_path
 from ospec_jax.drafters.stopping import Progress, StopFn, is_stopped, rules_of
 from ospec_jax.models.layers import Numerics
-from ospec_jax.types import Draft, DraftTree, Roots, SharedTables
+from ospec_jax.types import (
+    Draft,
+    DraftContext,
+    DraftTree,
+    Pairs,
+    Retraced,
+    Roots,
+    SharedTables,
+    Suggested,
+)
 
 
 def either(first: Hints, second: Hints | None) -> Hints:
@@ -29,6 +38,18 @@ def either(first: Hints, second: Hints | None) -> Hints:
         return jnp.where(is_first, token, other), jnp.maximum(rate, other_rate)
 
     return Hints(first.recent, suggest)
+
+
+def likelier(first: Suggested, second: Suggested | None) -> Suggested:
+    """Likewise, of what was suggested in the place of verified tokens."""
+    if second is None:
+        return first
+
+    is_first = first.log_rates >= second.log_rates
+    return Suggested(
+        tokens=jnp.where(is_first, first.tokens, second.tokens),
+        log_rates=jnp.maximum(first.log_rates, second.log_rates),
+    )
 
 
 def _suggest_nothing(recent, depth):
@@ -99,7 +120,21 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
 
         return drafted, cache
 
-    return stateless(propose)
+    def retrace(
+        draft: Draft,
+        shared: SharedTables,
+        cache: Any,
+        context: DraftContext,
+        pairs: Pairs,
+        suggested: Suggested | None = None,
+    ) -> tuple[Any, DraftContext, Retraced]:
+        if suggested is None:
+            nothing = jnp.full(pairs.tokens.shape, -jnp.inf)
+            suggested = Suggested(pairs.tokens, nothing)
+
+        return cache, context, Retraced(suggested, None, None)
+
+    return stateless(propose, retrace=retrace)
 
 
 def suggested_chain(

@@ -58,8 +58,10 @@ from ospec_jax.types import (
     DraftTree,
     Feedback,
     Pairs,
+    Retraced,
     Roots,
     SharedTables,
+    Suggested,
 )
 from ospec_jax.typing import Params
 
@@ -255,9 +257,8 @@ def hydra(
         head = None if config.has_own_head else shared.head
         return apply(draft, HydraHeads.logits, read, depth, head)
 
-    def extend(
-        draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
-    ) -> tuple[kv.KVCache, DraftContext]:
+    def run_pairs(draft, shared, cache, pairs: Pairs):
+        """Prefix states of pairs, which may be twice one, the context, the cache."""
         tokens = pairs.tokens
         taps = pairs.taps
         starts = pairs.starts
@@ -279,7 +280,35 @@ def hydra(
         twice = jnp.stack([hidden, hidden], axis=1)
         logits = logits_of(draft, shared, 0, twice)
 
-        return cache, DraftContext(hidden=hidden, logits=logits[:, 0])
+        return states, DraftContext(hidden=hidden, logits=logits[:, 0]), cache
+
+    def extend(
+        draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
+    ) -> tuple[kv.KVCache, DraftContext]:
+        _, context, cache = run_pairs(draft, shared, cache, pairs)
+        return cache, context
+
+    def retrace(
+        draft: Draft,
+        shared: SharedTables,
+        cache: kv.KVCache,
+        context: DraftContext,
+        pairs: Pairs,
+        suggested: Suggested | None = None,
+    ) -> tuple[kv.KVCache, DraftContext, Retraced]:
+        states, following, cache = run_pairs(draft, shared, cache, pairs)
+        # The first head reads a state and the token behind it, and predicts the next:
+        # the first of the pairs' tokens was predicted before.
+        num_tokens = pairs.tokens.shape[1]
+        known = embed(pairs.tokens[:, :-1], shared.embedding)
+        read = jnp.concatenate([states[:, : num_tokens - 1], known], axis=-1)
+        before = context.hidden[:, None, : 2 * width].astype(read.dtype)
+        read = jnp.concatenate([before, read], axis=1)
+        if numerics.is_row_invariant:
+            (read,) = at_least_two_rows(read)
+        logits = logits_of(draft, shared, 0, read)[:, :num_tokens]
+
+        return cache, following, Retraced(suggested, logits, draft.token_ids)
 
     def propose(
         draft: Draft,
@@ -372,6 +401,7 @@ def hydra(
         propose=propose,
         unroll=unroll,
         num_scratch=num_scratch(tree),
+        retrace=retrace,
     )
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.base import Drafter, Family, Hints
-from ospec_jax.drafters.hints import either, suggested_chain
+from ospec_jax.drafters.hints import either, likelier, suggested_chain
 from ospec_jax.models import cache as kv
 from ospec_jax.types import (
     Draft,
@@ -32,8 +32,10 @@ from ospec_jax.types import (
     DraftTree,
     NgramMemory,
     Pairs,
+    Retraced,
     Roots,
     SharedTables,
+    Suggested,
 )
 from ospec_jax.typing import typed
 
@@ -309,13 +311,42 @@ def with_ngrams(
         draft: Draft, shared: SharedTables, cache: dict, pairs: Pairs
     ) -> tuple[dict, DraftContext]:
         inner, context = drafter.extend(draft, shared, cache["drafter"], pairs)
-        history = kv.write_rows(
+        return {"drafter": inner, "history": written(cache, pairs)}, context
+
+    def written(cache: dict, pairs: Pairs) -> Int[Array, "b s"]:
+        return kv.write_rows(
             cache["history"][..., None],
             pairs.tokens[..., None],
             pairs.starts,
             is_batched=has_batched_writes,
         )[..., 0]
-        return {"drafter": inner, "history": history}, context
+
+    def retrace(
+        draft: Draft,
+        shared: SharedTables,
+        cache: dict,
+        context: DraftContext,
+        pairs: Pairs,
+        suggested: Suggested | None = None,
+    ) -> tuple[dict, DraftContext, Retraced]:
+        assert drafter.retrace is not None
+        memory = draft.memory
+        if memory is None:
+            raise ConfigError("drafting with n-grams needs a draft with a memory")
+
+        # Slot `p - 1` holds the token at position p: before token i of the pairs so
+        # many are known, and nothing behind them is looked at.
+        history = written(cache, pairs)
+        num_known = pairs.starts[:, None] + jnp.arange(pairs.tokens.shape[1])
+        index = num_known[..., None] + jnp.arange(-memory.max_match, 0)
+        recent = jax.vmap(lambda row, at: row[jnp.maximum(at, 0)])(history, index)
+        recent = jnp.where(index >= 0, recent, _NO_TOKEN)
+        own = Suggested(*suggest(memory, history, num_known, recent))
+        inner, context, found = drafter.retrace(
+            draft, shared, cache["drafter"], context, pairs, likelier(own, suggested)
+        )
+
+        return {"drafter": inner, "history": history}, context, found
 
     def hints_of(draft: Draft, cache: dict, position: Int[Array, " b"]) -> Hints:
         memory = draft.memory
@@ -362,7 +393,11 @@ def with_ngrams(
         return proposed, {"drafter": inner, "history": history}
 
     return drafter._replace(
-        init_cache=init_cache, extend=extend, propose=propose, is_sure=is_sure
+        init_cache=init_cache,
+        extend=extend,
+        propose=propose,
+        is_sure=is_sure,
+        retrace=retrace if drafter.retrace is not None else None,
     )
 
 

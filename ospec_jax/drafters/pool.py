@@ -24,7 +24,15 @@ from ospec_jax.drafters.ngram import with_ngrams
 from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.drafters.wellformed import build_checked
 from ospec_jax.models.layers import Numerics
-from ospec_jax.types import Draft, DraftContext, DraftTree, Pairs, Roots, SharedTables
+from ospec_jax.types import (
+    Draft,
+    DraftContext,
+    DraftTree,
+    Pairs,
+    Roots,
+    SharedTables,
+    Suggested,
+)
 from ospec_jax.typing import struct
 
 
@@ -160,6 +168,35 @@ def pool(
 
         return Members(tuple(caches)), Members(tuple(contexts))
 
+    def retrace(
+        draft: Draft,
+        shared: SharedTables,
+        cache: Members,
+        context: Members,
+        pairs: Pairs,
+        suggested: Suggested | None = None,
+    ) -> tuple[Members, Members, Members]:
+        caches = []
+        contexts = []
+        found = []
+        blank = init_context(pairs.inputs.shape[0]).items
+
+        for i, (one, own) in enumerate(zip(drafters, drafts_of(draft), strict=True)):
+            assert one.retrace is not None
+            read = pairs.replace(taps=_taps_of(pairs.taps, columns, i))
+            args = own, shared, cache.items[i], context.items[i], read, suggested
+            now, following, retraced = one.retrace(*args)
+            # As in `extend`: logits that can be had later are not kept.
+            if one.predict is not None:
+                following = following.replace(logits=blank[i].logits)
+            caches.append(now)
+            contexts.append(following)
+            found.append(retraced)
+
+        return Members(tuple(caches)), Members(tuple(contexts)), Members(tuple(found))
+
+    can_retrace = extends == "all" and all(one.retrace for one in drafters)
+
     def propose(
         draft: Draft,
         shared: SharedTables,
@@ -199,6 +236,7 @@ def pool(
         unroll=unroll,
         num_scratch=max(one.num_scratch for one in drafters),
         reads_target=any(one.reads_target for one in drafters),
+        retrace=retrace if can_retrace else None,
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ospec_jax.drafters.base import Hints
-from ospec_jax.types import Prediction
+from ospec_jax.types import Prediction, Suggested
 from ospec_jax.typing import typed
 
 MIN_MATCH = 2
@@ -185,6 +185,35 @@ def suggest(
     log_rate = jnp.where(is_suggested, jnp.log(rate)[:, None], -jnp.inf)
 
     return jnp.broadcast_to(token, log_rate.shape), log_rate
+
+
+@typed
+def suggested_along(
+    prediction: Prediction, tokens: Int[Array, "b t"]
+) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
+    """What would have been suggested in the place of each emitted token.
+
+    As while drafting, the tokens before it having been drafted as they were emitted.
+    """
+    num_recent = prediction.recent.shape[1]
+    known = jnp.concatenate([prediction.recent, tokens], axis=1)
+    found = [
+        suggest(prediction, known[:, None, depth : depth + num_recent], depth)
+        for depth in range(tokens.shape[1])
+    ]
+    suggestions, rates = zip(*found, strict=True)
+
+    return jnp.concatenate(suggestions, axis=1), jnp.concatenate(rates, axis=1)
+
+
+def prediction_suggested(
+    prediction: Prediction | None, tokens: Int[Array, "b t"]
+) -> Suggested | None:
+    """The prediction as suggestions in the place of emitted tokens."""
+    if prediction is None:
+        return None
+
+    return Suggested(*suggested_along(prediction, tokens))
 
 
 def prediction_hints(prediction: Prediction | None) -> Hints | None:

@@ -19,8 +19,10 @@ from ospec_jax.types import (
     DraftContext,
     DraftTree,
     Pairs,
+    Retraced,
     Roots,
     SharedTables,
+    Suggested,
 )
 
 _SPARE_SLOTS = 64
@@ -67,9 +69,8 @@ def small_lm(
             hidden=jnp.zeros((batch_size, 1)), logits=jnp.zeros((batch_size, num_ids))
         )
 
-    def extend(
-        draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
-    ) -> tuple[kv.KVCache, DraftContext]:
+    def run_pairs(draft, cache, pairs: Pairs):
+        """States of the pairs' tokens and of the one before them, and the cache."""
         # The entry before the first new one is written again: a prompt's first token
         # is nobody's successor.
         tokens = jnp.concatenate([pairs.inputs[:, :1], pairs.tokens], axis=1)
@@ -77,13 +78,35 @@ def small_lm(
         num_tokens = tokens.shape[1]
         positions = starts[:, None] + jnp.arange(num_tokens)
         bias = kv.causal_bias(starts, num_tokens, cache.capacity)
-        hidden, cache = run(draft, cache, tokens, positions, bias, starts)
+        return run(draft, cache, tokens, positions, bias, starts)
+
+    def extend(
+        draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
+    ) -> tuple[kv.KVCache, DraftContext]:
+        hidden, cache = run_pairs(draft, cache, pairs)
+        return cache, context_of(draft, hidden, pairs)
+
+    def context_of(draft, hidden, pairs: Pairs) -> DraftContext:
         # The newest real token lies behind `num_valid` others, the repeated one
         # included.
         last = logits_of(draft, take_row(hidden, pairs.num_valid)[:, None])[:, 0]
-        nothing = jnp.zeros((tokens.shape[0], 1))
+        return DraftContext(hidden=jnp.zeros((last.shape[0], 1)), logits=last)
 
-        return cache, DraftContext(hidden=nothing, logits=last)
+    def retrace(
+        draft: Draft,
+        shared: SharedTables,
+        cache: kv.KVCache,
+        context: DraftContext,
+        pairs: Pairs,
+        suggested: Suggested | None = None,
+    ) -> tuple[kv.KVCache, DraftContext, Retraced]:
+        hidden, cache = run_pairs(draft, cache, pairs)
+        # Each token was predicted at the one before it, the first at the root, which
+        # was run over once more.
+        logits = logits_of(draft, hidden[:, : pairs.tokens.shape[1]])
+        found = Retraced(suggested, logits, draft.token_ids)
+
+        return cache, context_of(draft, hidden, pairs), found
 
     def propose(
         draft: Draft,
@@ -121,6 +144,7 @@ def small_lm(
         propose=propose,
         unroll=unroll,
         num_scratch=num_scratch(tree) + 1,  # the root has a slot, too
+        retrace=retrace,
     )
 
 

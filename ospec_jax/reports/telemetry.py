@@ -44,8 +44,14 @@ _DRAWN = (
     "running_acceptance_length",
     "staleness",
     "stride",
+    "selection_weights",
+    "selection_means",
+    "selection_regret",
 )
 """What a plot shows of rows, beside what the learner told."""
+_SELECTION = "selection_"
+_SELECTED = tuple(f"{_SELECTION}{name}" for name in ("weights", "means", "regret"))
+"""What a plot shows of a selection among drafts."""
 _LEARNED_FROM = ("loss", "agreement", "candidate_agreement")
 _TITLES = {
     "acceptance_per_position": "measured acceptance, by position",
@@ -100,7 +106,11 @@ class Telemetry:
     Rows of kind `answer` hold the request's and the running acceptance length, both as
     decoding counted them, likewise `acceptance_per_position` (the running share of
     steps that accepted at least one, two, ... tokens), the served `version` and its
-    `staleness`: answer tokens since it changed. Rows of kind `update` hold the loss
+    `staleness`: answer tokens since it changed. Where a pool's drafts are selected,
+    they hold `selection_weights` (or a bandit's `selection_means`) by action,
+    `selection_regret` (estimated tokens that the best single draft would have yielded
+    beyond those of the chosen ones), the action last taken and the number of switches.
+    Rows of kind `update` hold the loss
     before the update, `agreement` and `acceptance` by depth on the windows it learns
     from (with `num_candidates` it knows both among the candidates only, which flatters
     the draft: then they are called `candidate_agreement` and `candidate_acceptance`),
@@ -166,11 +176,14 @@ class Telemetry:
         stats: DecodingStats,
         version: int = 0,
         learning_seconds: float = 0.0,
+        selection: dict[str, Any] | None = None,
     ) -> None:
         """Writes one answer's row.
 
         Args:
           version: Of the draft that was served.
+          selection: What chose among a pool's drafts thinks; see
+            `control.base.Controller.report`.
         """
         row = {
             "kind": "answer",
@@ -185,6 +198,8 @@ class Telemetry:
             "version": version,
             "learning_seconds": learning_seconds,
         }
+        told = selection or {}
+        row |= {f"{_SELECTION}{name}": value for name, value in told.items()}
         self._recall(row)
         # Sums over the window, not a mean of ratios: long answers weigh more.
         drafts, accepted = np.sum([counts[:2] for counts in self._recent], axis=0)
@@ -394,6 +409,7 @@ def plot_telemetry(rows: list[dict], path: Path) -> Path:
     measured = ["running_acceptance_length", "staleness"]
     if any("acceptance_per_position" in row for row in answers):
         measured.append("acceptance_per_position")
+    measured += [name for name in _SELECTED if any(name in row for row in answers)]
 
     panels = list(measured)
     if updates:

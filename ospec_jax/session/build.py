@@ -13,6 +13,7 @@ from ospec_jax.config import ConfigError, DraftConfig, TreeConfig
 from ospec_jax.control.base import SUGGESTIONS, Action, Controller, follow_predictions
 from ospec_jax.control.registry import BuildController, find_controller
 from ospec_jax.decoding.engine import Engine
+from ospec_jax.decoding.judging import check_judged
 from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.ngram import ORDERS, init_memory
@@ -115,6 +116,12 @@ def assembled(
             orders = orders if has_ngrams else ()
             trainer = trainer_for(learner, target, draft, drafter, serve, orders)
 
+    # The long step of a held prediction is not the controller's to choose.
+    actions = tuple(action for action in menu if action != long)
+    rule = _rule_of(controller, actions)
+    if rule.is_judging:
+        _check_judging(draft, tree, menu)
+
     # The engine is specialised to what the trainer wants recorded.
     config = StepConfig(
         model=target.config,
@@ -124,24 +131,59 @@ def assembled(
         stop_ids=target.stop_ids,
         has_log_probs=has_log_probs,
         mesh=target.mesh,
+        judged=plain if rule.is_judging else None,
     )
     recording = trainer.recording if trainer else "nothing"
     engine = Engine(config, target.params, drafter, recording, menu)
-    # The long step of a held prediction is not the controller's to choose.
-    actions = tuple(action for action in menu if action != long)
-    rule: Any = find_controller(controller, actions)(actions)
-    if not isinstance(rule, Controller):
-        raise ConfigError(
-            f"the rule {getattr(controller, '__name__', controller)!r} returned "
-            f"{type(rule).__name__}; a function from actions to a `Controller` is "
-            f"wanted"
-        )
     if long is not None:
         rule = follow_predictions(rule, long)
     if trainer is None:
         return Parts(engine, rule, None, None, serve)
 
     return Parts(engine, rule, learner, trainer, trainer.serve)
+
+
+def _rule_of(
+    controller: str | BuildController | None, actions: tuple[Action, ...]
+) -> Controller:
+    rule: Any = find_controller(controller, actions)(actions)
+    if isinstance(rule, Controller):
+        return rule
+
+    raise ConfigError(
+        f"the rule {getattr(controller, '__name__', controller)!r} returned "
+        f"{type(rule).__name__}; a function from actions to a `Controller` is wanted"
+    )
+
+
+def _check_judging(
+    draft: LoadedDraft | None, tree: TreeConfig, menu: Mapping[Action, Drafter | None]
+) -> None:
+    """Refuses to judge drafters of which nobody can tell how they would have drafted.
+
+    Raises:
+      ConfigError: There is one, or there is nobody to judge.
+    """
+    check_judged(tree)
+    if draft is None or draft.pool is None:
+        raise ConfigError(
+            "a controller that judges drafters needs several: use a pool, as in "
+            "pool:shipped+ngram"
+        )
+    if draft.pool.extends != "all":
+        raise ConfigError(
+            f"extends is {draft.pool.extends!r}: members that do not run over all "
+            f"tokens cannot be judged; use 'all', or choose by ucb, exp3, thompson or "
+            f"epsilon, which look at what was accepted"
+        )
+    if all(drafter and drafter.retrace for drafter in menu.values()):
+        return
+
+    raise ConfigError(
+        "a member of the pool cannot be judged without being asked: that is so for "
+        "self:... and for drafters of one's own without `retrace`; leave it out, or "
+        "choose by ucb, exp3, thompson or epsilon, which look at what was accepted"
+    )
 
 
 def _by_number(draft: LoadedDraft) -> list:

@@ -76,8 +76,9 @@ class Session:
       num_predicted_tokens: Tokens verified at once while a request's prediction holds;
         0 keeps to the tree.
       controller: What each step runs, of the tree's depths: `fixed`, `auto`, or a
-        function from actions to a `control.base.Controller`. By default `auto` where
-        the tree has several depths.
+        function from actions to a `control.base.Controller`; of a pool's drafters one
+        of `control.selectors`, such as `normalhedge` or `ucb:time`. By default `auto`
+        where the tree has several depths, and the first drafter.
 
     Sampled answers draw from `SamplingConfig.seed` and the number of requests that the
     session, or the checkpoint it resumed, has begun before: copies of a prompt are

@@ -239,3 +239,24 @@ def test_lists_of_several_lengths_are_drawn(tmp_path):
     row |= {"path_length": 0.0, "stride": 1, "loss": 1.0}
     rows = [row | {"extra": {"weights": [0.5] * n}} for n in (2, 3)]
     assert plot_telemetry(rows, tmp_path / "t.png").exists()
+
+
+def test_answers_tell_what_selects_among_drafts(tmp_path, monkeypatch):
+    import matplotlib.figure
+
+    titles = []
+    axes = matplotlib.axes.Axes
+    monkeypatch.setattr(axes, "set", lambda self, title="", **_: titles.append(title))
+    file = tmp_path / "t.jsonl"
+    writer = Telemetry(file)
+    told = {"weights": [0.25, 0.75], "regret": 3.0, "action": 1, "switches": 2}
+    stats = DecodingStats(3, 2, 6, 3, [0, 1, 1, 0])
+    writer.answer("a", "chat", 5, stats, selection=told)
+    writer.answer("b", "chat", 5, stats)
+    writer.close()
+    first, second = read_rows(file)
+    assert first["selection_weights"] == [0.25, 0.75]
+    assert first["selection_regret"] == 3.0
+    assert "selection_weights" not in second
+    plot_telemetry([first, second], tmp_path / "t.png")
+    assert {"selection weights", "selection regret"} <= set(titles)

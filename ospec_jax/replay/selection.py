@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparing selectors on a pool's recorded acceptance: no model, thousands a second.
+
+A controller chooses, and hears, as at batch size 1: a step is chosen before what the
+one before it came to is known. Drafts are judged by the first token of a chain at each
+position, as while serving; what is accepted is what the chain itself would have had.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ospec_jax import atomic
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.control.base import Action, Chooser, Outcome
+from ospec_jax.control.lengths import Pending
+from ospec_jax.control.selectors import build_selector
+from ospec_jax.replay.pool_record import PoolAnswer, PoolMeta
+
+_MAX_LINES = 40
+BEST = "best fixed in hindsight"
+BEST_EACH = "best fixed for each answer"
+
+
+@dataclasses.dataclass
+class Selected:
+    """What one selector came to along a stream.
+
+    Attributes:
+      steps: Of each answer.
+      tokens: Of each answer, but the first one.
+      seconds: Of each answer, in units of the cheapest drafter's step.
+      shares: `[a, n]` of each answer's steps, by drafter.
+      weights: `[a, n]` or None, at the end of each answer.
+    """
+
+    name: str
+    steps: np.ndarray
+    tokens: np.ndarray
+    seconds: np.ndarray
+    shares: np.ndarray
+    weights: np.ndarray | None = None
+    num_switches: int = 0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens that a pass of the target yields."""
+        return float(self.tokens.sum() / max(self.steps.sum(), 1))
+
+
+def costs_of(meta: PoolMeta, costs: Sequence[float]) -> np.ndarray:
+    """What a step of each drafter takes, in units of the cheapest one.
+
+    Raises:
+      ConfigError: There are not as many as drafters, or one is not above 0.
+    """
+    if not costs:
+        return np.ones(len(meta.drafters))
+    if len(costs) != len(meta.drafters) or min(costs) <= 0:
+        raise ConfigError(
+            f"costs are {','.join(map(str, costs))}; give one number above 0 for each "
+            f"of {', '.join(meta.drafters)}"
+        )
+
+    return np.asarray(costs) / min(costs)
+
+
+def replay(
+    meta: PoolMeta,
+    answers: Sequence[PoolAnswer],
+    name: str,
+    costs: Sequence[float] = (),
+) -> Selected:
+    """Lets a selector choose along recorded answers.
+
+    Args:
+      name: See `control.selectors`.
+      costs: Of a step of each drafter, in any unit; by default all cost the same.
+    """
+    relative = costs_of(meta, costs)
+    tree = TreeConfig(num_steps=meta.num_steps)
+    actions = tuple(Action(tree, i) for i in range(len(meta.drafters)))
+    chooser = Chooser.start(build_selector(name, actions), 1)
+    if chooser.controller.set_costs is not None:
+        chooser.state = chooser.controller.set_costs(chooser.state, relative.tolist())
+
+    rows: list[dict[str, Any]] = []
+    taken: list[int] = []
+    for answer in answers:
+        numbers = _walk(chooser, answer, meta.num_steps)
+        taken += numbers
+        counts = np.bincount(numbers, minlength=len(actions))
+        report = chooser.report() or {}
+        rows.append(
+            {
+                "steps": len(numbers),
+                "tokens": answer.num_tokens - 1,
+                "seconds": float(relative[numbers].sum()) if numbers else 0.0,
+                "shares": counts / max(len(numbers), 1),
+                "weights": report.get("weights", []),
+            }
+        )
+
+    column = lambda key: np.asarray([row[key] for row in rows])
+    has_weights = bool(rows) and len(rows[0]["weights"]) == len(actions)
+    return Selected(
+        name,
+        column("steps"),
+        column("tokens"),
+        column("seconds"),
+        column("shares"),
+        column("weights") if has_weights else None,
+        int(np.count_nonzero(np.diff(taken))),
+    )
+
+
+def _walk(chooser: Chooser, answer: PoolAnswer, depth: int) -> list[int]:
+    """Serves one answer; returns who drafted at each step."""
+    pending = Pending()
+    unread: tuple[Action, Outcome] | None = None
+    numbers = []
+    place = 0
+    num_places = len(answer.accepted)
+
+    while place < num_places:
+        # The host is one step ahead of what it has read.
+        action = chooser.choose(())
+        if unread is not None:
+            chooser.observe(*unread)
+        numbers.append(action.drafter)
+        accepted = int(answer.accepted[place, action.drafter])
+        emitted = slice(place, min(place + accepted + 1, num_places))
+        # At every depth of a chain there is one child.
+        hits = np.repeat(answer.hits[emitted, None].astype(float), depth, axis=1)
+        place = emitted.stop
+        is_end = place == num_places
+        heard = () if is_end else (accepted,)
+        # As deep as the draft got: to the token that was not accepted, if one was left.
+        judged = answer.hits[emitted, action.drafter][:depth].astype(float)
+        expected = () if is_end else (tuple(judged.tolist()),)
+        windows = pending.add(hits, hits)
+        unread = action, Outcome(heard, windows, int(is_end), expected)
+
+    if unread is not None:
+        chooser.observe(*unread)
+
+    return numbers
+
+
+def hindsight(fixed: Sequence[Selected]) -> list[Selected]:
+    """The fixed drafter that was fastest on the stream, and that on each answer."""
+    best = min(fixed, key=lambda one: one.seconds.sum())
+    whole = dataclasses.replace(best, name=f"{BEST} ({best.name})")
+    seconds = np.stack([one.seconds for one in fixed])
+    winner = seconds.argmin(axis=0)
+    index = np.arange(seconds.shape[1])
+    of_winner = lambda key: np.stack([getattr(one, key) for one in fixed])[
+        winner, index
+    ]
+
+    return [
+        whole,
+        Selected(
+            BEST_EACH,
+            of_winner("steps"),
+            of_winner("tokens"),
+            of_winner("seconds"),
+            of_winner("shares"),
+        ),
+    ]
+
+
+def compare(
+    meta: PoolMeta,
+    answers: Sequence[PoolAnswer],
+    names: Sequence[str],
+    costs: Sequence[float] = (),
+) -> list[Selected]:
+    """Every fixed drafter, the best ones in hindsight, and the selectors."""
+    if not answers:
+        raise ConfigError("the recording holds no answers; record some prompts into it")
+
+    numbers = range(len(meta.drafters))
+    fixed = [replay(meta, answers, f"fixed:{i}", costs) for i in numbers]
+    for one, name in zip(fixed, meta.drafters, strict=True):
+        one.name = name
+
+    chosen = [replay(meta, answers, name, costs) for name in names]
+    return [*fixed, *hindsight(fixed), *chosen]
+
+
+def to_row(
+    one: Selected, best: Selected, answers: Sequence[PoolAnswer], meta: PoolMeta
+) -> dict[str, Any]:
+    """A selector's result as a JSON object.
+
+    Args:
+      best: The best fixed drafter in hindsight, which regret is against: steps, and
+        time in units of the cheapest drafter's step.
+    """
+    domains = np.asarray([answer.domain for answer in answers])
+    by_domain = {}
+    for domain in sorted(set(domains)):
+        own = domains == domain
+        steps = max(int(one.steps[own].sum()), 1)
+        by_domain[str(domain)] = float(one.tokens[own].sum() / steps)
+
+    shares = np.average(one.shares, axis=0, weights=np.maximum(one.steps, 1e-9))
+    row = {
+        "name": one.name,
+        "mean_acceptance_length": one.mean_acceptance_length,
+        "tokens_per_cost": float(one.tokens.sum() / max(one.seconds.sum(), 1e-9)),
+        "regret_steps": int(one.steps.sum() - best.steps.sum()),
+        "regret_cost": float(one.seconds.sum() - best.seconds.sum()),
+        "switches": one.num_switches,
+        "shares": dict(zip(meta.drafters, shares.tolist(), strict=True)),
+        "by_domain": by_domain,
+        "answers": {
+            "id": [answer.id for answer in answers],
+            "domain": domains.tolist(),
+            "steps": one.steps.tolist(),
+            "tokens": one.tokens.tolist(),
+        },
+    }
+    if one.weights is not None:
+        row["answers"]["weights"] = one.weights.tolist()
+
+    return row
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Results as a table, a line a selector."""
+    domains = list(rows[0]["by_domain"]) if len(rows[0]["by_domain"]) > 1 else []
+    head = ["selector", "tokens a pass", "regret (passes)", "switches", *domains]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [
+            row["name"],
+            f"{row['mean_acceptance_length']:.3f}",
+            str(row["regret_steps"]),
+            str(row["switches"]),
+            *(f"{row['by_domain'][domain]:.3f}" for domain in domains),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], drafters: list[str], path: Path) -> Path:
+    """Draws each selector's regret along the stream, and the weights of one of them.
+
+    Regret is in passes of the target, against the best fixed drafter in hindsight.
+    Where the domain of the stream changes there is a line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    weighed = next((row for row in rows if "weights" in row["answers"]), None)
+    best = next(row for row in rows if row["name"].startswith(BEST))
+    figure, grid = plt.subplots(
+        1 + (weighed is not None),
+        1,
+        figsize=(9, 4 + 3 * (weighed is not None)),
+        layout="constrained",
+        sharex=True,
+        squeeze=False,
+    )
+    numbers = np.arange(1, len(best["answers"]["steps"]) + 1)
+
+    for row in rows:
+        if row["name"] in drafters or row is best:
+            continue
+        extra = np.subtract(row["answers"]["steps"], best["answers"]["steps"])
+        grid[0, 0].plot(numbers, np.cumsum(extra), label=row["name"], lw=1.5)
+
+    grid[0, 0].set(
+        title="Passes of the target beyond those of the best fixed drafter",
+        ylabel="passes; below 0 is better",
+    )
+    grid[0, 0].legend(frameon=False)
+    if weighed is not None:
+        weights = np.asarray(weighed["answers"]["weights"])
+        grid[1, 0].stackplot(numbers, weights.T, labels=drafters)
+        grid[1, 0].set(title=f"Weights of {weighed['name']}", ylabel="weight")
+        grid[1, 0].legend(frameon=False, ncols=min(4, len(drafters)))
+
+    domains = best["answers"]["domain"]
+    changes = [i for i in range(1, len(domains)) if domains[i] != domains[i - 1]]
+    for axes in grid[:, 0]:
+        # Streams that change all the time would be all lines.
+        for i in changes if len(changes) <= _MAX_LINES else []:
+            axes.axvline(i + 0.5, color="#8a8f98", ls=":", lw=0.8)
+        axes.grid(alpha=0.3)
+
+    grid[-1, 0].set(xlabel="answer")
+
+    return atomic.write_figure(figure, path)

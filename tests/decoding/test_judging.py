@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafters are judged by what they would have drafted, whoever drafted."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ospec_jax import SamplingConfig, Session, TreeConfig, load_draft
+from ospec_jax.config import ConfigError
+from ospec_jax.control.base import Controller
+from ospec_jax.decoding.judging import judge
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.loading import LoadedDraft, pool_draft
+from ospec_jax.storage.checkpoint import Meta
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.types import Draft, Retraced, SamplingParams, Suggested
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+PROMPTS = [f"What is {i} plus {i * 7}, and why is {'it ' * i}so?" for i in range(2)]
+
+
+def head(target, family, seed=0):
+    """A random draft of three quarters of the target's tokens."""
+    num_tokens = target.config.vocab_size * 3 // 4
+    config = tiny_draft_config(target.config, num_tokens, family)
+    drafter = build_drafter(family, config, TreeConfig(num_steps=1))
+    meta = Meta.create(target, config, family)
+    return LoadedDraft(tiny_draft(drafter, config, seed), meta)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def members(target):
+    fallback = dict(mix="fallback", suggestions="suffix")
+    small = tiny_target(seed=1, num_layers=1)
+    drawn = Draft(small.params)
+    return [
+        head(target, "eagle3"),
+        load_draft("ngram", target),
+        head(target, "hydra"),
+        head(target, "exit"),
+        dataclasses.replace(head(target, "eagle1", seed=1), **fallback),
+        LoadedDraft(drawn, Meta.create(target, None, "model"), model=small),
+    ]
+
+
+def listening(number, found):
+    """One member always drafts; what is said about all of them is kept."""
+
+    def rule(actions):
+        [action] = [a for a in actions if a.drafter == number]
+
+        def observe(state, action, outcome):
+            found.append(outcome)
+            return state
+
+        return Controller(
+            actions=(action,),
+            init=lambda num_rows: None,
+            choose=lambda state, rows: action,
+            observe=observe,
+            is_judging=True,
+        )
+
+    return rule
+
+
+def judged_by(number, target, members, tree, ngrams, temperature, prompts=PROMPTS):
+    found = []
+    session = Session(
+        target,
+        pool_draft(members, target),
+        tree=tree,
+        ngrams=ngrams,
+        num_predicted_tokens=0,
+        controller=listening(number, found),
+    )
+    how = SamplingConfig(temperature, top_k=4 if temperature else 0)
+    results = list(session.generate(prompts, 30, how))
+    return found, results, session
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("number", range(6))
+def test_who_drafts_is_judged_as_it_was_accepted(target, members, number, temperature):
+    """A chain of one: the first emitted token was drafted, or was not."""
+    chain = TreeConfig(num_steps=1)
+    # Chosen in either place of a pair.
+    pair = [members[number], members[1 if number == 0 else 0]][:: 1 - 2 * (number % 2)]
+    place = number % 2
+    args = place, target, pair, chain
+    found, results, session = judged_by(*args, number % 3 == 0, temperature)
+    num_judged = 0
+    for outcome in found:
+        if outcome.num_accepted:
+            first = outcome.windows.couplings[0, 0]
+            assert first[place] == outcome.num_accepted[0]
+            [[expected]] = outcome.expected
+            assert expected == outcome.windows.chances[0, 0, place]
+            num_judged += 1
+    assert num_judged > 5
+    # All but each answer's first token, which the pass over the prompt chose.
+    count = sum(len(result.token_ids) for result in results) - len(results)
+    assert sum(outcome.windows.count for outcome in found) == count
+    num_ended = sum(len(result.token_ids) > 1 for result in results)
+    assert sum(outcome.num_ended for outcome in found) == num_ended
+
+    if temperature:
+        return
+
+    # To be judged changes nothing of what is drafted.
+    how = dict(tree=chain, ngrams=number % 3 == 0, num_predicted_tokens=0)
+    alone = Session(target, members[number], **how)
+    expected = [result.token_ids for result in alone.generate(PROMPTS, 30)]
+    assert [result.token_ids for result in results] == expected
+    # A pool remembers n-grams of all lengths that any of its members does.
+    if members[number].suggestions != "suffix":
+        accepted = session.stats.num_accepted_tokens
+        assert accepted == alone.stats.num_accepted_tokens
+
+
+def test_evidence_does_not_depend_on_who_drafts(target, members):
+    tree = TreeConfig(num_steps=3)
+    windows = []
+    for number in (0, 1):
+        found, *_ = judged_by(number, target, members, tree, True, 0.0, PROMPTS[:1])
+        windows.append([o.windows for o in found if o.windows.count])
+    first, second = (np.concatenate([w.chances for w in ws]) for ws in windows)
+    assert len(first) == 30 - 1 - 2
+    np.testing.assert_array_equal(first, second)
+    assert 0 < first.mean() < 1
+
+
+def test_each_row_has_windows_of_its_own(target, members):
+    """Neighbours do not change them, nor a prediction that is verified as it goes."""
+    args = dict(tree=TreeConfig(num_steps=2), num_predicted_tokens=6)
+    by_size = []
+    for batch_size in (1, 2):
+        found = []
+        session = Session(
+            target,
+            pool_draft(members[:3], target),
+            batch_size=batch_size,
+            controller=listening(0, found),
+            **args,
+        )
+        answers = list(session.generate(PROMPTS, 20, predictions=["so so so"] * 2))
+        assert len(answers) == 2
+        chances = np.concatenate([o.windows.chances for o in found if o.windows])
+        by_size.append(sorted(map(tuple, chances.reshape(len(chances), -1))))
+    assert by_size[0] == by_size[1]
+
+
+def one_of(logits, token_ids=None, suggested=None):
+    logits = None if logits is None else jnp.log(jnp.asarray(logits))[None, None]
+    return Retraced(suggested, logits, token_ids)
+
+
+def judged(one, tree, probs):
+    """By each token that may be emitted, `[v]`."""
+    probs = jnp.asarray(probs)[None, None]
+    params = SamplingParams(jnp.ones(1), jnp.zeros(1, jnp.int32), jnp.ones(1))
+    found = [
+        judge(one, tree, jnp.full((1, 1), token), probs, params)
+        for token in range(probs.shape[-1])
+    ]
+    return (np.array([getattr(f, n)[0, 0] for f in found]) for n in Judgements)
+
+
+Judgements = ("chances", "couplings")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_draws_are_accepted_as_an_enumeration_says(count):
+    p = np.array([0.4, 0.3, 0.2, 0.1])
+    q = np.array([0.1, 0.0, 0.65, 0.25])
+    left, reach, emitted = p, 1.0, np.zeros(4)
+    for _ in range(count):
+        accepted = np.zeros(4)
+        for token in range(4):
+            if q[token]:
+                accepted[token] = q[token] * min(1, left[token] / q[token])
+        emitted += reach * accepted
+        reach *= 1 - accepted.sum()
+        left = np.maximum(left - q, 0)
+        left /= left.sum()
+
+    tree = TreeConfig("static", 1, branching=(count,), children="sampled")
+    # The draft knows three of the tokens.
+    one = one_of(q[[0, 2, 3]], jnp.array([0, 2, 3]))
+    chances, couplings = judged(one, tree, p)
+    np.testing.assert_allclose(chances[:, 0], 1 - reach, rtol=1e-5)
+    np.testing.assert_allclose(couplings[:, 0], emitted / p, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose((p * couplings[:, 0]).sum(), chances[0, 0], rtol=1e-5)
+
+
+def test_most_probable_children_are_accepted_with_their_mass():
+    p = [0.4, 0.3, 0.2, 0.1]
+    tree = TreeConfig("static", 2, branching=(2, 1))
+    chances, couplings = judged(one_of([0.1, 0.2, 0.6, 0.1]), tree, p)
+    np.testing.assert_allclose(chances, [[0.5, 0.2]] * 4, rtol=1e-6)
+    assert couplings.tolist() == [[0, 0], [1, 0], [1, 1], [0, 0]]
+
+    # A suggestion takes the last child's place if it is likelier than that.
+    told = Suggested(jnp.array([[0]]), jnp.log(jnp.array([[0.3]])))
+    chances, couplings = judged(one_of([0.1, 0.2, 0.6, 0.1], None, told), tree, p)
+    np.testing.assert_allclose(chances, [[0.6, 0.2]] * 4, rtol=1e-6)
+    assert couplings[:, 0].tolist() == [1, 0, 1, 0]
+
+    nothing = Suggested(jnp.array([[0]]), jnp.array([[-jnp.inf]]))
+    chain = TreeConfig(num_steps=1)
+    chances, couplings = judged(one_of(None, None, nothing), chain, p)
+    assert not chances.any()
+    assert not couplings.any()
+    chances, couplings = judged(one_of(None, None, told), chain, p)
+    np.testing.assert_allclose(chances, 0.4)
+    assert couplings[:, 0].tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pool: dict(draft=pool.members[0]), "judges drafters needs several"),
+        (lambda pool: dict(tree=TreeConfig("static", 1, parents=(-1, 0, 0))), "listed"),
+        (
+            lambda pool: dict(
+                tree=TreeConfig(num_steps=1, children="without_replacement"),
+                ngrams=False,
+            ),
+            "depend on what was drawn",
+        ),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(target, members, change, message):
+    pool = pool_draft([members[0], members[2]], target)
+    args = dict(draft=pool, controller=listening(0, [])) | change(pool)
+    with pytest.raises(ConfigError, match=message):
+        Session(target, **args)
+
+
+def test_drafters_that_would_have_to_draft_are_refused(target, members):
+    pool = pool_draft([members[0], load_draft("self:exit-2", target)], target)
+    with pytest.raises(ConfigError, match="choose by ucb"):
+        Session(target, pool, controller=listening(0, []))
+    pool = pool_draft(members[:2], target)
+    lazy = dataclasses.replace(pool.pool, extends="chosen")
+    with pytest.raises(ConfigError, match="extends is 'chosen'"):
+        Session(
+            target,
+            dataclasses.replace(pool, pool=lazy),
+            controller=listening(0, []),
+        )

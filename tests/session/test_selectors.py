@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whoever selects among drafters, and from whatever: output is the target's."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from reference import forward
+
+from ospec_jax import LearnerConfig, SamplingConfig, Session, TreeConfig, load_draft
+from ospec_jax.control.selectors import BANDITS, JUDGING
+from ospec_jax.decoding.request import Request
+from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.loading import LoadedDraft, pool_draft
+from ospec_jax.storage.checkpoint import Meta
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+LIMIT = 3.3
+"""Standard deviations; chance alone leaves them once in 1,000 times."""
+NAMES = (*JUDGING, *BANDITS, "normalhedge:sample", "fixed:1", "ucb:request")
+
+
+def head(target, family, seed=0):
+    """A random draft of three quarters of the target's tokens."""
+    num_tokens = target.config.vocab_size * 3 // 4
+    config = tiny_draft_config(target.config, num_tokens, family)
+    drafter = build_drafter(family, config, TreeConfig(num_steps=1))
+    meta = Meta.create(target, config, family)
+    return LoadedDraft(tiny_draft(drafter, config, seed), meta)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target(16)
+
+
+@pytest.fixture(scope="module")
+def pool(target):
+    members = [head(target, "eagle3"), load_draft("ngram", target)]
+    return pool_draft(members, target)
+
+
+def session_of(target, pool, name, **how):
+    return Session(target, pool, controller=name, **how)
+
+
+def requests(num_tokens=30, sampling=SamplingConfig(), count=3, **how):
+    ids = np.random.default_rng(0).integers(3, 16, (count, 6)).tolist()
+    return [
+        Request(str(i), tuple(some), num_tokens, sampling, **how)
+        for i, some in enumerate(ids)
+    ]
+
+
+def serve(session, asked, batch_size=1, ordinals=None):
+    serving = session.engine.serve(
+        asked,
+        lambda: session.served_draft,
+        batch_size,
+        chooser=session.chooser,
+        ordinals=ordinals,
+    )
+    return {done.request.id: done.token_ids for done in serving}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_are_plain_decodings(target, pool, name):
+    plain = serve(Session(target), requests())
+    for batch_size in (1, 2):
+        session = session_of(target, pool, name, batch_size=batch_size)
+        assert serve(session, requests(), batch_size) == plain
+        if name in JUDGING:
+            assert session.chooser.state.num_windows > 10
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        TreeConfig("dynamic", 2, topk=2, num_draft_tokens=4),
+        TreeConfig("static", 2, branching=(3, 1)),
+    ],
+    ids=["dynamic", "static"],
+)
+def test_trees_are_chosen_among_too(target, tree):
+    members = [head(target, "eagle3", seed) for seed in (0, 1)]
+    drafted = pool_draft(members, target)
+    session = session_of(target, drafted, "normalhedge", tree=tree)
+    assert serve(session, requests()) == serve(Session(target), requests())
+    state = session.chooser.state
+    # Both are worth at least a token, and at most what the tree may yield.
+    assert all(1 < v / state.num_windows < 3 for v in state.values)
+
+
+def likeliest(target, ids, top_k):
+    """The tokens that top-k sampling may choose next, and their probabilities."""
+    logits = forward(target.params, target.config, ids)[0][-1]
+    tokens = np.argsort(-logits, kind="stable")[:top_k]
+    weights = np.exp(logits[tokens] - logits[tokens[0]])
+    return tokens.tolist(), weights / weights.sum()
+
+
+def law_of_answers(target, ids, length):
+    law = {(): 1.0}
+    for _ in range(length):
+        law = {
+            (*path, token): chance * p
+            for path, chance in law.items()
+            for token, p in zip(*likeliest(target, [*ids, *path], 2), strict=True)
+        }
+    return law
+
+
+@pytest.mark.parametrize(
+    ("name", "children"),
+    [("normalhedge:sample", "topk"), ("leader", "sampled"), ("exp3", "topk")],
+)
+def test_sampled_answers_keep_their_law(target, pool, name, children):
+    """Who drafts the last tokens depends on what the first ones were."""
+    tree = TreeConfig(num_steps=1, children=children)
+    members = [head(target, "eagle3", seed) for seed in (0, 1)]
+    drafted = pool if children == "topk" else pool_draft(members, target)
+    session = session_of(target, drafted, name, tree=tree, num_predicted_tokens=0)
+    sampling = SamplingConfig(temperature=1.0, top_k=2)
+    [asked] = requests(4, sampling, count=1)
+    law = law_of_answers(target, asked.prompt_ids, 4)
+    counts = dict.fromkeys(law, 0)
+    ordinals = itertools.count()
+    num_runs = 500
+    begun = session.chooser.state
+    taken = set()
+
+    for run in range(num_runs):
+        # Each answer is chosen for from the beginning, with draws of its own.
+        session.chooser.state = dataclasses.replace(begun, num_steps=10 * run)
+        path = tuple(serve(session, [asked], ordinals=ordinals)["0"])
+        # Stop tokens end an answer early.
+        for whole in law:
+            if whole[: len(path)] == path:
+                counts[whole] += law[whole] / sum(
+                    law[w] for w in law if w[: len(path)] == path
+                )
+        taken.add(session.chooser.state.last)
+
+    assert taken == {0, 1}
+    for path, chance in law.items():
+        deviation = np.sqrt(num_runs * chance * (1 - chance))
+        assert abs(counts[path] - num_runs * chance) < LIMIT * max(deviation, 1), path
+
+
+def test_answers_whose_numbers_come_again_teach_nothing(target, pool):
+    session = session_of(target, pool, "normalhedge", batch_size=2)
+    before = session.chooser.state
+    sampling = SamplingConfig(temperature=1.0)
+    serve(session, requests(12, sampling, seed=7), 2)
+    assert session.chooser.state == before
+    serve(session, requests(12, sampling), 2)
+    assert session.chooser.state.num_windows > 0
+
+
+def test_a_checkpoint_keeps_what_was_learned_of_drafters(tmp_path):
+    target = tiny_target()
+    pool = pool_draft([head(target, "eagle3"), load_draft("ngram", target)], target)
+    memory = LearnerConfig(name="memory", memory_slots=64)
+    how = dict(learner=memory, ngrams=False)
+    prompts = ["Who?", "What is it?", "Where are they now?", "When?"]
+    whole = session_of(target, pool, "normalhedge:sample", **how)
+    answers = [r.token_ids for r in whole.generate(prompts, 20)]
+
+    first = session_of(target, pool, "normalhedge:sample", **how)
+    begun = [r.token_ids for r in first.generate(prompts[:2], 20)]
+    first.save(tmp_path)
+    assert first.chooser.state.num_windows > 0
+    second = session_of(target, pool, "normalhedge:sample", **how)
+    second.resume(tmp_path)
+    assert second.chooser.state == first.chooser.state
+    rest = [r.token_ids for r in second.generate(prompts[2:], 20)]
+    assert begun + rest == answers
+    assert second.chooser.state == whole.chooser.state
+
+    other = session_of(target, pool, "ucb", **how)
+    fresh = other.chooser.state
+    other.resume(tmp_path)
+    assert other.chooser.state == fresh
+
+
+def test_time_is_measured_before_serving():
+    target = tiny_target()
+    pool = pool_draft([head(target, "eagle3"), load_draft("ngram", target)], target)
+    session = session_of(target, pool, "normalhedge:time")
+    assert not session.chooser.has_costs
+    list(session.generate(["Who?"], 8))
+    costs = session.chooser.state.costs
+    assert len(costs) == 2
+    assert all(0 < cost < 10 for cost in costs)
+    assert dataclasses.asdict(session.chooser.state)["num_windows"] > 0
