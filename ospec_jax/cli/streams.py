@@ -71,6 +71,7 @@ def record(
     max_new_tokens: int = 64,
     batch_size: int = 8,
     capacity: int = 0,
+    trees: str = "",
 ) -> None:
     """Records a target's greedy answers, to replay drafts and learners on them.
 
@@ -87,24 +88,31 @@ def record(
       batch_size: Requests decoded together.
       capacity: Tokens of a prompt and its answer; longer prompts are left out. 0 takes
         all.
+      trees: TOPK,DEPTH,NODES: also grow the draft's widest and deepest tree at each
+        token, for `ospec rules`.
     """
     from ospec_jax.replay import record
+    from ospec_jax.replay.trees import TraceShape, grow_trees
 
     check_outputs(folders=[out])
     hold(out)
+    shape = TraceShape.parse(trees) if trees else None
     rows = read_prompts(prompts)
     loaded = load_target(target, as_precision(precision))
-    taps = load_draft(draft, loaded).taps
+    drafting = load_draft(draft, loaded)
     count = record.record(
         loaded,
         rows,
         out,
-        taps,
+        drafting.taps,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         capacity=capacity,
     )
     say(f"recorded {count} answers in {out}")
+    if shape is not None:
+        count = grow_trees(loaded, drafting, out, shape)
+        say(f"grew trees along {count} answers in {out}")
 
 
 def replay(
