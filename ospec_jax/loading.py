@@ -118,7 +118,7 @@ def load_draft(
         `shipped` or `shipped:NAME`, the folder of a checkpoint or of a public EAGLE-3
         or Hydra head, `model:TARGET`, `self:int4`, `self:exit-N`, or
         `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`;
-        or several of these behind one, `pool:shipped+ngram+shipped:chat`.
+        or several of these behind one, `pool:shipped+ngram+shipped:hydra`.
         Or the record of a family, one of the user's own, too: then a new draft of it.
       target: What it drafts for, or a name of it, which is loaded.
       family: Of your own, of which a checkpoint's draft is; its name stands for a new
@@ -433,7 +433,7 @@ def mixed_draft(
     if inner.members:
         raise ConfigError(
             f"{name!r} is a pool; put the mixture into it, as in "
-            f"'pool:fallback:ngram,shipped+shipped:chat'"
+            f"'pool:fallback:ngram,shipped+shipped:hydra'"
         )
 
     # The inner draft stays what it is: only how it is drafted with changes.

@@ -14,6 +14,7 @@ import ospec_jax
 from ospec_jax.atomic import InUseError
 from ospec_jax.cli.answer import generate, learn
 from ospec_jax.cli.helping import summary_of, with_plain_help
+from ospec_jax.cli.how_much import rules
 from ospec_jax.cli.make import (
     distill,
     export_draft,
@@ -62,6 +63,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "stream": stream,
     "record": record,
     "replay": replay,
+    "rules": rules,
     "telemetry": telemetry,
     "import": import_draft,
     "export": export_draft,
@@ -81,6 +83,7 @@ EXAMPLES = {
     "stream": "ospec stream --domains math=M.jsonl,sql=S.jsonl --out FILE.jsonl",
     "record": "ospec record --prompts FILE.jsonl --out recording",
     "replay": "ospec replay recording --learners static,gradient,head --plot race.png",
+    "rules": "ospec rules recording --trees 4,6,16",
     "telemetry": "ospec telemetry FILE.jsonl --plot learning.png",
     "import": "ospec import HEAD --target smollm2-135m --out my-draft",
     "export": "ospec export my-draft --out head --format speculators",

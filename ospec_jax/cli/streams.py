@@ -77,6 +77,7 @@ def record(
     batch_size: int = 8,
     capacity: int = 0,
     num_speculative_tokens: int | None = None,
+    trees: str = "",
 ) -> None:
     """Records a target's greedy answers, to replay drafts and learners on them.
 
@@ -98,8 +99,11 @@ def record(
       capacity: Tokens of a prompt and its answer; longer prompts are left out. 0 takes
         all.
       num_speculative_tokens: Of a pool: depth of the chains, by default 3.
+      trees: TOPK,DEPTH,NODES: also grow the draft's widest and deepest tree at each
+        token, for `ospec rules`.
     """
     from ospec_jax.replay import record
+    from ospec_jax.replay.trees import TraceShape, grow_trees
 
     is_pool = draft.startswith("pool:")
     if num_speculative_tokens is not None and not is_pool:
@@ -107,11 +111,14 @@ def record(
             "--num-speculative-tokens is for recording a pool; other recordings serve "
             "chains of any depth"
         )
+    if is_pool and trees:
+        raise ConfigError("--trees are grown of one draft, not of a pool")
     if is_pool and capacity:
         raise ConfigError("--capacity is not for recording a pool; leave it out")
 
     check_outputs(folders=[out])
     hold(out)
+    shape = TraceShape.parse(trees) if trees else None
     rows = read_prompts(prompts)
     if is_pool:
         depth = 3 if num_speculative_tokens is None else num_speculative_tokens
@@ -120,17 +127,20 @@ def record(
         return
 
     loaded = load_target(target, as_precision(precision))
-    taps = load_draft(draft, loaded).taps
+    drafting = load_draft(draft, loaded)
     count = record.record(
         loaded,
         rows,
         out,
-        taps,
+        drafting.taps,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         capacity=capacity,
     )
     say(f"recorded {count} answers in {out}")
+    if shape is not None:
+        count = grow_trees(loaded, drafting, out, shape)
+        say(f"grew trees along {count} answers in {out}")
 
 
 def _record_pool(rows, out, target, draft, precision, max_new_tokens, depth) -> None:

@@ -8,6 +8,7 @@ tests and the baseline of the benchmarks.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -250,8 +251,23 @@ def _look_ahead(drafter, draft, state: DecodeState, output: StepOutput):
     return state, output.replace(is_sure=is_sure)
 
 
-def propose_tree(config, drafter, draft, shared, state, keys):
-    """The tree to verify; the root alone when nothing is drafted."""
+def propose_tree(
+    config: StepConfig,
+    drafter: Drafter | None,
+    draft: Draft | None,
+    shared: SharedTables,
+    state: DecodeState,
+    keys: Any,
+) -> tuple[DraftTree, DecodeState]:
+    """The tree to verify; the root alone when nothing is drafted.
+
+    Args:
+      shared: With the target's parameters and cache for drafters that read them.
+      keys: `[b]` what drawn children are drawn with.
+
+    Returns:
+      The tree, and the state with what was written to the draft's scratch slots.
+    """
     root = state.last_token
     if drafter is None or config.tree.num_steps == 0:
         one = lambda value: jnp.full((root.shape[0], 1), value)

@@ -320,7 +320,12 @@ def _begin(plan: _Plan, cache) -> _Growth:
         recent=recent,
     )
     progress = Progress(
-        1, frontier.scores, logits, pool.scores, num_kept=tree.num_nodes - 1
+        1,
+        frontier.scores,
+        logits,
+        pool.scores,
+        num_kept=tree.num_nodes - 1,
+        node_depths=_depths_of_places(tree),
     )
     stopped = is_stopped(plan.rules, progress)
 
@@ -370,11 +375,23 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
     # Rules compare the tree as it would be verified now with that of the depth before.
     num_kept = plan.tree.num_nodes - 1
     progress = Progress(
-        depth + 1, frontier.scores, logits, grown.scores, pool.scores, num_kept
+        depth + 1,
+        frontier.scores,
+        logits,
+        grown.scores,
+        pool.scores,
+        num_kept,
+        _depths_of_places(plan.tree),
     )
     stopped = growth.is_stopped | is_stopped(plan.rules, progress)
 
     return _Growth(depth + 1, cache, grown, frontier, stopped)
+
+
+def _depths_of_places(tree: TreeConfig) -> Int[Array, " p"]:
+    """Depth of the node at each place of the pool."""
+    later = np.repeat(np.arange(2, tree.num_steps + 1), tree.topk**2)
+    return jnp.asarray(np.concatenate([np.ones(tree.topk, int), later]), jnp.int32)
 
 
 def _empty_pool(tree: TreeConfig, root_state, probs) -> Pool:

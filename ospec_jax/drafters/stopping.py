@@ -10,7 +10,8 @@ emit (.55, .45).
 Between steps, `control` chooses depths from what earlier steps came to.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.control import marginal
 
 
 class Progress(NamedTuple):
@@ -36,6 +38,7 @@ class Progress(NamedTuple):
         empty places. None for chains of suggestions, likewise the next.
       scores_before: Likewise, without the newest; None at the first depth.
       num_kept: Nodes that are verified in the end, the root left out.
+      node_depths: `[p]` depth of the node at each place of `scores`, likewise.
     """
 
     depth: int | Int[Array, ""]
@@ -44,6 +47,7 @@ class Progress(NamedTuple):
     scores: Float[Array, "b p"] | None = None
     scores_before: Float[Array, "b p"] | None = None
     num_kept: int = 0
+    node_depths: Int[Array, " p"] | None = None
 
     @property
     def entropies(self) -> Float[Array, "b u"]:
@@ -96,6 +100,85 @@ def below_probability(lowest: float) -> StopFn:
 def below_gain(least: float) -> StopFn:
     """Stops rows to which another depth added little (OPT-Tree, arXiv 2406.17276)."""
     return lambda progress: progress.gain < least
+
+
+def below_mass(least: float) -> StopFn:
+    """Stops rows whose newest paths are improbable together (DDD, arXiv 2409.00142)."""
+    return lambda progress: jnp.sum(jnp.exp(progress.log_probs), axis=-1) < least
+
+
+def above_entropy(most: float) -> StopFn:
+    """Stops rows whose draft was not sure of its newest tokens (SVIP, 2411.18462).
+
+    A token is accepted with a chance of at least one minus a multiple of the root of
+    the draft's entropy.
+
+    Args:
+      most: Of that root, at the most probable node that was expanded.
+    """
+    return lambda progress: jnp.sqrt(progress.entropies[:, 0]) > most
+
+
+def unless_worth_more(
+    seconds: Sequence[Sequence[float]],
+    sizes: Sequence[int],
+    factor: Sequence[float],
+    odds: Sequence[float],
+) -> StopFn:
+    """Stops rows of which another depth would yield fewer tokens a second.
+
+    BASTION's marginal rule (arXiv 2605.29727), whose costs and corrections are fixed
+    while a step is compiled; see `control.marginal`. Costs of another machine, or
+    stale ones, change the speed and nothing else.
+
+    Args:
+      seconds: `[depths, sizes]` what steps take, from depth 0 on.
+      sizes: Nodes that may be verified, ascending, the root left out.
+      factor: What the draft's path probabilities are multiplied by, for each depth.
+      odds: Chance that a node is right below a right one, by the latter's grade; see
+        `marginal.odds_below`.
+    """
+    largest = max(sizes)
+    num_depths = len(seconds) - 1
+
+    def rule(progress: Progress) -> Bool[Array, " b"]:
+        if progress.scores is None or progress.node_depths is None:
+            raise ConfigError(
+                "this depth rule weighs all nodes of a tree, which chains of "
+                "suggestions do not show; give it to a drafter that has logits"
+            )
+
+        costs = marginal.Costs(jnp.asarray(seconds), jnp.asarray(sizes))
+        most = min(largest, progress.scores.shape[-1])
+        best, places = jax.lax.top_k(progress.scores, most)
+        pad = ((0, 0), (0, largest - most))
+        best = jnp.pad(best, pad, constant_values=-jnp.inf)
+        depths = jnp.pad(progress.node_depths[places], pad, constant_values=1)
+        sure = _newest_sureness(progress, progress.scores, progress.node_depths)
+        below = jnp.asarray(odds)[marginal.grades(sure)]
+
+        # The depth is known only on the device, so each is weighed as if it were it.
+        def goes_on(depth: int):
+            one = functools.partial(
+                marginal.is_worth_more, costs, depth, factor=jnp.asarray(factor)
+            )
+            rows = best, depths, progress.log_probs, below
+            return jax.vmap(lambda *row: one(*row))(*rows)
+
+        each = jnp.stack([goes_on(depth) for depth in range(1, num_depths + 1)])
+        return ~each[progress.depth - 1]
+
+    return rule
+
+
+def _newest_sureness(progress: Progress, scores, depths) -> Float[Array, " b"]:
+    """How probable the draft found the newest token of its best path."""
+    newest = jnp.max(progress.log_probs, axis=-1)
+    is_above = depths == progress.depth - 1
+    above = jnp.max(jnp.where(is_above, scores, -jnp.inf), axis=-1)
+    # Above the first depth lies the root, which is certain.
+    above = jnp.where(progress.depth == 1, 0.0, above)
+    return jnp.where(newest > -jnp.inf, jnp.exp(newest - above), 0.0)
 
 
 def rules_of(tree: TreeConfig, stop_fn: StopFn | None = None) -> tuple[StopFn, ...]:

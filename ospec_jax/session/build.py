@@ -19,6 +19,7 @@ from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.ngram import ORDERS, init_memory
 from ospec_jax.drafters.pool import Members
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.last_layer import LastLayer
 from ospec_jax.loading import LoadedDraft
@@ -79,6 +80,7 @@ def assembled(
     num_predicted_tokens: int,
     has_log_probs: bool,
     controller: str | BuildController | None,
+    stop_fn: StopFn | None = None,
 ) -> Parts:
     """Builds the engine, a drafter for each kind of step, and what learns."""
     # Suggestions in place of drawn children would not be exact.
@@ -102,6 +104,7 @@ def assembled(
             numerics=target.numerics,
             has_ngrams=has_ngrams,
             mix=draft.mix,
+            stop_fn=stop_fn,
         )
         drafters, long = _menu_of(build, _by_number(draft), tree, num_predicted_tokens)
         menu = drafters

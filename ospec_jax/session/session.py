@@ -32,6 +32,7 @@ from ospec_jax.data.templates import encode
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.drafters.base import Family
+from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.learners.config import LearnerConfig, Rule
 from ospec_jax.loading import LoadedDraft, check_draft
 from ospec_jax.models.hub import Target
@@ -79,6 +80,8 @@ class Session:
         function from actions to a `control.base.Controller`; of a pool's drafters one
         of `control.selectors`, such as `normalhedge` or `ucb:time`. By default `auto`
         where the tree has several depths, and the first drafter.
+      stop_fn: When a draft grows no deeper within a step, from what it has drafted so
+        far: a rule of `drafters.stopping`, for chains and dynamic trees.
 
     Sampled answers draw from `SamplingConfig.seed` and the number of requests that the
     session, or the checkpoint it resumed, has begun before: copies of a prompt are
@@ -111,6 +114,7 @@ class Session:
         ngrams: bool = True,
         num_predicted_tokens: int = 12,
         controller: str | BuildController | None = None,
+        stop_fn: StopFn | None = None,
     ):
         batch_size = whole_number("batch_size", batch_size, least=1)
         num_predicted_tokens = whole_number(
@@ -142,6 +146,7 @@ class Session:
             num_predicted_tokens,
             has_log_probs,
             controller,
+            stop_fn,
         )
         self.target = target
         self.tree = tree

@@ -390,6 +390,26 @@ def test_telemetry_of_the_default_learner(ospec, tmp_path):
     assert updates[-1]["path_length"] > updates[0]["step_length"] > 0
 
 
+def test_rules_are_compared_on_recorded_trees(ospec, tmp_path, capsys):
+    folder, file = tmp_path / "recording", tmp_path / "rules.json"
+    args = ("--draft", ospec.draft, "--batch-size", 2, "--trees", "2,2,4")
+    prompts = ospec.write_prompts("few", ospec.rows[:3])
+    assert ospec("record", "--prompts", prompts, "--out", folder, *args) == 0
+    command = ("rules", folder, "--trees", "2,2,4", "--clock")
+    assert ospec.run(*command, "flat", "--json", file, "--num-training", 1) == 0
+    rows = {row["name"]: row for row in json.loads(file.read_text())}
+    speeds = {name: row["tokens_per_second"] for name, row in rows.items()}
+    assert max(speeds, key=lambda name: speeds[name]) == "oracle"
+    assert rows["plain"]["acceptance_length"] == 1
+    assert "depth" in rows["best fixed"]["settings"]
+    assert "| marginal |" in capsys.readouterr().out
+
+    assert ospec.run(*command, "flat", "--num-training", 3) == 2
+    assert "leave none to report" in capsys.readouterr().err
+    assert ospec.run("rules", folder, "--trees", "3,2,4", "--clock", "flat") == 2
+    assert "holds no trees" in capsys.readouterr().err
+
+
 def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
     parts = ",".join(
         f"{name}={ospec.write_prompts(name, rows)}"

@@ -18,7 +18,7 @@ from ospec_jax.config import TreeConfig
 from ospec_jax.decoding.rules.hub import hub
 from ospec_jax.decoding.rules.recursive import recursive
 from ospec_jax.decoding.rules.traversal import traversal
-from ospec_jax.drafters import topology
+from ospec_jax.drafters import stopping, topology
 from ospec_jax.drafters.topology import best_parents
 from ospec_jax.types import DraftTree
 
@@ -131,8 +131,13 @@ def outcomes(ask, trees, chances, order, ancestors):
     return index, uniforms, chances
 
 
-def emitted_law(config, children, rule, kind, vocab_size):
-    """Law of `depth + 1` tokens after the root: emitted, then the target's own."""
+def emitted_law(config, children, rule, kind, vocab_size, validity=None):
+    """Law of `depth + 1` tokens after the root: emitted, then the target's own.
+
+    Args:
+      validity: `(tokens [trees, n], q) -> is_valid [trees, n]`: nodes that are there,
+        by what was drawn; by default all.
+    """
     target, draft = tables(kind, vocab_size)
     parents = topology.static_parents(config).tolist()
     tokens, chances = all_trees(parents, children, draft)
@@ -145,21 +150,24 @@ def emitted_law(config, children, rule, kind, vocab_size):
     if children == "topk_sampled":  # the rule is told what was drawn from
         draft = without_best(draft, max(counts) - 1)
     p, q = (jnp.asarray(x, jnp.float32) for x in (target, draft))
+    is_there = np.ones(tokens.shape, bool)
+    if validity is not None:
+        is_there = np.asarray(validity(tokens, draft))
 
     @jax.jit
     @jax.vmap
-    def ask(tokens, uniforms):
+    def ask(tokens, is_valid, uniforms):
         tree = DraftTree(
             tokens=tokens, parents=jnp.asarray(parents), depths=jnp.asarray(depths),
             ancestor_mask=jnp.asarray(ancestors),
-            is_valid=jnp.ones(len(parents), bool), log_probs=jnp.zeros(len(parents)),
+            is_valid=is_valid, log_probs=jnp.zeros(len(parents)),
             draft_probs=q[tokens] if is_drawn else None, children=children,
             max_depth=int(depths.max()), max_children=max(counts),
         )  # fmt: skip
         return RULES[rule](uniforms, tree, rank, p[tokens])
 
     answers = lambda index, uniforms: jax.tree.map(
-        np.asarray, ask(tokens[index], uniforms)
+        np.asarray, ask(tokens[index], is_there[index], uniforms)
     )
     index, uniforms, chances = outcomes(
         answers, tokens, chances, order_of_questions(parents, rule), ancestors
@@ -219,3 +227,91 @@ def test_the_emitted_law_is_the_targets(config, children, rule, size, kind):
     law, expected, accepted = emitted_law(config, children, rule, kind, size)
     np.testing.assert_allclose(law, expected, atol=2e-6)
     assert accepted > 0.01
+
+
+def paths(tokens, draft):
+    """Log-probabilities of the chains' paths, by depth from 0 on."""
+    steps = np.log(np.maximum(draft[tokens[:, :-1], tokens[:, 1:]], 1e-30))
+    return np.cumsum(np.pad(steps, ((0, 0), (1, 0))), axis=1)
+
+
+def stopped_by(stop_fn):
+    """What a depth rule leaves of chains: it looks at what was drawn, and stops."""
+
+    def validity(tokens, draft):
+        scores = jnp.asarray(paths(tokens, draft), jnp.float32)
+        is_valid = np.ones(tokens.shape, bool)
+        depths = jnp.arange(1, CHAIN.num_steps + 1)
+        for depth in range(1, CHAIN.num_steps):
+            so_far = jnp.where(depths <= depth, scores[:, 1:], -jnp.inf)
+            before = jnp.where(depths < depth, scores[:, 1:], -jnp.inf)
+            last = tokens[:, depth - 1]
+            progress = stopping.Progress(
+                depth,
+                scores[:, depth, None],
+                jnp.log(jnp.asarray(draft, jnp.float32))[last][:, None],
+                so_far,
+                before if depth > 1 else None,
+                CHAIN.num_steps,
+                depths,
+            )
+            stops = np.asarray(stop_fn(progress))
+            is_valid[:, depth + 1] = is_valid[:, depth] & ~stops
+        return is_valid
+
+    return validity
+
+
+def without_improbable(lowest):
+    """Drops drawn tokens that the draft finds improbable, after a look at them."""
+    return lambda tokens, draft: paths(tokens, draft) >= np.log(lowest)
+
+
+COSTS = [[1.0] * 3, [1.3] * 3, [1.5] * 3, [2.1] * 3]
+DEPTH_RULES = {
+    "probability": stopping.below_probability(0.3),
+    "mass": stopping.below_mass(0.3),
+    "gain": stopping.below_gain(0.3),
+    "entropy": stopping.above_entropy(0.8),
+    "marginal": stopping.unless_worth_more(
+        COSTS, (1, 2, 3), (1.0, 0.8, 0.7), np.linspace(0.1, 0.9, 8)
+    ),
+}
+
+
+@pytest.mark.crossed
+@pytest.mark.parametrize(
+    ("children", "rule"),
+    [("topk", "recursive"), ("sampled", "recursive"), ("sampled", "traversal")],
+)
+@pytest.mark.parametrize("name", DEPTH_RULES)
+def test_depth_may_follow_a_look_at_drawn_tokens(name, children, rule):
+    validity = stopped_by(DEPTH_RULES[name])
+    law, expected, _ = emitted_law(CHAIN, children, rule, "narrow", 4, validity)
+    np.testing.assert_allclose(law, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", DEPTH_RULES)
+def test_the_depth_rules_stop_some_drawn_chains_and_not_others(name):
+    """Else the test above would show nothing."""
+    _, draft = tables("narrow", 4)
+    tokens, chances = all_trees([-1, 0, 1, 2], "sampled", draft)
+    kept = stopped_by(DEPTH_RULES[name])(tokens, draft)[:, 1:]
+    by_depth = np.bincount(kept.sum(axis=1), weights=chances, minlength=4)
+    assert by_depth[0] == 0
+    assert np.sum(by_depth > 0.05) > 1
+
+
+def test_size_may_follow_a_look_at_the_most_probable_tokens():
+    for lowest in (0.2, 0.5):
+        validity = without_improbable(lowest)
+        law, expected, _ = emitted_law(CHAIN, "topk", "recursive", "far", 4, validity)
+        np.testing.assert_allclose(law, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+def test_size_that_follows_a_look_at_drawn_tokens_is_biased(rule):
+    """What is refused: improbable tokens would come more seldom than they should."""
+    validity = without_improbable(0.2)
+    law, expected, _ = emitted_law(CHAIN, "sampled", rule, "far", 4, validity)
+    assert np.abs(law - expected).sum() > 0.05
