@@ -22,6 +22,8 @@ def get_config() -> dict[str, Any]:
         "self_prompts": 10_000,
         "max_new_tokens": 128,
         "capacity": 2048,
+        # Of 8,192 tokens, a sixth of general text could not be drafted.
+        "draft_vocab_size": 16_384,
         "sliding_window": 192,
         "collect_batch_size": 32,
         "num_updates": 1500,
