@@ -230,7 +230,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
                 f"the two out"
             )
 
-        # Built for two drafters of the same trees, to read its name and options.
+        # Built for as many drafters of the same trees, to read its name and options.
         tree = self.tree_config
         trees = [tree.of_depth(depth) for depth in tree.depths] or [tree]
         number = max(1, self.draft.count("+"))

@@ -81,7 +81,7 @@ def check_wider(draft: LoadedDraft, size: int) -> None:
 def widen(
     draft: LoadedDraft, target: Target, store: FeedbackStore, size: int
 ) -> LoadedDraft:
-    """The draft with more tokens that it can propose; it proposes the old ones as ever.
+    """The draft with more tokens that it can propose; the old ones keep their logits.
 
     A new token's row of the draft's head begins as the target's row, mapped by the
     linear map that comes closest to making the draft's old rows of the target's.
