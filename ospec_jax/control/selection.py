@@ -152,7 +152,9 @@ def select(
             return 1.0
 
         longest = np.asarray(depths) + 1.0
-        return np.max(longest / relative_costs(state) if loss == "time" else longest)
+        return float(
+            np.max(longest / relative_costs(state) if loss == "time" else longest)
+        )
 
     def observe(
         state: SelectionState, action: Action, outcome: Outcome
