@@ -266,6 +266,27 @@ class Judged:
 
 
 @struct
+class Unjudged:
+    """Emitted tokens for which the drafters of a pool have not been judged yet.
+
+    Attributes:
+      inputs: `[b, w]`, with `tokens` and `taps` as in `Pairs`; real up to `count`.
+      hidden: `[b, w, d]` the target's final normed states of the inputs.
+      count: `[b]`; the last one ends where the row does.
+      context: Of each member, the draft before the first of them.
+      prediction: As it was before the first of them, or None.
+    """
+
+    inputs: Int[Array, "b w"]
+    tokens: Int[Array, "b w"]
+    taps: Float[Array, "b w f"]
+    hidden: Float[Array, "b w d"]
+    count: Int[Array, " b"]
+    context: Any
+    prediction: Prediction | None = None
+
+
+@struct
 class Feedback:
     """What verification said about consecutive tokens: the training signal.
 
@@ -307,6 +328,8 @@ class DecodeState:
       draft_context: The draft after the newest token; of a pool, that of each member.
       feedback: Verified features by position, or None when nothing is recorded.
       prediction: What the answers are expected to be, or None.
+      unjudged: What a pool's drafters are still to be judged by, or None where that is
+        done at every step, or never.
     """
 
     cache: KVCache
@@ -320,6 +343,7 @@ class DecodeState:
     is_finished: Bool[Array, " b"]
     feedback: Feedback | None
     prediction: Prediction | None = None
+    unjudged: Unjudged | None = None
 
 
 @struct

@@ -102,6 +102,8 @@ class DraftingFlags:
         Behind colons may follow length (the default loss), time, request (begin anew
         with every answer), sample, product, raw, acceptance. By default the first
         drafts.
+      judge_every: Steps after which the members of a pool are judged together, for
+        --select; until then only the one that drafts runs.
       tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the
         best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
         sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...
@@ -118,6 +120,7 @@ class DraftingFlags:
     num_speculative_tokens: Annotated[int | Literal["auto"] | None, OwnEmpty] = None
     controller: Annotated[Literal["fixed", "auto"] | None, OwnEmpty] = None
     select: Annotated[str | None, OwnEmpty] = None
+    judge_every: Annotated[int, Own] = 8
     tree: Annotated[str, Own] = "chain"
     min_path_probability: Annotated[float, Own] = 0.0
     draft_sample_method: Annotated[ChildrenKind, Own] = "topk"
@@ -252,6 +255,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
             ngrams=self.ngrams,
             num_predicted_tokens=self.num_predicted_tokens,
             controller=self.select,
+            judge_every=self.judge_every,
         )
 
 

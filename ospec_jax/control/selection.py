@@ -129,8 +129,9 @@ def select(
         if not draws:
             return actions[int(np.argmax(state.weights))]
 
-        # The number of the draw is that of the steps heard of: a function of the state.
-        rng = np.random.default_rng((seed, state.num_steps))
+        # Drawn anew with new evidence, not at each step: another drafter must first be
+        # brought up to date. The number of the draw is a function of the state.
+        rng = np.random.default_rng((seed, state.num_windows))
         weights = np.asarray(state.weights)
         return actions[rng.choice(num_actions, p=weights / weights.sum())]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from ospec_jax.config import ConfigError
 from ospec_jax.control.base import Action, Outcome, Row
@@ -62,6 +63,13 @@ class Device(Protocol):
 
     def new_stats(self) -> DecodingStats: ...
 
+    @property
+    def num_unjudged(self) -> int: ...
+
+    def judge(
+        self, is_greedy: bool, draft: Draft | None, state: DecodeState
+    ) -> tuple[DecodeState, Any]: ...
+
 
 class Queue:
     """Requests to come; only those are taken from their source that are looked at."""
@@ -85,13 +93,15 @@ class _Sent(NamedTuple):
     """A pass that was sent to the device.
 
     Attributes:
-      action: Of a step; None for a prompt.
+      action: Of a step; None for a prompt, and for a judging.
       rows: For each request, its slot's number, its row in the output, and the slot.
+      output: Of a judging, `Judged` of each member of the pool.
     """
 
     action: Action | None
     rows: list[tuple[int, int, Slot]]
-    output: StepOutput
+    output: Any
+    is_judging: bool = False
 
 
 class Batch:
@@ -123,6 +133,12 @@ class Batch:
         self._slots: list[Slot | None] = [None] * batch_size
         self._state: DecodeState | None = None
         self._in_flight: deque[_Sent] = deque()
+        # Steps that were read and wait to be judged; then what was sent and is not
+        # judged, whether it was read or not.
+        self._waiting: list[_Sent] = []
+        self._num_unjudged = 0
+        self._is_waiting_greedy = True
+        self._last: tuple[Draft | None, int] = (None, 0)
 
     @property
     def num_free(self) -> int:
@@ -139,7 +155,8 @@ class Batch:
         """Whether a further step would find a row that is not at its limit."""
         # Passes that were sent are taken to emit all they can. If that would end every
         # row, the host must read before it knows whether to go on.
-        unread = sum(sent.output.tokens.shape[1] for sent in self._in_flight)
+        passes = [sent for sent in self._in_flight if not sent.is_judging]
+        unread = sum(sent.output.tokens.shape[1] for sent in passes)
         return any(slot.num_remaining > unread for slot in self._running)
 
     @property
@@ -212,8 +229,35 @@ class Batch:
         # One sampled row makes the whole step a sampled one, in which greedy rows have
         # one-hot probabilities and so the same tokens.
         is_greedy = all(slot.request.sampling.temperature == 0 for *_, slot in rows)
+        if self._engine.num_unjudged:
+            self._make_room(draft, action, is_greedy)
         self._state, output = self._engine.step(action, is_greedy, draft, self._state)
         self._in_flight.append(_Sent(action, rows, output))
+
+    def _make_room(self, draft, action: Action, is_greedy: bool) -> None:
+        """Judges what waits, if the step's tokens would be too many, or if another
+        drafter proposes in it, which then must be up to date."""
+        num_emitted = action.tree.num_steps + 1
+        is_full = self._num_unjudged + num_emitted > self._engine.num_unjudged
+        if is_full or action.drafter != self._last[1]:
+            self._judge()
+
+        self._num_unjudged += num_emitted
+        self._is_waiting_greedy &= is_greedy
+        self._last = draft, action.drafter
+
+    def _judge(self) -> None:
+        """Sends the judging of all tokens that wait."""
+        if not self._num_unjudged:
+            return
+
+        assert self._state is not None, "tokens of a state wait"
+        self._state, judged = self._engine.judge(
+            self._is_waiting_greedy, self._last[0], self._state
+        )
+        self._in_flight.append(_Sent(None, [], judged, is_judging=True))
+        self._num_unjudged = 0
+        self._is_waiting_greedy = True
 
     def collect(self, num_ahead: int = 0) -> Iterator[Completion]:
         """Reads passes, oldest first; yields the requests that they ended.
@@ -225,7 +269,10 @@ class Batch:
         while len(self._in_flight) > num_ahead:
             sent = self._in_flight.popleft()
             sent = sent._replace(output=fetch(sent.output))
-            self._report(sent)
+            if sent.is_judging:
+                self._report_judged(sent.output)
+                continue
+            self._hear(sent)
             for number, row, slot in sent.rows:
                 if self._read(sent, row, slot):
                     yield self._end(number, slot)
@@ -243,16 +290,44 @@ class Batch:
 
         return False
 
-    def _report(self, sent: _Sent) -> None:
-        """Tells the controller of a step's rows that go on, if it may know of them."""
+    def _hear(self, sent: _Sent) -> None:
+        """Tells the controller of a step, now or when it has been judged."""
         if sent.action is None or self._on_step is None:
             return
 
         rows = [
-            (row, slot)
-            for _, row, slot in sent.rows
+            (number, row, slot)
+            for number, row, slot in sent.rows
             if not slot.is_done and slot.request.can_teach
         ]
+        sent = sent._replace(rows=rows)
+        if self._engine.num_unjudged:
+            self._waiting.append(sent)
+        else:
+            self._report(sent)
+
+    def _report_judged(self, judged: Any) -> None:
+        """Tells of all steps that a judging was about, each with its own tokens'."""
+        waiting = self._waiting
+        self._waiting = []
+        offsets = np.zeros(len(self._slots), int)
+
+        for sent in waiting:
+            width = sent.output.tokens.shape[1]
+            at = offsets[:, None] + np.arange(width)
+            # What lies behind a step's own tokens is not looked at.
+            take = lambda x, at=at: np.take_along_axis(
+                x, np.minimum(at, x.shape[1] - 1)[..., None], axis=1
+            )
+            own = sent.output.replace(judged=jax.tree.map(take, judged))
+            self._report(sent._replace(output=own))
+            offsets = offsets + sent.output.num_emitted
+
+    def _report(self, sent: _Sent) -> None:
+        """Tells the controller of a step's rows that go on."""
+        assert sent.action is not None
+        assert self._on_step is not None
+        rows = [(row, slot) for _, row, slot in sent.rows]
         # A row's last step is left out, since what it accepted is cut at a stop token
         # or at the limit. One that ends with a stop string is not cut on the device.
         going = [row for row, _ in rows if not sent.output.is_finished[row]]
@@ -282,6 +357,8 @@ class Batch:
     def _end(self, number: int, slot: Slot) -> Completion:
         """Frees a row; returns its answer."""
         assert self._state is not None, "a batch with rows has a state"
+        # What waits of this row is lost with it.
+        self._judge()
         # Steps that are under way may still write into the row, but behind its length:
         # what was recorded stays as it is.
         self._state = self._engine.finish(self._state, number)

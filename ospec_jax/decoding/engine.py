@@ -22,7 +22,13 @@ from ospec_jax.control.base import SUGGESTIONS, Action, Chooser, fixed
 from ospec_jax.decoding.batch import Batch, Queue
 from ospec_jax.decoding.request import Completion, PromptTooLongError, Request
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.decoding.step import StepConfig, build_prefill, build_step, empty_state
+from ospec_jax.decoding.step import (
+    StepConfig,
+    build_judging,
+    build_prefill,
+    build_step,
+    empty_state,
+)
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.pool import bring_first
 from ospec_jax.drafters.prediction import as_prediction
@@ -69,7 +75,7 @@ def _finish(is_finished, slot):
 def _compiled(
     build: Callable, config: StepConfig, drafter: Drafter | None
 ) -> Callable[..., tuple[DecodeState, StepOutput]]:
-    """The jitted step or prefill that `build` makes."""
+    """The jitted step, prefill or judging that `build` makes."""
     # The host reads outputs, and learning keeps feedback, whatever its process.
     # The state is donated: a step writes into the caches that it was given, and its
     # caller must not use the old state again. Parameters are not: the next step reads
@@ -180,6 +186,7 @@ class Engine:
         self.recording: Recording = recording
         self._announced: set[tuple] = set()
         self._prefills: dict[bool, Callable] = {}
+        self._judgings: dict[bool, Callable] = {}
         self._steps: dict[tuple[Action, bool], Callable] = {}
 
         # Greedy and sampled steps are separate programs: a greedy one needs no
@@ -187,6 +194,8 @@ class Engine:
         for is_greedy in (True, False):
             own = dataclasses.replace(config, is_greedy=is_greedy)
             self._prefills[is_greedy] = _compiled(build_prefill, own, drafter)
+            if config.num_unjudged:
+                self._judgings[is_greedy] = _compiled(build_judging, own, drafter)
             for action, member in self._menu.items():
                 special = dataclasses.replace(own, tree=action.tree)
                 step = _compiled(build_step, special, member)
@@ -218,6 +227,19 @@ class Engine:
 
         return self._steps[action, is_greedy]
 
+    @property
+    def num_unjudged(self) -> int:
+        """Emitted tokens of a row that may wait to be judged; 0 where none do."""
+        return self.config.num_unjudged
+
+    def judge(
+        self, is_greedy: bool, draft: Draft | None, state: DecodeState
+    ) -> tuple[DecodeState, Any]:
+        """Judges a pool's members by the tokens that wait; the state is donated."""
+        shape = state.num_remaining.shape[0], state.cache.capacity
+        self._announce("the judging of drafts", is_greedy, *shape)
+        return self._judgings[is_greedy](self.target_params, draft, state)
+
     def compiled_prefill(self, is_greedy: bool) -> Callable:
         """The jitted pass over one chunk of a prompt; see `step.build_prefill`."""
         return self._prefills[is_greedy]
@@ -230,7 +252,8 @@ class Engine:
         # entries.
         nodes = [action.tree.num_nodes for action in self._menu]
         scratch = [drafter.num_scratch for drafter in self._menu.values() if drafter]
-        return max(nodes + scratch) + 2
+        # All tokens that may wait to be judged are run over as one chunk, full or not.
+        return max(*nodes, *scratch, self.num_unjudged) + 2
 
     def capacity_for(
         self, requests: Iterable[Request], capacity: int | None = None
@@ -366,7 +389,13 @@ class Engine:
         ids = request.prediction_ids
         confidence = request.prediction_confidence
 
-        return state.replace(prediction=as_prediction(ids, capacity, confidence))
+        expected = lambda: as_prediction(ids, capacity, confidence)
+        state = state.replace(prediction=expected())
+        if state.unjudged is None:
+            return state
+
+        # The state is donated, so no two of its parts may be the same.
+        return state.replace(unjudged=state.unjudged.replace(prediction=expected()))
 
     def serve(
         self,

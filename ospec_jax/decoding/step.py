@@ -41,6 +41,7 @@ from ospec_jax.types import (
     SamplingParams,
     SharedTables,
     StepOutput,
+    Unjudged,
     Verdict,
 )
 from ospec_jax.typing import Params
@@ -61,6 +62,8 @@ class StepConfig:
       mesh: Devices that the state is split over; see `sharding`.
       judged: Report how every member of a pool would have been accepted, if it had
         drafted such a tree; None reports nothing.
+      num_unjudged: Emitted tokens of a row that may wait to be judged together; with 0
+        each step judges its own.
     """
 
     model: ModelConfig
@@ -72,6 +75,7 @@ class StepConfig:
     has_log_probs: bool = False
     mesh: sharding.AnyMesh | None = None
     judged: TreeConfig | None = None
+    num_unjudged: int = 0
 
     @property
     def max_emitted(self) -> int:
@@ -158,6 +162,10 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         judged = None
         if drafter is not None:
             pairs = Pairs(inputs, emitted, taps, state.lengths, num_emitted)
+            if state.unjudged is not None:
+                on_way = gather(hidden, verdict.path)
+                unjudged = _wait(state.unjudged, pairs, on_way, is_batched)
+                state = state.replace(unjudged=unjudged)
             on_path = None if probs is None else gather(probs, verdict.path)
             draft_cache, context, judged = _catch_up(
                 config, drafter, draft, shared, state, pairs, on_path
@@ -200,7 +208,7 @@ def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs):
     Args:
       probs: `[b, m, v]` that the tokens were drawn from; None for greedy ones.
     """
-    if config.judged is None:
+    if config.judged is None or config.num_unjudged:
         return *drafter.extend(draft, shared, state.draft_cache, pairs), None
 
     cache, context, found = drafter.retrace(
@@ -221,6 +229,84 @@ def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs):
     )
 
     return cache, context, judged
+
+
+def _wait(unjudged: Unjudged, pairs: Pairs, hidden, is_batched: bool) -> Unjudged:
+    """Puts newly emitted tokens behind those that wait to be judged."""
+    write = lambda old, new: kv.write_rows(
+        old, new, unjudged.count, is_batched=is_batched
+    )
+    column = lambda old, new: write(old[..., None], new[..., None])[..., 0]
+
+    return unjudged.replace(
+        inputs=column(unjudged.inputs, pairs.inputs),
+        tokens=column(unjudged.tokens, pairs.tokens),
+        taps=write(unjudged.taps, pairs.taps),
+        hidden=write(unjudged.hidden, hidden),
+        count=unjudged.count + pairs.num_valid,
+    )
+
+
+def build_judging(config: StepConfig, drafter: Drafter) -> Callable:
+    """Builds `(target_params, draft, state) -> (state, judged)`, to be jitted.
+
+    All members of the pool run over the emitted tokens that wait, and are judged by
+    them; `judged` has `Judged` of each, `[b, w, k]`. Whoever did not propose meanwhile
+    is up to date again.
+    """
+    judged_tree = config.judged
+    assert judged_tree is not None
+    assert drafter.retrace is not None
+
+    def judge_waiting(
+        target_params: Params, draft: Draft, state: DecodeState
+    ) -> tuple[DecodeState, Any]:
+        waiting = state.unjudged
+        assert waiting is not None
+        assert drafter.retrace is not None
+        starts = state.lengths - waiting.count
+        pairs = Pairs(
+            waiting.inputs, waiting.tokens, waiting.taps, starts, waiting.count
+        )
+        cache, context, found = drafter.retrace(
+            draft,
+            shared_tables(target_params),
+            state.draft_cache,
+            waiting.context,
+            pairs,
+            prediction_suggested(waiting.prediction, pairs.tokens),
+        )
+        # A row of which nothing waits stands where it stood.
+        has_any = waiting.count > 0
+        pick = lambda new, old: jnp.where(
+            has_any.reshape(-1, *[1] * (new.ndim - 1)), new, old
+        )
+        context = jax.tree.map(pick, context, waiting.context)
+        probs = None
+        if not config.is_greedy:
+            logits = llama.target_logits(target_params, waiting.hidden, config.numerics)
+            probs = _target_probs(config, logits, state)
+
+        judged = judge_all(
+            found,
+            judged_tree,
+            pairs.tokens,
+            probs,
+            state.sampling,
+            config.numerics.is_row_invariant,
+        )
+        waiting = waiting.replace(
+            count=jnp.zeros_like(waiting.count),
+            context=context,
+            prediction=state.prediction,
+        )
+        state = state.replace(
+            draft_cache=cache, draft_context=context, unjudged=waiting
+        )
+
+        return state, judged
+
+    return judge_waiting
 
 
 def _extended(drafter: Drafter, state: DecodeState, draft_cache, context):
@@ -484,6 +570,9 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
                 draft, shared, state.draft_cache, pairs
             )
             state = _extended(drafter, state, draft_cache, context)
+            if state.unjudged is not None:
+                unjudged = state.unjudged.replace(context=state.draft_context)
+                state = state.replace(unjudged=unjudged)
 
         # Before the last chunk nothing is emitted, and so nothing can be finished.
         num_emitted = jnp.where(is_last, 1, 0) * jnp.ones_like(starts)
@@ -561,6 +650,20 @@ def empty_state(
         )
 
     ints = lambda: jnp.zeros((b,), jnp.int32)
+    prediction = lambda: init_prediction(b, capacity) if has_prediction else None
+    unjudged = None
+    if config.num_unjudged:
+        assert drafter is not None, "somebody is judged"
+        waiting = lambda *shape: jnp.zeros((b, config.num_unjudged, *shape))
+        unjudged = Unjudged(
+            inputs=waiting().astype(jnp.int32),
+            tokens=waiting().astype(jnp.int32),
+            taps=waiting(len(config.taps) * c.hidden_size),
+            hidden=waiting(c.hidden_size),
+            count=ints(),
+            context=drafter.init_context(b),
+            prediction=prediction(),
+        )
 
     return DecodeState(
         cache=kv.init_cache(
@@ -586,5 +689,6 @@ def empty_state(
         # them.
         is_finished=jnp.ones((b,), bool),
         feedback=feedback,
-        prediction=init_prediction(b, capacity) if has_prediction else None,
+        prediction=prediction(),
+        unjudged=unjudged,
     )

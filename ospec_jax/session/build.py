@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -81,6 +81,7 @@ def assembled(
     has_log_probs: bool,
     controller: str | BuildController | None,
     stop_fn: StopFn | None = None,
+    judge_every: int = 1,
 ) -> Parts:
     """Builds the engine, a drafter for each kind of step, and what learns."""
     # Suggestions in place of drawn children would not be exact.
@@ -122,8 +123,16 @@ def assembled(
     # The long step of a held prediction is not the controller's to choose.
     actions = tuple(action for action in menu if action != long)
     rule = _rule_of(controller, actions)
+    num_unjudged = 0
     if rule.is_judging:
         _check_judging(draft, tree, menu)
+        if judge_every > 1:
+            assert draft is not None, "several drafts are judged"
+            # Between two judgings only the one that proposes is kept up to date.
+            architectures = _by_number(draft, extends="chosen")
+            menu, _ = _menu_of(build, architectures, tree, num_predicted_tokens)
+            longest = max(action.tree.num_steps for action in menu) + 1
+            num_unjudged = max(judge_every * (plain.num_steps + 1), longest)
 
     # The engine is specialised to what the trainer wants recorded.
     config = StepConfig(
@@ -135,6 +144,7 @@ def assembled(
         has_log_probs=has_log_probs,
         mesh=target.mesh,
         judged=plain if rule.is_judging else None,
+        num_unjudged=num_unjudged,
     )
     recording = trainer.recording if trainer else "nothing"
     engine = Engine(config, target.params, drafter, recording, menu)
@@ -189,12 +199,16 @@ def _check_judging(
     )
 
 
-def _by_number(draft: LoadedDraft) -> list:
+def _by_number(
+    draft: LoadedDraft, extends: Literal["all", "chosen"] | None = None
+) -> list:
     """What a drafter is built from, for each number of the one that proposes."""
     if draft.pool is None:
         return [draft.architecture]
 
-    return [draft.pool.first(i) for i in range(len(draft.members))]
+    extends = extends or draft.pool.extends
+    pool = dataclasses.replace(draft.pool, extends=extends)
+    return [pool.first(i) for i in range(len(draft.members))]
 
 
 def _menu_of(

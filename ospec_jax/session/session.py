@@ -82,6 +82,9 @@ class Session:
         where the tree has several depths, and the first drafter.
       stop_fn: When a draft grows no deeper within a step, from what it has drafted so
         far: a rule of `drafters.stopping`, for chains and dynamic trees.
+      judge_every: Steps after which a pool's drafters are judged by what was emitted
+        meanwhile, for controllers that judge them. Until then only the one that drafts
+        is kept up to date; it changes at no other time.
 
     Sampled answers draw from `SamplingConfig.seed` and the number of requests that the
     session, or the checkpoint it resumed, has begun before: copies of a prompt are
@@ -115,11 +118,13 @@ class Session:
         num_predicted_tokens: int = 12,
         controller: str | BuildController | None = None,
         stop_fn: StopFn | None = None,
+        judge_every: int = 8,
     ):
         batch_size = whole_number("batch_size", batch_size, least=1)
         num_predicted_tokens = whole_number(
             "num_predicted_tokens", num_predicted_tokens, least=0
         )
+        judge_every = whole_number("judge_every", judge_every, least=1)
         stop = arguments.as_stop(stop)
         tree = arguments.as_tree(tree, num_speculative_tokens)
         has_log_probs = arguments.as_flag("has_log_probs", has_log_probs)
@@ -147,6 +152,7 @@ class Session:
             has_log_probs,
             controller,
             stop_fn,
+            judge_every,
         )
         self.target = target
         self.tree = tree

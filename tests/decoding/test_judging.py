@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from ospec_jax import SamplingConfig, Session, TreeConfig, load_draft
 from ospec_jax.config import ConfigError
 from ospec_jax.control.base import Controller
 from ospec_jax.decoding.judging import judge
+from ospec_jax.decoding.request import Request
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, pool_draft
 from ospec_jax.storage.checkpoint import Meta
@@ -257,3 +259,127 @@ def test_drafters_that_would_have_to_draft_are_refused(target, members):
             dataclasses.replace(pool, pool=lazy),
             controller=listening(0, []),
         )
+
+
+def taking_turns(found, num_members, steps):
+    """Another member drafts every so many steps."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Count:
+        chosen: int = 0
+
+    def rule(actions):
+        by_number = [action for action in actions if action.drafter >= 0]
+        assert len(by_number) == num_members
+        chosen = []
+
+        def choose(state, rows):
+            chosen.append(by_number[len(chosen) // steps % num_members])
+            return chosen[-1]
+
+        def observe(state, action, outcome):
+            found.append((action.drafter, outcome))
+            return state
+
+        return Controller(
+            actions=tuple(by_number),
+            init=lambda num_rows: Count(),
+            choose=choose,
+            observe=observe,
+            is_judging=True,
+        )
+
+    return rule
+
+
+@pytest.mark.parametrize("children", ["topk", "sampled"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_waiting_tokens_are_judged_as_new_ones_are(
+    target, members, temperature, children
+):
+    """Together or one step at a time, evidence is the same, and so is who is asked."""
+    tree = TreeConfig(num_steps=2, children=children)
+    # Drafts that differ in their caches, in their n-grams and in the taps they read.
+    # `fallback:`, which is one of them, mixes most probable children alone.
+    numbers = (0, 2, 4, 5) if children == "topk" else (0, 2, 3, 5)
+    pool = pool_draft([members[i] for i in numbers], target)
+    how = SamplingConfig(temperature, top_k=4 if temperature else 0)
+    by_wait = {}
+    for judge_every in (1, 3, 8):
+        found = []
+        session = Session(
+            target,
+            pool,
+            tree=tree,
+            ngrams=children == "topk",
+            controller=taking_turns(found, 4, steps=5),
+            judge_every=judge_every,
+        )
+        answers = list(session.generate(PROMPTS, 40, how))
+        by_wait[judge_every] = found, [answer.token_ids for answer in answers]
+
+    at_once, tokens = by_wait.pop(1)
+    assert sum(outcome.windows.count for _, outcome in at_once) > 20
+    for found, also in by_wait.values():
+        assert also == tokens
+        assert len(found) == len(at_once)
+        for (number, one), (expected, other) in zip(found, at_once, strict=True):
+            assert number == expected
+            assert one.num_accepted == other.num_accepted
+            assert one.num_ended == other.num_ended
+            np.testing.assert_allclose(one.expected, other.expected, atol=1e-5)
+            for mine, theirs in zip(one.windows, other.windows, strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_rows_that_come_and_go_are_judged_by_their_own_tokens(target, members):
+    prompts = [*PROMPTS, "So?", "It is what it is, and then"]
+    by_wait = []
+    for judge_every in (1, 6):
+        found = []
+        session = Session(
+            target,
+            pool_draft(members[:3], target),
+            tree=TreeConfig(num_steps=2),
+            num_predicted_tokens=6,
+            batch_size=2,
+            controller=listening(0, found),
+            judge_every=judge_every,
+        )
+        answers = list(session.generate(prompts, 20, predictions=["so so so"] * 4))
+        assert len(answers) == 4
+        chances = np.concatenate([o.windows.chances for o in found if o.windows])
+        by_wait.append(sorted(map(tuple, chances.reshape(len(chances), -1).round(5))))
+    assert by_wait[0] == by_wait[1]
+    assert len(by_wait[0]) > 30
+
+
+def test_members_wait_until_they_are_judged(target, members):
+    """Between two judgings only the one that drafts runs."""
+    session = Session(
+        target,
+        pool_draft([members[0], members[2], members[5]], target),
+        tree=TreeConfig(num_steps=2),
+        ngrams=False,
+        controller=listening(1, []),
+        judge_every=4,
+    )
+    engine = session.engine
+    [action] = [a for a in engine.actions if a.drafter == 1]
+    request = Request("one", (1, 5, 3, 2), 20)
+    state = engine.start(session.draft, request, 1, 256)
+
+    def caches():
+        leaves = [jax.tree.leaves(item) for item in state.draft_cache.items]
+        return [np.concatenate([np.ravel(x) for x in own]) for own in leaves]
+
+    before = caches()
+    state, output = engine.step(action, True, session.draft, state)
+    has_changed = [(a != b).any() for a, b in zip(before, caches(), strict=True)]
+    assert has_changed == [False, True, False]
+    assert state.unjudged.count.tolist() == output.num_emitted.tolist()
+
+    state, _ = engine.judge(True, session.draft, state)
+    has_changed = [(a != b).any() for a, b in zip(before, caches(), strict=True)]
+    assert has_changed == [True, True, True]
+    assert state.unjudged.count.tolist() == [0]
