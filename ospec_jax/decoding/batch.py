@@ -266,7 +266,9 @@ class Batch:
           num_ahead: Newest passes to leave unread: with one, the device computes while
             the host reads and dispatches.
         """
-        while len(self._in_flight) > num_ahead:
+        ended = []
+        # An answer is handed out when all that was learned of drafters by it is known.
+        while len(self._in_flight) > num_ahead or (ended and self._is_judging):
             sent = self._in_flight.popleft()
             sent = sent._replace(output=fetch(sent.output))
             if sent.is_judging:
@@ -275,7 +277,17 @@ class Batch:
             self._hear(sent)
             for number, row, slot in sent.rows:
                 if self._read(sent, row, slot):
-                    yield self._end(number, slot)
+                    ended.append(self._end(number, slot))
+            if not self._is_judging:
+                yield from ended
+                ended = []
+
+        yield from ended
+
+    @property
+    def _is_judging(self) -> bool:
+        """Whether a judging is on its way."""
+        return any(sent.is_judging for sent in self._in_flight)
 
     def cancel(self, request: Request) -> bool:
         """Gives up a running request; returns whether there was one.

@@ -122,7 +122,8 @@ def test_sampled_answers_keep_their_law(target, pool, name, children):
     tree = TreeConfig(num_steps=1, children=children)
     members = [head(target, "eagle3", seed) for seed in (0, 1)]
     drafted = pool if children == "topk" else pool_draft(members, target)
-    session = session_of(target, drafted, name, tree=tree, num_predicted_tokens=0)
+    how = dict(tree=tree, num_predicted_tokens=0, judge_every=1)
+    session = session_of(target, drafted, name, **how)
     sampling = SamplingConfig(temperature=1.0, top_k=2)
     [asked] = requests(4, sampling, count=1)
     law = law_of_answers(target, asked.prompt_ids, 4)
@@ -130,11 +131,14 @@ def test_sampled_answers_keep_their_law(target, pool, name, children):
     ordinals = itertools.count()
     num_runs = 500
     begun = session.chooser.state
+    # What draws are numbered by: evidence, or for bandits steps.
+    seed_of = "num_steps" if name == "exp3" else "num_windows"
     taken = set()
 
     for run in range(num_runs):
         # Each answer is chosen for from the beginning, with draws of its own.
-        session.chooser.state = dataclasses.replace(begun, num_steps=10 * run)
+        again = {seed_of: 10 * run}
+        session.chooser.state = dataclasses.replace(begun, **again)
         path = tuple(serve(session, [asked], ordinals=ordinals)["0"])
         # Stop tokens end an answer early.
         for whole in law:
