@@ -217,7 +217,7 @@ def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs):
         pairs.tokens,
         probs,
         state.sampling,
-        config.numerics.is_row_invariant,
+        config.numerics,
     )
 
     return cache, context, judged
