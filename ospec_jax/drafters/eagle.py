@@ -43,6 +43,7 @@ from ospec_jax.drafters.starts import last_layer, passing
 from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.kernels import native
 from ospec_jax.models import cache as kv
+from ospec_jax.models import llama
 from ospec_jax.models.layers import (
     Linear,
     Numerics,
@@ -54,7 +55,6 @@ from ospec_jax.models.layers import (
     rope_angles,
     rope_frequencies,
 )
-from ospec_jax.models.llama import is_one_call
 from ospec_jax.types import (
     Draft,
     DraftContext,
@@ -179,8 +179,9 @@ class EagleHead(nn.Module):
         if self.is_mutable_collection("ranges") or not own:
             return False
 
-        is_int8 = own["fc"]["kernel"].dtype == jnp.int8
-        return is_int8 and is_one_call(self.config, self.numerics, cache.keys[0], own)
+        # The layer itself says whether it can be one; `fc` stands in front of it.
+        is_layer = llama.is_one_call(self.config, self.numerics, cache.keys[0], own)
+        return is_layer and own["fc"]["kernel"].dtype == jnp.int8
 
     def has_native_head(self, head) -> bool:
         """Whether `logits` are native, and each row's computed by itself.

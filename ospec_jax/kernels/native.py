@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of an int8 model in C++, built with the machine's compiler at first use.
+"""Layers of int8 models in C++, built with the machine's compiler at first use.
 
 XLA:CPU packs the kernel of an int8 product at every call, which costs more than the
 product itself when there are few rows, makes five calls of an attention that a loop

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A draft's step in one call: what the modules compute, and row by row the same bits."""
+"""A draft's step in one call: what the modules compute; row by row the same bits."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ospec_jax.config import TreeConfig
-from ospec_jax.drafters.eagle import EagleHead, eagle1, eagle3
+from ospec_jax.drafters.eagle import EagleHead, Version, eagle1, eagle3
 from ospec_jax.kernels import native
 from ospec_jax.models import cache as kv
 from ospec_jax.models.hub import cache_folder
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.optimized
 NATIVE = Numerics("int8", is_native=True)
 CAPACITY = 48
 TREE = TreeConfig(num_steps=3)
+BUILDERS = {"eagle3": eagle3, "eagle1": eagle1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +47,8 @@ def random_draft(kind):
     model = tiny_model_config(vocab_size=70, head_dim=16, hidden_size=64)
     config = tiny_draft_config(model, draft_vocab_size=40)
     config = dataclasses.replace(config, **KINDS[kind])
-    build = eagle1 if kind == "eagle1" else eagle3
+    version: Version = "eagle1" if kind == "eagle1" else "eagle3"
+    build = BUILDERS[version]
     params = build(config, TREE, Numerics()).init_params(jax.random.key(0))
     rng = np.random.default_rng(0)
     # Gains of one would hide that a norm is missing, or another one's is taken.
@@ -57,7 +59,7 @@ def random_draft(kind):
     table = cast_params({"kernel": rng.normal(size=(70, 64)) / 8}, "int8")
     draft = Draft(cast_params(params, "int8"))
 
-    return config, build.__name__, draft, SharedTables(embedding=table, head=table)
+    return config, version, draft, SharedTables(embedding=table, head=table)
 
 
 def random_step(config, num_tokens, starts=(7, 20)):
@@ -177,7 +179,7 @@ def test_drafting_is_one_call_a_token(kind, monkeypatch):
         return real(x, *args, **kwargs)
 
     monkeypatch.setattr(native, "decoder_layer", noting)
-    drafter = (eagle1 if version == "eagle1" else eagle3)(config, TREE, NATIVE)
+    drafter = BUILDERS[version](config, TREE, NATIVE)
     cache = drafter.init_cache(1, CAPACITY)
     one = jnp.ones((1, 1), jnp.int32)
     width = len(config.taps) * config.target_hidden_size
