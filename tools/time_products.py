@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,16 +113,16 @@ def layers_pass(target: Target, num_layers: int, capacity: int) -> Callable:
 
 
 def fastest(
-    runs: dict[int, Callable[[], jax.Array]], settings: Settings
-) -> dict[int, float]:
+    runs: dict[Any, Callable[[], Any]], num_rounds: int, num_runs: int
+) -> dict[Any, float]:
     """Seconds of the fastest run of each, in bursts that take turns."""
     for run in runs.values():
         jax.block_until_ready(run())
 
     best = dict.fromkeys(runs, float("inf"))
-    for _ in range(settings.num_rounds):
+    for _ in range(num_rounds):
         for key, run in runs.items():
-            for _ in range(settings.num_runs):
+            for _ in range(num_runs):
                 start = time.perf_counter()
                 jax.block_until_ready(run())
                 best[key] = min(best[key], time.perf_counter() - start)
@@ -165,13 +166,13 @@ def main(settings: Settings) -> None:
             x, layers, table_, names, target.numerics
         )
         runs = {n: functools.partial(run, x) for n, x in inputs.items()}
-        times[name] = fastest(runs, settings)
+        times[name] = fastest(runs, settings.num_rounds, settings.num_runs)
 
     run = layers_pass(target, num_layers, settings.capacity)
     runs = {
         n: functools.partial(run, jnp.ones((1, n), jnp.int32)) for n in settings.rows
     }
-    times["layers"] = fastest(runs, settings)
+    times["layers"] = fastest(runs, settings.num_rounds, settings.num_runs)
     say(f"milliseconds of {num_layers} layers, and of the head")
     say(table(times, settings.rows))
     machine = measure_machine(target)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.children import Children, consider, most_probable
+from ospec_jax.models.layers import Numerics
 from ospec_jax.sampling import processed_probs
 from ospec_jax.types import Judged, Retraced, SamplingParams
 
@@ -59,11 +60,11 @@ def judge_all(
     emitted: Int[Array, "b m"],
     probs: Float[Array, "b m v"] | None,
     sampling: SamplingParams,
-    is_row_invariant: bool,
+    numerics: Numerics,
 ) -> Any:
     """`Judged` in the place of every `Retraced`; see `judge`."""
     return jax.tree.map(
-        lambda one: judge(one, tree, emitted, probs, sampling, is_row_invariant),
+        lambda one: judge(one, tree, emitted, probs, sampling, numerics),
         found,
         is_leaf=lambda node: isinstance(node, Retraced),
     )
@@ -75,14 +76,16 @@ def judge(
     emitted: Int[Array, "b m"],
     probs: Float[Array, "b m v"] | None,
     sampling: SamplingParams,
-    is_row_invariant: bool = True,
+    numerics: Numerics | None = None,
 ) -> Judged:
     """How one drafter's tokens would have been accepted at each emitted position.
 
     Args:
       tree: That would have been drafted.
       probs: What the tokens were drawn from; None for the most probable ones.
+      numerics: What the children would have been chosen with.
     """
+    numerics = numerics or Numerics()
     widths = widths_of(tree)
     # Draws of a greedy row are all the draft's most probable token.
     is_drawn = tree.children == "sampled" and one.logits is not None
@@ -90,10 +93,10 @@ def judge(
 
     for width in sorted(set(widths)):
         if is_drawn and probs is not None:
-            args = one, width, emitted, probs, sampling, is_row_invariant
+            args = one, width, emitted, probs, sampling, numerics
             by_width[width] = _judge_draws(*args)
         else:
-            by_width[width] = _judge_most_probable(one, width, emitted, probs)
+            by_width[width] = _judge_most_probable(one, width, emitted, probs, numerics)
 
     by_depth = [by_width[width] for width in widths]
     chances, couplings = zip(*by_depth, strict=True)
@@ -101,9 +104,9 @@ def judge(
     return Judged(jnp.stack(chances, axis=-1), jnp.stack(couplings, axis=-1))
 
 
-def _judge_most_probable(one: Retraced, width, emitted, probs):
+def _judge_most_probable(one: Retraced, width, emitted, probs, numerics):
     """Children that follow from what was known: one of them is emitted, or none."""
-    tokens, is_valid = _children(one, width)
+    tokens, is_valid = _children(one, width, numerics)
     is_same = jnp.any((tokens == emitted[..., None]) & is_valid, axis=-1)
     coupling = is_same.astype(jnp.float32)
     if probs is None:
@@ -116,7 +119,7 @@ def _judge_most_probable(one: Retraced, width, emitted, probs):
     return jnp.minimum(chance, 1.0).astype(jnp.float32), coupling
 
 
-def _children(one: Retraced, width: int):
+def _children(one: Retraced, width: int, numerics: Numerics):
     """Target ids `[b, m, width]` of the children, and which of them there are."""
     suggested = one.suggested
     if one.logits is None:
@@ -124,7 +127,7 @@ def _children(one: Retraced, width: int):
         assert suggested is not None, "a drafter has predictions, or suggestions"
         return suggested.tokens[..., None], suggested.log_rates[..., None] > -jnp.inf
 
-    log_probs, tokens = most_probable(one.logits, width)
+    log_probs, tokens = most_probable(one.logits, width, numerics)
     if one.token_ids is not None:
         tokens = one.token_ids[tokens]
     children = Children(tokens, log_probs, None)
@@ -136,7 +139,7 @@ def _children(one: Retraced, width: int):
     return children.tokens, children.log_probs > -jnp.inf
 
 
-def _judge_draws(one: Retraced, count, emitted, probs, sampling, is_row_invariant):
+def _judge_draws(one: Retraced, count, emitted, probs, sampling, numerics):
     """Independent draws, which recursive rejection accepts.
 
     After a draw was rejected the target's law is `max(p - q, 0)`, renormalised,
@@ -146,7 +149,7 @@ def _judge_draws(one: Retraced, count, emitted, probs, sampling, is_row_invarian
     logits = one.logits
     assert logits is not None
     flat = jax.tree.map(lambda x: jnp.repeat(x, m), sampling)
-    q = processed_probs(logits.reshape(b * m, -1), flat, is_row_invariant)
+    q = processed_probs(logits.reshape(b * m, -1), flat, numerics.is_row_invariant)
     q = q.reshape(b, m, -1)
     if one.token_ids is not None:
         q = jnp.zeros((b, m, v), q.dtype).at[..., one.token_ids].set(q)

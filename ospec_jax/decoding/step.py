@@ -20,6 +20,7 @@ from ospec_jax.decoding.judging import judge_all
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, take_row
+from ospec_jax.drafters.children import most_probable
 from ospec_jax.drafters.prediction import (
     LONG_RUN,
     follow,
@@ -225,7 +226,7 @@ def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs):
         pairs.tokens,
         probs,
         state.sampling,
-        config.numerics.is_row_invariant,
+        config.numerics,
     )
 
     return cache, context, judged
@@ -417,7 +418,9 @@ def _target_probs(config, logits, state):
 
 def _verify(config, tree, logits, probs, keys) -> Verdict:
     if config.is_greedy:
-        return verify_greedy(tree, argmax(logits))
+        # One native pass over the vocabulary is four times as fast as XLA's two.
+        _, best = most_probable(logits, 1, config.numerics)
+        return verify_greedy(tree, best[..., 0])
 
     rule = config.tree.verification
     # Suggestions alone make chains of `topk` children whatever the tree's own are.

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from ospec_jax.config import ChildrenKind
 from ospec_jax.drafters.base import Hints
+from ospec_jax.kernels import native
+from ospec_jax.models.layers import Numerics
 from ospec_jax.sampling import (
     argmax,
     processed_probs,
@@ -42,18 +44,18 @@ def draw(
     count: int,
     kind: ChildrenKind,
     sampling: SamplingParams,
-    is_row_invariant: bool,
+    numerics: Numerics,
 ) -> Children:
     """Draws `count` children of each node, as ids of the draft's vocabulary."""
     b, w, q = logits.shape
     if kind == "topk":
-        log_probs, ids = most_probable(logits, count)
+        log_probs, ids = most_probable(logits, count, numerics)
         return Children(ids, log_probs, None)
 
     # The same processing as the target's: drawing from other distributions than those
     # that acceptance reads would not be exact.
     flat = jax.tree.map(lambda x: jnp.repeat(x, w), sampling)
-    probs = processed_probs(logits.reshape(b * w, q), flat, is_row_invariant)
+    probs = processed_probs(logits.reshape(b * w, q), flat, numerics.is_row_invariant)
     # Each node and each of its children has a key of its own, `[b, w, c]`.
     split = jax.vmap(lambda key: jax.random.split(key, (w, count)))(keys)
     if kind == "topk_sampled":
@@ -74,8 +76,11 @@ def draw(
     return Children(ids, jnp.log(jnp.take_along_axis(probs, ids, axis=-1)), probs)
 
 
-def most_probable(logits, count):
+def most_probable(logits, count, numerics: Numerics):
     """Log-probabilities `[b, w, c]` of the `count` largest entries, and their ids."""
+    if numerics.is_native:
+        return native.most_probable(logits.astype(jnp.float32), count)
+
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     # The usual chain: `argmax` and a maximum are cheaper than `top_k`.
     if count == 1:

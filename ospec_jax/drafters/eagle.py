@@ -41,7 +41,9 @@ from ospec_jax.drafters.base import (
 from ospec_jax.drafters.growth import Nodes, grow, num_scratch
 from ospec_jax.drafters.starts import last_layer, passing
 from ospec_jax.drafters.stopping import StopFn
+from ospec_jax.kernels import native
 from ospec_jax.models import cache as kv
+from ospec_jax.models import llama
 from ospec_jax.models.layers import (
     Linear,
     Numerics,
@@ -50,6 +52,8 @@ from ospec_jax.models.layers import (
     at_least_two_rows,
     embed,
     linear,
+    rope_angles,
+    rope_frequencies,
 )
 from ospec_jax.types import (
     Draft,
@@ -115,11 +119,92 @@ class EagleHead(nn.Module):
 
     def step(self, features, embeddings, positions, bias, cache, starts):
         """Runs pairs against the cache; returns their outputs and the cache."""
+        args = features, embeddings, positions, bias, cache, starts
+        if self.is_one_call(cache):
+            outputs, _, cache = self._run_natively(*args)
+            return outputs, cache
+
         qkv, residual = self._join(features, embeddings)
         out, cache = attend_cached(
             qkv, self.config, self.numerics, positions, bias, cache, starts
         )
         return self._finish(residual, out), cache
+
+    def step_and_score(
+        self, features, embeddings, positions, bias, cache, starts, head
+    ):
+        """As `step`, with the outputs' `logits` behind them."""
+        args = features, embeddings, positions, bias, cache, starts
+        if self.is_one_call(cache) and self.has_native_head(head):
+            return self._run_natively(*args, self._native_head(head))
+
+        outputs, cache = self.step(*args)
+
+        return outputs, self.logits(outputs, head), cache
+
+    def _run_natively(
+        self, features, embeddings, positions, bias, cache, starts, head=None
+    ):
+        """`step`, and the logits if there is a `head`, in one call."""
+        c = self.config
+        params = self.variables["params"]
+        x = features
+        beside = None
+        if self.version == "eagle1":
+            x = self.fc(jnp.concatenate([embeddings, features], axis=-1))
+        else:
+            beside = embeddings, params["input_layernorm"]["scale"]
+
+        num_positions = cache.capacity if self.numerics.is_row_invariant else None
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        outputs, keys, values, logits = native.decoder_layer(
+            x,
+            rope_angles(positions, frequencies, num_positions, is_native=True),
+            kv.within_window(bias, positions, c.sliding_window),
+            cache.keys[0],
+            cache.values[0],
+            starts,
+            native.layer_weights(params, "hidden_norm"),
+            c.rms_norm_eps,
+            beside=beside,
+            head=head,
+            has_normed_residual=bool(beside) and c.has_norm_before_residual,
+        )
+
+        return outputs, logits, kv.KVCache(keys=(keys,), values=(values,))
+
+    def is_one_call(self, cache) -> bool:
+        """Whether `step` is native, and so computes each row by itself."""
+        own = self.variables.get("params", {})
+        if self.is_mutable_collection("ranges") or not own:
+            return False
+
+        # The layer itself says whether it can be one; `fc` stands in front of it.
+        is_layer = llama.is_one_call(self.config, self.numerics, cache.keys[0], own)
+        return is_layer and own["fc"]["kernel"].dtype == jnp.int8
+
+    def has_native_head(self, head) -> bool:
+        """Whether `logits` are native, and each row's computed by itself.
+
+        Args:
+          head: As for `logits`.
+        """
+        if self.is_mutable_collection("ranges"):
+            return False
+
+        table = head or self.variables.get("params", {}).get("lm_head")
+        is_int8 = bool(table) and table["kernel"].dtype == jnp.int8
+        return is_int8 and self.numerics.is_native
+
+    def _native_head(self, head) -> tuple:
+        """Gain of the norm in front of the head, the head's kernel, and its scale."""
+        params = self.variables["params"]
+        table = head or params["lm_head"]
+        # An empty gain stands for no norm.
+        has_norm = self.version == "eagle3"
+        gain = params["norm"]["scale"] if has_norm else jnp.zeros(0, jnp.float32)
+
+        return gain, table["kernel"], table["scale"]
 
     def head_inputs(self, outputs):
         """What the output projection reads."""
@@ -127,6 +212,12 @@ class EagleHead(nn.Module):
 
     def logits(self, outputs, head):
         """Draft logits over the rows of `head`, or of the draft's own for None."""
+        if self.has_native_head(head):
+            gain, kernel, scale = self._native_head(head)
+            return native.int8_linear(
+                outputs, kernel, scale, gain=gain, eps=self.config.rms_norm_eps
+            )
+
         normed = self.head_inputs(outputs)
         if head is None:
             return self.lm_head(normed)
@@ -272,9 +363,26 @@ def _eagle(
     def embedded(draft, shared, tokens):
         return embed(tokens, embedding_table(config, draft.params, shared))
 
+    def head_of(shared):
+        return None if config.has_own_head else shared.head
+
     def logits_of(draft, shared, outputs):
-        head = None if config.has_own_head else shared.head
-        return apply(draft, EagleHead.logits, outputs, head)
+        return apply(draft, EagleHead.logits, outputs, head_of(shared))
+
+    def needs_two_rows(draft, shared, cache=None) -> bool:
+        """Whether a lone token must be doubled to have the bits it has among others.
+
+        A product of one row may round differently from one of several; native ones do
+        not.
+
+        Args:
+          cache: None where the head alone is run.
+        """
+        is_native = apply(draft, EagleHead.has_native_head, head_of(shared))
+        if cache is not None:
+            is_native &= apply(draft, EagleHead.is_one_call, cache)
+
+        return numerics.is_row_invariant and not is_native
 
     def step(draft, shared, cache, nodes: Nodes):
         """Runs over drafted pairs; the features are the draft's own."""
@@ -283,17 +391,16 @@ def _eagle(
         tokens = nodes.tokens
         positions = nodes.positions
         bias = nodes.bias
-        # A product of one row may round differently from one of several: a lone token
-        # is doubled, so that its bits are those that it has among others.
-        if numerics.is_row_invariant:
+        if needs_two_rows(draft, shared, cache):
             features, tokens, positions, bias = at_least_two_rows(
                 features, tokens, positions, bias
             )
 
         embeddings = embedded(draft, shared, tokens)
         args = (features, embeddings, positions, bias, cache, nodes.starts)
-        outputs, cache = apply(draft, EagleHead.step, *args)
-        logits = logits_of(draft, shared, outputs)
+        outputs, logits, cache = apply(
+            draft, EagleHead.step_and_score, *args, head_of(shared)
+        )
 
         return outputs[:, :num_tokens], logits[:, :num_tokens], cache
 
@@ -302,7 +409,7 @@ def _eagle(
         tokens = pairs.tokens
         taps = pairs.taps
         starts = pairs.starts
-        if numerics.is_row_invariant:
+        if needs_two_rows(draft, shared, cache):
             tokens, taps = at_least_two_rows(tokens, taps)
 
         num_tokens = tokens.shape[1]
@@ -338,7 +445,7 @@ def _eagle(
         num_tokens = pairs.tokens.shape[1]
         before = context.hidden[:, None].astype(outputs.dtype)
         states = jnp.concatenate([before, outputs[:, : num_tokens - 1]], axis=1)
-        if numerics.is_row_invariant:
+        if needs_two_rows(draft, shared):
             (states,) = at_least_two_rows(states)
         logits = logits_of(draft, shared, states)[:, :num_tokens]
         found = Retraced(suggested, logits, draft.token_ids)
@@ -346,6 +453,9 @@ def _eagle(
         return cache, DraftContext(last, predict(draft, shared, last)), found
 
     def predict(draft, shared, hidden):
+        if not needs_two_rows(draft, shared):
+            return logits_of(draft, shared, hidden)
+
         # Twice each row: its logits are one product of at least two rows.
         return logits_of(draft, shared, jnp.stack([hidden, hidden], axis=1))[:, 0]
 
@@ -367,7 +477,7 @@ def _eagle(
             draft.token_ids,
             hints,
             stop_fn,
-            is_row_invariant=numerics.is_row_invariant,
+            numerics=numerics,
         )
 
     def unroll_outputs(

@@ -151,7 +151,7 @@ def early_exit(
             draft.token_ids,
             hints,
             stop_fn,
-            is_row_invariant=numerics.is_row_invariant,
+            numerics=numerics,
         )
         return proposed, cache
 

@@ -20,6 +20,7 @@ from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.children import Children, consider, draw, extend_path
 from ospec_jax.drafters.stopping import Progress, StopFn, is_stopped, rules_of
 from ospec_jax.models import cache as kv
+from ospec_jax.models.layers import Numerics
 from ospec_jax.types import DraftTree, Roots
 from ospec_jax.typing import struct
 
@@ -113,7 +114,7 @@ class _Plan(NamedTuple):
     token_ids: Int[Array, " q"] | None
     hints: Hints | None
     rules: tuple[StopFn, ...]
-    is_row_invariant: bool
+    numerics: Numerics
     offset: int
 
     @property
@@ -133,7 +134,7 @@ class _Plan(NamedTuple):
         keys = jax.vmap(lambda key: jax.random.fold_in(key, depth))(self.roots.keys)
         kind = self.tree.children
         sampling = self.roots.sampling
-        found = draw(keys, logits, count, kind, sampling, self.is_row_invariant)
+        found = draw(keys, logits, count, kind, sampling, self.numerics)
         if self.token_ids is not None:
             found = found._replace(tokens=self.token_ids[found.tokens])
 
@@ -155,7 +156,7 @@ def grow(
     hints: Hints | None = None,
     stop_fn: StopFn | None = None,
     *,
-    is_row_invariant: bool = False,
+    numerics: Numerics,
     offset: int = 0,
 ) -> tuple[DraftTree, Any]:
     """Drafts a tree under every root.
@@ -167,7 +168,7 @@ def grow(
       token_ids: Target ids of the draft vocabulary; None for the full one.
       hints: Suggestions to consider.
       stop_fn: When a row grows no deeper, beside the tree's own rules.
-      is_row_invariant: A row's numbers do not depend on its neighbours, bit by bit.
+      numerics: How children are chosen.
       offset: Of a drafted token's slot from the root's position: 0 for drafters that
         run over pairs of a token and its follower, 1 for those that run over tokens.
 
@@ -178,7 +179,7 @@ def grow(
       ConfigError: There is a `stop_fn`, and the tree cannot stop early.
     """
     rules = rules_of(tree, stop_fn)
-    plan = _Plan(step, tree, roots, token_ids, hints, rules, is_row_invariant, offset)
+    plan = _Plan(step, tree, roots, token_ids, hints, rules, numerics, offset)
     if tree.kind == "static":
         return _grow_static(plan, cache)
 
@@ -348,12 +349,20 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
     # its descendants find it.
     is_own = slots == (depth - 1) * width + jnp.arange(width)[:, None]
     frontier = frontier.replace(visible=frontier.visible | is_own)
+    starts = plan.starts + (depth - 1) * width
+    capacity = growth.cache.capacity
+    # A chain's node sees all in front of it, so the cheaper causal bias serves.
+    if plan.tree.is_chain:
+        bias = kv.causal_bias(starts, 1, capacity)
+    else:
+        bias = kv.tree_bias(plan.starts, frontier.visible, capacity)
+
     nodes = Nodes(
         tokens=frontier.tokens,
         hidden=frontier.hidden,
         positions=jnp.broadcast_to(plan.starts[:, None] + depth - 1, (b, width)),
-        bias=kv.tree_bias(plan.starts, frontier.visible, growth.cache.capacity),
-        starts=plan.starts + (depth - 1) * width,
+        bias=bias,
+        starts=starts,
         depth=depth,
     )
     hidden, logits, cache = plan.step(growth.cache, nodes)

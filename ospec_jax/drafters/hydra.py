@@ -348,7 +348,7 @@ def hydra(
             draft.token_ids,
             hints,
             stop_fn,
-            is_row_invariant=numerics.is_row_invariant,
+            numerics=numerics,
         )
 
     def unroll(

@@ -65,7 +65,7 @@ def self_draft(
             None,
             hints,
             stop_fn,
-            is_row_invariant=numerics.is_row_invariant,
+            numerics=numerics,
         )
         return proposed, cache
 
@@ -97,7 +97,7 @@ def propose_from_root(
     entries: kv.KVCache,
     roots: Roots,
     *args,
-    is_row_invariant: bool,
+    numerics: Numerics,
 ) -> DraftTree:
     """Drafts behind what the target has cached of verified tokens.
 
@@ -123,9 +123,7 @@ def propose_from_root(
     roots = roots.replace(context=context)
     # The written copy is dropped: verification runs the target's own layers over the
     # tree and makes the entries that stay.
-    drafted, _ = grow(
-        step, tree, entries, roots, *args, is_row_invariant=is_row_invariant, offset=1
-    )
+    drafted, _ = grow(step, tree, entries, roots, *args, numerics=numerics, offset=1)
 
     return drafted
 

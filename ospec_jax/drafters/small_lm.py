@@ -129,7 +129,7 @@ def small_lm(
             draft.token_ids,
             hints,
             stop_fn,
-            is_row_invariant=numerics.is_row_invariant,
+            numerics=numerics,
             offset=1,  # a token lies in the slot of its position, the root's included
         )
 

@@ -17,19 +17,24 @@ _SHAPES = (
 
 
 def is_correct(
-    int8_linear: Callable, attention: Callable, decoder_layer: Callable
+    int8_linear: Callable,
+    attention: Callable,
+    decoder_layer: Callable,
+    most_probable: Callable,
 ) -> bool:
     """Compares results of odd shapes with numpy's, with tiles and without.
 
     Args:
       int8_linear: As in `native`, and so the others.
     """
-    return all(
+    parts = all(
         _is_product(int8_linear, has_tiles)
-        and _is_layer(decoder_layer, has_tiles)
+        and _is_layer(decoder_layer, has_tiles, is_draft=False)
+        and _is_layer(decoder_layer, has_tiles, is_draft=True)
         and _is_attention(attention)
         for has_tiles in (False, True)
     )
+    return parts and _is_most_probable(most_probable)
 
 
 def _product(x, kernel, scale):
@@ -74,21 +79,41 @@ def _is_attention(attention) -> bool:
     return np.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def _is_layer(decoder_layer, has_tiles) -> bool:
-    """Tokens at the beginning of a cache, of a layer with two query heads."""
+def _is_most_probable(most_probable) -> bool:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 70)).astype(np.float32)
+    log_probs = np.log(_softmax(logits))
+    order = np.argsort(-logits, axis=-1)[:, :5]
+    found, places = most_probable(logits, 5)
+
+    return np.array_equal(places, order) and np.allclose(
+        found, np.take_along_axis(log_probs, order, axis=-1), rtol=1e-4, atol=1e-5
+    )
+
+
+def _is_layer(decoder_layer, has_tiles, is_draft) -> bool:
+    """Tokens at the beginning of a cache, of a layer with two query heads.
+
+    A draft's reads two inputs and has an output projection.
+    """
     rng = np.random.default_rng(0)
     t, d, e, s, f = 4, 64, 32, 16, 128
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     x = normal(t, d)
     angles = normal(t, e // 2)
     cos, sin = (np.tile(half, 2) for half in (np.cos(angles), np.sin(angles)))
-    qkv, o = _random_kernel(rng, 4 * e, d), _random_kernel(rng, d, 2 * e)
+    beside, beside_gain = normal(t, d), normal(d)
+    qkv = _random_kernel(rng, 4 * e, 2 * d if is_draft else d)
+    o, head = _random_kernel(rng, d, 2 * e), _random_kernel(rng, 48, d)
     gate_up, down = _random_kernel(rng, 2 * f, d), _random_kernel(rng, d, f)
-    gains, nothing = normal(2, d), np.zeros(0, np.float32)
+    gains, nothing = normal(3, d), np.zeros(0, np.float32)
     bias = np.where(np.arange(s) <= np.arange(t)[:, None], 0, -1e30).astype(np.float32)
 
     norm = lambda x, gain: x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-5) * gain
-    heads = _product(norm(x, gains[0]), *qkv).reshape(t, 4, e)
+    joint = norm(x, gains[0])
+    if is_draft:
+        joint = np.concatenate([norm(beside, beside_gain), joint], axis=-1)
+    heads = _product(joint, *qkv).reshape(t, 4, e)
     turned = np.concatenate([-heads[..., e // 2 :], heads[..., : e // 2]], axis=-1)
     queries = (heads * cos[:, None] + turned * sin[:, None])[:, :2]
     keys = (heads * cos[:, None] + turned * sin[:, None])[:, 2]
@@ -97,12 +122,16 @@ def _is_layer(decoder_layer, has_tiles) -> bool:
     hidden = x + _product(mixed.astype(np.float32), *o)
     gate, up = np.split(_product(norm(hidden, gains[1]), *gate_up), 2, axis=-1)
     expected = hidden + _product(gate / (1 + np.exp(-gate)) * up, *down)
+    scored = _product(norm(expected, gains[2]), *head)
 
     weights = (
         *(gains[0], *qkv, nothing, nothing, nothing, *o),
         *(gains[1], *gate_up, *down),
     )
-    found, new_keys, new_values = decoder_layer(
+    parts = {}
+    if is_draft:
+        parts = dict(beside=(beside[None], beside_gain), head=(gains[2], *head))
+    found, new_keys, new_values, logits = decoder_layer(
         x[None],
         (cos[None, :, None], sin[None, :, None]),
         bias[None],
@@ -112,6 +141,7 @@ def _is_layer(decoder_layer, has_tiles) -> bool:
         weights,
         1e-5,
         has_tiles,
+        **parts,
     )
     # Sums in another order may move a number to the next of int8's levels.
     close = lambda a, b: np.allclose(a, b, atol=0.02 * np.max(np.abs(b)))
@@ -120,4 +150,5 @@ def _is_layer(decoder_layer, has_tiles) -> bool:
         close(found[0], expected)
         and close(np.asarray(new_keys)[0, 0, :, :t].T, keys)
         and close(np.asarray(new_values)[0, 0, :t], heads[:, 3])
+        and (not is_draft or close(logits[0], scored))
     )

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A whole decoder layer in one call: norms, int8 products, rotary embedding, cache,
-// attention and feed-forward block.
+// attention and feed-forward block; where it is the last one, the head, too.
+//
+// Drafts have layers of other kinds. Attention may read two rows side by side, each with
+// a norm of its own, of which the second one goes on as the residual, normed or not.
+// Whatever a model has not is an empty array.
 //
 // Threads are woken once for all of it, and no small operation is handed over between
 // two products. Each row of each part is computed by itself, in an order that follows
@@ -71,8 +75,8 @@ void prepare_head(const Heads& a, int64_t b, int64_t h) {
 
 // Memory that a call needs beside its arguments and results.
 struct LayerScratch {
-  ospec::ProductScratch products[4];
-  ospec::Buffer qkv, attended, hidden, both;
+  ospec::ProductScratch products[5];
+  ospec::Buffer residual, qkv, attended, hidden, both;
 };
 
 ospec::Product product(ospec::ProductScratch& scratch, int64_t m, S8 kernel, F32 scale,
@@ -93,14 +97,17 @@ ospec::Product product(ospec::ProductScratch& scratch, int64_t m, S8 kernel, F32
 // Null for what a model has not.
 const float* optional(F32 x) { return x.element_count() ? x.typed_data() : nullptr; }
 
-ffi::Error DecoderLayer(ffi::ThreadPool pool, float eps, bool has_tiles, F32 x, F32 cos,
-                        F32 sin, F32 bias, F32 keys, F32 values,
-                        ffi::Buffer<ffi::S32> starts, F32 input_gain, S8 qkv_kernel,
-                        F32 qkv_scale, F32 qkv_bias, F32 q_gain, F32 k_gain, S8 o_kernel,
-                        F32 o_scale, F32 post_gain, S8 gate_up_kernel, F32 gate_up_scale,
-                        S8 down_kernel, F32 down_scale, ffi::ResultBuffer<ffi::F32> out,
+ffi::Error DecoderLayer(ffi::ThreadPool pool, float eps, bool has_tiles,
+                        bool has_normed_residual, F32 x, F32 cos, F32 sin, F32 bias,
+                        F32 keys, F32 values, ffi::Buffer<ffi::S32> starts,
+                        F32 input_gain, S8 qkv_kernel, F32 qkv_scale, F32 qkv_bias,
+                        F32 q_gain, F32 k_gain, S8 o_kernel, F32 o_scale, F32 post_gain,
+                        S8 gate_up_kernel, F32 gate_up_scale, S8 down_kernel,
+                        F32 down_scale, F32 beside, F32 beside_gain, F32 final_gain,
+                        S8 head_kernel, F32 head_scale, ffi::ResultBuffer<ffi::F32> out,
                         ffi::ResultBuffer<ffi::F32> new_keys,
-                        ffi::ResultBuffer<ffi::F32> new_values) {
+                        ffi::ResultBuffer<ffi::F32> new_values,
+                        ffi::ResultBuffer<ffi::F32> logits) {
   thread_local LayerScratch scratch;
   const int64_t batch = x.dimensions()[0], t = x.dimensions()[1], d = x.dimensions()[2];
   const int64_t m = batch * t, f = down_kernel.dimensions()[1];
@@ -145,21 +152,30 @@ ffi::Error DecoderLayer(ffi::ThreadPool pool, float eps, bool has_tiles, F32 x, 
   ospec::find_slots(attention);
 
   const float* rows = x.typed_data();
+  float* residual = has_normed_residual ? scratch.residual.of<float>(m * d) : nullptr;
   float* attended = attention.out;
   float* hidden = scratch.hidden.of<float>(m * d);
   float* both = scratch.both.of<float>(m * 2 * f);
   auto& s = scratch.products;
   auto qkv = product(s[0], m, qkv_kernel, qkv_scale, nullptr, heads.qkv, has_tiles);
-  auto o = product(s[1], m, o_kernel, o_scale, rows, hidden, has_tiles);
+  auto o = product(s[1], m, o_kernel, o_scale, residual ? residual : rows, hidden,
+                   has_tiles);
   auto gate_up = product(s[2], m, gate_up_kernel, gate_up_scale, nullptr, both, has_tiles);
   auto down =
       product(s[3], m, down_kernel, down_scale, hidden, out->typed_data(), has_tiles);
 
-  auto normed = [d, eps](const float* from, const float* gain) {
-    return [=](int64_t row, float* place) -> const float* {
-      ospec::rms_norm(from + row * d, gain, eps, d, place);
-      return place;
-    };
+  // What attention reads: another row in front of x's own, where there is one. Then both
+  // are normed.
+  const float* first = optional(beside);
+  const float* first_gain = optional(beside_gain);
+  const int64_t first_width = first ? beside.dimensions()[2] : 0;
+  auto own_row = ospec::normed_rows(rows, optional(input_gain), eps, d);
+  auto joined_row = [=](int64_t row, float* place) -> const float* {
+    const float* own = own_row(row, place + first_width);
+    if (residual) std::copy(own, own + d, residual + row * d);
+    if (!first) return own;
+    ospec::rms_norm(first + row * first_width, first_gain, eps, first_width, place);
+    return place;
   };
   auto attended_row = [=](int64_t row, float*) -> const float* {
     return attended + row * width;
@@ -171,7 +187,7 @@ ffi::Error DecoderLayer(ffi::ThreadPool pool, float eps, bool has_tiles, F32 x, 
   };
 
   std::vector<ospec::Phase> phases = {
-      ospec::quantize(qkv, normed(rows, input_gain.typed_data())),
+      ospec::quantize(qkv, joined_row),
       ospec::multiply(qkv),
   };
   const int64_t num_heads = batch * heads.kv_heads;
@@ -192,11 +208,21 @@ ffi::Error DecoderLayer(ffi::ThreadPool pool, float eps, bool has_tiles, F32 x, 
   }
   phases.push_back(ospec::quantize(o, attended_row));
   phases.push_back(ospec::multiply(o));
-  phases.push_back(ospec::quantize(gate_up, normed(hidden, post_gain.typed_data())));
+  phases.push_back(ospec::quantize(
+      gate_up, ospec::normed_rows(hidden, post_gain.typed_data(), eps, d)));
   phases.push_back(ospec::multiply(gate_up));
   phases.push_back(ospec::quantize(down, gated_row));
   phases.push_back(ospec::multiply(down));
-  const bool is_parallel = ospec::is_large(gate_up) || ospec::is_large(attention);
+  bool is_parallel = ospec::is_large(gate_up) || ospec::is_large(attention);
+  ospec::Product head;
+  if (head_kernel.element_count()) {
+    head = product(s[4], m, head_kernel, head_scale, nullptr, logits->typed_data(),
+                   has_tiles);
+    phases.push_back(ospec::quantize(
+        head, ospec::normed_rows(out->typed_data(), optional(final_gain), eps, d)));
+    phases.push_back(ospec::multiply(head));
+    is_parallel = is_parallel || ospec::is_large(head);
+  }
   ospec::run_phases(pool, is_parallel, std::move(phases));
   return ffi::Error::Success();
 }
@@ -208,6 +234,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(OspecDecoderLayer, DecoderLayer,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("eps")
                                   .Attr<bool>("has_tiles")
+                                  .Attr<bool>("has_normed_residual")
                                   .Arg<F32>()  // x
                                   .Arg<F32>()  // cos
                                   .Arg<F32>()  // sin
@@ -228,6 +255,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(OspecDecoderLayer, DecoderLayer,
                                   .Arg<F32>()  // gate_up_scale
                                   .Arg<S8>()   // down_kernel
                                   .Arg<F32>()  // down_scale
+                                  .Arg<F32>()  // beside
+                                  .Arg<F32>()  // beside_gain
+                                  .Arg<F32>()  // final_gain
+                                  .Arg<S8>()   // head_kernel
+                                  .Arg<F32>()  // head_scale
+                                  .Ret<F32>()
                                   .Ret<F32>()
                                   .Ret<F32>()
                                   .Ret<F32>());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A single int8 product, see int8_product.h.
+// A single int8 product, see int8_product.h; of normed rows where there is a gain.
 
 #include "int8_product.h"
 #include "parallel.h"
@@ -10,8 +10,9 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-ffi::Error Int8Linear(ffi::ThreadPool pool, bool has_tiles, ffi::Buffer<ffi::F32> x,
-                      ffi::Buffer<ffi::S8> kernel, ffi::Buffer<ffi::F32> scale,
+ffi::Error Int8Linear(ffi::ThreadPool pool, float eps, bool has_tiles,
+                      ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> kernel,
+                      ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> gain,
                       ffi::ResultBuffer<ffi::F32> y) {
   thread_local ospec::ProductScratch scratch;
   ospec::Product p;
@@ -24,10 +25,10 @@ ffi::Error Int8Linear(ffi::ThreadPool pool, bool has_tiles, ffi::Buffer<ffi::F32
   p.y = y->typed_data();
   p.has_tiles = has_tiles;
   ospec::allocate(p, scratch);
-  const float* rows = x.typed_data();
-  auto row_of_x = [&p, rows](int64_t row, float*) { return rows + row * p.k; };
+  const float* own_gain = gain.element_count() ? gain.typed_data() : nullptr;
+  auto rows = ospec::normed_rows(x.typed_data(), own_gain, eps, p.k);
   ospec::run_phases(pool, ospec::is_large(p),
-                    {ospec::quantize(p, row_of_x), ospec::multiply(p)});
+                    {ospec::quantize(p, rows), ospec::multiply(p)});
   return ffi::Error::Success();
 }
 
@@ -36,8 +37,10 @@ ffi::Error Int8Linear(ffi::ThreadPool pool, bool has_tiles, ffi::Buffer<ffi::F32
 XLA_FFI_DEFINE_HANDLER_SYMBOL(OspecInt8Linear, Int8Linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("eps")
                                   .Attr<bool>("has_tiles")
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

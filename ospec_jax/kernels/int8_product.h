@@ -412,6 +412,16 @@ Phase quantize(const Product& p, MakeRow make_row) {
   return {(p.m + per_chunk - 1) / per_chunk, run};
 }
 
+// For `quantize`: rows of k numbers one after the other, normed; as they are where there
+// is no gain.
+inline auto normed_rows(const float* rows, const float* gain, float eps, int64_t k) {
+  return [=](int64_t row, float* place) -> const float* {
+    if (!gain) return rows + row * k;
+    rms_norm(rows + row * k, gain, eps, k, place);
+    return place;
+  };
+}
+
 // Multiplies the quantised rows, some channels a chunk.
 Phase multiply(const Product& p) {
   const int64_t most = p.has_tiles ? kTile * kMaxTiles : kMaxRows;

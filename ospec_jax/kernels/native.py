@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of an int8 model in C++, built with the machine's compiler at first use.
+"""Layers of int8 models in C++, built with the machine's compiler at first use.
 
 XLA:CPU packs the kernel of an int8 product at every call, which costs more than the
 product itself when there are few rows, makes five calls of an attention that a loop
@@ -30,11 +30,12 @@ from ospec_jax import atomic
 from ospec_jax.kernels import checks
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("int8_linear.cc", "attention.cc", "decoder_layer.cc")
+_SOURCES = ("int8_linear.cc", "attention.cc", "decoder_layer.cc", "most_probable.cc")
 _HANDLERS = {
     "ospec_int8_linear": "OspecInt8Linear",
     "ospec_attention": "OspecAttention",
     "ospec_decoder_layer": "OspecDecoderLayer",
+    "ospec_most_probable": "OspecMostProbable",
 }
 _REGISTERED: set[str] = set()
 _SUFFIXES = (".cc", ".h")
@@ -51,7 +52,9 @@ _FLAGS = (
 )
 
 
-def int8_linear(x, kernel, scale, has_tiles: bool = True):
+def int8_linear(
+    x, kernel, scale, has_tiles: bool = True, *, gain=None, eps: float = 0.0
+):
     """`quantize_rows(x) @ kernel.T * scale`, in float32.
 
     Args:
@@ -59,11 +62,22 @@ def int8_linear(x, kernel, scale, has_tiles: bool = True):
       kernel: `[out, in]` int8.
       scale: `[out]` float32.
       has_tiles: Use AMX where the CPU has it. The bits are the same without.
+      gain: `[in]` of a norm in front of the product, with the bits that it has in
+        `decoder_layer`; None for no norm.
+      eps: Of the norm.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
     call = jax.ffi.ffi_call("ospec_int8_linear", out, vmap_method="sequential")
-    y = call(rows, kernel, scale, has_tiles=np.bool_(has_tiles))
+    gain = jnp.zeros(0, jnp.float32) if gain is None else gain
+    y = call(
+        rows,
+        kernel,
+        scale,
+        gain,
+        eps=np.float32(eps),
+        has_tiles=np.bool_(has_tiles),
+    )
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -90,10 +104,40 @@ def attention(queries, keys, values, bias):
     return call(queries, keys, values, bias).reshape(*queries.shape[:2], -1)
 
 
+def most_probable(logits, count: int):
+    """The largest entries of each row in falling order; of equal ones the first.
+
+    Args:
+      logits: `[..., v]` float32.
+
+    Returns:
+      Their log-probabilities, `[..., count]`, and places.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    shape = (rows.shape[0], count)
+    out = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float32, jnp.int32)]
+    call = jax.ffi.ffi_call("ospec_most_probable", out, vmap_method="sequential")
+    log_probs, places = call(rows)
+
+    return tuple(x.reshape(*logits.shape[:-1], count) for x in (log_probs, places))
+
+
 def decoder_layer(
-    x, angles, bias, keys, values, starts, weights, eps: float, has_tiles: bool = True
+    x,
+    angles,
+    bias,
+    keys,
+    values,
+    starts,
+    weights,
+    eps: float,
+    has_tiles: bool = True,
+    *,
+    beside=None,
+    head=None,
+    has_normed_residual: bool = False,
 ):
-    """One pre-norm block of the Llama family, in int8.
+    """One pre-norm block of the Llama family, or of a draft like it, in int8.
 
     Norms, rotary embedding and SwiGLU add and multiply in an order of their own: their
     last bits differ from XLA's, but depend on nothing beside a row.
@@ -107,18 +151,26 @@ def decoder_layer(
       starts: `[b]`, first slot that each row's tokens are written to.
       weights: What `layer_weights` found.
       eps: Of the norms.
+      beside: `(rows [b, t, d'], gain [d'])`, which attention reads in front of `x`,
+        each normed by itself; None for `x` alone.
+      head: `(gain [d], kernel [v, d], scale [v])` of the norm and the projection behind
+        the block; an empty gain stands for no norm, None for no head.
+      has_normed_residual: The residual stream begins with the normed `x`.
 
     Returns:
-      The new `x`, `keys` and `values`.
+      The new `x`, `keys` and `values`, and `[b, t, v]` logits; v = 0 without a head.
     """
-    shapes = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (x, keys, values)]
+    b, t = x.shape[:2]
+    nothing = jnp.zeros(0, jnp.float32)
+    beside = beside or (nothing, nothing)
+    head = head or (nothing, jnp.zeros((0, 0), jnp.int8), nothing)
+    shapes = (x.shape, keys.shape, values.shape, (b, t, head[1].shape[0]))
     call = jax.ffi.ffi_call(
         "ospec_decoder_layer",
-        shapes,
+        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         input_output_aliases={4: 1, 5: 2},
         vmap_method="sequential",
     )
-    b, t = x.shape[:2]
     cos, sin = (half.reshape(b, t, -1) for half in angles)
 
     return call(
@@ -130,14 +182,22 @@ def decoder_layer(
         values,
         starts.astype(jnp.int32),
         *weights,
+        *beside,
+        *head,
         eps=np.float32(eps),
         has_tiles=np.bool_(has_tiles),
+        has_normed_residual=np.bool_(has_normed_residual),
     )
 
 
-def layer_weights(params) -> tuple | None:
-    """What `decoder_layer` reads of a layer's parameters; None if they are not int8."""
-    attention = params["self_attn"]
+def layer_weights(params, input_norm: str = "input_layernorm") -> tuple | None:
+    """What `decoder_layer` reads of a layer's parameters; None if they are not int8.
+
+    Args:
+      params: A target's layer, or a draft's, whose attention lies among the others.
+      input_norm: Of `x`.
+    """
+    attention = params.get("self_attn", params)
     mlp = params["mlp"]
     products = (
         attention["qkv_proj"],
@@ -153,7 +213,7 @@ def layer_weights(params) -> tuple | None:
     gain_of = lambda module, name: module[name]["scale"] if name in module else nothing
 
     return (
-        gain_of(params, "input_layernorm"),
+        gain_of(params, input_norm),
         *qkv,
         attention["qkv_proj"].get("bias", nothing),
         gain_of(attention, "q_norm"),
@@ -197,7 +257,8 @@ def is_available(folder: Path) -> bool:
             jax.ffi.register_ffi_target(target, capsule, platform="cpu")
             _REGISTERED.add(target)
 
-    if not checks.is_correct(int8_linear, attention, decoder_layer):
+    functions = int8_linear, attention, decoder_layer, most_probable
+    if not checks.is_correct(*functions):
         warnings.warn(
             "int8 decoding falls back to XLA's products: this machine's compiler built "
             "ours wrongly. Set CXX to another one, or OSPEC_NATIVE=0 to silence this.",

@@ -282,6 +282,7 @@ def rope_angles(
     positions: Int[Array, "b t"],
     frequencies: np.ndarray,
     num_positions: int | None = None,
+    is_native: bool = False,
 ) -> tuple[Float[Array, "b t 1 e"], Float[Array, "b t 1 e"]]:
     """Cosines and sines for `rotate`, computed once for all layers.
 
@@ -289,6 +290,8 @@ def rope_angles(
       num_positions: Bound of the positions. With it they are looked up in a table: a
         cosine's last bit depends on how the loop around it is vectorised. The lookup is
         a product with one-hot rows, which no loop is fused with and recomputes.
+      is_native: A native layer reads them, with which no loop is fused: rows of the
+        table are taken as they lie, which are the same bits.
     """
     if num_positions is None:
         angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -297,7 +300,9 @@ def rope_angles(
         # In float64: of a large angle float32 keeps few bits behind the point.
         table = np.outer(np.arange(num_positions), frequencies.astype(np.float64))
         table = np.concatenate([np.cos(table), np.sin(table)], axis=1)
-        found = jax.nn.one_hot(positions, num_positions) @ table.astype(np.float32)
+        table = jnp.asarray(table.astype(np.float32))
+        one_hot = lambda: jax.nn.one_hot(positions, num_positions)
+        found = table[positions] if is_native else one_hot() @ table
         halves = jnp.split(found, 2, axis=-1)
 
     spread = lambda half: jnp.concatenate([half, half], axis=-1)[:, :, None, :]

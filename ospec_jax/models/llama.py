@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ospec_jax.config import ModelConfig
+from ospec_jax.config import DraftConfig, ModelConfig
 from ospec_jax.kernels import native
 from ospec_jax.models import cache as kv
 from ospec_jax.models.attention import attend
@@ -73,7 +73,9 @@ class SelfAttention(nn.Module):
         return out, keys, values
 
 
-def is_one_call(config: ModelConfig, numerics: Numerics, keys, layer_params) -> bool:
+def is_one_call(
+    config: ModelConfig | DraftConfig, numerics: Numerics, keys, layer_params
+) -> bool:
     """Whether a layer with these keys and parameters is `native.decoder_layer`.
 
     All passes of a model must agree: the two differ in last bits. So this must not
@@ -107,7 +109,7 @@ class DecoderLayer(nn.Module):
             weights = native.layer_weights(own)
             return native.decoder_layer(
                 x, angles, bias, keys, values, starts, weights, c.rms_norm_eps
-            )
+            )[:3]
 
         norm = lambda name: RMSNorm(c.rms_norm_eps, self.numerics, name=name)
         attention = SelfAttention(c, self.numerics, name="self_attn")
@@ -155,7 +157,8 @@ class Llama(nn.Module):
         # Where a lone token is repeated its copy is written to the cache, too: behind
         # the real entry, where the next pass overwrites it.
         # A native layer computes each row by itself, so a single one is no exception.
-        if self.numerics.is_row_invariant and not self._has_native_layers(cache):
+        is_native = self._has_native_layers(cache)
+        if self.numerics.is_row_invariant and not is_native:
             tokens, positions, bias = at_least_two_rows(
                 tokens, positions, bias, is_grouped=c.num_heads > c.num_kv_heads
             )
@@ -165,7 +168,7 @@ class Llama(nn.Module):
         frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         # Positions lie below the cache's capacity, so a table of that size serves.
         num_positions = cache.capacity if self.numerics.is_row_invariant else None
-        angles = rope_angles(positions, frequencies, num_positions)
+        angles = rope_angles(positions, frequencies, num_positions, is_native)
         run = self._scan_layers if self.numerics.is_scanned else self._run_layers
         x, taps, cache = run(x, angles, bias, cache, starts)
         if not self.is_truncated:
