@@ -294,7 +294,7 @@ def build_judging(config: StepConfig, drafter: Drafter) -> Callable:
             pairs.tokens,
             probs,
             state.sampling,
-            config.numerics.is_row_invariant,
+            config.numerics,
         )
         waiting = waiting.replace(
             count=jnp.zeros_like(waiting.count),
