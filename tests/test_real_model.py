@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmolLM2-135M-Instruct: real weights, the shipped draft, real prompts."""
 
+import functools
 import itertools
 import json
 import os
@@ -34,7 +35,9 @@ NEW_TOKENS = 24
 TEXT_LENGTH = 96
 
 
+@functools.cache
 def open_target(precision):
+    """Read once in a worker; nothing changes what is loaded."""
     try:
         return load_target("smollm2-135m", precision)
     except FileNotFoundError as error:

@@ -128,7 +128,7 @@ def test_sampled_answers_keep_their_law(target, pool, name, children):
     law = law_of_answers(target, asked.prompt_ids, 4)
     counts = dict.fromkeys(law, 0)
     ordinals = itertools.count()
-    num_runs = 500
+    num_runs = 300
     begun = session.chooser.state
     taken = set()
 
