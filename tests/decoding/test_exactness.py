@@ -52,6 +52,14 @@ PROMPTS = [(1, 2, 3), tuple(np.arange(70) % VOCAB), (5, 4), (9, 9, 9, 1, 0, 2)]
 LENGTHS = (40, 23, 57, 31)
 
 
+# What does not look at how products are computed needs one precision in `make test`.
+any_precision = pytest.mark.parametrize(
+    "target",
+    ["float32", pytest.param("int8", marks=pytest.mark.thorough)],
+    indirect=True,
+)
+
+
 @pytest.fixture(scope="module", params=["float32", "int8"])
 def target(request):
     return tiny_target(VOCAB, request.param, num_layers=2)
@@ -294,6 +302,7 @@ def test_all_layers_with_the_targets_weights_are_always_right(target, plain):
         assert stats.num_accepted_tokens >= 3 * (stats.num_drafts - 1)
 
 
+@any_precision
 def test_predictions_among_drawn_children_are_refused(target):
     engine, draft = engine_for(target, TREES["chain-sampled"])
     request = dataclasses.replace(requests()[0], prediction_ids=(1, 2))
@@ -341,6 +350,7 @@ def test_sampled_tokens_with_ngrams_depend_on_the_seed_alone(target):
     assert tokens(answers(engine, draft, 3, hot)) == tokens(alone)
 
 
+@any_precision
 def test_stop_tokens_inside_an_accepted_run(target, plain):
     """The stop token is chosen so that it stands where drafts were accepted."""
     engine, draft = engine_for(target, TREES["dynamic"])
@@ -376,6 +386,7 @@ def test_greedy_and_sampled_rows_share_a_batch(target, plain):
     assert [done[1], done[3]] == [alone[1], alone[3]]
 
 
+@any_precision
 def test_finished_rows_stay_as_they_are(target):
     engine, draft = engine_for(target, TREES["chain-5"])
     request = Request("0", PROMPTS[0], 3)
@@ -392,12 +403,14 @@ def test_finished_rows_stay_as_they_are(target):
     np.testing.assert_array_equal(state.cache.keys[0][..., :lengths], keys)
 
 
+@any_precision
 def test_corrupt_draft_is_harmless(target, plain):
     engine, draft = engine_for(target, TREES["chain-5"])
     broken = jax.tree.map(lambda x: x * jnp.nan, draft.params)
     assert tokens(answers(engine, draft.replace(params=broken))) == plain
 
 
+@any_precision
 def test_log_probs_are_the_targets(target):
     engine, draft = engine_for(target, TREES["dynamic"])
     config = dataclasses.replace(engine.config, has_log_probs=True)
@@ -409,12 +422,14 @@ def test_log_probs_are_the_targets(target):
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
 
+@any_precision
 def test_trees_that_fit_no_cache_are_refused(target):
     tree = TreeConfig("static", 2, branching=(30, 20))
     with pytest.raises(ConfigError, match="a tree of 631 nodes does not fit: 512"):
         engine_for(target, tree)
 
 
+@any_precision
 def test_tree_without_drafter_is_refused(target):
     config = StepConfig(target.config, target.numerics, TREES["chain-5"])
     with pytest.raises(ConfigError, match="needs a drafter"):
