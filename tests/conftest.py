@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from ospec_jax.models.hub import enable_compilation_cache
-from ospec_jax.models.sharing import forget_programs
+from ospec_jax.models.sharing import forget_programs, own_programs
 
 enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -31,9 +31,10 @@ _QUICK = "jax_disable_most_optimizations"
 _QUICK_VARIABLE = _QUICK.upper()
 
 # Linux gives a process 65,530 mappings of memory, a program of XLA's takes several, and
-# one more than that ends the process. What is kept is thrown away long before.
+# one more than that ends the process. What is kept is thrown away long before: a module
+# of many sessions takes some ten thousand.
 _MAPS = Path("/proc/self/maps")
-_MAX_MAPS_KEPT = 20_000
+_MAX_MAPS_KEPT = 32_000
 
 # The longest come first, so that no worker is left alone with one. Tests that want the
 # same kind of programs stand together: a change of kind throws programs away.
@@ -179,7 +180,8 @@ def pytest_runtest_setup(item):
         jax.config.update(_QUICK, is_quick)
 
 
-@pytest.fixture
-def own_programs():
+@pytest.fixture(name="own_programs")
+def _own_programs():
     """Gives a test that counts programs its own ones."""
-    forget_programs()
+    with own_programs():
+        yield
