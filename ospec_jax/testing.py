@@ -2,6 +2,7 @@
 """Tiny models for tests, notebooks and examples: random weights, no downloads."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,14 @@ CHAT_TEMPLATE = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+# What draws random weights runs once.
+_QUICK: Any = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+_DRAWING: dict = {}
 
 
 def tiny_model_config(vocab_size: int = 16, **changes) -> ModelConfig:
@@ -68,7 +77,8 @@ def byte_tokenizer():
 
 def random_model_params(config: ModelConfig, seed: int = 0):
     """Float32 parameters whose logits are peaked enough to be interesting."""
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
+    draw = jax.jit(init_params, static_argnums=0, compiler_options=_QUICK)
+    params = draw(config, jax.random.key(seed))
     name = "embed_tokens_kernel" if config.tie_embeddings else "lm_head_kernel"
     return params | {name: params[name] * 3.0}
 
@@ -111,9 +121,21 @@ def tiny_draft_config(
     return dataclasses.replace(config, **changes)
 
 
+def _drawing(init: Callable) -> Callable:
+    """`init` in its jitted form; drafters of equal settings share one program."""
+    cells = tuple(cell.cell_contents for cell in init.__closure__ or ())
+    key = init.__code__, cells
+    try:
+        hash(key)
+    except TypeError:
+        return jax.jit(init, compiler_options=_QUICK)
+
+    return _DRAWING.setdefault(key, jax.jit(init, compiler_options=_QUICK))
+
+
 def tiny_draft(drafter, config: DraftConfig, seed: int = 0) -> Draft:
     """A random draft; its vocabulary leaves out some of the target's first tokens."""
-    params = jax.jit(drafter.init_params)(jax.random.key(seed))
+    params = _drawing(drafter.init_params)(jax.random.key(seed))
     if not config.has_own_head:
         return Draft(params)
 

@@ -2,6 +2,7 @@
 """What all tests share: how programs are compiled, kept and counted."""
 
 import collections
+import gc
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jax
 import pytest
 
 from ospec_jax.models.hub import enable_compilation_cache
-from ospec_jax.models.sharing import forget_programs
+from ospec_jax.models.sharing import forget_programs, own_programs
 
 enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -18,17 +19,22 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # single bits matter, and with real weights, programs are compiled as users' are.
 _AS_FOR_USERS = ("optimized", "slow")
 # A run that leaves the latter out does without one more pass, a quarter of the time;
-# that flag is of the whole process, and newer versions no longer know it.
+# that flag is of the whole process, and newer versions no longer know it. It leaves
+# programs in one piece, too, which takes a fifth less than pieces for many threads.
 _AS_QUICK_AS_CAN_BE = "not (slow or optimized"
-_QUICK_FLAG = "--xla_cpu_use_fusion_emitters=false"
-_KNOWS_QUICK_FLAG = jax.__version_info__ < (0, 11)
+_ONE_PASS_LESS = "--xla_cpu_use_fusion_emitters=false"
+_QUICK_FLAGS = [
+    "--xla_cpu_parallel_codegen_split_count=1",
+    *([_ONE_PASS_LESS] if jax.__version_info__ < (0, 11) else []),
+]
 _QUICK = "jax_disable_most_optimizations"
 _QUICK_VARIABLE = _QUICK.upper()
 
 # Linux gives a process 65,530 mappings of memory, a program of XLA's takes several, and
-# one more than that ends the process. What is kept is thrown away long before.
+# one more than that ends the process. What is kept is thrown away long before: a module
+# of many sessions takes some ten thousand.
 _MAPS = Path("/proc/self/maps")
-_MAX_MAPS_KEPT = 20_000
+_MAX_MAPS_KEPT = 32_000
 
 # The longest come first, so that no worker is left alone with one. Tests that want the
 # same kind of programs stand together: a change of kind throws programs away.
@@ -70,9 +76,9 @@ def _is_for_users(item) -> bool:
 
 def pytest_configure(config):
     """Sets what must be set before the first program is compiled."""
-    if config.option.markexpr.startswith(_AS_QUICK_AS_CAN_BE) and _KNOWS_QUICK_FLAG:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} {_QUICK_FLAG}".strip()
+    if config.option.markexpr.startswith(_AS_QUICK_AS_CAN_BE):
+        flags = [os.environ.get("XLA_FLAGS", ""), *_QUICK_FLAGS]
+        os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 
 def _values_of(item) -> set[tuple]:
@@ -135,6 +141,16 @@ def pytest_collection_modifyitems(items):
     )
 
 
+def pytest_collection_finish():
+    """Lets the collector of garbage leave alone what stays, and come less often.
+
+    Tracing makes many objects that live on; each round over all of them takes longer.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 def _throw_programs_away():
     forget_programs()
     jax.clear_caches()
@@ -164,7 +180,8 @@ def pytest_runtest_setup(item):
         jax.config.update(_QUICK, is_quick)
 
 
-@pytest.fixture
-def own_programs():
+@pytest.fixture(name="own_programs")
+def _own_programs():
     """Gives a test that counts programs its own ones."""
-    forget_programs()
+    with own_programs():
+        yield

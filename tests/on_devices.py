@@ -77,7 +77,10 @@ def expected(precision, **changes):
         ("data=8", "plain", 8, "float32", {}, False),
         ("data=2,model=4", "chain", 4, "int8", {}, False),
         ("data=4,model=2", "dynamic", 4, "float32", {}, True),
-        ("model=2", "dynamic", 1, "float32", {}, False),
+        pytest.param(
+            *("model=2", "dynamic", 1, "float32", {}, False),
+            marks=pytest.mark.thorough,
+        ),
         ("model=2", "plain", 1, "float32", ODD, True),
     ],
 )
@@ -113,7 +116,12 @@ def shapes_of_weights(params):
 
 
 @pytest.mark.parametrize(
-    ("precision", "is_scanned"), [("float32", False), ("int8", False), ("int8", True)]
+    ("precision", "is_scanned"),
+    [
+        ("float32", False),
+        pytest.param("int8", False, marks=pytest.mark.thorough),
+        ("int8", True),
+    ],
 )
 def test_no_weight_moves(precision, is_scanned):
     target, _ = expected(precision)

@@ -5,8 +5,9 @@ A second session of the same models, or a second learner of the same settings, c
 nothing. What is kept holds no weights: they are arguments of the programs.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -16,7 +17,7 @@ from ospec_jax.config import Precision
 from ospec_jax.models.quantization import cast_params
 
 _NUM_KEPT = 64
-_SHARED: list = []
+_SHARED: dict = {}
 
 Built = TypeVar("Built")
 
@@ -27,8 +28,7 @@ def share(build: Callable[..., Built]) -> Callable[..., Built]:
     Functions among them, as drafters are made of, are the same if they are one object.
     For arguments that cannot be hashed, as a user's own may be, it builds anew.
     """
-    kept = functools.lru_cache(maxsize=_NUM_KEPT)(build)
-    _SHARED.append(kept)
+    _SHARED[build] = _keeping(build)
 
     @functools.wraps(build)
     def find(*args):
@@ -37,15 +37,33 @@ def share(build: Callable[..., Built]) -> Callable[..., Built]:
         except TypeError:
             return build(*args)
 
-        return kept(*args)
+        return _SHARED[build](*args)
 
     return find
 
 
+def _keeping(build: Callable) -> Callable:
+    return functools.lru_cache(maxsize=_NUM_KEPT)(build)
+
+
 def forget_programs() -> None:
     """Lets go of all that is shared; what is in use stays with its users."""
-    for kept in _SHARED:
+    for kept in _SHARED.values():
         kept.cache_clear()
+
+
+@contextlib.contextmanager
+def own_programs() -> Iterator[None]:
+    """Within it nothing is shared with what was built before; afterwards that is again.
+
+    For whoever counts programs, of a whole process: it is not for threads.
+    """
+    former = dict(_SHARED)
+    _SHARED.update({build: _keeping(build) for build in former})
+    try:
+        yield
+    finally:
+        _SHARED.update(former)
 
 
 @share

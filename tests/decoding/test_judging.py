@@ -89,6 +89,7 @@ def judged_by(number, target, members, tree, ngrams, temperature, prompts=PROMPT
     return found, results, session
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("number", range(6))
 def test_who_drafts_is_judged_as_it_was_accepted(target, members, number, temperature):

@@ -42,6 +42,7 @@ def largest_constant(exported) -> int:
     return max(math.prod(map(int, shape.split("x"))) for shape in found)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 @pytest.mark.parametrize("tree", list(TREES))
 def test_all_functions_lower_for_tpu_and_cuda(tmp_path, tree, precision):

@@ -393,6 +393,7 @@ def by_entropy(progress):
     return progress.entropies[:, 0] > 1.0
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("stop_fn", [by_chance, by_entropy])
 @pytest.mark.parametrize("name", ["sampled", "block", "dynamic"])
 def test_a_depth_rule_that_looks_leaves_the_law_as_it_is(name, stop_fn):

@@ -30,6 +30,7 @@ def answers(session):
     return [r.token_ids for r in sorted(found, key=lambda r: r.prompt.id)]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("ngrams", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_family_of_ones_own_drafts_exactly(target, family, batch_size, ngrams):

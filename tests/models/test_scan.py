@@ -38,6 +38,7 @@ def one_pass(target, taps, rows=2):
     return llama.target_logits(target.params, hidden, numerics), taps, kept
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("changes", [{}, dict(has_qk_norm=True, has_qkv_bias=True)])
 def test_logits_taps_and_caches_are_equal(precision, changes):

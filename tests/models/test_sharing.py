@@ -6,7 +6,7 @@ import pytest
 from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.loading import LoadedDraft
-from ospec_jax.models.sharing import forget_programs, share
+from ospec_jax.models.sharing import forget_programs, own_programs, share
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
@@ -19,6 +19,18 @@ def test_the_same_arguments_share_until_they_are_forgotten():
     assert build([1]) is not build([1])  # a list cannot be told to be the same later
     forget_programs()
     assert build(1, "a") is not first
+
+
+def test_programs_of_ones_own_leave_the_others_where_they_are():
+    build = share(lambda *args: object())
+    first = build(1)
+    with own_programs():
+        own = build(1)
+        assert own is not first
+        assert build(1) is own
+        forget_programs()
+        assert build(1) is not own
+    assert build(1) is first
 
 
 @pytest.mark.parametrize("name", ["head", "gradient"])

@@ -98,6 +98,7 @@ def engine_steps(target, draft, tree, prompt, answer):
     return steps[1:]  # the first token is the prompt's
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("topk", "depth", "size"),
     [(3, 4, 12), (3, 4, 3), (3, 2, 7), (3, 1, 2), (3, 1, 3), (1, 4, 4), (1, 2, 2)],

@@ -129,7 +129,7 @@ def test_sampled_answers_keep_their_law(target, pool, name, children):
     law = law_of_answers(target, asked.prompt_ids, 4)
     counts = dict.fromkeys(law, 0)
     ordinals = itertools.count()
-    num_runs = 500
+    num_runs = 300
     begun = session.chooser.state
     # What draws are numbered by: evidence, or for bandits steps.
     seed_of = "num_steps" if name == "exp3" else "num_windows"
