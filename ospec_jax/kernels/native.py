@@ -20,8 +20,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,8 @@ _HANDLERS = {
 _REGISTERED: set[str] = set()
 _SUFFIXES = (".cc", ".h")
 _LANES = 16
+_MAX_WAIT = 300
+"""Seconds for another process to build."""
 _FLAGS = (
     "-std=c++17",
     "-O3",
@@ -288,13 +292,18 @@ def _load(folder: Path) -> ctypes.CDLL:
     name = f"kernels-{_digest(key.encode())}"
     place = folder / "native"
 
-    # A damaged file is deleted, so that it is built anew below.
-    for library in sorted(place.glob(f"{name}-*.so")):
-        with contextlib.suppress(OSError):
-            if library.stem == f"{name}-{_digest(library.read_bytes())}":
-                return ctypes.cdll.LoadLibrary(str(library))
-            library.unlink()
+    with _alone_in(place):
+        # A damaged file is deleted, so that it is built anew below.
+        for library in sorted(place.glob(f"{name}-*.so")):
+            with contextlib.suppress(OSError):
+                if library.stem == f"{name}-{_digest(library.read_bytes())}":
+                    return ctypes.cdll.LoadLibrary(str(library))
+                library.unlink()
 
+        return _build(compiler, place, name)
+
+
+def _build(compiler: str, place: Path, name: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as building:
         built = Path(building) / "kernels.so"
         sources = [str(_FOLDER / source) for source in _SOURCES]
@@ -306,6 +315,21 @@ def _load(folder: Path) -> ctypes.CDLL:
             library = built  # what is loaded stays, also when its file is gone
 
         return ctypes.cdll.LoadLibrary(str(library))
+
+
+@contextlib.contextmanager
+def _alone_in(place: Path) -> Iterator[None]:
+    """Waits while another process builds, so that it is done once."""
+    lock = filelock.FileLock(place / "building.lock")
+    # Where nothing can be written nobody waits, and whatever is built is not kept.
+    with contextlib.suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=_MAX_WAIT)
+
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _digest(content: bytes) -> str:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """int8 products of the package's own: exact, whatever stands beside a row."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 import pytest
@@ -239,7 +242,7 @@ def test_a_damaged_library_is_built_again_not_loaded(tmp_path, monkeypatch):
     compile = native._run
     monkeypatch.setattr(native, "_run", lambda *a: (built.append(a), compile(*a))[1])
     native._load(tmp_path)
-    (library,) = (tmp_path / "native").iterdir()
+    (library,) = (tmp_path / "native").glob("*.so")
     content = library.read_bytes()
     num_runs = len(built)
     native._load(tmp_path)
@@ -250,7 +253,27 @@ def test_a_damaged_library_is_built_again_not_loaded(tmp_path, monkeypatch):
     library.write_bytes(content[: len(content) // 2])
     assert native._load(tmp_path).answer() == 42
     assert len(built) == num_runs + 3
-    assert [p.read_bytes() for p in (tmp_path / "native").iterdir()] == [content]
+    assert [p.read_bytes() for p in (tmp_path / "native").glob("*.so")] == [content]
+
+
+@pytest.mark.usefixtures("_small_library")
+def test_who_comes_while_it_is_built_waits_for_it(tmp_path, monkeypatch):
+    commands = []
+    compile = native._run
+
+    def slowly(*command):
+        commands.append(command)
+        if "--version" not in command:
+            # The others have long asked for it by then.
+            while len(commands) < 4:
+                time.sleep(0.01)
+        return compile(*command)
+
+    monkeypatch.setattr(native, "_run", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        libraries = list(pool.map(native._load, [tmp_path] * 3))
+    assert [library.answer() for library in libraries] == [42] * 3
+    assert sum("--version" not in command for command in commands) == 1
 
 
 @pytest.mark.usefixtures("_small_library")
