@@ -368,17 +368,18 @@ def import_draft(
     taps: tuple[int, ...] = (),
     check: bool = True,
 ) -> None:
-    """Turns a public EAGLE-3 head, or Hydra heads, into a checkpoint.
+    """Turns a public EAGLE-3 head, Hydra heads or a DFlash draft into a checkpoint.
 
     Args:
       src: Folder with config.json and *.safetensors; or, where torch is installed,
         *.bin (EAGLE-3) or hydra_lm_head.pt.
       out: Folder of the checkpoint.
-      target: What the head was trained for; Hydra heads cannot be read without it.
+      target: What the head was trained for; Hydra heads and DFlash drafts cannot be
+        read without it.
         Without it only an EAGLE-3 head's own files are checked.
       precision: Of the target's weights and products while the head is checked.
-      taps: Target layers whose input an EAGLE-3 head reads, if its files say it
-        wrongly.
+      taps: Target layers whose input an EAGLE-3 head or a DFlash draft reads, if its
+        files say it wrongly.
       check: Decode a few prompts, and refuse a head that is never right.
     """
     from ospec_jax.formats.importing import load_folder
