@@ -136,6 +136,12 @@ def _drawing(init: Callable) -> Callable:
 def tiny_draft(drafter, config: DraftConfig, seed: int = 0) -> Draft:
     """A random draft; its vocabulary leaves out some of the target's first tokens."""
     params = _drawing(drafter.init_params)(jax.random.key(seed))
+    if "bigram_out" in params:
+        # It is zero before training, and would bias nothing.
+        shape = params["bigram_out"]["kernel"].shape
+        rows = jax.random.normal(jax.random.key(seed), shape)
+        params = params | {"bigram_out": {"kernel": rows}}
+
     if not config.has_own_head:
         return Draft(params)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EAGLE-3 and Hydra heads as they are published, tiny, made without the package."""
+"""EAGLE-3 and Hydra heads and DFlash drafts as published, tiny, without the package."""
 
 import json
 
@@ -183,6 +183,63 @@ def hydra_config(kind="prefix-mlp", num_heads=3, num_blocks=3, **changes):
         "hydra_num_heads": num_heads,
         "hydra_num_layers": num_blocks,
         "transformers_version": "4.34.1",
+    } | changes
+
+
+def dflash_tensors(num_layers=2, seed=0):
+    """`DFlashDraftModel.state_dict()` of the reference code."""
+    rng = np.random.default_rng(seed)
+    shapes = {"fc": (D, len(TAPS) * D), "hidden_norm": (D,), "norm": (D,)}
+    for number in range(num_layers):
+        layer = f"layers.{number}."
+        shapes |= {
+            f"{layer}self_attn.q_proj": (HEADS * HEAD_DIM, D),
+            f"{layer}self_attn.k_proj": (KV_HEADS * HEAD_DIM, D),
+            f"{layer}self_attn.v_proj": (KV_HEADS * HEAD_DIM, D),
+            f"{layer}self_attn.o_proj": (D, HEADS * HEAD_DIM),
+            f"{layer}self_attn.q_norm": (HEAD_DIM,),
+            f"{layer}self_attn.k_norm": (HEAD_DIM,),
+            f"{layer}mlp.gate_proj": (INNER, D),
+            f"{layer}mlp.up_proj": (INNER, D),
+            f"{layer}mlp.down_proj": (D, INNER),
+            f"{layer}input_layernorm": (D,),
+            f"{layer}post_attention_layernorm": (D,),
+        }
+    made = {}
+    for name, shape in shapes.items():
+        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+        values = rng.normal(size=shape) * scale + (1.0 if len(shape) == 1 else 0.0)
+        made[f"{name}.weight"] = values.astype(np.float32)
+    return made
+
+
+def dflash_config(vocab_size, **changes):
+    """As in z-lab/Qwen3-8B-DFlash-b16, with the layers whose *output* is read."""
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "attention_bias": False,
+        "block_size": 4,
+        "dflash_config": {
+            "mask_token_id": vocab_size - 1,
+            "target_layer_ids": [tap - 1 for tap in TAPS],
+        },
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+        "hidden_size": D,
+        "intermediate_size": INNER,
+        "layer_types": ["full_attention"] * 2,
+        "max_position_embeddings": 2048,
+        "model_type": "qwen3",
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": KV_HEADS,
+        "num_target_layers": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": vocab_size,
     } | changes
 
 

@@ -165,7 +165,8 @@ def distill(
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
       precision: Of weights and products; auto measures which is fastest on this device.
       start: A trained draft to start from: none, shipped, shipped:NAME, or a folder;
-        it brings its own family.
+        it brings its own family, but an EAGLE-3 draft is also a start for one of
+        --family peagle.
       family: What to train; one recording serves all of them but exit, which reads the
         states of another layer.
       exit_layer: Layers before an early exit; by default a few.
@@ -176,7 +177,8 @@ def distill(
         from; that one gets more of them with a larger number.
       sliding_window: Tokens that the draft's own attention sees, when it serves as in
         training; 0 for all. By default that of the draft it starts from, else 0.
-      num_steps: Drafted tokens that training looks ahead; Hydra gets as many heads.
+      num_steps: Drafted tokens that training looks ahead; Hydra gets as many heads,
+        and dflash and peagle draft so many in one pass, at most.
       num_updates: Updates in all, those of an earlier run that it goes on with counted.
       batch_size: Windows of one update.
       learning_rate: Of Adam, at its highest.
@@ -199,6 +201,7 @@ def distill(
       recipe: A Python file with `get_config() -> dict` of other defaults for these
         flags; those that are given win.
     """
+    from ospec_jax.distill.adopting import adopted
     from ospec_jax.distill.evaluate import history_table
     from ospec_jax.distill.self_config import SelfPromptConfig
     from ospec_jax.distill.train import DistillConfig, score, train
@@ -245,6 +248,14 @@ def distill(
         exit_layer,
     )
     initial = _trained(start, loaded)
+    if initial is not None:
+        base = initial.family
+        initial = adopted(initial, family, loaded, num_steps)
+        if delta and initial.family != base:
+            raise ConfigError(
+                f"--delta keeps the difference to a draft of the same family, but "
+                f"--family {family} makes another one of {start!r}; leave out --delta"
+            )
     if initial is not None and draft_vocab_size is not None:
         check_wider(initial, draft_vocab_size)
     if sliding_window is not None:
@@ -357,17 +368,18 @@ def import_draft(
     taps: tuple[int, ...] = (),
     check: bool = True,
 ) -> None:
-    """Turns a public EAGLE-3 head, or Hydra heads, into a checkpoint.
+    """Turns a public EAGLE-3 head, Hydra heads or a DFlash draft into a checkpoint.
 
     Args:
       src: Folder with config.json and *.safetensors; or, where torch is installed,
         *.bin (EAGLE-3) or hydra_lm_head.pt.
       out: Folder of the checkpoint.
-      target: What the head was trained for; Hydra heads cannot be read without it.
+      target: What the head was trained for; Hydra heads and DFlash drafts cannot be
+        read without it.
         Without it only an EAGLE-3 head's own files are checked.
       precision: Of the target's weights and products while the head is checked.
-      taps: Target layers whose input an EAGLE-3 head reads, if its files say it
-        wrongly.
+      taps: Target layers whose input an EAGLE-3 head or a DFlash draft reads, if its
+        files say it wrongly.
       check: Decode a few prompts, and refuse a head that is never right.
     """
     from ospec_jax.formats.importing import load_folder

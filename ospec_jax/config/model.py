@@ -144,10 +144,7 @@ class HydraConfig(DraftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("depth", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
-
+        _check_at_least(self, {"depth": 1, "num_blocks": 1})
         if self.has_separate_heads and not self.has_own_head:
             raise ConfigError("separate heads have a draft vocabulary of their own")
         if self.sliding_window and not self.has_prefix:
@@ -193,6 +190,52 @@ class ExitConfig(DraftConfig):
         return ModelConfig(**shared, num_layers=self.num_layers)
 
 
+@dataclasses.dataclass(frozen=True)
+class DFlashConfig(DraftConfig):
+    """Architecture of a DFlash draft (arXiv 2602.06036).
+
+    Attributes:
+      num_layers: Of the transformer that runs over blocks.
+      block_size: Entries of the longest block, the known token in front included: one
+        less are drafted.
+      bigram_rank: Of the bias between neighbouring tokens (DSpark, arXiv 2607.05147);
+        0 for none, as published of DFlash.
+      has_qk_norm: Queries and keys are normalised by head.
+    """
+
+    num_layers: int = 2
+    block_size: int = 4
+    bigram_rank: int = 32
+    has_qk_norm: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        least = {"num_layers": 1, "block_size": 2, "bigram_rank": 0}
+        _check_at_least(self, least)
+        if self.has_own_embedding:
+            raise ConfigError(
+                "a DFlash draft reads its target's embedding; has_own_embedding is for "
+                "EAGLE heads"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PEagleConfig(DraftConfig):
+    """Architecture of a P-EAGLE draft (arXiv 2602.01469).
+
+    Attributes:
+      depth: Tokens that it can draft: the first, and one of each mask.
+      num_layers: Decoder layers: EAGLE-3's, and plain ones behind it.
+    """
+
+    depth: int = 3
+    num_layers: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_at_least(self, {"depth": 1, "num_layers": 1})
+
+
 _SIZES = (
     "vocab_size hidden_size intermediate_size num_heads num_kv_heads head_dim "
     "rope_theta rms_norm_eps"
@@ -205,6 +248,12 @@ def _check_above_zero(config: Any, names: str) -> None:
         value = getattr(config, name)
         if not 0 < value < float("inf"):  # NaN is refused, too
             raise ConfigError(f"{name} is {value}; use a finite number above 0")
+
+
+def _check_at_least(config: Any, least: dict[str, int]) -> None:
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise ConfigError(f"{name} is {getattr(config, name)}; use {value} or more")
 
 
 def _check_heads(config: "ModelConfig | DraftConfig") -> None:

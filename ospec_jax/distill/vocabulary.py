@@ -104,9 +104,17 @@ def widen(
     old_rows = np.asarray(draft.draft.params["lm_head"]["kernel"], np.float32)
     table = np.asarray(dequantized(head_table(target.params)), np.float32)
     rows = table[token_ids] @ _map_between(table[old_ids], old_rows)
-    rows[np.searchsorted(token_ids, old_ids)] = old_rows
+    places = np.searchsorted(token_ids, old_ids)
+    rows[places] = old_rows
 
     params = draft.draft.params | {"lm_head": {"kernel": jnp.asarray(rows)}}
+    if "bigram_out" in params:
+        # Nothing is known yet of what a new token follows.
+        known = np.asarray(params["bigram_out"]["kernel"], np.float32)
+        bias = np.zeros((size, known.shape[1]), np.float32)
+        bias[places] = known
+        params["bigram_out"] = {"kernel": jnp.asarray(bias)}
+
     config = dataclasses.replace(config, draft_vocab_size=size)
     return dataclasses.replace(
         draft,

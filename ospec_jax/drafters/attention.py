@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ospec_jax.config import DraftConfig
 from ospec_jax.models import cache as kv
@@ -111,3 +112,33 @@ def attend_unrolled(q, k, v, own_keys, own_values, is_seen):
         out = out + share * own[:, :, :, None, :]
 
     return out.reshape(b, t, heads * e)
+
+
+def attend_blocks(queries, own, context, is_seen, is_causal: bool = False):
+    """Attention of blocks to the context that each sees, and each within itself.
+
+    Args:
+      queries: `[b, t * n, heads, e]` of `t` blocks of `n` entries.
+      own: Keys and values of the same entries, `[b, t * n, h, e]`.
+      context: Keys and values of the context, `[b, s, h, e]`.
+      is_seen: `[b, t, n, s]`.
+      is_causal: An entry sees those of its block up to itself; else all of them.
+    """
+    b, _, h, e = own[0].shape
+    _, t, n, s = is_seen.shape
+    heads = queries.shape[2]
+    q = queries.reshape(b, t, n, h, heads // h, e) * e**-0.5
+    own_k, own_v = (x.reshape(b, t, n, h, e) for x in own)
+    k, v = context
+
+    scores = jnp.einsum("btnhge,bshe->bhgtns", q, k)
+    scores = jnp.where(is_seen[:, None, None], scores, -1e30)
+    within = jnp.einsum("btnhge,btmhe->bhgtnm", q, own_k)
+    if is_causal:
+        within = jnp.where(np.tri(n, dtype=bool), within, -1e30)
+
+    weights = jax.nn.softmax(jnp.concatenate([scores, within], axis=-1), axis=-1)
+    out = jnp.einsum("bhgtns,bshe->btnhge", weights[..., :s], v)
+    out = out + jnp.einsum("bhgtnm,btmhe->btnhge", weights[..., s:], own_v)
+
+    return out.reshape(b, t * n, heads * e)

@@ -108,6 +108,9 @@ class Family(NamedTuple):
       ngrams: Whether n-grams suggest tokens to it: where that is `wanted`, or `always`
         or `never`, whatever is wanted.
       memory_orders: Lengths of the n-grams that its memory holds.
+      adopts: Family whose trained drafts are a start for one of this; "" for none.
+      adopt: `(config, params, embedding [v, d], num_steps) -> (config, params)` of a
+        draft for `num_steps` tokens from one of the family that it adopts.
     """
 
     name: str
@@ -122,6 +125,8 @@ class Family(NamedTuple):
     feature_weight: float = 0.0
     ngrams: Literal["wanted", "always", "never"] = "wanted"
     memory_orders: tuple[int, ...] = (2, 3)
+    adopts: str = ""
+    adopt: Callable[[Any, Any, Any, int], tuple[DraftConfig, Any]] | None = None
 
     @property
     def is_trained(self) -> bool:

@@ -39,7 +39,7 @@ from ospec_jax.drafters.base import (
     training_head,
 )
 from ospec_jax.drafters.growth import Nodes, grow, num_scratch
-from ospec_jax.drafters.starts import last_layer, passing
+from ospec_jax.drafters.starts import decoder_layer, last_layer, passing
 from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.kernels import native
 from ospec_jax.models import cache as kv
@@ -237,7 +237,7 @@ class EagleHead(nn.Module):
           For each depth j, `[b, t - num_context, q]` logits of token i + 2 + j, and
           the outputs that they were made of.
         """
-        _check_window(self.config, num_steps)
+        check_window(self.config, num_steps)
         sliding_window = self.config.sliding_window
         # Pairs that lie in front of every trained pair's window cost nothing.
         unseen = num_unseen(num_context, sliding_window)
@@ -318,7 +318,7 @@ def _eagle(
     numerics: Numerics | None,
     stop_fn: StopFn | None,
 ) -> Drafter:
-    _check_window(config, tree.num_steps)
+    check_window(config, tree.num_steps)
     numerics = numerics or Numerics()
     module = EagleHead(config, numerics, version)
     # Training is in float32, and of whole windows, whose rows may depend on each other.
@@ -529,7 +529,7 @@ def _eagle(
     )
 
 
-def _check_window(config: DraftConfig, num_steps: int) -> None:
+def check_window(config: DraftConfig, num_steps: int) -> None:
     """Refuses drafts whose last token would not see the path to it."""
     if 0 < config.sliding_window < num_steps:
         raise ConfigError(
@@ -556,12 +556,13 @@ def _eagle3_config(
     return DraftConfig(**shape_of(model), taps=taps, draft_vocab_size=draft_vocab_size)
 
 
-def _start_eagle3(params, target) -> dict:
-    """The newest tap passes through the target's last layer.
+def start_eagle3(params, target, number: int = -1) -> dict:
+    """The newest tap passes through one of the target's layers, by default the last.
 
     That layer reads features where it read its residual stream.
     """
-    layer = last_layer(target)
+    layer = decoder_layer(target, number % target.config.num_layers)
+    layer["norm"] = target.params["norm"]
     fused = params["fc"]["kernel"]
     qkv = layer["qkv_proj"]["kernel"]
     small = 0.01 * jax.random.normal(jax.random.key(0), qkv.shape)
@@ -598,7 +599,7 @@ EAGLE3 = Family(
     build=eagle3,
     config=DraftConfig,
     default_config=_eagle3_config,
-    warm_start=_start_eagle3,
+    warm_start=start_eagle3,
     reads_taps=True,
 )
 

@@ -8,11 +8,13 @@ from typing import Any
 from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
 from ospec_jax.drafters.base import Drafter, Family
 from ospec_jax.drafters.combine import combine, inner_tree
+from ospec_jax.drafters.dflash import DFLASH
 from ospec_jax.drafters.eagle import EAGLE1, EAGLE3
 from ospec_jax.drafters.early_exit import EXIT
 from ospec_jax.drafters.hints import PREDICTION, hinted_chain
 from ospec_jax.drafters.hydra import HYDRA
 from ospec_jax.drafters.ngram import NGRAM, SUFFIX, with_ngrams
+from ospec_jax.drafters.peagle import PEAGLE
 from ospec_jax.drafters.pool import POOL, PoolConfig
 from ospec_jax.drafters.self_draft import SELF
 from ospec_jax.drafters.small_lm import MODEL
@@ -26,6 +28,8 @@ FAMILIES: dict[str, Family] = {
         EAGLE3,
         EAGLE1,
         HYDRA,
+        DFLASH,
+        PEAGLE,
         EXIT,
         MODEL,
         SELF,

@@ -39,15 +39,20 @@ def start_warm(family: Family, params: dict, target: Target, token_ids) -> dict:
 
 def last_layer(target: Target) -> dict:
     """The target's last decoder layer and final norm, kernels in float32."""
-    last = target.params[f"layers_{target.config.num_layers - 1}"]
+    layer = decoder_layer(target, target.config.num_layers - 1)
+    return layer | {"norm": target.params["norm"]}
+
+
+def decoder_layer(target: Target, number: int) -> dict:
+    """One of the target's decoder layers, kernels in float32."""
+    layer = target.params[f"layers_{number}"]
     wide = lambda table: {"kernel": dequantized(table)}
     return {
-        "input_layernorm": last["input_layernorm"],
-        "qkv_proj": wide(last["self_attn"]["qkv_proj"]),
-        "o_proj": wide(last["self_attn"]["o_proj"]),
-        "mlp": {name: wide(table) for name, table in last["mlp"].items()},
-        "post_attention_layernorm": last["post_attention_layernorm"],
-        "norm": target.params["norm"],
+        "input_layernorm": layer["input_layernorm"],
+        "qkv_proj": wide(layer["self_attn"]["qkv_proj"]),
+        "o_proj": wide(layer["self_attn"]["o_proj"]),
+        "mlp": {name: wide(table) for name, table in layer["mlp"].items()},
+        "post_attention_layernorm": layer["post_attention_layernorm"],
     }
 
 

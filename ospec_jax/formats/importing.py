@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ospec_jax.config import ConfigError
 from ospec_jax.drafters.base import dequantized
-from ospec_jax.formats import eagle3, hydra
+from ospec_jax.formats import dflash, eagle3, hydra
 from ospec_jax.formats.tensors import read_config
 from ospec_jax.models.hub import Target
 from ospec_jax.models.llama import embedding_table
@@ -27,7 +27,7 @@ def is_public_folder(folder: Path) -> bool:
 def load_folder(
     folder: Path, target: Target | None, taps: tuple[int, ...] | None = None
 ) -> tuple[Draft, Meta]:
-    """Reads a public EAGLE-3 head, or public Hydra heads, for a target.
+    """Reads a public EAGLE-3 head, Hydra heads or a DFlash draft, for a target.
 
     Args:
       target: Checked against; None leaves that to whoever loads the draft later.
@@ -38,8 +38,11 @@ def load_folder(
       ConfigError: Its architecture is not supported.
       WeightsError: Tensors are missing, surplus or of the wrong shape.
     """
-    if hydra.is_config(read_config(folder)):
+    raw = read_config(folder)
+    if hydra.is_config(raw):
         return _load_hydra(folder, target, taps)
+    if dflash.is_config(raw):
+        return _load_dflash(folder, target, taps)
 
     found = eagle3.read(folder, target.config.num_layers if target else None, taps)
     facts = {"imported_from": folder.name, "format": found.layout, "dtype": found.dtype}
@@ -93,6 +96,21 @@ def _load_hydra(folder: Path, target: Target | None, taps) -> tuple[Draft, Meta]
         facts["verifier"] = found.verifier
 
     return found.draft, Meta.create(target, found.config, "hydra", card=facts)
+
+
+def _load_dflash(folder: Path, target: Target | None, taps) -> tuple[Draft, Meta]:
+    if target is None:
+        raise ConfigError(
+            f"{folder} holds a DFlash draft, whose mask is a token of its target; pass "
+            f"--target"
+        )
+
+    found = dflash.read(folder, target, taps)
+    facts = {"imported_from": folder.name, "format": "dflash", "dtype": found.dtype}
+    meta = Meta.create(target, found.config, "dflash", card=facts)
+    meta.check(target)
+
+    return found.draft, meta
 
 
 def _is_narrow(found: eagle3.Imported) -> bool:

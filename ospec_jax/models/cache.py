@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ospec_jax.typing import struct, typed
 
-_MASKED = -1e30
+MASKED = -1e30
 """Added to the scores of unattended slots: `exp` of it is exactly zero."""
 
 
@@ -181,7 +181,7 @@ def causal_bias(
     # Token i of a row sees slots up to its own, `starts + i`.
     slots = jnp.arange(capacity)
     last = starts[:, None] + jnp.arange(num_tokens)
-    return jnp.where(slots <= last[:, :, None], 0.0, _MASKED)
+    return jnp.where(slots <= last[:, :, None], 0.0, MASKED)
 
 
 @typed
@@ -200,7 +200,7 @@ def within_window(
         return bias
 
     slots = jnp.arange(bias.shape[-1])
-    return jnp.where(slots > positions[..., None] - window, bias, _MASKED)
+    return jnp.where(slots > positions[..., None] - window, bias, MASKED)
 
 
 @typed
@@ -220,4 +220,4 @@ def tree_bias(
     pick = lambda mask, columns: mask[:, columns]
     is_ancestor = jax.vmap(pick)(ancestor_mask, index) & (offset < num_nodes)[:, None]
 
-    return jnp.where((offset < 0)[:, None] | is_ancestor, 0.0, _MASKED)
+    return jnp.where((offset < 0)[:, None] | is_ancestor, 0.0, MASKED)

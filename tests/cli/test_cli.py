@@ -225,6 +225,24 @@ def test_experts_are_kept_as_differences(ospec, tmp_path, capsys):
     assert ospec.run("export", tmp_path / "expert", "--out", tmp_path / "public") == 0
 
 
+def test_a_parallel_draft_begins_with_an_eagle3_one(ospec, tmp_path, capsys):
+    args = (
+        "distill", "--prompts", ospec.prompts, "--data", ospec.folder / "run" / "data",
+        "--num-updates", 1, "--batch-size", 1, "--collect-batch-size", 2,
+        "--num-steps", 4, "--out", tmp_path, "--family", "peagle",
+        "--from", ospec.draft,
+    )  # fmt: skip
+    assert ospec(*args, "--ship", tmp_path / "expert", "--delta", 2) == 2
+    assert "leave out --delta" in " ".join(capsys.readouterr().err.split())
+    assert ospec(*args) == 0
+    meta = checkpoint.load(tmp_path / "draft").meta
+    assert (meta.family, meta.draft.depth, meta.draft.num_layers) == ("peagle", 4, 1)
+    prompt = ("--prompt", "Hello there")
+    drafted = ospec.json("generate", *prompt, "--draft", tmp_path / "draft")
+    plain = ospec.json("generate", *prompt, "--draft", "none")
+    assert drafted["token_ids"] == plain["token_ids"]
+
+
 def test_learn_resumes_where_it_stopped(ospec, tmp_path):
     few = ospec.write_prompts("few", ospec.rows[:5])
     args = ("--draft", ospec.draft, "--update-interval", 30, "--checkpoint", tmp_path)

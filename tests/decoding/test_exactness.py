@@ -121,7 +121,7 @@ def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
 
 
 @pytest.mark.crossed
-@pytest.mark.parametrize("family", ["eagle1", "hydra", "exit"])
+@pytest.mark.parametrize("family", ["eagle1", "hydra", "exit", "dflash", "peagle"])
 @pytest.mark.parametrize("name", ["chain-5", "dynamic", "chain-sampled"])
 def test_every_trained_family_drafts_exactly(target, plain, name, family):
     engine, draft = engine_for(target, TREES[name], family=family)
@@ -137,7 +137,7 @@ def test_every_trained_family_drafts_exactly(target, plain, name, family):
 
 
 @pytest.mark.crossed
-@pytest.mark.parametrize("family", ["eagle3", "hydra"])
+@pytest.mark.parametrize("family", ["eagle3", "hydra", "dflash", "peagle"])
 @pytest.mark.parametrize("name", ["chain-5", "dynamic", "static-drawn"])
 def test_a_sliding_window_drafts_exactly(target, plain, name, family):
     """Rows of a batch, too, whose windows begin at other slots than each other's."""

@@ -50,6 +50,8 @@ def members(target):
         head(target, "exit"),
         dataclasses.replace(head(target, "eagle1", seed=1), **fallback),
         LoadedDraft(drawn, Meta.create(target, None, "model"), model=small),
+        head(target, "dflash"),
+        head(target, "peagle"),
     ]
 
 
@@ -91,7 +93,7 @@ def judged_by(number, target, members, tree, ngrams, temperature, prompts=PROMPT
 
 @pytest.mark.crossed
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(8))
 def test_who_drafts_is_judged_as_it_was_accepted(target, members, number, temperature):
     """A chain of one: the first emitted token was drafted, or was not."""
     chain = TreeConfig(num_steps=1)

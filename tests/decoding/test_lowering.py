@@ -57,7 +57,7 @@ def test_all_functions_lower_for_tpu_and_cuda(tmp_path, tree, precision):
         assert 0 < largest_constant(exported) < 1000
 
 
-@pytest.mark.parametrize("family", ["eagle1", "hydra", "exit"])
+@pytest.mark.parametrize("family", ["eagle1", "hydra", "exit", "dflash", "peagle"])
 def test_other_families_lower_too(family):
     model = tiny_model_config(64)
     draft = tiny_draft_config(model, family=family)

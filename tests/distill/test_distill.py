@@ -199,7 +199,7 @@ def test_a_window_is_trained_behind_all_that_it_sees(
     assert meta.card["config"]["num_context"] == 90
 
 
-@pytest.mark.parametrize("family", ["eagle1", "hydra", "exit"])
+@pytest.mark.parametrize("family", ["eagle1", "hydra", "exit", "dflash", "peagle"])
 def test_every_family_is_trained(target, folder, prompts, family, tmp_path):
     """They train, resume bitwise, and load as what they are."""
     eagle3_folder = folder
@@ -235,7 +235,8 @@ def test_drafts_start_from_the_targets_last_layer(target, family):
     drafter = build_drafter(family, config, TreeConfig(num_steps=1))
     params = drafter.init_params(jax.random.key(0))
     started = start_warm(FAMILIES[family], params, target, ids)
-    layer = started["prefix"] if family == "hydra" else started
+    places = {"hydra": "prefix", "dflash": "layers_1", "peagle": "further_0"}
+    layer = started[places[family]] if family in places else started
     last = target.params[f"layers_{target.config.num_layers - 1}"]
     kernel = layer["mlp"]["down_proj"]["kernel"]
     np.testing.assert_array_equal(kernel, last["mlp"]["down_proj"]["kernel"])

@@ -66,7 +66,7 @@ def test_frequent_tokens(store, count, kept, expected):
     assert found.tolist() == expected
 
 
-@pytest.mark.parametrize("family", ["eagle3", "hydra"])
+@pytest.mark.parametrize("family", ["eagle3", "hydra", "dflash", "peagle"])
 def test_old_tokens_keep_their_rows_and_new_ones_are_the_most_frequent(
     target, store, family
 ):
@@ -89,8 +89,16 @@ def test_old_tokens_keep_their_rows_and_new_ones_are_the_most_frequent(
     after = row_of(wider.draft)
     for token, row in before.items():
         np.testing.assert_array_equal(after[token], row)
-    others = lambda d: {k: v for k, v in d.params.items() if k != "lm_head"}
+    tables = ("lm_head", "bigram_out")
+    others = lambda d: {k: v for k, v in d.params.items() if k not in tables}
     assert others(wider.draft) == others(draft.draft)
+    if family == "dflash":  # of a new token nobody knows what it follows
+        bias = np.asarray(wider.draft.params["bigram_out"]["kernel"])
+        is_old = np.isin(ids, old_ids)
+        known = draft.draft.params["bigram_out"]["kernel"]
+        np.testing.assert_array_equal(bias[is_old], known)
+        assert np.any(bias[is_old])
+        assert not np.any(bias[~is_old])
 
 
 def test_new_rows_are_mapped_as_the_old_ones_were(target, store):

@@ -46,6 +46,8 @@ def text(config, seed=0):
 
 
 def made(family, tree, **changes):
+    if family == "peagle":  # a second layer sees a window behind the first one's
+        changes = {"num_layers": 1} | changes
     config = tiny_draft_config(MODEL, 12, family, **changes)
     drafter = build_drafter(family, config, tree)
     return drafter, config, tiny_draft(drafter, config)
@@ -91,7 +93,7 @@ def assert_same(first, second):
 
 
 @pytest.mark.crossed
-@pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra"])
+@pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra", "dflash", "peagle"])
 @pytest.mark.parametrize("name", list(TREES))
 def test_nothing_before_the_window_matters(shared, family, name):
     """Nor for a single bit: the last W pairs alone decide, at their positions."""
@@ -99,7 +101,8 @@ def test_nothing_before_the_window_matters(shared, family, name):
     tokens, taps = text(config)
     others, other_taps = text(config, seed=1)
     root = 20
-    first = root - WINDOW  # the oldest pair that the newest one sees
+    # The oldest pair that the newest one sees; a block's root is one of those seen.
+    first = root - WINDOW + (family == "dflash")
     replaced = taps.copy()
     replaced[:, :first] = 100 * other_taps[:, :first]
     renamed = tokens.copy()
@@ -107,12 +110,12 @@ def test_nothing_before_the_window_matters(shared, family, name):
     found = drafted(drafter, draft, shared, tokens, taps, root)
     assert_same(found, drafted(drafter, draft, shared, renamed, replaced, root))
     replaced[:, first] = other_taps[:, first]
-    context, _ = drafted(drafter, draft, shared, renamed, replaced, root)
-    assert not np.array_equal(context.logits, found[0].logits)
+    _, tree = drafted(drafter, draft, shared, renamed, replaced, root)
+    assert not np.array_equal(tree.log_probs, found[1].log_probs)
 
 
 @pytest.mark.crossed
-@pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra"])
+@pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra", "dflash", "peagle"])
 @pytest.mark.parametrize("name", list(TREES))
 def test_a_window_as_long_as_the_text_changes_nothing(shared, family, name):
     drafter, config, draft = made(family, TREES[name])
@@ -121,11 +124,11 @@ def test_a_window_as_long_as_the_text_changes_nothing(shared, family, name):
     args = draft, shared, tokens, taps, 20
     assert_same(drafted(drafter, *args), drafted(windowed, *args))
     short, *_ = made(family, TREES[name], sliding_window=19)
-    context, _ = drafted(short, *args)
-    assert not np.array_equal(context.logits, drafted(drafter, *args)[0].logits)
+    _, tree = drafted(short, *args)
+    assert not np.array_equal(tree.log_probs, drafted(drafter, *args)[1].log_probs)
 
 
-@pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra"])
+@pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra", "dflash", "peagle"])
 def test_training_does_not_look_beyond_the_window(shared, family):
     """What is trained is decided by the window behind it; more context is not read."""
     drafter, config, draft = made(family, TREES["chain"], sliding_window=WINDOW)
@@ -137,7 +140,8 @@ def test_training_does_not_look_beyond_the_window(shared, family):
     replaced[:, : num_context - WINDOW + 1] = 7.0
     again = unrolled(*args, tokens, replaced, num_context)
     assert_same(found, again)
-    whole = made(family, TREES["chain"], sliding_window=LENGTH)[0]
+    # A block's last mask stands behind the text's last token.
+    whole = made(family, TREES["chain"], sliding_window=LENGTH + 1)[0]
     every = unrolled(whole, *args[1:], tokens, taps, num_context)
     assert not np.array_equal(found[0], every[0])
     plain = made(family, TREES["chain"])[0]

@@ -149,7 +149,7 @@ def make_segments(shared) -> Segments:
 CASES = [("eagle3", name, make) for name, make in LEARNERS]
 CASES += [
     (family, name, make)
-    for family in ("eagle1", "hydra")
+    for family in ("eagle1", "hydra", "dflash", "peagle")
     for name, make in LEARNERS
     if name in ("gradient", "ensemble")
 ]

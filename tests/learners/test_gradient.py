@@ -96,7 +96,7 @@ def test_loss_falls_on_a_fixed_segment(learner, drafted, segments, shared):
     assert np.all(after.acceptance > first.acceptance)
 
 
-@pytest.mark.parametrize("family", ["eagle1", "hydra"])
+@pytest.mark.parametrize("family", ["eagle1", "hydra", "dflash", "peagle"])
 def test_other_families_learn_and_rest_without_signal(family, segments, shared):
     drafter, draft = make_draft(family)
     learner = built(drafter, optax.adamw(3e-3, weight_decay=1e-2))

@@ -81,7 +81,12 @@ def histograms(answers):
 
 @pytest.mark.parametrize(
     ("family", "promoted"),
-    [("eagle3", "always"), ("hydra", "guarded")],
+    [
+        ("eagle3", "always"),
+        ("hydra", "guarded"),
+        ("dflash", "always"),
+        ("peagle", "always"),
+    ],
 )
 def test_replay_equals_the_engine(target, folder, family, promoted, monkeypatch):
     """Per request and step; learner and served draft at the end, too."""

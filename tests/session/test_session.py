@@ -338,7 +338,7 @@ def test_learning_raises_acceptance_on_repeated_traffic(target, draft):
     assert accepted(results[-6:]) > 2 * accepted(results[:6])
 
 
-@pytest.mark.parametrize("family", ["eagle1", "hydra"])
+@pytest.mark.parametrize("family", ["eagle1", "hydra", "dflash", "peagle"])
 def test_every_trained_family_learns_while_serving(target, plain, family, tmp_path):
     config = tiny_draft_config(target.config, 200, family)
     drafter = build_drafter(family, config, Tree(num_steps=1))

@@ -24,7 +24,7 @@ def target():
     return tiny_target()
 
 
-@pytest.fixture(scope="module", params=["eagle3", "hydra"])
+@pytest.fixture(scope="module", params=["eagle3", "hydra", "dflash", "peagle"])
 def made(request, target):
     """A draft, its record, and parameters that differ from its own by rank 4."""
     config = tiny_draft_config(target.config, 40, request.param)
