@@ -396,6 +396,16 @@ def run_greedy_oracle(cycles: Cycles) -> Score:
     return _walk("oracle, cycle by cycle", cycles, table, emitted, chosen)
 
 
+def run_choices(cycles: Cycles, choice: Choice, name: str) -> Score:
+    """Replays choices that were made for every position, `[n]`."""
+    table = _tables(cycles)
+    emitted = np.minimum(table.accepted + 1, table.left[:, None, None])
+    num_sizes = cycles.rows.shape[1]
+    chosen = np.asarray(choice.depth) * num_sizes + np.asarray(choice.size)
+
+    return _walk(name, cycles, table, emitted, chosen)
+
+
 def _walk(name: str, cycles: Cycles, table: _Tables, emitted, chosen) -> Score:
     """Follows choices, by number over depths and sizes, from position to position."""
     rows = np.asarray(cycles.rows)
