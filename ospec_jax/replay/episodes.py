@@ -8,13 +8,16 @@ one has ended. The other policy is a part of the world, and stays as it is.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ospec_jax.config import ConfigError
+from ospec_jax.control.ltd import Drafting as DraftingKind
+from ospec_jax.control.ltd import Reward
 from ospec_jax.control.policy import (
     CONTINUE,
     Policies,
@@ -35,9 +38,6 @@ from ospec_jax.replay.cycles import (
     verify,
 )
 from ospec_jax.typing import struct
-
-Reward = Literal["speed", "length", "time", "surplus"]
-"""What a cycle is paid; see `paid`."""
 
 
 @struct
@@ -69,7 +69,9 @@ class Drafting:
 
 def shape_of(cycles: Cycles) -> PolicyShape:
     """What policies for a trace are for."""
-    return PolicyShape(cycles.topk, cycles.depth, tuple(map(int, cycles.sizes)))
+    return PolicyShape(
+        cycles.topk, cycles.depth, tuple(np.asarray(cycles.sizes).tolist())
+    )
 
 
 def paid(
@@ -144,7 +146,7 @@ def depth_env(shape: PolicyShape, reward: Reward = "speed") -> Env:
 def size_env(
     shape: PolicyShape,
     reward: Reward = "speed",
-    drafting: Literal["random", "deepest", "policy"] = "random",
+    drafting: DraftingKind = "random",
 ) -> Env:
     """Episodes of the policy for the size.
 

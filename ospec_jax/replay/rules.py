@@ -436,9 +436,12 @@ _THRESHOLDS: dict[str, tuple[Callable[[float], StopFn], tuple[float, ...]]] = {
 
 
 def compare(
-    training: Cycles, held_out: Cycles, topk: int
+    training: Cycles, held_out: Cycles, topk: int, more: Sequence[Score] = ()
 ) -> tuple[list[Score], dict[str, str]]:
     """All rules on held-out answers; what they have to be told is set on others.
+
+    Args:
+      more: Scores of what was taught elsewhere, for the same list.
 
     Returns:
       Scores, and for each rule with settings what was chosen on the training answers.
@@ -472,6 +475,7 @@ def compare(
     found += [
         run_rule(held_out, plain),
         run_rule(held_out, marginal_rule(most)),
+        *more,
         run_greedy_oracle(held_out),
         run_oracle(held_out),
     ]
