@@ -264,9 +264,11 @@ def begin(
     reset = jax.vmap(env.reset, in_axes=(None, 0))
     envs, seen = reset(world, jax.random.split(key_envs, config.num_envs))
 
+    # Optax knows of pytrees, its types only of some.
+    params: Any = networks
     return Learning(
         networks=networks,
-        optimizer=build_optimizer(config).init(networks),
+        optimizer=build_optimizer(config).init(params),
         envs=envs,
         seen=seen,
         key=key,
@@ -278,13 +280,13 @@ def build_optimizer(config: PpoConfig) -> optax.GradientTransformation:
     """Adam on clipped gradients, at a rate that rises and falls."""
     total = config.num_gradients
     rising = round(config.warm_up * total)
-    rate: Any = config.learning_rate
+    highest = config.learning_rate
+    rate = optax.schedules.constant_schedule(highest)
     if config.has_decay:
-        rate = optax.schedules.linear_schedule(rate, 0.0, total - rising)
+        rate = optax.schedules.linear_schedule(highest, 0.0, total - rising)
     if rising:
-        rise = optax.schedules.linear_schedule(0.0, config.learning_rate, rising)
-        rest = rate if callable(rate) else optax.schedules.constant_schedule(rate)
-        rate = optax.schedules.join_schedules([rise, rest], [rising])
+        rise = optax.schedules.linear_schedule(0.0, highest, rising)
+        rate = optax.schedules.join_schedules([rise, rate], [rising])
 
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm), optax.adam(rate, eps=1e-5)
