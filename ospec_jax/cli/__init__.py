@@ -14,7 +14,7 @@ import ospec_jax
 from ospec_jax.atomic import InUseError
 from ospec_jax.cli.answer import generate, learn
 from ospec_jax.cli.helping import summary_of, with_plain_help
-from ospec_jax.cli.how_much import rules
+from ospec_jax.cli.how_much import rules, train_control
 from ospec_jax.cli.make import (
     distill,
     export_draft,
@@ -64,6 +64,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "record": record,
     "replay": replay,
     "rules": rules,
+    "train-control": train_control,
     "telemetry": telemetry,
     "import": import_draft,
     "export": export_draft,
@@ -84,6 +85,7 @@ EXAMPLES = {
     "record": "ospec record --prompts FILE.jsonl --out recording",
     "replay": "ospec replay recording --learners static,gradient,head --plot race.png",
     "rules": "ospec rules recording --trees 4,6,16",
+    "train-control": "ospec train-control recording --trees 4,6,16 --out my-policies",
     "telemetry": "ospec telemetry FILE.jsonl --plot learning.png",
     "import": "ospec import HEAD --target smollm2-135m --out my-draft",
     "export": "ospec export my-draft --out head --format speculators",

@@ -2,6 +2,7 @@
 """Arguments and output that several commands share."""
 
 import dataclasses
+import functools
 import json
 import runpy
 import traceback
@@ -22,12 +23,15 @@ from ospec_jax.config import (
     whole_number,
 )
 from ospec_jax.control.base import Action
+from ospec_jax.control.policy import Policies
 from ospec_jax.control.selectors import build_selector
+from ospec_jax.drafters.stopping import taught
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.loading import LoadedDraft, check_draft, load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import Session
+from ospec_jax.storage.policies import load_policies
 
 Own = tyro.conf.arg(prefix_name=False)
 """Of a flag in a group: its name is not that of the group and its own."""
@@ -95,7 +99,9 @@ class DraftingFlags:
       num_speculative_tokens: Depth of the draft, K, by default 3; 0 decodes plainly;
         auto is short for --controller auto.
       controller: What each step drafts: fixed, always the tree, which is the default;
-        auto, a chain of the depth that pays.
+        auto, a chain of the depth that pays; ltd:DIR, trees that grow as policies of
+        `ospec train-control` say, with as many nodes as the best fixed choice has, or
+        as --tree dynamic:TOPK,NUM_TOKENS says.
       select: Which member of a pool drafts, for --draft pool:A+B: normalhedge,
         adanormalhedge, hedge, share, leader, which judge every member by every token;
         ucb, exp3, thompson, epsilon, which hear of the one that drafted; fixed:N.
@@ -118,7 +124,7 @@ class DraftingFlags:
     """
 
     num_speculative_tokens: Annotated[int | Literal["auto"] | None, OwnEmpty] = None
-    controller: Annotated[Literal["fixed", "auto"] | None, OwnEmpty] = None
+    controller: Annotated[str | None, OwnEmpty] = None
     select: Annotated[str | None, OwnEmpty] = None
     judge_every: Annotated[int, Own] = 8
     tree: Annotated[str, Own] = "chain"
@@ -169,6 +175,17 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
           ConfigError: The flags contradict each other.
         """
         asked = self.num_speculative_tokens
+        if self.controller not in (None, "fixed", "auto") and not self.policies:
+            raise ConfigError(
+                f"unknown controller {self.controller!r}; use fixed, auto or ltd:DIR"
+            )
+        if self.policies and asked is None:
+            return self.policies.shape.depth
+        if self.policies and asked == "auto":
+            raise ConfigError(
+                f"--controller {self.controller} contradicts --num-speculative-tokens "
+                f"auto; leave one of the two out"
+            )
         if self.controller == "fixed" and asked == "auto":
             raise ConfigError(
                 "--controller fixed contradicts --num-speculative-tokens auto; give a "
@@ -184,14 +201,29 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
 
         return 3 if asked is None else asked
 
+    @functools.cached_property
+    def policies(self) -> Policies | None:
+        """What `--controller ltd:DIR` names; None for another controller.
+
+        Raises:
+          ConfigError: There are none, or they are damaged.
+        """
+        kind, _, folder = (self.controller or "").partition(":")
+        return load_policies(Path(folder))[0] if kind == "ltd" else None
+
     @property
     def tree_config(self) -> TreeConfig:
         """How much is drafted."""
         if self.draft == "none":
             return TreeConfig(num_steps=0)
 
+        tree = self.tree
+        if self.policies and tree == "chain" and self.policies.shape.topk > 1:
+            nodes = self.policies.shape.sizes[self.policies.fixed_size]
+            tree = f"dynamic:{self.policies.shape.topk},{nodes}"
+
         return parse_tree(
-            self.tree,
+            tree,
             self.depth,
             self.draft_sample_method,
             self.min_path_probability,
@@ -256,6 +288,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
             num_predicted_tokens=self.num_predicted_tokens,
             controller=self.select,
             judge_every=self.judge_every,
+            stop_fn=taught(self.policies) if self.policies else None,
         )
 
 

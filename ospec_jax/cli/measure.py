@@ -101,6 +101,12 @@ def bench(
             "leave one of the two out"
         )
 
+    if decoding.policies:
+        raise ConfigError(
+            f"--controller {decoding.controller} decodes with `ospec generate` and "
+            f"`ospec learn`, and is compared by `ospec rules --policies`; leave it out"
+        )
+
     modes = modes or ("autoregressive" if drafts else ",".join(MODES))
     rows = _asked(prompts, spec_bench, num_prompts, shuffle)
     config = BenchConfig(

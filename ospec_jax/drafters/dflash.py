@@ -374,7 +374,7 @@ def dflash(
             hints,
             stop_fn,
             add_bias=functools.partial(biased, draft),
-            is_row_invariant=numerics.is_row_invariant,
+            numerics=numerics,
         )
 
     def retrace(

@@ -327,6 +327,7 @@ def _begin(plan: _Plan, cache) -> _Growth:
         pool.scores,
         num_kept=tree.num_nodes - 1,
         node_depths=_depths_of_places(tree),
+        context=plan.roots.position,
     )
     stopped = is_stopped(plan.rules, progress)
 
@@ -391,6 +392,7 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
         pool.scores,
         num_kept,
         _depths_of_places(plan.tree),
+        plan.roots.position,
     )
     stopped = growth.is_stopped | is_stopped(plan.rules, progress)
 

@@ -30,7 +30,7 @@ def grow_marginals(
     stop_fn: StopFn | None = None,
     *,
     add_bias: Callable | None = None,
-    is_row_invariant: bool = False,
+    numerics: Numerics,
 ) -> tuple[DraftTree, Any]:
     """Drafts a tree under every root from the logits of each depth.
 
@@ -65,5 +65,5 @@ def grow_marginals(
         token_ids,
         hints,
         stop_fn,
-        is_row_invariant=is_row_invariant,
+        numerics=numerics,
     )

@@ -413,7 +413,7 @@ def peagle(
             draft.token_ids,
             hints,
             stop_fn,
-            is_row_invariant=numerics.is_row_invariant,
+            numerics=numerics,
         )
 
     def unroll_outputs(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.control import marginal
+from ospec_jax.control.policy import Policies, newest_of
 
 
 class Progress(NamedTuple):
@@ -39,6 +40,8 @@ class Progress(NamedTuple):
       scores_before: Likewise, without the newest; None at the first depth.
       num_kept: Nodes that are verified in the end, the root left out.
       node_depths: `[p]` depth of the node at each place of `scores`, likewise.
+      context: `[b]` tokens in the target's cache. None where a rule is asked on record
+        or of chains of suggestions.
     """
 
     depth: int | Int[Array, ""]
@@ -48,6 +51,7 @@ class Progress(NamedTuple):
     scores_before: Float[Array, "b p"] | None = None
     num_kept: int = 0
     node_depths: Int[Array, " p"] | None = None
+    context: Int[Array, " b"] | None = None
 
     @property
     def entropies(self) -> Float[Array, "b u"]:
@@ -117,6 +121,43 @@ def above_entropy(most: float) -> StopFn:
       most: Of that root, at the most probable node that was expanded.
     """
     return lambda progress: jnp.sqrt(progress.entropies[:, 0]) > most
+
+
+def taught(policies: Policies) -> StopFn:
+    """Stops rows as a policy says that was taught (LTD, arXiv 2603.01639).
+
+    It is part of the compiled step. Of policies that were taught for another draft, or
+    on another machine, only the speed suffers.
+
+    Args:
+      policies: From `storage.policies.load_policies`; only that for the depth is asked.
+    """
+    shape = policies.shape
+
+    def rule(progress: Progress) -> Bool[Array, " b"]:
+        if progress.scores is None or progress.context is None:
+            raise ConfigError(
+                "this depth rule sees all nodes of a tree, which chains of suggestions "
+                "do not show; give it to a drafter that has logits"
+            )
+        if progress.log_probs.shape[-1] != shape.topk:
+            raise ConfigError(
+                f"the policies are for trees of width {shape.topk}, not "
+                f"{progress.log_probs.shape[-1]}; draft such trees, or train policies "
+                f"on others"
+            )
+
+        # A tree may be deeper than those that the policy knows, or less deep.
+        scores = progress.scores[:, : shape.num_places]
+        pad = shape.num_places - scores.shape[1]
+        scores = jnp.pad(scores, ((0, 0), (0, pad)), constant_values=-jnp.inf)
+        known = jnp.minimum(progress.depth, shape.depth)
+        newest = newest_of(shape, scores, known)
+        goes_on = policies.goes_on(newest, known, progress.context)
+
+        return ~goes_on | (progress.depth >= shape.depth)
+
+    return rule
 
 
 def unless_worth_more(

@@ -37,6 +37,7 @@ class Cycles:
       depths: `[n, k, m]` theirs, from 1 on.
       is_right: `[n, k, m]` whether each of them is right.
       frontier: `[n, k, w]` log-probabilities of the newest nodes.
+      scores: `[n, p]` those of all nodes, at their places; see `trees.Grown`.
       entropies: `[n, k, w]`.
       contexts: `[n]` tokens in the cache.
       remaining: `[n]` tokens that may still come.
@@ -50,6 +51,7 @@ class Cycles:
     depths: Int[Array, "n k m"]
     is_right: Bool[Array, "n k m"]
     frontier: Float[Array, "n k w"]
+    scores: Float[Array, "n p"]
     entropies: Float[Array, "n k w"]
     contexts: Int[Array, " n"]
     remaining: Int[Array, " n"]
@@ -62,6 +64,11 @@ class Cycles:
     def depth(self) -> int:
         """The deepest tree's."""
         return self.best.shape[1]
+
+    @property
+    def topk(self) -> int:
+        """Width of the trees."""
+        return self.frontier.shape[2]
 
     @property
     def num_positions(self) -> int:
@@ -78,6 +85,7 @@ class Seen(NamedTuple):
       best: `[k, m]`; as in `Cycles`, likewise the next.
       depths: `[k, m]`.
       frontier: `[k, w]`.
+      scores: `[p]`, depth by depth.
       entropies: `[k, w]`.
       costs: Of depths and sizes, at this context.
       context: Tokens in the cache.
@@ -86,6 +94,7 @@ class Seen(NamedTuple):
     best: Float[Array, "k m"]
     depths: Int[Array, "k m"]
     frontier: Float[Array, "k w"]
+    scores: Float[Array, " p"]
     entropies: Float[Array, "k w"]
     costs: Costs
     context: Int[Array, ""]
@@ -187,6 +196,7 @@ def build_cycles(
         depths=stack(depths),
         is_right=stack(is_right),
         frontier=stack(frontier),
+        scores=jnp.asarray(trace.scores),
         entropies=jnp.asarray(trace.entropies),
         contexts=jnp.asarray(trace.contexts),
         remaining=jnp.asarray(trace.remaining),
@@ -210,6 +220,7 @@ def look(cycles: Cycles, position: Int[Array, ""]) -> Seen:
         best=cycles.best[position],
         depths=cycles.depths[position],
         frontier=cycles.frontier[position],
+        scores=cycles.scores[position],
         entropies=cycles.entropies[position],
         costs=costs_at(cycles, context),
         context=context,
@@ -247,18 +258,30 @@ def verified_mass(
     return jnp.zeros(cycles.depth).at[depths - 1].add(probs)
 
 
+def begin(cycles: Cycles, key: Key[Array, ""]) -> Place:
+    """The beginning of a random answer."""
+    key, key_next = jax.random.split(key)
+    return Place(jax.random.choice(key, cycles.starts), key_next)
+
+
+def move_on(cycles: Cycles, place: Place, result: Result) -> Place:
+    """The place behind a cycle; a random answer is begun where one has ended."""
+    key, key_next = jax.random.split(place.key)
+    fresh = jax.random.choice(key, cycles.starts)
+    following = place.position + result.num_emitted
+
+    return Place(jnp.where(result.is_last, fresh, following), key_next)
+
+
 def reset(cycles: Cycles, key: Key[Array, ""]) -> tuple[Place, Seen]:
     """Begins a random answer."""
-    key, key_next = jax.random.split(key)
-    first = jax.random.choice(key, cycles.starts)
-    return Place(first, key_next), look(cycles, first)
+    place = begin(cycles, key)
+    return place, look(cycles, place.position)
 
 
 def step(cycles: Cycles, place: Place, choice: Choice) -> tuple[Place, Seen, Result]:
     """One cycle; a random answer is begun where one has ended."""
     result = verify(cycles, place.position, choice)
-    key, key_next = jax.random.split(place.key)
-    fresh = jax.random.choice(key, cycles.starts)
-    position = jnp.where(result.is_last, fresh, place.position + result.num_emitted)
+    place = move_on(cycles, place, result)
 
-    return Place(position, key_next), look(cycles, position), result
+    return place, look(cycles, place.position), result

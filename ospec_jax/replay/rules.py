@@ -396,6 +396,16 @@ def run_greedy_oracle(cycles: Cycles) -> Score:
     return _walk("oracle, cycle by cycle", cycles, table, emitted, chosen)
 
 
+def run_choices(cycles: Cycles, choice: Choice, name: str) -> Score:
+    """Replays choices that were made for every position, `[n]`."""
+    table = _tables(cycles)
+    emitted = np.minimum(table.accepted + 1, table.left[:, None, None])
+    num_sizes = cycles.rows.shape[1]
+    chosen = np.asarray(choice.depth) * num_sizes + np.asarray(choice.size)
+
+    return _walk(name, cycles, table, emitted, chosen)
+
+
 def _walk(name: str, cycles: Cycles, table: _Tables, emitted, chosen) -> Score:
     """Follows choices, by number over depths and sizes, from position to position."""
     rows = np.asarray(cycles.rows)
@@ -426,9 +436,12 @@ _THRESHOLDS: dict[str, tuple[Callable[[float], StopFn], tuple[float, ...]]] = {
 
 
 def compare(
-    training: Cycles, held_out: Cycles, topk: int
+    training: Cycles, held_out: Cycles, topk: int, more: Sequence[Score] = ()
 ) -> tuple[list[Score], dict[str, str]]:
     """All rules on held-out answers; what they have to be told is set on others.
+
+    Args:
+      more: Scores of what was taught elsewhere, for the same list.
 
     Returns:
       Scores, and for each rule with settings what was chosen on the training answers.
@@ -462,6 +475,7 @@ def compare(
     found += [
         run_rule(held_out, plain),
         run_rule(held_out, marginal_rule(most)),
+        *more,
         run_greedy_oracle(held_out),
         run_oracle(held_out),
     ]

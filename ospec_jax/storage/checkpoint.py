@@ -23,7 +23,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,17 @@ def save(
     if feedback is not None:
         items["feedback"] = feedback
 
+    return save_items(folder, step, items, num_kept)
+
+
+def save_items(
+    folder: str | Path, step: int, items: dict[str, Any], num_kept: int
+) -> Path:
+    """Writes a step of any items, each a pytree; see `save`.
+
+    Raises:
+      CheckpointError: The folder holds a later step: it is of another run.
+    """
     path = Path(folder).resolve()
 
     # The lock comes before the look at what is there: another session may just be
@@ -488,6 +499,17 @@ def load(
         return checkpoint
 
     raise kind(f"{folder}: no step can be read ({'; '.join(failures)})")
+
+
+def load_items(folder: str | Path, step: int, names: Iterable[str]) -> dict[str, Any]:
+    """Items of a step as they were saved: for those whose arrays are NumPy's.
+
+    Raises:
+      ConfigError: They are damaged, or not there.
+    """
+    path = Path(folder).resolve()
+    with _open(path) as checkpointer, _reading_files(path, step):
+        return checkpointer.load_checkpointables(step, dict.fromkeys(names))
 
 
 def _load_step(

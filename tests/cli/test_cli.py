@@ -3,6 +3,7 @@
 
 import functools
 import inspect
+import itertools
 import json
 import re
 import runpy
@@ -11,6 +12,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from model_files import hf_tensors, model_config, write_folder
 from reference import random_params
@@ -21,12 +24,15 @@ from ospec_jax.bench.runs import MODES
 from ospec_jax.cli import answer, arguments, make
 from ospec_jax.cli.recipes import with_recipe
 from ospec_jax.config import ConfigError
+from ospec_jax.control.ltd import LtdConfig
 from ospec_jax.data.prompts import read_prompts
 from ospec_jax.distill import kinds, self_config
 from ospec_jax.distill.self_config import SelfPromptConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
+from ospec_jax.replay.ltd import Teacher
 from ospec_jax.replay.store import FeedbackStore
 from ospec_jax.storage import checkpoint
+from ospec_jax.storage.policies import load_policies
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -428,6 +434,78 @@ def test_rules_are_compared_on_recorded_trees(ospec, tmp_path, capsys):
     assert "holds no trees" in capsys.readouterr().err
 
 
+TINY_LTD = """
+from ospec_jax.control.ltd import LtdConfig
+from ospec_jax.control.ppo import PpoConfig
+
+def get_config():
+    ppo = PpoConfig(num_steps=128, rollout=64, num_envs=4, minibatch=32, num_epochs=1,
+                    actor=(4,), critic=(4,))
+    return LtdConfig(ppo, ppo, in_turns=("size",), num_validations=1)
+"""
+
+
+def test_policies_are_taught_and_decode(ospec, tmp_path, capsys, monkeypatch):
+    folder, out = tmp_path / "recording", tmp_path / "policies"
+    file, config = tmp_path / "rules.json", tmp_path / "tiny.py"
+    config.write_text(TINY_LTD)
+    args = ("--draft", ospec.draft, "--batch-size", 2, "--trees", "2,2,4")
+    prompts = ospec.write_prompts("few", ospec.rows[:4])
+    assert ospec("record", "--prompts", prompts, "--out", folder, *args) == 0
+    common = ("--trees", "2,2,4", "--clock", "flat", "--num-training")
+    teach = ("train-control", folder, "--out", out, "--config", config, *common)
+
+    # Interrupted while the second policy is taught, it goes on where it was.
+    run = Teacher.run
+    count = itertools.count()
+    stopping = lambda self, course, show, save, should_stop: run(
+        self,
+        course,
+        show,
+        save,
+        lambda: next(count) == 3 and signal.raise_signal(2) or should_stop(),
+    )
+    monkeypatch.setattr(Teacher, "run", stopping)
+    assert ospec.run(*teach, 3) == 130
+    monkeypatch.setattr(Teacher, "run", run)
+    assert load_policies(out)[1].progress["stage"] == 1
+    assert ospec.run(*teach, 3) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert ospec.run(*teach, 2, "--resume") == 2
+    assert "had another answers" in capsys.readouterr().err
+    assert ospec.run(*teach, 3, "--resume") == 0
+    policies, meta = load_policies(out)
+    assert meta.progress is None
+    assert [row["stage"] for row in meta.history][::2] == [
+        "size by itself",
+        "depth by itself",
+        "size in turn",
+    ]
+    straight = tmp_path / "straight"
+    again = ("train-control", folder, "--out", straight, "--config", config, *common)
+    assert ospec.run(*again, 3) == 0
+    same = lambda a, b: np.testing.assert_array_equal(a, b)
+    jax.tree.map(same, load_policies(straight)[0], policies)
+
+    judge = ("rules", folder, *common)
+    assert ospec.run(*judge, 3, "--policies", out, "--json", file) == 0
+    rows = {row["name"]: row for row in json.loads(file.read_text())}
+    assert rows[f"LTD, {out}"]["num_cycles"] > 0
+    assert ospec.run(*judge, 2, "--policies", out) == 2
+    assert "were taught on 1 of the answers" in capsys.readouterr().err
+
+    asked = ("generate", "--prompt", "Why?", "--draft", ospec.draft)
+    answers = []
+    for controller in ("fixed", f"ltd:{out}"):
+        assert ospec(*asked, "--controller", controller) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert ospec(*asked, "--controller", "ltx") == 2
+    assert "use fixed, auto or ltd:DIR" in capsys.readouterr().err
+    assert ospec("bench", "--controller", f"ltd:{out}") == 2
+    assert "is compared by `ospec rules --policies`" in capsys.readouterr().err
+
+
 def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
     parts = ",".join(
         f"{name}={ospec.write_prompts(name, rows)}"
@@ -752,13 +830,24 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 
 
 RECIPES = sorted(CONFIGS.glob("distill_*.py"))
-LEARNERS = sorted({*CONFIGS.glob("*.py")} - {*RECIPES})
+CONTROL = sorted(CONFIGS.glob("ltd*.py"))
+LEARNERS = sorted({*CONFIGS.glob("*.py")} - {*RECIPES, *CONTROL})
 
 
 @pytest.mark.parametrize("file", LEARNERS, ids=lambda f: f.stem)
 def test_shipped_configurations_are_learners(file):
     assert isinstance(arguments.learner_config(str(file)), LearnerConfig)
     assert arguments.learner_config(str(file), learning_rate=0.5).learning_rate == 0.5
+
+
+@pytest.mark.parametrize("file", CONTROL, ids=lambda f: f.stem)
+def test_shipped_configurations_teach_policies(file):
+    config = arguments.run_config(str(file), LtdConfig)
+    assert [str(stage) for stage in config.stages][:2] == [
+        "size by itself",
+        "depth by itself",
+    ]
+    assert config.fixed_size == 60
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from ospec_jax.config import TreeConfig
+from ospec_jax.control.policy import Policies, PolicyShape, init_layers
 from ospec_jax.decoding.rules.hub import hub
 from ospec_jax.decoding.rules.recursive import recursive
 from ospec_jax.decoding.rules.traversal import traversal
@@ -254,6 +255,7 @@ def stopped_by(stop_fn):
                 before if depth > 1 else None,
                 CHAIN.num_steps,
                 depths,
+                jnp.full(len(tokens), 40),
             )
             stops = np.asarray(stop_fn(progress))
             is_valid[:, depth + 1] = is_valid[:, depth] & ~stops
@@ -267,6 +269,13 @@ def without_improbable(lowest):
     return lambda tokens, draft: paths(tokens, draft) >= np.log(lowest)
 
 
+def any_policy(seed):
+    """A policy for the depth that nobody taught: it says anything."""
+    shape = PolicyShape(1, CHAIN.num_steps, (1, 2, 3))
+    layers = init_layers(jax.random.key(seed), [shape.num_seen("depth"), 8, 2], 3.0)
+    return Policies(layers, None, 1, 0, shape)
+
+
 COSTS = [[1.0] * 3, [1.3] * 3, [1.5] * 3, [2.1] * 3]
 DEPTH_RULES = {
     "probability": stopping.below_probability(0.3),
@@ -276,6 +285,7 @@ DEPTH_RULES = {
     "marginal": stopping.unless_worth_more(
         COSTS, (1, 2, 3), (1.0, 0.8, 0.7), np.linspace(0.1, 0.9, 8)
     ),
+    "policy": stopping.taught(any_policy(9)),
 }
 
 

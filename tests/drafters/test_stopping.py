@@ -3,6 +3,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,16 +11,28 @@ import pytest
 from ospec_jax import Session, TreeConfig
 from ospec_jax.config import ConfigError
 from ospec_jax.control.clock import flat_clock
+from ospec_jax.control.policy import (
+    CONTINUE,
+    STOP,
+    Policies,
+    PolicyShape,
+    init_layers,
+    newest_of,
+    run_layers,
+    see_depth,
+)
 from ospec_jax.drafters.stopping import (
     Progress,
     above_entropy,
     below_gain,
     below_mass,
     below_probability,
+    taught,
     unless_worth_more,
 )
 from ospec_jax.loading import load_draft
 from ospec_jax.replay.cycles import build_cycles, look
+from ospec_jax.replay.episodes import choices_of
 from ospec_jax.replay.record import record
 from ospec_jax.replay.rules import drafted_depth
 from ospec_jax.replay.trees import TraceShape, grow_trees, open_trace, trace_folder
@@ -115,10 +128,56 @@ def test_a_stale_cost_table_never_changes_output(target, draft):
     assert all(a <= b for a, b in itertools.pairwise(steps))
 
 
-def test_chains_of_suggestions_are_not_weighed():
+def policies(seed, shape=PolicyShape(2, 4, SIZES), seen=None):
+    """Networks that nobody taught; half of `seen` stops them."""
+    widths = [shape.num_seen("depth"), 8, 2]
+    first, (kernel, bias) = init_layers(jax.random.key(seed), widths, 1.0)
+    if seen is not None:
+        said = run_layers((first, (kernel, bias)), seen, "relu")
+        bias = bias.at[STOP].set(jnp.median(said[:, CONTINUE] - said[:, STOP]))
+    return Policies((first, (kernel, bias)), None, 1, 0, shape)
+
+
+def test_a_policy_on_record_is_the_policy_in_decoding(target, draft, trace):
+    """The same steps emit the same tokens, which are those of plain decoding."""
+    cycles = build_cycles(trace, flat_clock(2, 4), SIZES)
+    first = newest_of(PolicyShape(2, 4, SIZES), cycles.scores, 1)
+    seen = see_depth(first, 1, cycles.contexts)
+    policy = policies(3, seen=seen)
+    depths = np.asarray(choices_of(policy, cycles).depth)
+    plain = answers(target, None, tree=TreeConfig(num_steps=0))
+    met = set()
+    for i, found in enumerate(answers(target, draft, taught(policy))):
+        assert found.token_ids == plain[i].token_ids
+        number = trace.ids.index(f"p{i}")
+        position = int(trace.starts[number])
+        end = position + trace.lengths[number]
+        count = 0
+        while position < end:
+            depth = int(depths[position])
+            position += len(trace.emitted(position, depth, SHAPE.num_nodes))
+            met.add(depth)
+            count += 1
+        assert found.stats.num_drafts == count
+    assert len(met) > 1
+
+
+def test_a_policy_may_know_less_deep_trees_or_deeper_ones(target, draft):
+    """It stops where it knows no further; greedy output is never its to change."""
+    plain = answers(target, None, tree=TreeConfig(num_steps=0))
+    for depth in (2, 6):
+        rule = taught(policies(1, PolicyShape(2, depth, SIZES)))
+        found = answers(target, draft, rule)
+        assert [x.token_ids for x in found] == [x.token_ids for x in plain]
+    with pytest.raises(ConfigError, match="of width 3, not 2"):
+        answers(target, draft, taught(policies(1, PolicyShape(3, 4, SIZES))))
+
+
+@pytest.mark.parametrize("rule", [RULES["marginal"], taught(policies(0))])
+def test_chains_of_suggestions_are_not_weighed(rule):
     progress = Progress(1, jnp.zeros((1, 1)))
-    with pytest.raises(ConfigError, match="weighs all nodes"):
-        RULES["marginal"](progress)
+    with pytest.raises(ConfigError, match="all nodes of a tree"):
+        rule(progress)
 
 
 def test_a_static_tree_takes_no_rule(target, draft):
