@@ -16,6 +16,7 @@ from ospec_jax.config import TreeConfig
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.growth import Nodes, grow
 from ospec_jax.drafters.stopping import StopFn
+from ospec_jax.models.layers import Numerics
 from ospec_jax.types import DraftContext, DraftTree, Roots
 
 
