@@ -24,6 +24,7 @@ from ospec_jax.drafters.hints import hinted_chain
 from ospec_jax.drafters.stopping import below_gain, below_probability
 from ospec_jax.drafters.topology import best_parents
 from ospec_jax.models import cache as kv
+from ospec_jax.models.layers import Numerics
 from ospec_jax.types import DraftContext, DraftTree, Roots, SamplingParams
 
 VOCAB, ROOT = 5, 0
@@ -101,7 +102,8 @@ def grow(config, logits, token_ids, keys, hints=None, root=ROOT, stop_fn=None):
     )
     cache = kv.init_cache(1, rows, 1, 1, 1, jnp.float32)
     hints = hints and Hints(root[:, None], hints)
-    tree, _ = grow_tree(step, config, cache, roots, token_ids, hints, stop_fn)
+    args = step, config, cache, roots, token_ids, hints, stop_fn
+    tree, _ = grow_tree(*args, numerics=Numerics())
     return tree
 
 
