@@ -213,6 +213,8 @@ class Pairs:
       taps: `[b, t, f]` what the target made of the inputs, at the draft's taps.
       starts: `[b]` position of the first input.
       num_valid: `[b]` how many pairs are real; the rest is junk.
+      num_ahead: Tokens that are known to follow them before anything is drafted; None
+        for none.
     """
 
     inputs: Int[Array, "b t"]
@@ -220,6 +222,7 @@ class Pairs:
     taps: Float[Array, "b t f"]
     starts: Int[Array, " b"]
     num_valid: Int[Array, " b"]
+    num_ahead: Int[Array, ""] | None = None
 
 
 @struct

@@ -346,8 +346,8 @@ class Engine:
         # chunks are only dispatched here; nobody waits for them.
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
-            is_last = start + PREFILL_CHUNK >= len(ids)
-            following = 0 if is_last else ids[start + PREFILL_CHUNK]
+            num_ahead = max(len(ids) - start - PREFILL_CHUNK, 0)
+            following = ids[start + PREFILL_CHUNK] if num_ahead else 0
             padded = np.zeros((1, PREFILL_CHUNK), np.int32)
             padded[0, : len(chunk)] = chunk
             # `following` tells the draft which token comes after the chunk's last one.
@@ -358,7 +358,7 @@ class Engine:
                 padded,
                 np.full(1, following, np.int32),
                 np.full(1, len(chunk), np.int32),
-                np.bool_(is_last),
+                np.int32(num_ahead),
             )
 
         assert output is not None, "an empty prompt is refused by capacity_for"

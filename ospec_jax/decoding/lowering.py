@@ -149,7 +149,6 @@ def lower(
 
     # A prompt is prefilled one row at a time, whatever the batch size of a step.
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    is_last = jax.ShapeDtypeStruct((), jnp.bool_)
     add(
         "prefill",
         build_prefill(step, drafter),
@@ -159,7 +158,7 @@ def lower(
         ints(1, PREFILL_CHUNK),
         ints(1),
         ints(1),
-        is_last,
+        ints(),
     )
 
     return lowered

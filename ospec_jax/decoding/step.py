@@ -526,13 +526,15 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
     """Builds the pass over one chunk of one prompt.
 
     The function maps `(target_params, draft, state, tokens [1, t], following [1],
-    num_valid [1], is_last)` to `(state, StepOutput)`. `following` is the first token of
-    the next chunk; the last chunk emits the first token of the answer instead.
+    num_valid [1], num_ahead)` to `(state, StepOutput)`. `following` is the first token
+    of the next chunk, and `num_ahead` how many come in it and later ones; the last
+    chunk, with 0, emits the first token of the answer instead.
     """
     target = _target(config)
     is_batched = config.numerics.has_batched_writes
 
-    def prefill(target_params, draft, state, tokens, following, num_valid, is_last):
+    def prefill(target_params, draft, state, tokens, following, num_valid, num_ahead):
+        is_last = num_ahead == 0
         shared = shared_tables(target_params)
         starts = state.lengths
         chunk = tokens.shape[1]
@@ -568,7 +570,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         # Padding is paired with junk, but `num_valid` says how far the pairs are real.
         if drafter is not None:
             successors = jnp.where(is_end, following[:, None], jnp.roll(tokens, -1, 1))
-            pairs = Pairs(tokens, successors, taps, starts, num_valid)
+            pairs = Pairs(tokens, successors, taps, starts, num_valid, num_ahead)
             draft_cache, context = drafter.extend(
                 draft, shared, state.draft_cache, pairs
             )

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How drafts attend: over a cache while drafting, over a window while training."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,7 @@ from ospec_jax.models.layers import (
     rotate,
     split_groups,
 )
+from ospec_jax.types import Pairs
 
 
 def split_heads(
@@ -59,6 +63,24 @@ def attend_cached(qkv, config, numerics, positions, bias, cache: kv.KVCache, sta
     bias = kv.within_window(bias, positions, config.sliding_window)
     out = attend(q, keys, values, bias, numerics)
     return out, kv.KVCache(keys=(keys,), values=(values,))
+
+
+def run_if_seen(run: Callable, cache: Any, blank: Any, pairs: Pairs, window: int):
+    """`run(cache)`, unless no token that is yet to come attends to any of the pairs.
+
+    That is so far in front of a prompt's end, for a draft of one layer that sees the
+    last `window` tokens: what such a pair leaves in the cache nobody reads.
+
+    Args:
+      run: Returns a cache and a context.
+      blank: In place of the context, if it is not run.
+      window: 0 for all tokens.
+    """
+    if pairs.num_ahead is None or not window:
+        return run(cache)
+
+    is_unseen = pairs.num_ahead > window
+    return jax.lax.cond(is_unseen, lambda cache: (cache, blank), run, cache)
 
 
 def num_unseen(num_context: int, sliding_window: int) -> int:

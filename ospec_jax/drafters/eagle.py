@@ -26,6 +26,7 @@ from ospec_jax.drafters.attention import (
     attend_cached,
     attend_unrolled,
     num_unseen,
+    run_if_seen,
     seen_in_window,
     split_heads,
 )
@@ -426,10 +427,12 @@ def _eagle(
     def extend(
         draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
     ) -> tuple[kv.KVCache, DraftContext]:
-        _, last, cache = run_pairs(draft, shared, cache, pairs)
-        logits = predict(draft, shared, last)
+        def run(cache):
+            _, last, cache = run_pairs(draft, shared, cache, pairs)
+            return cache, DraftContext(last, predict(draft, shared, last))
 
-        return cache, DraftContext(hidden=last, logits=logits)
+        blank = init_context(pairs.tokens.shape[0])
+        return run_if_seen(run, cache, blank, pairs, config.sliding_window)
 
     def retrace(
         draft: Draft,

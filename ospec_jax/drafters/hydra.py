@@ -28,6 +28,7 @@ from ospec_jax.drafters.attention import (
     attend_cached,
     attend_unrolled,
     num_unseen,
+    run_if_seen,
     seen_in_window,
     split_heads,
 )
@@ -285,8 +286,12 @@ def hydra(
     def extend(
         draft: Draft, shared: SharedTables, cache: kv.KVCache, pairs: Pairs
     ) -> tuple[kv.KVCache, DraftContext]:
-        _, context, cache = run_pairs(draft, shared, cache, pairs)
-        return cache, context
+        def run(cache):
+            _, context, cache = run_pairs(draft, shared, cache, pairs)
+            return cache, context
+
+        blank = init_context(pairs.tokens.shape[0])
+        return run_if_seen(run, cache, blank, pairs, config.sliding_window)
 
     def retrace(
         draft: Draft,

@@ -62,16 +62,54 @@ def drafted(drafter, draft, shared, tokens, taps, root):
     )
     cache = drafter.init_cache(1, CAPACITY)
     cache, context = jax.jit(drafter.extend)(draft, shared, cache, pairs)
+    args = drafter, draft, shared, cache, context
+    return context, proposed(*args, tokens[:, root], root)
+
+
+def proposed(drafter, draft, shared, cache, context, token, position):
+    """The tree under a token."""
+    count = lambda value: jnp.full((1,), value, jnp.int32)
     zero = jnp.zeros((1,))
     roots = Roots(
-        token=jnp.asarray(tokens[:, root]),
-        position=count(root),
+        token=jnp.asarray(token),
+        position=count(position),
         keys=jax.random.split(jax.random.key(5), 1),
         context=context,
         sampling=SamplingParams(zero, count(0), zero + 1),
     )
     tree, _ = jax.jit(drafter.propose)(draft, shared, cache, roots)
-    return context, tree
+    return tree
+
+
+@pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra"])
+def test_what_nobody_will_see_of_a_prompt_is_not_run(shared, family):
+    drafter, config, draft = made(family, TREES["chain"], sliding_window=WINDOW)
+    tokens, taps = text(config)
+    root, chunk = 20, 5
+    count = lambda value: jnp.full((1,), value, jnp.int32)
+    extend = jax.jit(drafter.extend)
+    keys = []
+    trees = []
+
+    for is_told in (True, False):
+        cache = drafter.init_cache(1, CAPACITY)
+        for start in range(0, root, chunk):
+            span = slice(start + 1, start + chunk + 1)
+            ahead = jnp.int32(root - start - chunk) if is_told else None
+            followers = jnp.asarray(tokens[:, span])
+            read = jnp.asarray(taps[:, start : start + chunk])
+            pairs = Pairs(followers, followers, read, count(start), count(chunk), ahead)
+            cache, context = extend(draft, shared, cache, pairs)
+        keys.append(np.asarray(cache.keys[0]))
+        args = drafter, draft, shared, cache, context
+        trees.append((context, proposed(*args, tokens[:, root], root)))
+
+    assert_same(*trees)
+    told, whole = keys
+    # Behind the second chunk there are ten tokens, behind the third five.
+    np.testing.assert_array_equal(told[..., 10:], whole[..., 10:])
+    assert whole[..., :10].any()
+    assert not told[..., :10].any()
 
 
 def unrolled(drafter, config, draft, shared, tokens, taps, num_context):
