@@ -25,6 +25,7 @@ from ospec_jax.config import (
 from ospec_jax.control.base import Action
 from ospec_jax.control.policy import Policies
 from ospec_jax.control.selectors import build_selector
+from ospec_jax.decoding.judging import JUDGE_EVERY
 from ospec_jax.drafters.stopping import taught
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
@@ -109,7 +110,7 @@ class DraftingFlags:
         with every answer), sample, product, raw, acceptance. By default the first
         drafts.
       judge_every: Steps after which the members of a pool are judged together, for
-        --select; until then only the one that drafts runs.
+        --select, by default 8; until then only the one that drafts runs.
       tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the
         best tree of so many tokens: opt:NUM_TOKENS,MIN_GAIN (grown while it pays),
         sequoia:NUM_TOKENS,P1,P2,... (static, from the chances of first, second, ...
@@ -126,7 +127,7 @@ class DraftingFlags:
     num_speculative_tokens: Annotated[int | Literal["auto"] | None, OwnEmpty] = None
     controller: Annotated[str | None, OwnEmpty] = None
     select: Annotated[str | None, OwnEmpty] = None
-    judge_every: Annotated[int, Own] = 8
+    judge_every: Annotated[int | None, OwnEmpty] = None
     tree: Annotated[str, Own] = "chain"
     min_path_probability: Annotated[float, Own] = 0.0
     draft_sample_method: Annotated[ChildrenKind, Own] = "topk"
@@ -252,6 +253,13 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         Raises:
           ConfigError: It has nothing to select from, or contradicts another flag.
         """
+        if self.judge_every is not None:
+            whole_number("--judge-every", self.judge_every, least=1)
+        if self.select is None and self.judge_every is not None:
+            raise ConfigError(
+                f"--judge-every {self.judge_every} says how often --select judges, and "
+                f"nothing is selected; give --select, or leave it out"
+            )
         if self.select is None:
             return
         if not self.draft.startswith("pool:"):
@@ -287,7 +295,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
             ngrams=self.ngrams,
             num_predicted_tokens=self.num_predicted_tokens,
             controller=self.select,
-            judge_every=self.judge_every,
+            judge_every=self.judge_every or JUDGE_EVERY,
             stop_fn=taught(self.policies) if self.policies else None,
         )
 

@@ -23,6 +23,9 @@ from ospec_jax.models.layers import Numerics
 from ospec_jax.sampling import processed_probs
 from ospec_jax.types import Judged, Retraced, SamplingParams
 
+JUDGE_EVERY = 8
+"""Steps after which a pool's drafters are judged, unless somebody says otherwise."""
+
 
 def check_judged(tree: TreeConfig) -> None:
     """Refuses trees for which nobody has said how a draft would be accepted.

@@ -243,3 +243,19 @@ def take_row(values: jax.Array, index: jax.Array) -> jax.Array:
     # One index a row, spread over the trailing axes: `[b, 1, 1, ...]`.
     shape = (-1, 1) + (1,) * (values.ndim - 2)
     return jnp.take_along_axis(values, index.reshape(shape), axis=1)[:, 0]
+
+
+def states_before(
+    context: DraftContext, outputs: Float[Array, "b t d"], num_tokens: int
+) -> Float[Array, "b n d"]:
+    """The state that predicts each of some pairs' tokens.
+
+    A pair predicts the token behind its own, so the first one's token was predicted
+    from what was known before them all.
+
+    Args:
+      outputs: Of the pairs, and perhaps of copies behind them.
+      num_tokens: How many pairs there are.
+    """
+    before = context.hidden[:, None].astype(outputs.dtype)
+    return jnp.concatenate([before, outputs[:, : num_tokens - 1]], axis=1)

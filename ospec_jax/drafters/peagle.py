@@ -44,6 +44,7 @@ from ospec_jax.drafters.base import (
     dequantized,
     embedding_table,
     shape_of,
+    states_before,
     take_row,
     training_head,
 )
@@ -350,11 +351,8 @@ def peagle(
         suggested: Suggested | None = None,
     ) -> tuple[kv.KVCache, DraftContext, Retraced]:
         outputs, last, cache = run_pairs(draft, shared, cache, pairs)
-        # A pair predicts the token behind its own: the first one was predicted by the
-        # pair before.
         num_tokens = pairs.tokens.shape[1]
-        before = context.hidden[:, None].astype(outputs.dtype)
-        states = jnp.concatenate([before, outputs[:, : num_tokens - 1]], axis=1)
+        states = states_before(context, outputs, num_tokens)
         if numerics.is_row_invariant:
             (states,) = at_least_two_rows(states)
         logits = logits_of(draft, shared, states)[:, :num_tokens]

@@ -29,6 +29,7 @@ from ospec_jax.control.registry import BuildController
 from ospec_jax.data.known import content_hash, find_known
 from ospec_jax.data.prompts import Prompt, parse_prompt
 from ospec_jax.data.templates import encode
+from ospec_jax.decoding.judging import JUDGE_EVERY
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.drafters.base import Family
@@ -118,7 +119,7 @@ class Session:
         num_predicted_tokens: int = 12,
         controller: str | BuildController | None = None,
         stop_fn: StopFn | None = None,
-        judge_every: int = 8,
+        judge_every: int = JUDGE_EVERY,
     ):
         batch_size = whole_number("batch_size", batch_size, least=1)
         num_predicted_tokens = whole_number(

@@ -276,6 +276,11 @@ def test_selections_that_mean_nothing_are_refused(name, actions, message):
             "hedge:time|normalhedge:time",
         ),
         ({"select": "fixed:2", "draft": "pool:ngram+suffix"}, "fixed:0 to fixed:1"),
+        ({"judge_every": 4}, "nothing is selected"),
+        (
+            {"judge_every": 0, "select": "hedge", "draft": "pool:ngram+suffix"},
+            "--judge-every",
+        ),
     ],
 )
 def test_flags_that_contradict_a_selection(flags, message):

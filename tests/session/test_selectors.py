@@ -114,15 +114,19 @@ def law_of_answers(target, ids, length):
 
 
 @pytest.mark.parametrize(
-    ("name", "children"),
-    [("normalhedge:sample", "topk"), ("leader", "sampled"), ("exp3", "topk")],
+    ("name", "children", "judge_every"),
+    [
+        ("normalhedge:sample", "topk", 2),
+        ("leader", "sampled", 1),
+        ("exp3", "topk", 1),
+    ],
 )
-def test_sampled_answers_keep_their_law(target, pool, name, children):
+def test_sampled_answers_keep_their_law(target, pool, name, children, judge_every):
     """Who drafts the last tokens depends on what the first ones were."""
     tree = TreeConfig(num_steps=1, children=children)
     members = [head(target, "eagle3", seed) for seed in (0, 1)]
     drafted = pool if children == "topk" else pool_draft(members, target)
-    how = dict(tree=tree, num_predicted_tokens=0, judge_every=1)
+    how = dict(tree=tree, num_predicted_tokens=0, judge_every=judge_every)
     session = session_of(target, drafted, name, **how)
     sampling = SamplingConfig(temperature=1.0, top_k=2)
     [asked] = requests(4, sampling, count=1)
