@@ -387,3 +387,30 @@ def test_members_wait_until_they_are_judged(target, members):
     has_changed = [(a != b).any() for a, b in zip(before, caches(), strict=True)]
     assert has_changed == [True, True, True]
     assert state.unjudged.count.tolist() == [0]
+
+    # A row of which nothing waits stands where it stood.
+    contexts = jax.tree.map(np.asarray, state.draft_context)
+    state, _ = engine.judge(True, session.draft, state)
+    jax.tree.map(np.testing.assert_array_equal, state.draft_context, contexts)
+
+
+def test_an_answer_comes_with_what_it_taught(target, members):
+    """Also while another row goes on, and the host reads a step late."""
+    found = []
+    session = Session(
+        target,
+        pool_draft([members[0], members[2]], target),
+        tree=TreeConfig(num_steps=2),
+        batch_size=2,
+        ngrams=False,
+        num_predicted_tokens=0,
+        controller=listening(0, found),
+        judge_every=50,
+    )
+    asked = [Request(str(i), (1, 5, 3, i), 8 + 20 * (i % 2)) for i in range(4)]
+    served = session.engine.serve(
+        asked, lambda: session.draft, 2, chooser=session.chooser
+    )
+    for count, _ in enumerate(served, 1):
+        assert sum(outcome.num_ended for outcome in found) >= count
+    assert count == len(asked)
