@@ -27,20 +27,39 @@ def fetch(output: Any) -> Any:
     return jax.device_get(output)
 
 
+class Reading(NamedTuple):
+    """A request whose prompt is being run, chunk by chunk.
+
+    Attributes:
+      state: Of one row.
+      position: Prompt tokens that were sent to the device, or more.
+      output: Of the newest chunk; of the last one it has the answer's first token.
+    """
+
+    request: Request
+    state: DecodeState
+    position: int = 0
+    output: StepOutput | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of the prompt was sent."""
+        return self.position >= len(self.request.prompt_ids)
+
+
 class Device(Protocol):
     """What a batch asks of the engine: compiled functions, and what they fit."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]: ...
 
-    def prefill(
-        self,
-        draft: Draft | None,
-        request: Request,
-        capacity: int,
-        has_prediction: bool | None,
-        ordinal: int,
-    ) -> tuple[DecodeState, StepOutput]: ...
+    def begin(
+        self, request: Request, capacity: int, has_prediction: bool, ordinal: int
+    ) -> Reading: ...
+
+    def read_on(self, draft: Draft | None, reading: Reading) -> Reading: ...
+
+    def grow(self, state: DecodeState, capacity: int) -> DecodeState: ...
 
     def step(
         self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
@@ -104,6 +123,18 @@ class _Sent(NamedTuple):
     is_judging: bool = False
 
 
+class _Entering(NamedTuple):
+    """A request on its way to its row.
+
+    Attributes:
+      number: Of the row that is kept for it.
+    """
+
+    number: int
+    slot: Slot
+    reading: Reading
+
+
 class Batch:
     """Running requests of one compiled shape.
 
@@ -131,6 +162,7 @@ class Batch:
         self._on_tokens = on_tokens
         self._on_step = on_step
         self._slots: list[Slot | None] = [None] * batch_size
+        self._entering: deque[_Entering] = deque()
         self._state: DecodeState | None = None
         self._in_flight: deque[_Sent] = deque()
         # Steps that were read and wait to be judged; then what was sent and is not
@@ -142,13 +174,18 @@ class Batch:
 
     @property
     def num_free(self) -> int:
-        """Rows without a request."""
-        return self._slots.count(None)
+        """Rows that no request has, nor will have when its prompt has been run."""
+        return self._slots.count(None) - len(self._entering)
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is left and nothing waits to be read."""
         return not self._in_flight and self.num_free == len(self._slots)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a prompt is not complete."""
+        return bool(self._entering)
 
     @property
     def has_work(self) -> bool:
@@ -183,7 +220,17 @@ class Batch:
         return has_room and self._engine.needed_slots(request) <= self.capacity
 
     def admit(self, request: Request, draft: Draft | None, ordinal: int = 0) -> None:
-        """Prefills a request and gives it a free row.
+        """Runs a request's prompt, after those that entered, and gives it a free row.
+
+        Args:
+          ordinal: See `enter`, and for what it raises.
+        """
+        self.enter(request, ordinal)
+        while self._entering:
+            self.read_on(draft)
+
+    def enter(self, request: Request, ordinal: int = 0) -> None:
+        """Keeps a free row for a request, whose prompt `read_on` will run.
 
         Args:
           ordinal: Its number among all that were ever admitted; see `Request.key`.
@@ -207,18 +254,51 @@ class Batch:
 
         # The prompt is run in a state of its own, so the running rows neither wait for
         # a common shape nor see the newcomer before it is complete.
-        number = self._slots.index(None)
-        row, output = self._engine.prefill(
-            draft, request, self.capacity, self._has_prediction, ordinal
+        taken = {entering.number for entering in self._entering}
+        number = next(
+            i for i, slot in enumerate(self._slots) if slot is None and i not in taken
         )
-        self._state = self._engine.place(
-            self._state, row, number, len(self._slots), self.capacity
-        )
-
-        # The first token is read with the steps, in the order in which they were sent.
         slot = Slot(request, self._engine.new_stats())
+        reading = self._engine.begin(
+            request, self.capacity, self._has_prediction, ordinal
+        )
+        self._entering.append(_Entering(number, slot, reading))
+
+    def read_on(self, draft: Draft | None) -> None:
+        """Runs one chunk of the oldest prompt that is not complete.
+
+        A request whose prompt is complete is in its row, and runs with the next step.
+        """
+        number, slot, reading = self._entering.popleft()
+        reading = self._engine.read_on(draft, reading)
+        if not reading.is_done:
+            self._entering.appendleft(_Entering(number, slot, reading))
+            return
+
+        self._state = self._engine.place(
+            self._state, reading.state, number, len(self._slots), self.capacity
+        )
         self._slots[number] = slot
-        self._in_flight.append(_Sent(None, [(number, 0, slot)], output))
+        # The first token is read with the steps, in the order in which they were sent.
+        self._in_flight.append(_Sent(None, [(number, 0, slot)], reading.output))
+
+    def grow(self, capacity: int) -> None:
+        """Moves all that runs to larger caches, between two steps.
+
+        Args:
+          capacity: One of those that are compiled for, no less than the present one.
+        """
+        if capacity <= self.capacity:
+            return
+
+        larger = lambda state: self._engine.grow(state, capacity)
+        if self._state is not None:
+            self._state = larger(self._state)
+        self._entering = deque(
+            one._replace(reading=one.reading._replace(state=larger(one.reading.state)))
+            for one in self._entering
+        )
+        self.capacity = capacity
 
     def dispatch(self, draft: Draft | None, action: Action) -> None:
         """Sends one step of all rows to the device, without waiting for it."""
@@ -298,6 +378,11 @@ class Batch:
             if slot is not None and slot.request is request:
                 slot.is_done = True
                 self._end(number, slot)
+                return True
+
+        for entering in self._entering:
+            if entering.slot.request is request:
+                self._entering.remove(entering)
                 return True
 
         return False

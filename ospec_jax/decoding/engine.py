@@ -19,7 +19,7 @@ import numpy as np
 from ospec_jax import sharding
 from ospec_jax.config import ConfigError, Recording
 from ospec_jax.control.base import SUGGESTIONS, Action, Chooser, fixed
-from ospec_jax.decoding.batch import Batch, Queue
+from ospec_jax.decoding.batch import Batch, Queue, Reading
 from ospec_jax.decoding.request import Completion, PromptTooLongError, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import (
@@ -58,6 +58,14 @@ def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
     return jax.tree.map(place, state, row, is_leaf=is_cache)
 
 
+def _at_the_beginning(new, old):
+    """An array with another one in its first slots."""
+    if new.shape == old.shape:
+        return old
+
+    return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+
 def _take_row(feedback: Feedback, slot) -> Feedback:
     # A gather, which, unlike a slice, fetches one row from split ones.
     take = lambda x: jnp.take(x, slot[None], axis=0, mode="clip")
@@ -90,6 +98,7 @@ class _Rows(NamedTuple):
 
     start_row: Callable[..., DecodeState]
     start_batch: Callable[[int, int, bool], DecodeState]
+    grow: Callable[[DecodeState, int], DecodeState]
     insert: Callable[..., DecodeState]
     take: Callable[..., Feedback]
     finish: Callable[..., jax.Array]
@@ -107,6 +116,12 @@ def _compiled_rows(
             config, drafter, batch_size, capacity, recording, has_prediction
         )
 
+    def grow(state, capacity) -> DecodeState:
+        """The same rows in larger caches, whose slots are those of the old ones."""
+        fresh = start_batch(len(state.lengths), capacity, state.prediction is not None)
+        # All that has slots counts them from a row's beginning.
+        return jax.tree.map(_at_the_beginning, fresh, state)
+
     def start_row(capacity, has_prediction, key, values, num_remaining) -> DecodeState:
         """The state of one request before its prefill."""
         state = start_batch(1, capacity, has_prediction)
@@ -123,6 +138,7 @@ def _compiled_rows(
     return _Rows(
         start_row=jax.jit(pinned(start_row, rows), static_argnums=(0, 1)),
         start_batch=jax.jit(pinned(start_batch, rows), static_argnums=(0, 1, 2)),
+        grow=jax.jit(pinned(grow, rows), static_argnums=1),
         insert=jax.jit(pinned(_insert, rows), donate_argnums=0),
         take=jax.jit(pinned(_take_row, sharding.replicated)),
         finish=jax.jit(pinned(_finish, rows), donate_argnums=0),
@@ -333,37 +349,53 @@ class Engine:
         if has_prediction is None:
             has_prediction = bool(request.prediction_ids)
 
+        reading = self.begin(request, capacity, has_prediction, ordinal)
+        # The chunks are only dispatched here; nobody waits for them.
+        while not reading.is_done:
+            reading = self.read_on(draft, reading)
+
+        assert reading.output is not None, "an empty prompt is refused by capacity_for"
+
+        return reading.state, reading.output
+
+    def begin(
+        self, request: Request, capacity: int, has_prediction: bool, ordinal: int
+    ) -> Reading:
+        """A request of whose prompt nothing has been run; see `prefill`."""
         self._check_ids(request)
-        is_greedy = request.sampling.temperature == 0
         key = request.key(ordinal)
         state = self._initial_state(request, capacity, has_prediction, key)
+        return Reading(request, state)
+
+    def read_on(self, draft: Draft | None, reading: Reading) -> Reading:
+        """Runs the next chunk of a prompt; its state is donated."""
+        request, state, start, _ = reading
         ids = np.asarray(request.prompt_ids, np.int32)
-        run = self.compiled_prefill(is_greedy)
-        self._announce("the pass over a prompt", is_greedy, capacity)
-        output = None
+        is_greedy = request.sampling.temperature == 0
+        self._announce("the pass over a prompt", is_greedy, state.cache.capacity)
 
-        # Every chunk has one shape, so that one program runs prompts of any length. The
-        # chunks are only dispatched here; nobody waits for them.
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            chunk = ids[start : start + PREFILL_CHUNK]
-            num_ahead = max(len(ids) - start - PREFILL_CHUNK, 0)
-            following = ids[start + PREFILL_CHUNK] if num_ahead else 0
-            padded = np.zeros((1, PREFILL_CHUNK), np.int32)
-            padded[0, : len(chunk)] = chunk
-            # `following` tells the draft which token comes after the chunk's last one.
-            state, output = run(
-                self.target_params,
-                draft,
-                state,
-                padded,
-                np.full(1, following, np.int32),
-                np.full(1, len(chunk), np.int32),
-                np.int32(num_ahead),
-            )
+        # Every chunk has one shape, so that one program runs prompts of any length.
+        chunk = ids[start : start + PREFILL_CHUNK]
+        num_ahead = max(len(ids) - start - PREFILL_CHUNK, 0)
+        following = ids[start + PREFILL_CHUNK] if num_ahead else 0
+        padded = np.zeros((1, PREFILL_CHUNK), np.int32)
+        padded[0, : len(chunk)] = chunk
+        # `following` tells the draft which token comes after the chunk's last one.
+        state, output = self.compiled_prefill(is_greedy)(
+            self.target_params,
+            draft,
+            state,
+            padded,
+            np.full(1, following, np.int32),
+            np.full(1, len(chunk), np.int32),
+            np.int32(num_ahead),
+        )
 
-        assert output is not None, "an empty prompt is refused by capacity_for"
+        return Reading(request, state, start + PREFILL_CHUNK, output)
 
-        return state, output
+    def grow(self, state: DecodeState, capacity: int) -> DecodeState:
+        """Moves running rows to larger caches."""
+        return self._rows.grow(state, capacity)
 
     def start(
         self, draft: Draft | None, request: Request, batch_size: int, capacity: int

@@ -198,7 +198,7 @@ def learn_from(trainer: Trainer, now: Learned, completion: Completion) -> Learne
     # Wait here: learning would run during the next decoding, and be counted as that.
     jax.block_until_ready((state, traffic, served))
     if report is not None and report.decision == "stopped":
-        warnings.warn(describe_stop(trainer, state), stacklevel=4)
+        warnings.warn(describe_stop(trainer, state), stacklevel=5)
 
     return Learned(state, traffic, draft, served, report)
 

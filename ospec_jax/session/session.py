@@ -328,15 +328,20 @@ class Session:
         max_new_tokens: int,
         sampling: SamplingConfig,
         is_raw: bool = False,
+        stop: tuple[str, ...] | None = None,
     ) -> Iterator[tuple[Prompt, Request]]:
-        """Tokenises prompts."""
+        """Tokenises prompts.
+
+        Args:
+          stop: Strings that end these answers, by default the session's.
+        """
         return tokenized(
             prompts,
             self.target.tokenizer,
             max_new_tokens,
             sampling,
             is_raw,
-            self.stop,
+            self.stop if stop is None else stop,
             has_predictions=self.is_drafting,
         )
 
@@ -449,7 +454,7 @@ class Session:
         def on_tokens(request, tokens):
             stream = streams.get(id(request))
             if stream is None:
-                stream = streams[id(request)] = TextStream(self._decode, self.stop)
+                stream = streams[id(request)] = TextStream(self.decode, self.stop)
             if text := stream.add(tokens):
                 assert on_text is not None
                 on_text(prompt_of[id(request)], text)
@@ -461,37 +466,22 @@ class Session:
             self.batch_size,
             on_tokens=on_tokens if on_text else None,
             chooser=self.chooser,
-            ordinals=self._ordinals(),
+            ordinals=self.ordinals(),
             should_stop=should_stop,
         )
         before = self.num_admitted, self.chooser.state
 
         for completion in completions:
             prompt = prompt_of.pop(id(completion.request))
-            text = self._text_of(completion)
+            text = self.text_of(completion)
             # What a stream held back, as the beginning of a stop string that never
             # came, is shown when the answer has ended.
             stream = streams.pop(id(completion.request), None)
             if stream and on_text and (rest := stream.finish(text)):
                 on_text(prompt, rest)
-            # Of the draft that served this answer: learning may change it next.
-            version = self.version
-            learning_seconds = self._learn_from(completion)
+            result = self.take_in(prompt, completion, text)
             self._count_answer(prompt)
-            self.stats = self.stats + completion.stats
-            self._warn_of_collapse(completion.stats)
-            yield Result(
-                prompt=prompt,
-                text=text,
-                token_ids=completion.token_ids,
-                finish_reason=completion.finish_reason,
-                stats=completion.stats,
-                log_probs=completion.log_probs,
-                seconds=completion.seconds,
-                learning_seconds=learning_seconds,
-                version=version,
-                precision=self.target.precision,
-            )
+            yield result
             before = self.num_admitted, self.chooser.state
 
         if self.batch_size == 1:
@@ -499,6 +489,33 @@ class Session:
             # with the same numbers it will be answered as it would have been.
             num_admitted, self.chooser.state = before
             self._move_on(num_admitted=num_admitted)
+
+    def take_in(
+        self, prompt: Prompt, completion: Completion, text: str, can_teach: bool = True
+    ) -> Result:
+        """Counts an answer, and learns from it.
+
+        Args:
+          can_teach: Learn from it, if its request allows that, too.
+        """
+        # Of the draft that served this answer: learning may change it next.
+        version = self.version
+        learning_seconds = self._learn_from(completion) if can_teach else 0.0
+        self.stats = self.stats + completion.stats
+        self._warn_of_collapse(completion.stats)
+
+        return Result(
+            prompt=prompt,
+            text=text,
+            token_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            stats=completion.stats,
+            log_probs=completion.log_probs,
+            seconds=completion.seconds,
+            learning_seconds=learning_seconds,
+            version=version,
+            precision=self.target.precision,
+        )
 
     def _prepare(self, capacity: int, sampling: SamplingConfig) -> None:
         """Measures what learning, or the choice of a depth, must know beforehand."""
@@ -537,7 +554,7 @@ class Session:
             contents=(*self._state.contents, content_hash(prompt)),
         )
 
-    def _ordinals(self) -> Iterator[int]:
+    def ordinals(self) -> Iterator[int]:
         """Numbers for requests, each taken when one is begun; none ever comes twice.
 
         In a larger batch a request that is begun again after an interruption gets
@@ -552,11 +569,12 @@ class Session:
         """Changes a part of the state; the served draft is kept in step by callers."""
         self._state = dataclasses.replace(self._state, **changes)
 
-    def _text_of(self, completion: Completion) -> str:
+    def text_of(self, completion: Completion) -> str:
         """An answer's text, without what its last token has of a stop string."""
-        return self._decode(completion.token_ids).removesuffix(completion.text_over)
+        return self.decode(completion.token_ids).removesuffix(completion.text_over)
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of tokens, without special ones."""
         return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _learn_from(self, completion: Completion) -> float:
@@ -596,7 +614,7 @@ class Session:
                     f"over {stats.num_drafts} steps: the draft hardly ever predicts "
                     f"this target; check that it was trained for it (taps, "
                     f"vocabulary), or decode with --draft none",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             self._unjudged = DecodingStats(num_spec_tokens=self.tree.num_steps)
 

@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one thread that decodes and learns, and the queue in front of it."""
+
+import dataclasses
+import functools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ospec_jax.config import ConfigError, SamplingConfig, whole_number
+from ospec_jax.decoding.engine import CAPACITIES
+from ospec_jax.decoding.request import Completion, PromptTooLongError, Request
+from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.models.tokenizer import TextStream
+from ospec_jax.serving.asks import (
+    Ask,
+    ChoiceEnd,
+    Ended,
+    Event,
+    Failed,
+    OverloadedError,
+    Piece,
+    Prepared,
+    Token,
+    Usage,
+)
+from ospec_jax.session.live import Live
+from ospec_jax.session.session import Session
+
+_LOG = logging.getLogger(__name__)
+_MAX_FAILURES = 3
+"""Steps that may fail in a row before the service gives up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceConfig:
+    """How requests are taken.
+
+    Attributes:
+      model: The model's name, as clients say it.
+      max_model_len: Tokens of prompt and answer together; None for all that fit.
+      max_waiting: Answers that may wait for a row.
+      checkpoint: Folder for what is learned; None keeps nothing.
+      checkpoint_seconds: Between two checkpoints.
+      keeps_traffic: Checkpoints hold recent traffic, from which prompts can be read.
+    """
+
+    model: str
+    max_model_len: int | None = None
+    max_waiting: int = 64
+    checkpoint: Path | None = None
+    checkpoint_seconds: float = 300.0
+    keeps_traffic: bool = False
+
+    def __post_init__(self):
+        whole_number("max_waiting", self.max_waiting, least=1)
+        if self.max_model_len is not None:
+            whole_number("max_model_len", self.max_model_len, least=2)
+        if not self.checkpoint_seconds > 0:
+            raise ConfigError(
+                f"checkpoint_seconds is {self.checkpoint_seconds}; use more than 0"
+            )
+
+
+class _Choice:
+    """One of a request's answers, on its way."""
+
+    def __init__(self, number: int, request: Request, stream: TextStream):
+        self.number = number
+        self.request = request
+        self.stream = stream
+
+
+class _Job:
+    """A request that was taken; also its ticket."""
+
+    def __init__(
+        self,
+        service: "Service",
+        prepared: Prepared,
+        on_event: Callable[[Event], None],
+    ):
+        self.ask = prepared.ask
+        self.num_prompt_tokens = prepared.num_prompt_tokens
+        self.choices: list[_Choice] = prepared.requests
+        self.is_cancelled = False
+        self.num_missing = len(self.choices)
+        self.num_tokens = 0
+        self.stats = DecodingStats()
+        self.asked = time.monotonic()
+        self.begun = 0.0
+        self.first_token = 0.0
+        self._service = service
+        self._on_event = on_event
+
+    def tell(self, event: Event) -> None:
+        """Hands on an event, unless nobody listens any more."""
+        if not self.is_cancelled:
+            self._on_event(event)
+
+    def cancel(self) -> None:
+        """Gives it up: its rows are free at the next step, and it hears no more."""
+        self._service.cancel(self)
+
+
+@dataclasses.dataclass
+class _Totals:
+    """What has been counted since the start."""
+
+    num_steps: int = 0
+    num_answers: int = 0
+    num_tokens: int = 0
+    busy_seconds: float = 0.0
+    learning_seconds: float = 0.0
+
+
+class Service:
+    """Serves one session; see `asks.Serves`.
+
+    Args:
+      session: Nobody else may use it as long as the service runs.
+    """
+
+    def __init__(self, session: Session, config: ServiceConfig):
+        self.config = config
+        self.model = config.model
+        self.tokenizer = session.target.tokenizer
+        self._session = session
+        extra = session.engine.num_extra_slots
+        largest = min(session.target.config.max_position, CAPACITIES[-1] - extra)
+        self.max_model_len = min(largest, config.max_model_len or largest)
+
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting: deque[tuple[_Job, _Choice]] = deque()
+        self._cancelled: list[_Job] = []
+        self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._stops_at: float | None = None
+
+        # Of the thread that decodes alone.
+        self._running: dict[int, tuple[_Job, _Choice]] = {}
+        self._live = Live(session, self._on_tokens)
+        self._totals = _Totals()
+        self._is_learning = True
+        self._saved_at = time.monotonic()
+        self._saved_answers = 0
+        self._ready = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
+
+    # What others ask, from their own threads.
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether everything is compiled."""
+        return self._ready.is_set() and self.is_alive
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread that decodes is running."""
+        return self._thread.is_alive()
+
+    @property
+    def version(self) -> int:
+        """Of the served draft."""
+        return self._session.version
+
+    def start(self) -> None:
+        """Begins to compile, and then to serve."""
+        self._thread.start()
+
+    def wait_until_ready(self) -> None:
+        """Returns when everything is compiled.
+
+        Raises:
+          RuntimeError: It never will be; its cause is the error that was met.
+        """
+        while not self._ready.wait(timeout=0.1):
+            if not self.is_alive:
+                raise RuntimeError("the service could not start") from self._failure
+
+    def stop(self, grace: float = 10.0) -> None:
+        """Ends the service: what runs may end within the grace, the rest is dropped.
+
+        What was learned is written to the checkpoint.
+
+        Args:
+          grace: Seconds.
+        """
+        with self._changed:
+            self._stops_at = time.monotonic() + grace
+            self._changed.notify_all()
+
+        if self.is_alive:
+            self._thread.join()
+
+    def prepare(self, ask: Ask) -> Prepared:
+        """Applies the template and counts tokens; may take a while.
+
+        Raises:
+          ConfigError: The template refuses the prompt, or an argument means nothing.
+          PromptTooLongError: Prompt and answer do not fit the context.
+        """
+        prompts = [
+            dataclasses.replace(ask.prompt, choice=i) for i in range(ask.num_choices)
+        ]
+        pairs = self._session.requests(
+            prompts, 1, ask.sampling, ask.is_raw, ask.stop, ask.prompt_ids
+        )
+        requests = [request for _, request in pairs]
+        num_prompt = len(requests[0].prompt_ids)
+        room = self.max_model_len - num_prompt
+        wanted = room if ask.max_new_tokens is None else ask.max_new_tokens
+        if room < 1 or wanted > room:
+            asked = "" if ask.max_new_tokens is None else f" and {wanted} new ones"
+            raise PromptTooLongError(
+                f"the context is {self.max_model_len} tokens, and the prompt has "
+                f"{num_prompt}{asked}; shorten the prompt or ask for fewer new tokens"
+            )
+
+        requests = [
+            dataclasses.replace(request, max_new_tokens=wanted) for request in requests
+        ]
+        self._session.engine.capacity_for(requests[:1])
+        choices = [
+            _Choice(i, request, TextStream(self._session.decode, ask.stop))
+            for i, request in enumerate(requests)
+        ]
+
+        return Prepared(ask, num_prompt, choices)
+
+    def submit(self, prepared: Prepared, on_event: Callable[[Event], None]) -> _Job:
+        """Queues a request.
+
+        Args:
+          on_event: Called from the thread that decodes; must not wait.
+
+        Raises:
+          OverloadedError: The queue is full.
+        """
+        job = _Job(self, prepared, on_event)
+        with self._changed:
+            if self._stops_at is not None or not self.is_alive:
+                raise OverloadedError("the server is about to end", retry_after=10)
+
+            num_waiting = len(self._waiting)
+            if num_waiting + len(job.choices) > self.config.max_waiting:
+                raise OverloadedError(
+                    f"{num_waiting} answers wait, and {self.config.max_waiting} may; "
+                    f"ask again later"
+                )
+
+            self._waiting.extend((job, choice) for choice in job.choices)
+            self._changed.notify_all()
+
+        return job
+
+    def cancel(self, job: _Job) -> None:
+        """Gives a request up."""
+        with self._changed:
+            job.is_cancelled = True
+            self._cancelled.append(job)
+            self._changed.notify_all()
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Runs a function between two steps, and waits for its result.
+
+        Raises:
+          OverloadedError: The service is about to end.
+          Exception: Whatever the function raises.
+        """
+        future: Future = Future()
+        with self._changed:
+            if self._stops_at is not None or not self.is_alive:
+                raise OverloadedError("the server is about to end", retry_after=10)
+            self._commands.append((function, future))
+            self._changed.notify_all()
+
+        return future.result()
+
+    # The thread that decodes.
+
+    def _run(self) -> None:
+        try:
+            self._warm_up()
+            self._ready.set()
+            self._serve()
+        except Exception as error:
+            _LOG.exception("the service has failed")
+            self._failure = error
+        finally:
+            self._end()
+
+    def _serve(self) -> None:
+        """Turns until the service is stopped."""
+        num_failures = 0
+        while not self._is_over():
+            self._obey()
+            self._let_in()
+            if self._live.is_idle:
+                self._rest()
+                continue
+            try:
+                self._turn()
+                num_failures = 0
+            except Exception as error:
+                # A step that failed may have used its state up: nobody can go on.
+                num_failures += 1
+                _LOG.exception("a step has failed")
+                self._drop_all(error)
+                if num_failures == _MAX_FAILURES:
+                    raise
+
+    def _is_over(self) -> bool:
+        with self._lock:
+            if self._stops_at is None:
+                return False
+            is_late = time.monotonic() >= self._stops_at
+            return is_late or not (self._running or self._waiting)
+
+    def _obey(self) -> None:
+        """Runs what was asked for between two steps, and drops who has gone."""
+        with self._lock:
+            commands = list(self._commands)
+            cancelled = list(self._cancelled)
+            self._commands.clear()
+            self._cancelled.clear()
+            if cancelled:
+                stay = [pair for pair in self._waiting if not pair[0].is_cancelled]
+                self._waiting = deque(stay)
+
+        for job in cancelled:
+            for choice in job.choices:
+                if self._running.pop(id(choice.request), None):
+                    self._live.leave(choice.request)
+
+        for function, future in commands:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        if time.monotonic() - self._saved_at >= self.config.checkpoint_seconds:
+            self._save()
+
+    def _let_in(self) -> None:
+        """Gives free rows to those who wait, first come first served."""
+        while self._live.num_free:
+            with self._lock:
+                if not self._waiting:
+                    return
+                job, choice = self._waiting.popleft()
+            job.begun = job.begun or time.monotonic()
+            self._running[id(choice.request)] = job, choice
+            self._live.join(choice.request)
+
+    def _rest(self) -> None:
+        """Waits until there is something to do."""
+        due = self._saved_at + self.config.checkpoint_seconds - time.monotonic()
+        with self._changed:
+            if self._waiting or self._commands or self._cancelled:
+                return
+            if self._stops_at is None:
+                self._changed.wait(timeout=max(due, 0.01))
+
+    def _turn(self) -> None:
+        start = time.perf_counter()
+        completions = self._live.turn()
+        self._totals.busy_seconds += time.perf_counter() - start
+        self._totals.num_steps += 1
+        for completion in completions:
+            found = self._running.pop(id(completion.request), None)
+            if found is not None:
+                self._finish(*found, completion)
+
+    def _on_tokens(self, request: Request, token_ids: list[int]) -> None:
+        found = self._running.get(id(request))
+        if found is None:
+            return
+
+        job, choice = found
+        job.first_token = job.first_token or time.monotonic()
+        text = choice.stream.add(token_ids)
+        tokens = tuple(Token(i) for i in token_ids)
+        job.tell(Piece(choice.number, text, tokens))
+
+    def _finish(self, job: _Job, choice: _Choice, completion: Completion) -> None:
+        """Ends an answer, then learns from it."""
+        text = self._session.text_of(completion)
+        rest = choice.stream.finish(text)
+        job.tell(ChoiceEnd(choice.number, rest, completion.finish_reason))
+        job.num_missing -= 1
+        job.num_tokens += len(completion.token_ids)
+        job.stats = job.stats + completion.stats
+        if job.num_missing == 0:
+            now = time.monotonic()
+            job.tell(
+                Ended(
+                    Usage(job.num_prompt_tokens, job.num_tokens),
+                    job.stats,
+                    self.version,
+                    job.begun - job.asked,
+                    job.first_token - job.asked,
+                    now - job.asked,
+                )
+            )
+
+        can_teach = self._is_learning and job.ask.can_teach and not job.is_cancelled
+        result = self._session.take_in(job.ask.prompt, completion, text, can_teach)
+        self._totals.learning_seconds += result.learning_seconds
+        self._totals.num_answers += 1
+        self._totals.num_tokens += len(completion.token_ids)
+
+    def _drop_all(self, error: Exception) -> None:
+        """Ends all that runs with an error; the next request begins a new batch."""
+        for job in {id(job): job for job, _ in self._running.values()}.values():
+            job.tell(Failed(error))
+            job.is_cancelled = True
+
+        self._running.clear()
+        self._live = Live(self._session, self._on_tokens)
+
+    def _save(self) -> Path | None:
+        """Writes a checkpoint, if there is a folder for it and something new."""
+        self._saved_at = time.monotonic()
+        if self.config.checkpoint is None or self._session.meta is None:
+            return None
+        if self._totals.num_answers == self._saved_answers:
+            return None
+
+        place = self._session.save(self.config.checkpoint, self.config.keeps_traffic)
+        self._saved_answers = self._totals.num_answers
+        return place
+
+    def _end(self) -> None:
+        """Tells everybody that there is nothing more to come, and saves."""
+        error = OverloadedError("the server has ended", retry_after=10)
+        with self._lock:
+            self._stops_at = self._stops_at or time.monotonic()
+            waiting = {id(job): job for job, _ in self._waiting}
+            commands = list(self._commands)
+            self._waiting.clear()
+            self._commands.clear()
+
+        self._drop_all(error)
+        for job in waiting.values():
+            job.tell(Failed(error))
+        for _, future in commands:
+            future.set_exception(error)
+
+        if self._failure is None:
+            self._save()
+
+    def _warm_up(self) -> None:
+        """Compiles all that a request may need."""
+        largest = self._session.engine.capacity_for(
+            [Request("largest", (0,), self.max_model_len - 1)]
+        )
+        capacities = [size for size in CAPACITIES if size <= largest]
+        for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
+            self._session.warm_up(capacities, sampling, has_predictions=True)
