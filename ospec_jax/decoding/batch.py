@@ -17,7 +17,7 @@ import numpy as np
 from ospec_jax.config import ConfigError
 from ospec_jax.control.base import Action, Outcome, Row
 from ospec_jax.control.lengths import join
-from ospec_jax.decoding.request import Completion, Request, Slot
+from ospec_jax.decoding.request import Completion, Emitted, Request, Slot
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import DecodeState, Draft, Feedback, StepOutput
 
@@ -143,7 +143,7 @@ class Batch:
       batch_size: Rows.
       capacity: Cache slots of each row, one of those that are compiled for.
       has_prediction: Requests may have predictions, which need room.
-      on_tokens: Called with each request's new tokens as they are read.
+      on_tokens: Called with what each pass added to a request's answer, as it is read.
       on_step: Called with what each step came to.
     """
 
@@ -153,7 +153,7 @@ class Batch:
         batch_size: int,
         capacity: int,
         has_prediction: bool = False,
-        on_tokens: Callable[[Request, list[int]], None] | None = None,
+        on_tokens: Callable[[Request, Emitted], None] | None = None,
         on_step: Callable[[Action, Outcome], None] | None = None,
     ):
         self.capacity = capacity
@@ -445,9 +445,9 @@ class Batch:
             return False
 
         depth = None if sent.action is None else sent.action.tree.num_steps
-        tokens = slot.book(sent.output, row, depth, self._engine.stop_ids)
-        if tokens and self._on_tokens is not None:
-            self._on_tokens(slot.request, tokens)
+        emitted = slot.book(sent.output, row, depth, self._engine.stop_ids)
+        if emitted.token_ids and self._on_tokens is not None:
+            self._on_tokens(slot.request, emitted)
 
         return slot.is_done
 

@@ -20,7 +20,12 @@ from ospec_jax import sharding
 from ospec_jax.config import ConfigError, Recording
 from ospec_jax.control.base import SUGGESTIONS, Action, Chooser, fixed
 from ospec_jax.decoding.batch import Batch, Queue, Reading
-from ospec_jax.decoding.request import Completion, PromptTooLongError, Request
+from ospec_jax.decoding.request import (
+    Completion,
+    Emitted,
+    PromptTooLongError,
+    Request,
+)
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import (
     StepConfig,
@@ -435,7 +440,7 @@ class Engine:
         draft_fn: Callable[[], Draft | None] = lambda: None,
         batch_size: int = 1,
         capacity: int | None = None,
-        on_tokens: Callable[[Request, list[int]], None] | None = None,
+        on_tokens: Callable[[Request, Emitted], None] | None = None,
         lag: int = 1,
         chooser: Chooser | None = None,
         ordinals: Iterator[int] | None = None,
@@ -452,7 +457,7 @@ class Engine:
             the draft that drew it, whatever it is.
           capacity: Cache slots of a row; by default the smallest for all requests that
             are known, or for each of them when `batch_size` is 1.
-          on_tokens: Called with each request's new tokens as they come.
+          on_tokens: Called with what each pass added to a request's answer.
           lag: Steps dispatched before the oldest one is read: with one, the device
             computes while the host reads and dispatches.
           chooser: Says what each step runs, of the menu, and hears what came of it; by

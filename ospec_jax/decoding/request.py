@@ -34,6 +34,26 @@ class StopPoint(NamedTuple):
     text_over: str = ""
 
 
+Alternatives = tuple[tuple[int, float], ...]
+"""The most probable tokens in one place, with their log-probabilities."""
+
+
+class Emitted(NamedTuple):
+    """What one pass added to an answer: tokens that it keeps, and facts on each.
+
+    Attributes:
+      token_ids: At least one.
+      is_drafted: Whether a draft had proposed the token; else the target chose it.
+      log_probs: The target's own, before temperature and cuts; empty if not reported.
+      alternatives: Likewise of the most probable tokens; empty if not reported.
+    """
+
+    token_ids: list[int]
+    is_drafted: list[bool]
+    log_probs: list[float]
+    alternatives: list[Alternatives]
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt to answer.
@@ -182,7 +202,7 @@ class Slot:
         row: int,
         depth: int | None,
         stop_ids: Sequence[int],
-    ) -> list[int]:
+    ) -> Emitted:
         """Takes one pass's tokens in; returns those that belong to the answer.
 
         Args:
@@ -193,12 +213,14 @@ class Slot:
         # Of the newest pass alone: what an earlier one said is out of date.
         self.is_sure = output.is_sure is not None and bool(output.is_sure[row])
         tokens = output.tokens[row, :count].tolist()
+        log_probs = []
         if output.log_probs is not None:
-            self.log_probs += output.log_probs[row, :count].tolist()
+            log_probs = output.log_probs[row, :count].tolist()
 
         # The stop string is looked for in the answer with the new tokens: it may have
         # begun in an earlier pass.
         self.token_ids += tokens
+        self.log_probs += log_probs
         drafted = int(output.num_drafted[row])
         accepted = int(output.num_accepted[row])
         kept = count - self._cut_at_stop_string(count)
@@ -212,7 +234,12 @@ class Slot:
             if self.token_ids[-1] in stop_ids:
                 self.finish_reason = "stop"
 
-        return tokens[:kept]
+        return Emitted(
+            token_ids=tokens[:kept],
+            is_drafted=[i < accepted for i in range(kept)],
+            log_probs=log_probs[:kept],
+            alternatives=[],
+        )
 
     def _cut_at_stop_string(self, count: int) -> int:
         """Drops tokens behind a stop string; returns how many of the newest."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one thread that decodes and learns, and the queue in front of it."""
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -12,11 +13,16 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ospec_jax.config import ConfigError, SamplingConfig, whole_number
+from ospec_jax.data.prompts import encode_prediction
+from ospec_jax.data.templates import encode
 from ospec_jax.decoding.engine import CAPACITIES
-from ospec_jax.decoding.request import Completion, PromptTooLongError, Request
+from ospec_jax.decoding.request import (
+    Completion,
+    Emitted,
+    PromptTooLongError,
+    Request,
+)
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.models.tokenizer import TextStream
 from ospec_jax.serving.asks import (
@@ -32,6 +38,7 @@ from ospec_jax.serving.asks import (
     Usage,
 )
 from ospec_jax.session.live import Live
+from ospec_jax.session.requests import find_stop
 from ospec_jax.session.session import Session
 
 _LOG = logging.getLogger(__name__)
@@ -131,7 +138,11 @@ class Service:
     def __init__(self, session: Session, config: ServiceConfig):
         self.config = config
         self.model = config.model
-        self.tokenizer = session.target.tokenizer
+        # Tokenizers are not to be used by two threads at once: the thread that decodes
+        # has the session's, whoever prepares requests has one, and callers another.
+        self._encoder = copy.deepcopy(session.target.tokenizer)
+        self._encoding = threading.Lock()
+        self.tokenizer = copy.deepcopy(session.target.tokenizer)
         self._session = session
         extra = session.engine.num_extra_slots
         largest = min(session.target.config.max_position, CAPACITIES[-1] - extra)
@@ -149,6 +160,7 @@ class Service:
         self._live = Live(session, self._on_tokens)
         self._totals = _Totals()
         self._is_learning = True
+        self._version = session.version
         self._saved_at = time.monotonic()
         self._saved_answers = 0
         self._ready = threading.Event()
@@ -170,7 +182,7 @@ class Service:
     @property
     def version(self) -> int:
         """Of the served draft."""
-        return self._session.version
+        return self._version
 
     def start(self) -> None:
         """Begins to compile, and then to serve."""
@@ -208,14 +220,13 @@ class Service:
           ConfigError: The template refuses the prompt, or an argument means nothing.
           PromptTooLongError: Prompt and answer do not fit the context.
         """
-        prompts = [
-            dataclasses.replace(ask.prompt, choice=i) for i in range(ask.num_choices)
-        ]
-        pairs = self._session.requests(
-            prompts, 1, ask.sampling, ask.is_raw, ask.stop, ask.prompt_ids
-        )
-        requests = [request for _, request in pairs]
-        num_prompt = len(requests[0].prompt_ids)
+        with self._encoding:
+            ids = ask.prompt_ids or encode(ask.prompt, self._encoder, ask.is_raw)
+            predicted = ()
+            if self._session.is_drafting:
+                predicted = encode_prediction(ask.prompt, self._encoder)
+
+        num_prompt = len(ids)
         room = self.max_model_len - num_prompt
         wanted = room if ask.max_new_tokens is None else ask.max_new_tokens
         if room < 1 or wanted > room:
@@ -225,15 +236,25 @@ class Service:
                 f"{num_prompt}{asked}; shorten the prompt or ask for fewer new tokens"
             )
 
-        requests = [
-            dataclasses.replace(request, max_new_tokens=wanted) for request in requests
-        ]
-        self._session.engine.capacity_for(requests[:1])
-        choices = [
-            _Choice(i, request, TextStream(self._session.decode, ask.stop))
-            for i, request in enumerate(requests)
-        ]
+        decode = self._session.target.tokenizer.decode
+        find = functools.partial(find_stop, decode, ask.stop) if ask.stop else None
+        choices = []
+        for number in range(ask.num_choices):
+            request = Request(
+                id=ask.prompt.id,
+                prompt_ids=ids,
+                max_new_tokens=wanted,
+                sampling=ask.sampling,
+                find_stop=find,
+                prediction_ids=predicted,
+                prediction_confidence=ask.prompt.prediction_confidence,
+                seed=ask.prompt.seed,
+                choice=number,
+            )
+            stream = TextStream(self._session.decode, ask.stop)
+            choices.append(_Choice(number, request, stream))
 
+        self._session.engine.capacity_for([choices[0].request])
         return Prepared(ask, num_prompt, choices)
 
     def submit(self, prepared: Prepared, on_event: Callable[[Event], None]) -> _Job:
@@ -380,16 +401,15 @@ class Service:
             if found is not None:
                 self._finish(*found, completion)
 
-    def _on_tokens(self, request: Request, token_ids: list[int]) -> None:
+    def _on_tokens(self, request: Request, emitted: Emitted) -> None:
         found = self._running.get(id(request))
         if found is None:
             return
 
         job, choice = found
         job.first_token = job.first_token or time.monotonic()
-        text = choice.stream.add(token_ids)
-        tokens = tuple(Token(i) for i in token_ids)
-        job.tell(Piece(choice.number, text, tokens))
+        text = choice.stream.add(emitted.token_ids)
+        job.tell(Piece(choice.number, text, _tokens_of(emitted)))
 
     def _finish(self, job: _Job, choice: _Choice, completion: Completion) -> None:
         """Ends an answer, then learns from it."""
@@ -414,6 +434,7 @@ class Service:
 
         can_teach = self._is_learning and job.ask.can_teach and not job.is_cancelled
         result = self._session.take_in(job.ask.prompt, completion, text, can_teach)
+        self._version = self._session.version
         self._totals.learning_seconds += result.learning_seconds
         self._totals.num_answers += 1
         self._totals.num_tokens += len(completion.token_ids)
@@ -466,3 +487,18 @@ class Service:
         capacities = [size for size in CAPACITIES if size <= largest]
         for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
             self._session.warm_up(capacities, sampling, has_predictions=True)
+
+
+def _tokens_of(emitted: Emitted) -> tuple[Token, ...]:
+    """Tokens one by one, with what is known of each."""
+    count = len(emitted.token_ids)
+    return tuple(
+        Token(*facts)
+        for facts in zip(
+            emitted.token_ids,
+            emitted.is_drafted,
+            emitted.log_probs or [None] * count,
+            emitted.alternatives or [()] * count,
+            strict=True,
+        )
+    )

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 
 from ospec_jax.decoding.batch import Batch
-from ospec_jax.decoding.request import Completion, Request
+from ospec_jax.decoding.request import Completion, Emitted, Request
 from ospec_jax.session.session import Session
 
 
@@ -20,9 +20,7 @@ class Live:
       on_tokens: Called with each request's new tokens as they are read.
     """
 
-    def __init__(
-        self, session: Session, on_tokens: Callable[[Request, list[int]], None]
-    ):
+    def __init__(self, session: Session, on_tokens: Callable[[Request, Emitted], None]):
         self._session = session
         self._on_tokens = on_tokens
         self._ordinals = session.ordinals()

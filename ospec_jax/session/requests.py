@@ -41,7 +41,7 @@ def tokenized(
       stop: Strings that end an answer.
       has_predictions: Verify what answers are expected to be, where prompts say that.
     """
-    find_stop = functools.partial(_find_stop, tokenizer.decode, stop) if stop else None
+    find = functools.partial(find_stop, tokenizer.decode, stop) if stop else None
     for prompt in prompts:
         predicted = encode_prediction(prompt, tokenizer) if has_predictions else ()
         yield (
@@ -51,7 +51,7 @@ def tokenized(
                 prompt_ids=encode(prompt, tokenizer, is_raw),
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
-                find_stop=find_stop,
+                find_stop=find,
                 prediction_ids=predicted,
                 prediction_confidence=prompt.prediction_confidence,
                 seed=prompt.seed,
@@ -60,7 +60,7 @@ def tokenized(
         )
 
 
-def _find_stop(
+def find_stop(
     decode: Callable[[list[int]], str], stop: tuple[str, ...], token_ids: list[int]
 ) -> StopPoint | None:
     """Where the answer ends once its text holds a stop string.

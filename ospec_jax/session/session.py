@@ -30,7 +30,7 @@ from ospec_jax.data.known import content_hash, find_known
 from ospec_jax.data.prompts import Prompt, parse_prompt
 from ospec_jax.data.templates import encode
 from ospec_jax.decoding.judging import JUDGE_EVERY
-from ospec_jax.decoding.request import Completion, Request
+from ospec_jax.decoding.request import Completion, Emitted, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.drafters.base import Family
 from ospec_jax.drafters.stopping import StopFn
@@ -328,20 +328,15 @@ class Session:
         max_new_tokens: int,
         sampling: SamplingConfig,
         is_raw: bool = False,
-        stop: tuple[str, ...] | None = None,
     ) -> Iterator[tuple[Prompt, Request]]:
-        """Tokenises prompts.
-
-        Args:
-          stop: Strings that end these answers, by default the session's.
-        """
+        """Tokenises prompts."""
         return tokenized(
             prompts,
             self.target.tokenizer,
             max_new_tokens,
             sampling,
             is_raw,
-            self.stop if stop is None else stop,
+            self.stop,
             has_predictions=self.is_drafting,
         )
 
@@ -451,11 +446,11 @@ class Session:
         if first:
             self._prepare(self.engine.capacity_for(first), sampling)
 
-        def on_tokens(request, tokens):
+        def on_tokens(request: Request, emitted: Emitted):
             stream = streams.get(id(request))
             if stream is None:
                 stream = streams[id(request)] = TextStream(self.decode, self.stop)
-            if text := stream.add(tokens):
+            if text := stream.add(emitted.token_ids):
                 assert on_text is not None
                 on_text(prompt_of[id(request)], text)
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's side: an oracle for the plain path, stops, capacities, one read a step."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -73,9 +75,9 @@ def test_a_stop_token_inside_an_accepted_run(params, expected):
     runs = []  # (request, tokens before the run, the run)
     so_far = {request.id: [] for request in requests()}
 
-    def on_tokens(request, tokens):
-        runs.append((request.id, list(so_far[request.id]), tokens))
-        so_far[request.id] += tokens
+    def on_tokens(request, emitted):
+        runs.append((request.id, list(so_far[request.id]), emitted.token_ids))
+        so_far[request.id] += emitted.token_ids
 
     list(engine.serve(requests(), lambda: draft, on_tokens=on_tokens))
     assert list(so_far.values()) == expected
@@ -94,6 +96,27 @@ def test_a_stop_token_inside_an_accepted_run(params, expected):
     done = {c.request.id: c for c in stopping.serve(requests(), lambda: draft)}
     assert done[request].finish_reason == "stop"
     assert len(done[request].token_ids) == len(before) + position + 1
+
+
+@pytest.mark.parametrize("has_log_probs", [False, True])
+def test_what_each_pass_added_is_told_with_facts_on_each_token(params, has_log_probs):
+    engine, draft = engine_for(params, WIDE)
+    config = dataclasses.replace(engine.config, has_log_probs=has_log_probs)
+    engine = Engine(config, params, engine.drafter)
+    heard = {request.id: [] for request in requests()}
+    hear = lambda request, emitted: heard[request.id].append(emitted)
+
+    for done in engine.serve(requests(23), lambda: draft, 3, on_tokens=hear):
+        told = heard[done.request.id]
+        joined = lambda name, told=told: sum((getattr(e, name) for e in told), [])
+        assert joined("token_ids") == done.token_ids
+        assert joined("log_probs") == done.log_probs
+        assert bool(done.log_probs) == has_log_probs
+        # Accepted tokens come first, and behind them one that the target chose.
+        for one in told:
+            assert one.is_drafted == sorted(one.is_drafted, reverse=True)
+        assert sum(joined("is_drafted")) == done.stats.num_accepted_tokens > 0
+        assert not told[0].is_drafted[0]
 
 
 def test_the_last_run_is_cut_at_the_limit(params, expected):

@@ -92,7 +92,9 @@ def engine_steps(target, draft, tree, prompt, answer):
     engine = Engine(config, target.params, drafter)
     request = Request("r", tuple(prompt), len(answer))
     (done,) = engine.serve(
-        [request], lambda: served, on_tokens=lambda _, tokens: steps.append(tokens)
+        [request],
+        lambda: served,
+        on_tokens=lambda _, emitted: steps.append(emitted.token_ids),
     )
     assert done.token_ids == answer
     return steps[1:]  # the first token is the prompt's
