@@ -37,6 +37,7 @@ from ospec_jax.serving.asks import (
     Token,
     Usage,
 )
+from ospec_jax.session.arguments import as_stop
 from ospec_jax.session.live import Live
 from ospec_jax.session.requests import find_stop
 from ospec_jax.session.session import Session
@@ -44,6 +45,8 @@ from ospec_jax.session.session import Session
 _LOG = logging.getLogger(__name__)
 _MAX_FAILURES = 3
 """Steps that may fail in a row before the service gives up."""
+_LONGEST_STEP = 60.0
+"""Seconds that a step, an update of the draft or a checkpoint may take at the end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +213,11 @@ class Service:
             self._stops_at = time.monotonic() + grace
             self._changed.notify_all()
 
+        # A step that never ends keeps nobody from leaving: the thread is a daemon.
         if self.is_alive:
-            self._thread.join()
+            self._thread.join(grace + _LONGEST_STEP)
+        if self.is_alive:
+            _LOG.error("the thread that decodes does not end; nothing more is saved")
 
     def prepare(self, ask: Ask) -> Prepared:
         """Applies the template and counts tokens; may take a while.
@@ -220,6 +226,7 @@ class Service:
           ConfigError: The template refuses the prompt, or an argument means nothing.
           PromptTooLongError: Prompt and answer do not fit the context.
         """
+        stop = as_stop(ask.stop)
         with self._encoding:
             ids = ask.prompt_ids or encode(ask.prompt, self._encoder, ask.is_raw)
             predicted = ()
@@ -237,7 +244,7 @@ class Service:
             )
 
         decode = self._session.target.tokenizer.decode
-        find = functools.partial(find_stop, decode, ask.stop) if ask.stop else None
+        find = functools.partial(find_stop, decode, stop) if stop else None
         choices = []
         for number in range(ask.num_choices):
             request = Request(
@@ -251,7 +258,7 @@ class Service:
                 seed=ask.prompt.seed,
                 choice=number,
             )
-            stream = TextStream(self._session.decode, ask.stop)
+            stream = TextStream(self._session.decode, stop)
             choices.append(_Choice(number, request, stream))
 
         self._session.engine.capacity_for([choices[0].request])
@@ -486,7 +493,7 @@ class Service:
         )
         capacities = [size for size in CAPACITIES if size <= largest]
         for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
-            self._session.warm_up(capacities, sampling, has_predictions=True)
+            self._session.warm_up(capacities, sampling, has_predictions="always")
 
 
 def _tokens_of(emitted: Emitted) -> tuple[Token, ...]:

@@ -262,7 +262,7 @@ class Session:
         self,
         capacities: int | Iterable[int | None] | None = (None,),
         sampling: SamplingConfig = SamplingConfig(),
-        has_predictions: bool = False,
+        has_predictions: bool | Literal["always"] = False,
     ) -> float:
         """Compiles what decoding and learning need; returns the seconds it took.
 
@@ -271,7 +271,8 @@ class Session:
 
         Args:
           capacities: Of the caches to compile for; None is the smallest one.
-          has_predictions: Some of the prompts to come have one.
+          has_predictions: Some of the prompts to come have one; `always`, that all
+            rows have a place for one, whether they need it or not.
 
         Raises:
           ConfigError: A capacity is no such number.
@@ -289,14 +290,15 @@ class Session:
         self,
         capacities: Iterable[int | None],
         sampling: SamplingConfig,
-        has_predictions: bool = False,
+        has_predictions: bool | Literal["always"] = False,
     ) -> None:
         request = self.probe_request(24, sampling)
         requests = [request]
         # A prediction has a place in the state: rows with one are another program.
         if has_predictions and self.is_drafting:
             predicted = dataclasses.replace(request, prediction_ids=request.prompt_ids)
-            requests = [predicted, request]
+            is_alone = has_predictions == "always"
+            requests = [predicted] if is_alone else [predicted, request]
 
         completions = warm_up.warm_up(
             self.engine,

@@ -129,3 +129,65 @@ def test_controllers_know_rows_unless_two_share_their_numbers(engine):
     assert batch.rows == (Row(False, 4, 11), Row(False, 4, 11))
     batch.admit(request(2, sampling=hot, seed=5), DRAFT)
     assert batch.rows == ()
+
+
+def test_a_long_prompt_is_read_between_the_steps_of_others(engine, alone):
+    long = Request("long", tuple(range(1, 31)) * 5, 12)
+    batch = Batch(engine, 2, CAPACITY)
+    batch.admit(request(0, 40), DRAFT)
+    batch.enter(long)
+    # Its row is kept for it, and it has none yet.
+    assert batch.num_free == 0
+    assert len(batch.rows) == 1
+    num_chunks = 0
+    while batch.is_reading:
+        batch.read_on(DRAFT)
+        batch.dispatch(DRAFT, engine.action)
+        list(batch.collect())
+        num_chunks += 1
+
+    assert num_chunks == 3
+    assert len(batch.rows) == 2
+    answers = finish(batch, engine.action)
+    assert answers["long"].token_ids == alone(long)
+    assert answers["0"].token_ids == alone(request(0, 40))
+
+
+def test_who_leaves_while_the_prompt_is_read_leaves_nothing(engine, alone):
+    long = Request("long", tuple(range(1, 31)) * 5, 12)
+    batch = Batch(engine, 1, CAPACITY)
+    batch.enter(long)
+    batch.read_on(DRAFT)
+    assert batch.cancel(long)
+    assert batch.is_idle
+    assert not batch.is_reading
+    batch.admit(request(1), DRAFT)
+    assert finish(batch, engine.action)["1"].token_ids == alone(request(1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_caches_grow_under_running_rows(engine, alone, batch_size):
+    asked = [request(i, 40) for i in range(batch_size)]
+    long = Request("long", tuple(range(1, 31)) * 10, 12)
+    batch = Batch(engine, batch_size, CAPACITY)
+    for one in asked[1:]:
+        batch.admit(one, DRAFT)
+    # This one has read a part of its prompt, and others have steps under way.
+    batch.enter(asked[0])
+    for _ in range(2):
+        if batch.has_work:
+            batch.dispatch(DRAFT, engine.action)
+
+    assert not batch.fits(long)
+    batch.grow(512)
+    assert batch.fits(long)
+    batch.grow(CAPACITY)
+    assert batch.capacity == 512
+    while batch.is_reading:
+        batch.read_on(DRAFT)
+    answers = finish(batch, engine.action)
+    batch.admit(long, DRAFT)
+    answers |= finish(batch, engine.action)
+    assert {id: done.token_ids for id, done in answers.items()} == {
+        r.id: alone(r) for r in [*asked, long]
+    }

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One thread serves whoever asks; every answer is the one that the session gives."""
+
+import queue
+import threading
+
+import pytest
+
+from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.decoding.request import PromptTooLongError
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.loading import LoadedDraft
+from ospec_jax.serving.asks import Ask, ChoiceEnd, Ended, Failed, OverloadedError, Piece
+from ospec_jax.serving.service import Service, ServiceConfig
+from ospec_jax.storage.checkpoint import Meta
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+PROMPTS = [f"Add {i} to {i * i}." for i in range(12)]
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    config = tiny_draft_config(target.config, draft_vocab_size=200)
+    params = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
+    return LoadedDraft(params, Meta.create(target, config))
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    results = Session(target, batch_size=3).generate(PROMPTS, NEW_TOKENS)
+    return {r.prompt.text: r.text for r in results}
+
+
+def session_of(target, draft, batch_size=3):
+    return Session(target, draft, learner=LearnerConfig("head"), batch_size=batch_size)
+
+
+@pytest.fixture(scope="module")
+def service(target, draft):
+    config = ServiceConfig("tiny", max_model_len=240, max_waiting=40)
+    service = Service(session_of(target, draft), config)
+    service.start()
+    service.wait_until_ready()
+    yield service
+    service.stop()
+    assert not service.is_alive
+
+
+def ask_of(text, **values):
+    seed = values.pop("seed", None)
+    prompt = parse_prompt({"prompt": text} | ({} if seed is None else {"seed": seed}), "a")
+    return Ask(prompt, **({"max_new_tokens": NEW_TOKENS} | values))
+
+
+class Heard:
+    """What one request hears."""
+
+    def __init__(self, service, ask):
+        self.events = queue.SimpleQueue()
+        self.ticket = service.submit(service.prepare(ask), self.events.put)
+
+    def all(self):
+        found = []
+        while not found or not isinstance(found[-1], Ended | Failed):
+            found.append(self.events.get(timeout=60))
+        return found
+
+    def texts(self):
+        texts = {}
+        for event in self.all():
+            assert not isinstance(event, Failed), event.error
+            if isinstance(event, Piece | ChoiceEnd):
+                texts[event.choice] = texts.get(event.choice, "") + event.text
+        return texts
+
+
+def test_many_at_once_are_answered_as_by_the_target_alone(service, plain):
+    heard = [Heard(service, ask_of(text)) for text in PROMPTS]
+    assert {t: h.texts()[0] for t, h in zip(PROMPTS, heard, strict=True)} == plain
+    # And what was learned meanwhile is served now.
+    assert service.version > 0
+    assert Heard(service, ask_of(PROMPTS[0])).texts()[0] == plain[PROMPTS[0]]
+
+
+def test_askers_on_many_threads_hear_their_own_answers(service, plain):
+    found = {}
+
+    def ask(text):
+        found[text] = Heard(service, ask_of(text)).texts()[0]
+
+    threads = [threading.Thread(target=ask, args=(text,)) for text in PROMPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert found == plain
+
+
+def test_an_answer_is_told_piece_by_piece_and_counted(service):
+    ask = ask_of("Count.")
+    prepared = service.prepare(ask)
+    events = Heard(service, ask).all()
+    *pieces, end, ended = events
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert all(isinstance(piece, Piece) for piece in pieces)
+    assert isinstance(end, ChoiceEnd)
+    assert end.finish_reason == "length"
+    assert ended.usage.prompt == prepared.num_prompt_tokens
+    assert ended.usage.completion == len(tokens) == NEW_TOKENS
+    num_drafted = sum(token.is_drafted for token in tokens)
+    assert num_drafted == ended.stats.num_accepted_tokens
+    assert 0 <= ended.queue_seconds <= ended.first_token_seconds <= ended.seconds
+
+
+def test_choices_differ_and_a_seed_repeats_them(service):
+    hot = SamplingConfig(temperature=1.0)
+    ask = ask_of("Say.", sampling=hot, num_choices=3, seed=7)
+    first = Heard(service, ask).texts()
+    assert sorted(first) == [0, 1, 2]
+    assert len(set(first.values())) == 3
+    free = [ask_of("Say.", sampling=hot) for _ in range(2)]
+    assert len({Heard(service, ask).texts()[0] for ask in free}) == 2
+
+
+def test_a_stop_string_ends_the_text_before_it(service, plain):
+    asked, whole = max(plain.items(), key=lambda pair: len(pair[1]))
+    stop = whole[5:8]
+    texts = Heard(service, ask_of(asked, stop=(stop,))).texts()
+    assert texts[0] == whole[: whole.index(stop)]
+    with pytest.raises(ConfigError, match="not empty"):
+        service.prepare(ask_of(asked, stop=("",)))
+
+
+def test_who_goes_hears_no_more_and_frees_the_row(service, plain):
+    gone = Heard(service, ask_of("Go on and on.", max_new_tokens=200))
+    gone.events.get(timeout=60)
+    gone.ticket.cancel()
+    assert Heard(service, ask_of(PROMPTS[0])).texts()[0] == plain[PROMPTS[0]]
+    left = []
+    while not gone.events.empty():
+        left.append(gone.events.get())
+    assert not any(isinstance(event, Ended | Failed) for event in left)
+
+
+def test_a_prompt_that_does_not_fit_is_told_both_numbers(service):
+    with pytest.raises(PromptTooLongError, match="context is 240 tokens.*300 new"):
+        service.prepare(ask_of("Hi.", max_new_tokens=300))
+    with pytest.raises(PromptTooLongError, match="context is 240 tokens"):
+        service.prepare(ask_of("Hi. " * 100, max_new_tokens=None))
+    prepared = service.prepare(ask_of("Hi.", max_new_tokens=None))
+    wanted = prepared.requests[0].request.max_new_tokens
+    assert prepared.num_prompt_tokens + wanted == 240
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(service):
+    with pytest.raises(ConfigError, match="no embedding"):
+        service.prepare(ask_of("Hi.", prompt_ids=(5, 4000)))
+
+
+def test_a_full_queue_says_when_to_come_again(service, plain):
+    long = [Heard(service, ask_of("Go.", max_new_tokens=200)) for _ in range(3)]
+    with pytest.raises(OverloadedError, match="answers wait, and 40 may") as caught:
+        Heard(service, ask_of("Hi.", num_choices=41))
+    assert caught.value.retry_after >= 1
+    for one in long:
+        one.ticket.cancel()
+    assert Heard(service, ask_of(PROMPTS[1])).texts()[0] == plain[PROMPTS[1]]
+
+
+def test_nothing_is_learned_of_who_does_not_want_it(target, draft):
+    service = Service(session_of(target, draft), ServiceConfig("tiny", 240))
+    service.start()
+    try:
+        for text in PROMPTS[:4]:
+            Heard(service, ask_of(text, can_teach=False)).all()
+        assert service.version == 0
+        Heard(service, ask_of(PROMPTS[0])).all()
+        # The answer is told before it is learned from.
+        service.call(lambda: None)
+        assert service.version > 0
+    finally:
+        service.stop()
+
+
+def test_a_failed_step_ends_what_runs_and_the_next_is_served(
+    target, draft, plain, monkeypatch
+):
+    session = session_of(target, draft)
+    service = Service(session, ServiceConfig("tiny", 240))
+    service.start()
+    service.wait_until_ready()
+    step = session.engine.step
+
+    def fail(*args):
+        monkeypatch.setattr(session.engine, "step", step)
+        raise RuntimeError("out of memory")
+
+    try:
+        monkeypatch.setattr(session.engine, "step", fail)
+        failed = Heard(service, ask_of(PROMPTS[0])).all()[-1]
+        assert isinstance(failed, Failed)
+        assert "out of memory" in str(failed.error)
+        assert Heard(service, ask_of(PROMPTS[0])).texts()[0] == plain[PROMPTS[0]]
+    finally:
+        service.stop()
+
+
+def test_what_was_learned_is_kept_and_gone_on_with(target, draft, tmp_path):
+    config = ServiceConfig("tiny", 240, checkpoint=tmp_path / "kept")
+    service = Service(session_of(target, draft), config)
+    service.start()
+    for text in PROMPTS:
+        Heard(service, ask_of(text)).all()
+    service.stop()
+    version = service.version
+    assert version > 0
+    with pytest.raises(OverloadedError, match="about to end"):
+        Heard(service, ask_of(PROMPTS[0]))
+
+    session = session_of(target, draft)
+    # Prompts are not kept unless that is asked for.
+    with pytest.warns(UserWarning, match="without past traffic"):
+        session.resume(config.checkpoint)
+    assert session.version == version

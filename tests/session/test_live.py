@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests join and leave one batch; each is answered as it would be alone."""
+
+import itertools
+
+import pytest
+
+from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax.config import SamplingConfig
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.loading import LoadedDraft
+from ospec_jax.session.arguments import as_prompts
+from ospec_jax.session.live import Live
+from ospec_jax.storage.checkpoint import Meta
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+PROMPTS = [f"Add {i}." for i in range(4)] + ["Say it again: " + "one, two, " * 20]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    config = tiny_draft_config(target.config, draft_vocab_size=200, sliding_window=24)
+    params = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
+    return LoadedDraft(params, Meta.create(target, config))
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    return [r.token_ids for r in Session(target).generate(PROMPTS, 30)]
+
+
+@pytest.mark.parametrize("learner", [None, "head"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_whoever_comes_when_is_answered_as_alone(
+    target, draft, plain, batch_size, learner
+):
+    if learner is not None:
+        learner = LearnerConfig(learner)
+    session = Session(target, draft, learner=learner, batch_size=batch_size)
+    live = Live(session, lambda request, emitted: None)
+    pairs = list(session.requests(as_prompts(PROMPTS), 30, SamplingConfig()))
+    arriving = iter(pairs)
+    prompt_of = {id(request): prompt for prompt, request in pairs}
+    answers = {}
+    capacities = set()
+    for turn in itertools.count():
+        # One comes every few turns, the long one last: caches grow for it.
+        if turn % 4 == 0 and live.num_free and (pair := next(arriving, None)):
+            live.join(pair[1])
+        for done in live.turn():
+            prompt = prompt_of[id(done.request)]
+            session.take_in(prompt, done, session.text_of(done))
+            answers[prompt.id] = done.token_ids
+        capacities.add(live.capacity)
+        if len(answers) == len(pairs):
+            break
+
+    assert live.is_idle
+    assert [answers[prompt.id] for prompt, _ in pairs] == plain
+    assert capacities == {0, 256, 512}
+    assert session.num_admitted == len(pairs)
+    if learner is not None:
+        assert session.version > 0
