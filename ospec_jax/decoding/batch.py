@@ -8,7 +8,7 @@ row's greedy tokens depend on none of that.
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -60,6 +60,8 @@ class Device(Protocol):
     def read_on(self, draft: Draft | None, reading: Reading) -> Reading: ...
 
     def grow(self, state: DecodeState, capacity: int) -> DecodeState: ...
+
+    def pick(self, state: DecodeState, numbers: Sequence[int]) -> DecodeState: ...
 
     def step(
         self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
@@ -171,6 +173,11 @@ class Batch:
         self._num_unjudged = 0
         self._is_waiting_greedy = True
         self._last: tuple[Draft | None, int] = (None, 0)
+
+    @property
+    def size(self) -> int:
+        """Rows, free ones among them."""
+        return len(self._slots)
 
     @property
     def num_free(self) -> int:
@@ -299,6 +306,29 @@ class Batch:
             for one in self._entering
         )
         self.capacity = capacity
+
+    def settle(self) -> Iterator[Completion]:
+        """Reads all that was sent; yields the requests that ended by it."""
+        self._judge()
+        yield from self.collect()
+
+    def resize(self, batch_size: int) -> None:
+        """Moves all that runs to a batch of so many rows; `settle` comes before.
+
+        A step takes the longer the more rows it has, whether they are taken or not.
+        """
+        assert not self._in_flight, "what was sent names rows by their old numbers"
+        taken = [i for i, slot in enumerate(self._slots) if slot is not None]
+        count = len(taken) + len(self._entering)
+        assert count <= batch_size, f"{count} requests for {batch_size} rows"
+
+        free = [-1] * (batch_size - len(taken))
+        if self._state is not None:
+            self._state = self._engine.pick(self._state, [*taken, *free])
+        self._slots = [*(self._slots[i] for i in taken), *(None for _ in free)]
+        self._entering = deque(
+            one._replace(number=len(taken) + i) for i, one in enumerate(self._entering)
+        )
 
     def dispatch(self, draft: Draft | None, action: Action) -> None:
         """Sends one step of all rows to the device, without waiting for it."""

@@ -9,7 +9,7 @@ tokens cannot depend on its neighbours.
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +63,23 @@ def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
     return jax.tree.map(place, state, row, is_leaf=is_cache)
 
 
+def _pick(state: DecodeState, numbers) -> DecodeState:
+    """Rows by number in a batch of another size; those below 0 are free ones."""
+    is_free = numbers < 0
+    numbers = jnp.maximum(numbers, 0)
+
+    def take(x, axis=0):
+        if isinstance(x, KVCache):
+            return jax.tree.map(lambda array: take(array, x.batch_axis), x)
+
+        return jnp.take(x, numbers, axis, mode="clip")
+
+    is_cache = lambda node: isinstance(node, KVCache)
+    picked = jax.tree.map(take, state, is_leaf=is_cache)
+
+    return picked.replace(is_finished=picked.is_finished | is_free)
+
+
 def _at_the_beginning(new, old):
     """An array with another one in its first slots."""
     if new.shape == old.shape:
@@ -104,6 +121,7 @@ class _Rows(NamedTuple):
     start_row: Callable[..., DecodeState]
     start_batch: Callable[[int, int, bool], DecodeState]
     grow: Callable[[DecodeState, int], DecodeState]
+    pick: Callable[..., DecodeState]
     insert: Callable[..., DecodeState]
     take: Callable[..., Feedback]
     finish: Callable[..., jax.Array]
@@ -144,6 +162,7 @@ def _compiled_rows(
         start_row=jax.jit(pinned(start_row, rows), static_argnums=(0, 1)),
         start_batch=jax.jit(pinned(start_batch, rows), static_argnums=(0, 1, 2)),
         grow=jax.jit(pinned(grow, rows), static_argnums=1),
+        pick=jax.jit(pinned(_pick, rows)),
         insert=jax.jit(pinned(_insert, rows), donate_argnums=0),
         take=jax.jit(pinned(_take_row, sharding.replicated)),
         finish=jax.jit(pinned(_finish, rows), donate_argnums=0),
@@ -401,6 +420,10 @@ class Engine:
     def grow(self, state: DecodeState, capacity: int) -> DecodeState:
         """Moves running rows to larger caches."""
         return self._rows.grow(state, capacity)
+
+    def pick(self, state: DecodeState, numbers: Sequence[int]) -> DecodeState:
+        """Moves rows, by their numbers, to a batch of so many; -1 is a free one."""
+        return self._rows.pick(state, np.asarray(numbers, np.int32))
 
     def start(
         self, draft: Draft | None, request: Request, batch_size: int, capacity: int

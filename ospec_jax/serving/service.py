@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ospec_jax.config import ConfigError, SamplingConfig, whole_number
 from ospec_jax.data.prompts import encode_prediction
 from ospec_jax.data.templates import encode
@@ -45,6 +47,8 @@ from ospec_jax.session.session import Session
 _LOG = logging.getLogger(__name__)
 _MAX_FAILURES = 3
 """Steps that may fail in a row before the service gives up."""
+_CAPACITIES = (512, 2048, 8192)
+"""Cache slots of a row, below those that the longest request needs."""
 _LONGEST_STEP = 60.0
 """Seconds that a step, an update of the draft or a checkpoint may take at the end."""
 
@@ -160,7 +164,8 @@ class Service:
 
         # Of the thread that decodes alone.
         self._running: dict[int, tuple[_Job, _Choice]] = {}
-        self._live = Live(session, self._on_tokens)
+        self._capacities = _capacities_for(session, self.max_model_len)
+        self._live = Live(session, self._capacities, self._on_tokens)
         self._totals = _Totals()
         self._is_learning = True
         self._version = session.version
@@ -453,7 +458,7 @@ class Service:
             job.is_cancelled = True
 
         self._running.clear()
-        self._live = Live(self._session, self._on_tokens)
+        self._live = Live(self._session, self._capacities, self._on_tokens)
 
     def _save(self) -> Path | None:
         """Writes a checkpoint, if there is a folder for it and something new."""
@@ -488,12 +493,31 @@ class Service:
 
     def _warm_up(self) -> None:
         """Compiles all that a request may need."""
-        largest = self._session.engine.capacity_for(
-            [Request("largest", (0,), self.max_model_len - 1)]
-        )
-        capacities = [size for size in CAPACITIES if size <= largest]
-        for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
-            self._session.warm_up(capacities, sampling, has_predictions="always")
+        start = time.perf_counter()
+        # What learning needs, and what steps take, for controllers that weigh it.
+        self._session.warm_up(self._capacities, has_predictions="always")
+        self._live.warm_up([SamplingConfig(), SamplingConfig(temperature=1.0)])
+        _LOG.info(f"ready after {time.perf_counter() - start:.0f} s")
+        self._compiles = _Compiles()
+
+
+def _capacities_for(session: Session, max_model_len: int) -> tuple[int, ...]:
+    """Cache sizes that rows move through: few, since each is compiled for."""
+    longest = Request("longest", (0,), max_model_len - 1)
+    largest = session.engine.capacity_for([longest])
+    return (*(size for size in _CAPACITIES if size < largest), largest)
+
+
+class _Compiles:
+    """Counts the programs that are compiled from now on, in any thread."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            self.count += 1
 
 
 def _tokens_of(emitted: Emitted) -> tuple[Token, ...]:

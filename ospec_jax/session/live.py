@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """A session's requests as they come: they join and leave one batch between steps."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 
+from ospec_jax.config import SamplingConfig
 from ospec_jax.decoding.batch import Batch
-from ospec_jax.decoding.request import Completion, Emitted, Request
+from ospec_jax.decoding.engine import CAPACITIES
+from ospec_jax.decoding.request import (
+    Completion,
+    Emitted,
+    PromptTooLongError,
+    Request,
+)
 from ospec_jax.session.session import Session
+
+_PATIENCE = 8
+"""Steps with rows to spare, before the batch gets smaller."""
 
 
 class Live:
     """A batch that never has to end.
+
+    It has as many rows as there are requests, or the next power of two: a step takes
+    the longer the more rows it has, whether they are taken or not.
 
     Prompts are run in chunks, one between two steps, so running rows wait for no more
     than a chunk. A request that needs larger caches has those of all rows grow; once
@@ -17,14 +31,24 @@ class Live:
 
     Args:
       session: Decodes and learns; nobody else may move it on meanwhile.
+      capacities: Cache slots that rows may have, ascending, of those that are compiled
+        for. A step takes a little longer with larger ones.
       on_tokens: Called with each request's new tokens as they are read.
     """
 
-    def __init__(self, session: Session, on_tokens: Callable[[Request, Emitted], None]):
+    def __init__(
+        self,
+        session: Session,
+        capacities: Sequence[int] = CAPACITIES,
+        on_tokens: Callable[[Request, Emitted], None] = lambda request, emitted: None,
+    ):
+        self._capacities = tuple(capacities)
         self._session = session
         self._on_tokens = on_tokens
         self._ordinals = session.ordinals()
         self._batch: Batch | None = None
+        self._ended: list[Completion] = []
+        self._num_spare = 0
         # A place for predictions is another program: here all rows have one, so that
         # there are no two of each.
         tree = session.engine.config.tree
@@ -34,7 +58,19 @@ class Live:
     def num_free(self) -> int:
         """Requests that may join now."""
         batch = self._batch
-        return self._session.batch_size if batch is None else batch.num_free
+        num_taken = 0 if batch is None else batch.size - batch.num_free
+        return self._session.batch_size - num_taken
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows that the batch may have."""
+        largest = self._session.batch_size
+        # Rows of a mesh are split over its devices, so their number stays.
+        if self._session.target.mesh is not None:
+            return (largest,)
+
+        powers = (2**i for i in range(largest.bit_length()))
+        return (*(size for size in powers if size < largest), largest)
 
     @property
     def is_idle(self) -> bool:
@@ -52,20 +88,42 @@ class Live:
         Raises:
           PromptTooLongError: It does not fit the largest cache.
         """
-        session = self._session
-        capacity = session.engine.capacity_for([request])
-        if self._batch is None:
-            self._batch = Batch(
-                session.engine,
-                session.batch_size,
-                capacity,
-                self._has_prediction,
-                self._on_tokens,
-                session.chooser.observe,
+        needed = self._session.engine.capacity_for([request])
+        if needed > self._capacities[-1]:
+            raise PromptTooLongError(
+                f"request {request.id} needs {needed} cache slots, and there are "
+                f"{self._capacities[-1]}; shorten the prompt or ask for fewer tokens"
             )
 
-        self._batch.grow(capacity)
+        if self._batch is None:
+            capacity = next(size for size in self._capacities if size >= needed)
+            self._batch = self._new_batch(self.sizes[0], capacity)
+
+        # One by one, so that there is a program for each.
+        for capacity in self._capacities:
+            if self._batch.capacity < needed:
+                self._batch.grow(capacity)
+        if not self._batch.num_free:
+            self._resize(self._batch, self._batch.size + 1)
         self._batch.enter(request, next(self._ordinals))
+
+    def _new_batch(self, size: int, capacity: int) -> Batch:
+        engine = self._session.engine
+        observe = self._session.chooser.observe
+        return Batch(
+            engine, size, capacity, self._has_prediction, self._on_tokens, observe
+        )
+
+    def _resize(self, batch: Batch, num_rows: int) -> None:
+        """Goes on with the smallest batch of so many rows, or of more."""
+        size = next(size for size in self.sizes if size >= num_rows)
+        if size == batch.size:
+            return
+
+        self._ended += batch.settle()
+        # Whoever ended just now has made room.
+        batch.resize(size)
+        self._num_spare = 0
 
     def leave(self, request: Request) -> bool:
         """Gives a request up; returns whether it was there. Its row is free at once."""
@@ -93,8 +151,71 @@ class Live:
             batch.dispatch(session.served_draft, action)
             num_ahead = 1
 
-        completions = list(batch.collect(num_ahead))
+        self._ended += batch.collect(num_ahead)
+        self._shrink(batch)
         if batch.is_idle:
             self._batch = None
 
+        completions = self._ended
+        self._ended = []
+
         return completions
+
+    def _shrink(self, batch: Batch) -> None:
+        """Goes on with fewer rows, once some have been free for a while."""
+        num_taken = batch.size - batch.num_free
+        smaller = [size for size in self.sizes if num_taken <= size < batch.size]
+        self._num_spare = self._num_spare + 1 if smaller else 0
+        # Requests that come and go would else have it move at each step.
+        if self._num_spare >= _PATIENCE and num_taken:
+            self._resize(batch, smaller[-1])
+
+    def warm_up(self, samplings: Iterable[SamplingConfig]) -> None:
+        """Compiles what decoding needs, at every size and capacity; learns nothing.
+
+        Args:
+          samplings: One of each kind that is to come.
+        """
+        session = self._session
+        served = session.served_draft
+        # No controller hears of these steps: they are no traffic.
+        begin = lambda size, capacity: Batch(
+            session.engine, size, capacity, self._has_prediction
+        )
+
+        for sampling in samplings:
+            request = session.probe_request(sampling=sampling)
+            if self._has_prediction:
+                ids = request.prompt_ids
+                request = dataclasses.replace(request, prediction_ids=ids)
+            for capacity in self._capacities:
+                batch = begin(self.sizes[0], capacity)
+                batch.admit(request, served)
+                # Up with a step of each kind, and down again.
+                for size in self.sizes:
+                    self._resize(batch, size)
+                    self._try_steps(batch)
+                for size in reversed(self.sizes):
+                    self._resize(batch, size)
+                batch.cancel(request)
+
+        for size in self.sizes:
+            batch = begin(size, self._capacities[0])
+            batch.admit(request, served)
+            for capacity in self._capacities:
+                batch.grow(capacity)
+
+        self._ended = []
+
+    def _try_steps(self, batch: Batch) -> None:
+        """Takes each of the steps that may come, and ends a request."""
+        served = self._session.served_draft
+        for action in self._session.engine.actions:
+            batch.dispatch(served, action)
+
+        list(batch.settle())
+        passenger = self._session.probe_request()
+        if batch.num_free:
+            batch.admit(passenger, served)
+            batch.cancel(passenger)
+            list(batch.settle())

@@ -41,8 +41,9 @@ def plain(target):
     return {r.prompt.text: r.text for r in results}
 
 
-def session_of(target, draft, batch_size=3):
-    return Session(target, draft, learner=LearnerConfig("head"), batch_size=batch_size)
+def session_of(target, draft):
+    learner = LearnerConfig("head")
+    return Session(target, draft, learner=learner, batch_size=2, num_predicted_tokens=0)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,9 @@ def service(target, draft):
 
 def ask_of(text, **values):
     seed = values.pop("seed", None)
-    prompt = parse_prompt({"prompt": text} | ({} if seed is None else {"seed": seed}), "a")
+    prompt = parse_prompt(
+        {"prompt": text} | ({} if seed is None else {"seed": seed}), "a"
+    )
     return Ask(prompt, **({"max_new_tokens": NEW_TOKENS} | values))
 
 

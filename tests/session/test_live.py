@@ -44,7 +44,7 @@ def test_whoever_comes_when_is_answered_as_alone(
     if learner is not None:
         learner = LearnerConfig(learner)
     session = Session(target, draft, learner=learner, batch_size=batch_size)
-    live = Live(session, lambda request, emitted: None)
+    live = Live(session, (256, 512))
     pairs = list(session.requests(as_prompts(PROMPTS), 30, SamplingConfig()))
     arriving = iter(pairs)
     prompt_of = {id(request): prompt for prompt, request in pairs}
