@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -35,6 +36,11 @@ class WindowsState(TrainerState):
     num_fresh: Int[Array, ""] = flax.struct.field(kw_only=True)
     update_interval: Int[Array, ""] = flax.struct.field(kw_only=True)
     guard: GuardState | None = None
+
+    def going_on_from(self, before: Any) -> Any:
+        """See `TrainerState`; what a budget buys was measured before."""
+        counted = super().going_on_from(before)
+        return counted.replace(update_interval=before.update_interval)
 
     @property
     def num_updates(self) -> Int[Array, ""]:

@@ -46,6 +46,13 @@ class TrainerState:
         """Steps that the update rule has taken."""
         return 0
 
+    def going_on_from(self, before: Any) -> Any:
+        """This state of a trainer that begins anew, with the counts of an earlier one.
+
+        The draft that is served now is another version.
+        """
+        return self.replace(num_prompts=before.num_prompts, version=before.version + 1)
+
     @property
     def stride(self) -> int:
         """Occasions to learn, for each that is taken."""

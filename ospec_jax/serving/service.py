@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -26,6 +26,7 @@ from ospec_jax.decoding.request import (
     Request,
 )
 from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.loading import load_draft
 from ospec_jax.models.tokenizer import TextStream
 from ospec_jax.serving.asks import (
     Ask,
@@ -43,12 +44,15 @@ from ospec_jax.session.arguments import as_stop
 from ospec_jax.session.live import Live
 from ospec_jax.session.requests import find_stop
 from ospec_jax.session.session import Session
+from ospec_jax.types import Draft
 
 _LOG = logging.getLogger(__name__)
 _MAX_FAILURES = 3
 """Steps that may fail in a row before the service gives up."""
 _CAPACITIES = (512, 2048, 8192)
 """Cache slots of a row, below those that the longest request needs."""
+_NUM_KEPT = 4
+"""Versions of the draft to go back to, that of the start among them."""
 _LONGEST_STEP = 60.0
 """Seconds that a step, an update of the draft or a checkpoint may take at the end."""
 
@@ -63,6 +67,7 @@ class ServiceConfig:
       max_waiting: Answers that may wait for a row.
       checkpoint: Folder for what is learned; None keeps nothing.
       checkpoint_seconds: Between two checkpoints.
+      drafts: Folder of drafts that an administrator may have loaded.
       keeps_traffic: Checkpoints hold recent traffic, from which prompts can be read.
     """
 
@@ -71,6 +76,7 @@ class ServiceConfig:
     max_waiting: int = 64
     checkpoint: Path | None = None
     checkpoint_seconds: float = 300.0
+    drafts: Path | None = None
     keeps_traffic: bool = False
 
     def __post_init__(self):
@@ -124,15 +130,25 @@ class _Job:
         self._service.cancel(self)
 
 
+class _Kept(NamedTuple):
+    """A version to go back to; its arrays are the host's."""
+
+    version: int
+    draft: Draft
+
+
 @dataclasses.dataclass
 class _Totals:
     """What has been counted since the start."""
 
     num_steps: int = 0
     num_answers: int = 0
+    num_taught: int = 0
+    num_updates: int = 0
     num_tokens: int = 0
     busy_seconds: float = 0.0
     learning_seconds: float = 0.0
+    stats: DecodingStats = dataclasses.field(default_factory=DecodingStats)
 
 
 class Service:
@@ -167,8 +183,13 @@ class Service:
         self._capacities = _capacities_for(session, self.max_model_len)
         self._live = Live(session, self._capacities, self._on_tokens)
         self._totals = _Totals()
-        self._is_learning = True
+        self._paused_for: str | None = None
         self._version = session.version
+        self._since_swap = DecodingStats()
+        self._kept: deque[_Kept] = deque()
+        self._compiles: _Compiles | None = None
+        self._draft_status: dict[str, Any] = {}
+        self._started = time.monotonic()
         self._saved_at = time.monotonic()
         self._saved_answers = 0
         self._ready = threading.Event()
@@ -302,6 +323,68 @@ class Service:
             self._cancelled.append(job)
             self._changed.notify_all()
 
+    def administer(self, action: str, **arguments: Any) -> dict[str, Any]:
+        """Runs an action between two steps, and waits for it; see `asks.Serves`.
+
+        Raises:
+          ConfigError: There is no such action, or it cannot be done.
+          OverloadedError: The service is about to end.
+        """
+        actions: dict[str, Callable[..., dict[str, Any]]] = {
+            "checkpoint": self._checkpoint,
+            "pause": self._pause,
+            "resume": self._resume,
+            "pin": functools.partial(self._pause, reason="pinned"),
+            "unpin": self._resume,
+            "rollback": self._roll_back,
+            "load": self._load,
+            "forget": self._forget,
+        }
+        if action not in actions:
+            raise ConfigError(f"no action {action!r}; use {', '.join(actions)}")
+
+        return self.call(functools.partial(actions[action], **arguments))
+
+    def status(self) -> dict[str, Any]:
+        """What is going on, as JSON; a second old at most while something runs."""
+        with self._lock:
+            num_waiting = len(self._waiting)
+
+        totals = self._totals
+        stats = totals.stats
+        return {
+            "model": self.model,
+            "max_model_len": self.max_model_len,
+            "is_ready": self.is_ready,
+            "uptime_seconds": time.monotonic() - self._started,
+            "draft": self._draft_status,
+            "learning": {
+                "learner": self._session.learner and self._session.learner.name,
+                "is_on": self._paused_for is None,
+                "paused_for": self._paused_for,
+                "num_updates": totals.num_updates,
+                "num_answers": totals.num_taught,
+                "seconds": totals.learning_seconds,
+            },
+            "queue": {
+                "num_waiting": num_waiting,
+                "max_waiting": self.config.max_waiting,
+                "num_running": len(self._running),
+                "num_rows": self._live.num_rows,
+                "capacity": self._live.capacity,
+            },
+            "totals": {
+                "num_steps": totals.num_steps,
+                "num_answers": totals.num_answers,
+                "num_tokens": totals.num_tokens,
+                "busy_seconds": totals.busy_seconds,
+                "num_drafts": stats.num_drafts,
+                "num_draft_tokens": stats.num_draft_tokens,
+                "num_accepted_tokens": stats.num_accepted_tokens,
+                "num_compiles_after_warm_up": self._num_compiles,
+            },
+        }
+
     def call(self, function: Callable[[], Any]) -> Any:
         """Runs a function between two steps, and waits for its result.
 
@@ -317,6 +400,10 @@ class Service:
             self._changed.notify_all()
 
         return future.result()
+
+    @property
+    def _num_compiles(self) -> int:
+        return 0 if self._compiles is None else self._compiles.count
 
     # The thread that decodes.
 
@@ -444,12 +531,92 @@ class Service:
                 )
             )
 
-        can_teach = self._is_learning and job.ask.can_teach and not job.is_cancelled
+        # Nothing is learned from what a client gave up: it may ask again.
+        is_on = self._paused_for is None
+        can_teach = is_on and job.ask.can_teach and not job.is_cancelled
         result = self._session.take_in(job.ask.prompt, completion, text, can_teach)
-        self._version = self._session.version
-        self._totals.learning_seconds += result.learning_seconds
-        self._totals.num_answers += 1
-        self._totals.num_tokens += len(completion.token_ids)
+        totals = self._totals
+        totals.num_updates += self._session.version - self._version
+        totals.learning_seconds += result.learning_seconds
+        totals.num_taught += can_teach
+        totals.num_answers += 1
+        totals.num_tokens += len(completion.token_ids)
+        totals.stats = totals.stats + completion.stats
+        self._note_version(completion.stats)
+
+    def _note_version(self, stats: DecodingStats | None = None) -> None:
+        """Keeps what others may ask of the draft, for whom its state is out of reach.
+
+        Args:
+          stats: Of an answer by the version that was served until now.
+        """
+        version = self._session.version
+        meta = self._session.meta
+        before = self._since_swap if stats is None else self._since_swap + stats
+        self._since_swap = before if version == self._version else DecodingStats()
+        self._version = version
+        self._draft_status = {
+            "family": None if meta is None else meta.family,
+            "version": version,
+            "kept_versions": [kept.version for kept in self._kept],
+            "acceptance_length": before.mean_acceptance_length,
+            "num_steps_since_swap": before.num_drafts,
+        }
+
+    # What an administrator may ask for.
+
+    def _checkpoint(self) -> dict[str, Any]:
+        if self.config.checkpoint is None:
+            raise ConfigError("no folder for checkpoints was given: use --checkpoint")
+
+        place = self._save()
+        return {"saved": place and place.name, "version": self._version}
+
+    def _pause(self, reason: str = "paused") -> dict[str, Any]:
+        self._paused_for = reason
+        return {"paused_for": reason, "version": self._version}
+
+    def _resume(self) -> dict[str, Any]:
+        self._paused_for = None
+        return {"paused_for": None, "version": self._version}
+
+    def _roll_back(self, version: int | None = None) -> dict[str, Any]:
+        """Serves an earlier version again, by default the newest that was kept."""
+        earlier = [kept for kept in self._kept if kept.version != self._version]
+        found = [kept for kept in earlier if version in (None, kept.version)]
+        if not found:
+            known = ", ".join(str(kept.version) for kept in earlier) or "none"
+            which = "" if version is None else f" {version}"
+            raise ConfigError(f"no earlier version{which} is kept; there are: {known}")
+
+        self._session.begin_again(found[-1].draft)
+        self._note_version()
+        return {"restored": found[-1].version, "version": self._version}
+
+    def _load(self, name: str) -> dict[str, Any]:
+        """Serves another draft of the same architecture, by name."""
+        folder = self.config.drafts
+        if folder is None:
+            raise ConfigError("no folder of drafts was given: use --drafts")
+        if not name or Path(name).name != name or name.startswith("."):
+            raise ConfigError(f"{name!r} is no name of a folder in {folder.name}")
+
+        loaded = load_draft(folder / name, self._session.target)
+        self._session.begin_again(loaded.draft)
+        self._note_version()
+        return {"loaded": name, "version": self._version}
+
+    def _forget(self, is_draft_too: bool = False) -> dict[str, Any]:
+        """Drops kept traffic, and with `is_draft_too` all that was learned."""
+        self._session.forget_traffic()
+        stays = "the draft's weights, which have learned from it"
+        if is_draft_too:
+            self._session.begin_again(self._kept[0].draft)
+            stays = "checkpoints that were written before"
+            self._kept = deque([self._kept[0]])
+
+        self._note_version()
+        return {"forgotten": "n-grams and windows of all scopes", "stays": stays}
 
     def _drop_all(self, error: Exception) -> None:
         """Ends all that runs with an error; the next request begins a new batch."""
@@ -463,6 +630,7 @@ class Service:
     def _save(self) -> Path | None:
         """Writes a checkpoint, if there is a folder for it and something new."""
         self._saved_at = time.monotonic()
+        self._keep_version()
         if self.config.checkpoint is None or self._session.meta is None:
             return None
         if self._totals.num_answers == self._saved_answers:
@@ -471,6 +639,16 @@ class Service:
         place = self._session.save(self.config.checkpoint, self.config.keeps_traffic)
         self._saved_answers = self._totals.num_answers
         return place
+
+    def _keep_version(self) -> None:
+        """Puts the served draft aside, to go back to."""
+        newest = self._kept[-1].version if self._kept else None
+        if self._session.draft is not None and newest != self._version:
+            # On the host: learning overwrites what is on the device.
+            draft = jax.device_get(self._session.draft)
+            first, *rest = [*self._kept, _Kept(self._version, draft)]
+            # The first one, which nothing here was learned by, stays.
+            self._kept = deque([first, *rest[1 - _NUM_KEPT :]])
 
     def _end(self) -> None:
         """Tells everybody that there is nothing more to come, and saves."""
@@ -499,6 +677,8 @@ class Service:
         self._live.warm_up([SamplingConfig(), SamplingConfig(temperature=1.0)])
         _LOG.info(f"ready after {time.perf_counter() - start:.0f} s")
         self._compiles = _Compiles()
+        self._keep_version()
+        self._note_version()
 
 
 def _capacities_for(session: Session, max_model_len: int) -> tuple[int, ...]:

@@ -78,6 +78,11 @@ class Live:
         return self._batch is None
 
     @property
+    def num_rows(self) -> int:
+        """Rows of a step at present, free ones among them; 0 without any."""
+        return 0 if self._batch is None else self._batch.size
+
+    @property
     def capacity(self) -> int:
         """Cache slots of a row at present; 0 without any."""
         return 0 if self._batch is None else self._batch.capacity

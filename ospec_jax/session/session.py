@@ -16,6 +16,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+import jax
+
 from ospec_jax import sharding
 from ospec_jax._platform import release_memory
 from ospec_jax.config import (
@@ -614,6 +616,44 @@ class Session:
                     stacklevel=4,
                 )
             self._unjudged = DecodingStats(num_spec_tokens=self.tree.num_steps)
+
+    def forget_traffic(self) -> None:
+        """Drops all that is kept of prompts and answers: n-grams, and what to train on.
+
+        What the draft has learned from them stays in it: see `begin_again`.
+        """
+        with self._lock:
+            if self.trainer is None or self.draft is None:
+                return
+            _, traffic = self.trainer.init(self.draft)
+            self._adopt(dataclasses.replace(self.state, traffic=traffic))
+
+    def begin_again(self, draft: Draft) -> None:
+        """Goes on with another draft of the same architecture, as one more version.
+
+        Learning begins anew from it; traffic, counters and the controller stay.
+
+        Args:
+          draft: In float32, as `draft` gives it.
+
+        Raises:
+          ConfigError: It has other shapes, or the session decodes plainly.
+        """
+        own = self.draft
+        shapes = lambda one: jax.tree.map(lambda x: (x.shape, x.dtype), one)
+        if own is None or shapes(own) != shapes(draft.replace(memory=own.memory)):
+            raise ConfigError(
+                "the draft has other shapes than the one that is served; begin a "
+                "session of its own with it"
+            )
+
+        with self._lock:
+            state = self.state
+            if self.trainer is not None:
+                fresh, _ = self.trainer.init(draft)
+                trainer = fresh.going_on_from(state.trainer)
+                state = dataclasses.replace(state, trainer=trainer)
+            self._adopt(dataclasses.replace(state, draft=draft))
 
     def save(self, folder: str | Path, with_feedback: bool = True) -> Path:
         """Writes a checkpoint of the draft and of what learning needs to go on.

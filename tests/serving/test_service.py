@@ -4,6 +4,7 @@
 import queue
 import threading
 
+import numpy as np
 import pytest
 
 from ospec_jax import LearnerConfig, Session, TreeConfig
@@ -236,3 +237,81 @@ def test_what_was_learned_is_kept_and_gone_on_with(target, draft, tmp_path):
     with pytest.warns(UserWarning, match="without past traffic"):
         session.resume(config.checkpoint)
     assert session.version == version
+
+
+def version_of(service):
+    return service.status()["draft"]["version"]
+
+
+def test_an_administrator_stops_learning_and_goes_back(service, plain):
+    service.administer("pin")
+    before = version_of(service)
+    for text in PROMPTS[:3]:
+        Heard(service, ask_of(text)).all()
+    service.call(lambda: None)
+    assert version_of(service) == before > 0
+    assert service.status()["learning"]["paused_for"] == "pinned"
+
+    # What was served at the start was kept.
+    back = service.administer("rollback")
+    assert back == {"restored": 0, "version": before + 1}
+    assert Heard(service, ask_of(PROMPTS[5])).texts()[0] == plain[PROMPTS[5]]
+    with pytest.raises(ConfigError, match="no earlier version 77 is kept"):
+        service.administer("rollback", version=77)
+
+    service.administer("unpin")
+    Heard(service, ask_of(PROMPTS[4])).all()
+    service.call(lambda: None)
+    assert version_of(service) > before + 1
+
+
+def test_what_cannot_be_administered_says_why(service):
+    with pytest.raises(ConfigError, match="no action 'fly'; use checkpoint"):
+        service.administer("fly")
+    with pytest.raises(ConfigError, match="no folder for checkpoints"):
+        service.administer("checkpoint")
+    with pytest.raises(ConfigError, match="no folder of drafts"):
+        service.administer("load", name="a")
+
+
+def test_drafts_are_loaded_by_name_from_their_folder_alone(
+    target, draft, plain, tmp_path
+):
+    folder = tmp_path / "drafts"
+    Session(target, draft).save(folder / "mine")
+    other = tiny_draft_config(target.config, draft_vocab_size=100)
+    params = tiny_draft(eagle3(other, TreeConfig(num_steps=1)), other)
+    loaded = LoadedDraft(params, Meta.create(target, other))
+    Session(target, loaded).save(folder / "smaller")
+    config = ServiceConfig("tiny", 240, drafts=folder)
+    service = Service(session_of(target, draft), config)
+    service.start()
+    try:
+        for wrong in ("../mine", "/etc", "", ".hidden", "a/b"):
+            with pytest.raises(ConfigError, match="is no name of a folder in drafts"):
+                service.administer("load", name=wrong)
+        with pytest.raises(ConfigError, match="other shapes"):
+            service.administer("load", name="smaller")
+        assert service.administer("load", name="mine")["version"] == 1
+        assert Heard(service, ask_of(PROMPTS[2])).texts()[0] == plain[PROMPTS[2]]
+    finally:
+        service.stop()
+
+
+def test_what_is_forgotten_is_gone(target, draft):
+    learner = LearnerConfig("gradient", update_every_prompts=50)
+    session = Session(target, draft, learner=learner, num_predicted_tokens=0)
+    service = Service(session, ServiceConfig("tiny", 240))
+    service.start()
+    try:
+        for text in PROMPTS[:3]:
+            Heard(service, ask_of(text)).all()
+        service.call(lambda: None)
+        assert int(session.memory.counts.sum()) > 0
+        assert "weights" in service.administer("forget")["stays"]
+        assert int(session.memory.counts.sum()) == 0
+        assert not np.any(session.state.traffic.ring.segments.weight)
+        done = service.administer("forget", is_draft_too=True)
+        assert "checkpoints" in done["stays"]
+    finally:
+        service.stop()
