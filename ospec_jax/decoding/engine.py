@@ -6,6 +6,7 @@ prefilling each request alone and inserting its row into the running state, so a
 tokens cannot depend on its neighbours.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -225,6 +226,7 @@ class Engine:
         self.target_params = target_params
         self.recording: Recording = recording
         self._announced: set[tuple] = set()
+        self._is_silent = False
         self._prefills: dict[bool, Callable] = {}
         self._judgings: dict[bool, Callable] = {}
         self._steps: dict[tuple[Action, bool], Callable] = {}
@@ -553,12 +555,24 @@ class Engine:
 
         return bring_first(state, chosen), bring_first(output, chosen)
 
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """For who compiles programs on purpose, and tells of it."""
+        before = self._is_silent
+        self._is_silent = True
+        try:
+            yield
+        finally:
+            self._is_silent = before
+
     def _announce(self, what: str, *key: Any) -> None:
         """Tells of a program that this engine has not run yet, and must compile."""
         if (what, *key) in self._announced:
             return
 
         self._announced.add((what, *key))
+        if self._is_silent:
+            return
         known = {name for name, *_ in self._announced}
         # Long steps along a prediction are compiled only where one is sure.
         depths = {a.tree.num_steps for a in self._menu if a.drafter != SUGGESTIONS}

@@ -2,6 +2,8 @@
 """A session's requests as they come: they join and leave one batch between steps."""
 
 import dataclasses
+import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from ospec_jax.config import SamplingConfig
@@ -15,6 +17,7 @@ from ospec_jax.decoding.request import (
 )
 from ospec_jax.session.session import Session
 
+_LOG = logging.getLogger(__name__)
 _PATIENCE = 8
 """Steps with rows to spare, before the batch gets smaller."""
 
@@ -181,6 +184,11 @@ class Live:
         Args:
           samplings: One of each kind that is to come.
         """
+        # Told here with all that is to come, which the engine does not know.
+        with self._session.engine.silent():
+            self._warm_up(list(samplings))
+
+    def _warm_up(self, samplings: list[SamplingConfig]) -> None:
         session = self._session
         served = session.served_draft
         # No controller hears of these steps: they are no traffic.
@@ -188,21 +196,26 @@ class Live:
             session.engine, size, capacity, self._has_prediction
         )
 
-        for sampling in samplings:
+        rounds = list(itertools.product(samplings, self._capacities))
+        for number, (sampling, capacity) in enumerate(rounds, start=1):
+            kind = "sampled" if sampling.temperature else "greedy"
+            _LOG.info(
+                f"compiling {number} of {len(rounds)}: {kind} steps of "
+                f"{', '.join(map(str, self.sizes))} rows of {capacity} slots"
+            )
             request = session.probe_request(sampling=sampling)
             if self._has_prediction:
                 ids = request.prompt_ids
                 request = dataclasses.replace(request, prediction_ids=ids)
-            for capacity in self._capacities:
-                batch = begin(self.sizes[0], capacity)
-                batch.admit(request, served)
-                # Up with a step of each kind, and down again.
-                for size in self.sizes:
-                    self._resize(batch, size)
-                    self._try_steps(batch)
-                for size in reversed(self.sizes):
-                    self._resize(batch, size)
-                batch.cancel(request)
+            batch = begin(self.sizes[0], capacity)
+            batch.admit(request, served)
+            # Up with a step of each kind, and down again.
+            for size in self.sizes:
+                self._resize(batch, size)
+                self._try_steps(batch)
+            for size in reversed(self.sizes):
+                self._resize(batch, size)
+            batch.cancel(request)
 
         for size in self.sizes:
             batch = begin(size, self._capacities[0])
