@@ -672,8 +672,6 @@ class Service:
     def _warm_up(self) -> None:
         """Compiles all that a request may need."""
         start = time.perf_counter()
-        # What learning needs, and what steps take, for controllers that weigh it.
-        self._session.warm_up(self._capacities, has_predictions="always")
         self._live.warm_up([SamplingConfig(), SamplingConfig(temperature=1.0)])
         _LOG.info(f"ready after {time.perf_counter() - start:.0f} s")
         self._compiles = _Compiles()
@@ -684,7 +682,8 @@ class Service:
 def _capacities_for(session: Session, max_model_len: int) -> tuple[int, ...]:
     """Cache sizes that rows move through: few, since each is compiled for."""
     longest = Request("longest", (0,), max_model_len - 1)
-    largest = session.engine.capacity_for([longest])
+    needed = session.engine.needed_slots(longest)
+    largest = session.engine.capacity_for([longest], needed)
     return (*(size for size in _CAPACITIES if size < largest), largest)
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from ospec_jax.config import SamplingConfig
+from ospec_jax.control.base import SUGGESTIONS, Row
 from ospec_jax.decoding.batch import Batch
 from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.decoding.request import (
@@ -20,6 +21,19 @@ from ospec_jax.session.session import Session
 _LOG = logging.getLogger(__name__)
 _PATIENCE = 8
 """Steps with rows to spare, before the batch gets smaller."""
+
+
+def _rows_of(batch: Batch) -> tuple[Row, ...]:
+    """What a controller may know of the rows.
+
+    Long steps along a prediction are for a row by itself: in a larger batch all rows
+    would have to be sure of theirs at once, which is not worth a program of each size.
+    """
+    rows = batch.rows
+    if batch.size == 1:
+        return rows
+
+    return tuple(row._replace(is_sure=False) for row in rows)
 
 
 class Live:
@@ -155,7 +169,7 @@ class Live:
         # wait for the host.
         num_ahead = 0
         if batch.has_work:
-            action = session.chooser.choose(batch.rows)
+            action = session.chooser.choose(_rows_of(batch))
             batch.dispatch(session.served_draft, action)
             num_ahead = 1
 
@@ -179,61 +193,84 @@ class Live:
             self._resize(batch, smaller[-1])
 
     def warm_up(self, samplings: Iterable[SamplingConfig]) -> None:
-        """Compiles what decoding needs, at every size and capacity; learns nothing.
+        """Compiles what decoding and learning need, at every size and capacity.
+
+        Nothing is learned, but a learning budget becomes an interval, and steps are
+        timed for a controller that weighs time: those of a lone request.
 
         Args:
           samplings: One of each kind that is to come.
         """
         # Told here with all that is to come, which the engine does not know.
         with self._session.engine.silent():
-            self._warm_up(list(samplings))
+            rounds = list(itertools.product(samplings, self._capacities))
+            for number, (sampling, capacity) in enumerate(rounds, start=1):
+                kind = "sampled" if sampling.temperature else "greedy"
+                _LOG.info(
+                    f"compiling {number} of {len(rounds)}: {kind} steps of "
+                    f"{', '.join(map(str, self.sizes))} rows of {capacity} slots"
+                )
+                self._try_sizes(self._probe(sampling), capacity)
 
-    def _warm_up(self, samplings: list[SamplingConfig]) -> None:
-        session = self._session
-        served = session.served_draft
-        # No controller hears of these steps: they are no traffic.
-        begin = lambda size, capacity: Batch(
-            session.engine, size, capacity, self._has_prediction
-        )
-
-        rounds = list(itertools.product(samplings, self._capacities))
-        for number, (sampling, capacity) in enumerate(rounds, start=1):
-            kind = "sampled" if sampling.temperature else "greedy"
-            _LOG.info(
-                f"compiling {number} of {len(rounds)}: {kind} steps of "
-                f"{', '.join(map(str, self.sizes))} rows of {capacity} slots"
-            )
-            request = session.probe_request(sampling=sampling)
-            if self._has_prediction:
-                ids = request.prompt_ids
-                request = dataclasses.replace(request, prediction_ids=ids)
-            batch = begin(self.sizes[0], capacity)
-            batch.admit(request, served)
-            # Up with a step of each kind, and down again.
-            for size in self.sizes:
-                self._resize(batch, size)
-                self._try_steps(batch)
-            for size in reversed(self.sizes):
-                self._resize(batch, size)
-            batch.cancel(request)
-
-        for size in self.sizes:
-            batch = begin(size, self._capacities[0])
-            batch.admit(request, served)
-            for capacity in self._capacities:
-                batch.grow(capacity)
+            self._try_growing()
+            self._session.measure_costs(self._capacities[0], batch_size=self.sizes[0])
+            # Of each capacity twice: the last is at full speed.
+            greedy = self._probe(SamplingConfig())
+            answers = [
+                self._answer(greedy, capacity)
+                for capacity in self._capacities
+                for _ in range(2)
+            ]
+            self._session.warm_up_learning(answers[1::2], self.sizes[0])
 
         self._ended = []
 
-    def _try_steps(self, batch: Batch) -> None:
-        """Takes each of the steps that may come, and ends a request."""
-        served = self._session.served_draft
-        for action in self._session.engine.actions:
-            batch.dispatch(served, action)
+    def _probe(self, sampling: SamplingConfig) -> Request:
+        request = self._session.probe_request(24, sampling)
+        ids = request.prompt_ids if self._has_prediction else ()
+        return dataclasses.replace(request, prediction_ids=ids)
 
-        list(batch.settle())
-        passenger = self._session.probe_request()
-        if batch.num_free:
-            batch.admit(passenger, served)
-            batch.cancel(passenger)
+    def _begin(self, request: Request, size: int, capacity: int) -> Batch:
+        """A batch whose steps no controller hears of: they are no traffic."""
+        engine = self._session.engine
+        batch = Batch(engine, size, capacity, self._has_prediction)
+        batch.admit(request, self._session.served_draft)
+        return batch
+
+    def _try_sizes(self, request: Request, capacity: int) -> None:
+        """Takes each of the steps that may come, up through all sizes and down."""
+        served = self._session.served_draft
+        batch = self._begin(request, self.sizes[0], capacity)
+        for size in self.sizes:
+            self._resize(batch, size)
+            for action in self._session.engine.actions:
+                if size == 1 or action.drafter != SUGGESTIONS:
+                    batch.dispatch(served, action)
             list(batch.settle())
+            # Someone who comes and leaves.
+            if batch.num_free:
+                passenger = dataclasses.replace(request, id="passenger")
+                batch.admit(passenger, served)
+                batch.cancel(passenger)
+                list(batch.settle())
+
+        for size in reversed(self.sizes):
+            self._resize(batch, size)
+        batch.cancel(request)
+
+    def _try_growing(self) -> None:
+        request = self._probe(SamplingConfig())
+        for size in self.sizes:
+            batch = self._begin(request, size, self._capacities[0])
+            for capacity in self._capacities:
+                batch.grow(capacity)
+
+    def _answer(self, request: Request, capacity: int) -> Completion:
+        """Answers a request alone."""
+        batch = self._begin(request, self.sizes[0], capacity)
+        while batch.has_work:
+            batch.dispatch(self._session.served_draft, self._session.engine.action)
+            for completion in batch.collect(1):
+                return completion
+
+        return next(batch.collect())

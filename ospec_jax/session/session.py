@@ -264,7 +264,7 @@ class Session:
         self,
         capacities: int | Iterable[int | None] | None = (None,),
         sampling: SamplingConfig = SamplingConfig(),
-        has_predictions: bool | Literal["always"] = False,
+        has_predictions: bool = False,
     ) -> float:
         """Compiles what decoding and learning need; returns the seconds it took.
 
@@ -273,8 +273,7 @@ class Session:
 
         Args:
           capacities: Of the caches to compile for; None is the smallest one.
-          has_predictions: Some of the prompts to come have one; `always`, that all
-            rows have a place for one, whether they need it or not.
+          has_predictions: Some of the prompts to come have one.
 
         Raises:
           ConfigError: A capacity is no such number.
@@ -292,15 +291,14 @@ class Session:
         self,
         capacities: Iterable[int | None],
         sampling: SamplingConfig,
-        has_predictions: bool | Literal["always"] = False,
+        has_predictions: bool = False,
     ) -> None:
         request = self.probe_request(24, sampling)
         requests = [request]
         # A prediction has a place in the state: rows with one are another program.
         if has_predictions and self.is_drafting:
             predicted = dataclasses.replace(request, prediction_ids=request.prompt_ids)
-            is_alone = has_predictions == "always"
-            requests = [predicted] if is_alone else [predicted, request]
+            requests = [predicted, request]
 
         completions = warm_up.warm_up(
             self.engine,
@@ -310,13 +308,46 @@ class Session:
             capacities,
             self.batch_size,
         )
-        # Nothing is learned here, but the trainer now knows its interval and its costs.
-        if self.trainer is not None and self._served is not None:
-            _LOG.info("compiling what learning needs")
-            trained = warm_up.warm_up_trainer(
-                self.trainer, self._state, self._served, completions, self.batch_size
+        self.warm_up_learning(completions, self.batch_size)
+
+    def warm_up_learning(self, completions: list[Completion], batch_size: int) -> None:
+        """Compiles what learning needs, and turns its budget into an interval.
+
+        Args:
+          completions: An answer in a cache of each capacity, the last one decoded at
+            full speed; nothing is learned from them.
+          batch_size: Requests that were decoded beside each other.
+        """
+        if self.trainer is None or self._served is None:
+            return
+
+        _LOG.info("compiling what learning needs")
+        trained = warm_up.warm_up_trainer(
+            self.trainer, self._state, self._served, completions, batch_size
+        )
+        self._state = dataclasses.replace(self._state, trainer=trained)
+
+    def measure_costs(
+        self,
+        capacity: int | None = None,
+        sampling: SamplingConfig = SamplingConfig(),
+        batch_size: int | None = None,
+    ) -> None:
+        """Times steps for a controller that weighs time and does not know it yet.
+
+        Args:
+          capacity: Slots of a row; by default the fewest.
+          batch_size: Rows, by default the session's.
+        """
+        if not self.chooser.has_costs:
+            warm_up.measure_costs(
+                self.engine,
+                self.chooser,
+                self._served,
+                self.probe_request(sampling=sampling),
+                batch_size or self.batch_size,
+                capacity,
             )
-            self._state = dataclasses.replace(self._state, trainer=trained)
 
     def probe_request(
         self, max_new_tokens: int = 128, sampling: SamplingConfig = SamplingConfig()
@@ -522,15 +553,8 @@ class Session:
         if self.trainer and not self.trainer.is_ready(self._state.trainer):
             self._warm_up([capacity], sampling)
             release_memory()
-        elif not self.chooser.has_costs:
-            warm_up.measure_costs(
-                self.engine,
-                self.chooser,
-                self._served,
-                self.probe_request(sampling=sampling),
-                self.batch_size,
-                capacity,
-            )
+        else:
+            self.measure_costs(capacity, sampling)
 
     def unanswered(self, prompts: Iterable[Prompt | str | dict]) -> list[Prompt]:
         """Those of the prompts that this session, or a checkpoint, has not answered.

@@ -137,9 +137,7 @@ def measure_costs(
 ) -> None:
     """Compiles the steps to choose from, and times them for who weighs time."""
     is_timed = not chooser.has_costs
-    # A prediction that is of no use: steps are timed as they run without one.
-    ids = request.prediction_ids[:1]
-    request = dataclasses.replace(request, max_new_tokens=48, prediction_ids=ids)
+    request = dataclasses.replace(request, max_new_tokens=48, prediction_ids=())
     slots = engine.capacity_for([request], capacity)
     state = engine.start(served, request, batch_size, slots)
     is_greedy = request.sampling.temperature == 0
