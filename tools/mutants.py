@@ -124,9 +124,11 @@ def judge(mutant: Mutant, source: str, seconds: int) -> str:
         shutil.copytree(ROOT, copied, ignore=ignore)
         (copied / "ospec_jax" / mutant.file).write_text(source)
         tests = [str(path) for path in sorted((copied / "tests" / room).glob("*.py"))]
-        # Those that have to do with the module come first.
+        # Those that have to do with the module come first: by name, then by import.
         stem = Path(mutant.file).stem
-        tests.sort(key=lambda path: stem not in path)
+        module = f"ospec_jax.{'.'.join(Path(mutant.file).with_suffix('').parts)}"
+        imports = lambda path: module in Path(path).read_text()
+        tests.sort(key=lambda path: (stem not in path, not imports(path)))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header"]
         command += ["-p", "no:cacheprovider", "-m", _MARKS, *tests]
         paths = os.pathsep.join([str(copied), str(copied / "tests")])

@@ -684,7 +684,8 @@ def _capacities_for(session: Session, max_model_len: int) -> tuple[int, ...]:
     longest = Request("longest", (0,), max_model_len - 1)
     needed = session.engine.needed_slots(longest)
     largest = session.engine.capacity_for([longest], needed)
-    return (*(size for size in _CAPACITIES if size < largest), largest)
+    # A last one that is hardly larger would not be worth its programs.
+    return (*(size for size in _CAPACITIES if 2 * size <= largest), largest)
 
 
 class _Compiles:

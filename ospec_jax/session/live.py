@@ -268,9 +268,10 @@ class Live:
     def _answer(self, request: Request, capacity: int) -> Completion:
         """Answers a request alone."""
         batch = self._begin(request, self.sizes[0], capacity)
-        while batch.has_work:
-            batch.dispatch(self._session.served_draft, self._session.engine.action)
-            for completion in batch.collect(1):
+        while True:
+            num_ahead = 0
+            if batch.has_work:
+                batch.dispatch(self._session.served_draft, self._session.engine.action)
+                num_ahead = 1
+            for completion in batch.collect(num_ahead):
                 return completion
-
-        return next(batch.collect())
