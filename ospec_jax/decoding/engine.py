@@ -9,6 +9,7 @@ tokens cannot depend on its neighbours.
 import dataclasses
 import itertools
 import logging
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, Recording
+from ospec_jax.config import ConfigError, Recording, StepKind
 from ospec_jax.control.base import SUGGESTIONS, Action, Chooser, fixed
+from ospec_jax.decoding.adjusting import as_extras, neutral_extras
 from ospec_jax.decoding.batch import Batch, Queue
 from ospec_jax.decoding.request import (
     Completion,
@@ -39,17 +41,25 @@ from ospec_jax.drafters.pool import bring_first
 from ospec_jax.drafters.prediction import as_prediction
 from ospec_jax.models.cache import KVCache
 from ospec_jax.models.sharing import share
-from ospec_jax.types import DecodeState, Draft, Feedback, SamplingParams, StepOutput
+from ospec_jax.types import (
+    DecodeState,
+    Draft,
+    Extras,
+    Feedback,
+    SamplingParams,
+    StepOutput,
+)
 from ospec_jax.typing import Params
 
 _LOG = logging.getLogger(__name__)
+KINDS: tuple[StepKind, ...] = typing.get_args(StepKind)
 PREFILL_CHUNK = 64
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Cache sizes that are compiled for; a request takes the smallest that holds it."""
 
 
-def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
-    """Puts a single-row state into a slot of a batch."""
+def _insert(state: Any, row: Any, slot) -> Any:
+    """Puts a single-row state, or its extras, into a slot of a batch."""
 
     # Rows are axis 0 of all arrays but those of a cache with stacked layers.
     def place(batch, one, axis=0):
@@ -71,6 +81,23 @@ def _take_row(feedback: Feedback, slot) -> Feedback:
 
 def _finish(is_finished, slot):
     return is_finished.at[slot].set(True)
+
+
+def _set_aside(
+    state: DecodeState, kind: StepKind | None = None
+) -> tuple[DecodeState, Extras | None]:
+    """Takes the extras off a state, for what neither reads nor changes them.
+
+    So the programs of those who ask for nothing are the same with and without them.
+    """
+    if kind == "full":
+        return state, None
+
+    return state.replace(extras=None), state.extras
+
+
+def _put_back(state: DecodeState, extras: Extras | None) -> DecodeState:
+    return state if extras is None else state.replace(extras=extras)
 
 
 # Drafters are the same if they are the same object, as `build_drafter` gives them. All
@@ -95,9 +122,11 @@ class _Rows(NamedTuple):
 
     start_row: Callable[..., DecodeState]
     start_batch: Callable[[int, int, bool], DecodeState]
-    insert: Callable[..., DecodeState]
+    insert: Callable[..., Any]
     take: Callable[..., Feedback]
     finish: Callable[..., jax.Array]
+    start_extras: Callable[[int], Extras]
+    pin_extras: Callable[[Extras], Extras]
 
 
 @share
@@ -125,12 +154,17 @@ def _compiled_rows(
             num_remaining=fill(state.num_remaining, num_remaining),
         )
 
+    def start_extras(batch_size) -> Extras:
+        return neutral_extras(batch_size, config.model.vocab_size)
+
     return _Rows(
         start_row=jax.jit(pinned(start_row, rows), static_argnums=(0, 1)),
         start_batch=jax.jit(pinned(start_batch, rows), static_argnums=(0, 1, 2)),
         insert=jax.jit(pinned(_insert, rows), donate_argnums=0),
         take=jax.jit(pinned(_take_row, sharding.replicated)),
         finish=jax.jit(pinned(_finish, rows), donate_argnums=0),
+        start_extras=jax.jit(pinned(start_extras, rows), static_argnums=0),
+        pin_extras=jax.jit(pinned(lambda extras: extras, rows)),
     )
 
 
@@ -190,21 +224,22 @@ class Engine:
         self.target_params = target_params
         self.recording: Recording = recording
         self._announced: set[tuple] = set()
-        self._prefills: dict[bool, Callable] = {}
-        self._judgings: dict[bool, Callable] = {}
-        self._steps: dict[tuple[Action, bool], Callable] = {}
+        self._prefills: dict[StepKind, Callable] = {}
+        self._judgings: dict[StepKind, Callable] = {}
+        self._steps: dict[tuple[Action, StepKind], Callable] = {}
 
         # Greedy and sampled steps are separate programs: a greedy one needs no
-        # probabilities over the vocabulary.
-        for is_greedy in (True, False):
-            own = dataclasses.replace(config, is_greedy=is_greedy)
-            self._prefills[is_greedy] = _compiled(build_prefill, own, drafter)
+        # probabilities over the vocabulary. So are full ones, which do more than most
+        # requests ask for.
+        for kind in KINDS:
+            own = dataclasses.replace(config, kind=kind)
+            self._prefills[kind] = _compiled(build_prefill, own, drafter)
             if config.num_unjudged:
-                self._judgings[is_greedy] = _compiled(build_judging, own, drafter)
+                self._judgings[kind] = _compiled(build_judging, own, drafter)
             for action, member in self._menu.items():
                 special = dataclasses.replace(own, tree=action.tree)
                 step = _compiled(build_step, special, member)
-                self._steps[action, is_greedy] = step
+                self._steps[action, kind] = step
 
         self._rows = _compiled_rows(config, drafter, recording)
 
@@ -218,19 +253,24 @@ class Engine:
         """Tokens that end a request."""
         return self.config.stop_ids
 
-    def compiled(self, action: Action, is_greedy: bool) -> Callable:
+    @property
+    def has_log_probs(self) -> bool:
+        """Whether log-probabilities are reported to all requests."""
+        return self.config.has_log_probs
+
+    def compiled(self, action: Action, kind: StepKind) -> Callable:
         """The jitted `(target_params, draft, state) -> (state, output)` of an action.
 
         Raises:
           ConfigError: The action is not on the menu.
         """
-        if (action, is_greedy) not in self._steps:
+        if (action, kind) not in self._steps:
             raise ConfigError(
                 f"{action} is not on this engine's menu; a controller chooses among "
                 f"its own actions, here {'; '.join(map(str, self.actions))}"
             )
 
-        return self._steps[action, is_greedy]
+        return self._steps[action, kind]
 
     @property
     def num_unjudged(self) -> int:
@@ -238,16 +278,18 @@ class Engine:
         return self.config.num_unjudged
 
     def judge(
-        self, is_greedy: bool, draft: Draft | None, state: DecodeState
+        self, kind: StepKind, draft: Draft | None, state: DecodeState
     ) -> tuple[DecodeState, Any]:
         """Judges a pool's members by the tokens that wait; the state is donated."""
         shape = state.num_remaining.shape[0], state.cache.capacity
-        self._announce("the judging of drafts", is_greedy, *shape)
-        return self._judgings[is_greedy](self.target_params, draft, state)
+        self._announce("the judging of drafts", kind, *shape)
+        state, extras = _set_aside(state, kind)
+        state, judged = self._judgings[kind](self.target_params, draft, state)
+        return _put_back(state, extras), judged
 
-    def compiled_prefill(self, is_greedy: bool) -> Callable:
+    def compiled_prefill(self, kind: StepKind) -> Callable:
         """The jitted pass over one chunk of a prompt; see `step.build_prefill`."""
-        return self._prefills[is_greedy]
+        return self._prefills[kind]
 
     @property
     def num_extra_slots(self) -> int:
@@ -307,7 +349,8 @@ class Engine:
     def _check_ids(self, request: Request) -> None:
         """Refuses tokens without an embedding, which XLA takes for the nearest one."""
         vocab_size = self.config.model.vocab_size
-        ids = (*request.prompt_ids, *request.prediction_ids)
+        biased = (token for token, _ in request.sampling.logit_bias)
+        ids = (*request.prompt_ids, *request.prediction_ids, *biased)
         wrong = sorted({i for i in ids if not 0 <= i < vocab_size})
         if wrong:
             raise ConfigError(
@@ -339,12 +382,12 @@ class Engine:
             has_prediction = bool(request.prediction_ids)
 
         self._check_ids(request)
-        is_greedy = request.sampling.temperature == 0
+        kind = request.kind
         key = request.key(ordinal)
         state = self._initial_state(request, capacity, has_prediction, key)
         ids = np.asarray(request.prompt_ids, np.int32)
-        run = self.compiled_prefill(is_greedy)
-        self._announce("the pass over a prompt", is_greedy, capacity)
+        run = self.compiled_prefill(kind)
+        self._announce("the pass over a prompt", kind, capacity)
         output = None
 
         # Every chunk has one shape, so that one program runs prompts of any length. The
@@ -388,6 +431,8 @@ class Engine:
         values = (sampling.temperature, sampling.top_k, sampling.top_p)
         args = capacity, has_prediction, key, values, request.max_new_tokens
         state = self._rows.start_row(*args)
+        if request.kind == "full":
+            state = state.replace(extras=self._extras_of(request))
         if not has_prediction:
             return state
 
@@ -401,6 +446,17 @@ class Engine:
 
         # The state is donated, so no two of its parts may be the same.
         return state.replace(unjudged=state.unjudged.replace(prediction=expected()))
+
+    def _extras_of(self, request: Request) -> Extras:
+        """What a request asks of `full` passes, before anything was answered."""
+        return self._rows.pin_extras(
+            as_extras(
+                request.sampling,
+                request.prompt_ids,
+                request.can_speculate,
+                self.config.model.vocab_size,
+            )
+        )
 
     def serve(
         self,
@@ -482,19 +538,21 @@ class Engine:
         return has_prediction
 
     def step(
-        self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
+        self, action: Action, kind: StepKind, draft: Draft | None, state: DecodeState
     ) -> tuple[DecodeState, StepOutput]:
         """Runs one step of an action of the menu; the state is donated."""
         shape = state.num_remaining.shape[0], state.cache.capacity
         depth = action.tree.num_steps
-        self._announce(f"a step of depth {depth}", action, is_greedy, *shape)
-        run = self.compiled(action, is_greedy)
+        self._announce(f"a step of depth {depth}", action, kind, *shape)
+        run = self.compiled(action, kind)
         # The member that shall propose is swapped to the front, and back once it has:
         # the state's order is always that of the menu. Nothing is copied.
         chosen = action.drafter
+        state, extras = _set_aside(state, kind)
         state, output = run(
             self.target_params, bring_first(draft, chosen), bring_first(state, chosen)
         )
+        state = _put_back(state, extras)
 
         return bring_first(state, chosen), bring_first(output, chosen)
 
@@ -526,7 +584,26 @@ class Engine:
             has_prediction = row.prediction is not None
             state = self._rows.start_batch(batch_size, capacity, has_prediction)
 
-        return self._rows.insert(state, row, np.int32(slot))
+        assert state is not None
+        rows, extras = _set_aside(state)
+        row, own = _set_aside(row)
+        rows = self._rows.insert(rows, row, np.int32(slot))
+
+        return rows.replace(extras=self._with_extras(extras, own, slot, batch_size))
+
+    def _with_extras(
+        self, extras: Extras | None, row: Extras | None, slot: int, batch_size: int
+    ) -> Extras | None:
+        """A batch's extras with those of a new row; None while no row has had any."""
+        if extras is None and row is None:
+            return None
+        if extras is None:
+            extras = self._rows.start_extras(batch_size)
+        # What the row's last request asked for must not be there for the new one.
+        if row is None:
+            row = self._rows.start_extras(1)
+
+        return self._rows.insert(extras, row, np.int32(slot))
 
     def finish(self, state: DecodeState, slot: int) -> DecodeState:
         """Marks a row as done: it emits nothing more."""
