@@ -38,7 +38,10 @@ def argmax(logits: Float[Array, "*rows v"]) -> Int[Array, "*rows"]:
 def processed_probs(
     logits: Float[Array, "b v"], params: SamplingParams, is_row_invariant: bool = True
 ) -> Float[Array, "b v"]:
-    """Temperature, then top-k, then top-p of what is left; temperature 0 is one-hot.
+    """Temperature, min-p, top-k, then top-p of what is left; temperature 0 is one-hot.
+
+    Min-p drops tokens less probable than its share of the most probable one. The order
+    is vLLM's.
 
     Tokens that tie with the last kept one are kept too, so that the result does not
     depend on their order.
@@ -53,6 +56,10 @@ def processed_probs(
     # ties with the last kept token stay.
     top, _ = jax.lax.top_k(scaled, min(_PREFIX, scaled.shape[-1]))
     kept = scaled >= _top_k_threshold(scaled, top, params.top_k)[:, None]
+    if params.min_p is not None:
+        # The most probable token's weight is 1.
+        kept &= jnp.exp(scaled) >= params.min_p[:, None]
+
     weights = jnp.where(kept, jnp.exp(scaled), 0.0)
     total = row_sum(weights, is_row_invariant)[:, 0]
     threshold = _top_p_threshold(scaled, weights, top, params.top_p, total)

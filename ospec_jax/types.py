@@ -175,11 +175,40 @@ class DraftContext:
 
 @struct
 class SamplingParams:
-    """Per-row sampling; temperature 0 is greedy, top_k 0 and top_p 1 keep all."""
+    """Per-row sampling; temperature 0 is greedy, top_k 0 and top_p 1 keep all.
+
+    `min_p` is None where no row drops tokens by it: then nothing is computed for it.
+    """
 
     temperature: Float[Array, " b"]
     top_k: Int[Array, " b"]
     top_p: Float[Array, " b"]
+    min_p: Float[Array, " b"] | None = None
+
+
+@struct
+class Extras:
+    """What `full` passes alone read of each row; see `decoding.adjusting`.
+
+    Attributes:
+      min_p: `[b]`; 0 keeps all.
+      presence_penalty: `[b]`; 0 for none.
+      frequency_penalty: `[b]`; 0 for none.
+      repetition_penalty: `[b]`; 1 for none.
+      bias: `[b, v]` added to the logits.
+      is_in_prompt: `[b, v]` tokens that the prompt has.
+      counts: `[b, v]` how often the answer has each token, the newest one included.
+      can_speculate: `[b]` whether anything is drafted for the row.
+    """
+
+    min_p: Float[Array, " b"]
+    presence_penalty: Float[Array, " b"]
+    frequency_penalty: Float[Array, " b"]
+    repetition_penalty: Float[Array, " b"]
+    bias: Float[Array, "b v"]
+    is_in_prompt: Bool[Array, "b v"]
+    counts: Int[Array, "b v"]
+    can_speculate: Bool[Array, " b"]
 
 
 @struct
@@ -333,6 +362,7 @@ class DecodeState:
       prediction: What the answers are expected to be, or None.
       unjudged: What a pool's drafters are still to be judged by, or None where that is
         done at every step, or never.
+      extras: What rows ask that only `full` passes can do; None where none does.
     """
 
     cache: KVCache
@@ -347,6 +377,7 @@ class DecodeState:
     feedback: Feedback | None
     prediction: Prediction | None = None
     unjudged: Unjudged | None = None
+    extras: Extras | None = None
 
 
 @struct
@@ -364,6 +395,8 @@ class StepOutput:
         None when there is nobody to say.
       judged: `Judged` of every member of a pool, for the emitted tokens, in the order
         in which the state has them; None where nobody asks.
+      alternatives: Of `full` passes: ids and log-probabilities of the target's most
+        probable tokens in the place of each emitted one, each `[b, m, a]`, falling.
     """
 
     tokens: Int[Array, "b m"]
@@ -374,3 +407,4 @@ class StepOutput:
     log_probs: Float[Array, "b m"] | None
     is_sure: Bool[Array, " b"] | None = None
     judged: Any = None
+    alternatives: tuple[Int[Array, "b m a"], Float[Array, "b m a"]] | None = None

@@ -131,7 +131,7 @@ def test_no_weight_moves(precision, is_scanned):
     row, _ = engine.prefill(draft, Request("0", (1, 2, 3)), 256)
     state = engine.place(None, row, 0, 4, 256)
     step = (
-        engine.compiled(engine.action, True)
+        engine.compiled(engine.action, "greedy")
         .lower(target.params, draft, state)
         .compile()
     )
@@ -152,7 +152,9 @@ def test_state_is_split_by_rows_and_heads():
     engine, draft = engine_for(target, TREES["chain"])
     row, _ = engine.prefill(draft, Request("0", (1, 2, 3)), 256)
     state = engine.place(None, row, 0, 4, 256)
-    state, output = engine.compiled(engine.action, True)(target.params, draft, state)
+    state, output = engine.compiled(engine.action, "greedy")(
+        target.params, draft, state
+    )
     shard = lambda x: x.sharding.shard_shape(x.shape)
     assert shard(state.cache.keys[0]) == (2, 1, 8, 256)
     assert shard(state.draft_cache["drafter"].values[0]) == (2, 1, 256, 8)

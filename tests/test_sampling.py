@@ -18,23 +18,25 @@ from ospec_jax.sampling import (
 from ospec_jax.types import SamplingParams
 
 
-def params(temperature, top_k=0, top_p=1.0, rows=None):
+def params(temperature, top_k=0, top_p=1.0, rows=None, min_p=None):
     """Sampling parameters, one value for all rows or a list."""
-    rows = rows or max(np.size(x) for x in (temperature, top_k, top_p))
+    rows = rows or max(np.size(x) for x in (temperature, top_k, top_p, min_p))
     fill = lambda value, dtype: jnp.asarray(np.broadcast_to(value, rows), dtype)
     return SamplingParams(
         temperature=fill(temperature, jnp.float32),
         top_k=fill(top_k, jnp.int32),
         top_p=fill(top_p, jnp.float32),
+        min_p=None if min_p is None else fill(min_p, jnp.float32),
     )
 
 
-def reference(logits, temperature, top_k, top_p):
+def reference(logits, temperature, top_k, top_p, min_p=0.0):
     """One row: sort, cut, normalise; ties with the last kept token are kept."""
     logits = np.asarray(logits, np.float64)
     if temperature == 0:
         return np.eye(len(logits))[np.argmax(logits)]
     weights = np.exp((logits - logits.max()) / temperature)
+    weights[weights < np.float32(min_p)] = 0
     if top_k:
         weights[weights < np.sort(weights)[::-1][:top_k][-1]] = 0
     if top_p < 1:
@@ -65,6 +67,26 @@ def test_peaked_distributions(processed, vocab_size, top_k, top_p):
         expected = reference(logits[0], temperature, top_k, top_p)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         np.testing.assert_array_equal(np.asarray(found) > 1e-20, expected > 1e-20)
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_improbable_tokens_are_dropped_first(processed, top_k, top_p, scale):
+    """By a share of the most probable one's probability, at the row's temperature."""
+    logits = jnp.repeat(logits_of(1000, scale=scale), 5, axis=0)
+    temperature = [0.7, 0.7, 0.7, 1.5, 0.0]
+    min_p = [0.0, 0.1, 1.0, 0.1, 0.1]
+    asked = params(temperature, top_k, top_p, rows=5, min_p=min_p)
+    found = np.asarray(processed(logits, asked))
+    for row in range(5):
+        expected = reference(logits[row], temperature[row], top_k, top_p, min_p[row])
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
+        np.testing.assert_array_equal(found[row] > 1e-20, expected > 1e-20)
+
+    without = processed(logits, params(temperature, top_k, top_p, rows=5))
+    np.testing.assert_array_equal(found[0], np.asarray(without)[0])
+    assert (found[2] > 0).sum() == 1
 
 
 @pytest.mark.parametrize("top_p", [0.2, 0.7, 0.95, 0.999])

@@ -74,6 +74,8 @@ def run_bench(
         raise ConfigError("all modes but autoregressive and unpadded need a draft")
     if peers and (config.batch_size > 1 or config.sampling.temperature > 0):
         raise ConfigError("peers are compared greedily, with a batch size of 1")
+    if peers and config.sampling.is_adjusted:
+        raise ConfigError("peers are compared without penalties and biases of logits")
     if config.batch_size > 1 and any(isinstance(x, Conversation) for x in prompts):
         raise ConfigError("conversations are asked with a batch size of 1")
 

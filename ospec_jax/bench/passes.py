@@ -79,7 +79,7 @@ def measure_passes(
     for _ in _rounds(num_rounds):
         for name, session in sessions.items():
             step = functools.partial(
-                session.engine.compiled(session.engine.action, True),
+                session.engine.compiled(session.engine.action, "greedy"),
                 session.target.params,
                 session.served_draft,
             )

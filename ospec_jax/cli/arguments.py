@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from ospec_jax import atomic, sharding
-from ospec_jax.cli.notation import parse_tree
+from ospec_jax.cli.notation import parse_bias, parse_tree
 from ospec_jax.config import (
     ChildrenKind,
     ConfigError,
@@ -145,6 +145,15 @@ class AnswerFlags:
       temperature: 0 takes the most probable token (greedy); above 0 tokens are sampled.
       top_p: Sample from the most probable tokens of so much probability; 1 takes all.
       top_k: Sample from so many of the most probable tokens; 0 takes all.
+      min_p: Sample from tokens that have at least this share of the most probable one's
+        probability.
+      presence_penalty: Takes this off the logits of tokens that the answer has; -2 to
+        2.
+      frequency_penalty: Likewise, once for each time that the answer has the token.
+      repetition_penalty: Divides positive logits of tokens that prompt or answer have
+        by this, and multiplies negative ones; 1 does nothing.
+      logit_bias: What to add to the logits of some tokens, as ID:VALUE, like 11:-100;
+        none by default.
       seed: Of the random numbers of sampling; each answer draws its own.
       stop: Strings that end an answer, by default none; it ends in front of them.
       raw: Skip the chat template.
@@ -154,6 +163,11 @@ class AnswerFlags:
     temperature: Annotated[float, Own] = 0.0
     top_p: Annotated[float, Own] = 1.0
     top_k: Annotated[int, Own] = 0
+    min_p: Annotated[float, Own] = 0.0
+    presence_penalty: Annotated[float, Own] = 0.0
+    frequency_penalty: Annotated[float, Own] = 0.0
+    repetition_penalty: Annotated[float, Own] = 1.0
+    logit_bias: Annotated[tuple[str, ...], OwnEmpty] = ()
     seed: Annotated[int, Own] = 0
     stop: Annotated[tuple[str, ...], OwnEmpty] = ()
     raw: Annotated[bool, Own] = False
@@ -166,7 +180,17 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
     @property
     def sampling(self) -> SamplingConfig:
         """How the target's tokens are chosen."""
-        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.seed)
+        return SamplingConfig(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=parse_bias(self.logit_bias),
+        )
 
     @property
     def depth(self) -> int | Literal["auto"]:

@@ -1,11 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line's notation of draft trees."""
+"""The command line's notation of draft trees, and of biases."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal
 
 from ospec_jax.config import ChildrenKind, ConfigError, TreeConfig, Verification
 from ospec_jax.drafters.topology import best_parents, static_depths
+
+
+def parse_bias(texts: Iterable[str]) -> tuple[tuple[int, float], ...]:
+    """Reads the command line's `--logit-bias`: `ID:VALUE`, one a token.
+
+    Raises:
+      ConfigError: One cannot be read.
+    """
+    pairs = []
+    for text in texts:
+        token, _, value = text.partition(":")
+        try:
+            pairs.append((int(token), float(value)))
+        except ValueError as error:
+            raise ConfigError(
+                f"cannot read {text!r} of --logit-bias; write ID:VALUE, like 11:-100"
+            ) from error
+
+    return tuple(pairs)
 
 
 def parse_tree(

@@ -15,8 +15,10 @@ from ospec_jax.config.base import (
 )
 from ospec_jax.config.decoding import (
     AUTO_DEPTHS,
+    MAX_ALTERNATIVES,
     ChildrenKind,
     SamplingConfig,
+    StepKind,
     TreeConfig,
     Verification,
 )
@@ -37,6 +39,7 @@ from ospec_jax.config.model import (
 
 __all__ = [
     "AUTO_DEPTHS",
+    "MAX_ALTERNATIVES",
     "AttentionKind",
     "ChildrenKind",
     "ConfigError",
@@ -51,6 +54,7 @@ __all__ = [
     "Recording",
     "RopeScaling",
     "SamplingConfig",
+    "StepKind",
     "TreeConfig",
     "UnforeseenError",
     "Verification",

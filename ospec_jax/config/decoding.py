@@ -2,12 +2,20 @@
 """How much is drafted, how it is verified, how tokens are chosen."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from ospec_jax.config.base import ConfigError, check_types
+from ospec_jax.config.base import ConfigError, check_types, is_of_type
 
 ChildrenKind = Literal["topk", "sampled", "without_replacement", "topk_sampled", "hub"]
 Verification = Literal["token", "block", "traversal"]
+
+StepKind = Literal["greedy", "sampled", "full"]
+"""What a compiled pass can do: `greedy` takes the most probable tokens, `sampled` knows
+temperature, top-k and top-p, too, and `full` all there is of `SamplingConfig`, reports
+log-probabilities with alternatives, and keeps single rows from drafting."""
+
+MAX_ALTERNATIVES = 20
+"""Most probable tokens that can be reported with each token, as OpenAI has it."""
 
 AUTO_DEPTHS = (0, 1, 2, 3, 5)
 """Depths that a tree of depth `auto` chooses from; each is an executable."""
@@ -215,20 +223,37 @@ class TreeConfig:
 class SamplingConfig:
     """How the target's tokens are chosen; temperature 0 is greedy.
 
+    The logits are adjusted in vLLM's order, bias, repetition, frequency, presence; then
+    temperature, min-p, top-k and top-p make the law. The adjustments hold for greedy
+    answers, too. See `decoding.adjusting`.
+
     Attributes:
       top_k: Tokens kept, 0 for all.
       top_p: Probability mass kept, 1.0 for all.
       seed: Of the random numbers; each answer draws its own (`decoding.request`).
+      min_p: Tokens less probable than this share of the most probable one are dropped.
+      presence_penalty: Taken off the logits of tokens that the answer has.
+      frequency_penalty: Likewise, once for each time that it has them.
+      repetition_penalty: Divides positive logits of tokens that prompt or answer have,
+        and multiplies negative ones.
+      logit_bias: Pairs of a token id and what is added to its logit.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "logit_bias", _as_pairs(self.logit_bias))
         check_types(self)
         self._check_temperature()
+        self._check_adjustments()
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it lies in (0, 1]")
         if self.top_k < 0:
@@ -246,3 +271,70 @@ class SamplingConfig:
                 f"temperature is {self.temperature}; use 0 for the most probable "
                 f"token, or a number from 1e-30 to 1e30"
             )
+
+    def _check_adjustments(self):
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p is {self.min_p}; it lies in [0, 1]")
+
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not -2 <= value <= 2:
+                raise ConfigError(f"{name} is {value}; it lies in [-2, 2]")
+
+        # Far outside its logits would be 0 or infinite in float32.
+        if not 1e-3 <= self.repetition_penalty <= 1e3:
+            raise ConfigError(
+                f"repetition_penalty is {self.repetition_penalty}; use 1 for none, or "
+                f"a number from 0.001 to 1000"
+            )
+
+        seen = set()
+        for token, bias in self.logit_bias:
+            if token < 0:
+                raise ConfigError(
+                    f"logit_bias has the token id {token}; ids are 0 or more"
+                )
+            if token in seen:
+                raise ConfigError(
+                    f"logit_bias has the token id {token} more than once; give each "
+                    f"token one bias"
+                )
+            if not -100 <= bias <= 100:
+                raise ConfigError(
+                    f"logit_bias of the token {token} is {bias}; it lies in [-100, 100]"
+                )
+            seen.add(token)
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether logits are changed by anything else than a temperature."""
+        has_penalty = self.presence_penalty or self.frequency_penalty
+        has_bias = any(bias for _, bias in self.logit_bias)
+        return bool(has_penalty or has_bias or self.repetition_penalty != 1)
+
+    @property
+    def kind(self) -> StepKind:
+        """The least that a pass must be able to do for it."""
+        is_greedy = self.temperature == 0
+        # The most probable token is kept by every min-p.
+        if self.is_adjusted or (self.min_p and not is_greedy):
+            return "full"
+
+        return "greedy" if is_greedy else "sampled"
+
+
+def _as_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs of an id and a bias: lists, as JSON has them, become hashable.
+
+    Raises:
+      ConfigError: They are no such pairs.
+    """
+    pairs = tuple(bias) if isinstance(bias, list | tuple) else (None,)
+    pairs = tuple(tuple(x) if isinstance(x, list) else x for x in pairs)
+    if not is_of_type(pairs, tuple[tuple[int, float], ...], needs_finite=False):
+        raise ConfigError(
+            f"logit_bias is {bias!r:.80}; use pairs of a token id and a number, like "
+            f"((5, -100), (7, 2.5))"
+        )
+
+    return tuple((int(token), float(value)) for token, value in pairs)

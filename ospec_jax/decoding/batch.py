@@ -7,6 +7,7 @@ row's greedy tokens depend on none of that.
 """
 
 import itertools
+import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from ospec_jax.config import ConfigError
+from ospec_jax.config import ConfigError, StepKind
 from ospec_jax.control.base import Action, Outcome, Row
 from ospec_jax.control.lengths import join
 from ospec_jax.decoding.request import Completion, Emitted, Request, Slot
@@ -63,8 +64,11 @@ class Device(Protocol):
 
     def pick(self, state: DecodeState, numbers: Sequence[int]) -> DecodeState: ...
 
+    @property
+    def has_log_probs(self) -> bool: ...
+
     def step(
-        self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
+        self, action: Action, kind: StepKind, draft: Draft | None, state: DecodeState
     ) -> tuple[DecodeState, StepOutput]: ...
 
     def place(
@@ -88,8 +92,14 @@ class Device(Protocol):
     def num_unjudged(self) -> int: ...
 
     def judge(
-        self, is_greedy: bool, draft: Draft | None, state: DecodeState
+        self, kind: StepKind, draft: Draft | None, state: DecodeState
     ) -> tuple[DecodeState, Any]: ...
+
+
+def most(kinds: list[StepKind]) -> StepKind:
+    """The kind that can do what all of some kinds can."""
+    ordered = typing.get_args(StepKind)
+    return max(kinds, key=ordered.index)
 
 
 class Queue:
@@ -172,6 +182,7 @@ class Batch:
         self._waiting: list[_Sent] = []
         self._num_unjudged = 0
         self._is_waiting_greedy = True
+        self._waiting_kind: StepKind = "greedy"
         self._last: tuple[Draft | None, int] = (None, 0)
 
     @property
@@ -265,7 +276,8 @@ class Batch:
         number = next(
             i for i, slot in enumerate(self._slots) if slot is None and i not in taken
         )
-        slot = Slot(request, self._engine.new_stats())
+        has_log_probs = request.num_log_probs is not None or self._engine.has_log_probs
+        slot = Slot(request, self._engine.new_stats(), has_log_probs)
         reading = self._engine.begin(
             request, self.capacity, self._has_prediction, ordinal
         )
@@ -337,14 +349,15 @@ class Batch:
         rows = [(i, i, slot) for i, slot in enumerate(self._slots) if slot is not None]
         assert self._state is not None, "a batch with rows has a state"
         # One sampled row makes the whole step a sampled one, in which greedy rows have
-        # one-hot probabilities and so the same tokens.
-        is_greedy = all(slot.request.sampling.temperature == 0 for *_, slot in rows)
+        # one-hot probabilities and so the same tokens; one that asks for more than
+        # sampling makes it a full one, which takes nothing off those that do not.
+        kind = most([slot.request.kind for *_, slot in rows])
         if self._engine.num_unjudged:
-            self._make_room(draft, action, is_greedy)
-        self._state, output = self._engine.step(action, is_greedy, draft, self._state)
+            self._make_room(draft, action, [slot for *_, slot in rows])
+        self._state, output = self._engine.step(action, kind, draft, self._state)
         self._in_flight.append(_Sent(action, rows, output))
 
-    def _make_room(self, draft, action: Action, is_greedy: bool) -> None:
+    def _make_room(self, draft, action: Action, slots: list[Slot]) -> None:
         """Judges what waits, if the step's tokens would be too many, or if another
         drafter proposes in it, which then must be up to date."""
         num_emitted = action.tree.num_steps + 1
@@ -353,7 +366,9 @@ class Batch:
             self._judge()
 
         self._num_unjudged += num_emitted
-        self._is_waiting_greedy &= is_greedy
+        sampling = [slot.request.sampling for slot in slots]
+        self._is_waiting_greedy &= all(one.temperature == 0 for one in sampling)
+        self._waiting_kind = most([self._waiting_kind, *(s.kind for s in sampling)])
         self._last = draft, action.drafter
 
     def _judge(self) -> None:
@@ -362,12 +377,14 @@ class Batch:
             return
 
         assert self._state is not None, "tokens of a state wait"
-        self._state, judged = self._engine.judge(
-            self._is_waiting_greedy, self._last[0], self._state
-        )
+        # Greedy tokens are certain, whatever they were adjusted by: where all are, none
+        # needs a law to be judged by.
+        kind = "greedy" if self._is_waiting_greedy else self._waiting_kind
+        self._state, judged = self._engine.judge(kind, self._last[0], self._state)
         self._in_flight.append(_Sent(None, [], judged, is_judging=True))
         self._num_unjudged = 0
         self._is_waiting_greedy = True
+        self._waiting_kind = "greedy"
 
     def collect(self, num_ahead: int = 0) -> Iterator[Completion]:
         """Reads passes, oldest first; yields the requests that they ended.
@@ -425,7 +442,9 @@ class Batch:
         rows = [
             (number, row, slot)
             for number, row, slot in sent.rows
-            if not slot.is_done and slot.request.can_teach
+            if not slot.is_done
+            and slot.request.can_teach
+            and slot.request.can_speculate
         ]
         sent = sent._replace(rows=rows)
         if self._engine.num_unjudged:

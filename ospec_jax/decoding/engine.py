@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, Recording
+from ospec_jax.config import ConfigError, Recording, StepKind
 from ospec_jax.control.base import SUGGESTIONS, Action, Chooser, fixed
+from ospec_jax.decoding.adjusting import as_extras, neutral_extras
 from ospec_jax.decoding.batch import Batch, Queue, Reading
 from ospec_jax.decoding.request import (
     Completion,
@@ -40,17 +42,25 @@ from ospec_jax.drafters.pool import bring_first
 from ospec_jax.drafters.prediction import as_prediction
 from ospec_jax.models.cache import KVCache
 from ospec_jax.models.sharing import share
-from ospec_jax.types import DecodeState, Draft, Feedback, SamplingParams, StepOutput
+from ospec_jax.types import (
+    DecodeState,
+    Draft,
+    Extras,
+    Feedback,
+    SamplingParams,
+    StepOutput,
+)
 from ospec_jax.typing import Params
 
 _LOG = logging.getLogger(__name__)
+KINDS: tuple[StepKind, ...] = typing.get_args(StepKind)
 PREFILL_CHUNK = 64
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Cache sizes that are compiled for; a request takes the smallest that holds it."""
 
 
-def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
-    """Puts a single-row state into a slot of a batch."""
+def _insert(state: Any, row: Any, slot) -> Any:
+    """Puts a single-row state, or its extras, into a slot of a batch."""
 
     # Rows are axis 0 of all arrays but those of a cache with stacked layers.
     def place(batch, one, axis=0):
@@ -66,19 +76,21 @@ def _insert(state: DecodeState, row: DecodeState, slot) -> DecodeState:
 
 def _pick(state: DecodeState, numbers) -> DecodeState:
     """Rows by number in a batch of another size; those below 0 are free ones."""
-    is_free = numbers < 0
-    numbers = jnp.maximum(numbers, 0)
+    picked = _pick_any(state, numbers)
+    return picked.replace(is_finished=picked.is_finished | (numbers < 0))
+
+
+def _pick_any(rows: Any, numbers) -> Any:
+    """Rows by number, of a state or of its extras; any row for those below 0."""
 
     def take(x, axis=0):
         if isinstance(x, KVCache):
             return jax.tree.map(lambda array: take(array, x.batch_axis), x)
 
-        return jnp.take(x, numbers, axis, mode="clip")
+        return jnp.take(x, jnp.maximum(numbers, 0), axis, mode="clip")
 
     is_cache = lambda node: isinstance(node, KVCache)
-    picked = jax.tree.map(take, state, is_leaf=is_cache)
-
-    return picked.replace(is_finished=picked.is_finished | is_free)
+    return jax.tree.map(take, rows, is_leaf=is_cache)
 
 
 def _at_the_beginning(new, old):
@@ -97,6 +109,23 @@ def _take_row(feedback: Feedback, slot) -> Feedback:
 
 def _finish(is_finished, slot):
     return is_finished.at[slot].set(True)
+
+
+def _set_aside(
+    state: DecodeState, kind: StepKind | None = None
+) -> tuple[DecodeState, Extras | None]:
+    """Takes the extras off a state, for what neither reads nor changes them.
+
+    So the programs of those who ask for nothing are the same with and without them.
+    """
+    if kind == "full":
+        return state, None
+
+    return state.replace(extras=None), state.extras
+
+
+def _put_back(state: DecodeState, extras: Extras | None) -> DecodeState:
+    return state if extras is None else state.replace(extras=extras)
 
 
 # Drafters are the same if they are the same object, as `build_drafter` gives them. All
@@ -123,9 +152,12 @@ class _Rows(NamedTuple):
     start_batch: Callable[[int, int, bool], DecodeState]
     grow: Callable[[DecodeState, int], DecodeState]
     pick: Callable[..., DecodeState]
-    insert: Callable[..., DecodeState]
+    pick_extras: Callable[..., Extras]
+    insert: Callable[..., Any]
     take: Callable[..., Feedback]
     finish: Callable[..., jax.Array]
+    start_extras: Callable[[int], Extras]
+    pin_extras: Callable[[Extras], Extras]
 
 
 @share
@@ -159,14 +191,20 @@ def _compiled_rows(
             num_remaining=fill(state.num_remaining, num_remaining),
         )
 
+    def start_extras(batch_size) -> Extras:
+        return neutral_extras(batch_size, config.model.vocab_size)
+
     return _Rows(
         start_row=jax.jit(pinned(start_row, rows), static_argnums=(0, 1)),
         start_batch=jax.jit(pinned(start_batch, rows), static_argnums=(0, 1, 2)),
         grow=jax.jit(pinned(grow, rows), static_argnums=1),
         pick=jax.jit(pinned(_pick, rows)),
+        pick_extras=jax.jit(pinned(_pick_any, rows)),
         insert=jax.jit(pinned(_insert, rows), donate_argnums=0),
         take=jax.jit(pinned(_take_row, sharding.replicated)),
         finish=jax.jit(pinned(_finish, rows), donate_argnums=0),
+        start_extras=jax.jit(pinned(start_extras, rows), static_argnums=0),
+        pin_extras=jax.jit(pinned(lambda extras: extras, rows)),
     )
 
 
@@ -227,21 +265,22 @@ class Engine:
         self.recording: Recording = recording
         self._announced: set[tuple] = set()
         self._is_silent = False
-        self._prefills: dict[bool, Callable] = {}
-        self._judgings: dict[bool, Callable] = {}
-        self._steps: dict[tuple[Action, bool], Callable] = {}
+        self._prefills: dict[StepKind, Callable] = {}
+        self._judgings: dict[StepKind, Callable] = {}
+        self._steps: dict[tuple[Action, StepKind], Callable] = {}
 
         # Greedy and sampled steps are separate programs: a greedy one needs no
-        # probabilities over the vocabulary.
-        for is_greedy in (True, False):
-            own = dataclasses.replace(config, is_greedy=is_greedy)
-            self._prefills[is_greedy] = _compiled(build_prefill, own, drafter)
+        # probabilities over the vocabulary. So are full ones, which do more than most
+        # requests ask for.
+        for kind in KINDS:
+            own = dataclasses.replace(config, kind=kind)
+            self._prefills[kind] = _compiled(build_prefill, own, drafter)
             if config.num_unjudged:
-                self._judgings[is_greedy] = _compiled(build_judging, own, drafter)
+                self._judgings[kind] = _compiled(build_judging, own, drafter)
             for action, member in self._menu.items():
                 special = dataclasses.replace(own, tree=action.tree)
                 step = _compiled(build_step, special, member)
-                self._steps[action, is_greedy] = step
+                self._steps[action, kind] = step
 
         self._rows = _compiled_rows(config, drafter, recording)
 
@@ -255,19 +294,24 @@ class Engine:
         """Tokens that end a request."""
         return self.config.stop_ids
 
-    def compiled(self, action: Action, is_greedy: bool) -> Callable:
+    @property
+    def has_log_probs(self) -> bool:
+        """Whether log-probabilities are reported to all requests."""
+        return self.config.has_log_probs
+
+    def compiled(self, action: Action, kind: StepKind) -> Callable:
         """The jitted `(target_params, draft, state) -> (state, output)` of an action.
 
         Raises:
           ConfigError: The action is not on the menu.
         """
-        if (action, is_greedy) not in self._steps:
+        if (action, kind) not in self._steps:
             raise ConfigError(
                 f"{action} is not on this engine's menu; a controller chooses among "
                 f"its own actions, here {'; '.join(map(str, self.actions))}"
             )
 
-        return self._steps[action, is_greedy]
+        return self._steps[action, kind]
 
     @property
     def num_unjudged(self) -> int:
@@ -275,16 +319,18 @@ class Engine:
         return self.config.num_unjudged
 
     def judge(
-        self, is_greedy: bool, draft: Draft | None, state: DecodeState
+        self, kind: StepKind, draft: Draft | None, state: DecodeState
     ) -> tuple[DecodeState, Any]:
         """Judges a pool's members by the tokens that wait; the state is donated."""
         shape = state.num_remaining.shape[0], state.cache.capacity
-        self._announce("the judging of drafts", is_greedy, *shape)
-        return self._judgings[is_greedy](self.target_params, draft, state)
+        self._announce("the judging of drafts", kind, *shape)
+        state, extras = _set_aside(state, kind)
+        state, judged = self._judgings[kind](self.target_params, draft, state)
+        return _put_back(state, extras), judged
 
-    def compiled_prefill(self, is_greedy: bool) -> Callable:
+    def compiled_prefill(self, kind: StepKind) -> Callable:
         """The jitted pass over one chunk of a prompt; see `step.build_prefill`."""
-        return self._prefills[is_greedy]
+        return self._prefills[kind]
 
     @property
     def num_extra_slots(self) -> int:
@@ -344,7 +390,8 @@ class Engine:
     def _check_ids(self, request: Request) -> None:
         """Refuses tokens without an embedding, which XLA takes for the nearest one."""
         vocab_size = self.config.model.vocab_size
-        ids = (*request.prompt_ids, *request.prediction_ids)
+        biased = (token for token, _ in request.sampling.logit_bias)
+        ids = (*request.prompt_ids, *request.prediction_ids, *biased)
         wrong = sorted({i for i in ids if not 0 <= i < vocab_size})
         if wrong:
             raise ConfigError(
@@ -397,8 +444,8 @@ class Engine:
         """Runs the next chunk of a prompt; its state is donated."""
         request, state, start, _ = reading
         ids = np.asarray(request.prompt_ids, np.int32)
-        is_greedy = request.sampling.temperature == 0
-        self._announce("the pass over a prompt", is_greedy, state.cache.capacity)
+        kind = request.kind
+        self._announce("the pass over a prompt", kind, state.cache.capacity)
 
         # Every chunk has one shape, so that one program runs prompts of any length.
         chunk = ids[start : start + PREFILL_CHUNK]
@@ -407,7 +454,7 @@ class Engine:
         padded = np.zeros((1, PREFILL_CHUNK), np.int32)
         padded[0, : len(chunk)] = chunk
         # `following` tells the draft which token comes after the chunk's last one.
-        state, output = self.compiled_prefill(is_greedy)(
+        state, output = self.compiled_prefill(kind)(
             self.target_params,
             draft,
             state,
@@ -421,11 +468,17 @@ class Engine:
 
     def grow(self, state: DecodeState, capacity: int) -> DecodeState:
         """Moves running rows to larger caches."""
-        return self._rows.grow(state, capacity)
+        rows, extras = _set_aside(state)
+        return _put_back(self._rows.grow(rows, capacity), extras)
 
     def pick(self, state: DecodeState, numbers: Sequence[int]) -> DecodeState:
         """Moves rows, by their numbers, to a batch of so many; -1 is a free one."""
-        return self._rows.pick(state, np.asarray(numbers, np.int32))
+        chosen = np.asarray(numbers, np.int32)
+        rows, extras = _set_aside(state)
+        if extras is not None:
+            extras = self._rows.pick_extras(extras, chosen)
+
+        return _put_back(self._rows.pick(rows, chosen), extras)
 
     def start(
         self, draft: Draft | None, request: Request, batch_size: int, capacity: int
@@ -445,6 +498,8 @@ class Engine:
         values = (sampling.temperature, sampling.top_k, sampling.top_p)
         args = capacity, has_prediction, key, values, request.max_new_tokens
         state = self._rows.start_row(*args)
+        if request.kind == "full":
+            state = state.replace(extras=self._extras_of(request))
         if not has_prediction:
             return state
 
@@ -458,6 +513,17 @@ class Engine:
 
         # The state is donated, so no two of its parts may be the same.
         return state.replace(unjudged=state.unjudged.replace(prediction=expected()))
+
+    def _extras_of(self, request: Request) -> Extras:
+        """What a request asks of `full` passes, before anything was answered."""
+        return self._rows.pin_extras(
+            as_extras(
+                request.sampling,
+                request.prompt_ids,
+                request.can_speculate,
+                self.config.model.vocab_size,
+            )
+        )
 
     def serve(
         self,
@@ -539,19 +605,21 @@ class Engine:
         return has_prediction
 
     def step(
-        self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
+        self, action: Action, kind: StepKind, draft: Draft | None, state: DecodeState
     ) -> tuple[DecodeState, StepOutput]:
         """Runs one step of an action of the menu; the state is donated."""
         shape = state.num_remaining.shape[0], state.cache.capacity
         depth = action.tree.num_steps
-        self._announce(f"a step of depth {depth}", action, is_greedy, *shape)
-        run = self.compiled(action, is_greedy)
+        self._announce(f"a step of depth {depth}", action, kind, *shape)
+        run = self.compiled(action, kind)
         # The member that shall propose is swapped to the front, and back once it has:
         # the state's order is always that of the menu. Nothing is copied.
         chosen = action.drafter
+        state, extras = _set_aside(state, kind)
         state, output = run(
             self.target_params, bring_first(draft, chosen), bring_first(state, chosen)
         )
+        state = _put_back(state, extras)
 
         return bring_first(state, chosen), bring_first(output, chosen)
 
@@ -595,7 +663,26 @@ class Engine:
             has_prediction = row.prediction is not None
             state = self._rows.start_batch(batch_size, capacity, has_prediction)
 
-        return self._rows.insert(state, row, np.int32(slot))
+        assert state is not None
+        rows, extras = _set_aside(state)
+        row, own = _set_aside(row)
+        rows = self._rows.insert(rows, row, np.int32(slot))
+
+        return rows.replace(extras=self._with_extras(extras, own, slot, batch_size))
+
+    def _with_extras(
+        self, extras: Extras | None, row: Extras | None, slot: int, batch_size: int
+    ) -> Extras | None:
+        """A batch's extras with those of a new row; None while no row has had any."""
+        if extras is None and row is None:
+            return None
+        if extras is None:
+            extras = self._rows.start_extras(batch_size)
+        # What the row's last request asked for must not be there for the new one.
+        if row is None:
+            row = self._rows.start_extras(1)
+
+        return self._rows.insert(extras, row, np.int32(slot))
 
     def finish(self, state: DecodeState, slot: int) -> DecodeState:
         """Marks a row as done: it emits nothing more."""

@@ -10,7 +10,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from ospec_jax.config import InputError, SamplingConfig, whole_number
+from ospec_jax.config import (
+    MAX_ALTERNATIVES,
+    ConfigError,
+    InputError,
+    SamplingConfig,
+    StepKind,
+    whole_number,
+)
 from ospec_jax.control.base import Row
 from ospec_jax.control.lengths import Pending, Windows
 from ospec_jax.decoding.stats import DecodingStats
@@ -54,6 +61,21 @@ class Emitted(NamedTuple):
     alternatives: list[Alternatives]
 
 
+def check_num_log_probs(number: int | None) -> None:
+    """Refuses numbers of alternatives that are not reported.
+
+    Raises:
+      ConfigError: It is such a number.
+    """
+    if number is None:
+        return
+    if whole_number("num_log_probs", number, least=0) > MAX_ALTERNATIVES:
+        raise ConfigError(
+            f"num_log_probs is {number}; use 0 (none but the token's own) to "
+            f"{MAX_ALTERNATIVES}, or None for no log-probabilities"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt to answer.
@@ -67,6 +89,9 @@ class Request:
       prediction_confidence: See `drafters.prediction`.
       seed: Of this request alone; None shares the call's.
       choice: Which of the answers to a request with a seed of its own this is.
+      num_log_probs: Report each token's log-probability, and so many of the most
+        probable tokens with theirs; None reports what the engine does for all.
+      can_speculate: Draft for it; without, each step emits one token.
     """
 
     __repr__ = short_repr
@@ -80,9 +105,12 @@ class Request:
     prediction_confidence: float = 0.5
     seed: int | None = None
     choice: int = 0
+    num_log_probs: int | None = None
+    can_speculate: bool = True
 
     def __post_init__(self):
         whole_number("max_new_tokens", self.max_new_tokens, least=1)
+        check_num_log_probs(self.num_log_probs)
 
     def key(self, ordinal: int) -> Key[Array, ""]:
         """The request's own random numbers, folded with the position at each step.
@@ -103,6 +131,14 @@ class Request:
 
         own = jax.random.fold_in(jax.random.key(self.seed), 1)
         return jax.random.fold_in(own, self.choice)
+
+    @property
+    def kind(self) -> StepKind:
+        """The least that a pass must be able to do for it."""
+        if self.num_log_probs is not None or not self.can_speculate:
+            return "full"
+
+        return self.sampling.kind
 
     @property
     def own_key(self) -> tuple[int | None, int]:
@@ -130,6 +166,7 @@ class Completion:
       num_recorded: Positions of `feedback` that are real.
       capacity: Slots of the cache it was decoded in.
       text_over: See `StopPoint`.
+      alternatives: Of each token, the most probable ones; empty if not asked for.
     """
 
     __repr__ = short_repr
@@ -144,6 +181,7 @@ class Completion:
     num_recorded: int = 0
     capacity: int = 0
     text_over: str = ""
+    alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -151,6 +189,7 @@ class Slot:
     """A request being decoded.
 
     Attributes:
+      has_log_probs: Somebody asked for log-probabilities.
       is_done: Its last token has been read.
       is_sure: A long chain of suggestions is likely to be right next.
       pending: Evidence on a pool's drafters that is not complete.
@@ -160,9 +199,11 @@ class Slot:
 
     request: Request
     stats: DecodingStats
+    has_log_probs: bool = False
     started: float = dataclasses.field(default_factory=time.perf_counter)
     token_ids: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
+    alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
     is_done: bool = False
     is_sure: bool = False
     finish_reason: str = "length"
@@ -177,7 +218,8 @@ class Slot:
     def as_row(self) -> Row:
         """What a controller may know of it."""
         num_tokens = len(self.request.prompt_ids) + len(self.token_ids)
-        return Row(self.is_sure, num_tokens, self.num_remaining)
+        is_sure = self.is_sure and self.request.can_speculate
+        return Row(is_sure, num_tokens, self.num_remaining)
 
     def judge(self, output: StepOutput, row: int) -> Windows | None:
         """What one pass completes of the evidence on a pool's drafters.
@@ -214,13 +256,15 @@ class Slot:
         self.is_sure = output.is_sure is not None and bool(output.is_sure[row])
         tokens = output.tokens[row, :count].tolist()
         log_probs = []
-        if output.log_probs is not None:
+        if self.has_log_probs and output.log_probs is not None:
             log_probs = output.log_probs[row, :count].tolist()
+        alternatives = self._alternatives(output, row, count)
 
         # The stop string is looked for in the answer with the new tokens: it may have
         # begun in an earlier pass.
         self.token_ids += tokens
         self.log_probs += log_probs
+        self.alternatives += alternatives
         drafted = int(output.num_drafted[row])
         accepted = int(output.num_accepted[row])
         kept = count - self._cut_at_stop_string(count)
@@ -238,8 +282,20 @@ class Slot:
             token_ids=tokens[:kept],
             is_drafted=[i < accepted for i in range(kept)],
             log_probs=log_probs[:kept],
-            alternatives=[],
+            alternatives=alternatives[:kept],
         )
+
+    def _alternatives(
+        self, output: StepOutput, row: int, count: int
+    ) -> list[Alternatives]:
+        """Of a pass's tokens, as many as were asked for."""
+        wanted = self.request.num_log_probs
+        if wanted is None or output.alternatives is None:
+            return []
+
+        ids, log_probs = (x[row, :count, :wanted].tolist() for x in output.alternatives)
+        pairs = zip(ids, log_probs, strict=True)
+        return [tuple(zip(*one, strict=True)) for one in pairs]
 
     def _cut_at_stop_string(self, count: int) -> int:
         """Drops tokens behind a stop string; returns how many of the newest."""
@@ -253,6 +309,7 @@ class Slot:
         cut = len(self.token_ids) - found.num_tokens
         self.token_ids = self.token_ids[: found.num_tokens]
         self.log_probs = self.log_probs[: found.num_tokens]
+        self.alternatives = self.alternatives[: found.num_tokens]
         self.text_over = found.text_over
         self.is_done = True
         self.finish_reason = "stop"
@@ -281,4 +338,5 @@ class Slot:
             num_recorded=0 if feedback is None else num_recorded,
             capacity=capacity,
             text_over=self.text_over,
+            alternatives=self.alternatives,
         )

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax.config import ModelConfig, Recording, TreeConfig
+from ospec_jax.config import (
+    MAX_ALTERNATIVES,
+    ModelConfig,
+    Recording,
+    StepKind,
+    TreeConfig,
+)
+from ospec_jax.decoding import adjusting
 from ospec_jax.decoding.judging import judge_all
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters import topology
@@ -58,8 +65,9 @@ class StepConfig:
     Attributes:
       taps: Target layers whose inputs the draft reads.
       stop_ids: Tokens that end a request.
-      is_greedy: All rows are greedy; else rows follow their `SamplingParams`.
-      has_log_probs: Report the emitted tokens' log-probabilities.
+      kind: `greedy` where all rows are, `sampled` where rows follow their
+        `SamplingParams`, `full` where they follow their `Extras`, too.
+      has_log_probs: Report the emitted tokens' log-probabilities; `full` always does.
       mesh: Devices that the state is split over; see `sharding`.
       judged: Report how every member of a pool would have been accepted, if it had
         drafted such a tree; None reports nothing.
@@ -72,7 +80,7 @@ class StepConfig:
     tree: TreeConfig
     taps: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()
-    is_greedy: bool = True
+    kind: StepKind = "greedy"
     has_log_probs: bool = False
     mesh: sharding.AnyMesh | None = None
     judged: TreeConfig | None = None
@@ -82,6 +90,16 @@ class StepConfig:
     def max_emitted(self) -> int:
         """Tokens that one step can emit."""
         return self.tree.num_steps + 1
+
+    @property
+    def is_full(self) -> bool:
+        """Whether rows follow their `Extras`."""
+        return self.kind == "full"
+
+    @property
+    def reports_log_probs(self) -> bool:
+        """Whether log-probabilities come with the tokens."""
+        return self.has_log_probs or self.is_full
 
 
 def shared_tables(target_params: Params) -> SharedTables:
@@ -124,9 +142,14 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         # Propose, score, verify, commit. The order is that of the data: what the target
         # says is never known to the drafter of the same step.
         tree, state = propose_tree(config, drafter, draft, shared, state, key_draft)
+        if config.is_full:
+            tree = _without_drafts(tree, state)
         hidden, taps, cache = _score(target, target_params, tree, state)
         logits = llama.target_logits(target_params, hidden, config.numerics)
-        probs = None if config.is_greedy else _target_probs(config, logits, state)
+        probs = None
+        if config.kind != "greedy":
+            counts = _counts_at(config, tree, state)
+            probs = _target_probs(config, logits, state, counts)
         verdict = _verify(config, tree, logits, probs, key_verify)
         # A finished row's cache is rewritten behind its length, where nobody reads it.
         state = state.replace(cache=_keep_accepted(config, cache, state, verdict))
@@ -138,7 +161,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         taps = gather(taps, verdict.path)
         inputs = gather(tree.tokens, verdict.path)
         has_features = state.feedback is not None and state.feedback.taps is not None
-        if has_features or config.has_log_probs:
+        if has_features or config.reports_log_probs:
             logsumexp = jax.nn.logsumexp(logits, axis=-1)
 
         if has_features:
@@ -174,9 +197,15 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             state = _extended(drafter, state, draft_cache, context)
 
         log_probs = None
-        if config.has_log_probs:
+        alternatives = None
+        if config.reports_log_probs:
             chosen = jax.vmap(lambda row, path, token: row[path, token])
             log_probs = chosen(logits - logsumexp[..., None], verdict.path, emitted)
+        if config.is_full:
+            assert state.extras is not None
+            alternatives = _alternatives(config, gather(logits, verdict.path))
+            extras = adjusting.count_emitted(state.extras, emitted, num_emitted)
+            state = state.replace(extras=extras)
 
         # Finished rows ran along, because the shape is fixed: they count for nothing.
         was_active = ~state.is_finished
@@ -188,6 +217,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             is_finished=is_finished,
             log_probs=log_probs,
             judged=judged,
+            alternatives=alternatives,
         )
         # The newest token is emitted but not cached: it is the next step's root.
         newest = take_row(emitted, jnp.maximum(num_emitted - 1, 0))
@@ -284,9 +314,15 @@ def build_judging(config: StepConfig, drafter: Drafter) -> Callable:
         )
         context = jax.tree.map(pick, context, waiting.context)
         probs = None
-        if not config.is_greedy:
+        if config.kind != "greedy":
             logits = llama.target_logits(target_params, waiting.hidden, config.numerics)
-            probs = _target_probs(config, logits, state)
+            counts = None
+            if config.is_full:
+                assert state.extras is not None
+                counts = adjusting.count_between(
+                    state.extras, waiting.tokens, waiting.count
+                )
+            probs = _target_probs(config, logits, state, counts)
 
         judged = judge_all(
             found,
@@ -404,12 +440,45 @@ def _score(target, target_params, tree: DraftTree, state: DecodeState):
     )
 
 
-def _target_probs(config, logits, state):
-    """What the target's tokens are drawn from after each node, `[b, n, v]`."""
+def _without_drafts(tree: DraftTree, state: DecodeState) -> DraftTree:
+    """The root alone in rows for which nothing is drafted."""
+    # Which rows these are follows from nothing that was drawn, so no law changes.
+    assert state.extras is not None
+    can_speculate = state.extras.can_speculate[:, None]
+    return tree.replace(is_valid=tree.is_valid & (can_speculate | (tree.depths == 0)))
+
+
+def _counts_at(config, tree: DraftTree, state: DecodeState):
+    """How often the answers have each token at each node; None where nobody asks."""
+    if not config.is_full:
+        return None
+
+    assert state.extras is not None
+    return adjusting.count_on_paths(state.extras, tree)
+
+
+def _alternatives(config, logits):
+    """Ids and log-probabilities of the most probable tokens, each `[b, m, a]`."""
+    count = min(MAX_ALTERNATIVES, logits.shape[-1])
+    log_probs, ids = most_probable(logits, count, config.numerics)
+    return ids, log_probs
+
+
+def _target_probs(config, logits, state, counts=None):
+    """What the target's tokens are drawn from after each node, `[b, n, v]`.
+
+    Args:
+      counts: For `full` passes, `[b, n, v]`; see `adjusting.adjust`.
+    """
     # Every node of a row is processed by its row's temperature, top-k and top-p: `[b *
     # n]` parameters for `[b * n, v]` logits.
     b, n, v = logits.shape
-    params = jax.tree.map(lambda x: jnp.repeat(x, n), state.sampling)
+    sampling = state.sampling
+    if counts is not None:
+        logits = adjusting.adjust(logits, state.extras, counts)
+        sampling = sampling.replace(min_p=state.extras.min_p)
+
+    params = jax.tree.map(lambda x: jnp.repeat(x, n), sampling)
     probs = processed_probs(
         logits.reshape(b * n, v), params, config.numerics.is_row_invariant
     )
@@ -417,7 +486,7 @@ def _target_probs(config, logits, state):
 
 
 def _verify(config, tree, logits, probs, keys) -> Verdict:
-    if config.is_greedy:
+    if config.kind == "greedy":
         # One native pass over the vocabulary is four times as fast as XLA's two.
         _, best = most_probable(logits, 1, config.numerics)
         return verify_greedy(tree, best[..., 0])
@@ -585,8 +654,13 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         has_stopped = is_any_of(first[:, None], config.stop_ids)[:, 0]
         is_finished = is_last & (has_stopped | (num_remaining <= 0))
         log_probs = None
-        if config.has_log_probs:
+        alternatives = None
+        if config.reports_log_probs:
             log_probs = take_row(logits[:, 0], first)[:, None] - logsumexp[:, None]
+        if config.is_full:
+            alternatives = _alternatives(config, logits)
+            extras = adjusting.count_emitted(state.extras, first[:, None], num_emitted)
+            state = state.replace(extras=extras)
 
         state = state.replace(
             lengths=starts + num_valid,
@@ -602,6 +676,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             num_drafted=zero,
             is_finished=is_finished,
             log_probs=log_probs,
+            alternatives=alternatives,
         )
 
         return _look_ahead(drafter, draft, state, output)
@@ -610,12 +685,17 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
 
 
 def _first_token(config, logits, state, positions):
-    if config.is_greedy:
+    if config.kind == "greedy":
         return argmax(logits)
 
     # The position of the last prompt token: steps fold in the number of committed
     # tokens, which is at least one more, so no number is used twice.
     keys = jax.vmap(jax.random.fold_in)(state.request_keys, positions)
+    if config.is_full:
+        counts = state.extras.counts[:, None]
+        probs = _target_probs(config, logits[:, None], state, counts)[:, 0]
+        return sample(keys, probs)
+
     probs = processed_probs(logits, state.sampling, config.numerics.is_row_invariant)
     return sample(keys, probs)
 

@@ -82,11 +82,13 @@ class HeadSampling:
       temperature: Above 0.
       top_k: As in `SamplingParams`; None, with `top_p`, where nothing is cut off.
       top_p: Likewise.
+      min_p: Likewise; None for none.
     """
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""] | None = None
     top_p: Float[Array, ""] | None = None
+    min_p: Float[Array, ""] | None = None
 
 
 @struct
@@ -316,6 +318,7 @@ def _kept_probs(samples: HeadSamples):
         temperature=jnp.ones(samples.labels.shape),
         top_k=each(sampling.top_k),
         top_p=each(sampling.top_p),
+        min_p=None if sampling.min_p is None else each(sampling.min_p),
     )
     return processed_probs(samples.logits, params) * samples.is_real[:, None]
 

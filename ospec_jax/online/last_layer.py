@@ -395,8 +395,13 @@ class LastLayer:
 def _span(completion: Completion) -> tuple[int, int]:
     """Where an answer's samples begin and end.
 
-    Its first token came from prefill, and was never drafted.
+    Its first token came from prefill, and was never drafted. An answer whose logits
+    were adjusted has no samples: its tokens follow another law than the target's own,
+    which is the one to learn.
     """
+    if completion.request.sampling.is_adjusted:
+        return completion.num_recorded, completion.num_recorded
+
     return len(completion.request.prompt_ids), completion.num_recorded
 
 
@@ -411,7 +416,7 @@ def as_drawn(sampling: SamplingConfig) -> HeadSampling | None:
     An executable each for greedy answers and those of the unchanged law, for those of
     another temperature, and for those of which top-k or top-p cut something off.
     """
-    is_cut = sampling.top_k > 0 or sampling.top_p < 1
+    is_cut = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
     is_greedy = sampling.temperature == 0 or sampling.top_k == 1
     if is_greedy or (sampling.temperature == 1 and not is_cut):
         return None
@@ -421,7 +426,9 @@ def as_drawn(sampling: SamplingConfig) -> HeadSampling | None:
         return drawn
 
     return drawn.replace(
-        top_k=jnp.int32(sampling.top_k), top_p=jnp.float32(sampling.top_p)
+        top_k=jnp.int32(sampling.top_k),
+        top_p=jnp.float32(sampling.top_p),
+        min_p=jnp.float32(sampling.min_p) if sampling.min_p else None,
     )
 
 

@@ -313,7 +313,7 @@ class _Recorder:
                 break
             # Asked first: the step uses up the state.
             chains.append(self._propose(self._target.params, self._served, state))
-            state, output = self._engine.step(action, True, self._served, state)
+            state, output = self._engine.step(action, "greedy", self._served, state)
 
         width = len(self._served.params.items)
         return PoolAnswer(

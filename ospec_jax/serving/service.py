@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ospec_jax.config import ConfigError, SamplingConfig, whole_number
+from ospec_jax.config import ConfigError, whole_number
 from ospec_jax.data.prompts import encode_prediction
 from ospec_jax.data.templates import encode
-from ospec_jax.decoding.engine import CAPACITIES
+from ospec_jax.decoding.engine import CAPACITIES, KINDS
 from ospec_jax.decoding.request import (
     Completion,
     Emitted,
@@ -283,6 +283,8 @@ class Service:
                 prediction_confidence=ask.prompt.prediction_confidence,
                 seed=ask.prompt.seed,
                 choice=number,
+                num_log_probs=ask.num_log_probs,
+                can_speculate=ask.can_speculate,
             )
             stream = TextStream(self._session.decode, stop)
             choices.append(_Choice(number, request, stream))
@@ -672,7 +674,7 @@ class Service:
     def _warm_up(self) -> None:
         """Compiles all that a request may need."""
         start = time.perf_counter()
-        self._live.warm_up([SamplingConfig(), SamplingConfig(temperature=1.0)])
+        self._live.warm_up(KINDS)
         _LOG.info(f"ready after {time.perf_counter() - start:.0f} s")
         self._compiles = _Compiles()
         self._keep_version()

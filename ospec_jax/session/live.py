@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from ospec_jax.config import SamplingConfig
+from ospec_jax.config import SamplingConfig, StepKind
 from ospec_jax.control.base import SUGGESTIONS, Row
 from ospec_jax.decoding.batch import Batch
 from ospec_jax.decoding.engine import CAPACITIES
@@ -192,30 +192,29 @@ class Live:
         if self._num_spare >= _PATIENCE and num_taken:
             self._resize(batch, smaller[-1])
 
-    def warm_up(self, samplings: Iterable[SamplingConfig]) -> None:
+    def warm_up(self, kinds: Iterable[StepKind]) -> None:
         """Compiles what decoding and learning need, at every size and capacity.
 
         Nothing is learned, but a learning budget becomes an interval, and steps are
         timed for a controller that weighs time: those of a lone request.
 
         Args:
-          samplings: One of each kind that is to come.
+          kinds: Of requests that are to come.
         """
         # Told here with all that is to come, which the engine does not know.
         with self._session.engine.silent():
-            rounds = list(itertools.product(samplings, self._capacities))
-            for number, (sampling, capacity) in enumerate(rounds, start=1):
-                kind = "sampled" if sampling.temperature else "greedy"
+            rounds = list(itertools.product(kinds, self._capacities))
+            for number, (kind, capacity) in enumerate(rounds, start=1):
                 _LOG.info(
                     f"compiling {number} of {len(rounds)}: {kind} steps of "
                     f"{', '.join(map(str, self.sizes))} rows of {capacity} slots"
                 )
-                self._try_sizes(self._probe(sampling), capacity)
+                self._try_sizes(self._probe(kind), capacity)
 
-            self._try_growing()
+            self._try_moves()
             self._session.measure_costs(self._capacities[0], batch_size=self.sizes[0])
             # Of each capacity twice: the last is at full speed.
-            greedy = self._probe(SamplingConfig())
+            greedy = self._probe("greedy")
             answers = [
                 self._answer(greedy, capacity)
                 for capacity in self._capacities
@@ -225,10 +224,12 @@ class Live:
 
         self._ended = []
 
-    def _probe(self, sampling: SamplingConfig) -> Request:
+    def _probe(self, kind: StepKind) -> Request:
+        sampling = SamplingConfig(temperature=0.0 if kind == "greedy" else 1.0)
         request = self._session.probe_request(24, sampling)
         ids = request.prompt_ids if self._has_prediction else ()
-        return dataclasses.replace(request, prediction_ids=ids)
+        wanted = 0 if kind == "full" else None
+        return dataclasses.replace(request, prediction_ids=ids, num_log_probs=wanted)
 
     def _begin(self, request: Request, size: int, capacity: int) -> Batch:
         """A batch whose steps no controller hears of: they are no traffic."""
@@ -238,11 +239,11 @@ class Live:
         return batch
 
     def _try_sizes(self, request: Request, capacity: int) -> None:
-        """Takes each of the steps that may come, up through all sizes and down."""
+        """Takes each of the steps that may come, at each size, and between sizes."""
         served = self._session.served_draft
-        batch = self._begin(request, self.sizes[0], capacity)
-        for size in self.sizes:
-            self._resize(batch, size)
+        for number, size in enumerate(self.sizes):
+            batch = self._begin(request, size, capacity)
+            # Before anything is read: the request might end, and nobody be left.
             for action in self._session.engine.actions:
                 if size == 1 or action.drafter != SUGGESTIONS:
                     batch.dispatch(served, action)
@@ -253,15 +254,16 @@ class Live:
                 batch.admit(passenger, served)
                 batch.cancel(passenger)
                 list(batch.settle())
+            for other in self.sizes[max(number - 1, 0) : number + 2]:
+                batch.resize(other)
+                batch.resize(size)
 
-        for size in reversed(self.sizes):
-            self._resize(batch, size)
-        batch.cancel(request)
-
-    def _try_growing(self) -> None:
-        request = self._probe(SamplingConfig())
+    def _try_moves(self) -> None:
+        """Has rows grow, and someone who asks for more join those who do not."""
         for size in self.sizes:
-            batch = self._begin(request, size, self._capacities[0])
+            batch = self._begin(self._probe("greedy"), size, self._capacities[0])
+            if batch.num_free:
+                batch.admit(self._probe("full"), self._session.served_draft)
             for capacity in self._capacities:
                 batch.grow(capacity)
 

@@ -33,6 +33,7 @@ def tokenized(
     is_raw: bool = False,
     stop: tuple[str, ...] = (),
     has_predictions: bool = True,
+    num_log_probs: int | None = None,
 ) -> Iterator[tuple[Prompt, Request]]:
     """Prompts with their requests.
 
@@ -40,6 +41,7 @@ def tokenized(
       is_raw: Without the chat template.
       stop: Strings that end an answer.
       has_predictions: Verify what answers are expected to be, where prompts say that.
+      num_log_probs: See `Request`.
     """
     find = functools.partial(find_stop, tokenizer.decode, stop) if stop else None
     for prompt in prompts:
@@ -56,6 +58,7 @@ def tokenized(
                 prediction_confidence=prompt.prediction_confidence,
                 seed=prompt.seed,
                 choice=prompt.choice,
+                num_log_probs=num_log_probs,
             ),
         )
 

@@ -4,6 +4,7 @@
 import dataclasses
 
 from ospec_jax.data.prompts import Prompt
+from ospec_jax.decoding.request import Alternatives
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.typing import short_repr
 
@@ -21,6 +22,8 @@ class Result:
       version: Of the draft that was served when the answer ended: how often learning
         had changed it; see `online.trainer.TrainerState`.
       precision: Of the target, whose answer in this precision it is.
+      alternatives: Of each token, ids and log-probabilities of the target's most
+        probable ones; empty if not asked for (`num_log_probs`).
     """
 
     __repr__ = short_repr
@@ -35,14 +38,21 @@ class Result:
     learning_seconds: float = 0.0
     version: int = 0
     precision: str = ""
+    alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> dict:
         """The command line's JSON object."""
-        return {
+        found = {
             "id": self.prompt.id,
             "text": self.text,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "precision": self.precision,
             "metrics": {"speculative_decoding": self.stats.to_json()},
-        } | ({"logprobs": self.log_probs} if self.log_probs else {})
+        }
+        if self.log_probs:
+            found["logprobs"] = self.log_probs
+        if self.alternatives:
+            found["alternatives"] = self.alternatives
+
+        return found

@@ -32,7 +32,12 @@ from ospec_jax.data.known import content_hash, find_known
 from ospec_jax.data.prompts import Prompt, parse_prompt
 from ospec_jax.data.templates import encode
 from ospec_jax.decoding.judging import JUDGE_EVERY
-from ospec_jax.decoding.request import Completion, Emitted, Request
+from ospec_jax.decoding.request import (
+    Completion,
+    Emitted,
+    Request,
+    check_num_log_probs,
+)
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.drafters.base import Family
 from ospec_jax.drafters.stopping import StopFn
@@ -363,6 +368,7 @@ class Session:
         max_new_tokens: int,
         sampling: SamplingConfig,
         is_raw: bool = False,
+        num_log_probs: int | None = None,
     ) -> Iterator[tuple[Prompt, Request]]:
         """Tokenises prompts."""
         return tokenized(
@@ -373,6 +379,7 @@ class Session:
             is_raw,
             self.stop,
             has_predictions=self.is_drafting,
+            num_log_probs=num_log_probs,
         )
 
     def generate(
@@ -386,6 +393,7 @@ class Session:
         top_p: float | None = None,
         seed: int | None = None,
         is_raw: bool = False,
+        num_log_probs: int | None = None,
         on_text: Callable[[Prompt, str], None] | None = None,
         predictions: str | Iterable[str | None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -401,6 +409,9 @@ class Session:
             them. One without an id is called `prompt-N`, by the number of requests
             begun before.
           temperature: In place of that of `sampling`, like `top_k`, `top_p`, `seed`.
+          num_log_probs: Report each token's log-probability under the target, and so
+            many of the most probable tokens, at most 20; None reports what the session
+            does for all.
           on_text: Called with new text as it comes.
           predictions: What each answer is expected to be, None for no idea; rows may
             have a key `prediction` instead.
@@ -417,6 +428,7 @@ class Session:
         )
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
         is_raw = arguments.as_flag("is_raw", is_raw)
+        check_num_log_probs(num_log_probs)
         if on_text is not None and not callable(on_text):
             raise ConfigError(
                 f"on_text is {on_text!r:.60}; use a function of a prompt and text"
@@ -429,7 +441,7 @@ class Session:
             )
 
         parsed = arguments.as_prompts(prompts, predictions, self.num_admitted)
-        pairs = self.requests(parsed, max_new_tokens, sampling, is_raw)
+        pairs = self.requests(parsed, max_new_tokens, sampling, is_raw, num_log_probs)
         # All are tokenised and measured before the first is decoded, so a prompt that
         # does not fit is no surprise in the middle.
         if isinstance(parsed, list):
@@ -545,6 +557,7 @@ class Session:
             learning_seconds=learning_seconds,
             version=version,
             precision=self.target.precision,
+            alternatives=completion.alternatives,
         )
 
     def _prepare(self, capacity: int, sampling: SamplingConfig) -> None:

@@ -119,10 +119,9 @@ def _compile_longer_steps(
         return
 
     state = engine.place(None, row, 0, batch_size, slots)
-    is_greedy = request.sampling.temperature == 0
 
     for action in longer:
-        state, output = engine.step(action, is_greedy, served, state)
+        state, output = engine.step(action, request.kind, served, state)
 
     jax.block_until_ready(output)
 
@@ -140,9 +139,8 @@ def measure_costs(
     request = dataclasses.replace(request, max_new_tokens=48, prediction_ids=())
     slots = engine.capacity_for([request], capacity)
     state = engine.start(served, request, batch_size, slots)
-    is_greedy = request.sampling.temperature == 0
     steps = {
-        action: functools.partial(engine.step, action, is_greedy, served)
+        action: functools.partial(engine.step, action, request.kind, served)
         for action in chooser.controller.actions
     }
     seconds, _ = seconds_of_steps(steps, state, num_rounds=5 if is_timed else 0)

@@ -164,7 +164,7 @@ def test_greedy_output_does_not_depend_on_depths(target, draft, plain, batch_siz
     )  # fmt: skip
     assert answers(session) == plain
     for action in chains(DEPTHS):
-        step = session.engine.compiled(action, True)
+        step = session.engine.compiled(action, "greedy")
         # One executable for each capacity, here one.
         assert step._cache_size() == 1
     assert 0 < session.stats.mean_draft_length < 3

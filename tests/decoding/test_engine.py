@@ -10,7 +10,7 @@ from reference import forward, random_params
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding import batch as batches
-from ospec_jax.decoding.engine import Engine
+from ospec_jax.decoding.engine import KINDS, Engine
 from ospec_jax.decoding.request import PromptTooLongError, Request, StopPoint
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.eagle import eagle3
@@ -173,12 +173,12 @@ def test_one_trace_for_each_shape(params):
     for _ in range(2):
         for count in (3, 9):
             answers(engine, count=count)
-    for is_greedy in (True, False):
+    for kind in KINDS:
         for function in (
-            engine.compiled(engine.action, is_greedy),
-            engine.compiled_prefill(is_greedy),
+            engine.compiled(engine.action, kind),
+            engine.compiled_prefill(kind),
         ):
-            assert function._cache_size() == is_greedy
+            assert function._cache_size() == (kind == "greedy")
 
 
 def test_recorded_feedback_is_what_one_pass_says(params, expected):

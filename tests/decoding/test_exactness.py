@@ -117,7 +117,7 @@ def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
         assert tokens(done) == plain
         assert sum(c.stats.num_accepted_tokens for c in done) > 0
     # One executable for single requests and one for the batch of each capacity.
-    assert engine.compiled(engine.action, True)._cache_size() == 2
+    assert engine.compiled(engine.action, "greedy")._cache_size() == 2
 
 
 @pytest.mark.crossed
@@ -177,7 +177,7 @@ def test_ngrams_alone_draft_exactly(target, plain, family, batch_size):
     done = answers(engine, draft, batch_size, chooser=following(engine, long))
     assert tokens(done) == plain
     if batch_size == 1:  # sixteen tokens repeat for long
-        is_long = engine.compiled(long, True)._cache_size() > 0
+        is_long = engine.compiled(long, "greedy")._cache_size() > 0
         assert is_long == (family == "suffix")
     stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=7))
     assert stats.num_accepted_tokens > 0
@@ -246,7 +246,7 @@ def test_predicted_answers_are_verified_exactly(target, plain, family, kinds):
         lengths[kind] = stats.mean_acceptance_length
         if kind == "right":
             # It comes first: nothing but right predictions is followed so far.
-            assert engine.compiled(long, True)._cache_size() > 0
+            assert engine.compiled(long, "greedy")._cache_size() > 0
     assert lengths.get("right", 5) > 4
     assert lengths["edited"] > 2
 
@@ -391,7 +391,7 @@ def test_finished_rows_stay_as_they_are(target):
     engine, draft = engine_for(target, TREES["chain-5"])
     request = Request("0", PROMPTS[0], 3)
     state, _ = engine.prefill(draft, request, 256)
-    step = engine.compiled(engine.action, True)
+    step = engine.compiled(engine.action, "greedy")
     for _ in range(4):
         state, _ = step(target.params, draft, state)
     assert bool(state.is_finished[0])

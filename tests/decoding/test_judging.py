@@ -298,8 +298,9 @@ def taking_turns(found, num_members, steps):
 @pytest.mark.crossed
 @pytest.mark.parametrize("children", ["topk", "sampled"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("penalty", [0.0, 1.5])
 def test_waiting_tokens_are_judged_as_new_ones_are(
-    target, members, temperature, children
+    target, members, temperature, children, penalty
 ):
     """Together or one step at a time, evidence is the same, and so is who is asked."""
     tree = TreeConfig(num_steps=2, children=children)
@@ -307,7 +308,12 @@ def test_waiting_tokens_are_judged_as_new_ones_are(
     # `fallback:`, which is one of them, mixes most probable children alone.
     numbers = (0, 2, 4) if children == "topk" else (0, 2, 3)
     pool = pool_draft([members[i] for i in numbers], target)
-    how = SamplingConfig(temperature, top_k=4 if temperature else 0)
+    how = SamplingConfig(
+        temperature,
+        top_k=4 if temperature else 0,
+        frequency_penalty=penalty,
+        presence_penalty=penalty,
+    )
     by_wait = {}
     for judge_every in (1, 3):
         found = []
@@ -378,19 +384,19 @@ def test_members_wait_until_they_are_judged(target, members):
         return [np.concatenate([np.ravel(x) for x in own]) for own in leaves]
 
     before = caches()
-    state, output = engine.step(action, True, session.draft, state)
+    state, output = engine.step(action, "greedy", session.draft, state)
     has_changed = [(a != b).any() for a, b in zip(before, caches(), strict=True)]
     assert has_changed == [False, True, False]
     assert state.unjudged.count.tolist() == output.num_emitted.tolist()
 
-    state, _ = engine.judge(True, session.draft, state)
+    state, _ = engine.judge("greedy", session.draft, state)
     has_changed = [(a != b).any() for a, b in zip(before, caches(), strict=True)]
     assert has_changed == [True, True, True]
     assert state.unjudged.count.tolist() == [0]
 
     # A row of which nothing waits stands where it stood.
     contexts = jax.tree.map(np.asarray, state.draft_context)
-    state, _ = engine.judge(True, session.draft, state)
+    state, _ = engine.judge("greedy", session.draft, state)
     jax.tree.map(np.testing.assert_array_equal, state.draft_context, contexts)
 
 

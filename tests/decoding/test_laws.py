@@ -14,14 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ospec_jax.config import TreeConfig
+from ospec_jax.config import SamplingConfig, TreeConfig
 from ospec_jax.control.policy import Policies, PolicyShape, init_layers
+from ospec_jax.decoding.adjusting import adjust, as_extras, count_on_paths
 from ospec_jax.decoding.rules.hub import hub
 from ospec_jax.decoding.rules.recursive import recursive
 from ospec_jax.decoding.rules.traversal import traversal
 from ospec_jax.drafters import stopping, topology
 from ospec_jax.drafters.topology import best_parents
-from ospec_jax.types import DraftTree
+from ospec_jax.sampling import processed_probs
+from ospec_jax.types import DraftTree, SamplingParams
 
 ROOT, BITS = 0, 24  # a uniform float32 is a multiple of 2 ** -24
 CHAIN = TreeConfig("chain", 3)
@@ -132,12 +134,13 @@ def outcomes(ask, trees, chances, order, ancestors):
     return index, uniforms, chances
 
 
-def emitted_law(config, children, rule, kind, vocab_size, validity=None):
+def emitted_law(config, children, rule, kind, vocab_size, validity=None, how=None):
     """Law of `depth + 1` tokens after the root: emitted, then the target's own.
 
     Args:
       validity: `(tokens [trees, n], q) -> is_valid [trees, n]`: nodes that are there,
         by what was drawn; by default all.
+      how: Adjusts and cuts the target's law along every path.
     """
     target, draft = tables(kind, vocab_size)
     parents = topology.static_parents(config).tolist()
@@ -165,7 +168,8 @@ def emitted_law(config, children, rule, kind, vocab_size, validity=None):
             draft_probs=q[tokens] if is_drawn else None, children=children,
             max_depth=int(depths.max()), max_children=max(counts),
         )  # fmt: skip
-        return RULES[rule](uniforms, tree, rank, p[tokens])
+        probs = p[tokens] if how is None else as_asked(how, p[tokens], tree)
+        return RULES[rule](uniforms, tree, rank, probs)
 
     answers = lambda index, uniforms: jax.tree.map(
         np.asarray, ask(tokens[index], is_there[index], uniforms)
@@ -183,8 +187,64 @@ def emitted_law(config, children, rule, kind, vocab_size, validity=None):
         accepted += chance * len(path)
         weights = np.asarray(weights, float) / np.sum(weights, dtype=float)
         tail = continued[length - len(path) - 1]
+        if how is not None:
+            left = length - len(path) - 1
+            after = lambda token, path=tuple(path), left=left: asked_law(
+                how, target, (ROOT, *path, token), left
+            )
+            tail = np.stack([after(token) for token in range(vocab_size)])
         law[tuple(path)] += chance * weights.reshape(-1, *[1] * (tail.ndim - 1)) * tail
-    return law, continued[length][ROOT], accepted
+    expected = continued[length][ROOT]
+    if how is not None:
+        expected = asked_law(how, target, (ROOT,), length)
+    return law, expected, accepted
+
+
+IN_PROMPT = (2, 1)
+
+
+def as_asked(how, probs, tree):
+    """`[n, v]` as a `full` step makes them of a target's, at one row's nodes."""
+    size = probs.shape[-1]
+    extras = jax.tree.map(jnp.asarray, as_extras(how, IN_PROMPT, True, size))
+    # The root is the answer's newest token.
+    extras = extras.replace(counts=extras.counts.at[0, ROOT].add(1))
+    row = jax.tree.map(lambda x: x[None], tree)
+    counts = count_on_paths(extras, row)
+    logits = adjust(jnp.log(probs)[None], extras, counts)[0]
+    each = lambda value, dtype: jnp.full(len(logits), value, dtype)
+    sampling = SamplingParams(
+        temperature=each(how.temperature, jnp.float32),
+        top_k=each(how.top_k, jnp.int32),
+        top_p=each(how.top_p, jnp.float32),
+        min_p=each(how.min_p, jnp.float32),
+    )
+    return processed_probs(logits, sampling)
+
+
+def asked_law(how, target, answer, length):
+    """Law of the next tokens after an answer so far, by the formulas, in numpy."""
+    if not length:
+        return np.ones(())
+    with np.errstate(divide="ignore"):
+        logits = np.log(target[answer[-1]])
+    for token, bias in how.logit_bias:
+        logits[token] += bias
+    for token in {*IN_PROMPT, *answer}:
+        factor = how.repetition_penalty
+        logits[token] *= 1 / factor if logits[token] > 0 else factor
+    for token in set(answer):
+        logits[token] -= how.frequency_penalty * answer.count(token)
+        logits[token] -= how.presence_penalty
+    weights = np.exp((logits - logits.max()) / how.temperature)
+    weights[weights < how.min_p] = 0
+    probs = weights / weights.sum()
+    return np.stack(
+        [
+            probs[token] * asked_law(how, target, (*answer, token), length - 1)
+            for token in range(len(target))
+        ]
+    )
 
 
 def continuations(target, length):
@@ -228,6 +288,48 @@ def test_the_emitted_law_is_the_targets(config, children, rule, size, kind):
     law, expected, accepted = emitted_law(config, children, rule, kind, size)
     np.testing.assert_allclose(law, expected, atol=2e-6)
     assert accepted > 0.01
+
+
+ASKED = {
+    "penalties": SamplingConfig(
+        temperature=0.8,
+        presence_penalty=0.6,
+        frequency_penalty=0.9,
+        repetition_penalty=1.4,
+        logit_bias=((2, 1.5), (0, -0.7)),
+    ),
+    "rewards": SamplingConfig(
+        temperature=1.3, frequency_penalty=-0.8, repetition_penalty=0.6, min_p=0.15
+    ),
+}
+
+
+@pytest.mark.crossed
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize(
+    ("config", "children", "rule", "size"),
+    [
+        (CHAIN, "topk", "recursive", 4),
+        (CHAIN, "sampled", "recursive", 3),
+        (CHAIN, "sampled", "traversal", 3),
+        (PAIRS, "without_replacement", "recursive", 3),
+        (PAIRS, "topk_sampled", "recursive", 3),
+        (PAIRS, "sampled", "traversal", 3),
+        (PAIRS, "without_replacement", "traversal", 3),
+        (PAIRS, "hub", "hub", 3),
+    ],
+    ids=name_of,
+)
+def test_the_emitted_law_is_the_targets_as_it_was_asked_for(
+    config, children, rule, size, name
+):
+    how = ASKED[name]
+    law, expected, accepted = emitted_law(config, children, rule, "far", size, how=how)
+    np.testing.assert_allclose(law, expected, atol=2e-6)
+    assert accepted > 0.01
+    # What depends on the path is more than a bias would be.
+    raw = continuations(tables("far", size)[0], law.ndim)[-1][ROOT]
+    assert np.abs(law - raw).sum() > 0.05
 
 
 def paths(tokens, draft):

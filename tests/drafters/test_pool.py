@@ -174,7 +174,7 @@ def test_equal_experts_share_their_programs(target):
         session = Session(target, pool_draft(experts, target), controller=in_turns)
         answers(session)
         actions = session.engine.actions
-        steps = {session.engine.compiled(action, True) for action in actions}
+        steps = {session.engine.compiled(action, "greedy") for action in actions}
         assert len({a.drafter for a in actions if a.drafter >= 0}) == num_experts
         return sum(step._cache_size() for step in steps)
 

@@ -88,7 +88,7 @@ def test_what_is_drafted_does_not_depend_on_how_it_came_there(target, name):
     counts = set()
 
     for _ in range(6):
-        state, output = engine.step(engine.action, True, draft, state)
+        state, output = engine.step(engine.action, "greedy", draft, state)
         count = int(output.num_emitted[0])
         counts.add(count)
         emitted += output.tokens[0, :count].tolist()

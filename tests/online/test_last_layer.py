@@ -69,14 +69,18 @@ LAWS = {
     "hot": (1.5, 0, 1.0),
     "top-p": (1.0, 0, 0.9),
     "cold top-k": (0.7, 3, 1.0),
+    "min-p": (1.0, 0, 1.0, 0, 0.2),
 }
 
 
 @jax.jit
-def processed(logits, temperature, top_k, top_p):
+def processed(logits, temperature, top_k, top_p, seed=0, min_p=0.0):
     one = lambda value, dtype: jnp.full(len(logits), value, dtype)
     params = SamplingParams(
-        one(temperature, float), one(top_k, jnp.int32), one(top_p, float)
+        one(temperature, float),
+        one(top_k, jnp.int32),
+        one(top_p, float),
+        one(min_p, float),
     )
     return processed_probs(logits, params)
 
@@ -314,6 +318,20 @@ def test_each_answer_is_learned_by_its_own_law(target):
     list(session.generate(PROMPTS[:1], 24, SamplingConfig(0.5, top_p=0.8)))
     assert float(laws[-1].top_p) == pytest.approx(0.8)
     assert np.isfinite(session.reports[-1].info.loss)
+
+
+def test_nothing_is_learned_from_tokens_of_another_law(target):
+    """Those of adjusted logits are neither the target's choice nor its draws."""
+    session = Session(target, loaded(target), learner=HEAD, ngrams=False)
+    kernel = lambda: np.asarray(session.draft.params["lm_head"]["kernel"])
+    before = kernel().copy()
+    (answer,) = session.generate(PROMPTS[:1], 24, SamplingConfig(frequency_penalty=1.5))
+    assert len(answer.token_ids) == 24
+    np.testing.assert_array_equal(kernel(), before)
+    assert session.version == 0
+    assert session.reports[-1].info.num_samples == 0
+    list(session.generate(PROMPTS[:1], 24))
+    assert np.any(kernel() != before)
 
 
 def test_a_loaded_draft_serves_two_sessions(target):

@@ -137,6 +137,28 @@ def test_choices_differ_and_a_seed_repeats_them(service):
     assert len({Heard(service, ask).texts()[0] for ask in free}) == 2
 
 
+def test_log_probabilities_and_biases_come_with_neighbours_that_have_none(
+    service, plain
+):
+    compiled = lambda: service.status()["totals"]["num_compiles_after_warm_up"]
+    before = compiled()
+    others = [Heard(service, ask_of(text)) for text in PROMPTS[:3]]
+    told = Heard(service, ask_of(PROMPTS[0], num_log_probs=3)).all()
+    tokens = [t for e in told if isinstance(e, Piece) for t in e.tokens]
+    assert tokens
+    for token in tokens:
+        # A greedy token is the likeliest of all.
+        assert token.alternatives[0] == (token.id, token.log_prob)
+        assert len(token.alternatives) == 3
+    bias = SamplingConfig(logit_bias=((70, 100.0),))
+    biased = Heard(service, ask_of(PROMPTS[0], sampling=bias)).texts()[0]
+    assert len(set(biased)) == 1
+    slow = Heard(service, ask_of(PROMPTS[0], can_speculate=False)).all()
+    assert slow[-1].stats.num_draft_tokens == 0
+    assert [h.texts()[0] for h in others] == [plain[text] for text in PROMPTS[:3]]
+    assert compiled() == before
+
+
 def test_a_stop_string_ends_the_text_before_it(service, plain):
     asked, whole = max(plain.items(), key=lambda pair: len(pair[1]))
     stop = whole[5:8]

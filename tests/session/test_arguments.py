@@ -169,6 +169,31 @@ def test_folders_are_paths(session):
         (lambda: TreeConfig(num_steps=2.5), "num_steps is 2.5; use a whole number"),
         (lambda: TreeConfig.auto(3), "depths are 3; use several"),
         (lambda: SamplingConfig("1"), "temperature is '1'; use a number"),
+        (lambda: SamplingConfig(min_p=1.2), r"min_p is 1.2; it lies in \[0, 1\]"),
+        (lambda: SamplingConfig(min_p=float("nan")), "min_p is nan; it lies"),
+        (lambda: SamplingConfig(presence_penalty=-2.5), "presence_penalty is -2.5; it"),
+        (
+            lambda: SamplingConfig(frequency_penalty=3),
+            "frequency_penalty is 3; it lies",
+        ),
+        (
+            lambda: SamplingConfig(repetition_penalty=0),
+            "repetition_penalty is 0; use 1",
+        ),
+        (
+            lambda: SamplingConfig(logit_bias={5: 1.0}),
+            "logit_bias is {5: 1.0}; use pairs",
+        ),
+        (lambda: SamplingConfig(logit_bias=((5, "a"),)), "use pairs of a token id and"),
+        (
+            lambda: SamplingConfig(logit_bias=((-5, 1.0),)),
+            "has the token id -5; ids are",
+        ),
+        (
+            lambda: SamplingConfig(logit_bias=((5, 101),)),
+            "token 5 is 101.0; it lies in",
+        ),
+        (lambda: SamplingConfig(logit_bias=((5, 1), (5, 2))), "id 5 more than once"),
         (
             lambda: ospec.LearnerConfig(optimizer=optax.adam(1e-3)),
             "name it, as optimizer='adam' with learning_rate=",
@@ -182,6 +207,30 @@ def test_folders_are_paths(session):
 def test_configurations_refuse_other_types(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_biases_of_json_are_hashable():
+    found = SamplingConfig(logit_bias=[[5, 1], (np.int64(3), np.float32(0.5))])
+    assert found == SamplingConfig(logit_bias=((5, 1.0), (3, 0.5)))
+    assert hash(found)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ({}, "greedy"),
+        ({"min_p": 0.5}, "greedy"),  # the most probable token is always kept
+        ({"logit_bias": ((3, 0.0),)}, "greedy"),
+        ({"temperature": 0.5, "top_p": 0.5}, "sampled"),
+        ({"temperature": 0.5, "min_p": 0.1}, "full"),
+        ({"presence_penalty": 0.1}, "full"),
+        ({"frequency_penalty": -0.1}, "full"),
+        ({"repetition_penalty": 1.1}, "full"),
+        ({"logit_bias": ((3, 0.1),)}, "full"),
+    ],
+)
+def test_only_who_asks_for_more_needs_more(how, kind):
+    assert SamplingConfig(**how).kind == kind
 
 
 def test_numbers_of_numpy_are_numbers():

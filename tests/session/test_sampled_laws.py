@@ -115,7 +115,7 @@ def test_a_depth_that_a_neighbour_influenced_keeps_the_law():
     tree = TreeConfig(num_steps=1)
     plain = Action(TreeConfig(num_steps=0))
     drafter = build_drafter("prediction", None, tree, target.numerics)
-    step = StepConfig(target.config, target.numerics, tree, (), is_greedy=False)
+    step = StepConfig(target.config, target.numerics, tree, (), kind="sampled")
     engine = Engine(step, target.params, drafter, menu={plain: drafter})
     controller = most_tokens_a_second((plain, engine.action))
     costly = dataclasses.replace(controller.init(2), costs=(1.0, 1.45))

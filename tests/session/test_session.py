@@ -812,7 +812,7 @@ def test_nothing_is_compiled_after_warming_up(target, name, batch_size):
     has_predictions = name == "prediction"
     session.warm_up(has_predictions=has_predictions)
     count = lambda: {
-        action: session.engine.compiled(action, True)._cache_size()
+        action: session.engine.compiled(action, "greedy")._cache_size()
         for action in session.engine.actions
     }
     before = count()
