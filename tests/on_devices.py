@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
@@ -56,9 +56,12 @@ def engine_for(target, tree):
     return engine, sharding.put_params(draft.replace(params=params), mesh)
 
 
-def answers(engine, draft, batch_size):
+def answers(engine, draft, batch_size, kinds=(SamplingConfig(),)):
     requests = [
-        Request(str(i), tuple(map(int, PROMPTS[i % 4])), 16 + 3 * i) for i in range(9)
+        Request(
+            str(i), tuple(map(int, PROMPTS[i % 4])), 16 + 3 * i, kinds[i % len(kinds)]
+        )
+        for i in range(9)
     ]
     done = list(engine.serve(requests, lambda: draft, batch_size))
     done.sort(key=lambda completion: completion.request.id)
@@ -94,6 +97,23 @@ def test_tokens_are_those_of_one_device(
     found, done = answers(engine, draft, batch_size)
     assert found == tokens
     assert tree == "plain" or sum(c.stats.num_accepted_tokens for c in done) > 10
+
+
+def test_adjusted_tokens_are_those_of_one_device():
+    kinds = (
+        SamplingConfig(),
+        SamplingConfig(frequency_penalty=0.7, logit_bias=((3, 1.5), (0, -100.0))),
+    )
+    target, usual = expected("float32")
+    tokens, _ = answers(*engine_for(target, TREES["plain"]), 1, kinds)
+    assert tokens[0] == usual[0]
+    assert tokens[1] != usual[1]
+    target = split_target(target, sharding.make_mesh("data=2,model=4"))
+    engine, draft = engine_for(target, TREES["chain"])
+    assert answers(engine, draft, 4, kinds)[0] == tokens
+    row, _ = engine.prefill(draft, Request("0", (1, 2, 3), 9, kinds[1]), 256)
+    extras = engine.place(None, row, 0, 4, 256).extras
+    assert extras.counts.sharding.shard_shape(extras.counts.shape) == (2, VOCAB)
 
 
 def collectives(compiled):

@@ -128,6 +128,32 @@ def test_generate_writes_one_object(ospec, capsys):
     assert plain["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
 
 
+def test_generate_chooses_tokens_as_asked(ospec, capsys):
+    args = ("--prompt", "Hello there", "--draft")
+    usual = ospec.json("generate", *args, "none")
+    first = usual["token_ids"][0]
+    flags = (
+        "--presence-penalty", -0.5, "--frequency-penalty", 1.5,
+        "--repetition-penalty", 1.2, "--logit-bias", f"{first}:-100", "2:-100",
+    )  # fmt: skip
+    plain = ospec.json("generate", *args, "none", *flags)
+    assert not {first, 2} & set(plain["token_ids"])
+    drafted = ospec.json("generate", *args, ospec.draft, *flags)
+    assert drafted["token_ids"] == plain["token_ids"]
+
+    sampled = ("--temperature", 5.0, "--min-p", 1.0)
+    sure = ospec.json("generate", *args, "none", *sampled)
+    assert sure["token_ids"] == usual["token_ids"]
+    capsys.readouterr()
+    for flags, message in (
+        (("--logit-bias", "5=1"), "cannot read '5=1' of --logit-bias; write ID:VALUE"),
+        (("--logit-bias", "99999:1"), "the token ids [99999], for which the model"),
+        (("--min-p", "2"), "min_p is 2.0; it lies in [0, 1]"),
+    ):
+        assert ospec("generate", *args, "none", *flags) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("draft", ["none", "ngram", None])
 def test_generate_verifies_a_prediction(ospec, tmp_path, draft):
     args = ("--prompt", "Hello there", "--draft")

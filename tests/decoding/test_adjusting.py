@@ -375,24 +375,26 @@ def test_other_numbers_of_alternatives_are_refused(number):
 @pytest.mark.parametrize("name", ["chain", "dynamic", "traversal"])
 def test_a_row_that_does_not_speculate_takes_one_token_a_step(name):
     target = tiny_target(VOCAB, num_layers=2)
-    engine, draft = engine_for(target, TREES[name])
+    engine, draft = engine_for(target, TREES[name], ngrams=name in NGRAMS)
     plain_engine, _ = engine_for(target, PLAIN)
-    settings = [SETTINGS[0], SamplingConfig(), SETTINGS[2], SamplingConfig()]
-    slow = [0, 1]
+    slow = [1, 2]
     asked = [
         dataclasses.replace(request, can_speculate=number not in slow)
-        for number, request in enumerate(requests(settings))
+        for number, request in enumerate(requests(SETTINGS))
     ]
     done = answers(engine, draft, asked, 4)
-    assert tokens(done) == tokens(answers(plain_engine, None, requests(settings)))
+    assert tokens(done) == tokens(answers(plain_engine, None, requests(SETTINGS)))
+    accepted = 0
     for number, one in enumerate(done):
         assert (one.stats.num_draft_tokens == 0) == (number in slow)
-    assert done[0].stats.num_drafts == LENGTHS[0] - 1
-    assert sum(one.stats.num_accepted_tokens for one in done[2:]) > 0
-    assert sum(one.stats.num_accepted_tokens for one in done[:2]) == 0
+        accepted += one.stats.num_accepted_tokens
+        if number in slow:
+            assert one.stats.num_accepted_tokens == 0
+            assert one.stats.num_drafts == LENGTHS[number] - 1
+    assert accepted > 0
 
     # A row without drafts has plain decoding's draws.
-    hot = dataclasses.replace(asked[0], sampling=HOT[0])
+    hot = dataclasses.replace(asked[1], sampling=HOT[0])
     (found,) = answers(engine, draft, [hot])
     (expected,) = answers(
         plain_engine, None, [dataclasses.replace(hot, can_speculate=True)]

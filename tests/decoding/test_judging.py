@@ -313,6 +313,8 @@ def test_waiting_tokens_are_judged_as_new_ones_are(
         top_k=4 if temperature else 0,
         frequency_penalty=penalty,
         presence_penalty=penalty,
+        # Without its stop token an answer is long enough to say something.
+        logit_bias=((2, -100.0),) if penalty else (),
     )
     by_wait = {}
     for judge_every in (1, 3):
