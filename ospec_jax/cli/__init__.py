@@ -25,6 +25,7 @@ from ospec_jax.cli.make import (
 from ospec_jax.cli.measure import bench, demo, roofline
 from ospec_jax.cli.outputs import describe_failure, release
 from ospec_jax.cli.recipes import with_recipe
+from ospec_jax.cli.serving import chat, load, serve
 from ospec_jax.cli.streams import record, replay, stream, telemetry
 from ospec_jax.config import InputError
 from ospec_jax.drafters.combine import MIXES
@@ -53,6 +54,9 @@ def drafters() -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "learn": learn,
+    "serve": serve,
+    "chat": chat,
+    "load": load,
     "write-prompts": write_prompts,
     "distill": distill,
     "bench": bench,
@@ -74,6 +78,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 EXAMPLES = {
     "generate": 'ospec generate --prompt "Write a haiku about the sea." --stream',
     "learn": "ospec learn --prompts FILE.jsonl --checkpoint my-draft",
+    "serve": "ospec serve --port 8000 --checkpoint my-draft",
+    "chat": "ospec chat",
+    "load": "ospec load --prompts FILE.jsonl --clients 4 --plot load.png",
     "write-prompts": "ospec write-prompts --num 200 --out FILE.jsonl",
     "distill": "ospec distill --prompts FILE.jsonl --out my-draft --num-updates 400",
     "bench": "ospec bench --prompts FILE.jsonl --num-prompts 20 --plot modes.png",

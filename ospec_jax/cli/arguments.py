@@ -341,6 +341,17 @@ def _grouped(
 
 
 Shared = Annotated[Decoding, tyro.conf.arg(name="", constructor=_grouped)]
+
+
+def _grouped_for_server(
+    model: ModelFlags = ModelFlags(batch_size=8),
+    drafting: DraftingFlags = DraftingFlags(),
+) -> Decoding:
+    """Likewise without what each request says for itself."""
+    return Decoding(**vars(model), **vars(drafting))
+
+
+Served = Annotated[Decoding, tyro.conf.arg(name="", constructor=_grouped_for_server)]
 Given: Any = tyro.MISSING
 """In place of a default of `Shared`, whose flags have their own."""
 
