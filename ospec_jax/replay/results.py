@@ -16,6 +16,7 @@ from ospec_jax.config import ConfigError
 from ospec_jax.learners.config import LearnerConfig, optimizer_of
 from ospec_jax.replay.hindsight import dynamic_regret_proxy
 from ospec_jax.replay.replayer import Run
+from ospec_jax.reports.summary import running_length
 from ospec_jax.reports.tables import records_table
 
 WINDOW = 40
@@ -225,18 +226,6 @@ def _cells(row: dict) -> list[str]:
     return cells
 
 
-def running_length(answers: dict[str, list], window: int = WINDOW) -> np.ndarray:
-    """Mean acceptance length over the last `window` answers, after each."""
-    sums = []
-    for name in _COUNTS:
-        # Differences of running sums: `total[i]` is that of the first i answers.
-        total = np.cumsum([0, *answers[name]])
-        last = np.arange(1, len(total))
-        sums.append(total[last] - total[np.maximum(last - window, 0)])
-
-    return 1 + sums[1] / np.maximum(sums[0], 1)
-
-
 def plot_replays(rows: list[dict], path: Path) -> Path:
     """Draws each run's acceptance along the stream; with losses, its regret."""
     import matplotlib
@@ -258,7 +247,8 @@ def plot_replays(rows: list[dict], path: Path) -> Path:
 
     for row in rows:
         label = row["learner"] + (f", seed {row['seed']}" if len(seeds) > 1 else "")
-        series = running_length(row["answers"])
+        counts = [row["answers"][name] for name in _COUNTS]
+        series = running_length(*counts, window=WINDOW)
         numbers = np.arange(1, len(series) + 1)
         grid[0, 0].plot(numbers, series, label=label, lw=1.5)
         if has_regret and static is not None:

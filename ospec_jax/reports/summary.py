@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _MIN_ANSWERS = 8
 """Fewer have no beginning and end that could be compared."""
 
@@ -58,3 +60,17 @@ def describe_use(folder: Path) -> str:
 def _mean_length(results: Sequence[Any]) -> float:
     stats = sum((r.stats for r in results[1:]), results[0].stats)
     return stats.mean_acceptance_length
+
+
+def running_length(
+    num_passes: Sequence[int], num_accepted: Sequence[int], window: int
+) -> np.ndarray:
+    """Mean acceptance length over the last `window` answers, after each of them."""
+    sums = []
+    for counts in (num_passes, num_accepted):
+        # Differences of running sums: `total[i]` is that of the first i answers.
+        total = np.cumsum([0, *counts])
+        last = np.arange(1, len(total))
+        sums.append(total[last] - total[np.maximum(last - window, 0)])
+
+    return 1 + sums[1] / np.maximum(sums[0], 1)

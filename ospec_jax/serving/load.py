@@ -17,10 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from ospec_jax import atomic
 from ospec_jax.config import ConfigError, whole_number
 from ospec_jax.data.prompts import Prompt
+from ospec_jax.reports.summary import running_length
 
 _TIMEOUT = 600.0
+"""Seconds until a request that hears nothing is given up."""
+_WINDOW = 20
+"""Requests over which acceptance is drawn: a single one says little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,13 +267,14 @@ def plot_load(results: Sequence[Asked], path: Path) -> Path:
 
     done = sorted((a for a in results if not a.error), key=lambda asked: asked.start)
     at = np.array([asked.start for asked in done])
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(8, 6), sharex=True, layout="constrained"
+    )
 
-    # Over the last 20 requests: a single one says little.
-    passes = _recent([asked.num_passes for asked in done])
-    accepted = _recent([asked.num_accepted for asked in done])
-    above.plot(at, 1 + accepted / np.maximum(passes, 1))
-    above.set_ylabel("tokens a pass, last 20 requests")
+    passes = [asked.num_passes for asked in done]
+    accepted = [asked.num_accepted for asked in done]
+    above.plot(at, running_length(passes, accepted, _WINDOW))
+    above.set_ylabel(f"tokens a pass, last {_WINDOW} requests")
     begins = [i for i, a in enumerate(done) if i and a.domain != done[i - 1].domain]
     # Marks say something only where a stream stays with a domain for a while.
     if 0 < len(begins) <= 12:
@@ -283,14 +289,4 @@ def plot_load(results: Sequence[Asked], path: Path) -> Path:
     below.set_ylabel("ms")
     below.set_xlabel("seconds")
     below.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-    return path
-
-
-def _recent(values: Sequence[int], count: int = 20) -> np.ndarray:
-    sums = np.cumsum([0, *values])
-    ends = np.arange(1, len(values) + 1)
-    return sums[ends] - sums[np.maximum(ends - count, 0)]
+    return atomic.write_figure(figure, path)

@@ -319,15 +319,8 @@ def _make_sampling(wanted: dict[str, Any]) -> SamplingConfig:
     Raises:
       RequestError: A value means nothing, or cannot be honoured.
     """
-    known = {field.name for field in dataclasses.fields(SamplingConfig)}
-    neutral = (0, (), 1.0)
-    for name, value in wanted.items():
-        is_neutral = value == neutral[2] if "repet" in name else value in neutral[:2]
-        if name not in known and not is_neutral:
-            raise RequestError(f"{name} is {value}; it is not supported", name)
-
     try:
-        return SamplingConfig(**{k: v for k, v in wanted.items() if k in known})
+        return SamplingConfig(**wanted)
     except ConfigError as error:
         # Its messages begin with the name of the value.
         name = str(error).split(" ", 1)[0]
