@@ -86,7 +86,7 @@ def serve(
       stream_interval: Seconds between two chunks of a stream, at least.
     """
     uvicorn = _uvicorn()
-    from ospec_jax.serving.http import make_app
+    from ospec_jax.serving.http import make_app, uvicorn_config
     from ospec_jax.serving.service import Service, ServiceConfig
     from ospec_jax.serving.settings import HttpConfig
 
@@ -130,19 +130,7 @@ def serve(
     service = Service(session, config)
     # Read before anything is compiled: a key file may be missing.
     app = make_app(service, http)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            limit_concurrency=http.max_connections,
-            h11_max_incomplete_event_size=http.max_header_bytes,
-            timeout_graceful_shutdown=int(_GRACE),
-        )
-    )
+    server = uvicorn.Server(uvicorn_config(app, http, grace=int(_GRACE)))
     failures: list[BaseException] = []
     watcher = threading.Thread(
         target=_watch, args=(service, server, failures), daemon=True
