@@ -246,11 +246,8 @@ def load(
         plot_load(results, plot)
 
     for name, value in figures.items():
-        say(
-            f"{name:32} {value:10.2f}"
-            if isinstance(value, float)
-            else f"{name:32} {value:10}"
-        )
+        shown = f"{value:10.2f}" if isinstance(value, float) else f"{value:10}"
+        say(f"{name:32} {shown}")
     for error in sorted({asked.error for asked in results if asked.error})[:3]:
         say(f"failed: {error}", "yellow")
 

@@ -109,8 +109,8 @@ async def _run(prompts, config: LoadConfig, on_answer) -> tuple[list[Asked], flo
         base_url=config.url, headers=headers, timeout=_TIMEOUT, limits=limits
     ) as client:
         try:
-            await client.get("/health")
-        except httpx2.TransportError as error:
+            model = await _model_of(client)
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
             raise ConfigError(
                 f"no server answers at {config.url} ({error}); start one with `ospec "
                 f"serve`"
@@ -123,7 +123,7 @@ async def _run(prompts, config: LoadConfig, on_answer) -> tuple[list[Asked], flo
             asked = Asked(prompt.domain, arrival)
             results.append(asked)
             try:
-                await _ask(client, prompt, config, asked, start)
+                await _ask(client, model, prompt, config, asked, start)
             except (httpx2.HTTPError, ValueError, KeyError) as error:
                 asked.error = f"{type(error).__name__}: {error}"[:200]
             on_answer(asked)
@@ -159,9 +159,27 @@ async def _open(prompts, config: LoadConfig, ask, start: float) -> None:
     await asyncio.gather(*tasks)
 
 
-async def _ask(client, prompt: Prompt, config: LoadConfig, asked: Asked, start) -> None:
+async def _model_of(client) -> str:
+    """The first model that a server names.
+
+    Raises:
+      ConfigError: It names none, as where a key is wrong.
+    """
+    response = await client.get("/v1/models")
+    if response.status_code != 200:
+        raise ConfigError(
+            f"the server answers {response.status_code}: {response.text[:200]}"
+        )
+
+    return response.json()["data"][0]["id"]
+
+
+async def _ask(
+    client, model: str, prompt: Prompt, config: LoadConfig, asked: Asked, start: float
+) -> None:
     """Asks one prompt, and times what comes."""
     body = {
+        "model": model,
         "messages": list(prompt.messages),
         "max_completion_tokens": config.max_new_tokens,
         "temperature": config.temperature,

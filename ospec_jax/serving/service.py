@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ospec_jax.config import ConfigError, whole_number
+from ospec_jax.config import ConfigError, InputError, whole_number
 from ospec_jax.data.prompts import encode_prediction
 from ospec_jax.data.templates import encode
 from ospec_jax.decoding.engine import CAPACITIES, KINDS
@@ -122,8 +122,15 @@ class _Job:
 
     def tell(self, event: Event) -> None:
         """Hands on an event, unless nobody listens any more."""
-        if not self.is_cancelled:
+        if self.is_cancelled:
+            return
+
+        # A listener that fails, fails for itself: the others go on.
+        try:
             self._on_event(event)
+        except Exception:
+            _LOG.exception("an event could not be handed on")
+            self.cancel()
 
     def cancel(self) -> None:
         """Gives it up: its rows are free at the next step, and it hears no more."""
@@ -189,6 +196,7 @@ class Service:
         self._kept: deque[_Kept] = deque()
         self._compiles: _Compiles | None = None
         self._draft_status: dict[str, Any] = {}
+        self._save_error: str | None = None
         self._started = time.monotonic()
         self._saved_at = time.monotonic()
         self._saved_answers = 0
@@ -367,6 +375,7 @@ class Service:
                 "num_updates": totals.num_updates,
                 "num_answers": totals.num_taught,
                 "seconds": totals.learning_seconds,
+                "save_error": self._save_error,
             },
             "queue": {
                 "num_waiting": num_waiting,
@@ -411,9 +420,9 @@ class Service:
 
     def _run(self) -> None:
         try:
-            self._warm_up()
-            self._ready.set()
-            self._serve()
+            if self._warm_up():
+                self._ready.set()
+                self._serve()
         except Exception as error:
             _LOG.exception("the service has failed")
             self._failure = error
@@ -425,11 +434,11 @@ class Service:
         num_failures = 0
         while not self._is_over():
             self._obey()
-            self._let_in()
-            if self._live.is_idle:
-                self._rest()
-                continue
             try:
+                self._let_in()
+                if self._live.is_idle:
+                    self._rest()
+                    continue
                 self._turn()
                 num_failures = 0
             except Exception as error:
@@ -470,7 +479,7 @@ class Service:
                 future.set_exception(error)
 
         if time.monotonic() - self._saved_at >= self.config.checkpoint_seconds:
-            self._save()
+            self._try_to_save()
 
     def _let_in(self) -> None:
         """Gives free rows to those who wait, first come first served."""
@@ -480,8 +489,13 @@ class Service:
                     return
                 job, choice = self._waiting.popleft()
             job.begun = job.begun or time.monotonic()
+            try:
+                self._live.join(choice.request)
+            except InputError as error:
+                job.tell(Failed(error))
+                job.cancel()
+                continue
             self._running[id(choice.request)] = job, choice
-            self._live.join(choice.request)
 
     def _rest(self) -> None:
         """Waits until there is something to do."""
@@ -536,15 +550,32 @@ class Service:
         # Nothing is learned from what a client gave up: it may ask again.
         is_on = self._paused_for is None
         can_teach = is_on and job.ask.can_teach and not job.is_cancelled
-        result = self._session.take_in(job.ask.prompt, completion, text, can_teach)
+        seconds = self._learn(job, completion, text, can_teach)
         totals = self._totals
-        totals.num_updates += self._session.version - self._version
-        totals.learning_seconds += result.learning_seconds
+        totals.num_updates += max(self._session.version - self._version, 0)
+        totals.learning_seconds += seconds
         totals.num_taught += can_teach
         totals.num_answers += 1
         totals.num_tokens += len(completion.token_ids)
         totals.stats = totals.stats + completion.stats
         self._note_version(completion.stats)
+
+    def _learn(
+        self, job: _Job, completion: Completion, text: str, can_teach: bool
+    ) -> float:
+        """Counts an answer and learns from it; returns the seconds that took."""
+        session = self._session
+        try:
+            result = session.take_in(job.ask.prompt, completion, text, can_teach)
+        except Exception:
+            # An update that failed may have used up what is served.
+            _LOG.exception("learning has failed, and is paused")
+            self._paused_for = "failed"
+            if self._kept:
+                session.begin_again(self._kept[-1].draft)
+            return 0.0
+
+        return result.learning_seconds
 
     def _note_version(self, stats: DecodingStats | None = None) -> None:
         """Keeps what others may ask of the draft, for whom its state is out of reach.
@@ -642,6 +673,16 @@ class Service:
         self._saved_answers = self._totals.num_answers
         return place
 
+    def _try_to_save(self) -> None:
+        """Saves; where that fails, serving goes on."""
+        try:
+            self._save()
+        except Exception as error:
+            self._save_error = f"{type(error).__name__}: {error}"[:300]
+            _LOG.exception("the checkpoint could not be written")
+        else:
+            self._save_error = None
+
     def _keep_version(self) -> None:
         """Puts the served draft aside, to go back to."""
         newest = self._kept[-1].version if self._kept else None
@@ -669,16 +710,20 @@ class Service:
             future.set_exception(error)
 
         if self._failure is None:
-            self._save()
+            self._try_to_save()
 
-    def _warm_up(self) -> None:
-        """Compiles all that a request may need."""
+    def _warm_up(self) -> bool:
+        """Compiles all that a request may need; returns whether it came to its end."""
         start = time.perf_counter()
-        self._live.warm_up(KINDS)
+        is_stopped = lambda: self._stops_at is not None
+        if not self._live.warm_up(KINDS, is_stopped):
+            return False
+
         _LOG.info(f"ready after {time.perf_counter() - start:.0f} s")
         self._compiles = _Compiles()
         self._keep_version()
         self._note_version()
+        return True
 
 
 def _capacities_for(session: Session, max_model_len: int) -> tuple[int, ...]:

@@ -192,7 +192,9 @@ class Live:
         if self._num_spare >= _PATIENCE and num_taken:
             self._resize(batch, smaller[-1])
 
-    def warm_up(self, kinds: Iterable[StepKind]) -> None:
+    def warm_up(
+        self, kinds: Iterable[StepKind], should_stop: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Compiles what decoding and learning need, at every size and capacity.
 
         Nothing is learned, but a learning budget becomes an interval, and steps are
@@ -200,11 +202,17 @@ class Live:
 
         Args:
           kinds: Of requests that are to come.
+          should_stop: Asked now and then; once it says so, nothing more is compiled.
+
+        Returns:
+          Whether everything was.
         """
         # Told here with all that is to come, which the engine does not know.
         with self._session.engine.silent():
             rounds = list(itertools.product(kinds, self._capacities))
             for number, (kind, capacity) in enumerate(rounds, start=1):
+                if should_stop():
+                    return False
                 _LOG.info(
                     f"compiling {number} of {len(rounds)}: {kind} steps of "
                     f"{', '.join(map(str, self.sizes))} rows of {capacity} slots"
@@ -223,6 +231,7 @@ class Live:
             self._session.warm_up_learning(answers[1::2], self.sizes[0])
 
         self._ended = []
+        return True
 
     def _probe(self, kind: StepKind) -> Request:
         sampling = SamplingConfig(temperature=0.0 if kind == "greedy" else 1.0)

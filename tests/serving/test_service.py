@@ -3,6 +3,7 @@
 
 import queue
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -240,6 +241,68 @@ def test_a_failed_step_ends_what_runs_and_the_next_is_served(
         assert Heard(service, ask_of(PROMPTS[0])).texts()[0] == plain[PROMPTS[0]]
     finally:
         service.stop()
+
+
+def test_a_listener_that_fails_fails_for_itself(service, plain):
+    def fail(event):
+        raise RuntimeError("the loop has ended")
+
+    service.submit(service.prepare(ask_of(PROMPTS[1])), fail)
+    assert Heard(service, ask_of(PROMPTS[0])).texts()[0] == plain[PROMPTS[0]]
+
+
+def test_learning_that_fails_is_paused_and_serving_goes_on(
+    target, draft, plain, monkeypatch
+):
+    session = session_of(target, draft)
+    service = Service(session, ServiceConfig("tiny", 240))
+    service.start()
+    try:
+        Heard(service, ask_of(PROMPTS[0])).all()
+
+        def fail(*args):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(session, "_learn_from", fail)
+        for text in PROMPTS[:3]:
+            assert Heard(service, ask_of(text)).texts()[0] == plain[text]
+        service.call(lambda: None)
+        assert service.status()["learning"]["paused_for"] == "failed"
+    finally:
+        service.stop()
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_nobody(
+    target, draft, plain, tmp_path, monkeypatch
+):
+    config = ServiceConfig("tiny", 240, checkpoint=tmp_path, checkpoint_seconds=0.01)
+    session = session_of(target, draft)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session, "save", fail)
+    service = Service(session, config)
+    service.start()
+    try:
+        for text in PROMPTS[:2]:
+            assert Heard(service, ask_of(text)).texts()[0] == plain[text]
+        # In the pause that follows it is tried.
+        deadline = time.monotonic() + 30
+        while not service.status()["learning"]["save_error"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert Heard(service, ask_of(PROMPTS[2])).texts()[0] == plain[PROMPTS[2]]
+    finally:
+        service.stop()
+
+
+def test_who_stops_a_service_that_compiles_does_not_wait_for_it(target, draft):
+    service = Service(session_of(target, draft), ServiceConfig("tiny", 500))
+    service.start()
+    service.stop(grace=0.0)
+    assert not service.is_alive
+    assert not service.is_ready
 
 
 def test_what_was_learned_is_kept_and_gone_on_with(target, draft, tmp_path):
