@@ -9,6 +9,7 @@ read.
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 import traceback
 import uuid
@@ -59,7 +60,7 @@ from ospec_jax.serving.streams import EventStream, wait_for_leaving
 from ospec_jax.serving.token_texts import TokenTexts
 from ospec_jax.serving.values import parse_body
 
-__all__ = ["HttpConfig", "check_address", "make_app", "uvicorn_config"]
+__all__ = ["HttpConfig", "check_address", "make_app", "make_server"]
 
 _LOG = logging.getLogger(__name__)
 _STATIC = Path(__file__).parent / "static"
@@ -134,10 +135,21 @@ def check_address(config: HttpConfig) -> None:
     )
 
 
-def uvicorn_config(
+class _HttpServer(uvicorn.Server):
+    """uvicorn, which tells dashboards to leave when it ends: they stay for ever."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends it, when answers have ended or their grace has."""
+        self.config.app.state.is_ending = True  # pyright: ignore
+        await super().shutdown(sockets)
+
+
+def make_server(
     app: Starlette, config: HttpConfig, grace: int = 15, **options: Any
-) -> uvicorn.Config:
-    """How uvicorn serves the app, within the limits of the configuration.
+) -> uvicorn.Server:
+    """Serves the app with uvicorn, within the limits of the configuration.
+
+    Its `run` returns after SIGINT or SIGTERM, or once `should_exit` is set.
 
     Args:
       grace: Seconds that streams may go on when the server is told to end.
@@ -147,7 +159,7 @@ def uvicorn_config(
       ConfigError: The address is open to strangers, and no key is asked for.
     """
     check_address(config)
-    return uvicorn.Config(
+    settings = uvicorn.Config(
         app,
         host=config.host,
         port=config.port,
@@ -162,6 +174,8 @@ def uvicorn_config(
         ws="none",
         **options,
     )
+
+    return _HttpServer(settings)
 
 
 class _Api:
@@ -482,11 +496,12 @@ class _Api:
             return error_response(RequestError(message, status=503, retry_after=10))
 
         gone = asyncio.create_task(wait_for_leaving(request))
+        is_ending = lambda: getattr(request.app.state, "is_ending", False)
         self._num_watchers += 1
 
         async def lines() -> AsyncGenerator[bytes, None]:
             since = 0.0
-            while not gone.done():
+            while not gone.done() and not is_ending():
                 yield as_event(self._status(since))
                 since = self._history.newest
                 await asyncio.wait([gone], timeout=SECONDS)

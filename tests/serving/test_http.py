@@ -412,6 +412,18 @@ def test_status_is_streamed(open_server):
     assert said["history"]["fields"][0] == "time"
 
 
+def test_a_dashboard_does_not_keep_the_server_from_ending():
+    with serving(FakeService()) as address:
+        place = urlsplit(address)
+        connection = http.client.HTTPConnection(place.hostname, place.port, timeout=10)
+        connection.request("GET", "/status/stream")
+        response = connection.getresponse()
+        response.readline()
+    # The server has ended; its last stream, too, in good order.
+    response.read()
+    connection.close()
+
+
 def test_the_page_and_its_parts_come_from_here(open_server):
     page = ask(open_server, "/")
     assert page.headers["content-type"].startswith("text/html")
