@@ -21,6 +21,7 @@ from ospec_jax.serving.asks import (
     OverloadedError,
     Piece,
     Prepared,
+    Serves,
     Token,
     Usage,
 )
@@ -223,7 +224,7 @@ def _token(token_id: int, is_drafted: bool, ask: Ask) -> Token:
 
 
 @contextlib.contextmanager
-def serving(service: FakeService, config: HttpConfig | None = None) -> Iterator[str]:
+def serving(service: Serves, config: HttpConfig | None = None) -> Iterator[str]:
     """The app behind a real server on loopback; gives its address."""
     config = config or HttpConfig(port=0)
     server = make_server(make_app(service, config), config)
@@ -240,7 +241,8 @@ def serving(service: FakeService, config: HttpConfig | None = None) -> Iterator[
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        service.may_go.set()
+        if isinstance(service, FakeService):
+            service.may_go.set()
         thread.join(10)
         assert not thread.is_alive(), "the server does not end"
 

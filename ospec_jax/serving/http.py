@@ -60,7 +60,13 @@ from ospec_jax.serving.streams import EventStream, wait_for_leaving
 from ospec_jax.serving.token_texts import TokenTexts
 from ospec_jax.serving.values import parse_body
 
-__all__ = ["HttpConfig", "check_address", "make_app", "make_server"]
+__all__ = [
+    "HttpConfig",
+    "check_address",
+    "make_app",
+    "make_server",
+    "uvicorn_config",
+]
 
 _LOG = logging.getLogger(__name__)
 _STATIC = Path(__file__).parent / "static"
@@ -147,9 +153,17 @@ class _HttpServer(uvicorn.Server):
 def make_server(
     app: Starlette, config: HttpConfig, grace: int = 15, **options: Any
 ) -> uvicorn.Server:
-    """Serves the app with uvicorn, within the limits of the configuration.
+    """Serves the app with uvicorn; see `uvicorn_config`.
 
     Its `run` returns after SIGINT or SIGTERM, or once `should_exit` is set.
+    """
+    return _HttpServer(uvicorn_config(app, config, grace, **options))
+
+
+def uvicorn_config(
+    app: Starlette, config: HttpConfig, grace: int = 15, **options: Any
+) -> uvicorn.Config:
+    """How uvicorn serves the app, within the limits of the configuration.
 
     Args:
       grace: Seconds that streams may go on when the server is told to end.
@@ -159,7 +173,7 @@ def make_server(
       ConfigError: The address is open to strangers, and no key is asked for.
     """
     check_address(config)
-    settings = uvicorn.Config(
+    return uvicorn.Config(
         app,
         host=config.host,
         port=config.port,
@@ -174,8 +188,6 @@ def make_server(
         ws="none",
         **options,
     )
-
-    return _HttpServer(settings)
 
 
 class _Api:
