@@ -455,7 +455,15 @@ NAMES = (
     *("min_p", "logit_bias", "logprobs", "top_logprobs", "max_tokens", "stream"),
     *("stream_options", "prediction", "echo", "speculative", "learn", "tenant"),
     *("max_completion_tokens", "presence_penalty", "tools", "response_format"),
+    *("input", "instructions", "include", "text", "reasoning", "max_output_tokens"),
 )
+
+
+BODIES = {
+    CHAT_PATH: ("messages", CHAT["messages"]),
+    "/v1/completions": ("prompt", "Hi"),
+    "/v1/responses": ("input", "Hi"),
+}
 
 
 def mutate(body, draw):
@@ -467,10 +475,12 @@ def mutate(body, draw):
         body.pop(draw.choice(list(body) or ["x"]), None)
     elif kind == 2:
         part = {"type": draw.choice(["text", "image_url", 3]), "text": "a"}
-        body["messages"] = [{"role": "user", "content": [part, draw.choice(MUTANTS)]}]
+        turn = {"role": "user", "content": [part, draw.choice(MUTANTS)]}
+        body[draw.choice(["messages", "input"])] = [turn]
     elif kind == 3:
         role = draw.choice(["user", "tool", "developer", *MUTANTS])
-        body["messages"] = [{"role": role, "content": draw.choice(MUTANTS)}]
+        turn = {"role": role, "content": draw.choice(MUTANTS)}
+        body[draw.choice(["messages", "input"])] = [turn]
     elif kind == 4:
         body["prompt"] = [draw.choice(MUTANTS) for _ in range(draw.randrange(4))]
     else:
@@ -481,9 +491,9 @@ def mutate(body, draw):
 def malformed(seed):
     """A path, and a body in which something is wrong, or at times nothing."""
     draw = random.Random(seed)
-    path = draw.choice([CHAT_PATH, "/v1/completions"])
-    body = {"model": "fake", "max_tokens": 4}
-    body |= {"prompt": "Hi"} if path != CHAT_PATH else {"messages": CHAT["messages"]}
+    path = draw.choice(list(BODIES))
+    name, prompt = BODIES[path]
+    body = {"model": "fake", name: prompt}
     for _ in range(draw.randrange(1, 4)):
         mutate(body, draw)
 
