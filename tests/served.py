@@ -8,8 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import uvicorn
-
 from ospec_jax.config import ConfigError
 from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.decoding.stats import DecodingStats
@@ -27,7 +25,7 @@ from ospec_jax.serving.asks import (
     Token,
     Usage,
 )
-from ospec_jax.serving.http import make_app, uvicorn_config
+from ospec_jax.serving.http import make_app, make_server
 from ospec_jax.serving.settings import HttpConfig
 from ospec_jax.testing import byte_tokenizer
 
@@ -229,7 +227,7 @@ def _token(token_id: int, is_drafted: bool, ask: Ask) -> Token:
 def serving(service: Serves, config: HttpConfig | None = None) -> Iterator[str]:
     """The app behind a real server on loopback; gives its address."""
     config = config or HttpConfig(port=0)
-    server = uvicorn.Server(uvicorn_config(make_app(service, config), config))
+    server = make_server(make_app(service, config), config)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -246,6 +244,7 @@ def serving(service: Serves, config: HttpConfig | None = None) -> Iterator[str]:
         if isinstance(service, FakeService):
             service.may_go.set()
         thread.join(10)
+        assert not thread.is_alive(), "the server does not end"
 
 
 def refused() -> OverloadedError:

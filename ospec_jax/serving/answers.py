@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.serving.asks import ChoiceEnd, Ended, Piece, Token, Usage
+from ospec_jax.serving.errors import RequestError
 from ospec_jax.serving.schema import Wanted
 from ospec_jax.serving.token_texts import TokenTexts
 
@@ -28,14 +29,21 @@ size, whether they bring one token or five."""
 def as_event(chunk: dict[str, Any], is_obfuscated: bool = False) -> bytes:
     """A chunk as a line of a stream."""
     if is_obfuscated:
-        size = len(_to_json(chunk | {"obfuscation": ""}))
-        num_missing = -size % _BUCKET
-        chunk = chunk | {"obfuscation": secrets.token_hex(num_missing)[:num_missing]}
+        chunk = padded(chunk)
 
-    return b"data: " + _to_json(chunk) + b"\n\n"
+    return b"data: " + encode_json(chunk) + b"\n\n"
 
 
-def _to_json(value: Any) -> bytes:
+def padded(chunk: dict[str, Any]) -> dict[str, Any]:
+    """A chunk of one of few sizes."""
+    size = len(encode_json(chunk | {"obfuscation": ""}))
+    num_missing = -size % _BUCKET
+
+    return chunk | {"obfuscation": secrets.token_hex(num_missing)[:num_missing]}
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON without spaces."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8")
 
@@ -140,6 +148,16 @@ class Teller:
         return echoes
 
     # Chunks.
+
+    last = DONE
+
+    def encode(self, chunk: dict[str, Any]) -> bytes:
+        """A chunk as a line of a stream."""
+        return as_event(chunk, self._wanted.is_obfuscated)
+
+    def fail(self, error: RequestError) -> list[dict[str, Any]]:
+        """What a stream ends with that has failed."""
+        return [error.to_json()]
 
     def open(self) -> list[dict[str, Any]]:
         """What a stream begins with.
@@ -324,7 +342,7 @@ class Teller:
 
     def _log_probs(self, tokens: list[Token], told: "_Told") -> dict[str, Any]:
         if self._is_chat:
-            content = [self._chat_log_prob(token) for token in tokens]
+            content = [chat_log_prob(token, self._source.texts) for token in tokens]
             return {"content": content, "refusal": None}
 
         texts = [self._source.texts.plain_of(token.id) for token in tokens]
@@ -345,19 +363,6 @@ class Teller:
         plain = self._source.texts.plain_of
         return {plain(i): _finite(value) for i, value in token.alternatives}
 
-    def _chat_log_prob(self, token: Token) -> dict[str, Any]:
-        own = self._log_prob_entry(token.id, token.log_prob)
-        others = [self._log_prob_entry(i, value) for i, value in token.alternatives]
-
-        return own | {"top_logprobs": others}
-
-    def _log_prob_entry(self, token_id: int, value: float | None) -> dict[str, Any]:
-        return {
-            "token": self._source.texts.text_of(token_id),
-            "logprob": _finite(value),
-            "bytes": list(self._source.texts.bytes_of(token_id)),
-        }
-
 
 class _Told:
     """What was told of one choice."""
@@ -365,6 +370,20 @@ class _Told:
     def __init__(self):
         self.num_steps = 0
         self.num_characters = 0
+
+
+def chat_log_prob(token: Token, texts: TokenTexts) -> dict[str, Any]:
+    """A token with its log-probability, and the alternatives to it."""
+
+    def entry(token_id: int, value: float | None) -> dict[str, Any]:
+        return {
+            "token": texts.text_of(token_id),
+            "logprob": _finite(value),
+            "bytes": list(texts.bytes_of(token_id)),
+        }
+
+    others = [entry(i, value) for i, value in token.alternatives]
+    return entry(token.id, token.log_prob) | {"top_logprobs": others}
 
 
 def _finite(value: float | None) -> float:

@@ -55,7 +55,7 @@ class History:
         self._clock = clock
         self._samples: deque[Sample] = deque(maxlen=_NUM_SAMPLES)
         self._marks: deque[dict[str, Any]] = deque(maxlen=_NUM_MARKS)
-        self._before = (clock(), 0, 0, 0.0)
+        self._before: tuple[float, int, int, float] | None = None
         self._version: int | None = None
 
     def mark(self, kind: str, version: int) -> None:
@@ -81,8 +81,10 @@ class History:
         learning = (status.get("learning") or {}).get("seconds") or 0.0
         recent = self._recent
         now = self._clock()
-        then, num_tokens, num_passes, learned = self._before
-        self._before = (now, recent.num_tokens, recent.num_passes, learning)
+        newest = (now, recent.num_tokens, recent.num_passes, learning)
+        # What was before the first look is of no second.
+        then, num_tokens, num_passes, learned = self._before or newest
+        self._before = newest
         span = max(now - then, 1e-3)
         passes = recent.num_passes - num_passes
         tokens = recent.num_tokens - num_tokens

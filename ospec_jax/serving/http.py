@@ -9,13 +9,14 @@ read.
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from starlette.applications import Starlette
@@ -31,7 +32,6 @@ from ospec_jax.config import ConfigError, InputError
 from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.serving.admin import PATHS, Administration
 from ospec_jax.serving.answers import (
-    DONE,
     KEEP_ALIVE,
     Source,
     Teller,
@@ -51,15 +51,22 @@ from ospec_jax.serving.gate import Gate, caller_of, error_response, request_id_o
 from ospec_jax.serving.history import SECONDS, History
 from ospec_jax.serving.keys import Keys
 from ospec_jax.serving.metrics import Metrics
-from ospec_jax.serving.prompting import Kind, Server
+from ospec_jax.serving.prompting import Server
 from ospec_jax.serving.relay import Gone, Relay
+from ospec_jax.serving.responses import ResponseTeller, read_response
 from ospec_jax.serving.schema import Wanted, read_wanted
 from ospec_jax.serving.settings import HttpConfig
 from ospec_jax.serving.streams import EventStream, wait_for_leaving
 from ospec_jax.serving.token_texts import TokenTexts
 from ospec_jax.serving.values import parse_body
 
-__all__ = ["HttpConfig", "check_address", "make_app", "uvicorn_config"]
+__all__ = [
+    "HttpConfig",
+    "check_address",
+    "make_app",
+    "make_server",
+    "uvicorn_config",
+]
 
 _LOG = logging.getLogger(__name__)
 _STATIC = Path(__file__).parent / "static"
@@ -72,6 +79,12 @@ _NOT_READY = 5
 """Seconds after which to ask again while programs are compiled."""
 _GONE = 499
 """nginx's word for a client that left; nobody hears it."""
+
+_Route = Literal["chat", "completion", "response"]
+_Tells = Teller | ResponseTeller
+_PREFIXES = {"chat": "chatcmpl-", "completion": "cmpl-", "response": "resp_"}
+_PROMPTS = {"chat": "messages", "completion": "prompt", "response": "input"}
+"""What a prompt is called in each of the APIs."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -95,6 +108,7 @@ def make_app(service: Serves, config: HttpConfig) -> Starlette:
             Route("/v1/models/{model:path}", api.show_model),
             Route("/v1/chat/completions", api.answer("chat"), methods=["POST"]),
             Route("/v1/completions", api.answer("completion"), methods=["POST"]),
+            Route("/v1/responses", api.answer("response"), methods=["POST"]),
             Route("/health", api.show_health),
             Route("/ready", api.show_ready),
             Route("/version", api.show_version),
@@ -132,6 +146,25 @@ def check_address(config: HttpConfig) -> None:
         f"host is {config.host!r}, which others can reach, and there is no API key; "
         f"give a file of keys, listen on 127.0.0.1, or allow requests without a key"
     )
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn, which tells dashboards to leave when it ends: they stay for ever."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends it, when answers have ended or their grace has."""
+        self.config.app.state.is_ending = True  # pyright: ignore
+        await super().shutdown(sockets)
+
+
+def make_server(
+    app: Starlette, config: HttpConfig, grace: int = 15, **options: Any
+) -> uvicorn.Server:
+    """Serves the app with uvicorn; see `uvicorn_config`.
+
+    Its `run` returns after SIGINT or SIGTERM, or once `should_exit` is set.
+    """
+    return _HttpServer(uvicorn_config(app, config, grace, **options))
 
 
 def uvicorn_config(
@@ -213,7 +246,7 @@ class _Api:
 
     # Answers.
 
-    def answer(self, kind: Kind) -> Endpoint:
+    def answer(self, kind: _Route) -> Endpoint:
         """The route that answers requests of a kind."""
 
         async def answer(request: Request) -> Response:
@@ -228,18 +261,17 @@ class _Api:
 
         return answer
 
-    async def _answer(self, request: Request, kind: Kind) -> Response:
+    async def _answer(self, request: Request, kind: _Route) -> Response:
         if not self._service.is_alive:
             raise OverloadedError("the server is about to end", retry_after=10)
         if not self._service.is_ready:
             raise OverloadedError("the server is not ready yet", _NOT_READY)
 
         content = await self._read(request)
-        prefix = "chatcmpl" if kind == "chat" else "cmpl"
-        answer_id = f"{prefix}-{uuid.uuid4().hex}"
+        answer_id = _PREFIXES[kind] + uuid.uuid4().hex
         key = caller_of(request.scope).name
         asked = time.monotonic()
-        wanted, prepared = await self._prepare(content, kind, answer_id, key)
+        body, wanted, prepared = await self._prepare(content, kind, answer_id, key)
         if wanted.ignored:
             request_id = request_id_of(request.scope)
             _LOG.debug(f"{request_id}: {len(wanted.ignored)} keys were passed over")
@@ -252,7 +284,10 @@ class _Api:
             self._fingerprint,
             self._config.tell_acceptance,
         )
-        teller = Teller(wanted, source, num_prompt_tokens)
+        if kind == "response":
+            teller = ResponseTeller(wanted, source, body)
+        else:
+            teller = Teller(wanted, source, num_prompt_tokens)
         relay = Relay()
         relay.submit(self._service, prepared)
         relay.watch(self._metrics.begin(wanted, num_prompt_tokens, asked))
@@ -265,13 +300,13 @@ class _Api:
         try:
             if not wanted.is_stream:
                 return await self._answer_whole(teller, relay, close)
-            return await self._answer_stream(wanted, teller, relay, close)
+            return await self._answer_stream(teller, relay, close)
         except BaseException:
             close()
             raise
 
     async def _answer_whole(
-        self, teller: Teller, relay: Relay, close: Callable[[], None]
+        self, teller: _Tells, relay: Relay, close: Callable[[], None]
     ) -> Response:
         told: list[Piece | ChoiceEnd] = []
         while True:
@@ -287,22 +322,22 @@ class _Api:
                 told.append(event)
 
     async def _answer_stream(
-        self, wanted: Wanted, teller: Teller, relay: Relay, close: Callable[[], None]
+        self, teller: _Tells, relay: Relay, close: Callable[[], None]
     ) -> Response:
         # As long as nothing has come, an error still has a status of its own.
         first = await relay.receive(self._config.keep_alive)
         if first and isinstance(first[0], Failed):
             raise first[0].error
 
-        lines = self._guarded(self._lines(wanted, teller, relay, first))
+        lines = self._guarded(teller, self._lines(teller, relay, first))
         return EventStream(lines, close, self._config.send_seconds)
 
     async def _lines(
-        self, wanted: Wanted, teller: Teller, relay: Relay, first: list
+        self, teller: _Tells, relay: Relay, first: list
     ) -> AsyncGenerator[bytes, None]:
         """The stream: chunks, comments while nothing comes, and its end."""
-        line = lambda chunk: as_event(chunk, wanted.is_obfuscated)
-        opening = b"".join(map(line, teller.open()))
+        join = lambda chunks: b"".join(map(teller.encode, chunks))
+        opening = join(teller.open())
         if opening:
             yield opening
         events = first
@@ -314,11 +349,11 @@ class _Api:
             is_gathered = self._config.stream_interval > 0
             groups = [told] if is_gathered else [[event] for event in told]
             chunks = [chunk for group in groups for chunk in teller.add(group)]
-            content = b"".join(map(line, chunks))
+            content = join(chunks)
             if isinstance(last, Failed):
-                content += line(_as_request_error(last.error).to_json())
+                content += join(teller.fail(_as_request_error(last.error)))
             if isinstance(last, Failed | Ended):
-                yield content + DONE
+                yield content + teller.last
                 return
             if isinstance(last, Gone):
                 return
@@ -330,7 +365,7 @@ class _Api:
             events = await relay.receive(self._config.keep_alive)
 
     async def _guarded(
-        self, lines: AsyncGenerator[bytes, None]
+        self, teller: _Tells, lines: AsyncGenerator[bytes, None]
     ) -> AsyncGenerator[bytes, None]:
         """The stream, which says so if telling it has failed."""
         async with contextlib.aclosing(lines):
@@ -338,27 +373,31 @@ class _Api:
                 async for line in lines:
                     yield line
             except Exception as error:
-                yield as_event(_as_request_error(error).to_json()) + DONE
+                said = map(teller.encode, teller.fail(_as_request_error(error)))
+                yield b"".join(said) + teller.last
 
     async def _prepare(
-        self, content: bytes, kind: Kind, answer_id: str, key: str
-    ) -> tuple[Wanted, list[Prepared]]:
+        self, content: bytes, kind: _Route, answer_id: str, key: str
+    ) -> tuple[dict[str, Any], Wanted, list[Prepared]]:
         """Reads a body, applies the template and counts tokens, in a worker."""
         if self._num_preparing >= self._config.max_preparing:
             raise OverloadedError(
                 f"{self._num_preparing} prompts are being read; ask again later"
             )
 
-        def prepare() -> tuple[Wanted, list[Prepared]]:
-            wanted = read_wanted(
-                parse_body(content), kind, answer_id, self._server, key
-            )
+        def prepare() -> tuple[dict[str, Any], Wanted, list[Prepared]]:
+            body = parse_body(content)
+            if kind == "response":
+                wanted = read_response(body, answer_id, self._server, key)
+            else:
+                wanted = read_wanted(body, kind, answer_id, self._server, key)
             try:
-                return wanted, [self._service.prepare(ask) for ask in wanted.asks]
+                prepared = [self._service.prepare(ask) for ask in wanted.asks]
             except PromptTooLongError as error:
-                param = "messages" if kind == "chat" else "prompt"
                 code = "context_length_exceeded"
-                raise RequestError(str(error), param, code) from error
+                raise RequestError(str(error), _PROMPTS[kind], code) from error
+
+            return body, wanted, prepared
 
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._workers, prepare)
@@ -482,11 +521,12 @@ class _Api:
             return error_response(RequestError(message, status=503, retry_after=10))
 
         gone = asyncio.create_task(wait_for_leaving(request))
+        is_ending = lambda: getattr(request.app.state, "is_ending", False)
         self._num_watchers += 1
 
         async def lines() -> AsyncGenerator[bytes, None]:
             since = 0.0
-            while not gone.done():
+            while not gone.done() and not is_ending():
                 yield as_event(self._status(since))
                 since = self._history.newest
                 await asyncio.wait([gone], timeout=SECONDS)

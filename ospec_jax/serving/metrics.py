@@ -231,7 +231,7 @@ class Watch:
             metrics.recent.first_token.append(now - self._asked)
         elif before is not None:
             share = (now - before) / count
-            metrics.recent.between_tokens.append(share)
+            metrics.recent.between_tokens.extend([share] * count)
             for _ in range(count):
                 metrics.between_tokens.observe(share)
 

@@ -23,6 +23,7 @@ _ROLES = {
 }
 _PARTS = {
     "file": "files",
+    "input_file": "files",
     "image_url": "images",
     "input_audio": "audio",
     "input_image": "images",

@@ -412,6 +412,18 @@ def test_status_is_streamed(open_server):
     assert said["history"]["fields"][0] == "time"
 
 
+def test_a_dashboard_does_not_keep_the_server_from_ending():
+    with serving(FakeService()) as address:
+        place = urlsplit(address)
+        connection = http.client.HTTPConnection(place.hostname, place.port, timeout=10)
+        connection.request("GET", "/status/stream")
+        response = connection.getresponse()
+        response.readline()
+    # The server has ended; its last stream, too, in good order.
+    response.read()
+    connection.close()
+
+
 def test_the_page_and_its_parts_come_from_here(open_server):
     page = ask(open_server, "/")
     assert page.headers["content-type"].startswith("text/html")
@@ -443,7 +455,15 @@ NAMES = (
     *("min_p", "logit_bias", "logprobs", "top_logprobs", "max_tokens", "stream"),
     *("stream_options", "prediction", "echo", "speculative", "learn", "tenant"),
     *("max_completion_tokens", "presence_penalty", "tools", "response_format"),
+    *("input", "instructions", "include", "text", "reasoning", "max_output_tokens"),
 )
+
+
+BODIES = {
+    CHAT_PATH: ("messages", CHAT["messages"]),
+    "/v1/completions": ("prompt", "Hi"),
+    "/v1/responses": ("input", "Hi"),
+}
 
 
 def mutate(body, draw):
@@ -455,10 +475,12 @@ def mutate(body, draw):
         body.pop(draw.choice(list(body) or ["x"]), None)
     elif kind == 2:
         part = {"type": draw.choice(["text", "image_url", 3]), "text": "a"}
-        body["messages"] = [{"role": "user", "content": [part, draw.choice(MUTANTS)]}]
+        turn = {"role": "user", "content": [part, draw.choice(MUTANTS)]}
+        body[draw.choice(["messages", "input"])] = [turn]
     elif kind == 3:
         role = draw.choice(["user", "tool", "developer", *MUTANTS])
-        body["messages"] = [{"role": role, "content": draw.choice(MUTANTS)}]
+        turn = {"role": role, "content": draw.choice(MUTANTS)}
+        body[draw.choice(["messages", "input"])] = [turn]
     elif kind == 4:
         body["prompt"] = [draw.choice(MUTANTS) for _ in range(draw.randrange(4))]
     else:
@@ -469,9 +491,9 @@ def mutate(body, draw):
 def malformed(seed):
     """A path, and a body in which something is wrong, or at times nothing."""
     draw = random.Random(seed)
-    path = draw.choice([CHAT_PATH, "/v1/completions"])
-    body = {"model": "fake", "max_tokens": 4}
-    body |= {"prompt": "Hi"} if path != CHAT_PATH else {"messages": CHAT["messages"]}
+    path = draw.choice(list(BODIES))
+    name, prompt = BODIES[path]
+    body = {"model": "fake", name: prompt}
     for _ in range(draw.randrange(1, 4)):
         mutate(body, draw)
 

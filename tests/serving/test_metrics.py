@@ -174,6 +174,7 @@ def test_history_samples_rates_and_marks_versions():
     said = history.to_json()
     first, last = (dict(zip(said["fields"], s, strict=True)) for s in said["samples"])
     assert first["tokens_per_pass"] is None
+    assert first["learning_share"] == 0
     assert last["tokens_per_second"] == 2.0
     assert last["tokens_per_pass"] == 2.0
     assert last["num_running"] == 2

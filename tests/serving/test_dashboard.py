@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dashboard in a real browser: a chat is held, charts move, a promotion appears."""
+
+import math
+import shutil
+
+import pytest
+from served import TOKENS_A_PASS, FakeService, serving
+
+from ospec_jax.serving.history import SECONDS
+from ospec_jax.serving.settings import HttpConfig
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser")
+CHROMIUM = shutil.which("chromium")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
+]
+WAIT = 10_000
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium."""
+    with playwright.sync_playwright() as p:
+        # As root, in a container, it has no sandbox of its own.
+        yield p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_chat_is_held_and_the_charts_move(browser, scheme):
+    service = FakeService()
+    service.answer = "Grüße 🚀 aus dem Entwurf"
+    failures = []
+    with serving(service) as address:
+        page = browser.new_context(color_scheme=scheme).new_page()
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.on("console", lambda message: failures.append(message.text))
+        page.goto(address)
+        page.get_by_role("status").get_by_text("connected").wait_for(timeout=WAIT)
+        page.get_by_label("Message").fill("Hi")
+        page.keyboard.press("Control+Enter")
+        page.get_by_text("answered", exact=True).wait_for(timeout=WAIT)
+
+        said = page.locator("#turns span").all_inner_texts()
+        assert "".join(said) == service.answer
+        assert "🚀" in said
+        drafted = "".join(page.locator("#turns .drafted").all_inner_texts())
+        assert 0 < len(drafted) < len(service.answer)
+
+        service.version = 4
+        page.locator("#marks").get_by_text("promotion").wait_for(timeout=WAIT)
+        assert page.locator("#version").inner_text() == "4"
+        page.wait_for_timeout(2000 * SECONDS)
+        assert page.locator("#charts canvas").count() == 5
+        size = len(service.answer.encode())
+        per_step = size / math.ceil(size / TOKENS_A_PASS)
+        assert page.locator("#tokens-per-pass").inner_text() == f"{per_step:.2f}"
+        assert not failures
+        page.context.close()
+
+
+def test_a_key_is_asked_for(browser, tmp_path):
+    (tmp_path / "keys").write_text("secret-01")
+    config = HttpConfig(port=0, api_key_file=tmp_path / "keys")
+    with serving(FakeService(), config) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.get_by_label("API key").fill("secret-01")
+        page.get_by_role("button", name="Use").click()
+        page.get_by_role("status").get_by_text("connected").wait_for(timeout=WAIT)
+        assert page.get_by_label("API key").is_hidden()
+        page.close()
