@@ -93,7 +93,10 @@ class Gate:
             seconds = time.monotonic() - start
             # Neither headers nor bodies: prompts are nobody's business.
             method = scope["method"]
-            _LOG.info(f"{request_id} {method} {_path(scope)} {status} {seconds:.3f} s")
+            # Who only looks does so all the time.
+            level = logging.DEBUG if method in ("GET", "HEAD") else logging.INFO
+            line = f"{request_id} {method} {_path(scope)} {status} {seconds:.3f} s"
+            _LOG.log(level, line)
 
     def _admit(self, scope: Scope, headers: Headers) -> Caller:
         """Who comes in.
