@@ -17,6 +17,8 @@ from ospec_jax.serving.settings import HttpConfig
 _LOG = logging.getLogger(__name__)
 _PUBLIC = frozenset({"/", "/health", "/ready", "/version"})
 _STATIC = "/static/"
+_INSIGHTS = frozenset({"/metrics", "/status", "/status/stream"})
+"""What tells of the acceptance of all clients together."""
 _ADMIN = "/admin"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HEADERS = {
@@ -134,6 +136,12 @@ class Gate:
                 "Bearer KEY`",
                 code="invalid_api_key",
                 status=401,
+            )
+
+        if path in _INSIGHTS and not self._config.tell_acceptance:
+            raise RequestError(
+                "this is for the administration: it tells of all clients together",
+                status=403,
             )
 
         return caller
