@@ -8,6 +8,7 @@ import random
 import re
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
@@ -395,6 +396,20 @@ def test_a_prompt_that_takes_for_ever_is_given_up(open_place):
     assert answer.status == 503
     assert answer.error["code"] == "prepare_timeout"
     assert ask(address, CHAT_PATH, CHAT).status == 200
+
+
+def test_prompts_that_are_read_are_bounded():
+    service = FakeService()
+    service.preparing_seconds = 0.3
+    config = HttpConfig(port=0, max_preparing=2)
+    with serving(service, config) as address, ThreadPoolExecutor(6) as pool:
+        found = [pool.submit(ask, address, CHAT_PATH, CHAT) for _ in range(6)]
+        statuses = [one.result().status for one in found]
+    assert set(statuses) == {200, 503}
+    # Whoever was refused may come again: those that were read are counted off.
+    service.preparing_seconds = 0.0
+    with serving(service, config) as address:
+        assert [ask(address, CHAT_PATH, CHAT).status for _ in range(4)] == [200] * 4
 
 
 def test_chunks_are_gathered_if_asked_for():
