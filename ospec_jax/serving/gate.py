@@ -17,6 +17,8 @@ from ospec_jax.serving.settings import HttpConfig
 _LOG = logging.getLogger(__name__)
 _PUBLIC = frozenset({"/", "/health", "/ready", "/version"})
 _STATIC = "/static/"
+_INSIGHTS = frozenset({"/metrics", "/status", "/status/stream"})
+"""What tells of the acceptance of all clients together."""
 _ADMIN = "/admin"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HEADERS = {
@@ -93,7 +95,10 @@ class Gate:
             seconds = time.monotonic() - start
             # Neither headers nor bodies: prompts are nobody's business.
             method = scope["method"]
-            _LOG.info(f"{request_id} {method} {_path(scope)} {status} {seconds:.3f} s")
+            # Who only looks does so all the time.
+            level = logging.DEBUG if method in ("GET", "HEAD") else logging.INFO
+            line = f"{request_id} {method} {_path(scope)} {status} {seconds:.3f} s"
+            _LOG.log(level, line)
 
     def _admit(self, scope: Scope, headers: Headers) -> Caller:
         """Who comes in.
@@ -131,6 +136,12 @@ class Gate:
                 "Bearer KEY`",
                 code="invalid_api_key",
                 status=401,
+            )
+
+        if path in _INSIGHTS and not self._config.tell_acceptance:
+            raise RequestError(
+                "this is for the administration: it tells of all clients together",
+                status=403,
             )
 
         return caller

@@ -559,7 +559,8 @@ class _Api:
                 if caller_of(request.scope).bearer != "admin":
                     raise RequestError("this is for the administration", status=403)
                 body = {}
-                if request.headers.get("content-length", "0") != "0":
+                is_announced = request.headers.get("content-length", "0") != "0"
+                if is_announced or "transfer-encoding" in request.headers:
                     body = parse_body(await self._read(request))
                 return JSONResponse(await self._administration.run(action, body))
             except ClientDisconnect:

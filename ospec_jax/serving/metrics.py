@@ -405,10 +405,11 @@ def _own(status: dict[str, Any]) -> Iterator[Metric]:
 def _share(queue: dict[str, Any]) -> float | None:
     """Share of rows that are taken: a row's cache is as large as it may become."""
     num_rows = queue.get("num_rows")
-    if not num_rows or queue.get("num_running") is None:
+    if num_rows is None or queue.get("num_running") is None:
         return None
 
-    return min(queue["num_running"] / num_rows, 1.0)
+    # An idle batch has no rows at all.
+    return min(queue["num_running"] / max(num_rows, 1), 1.0)
 
 
 def _percentile(values: deque[float], share: float) -> float | None:

@@ -34,7 +34,8 @@ class HttpConfig:
         `opt-out` yes, `off` never; `auto` is `opt-in` with several keys, else
         `opt-out`.
       tell_acceptance: Answers carry their acceptance, and may show who proposed each
-        token. Whoever sees these learns something of what others have taught.
+        token. Whoever sees these learns something of what others have taught. Without,
+        clients with keys do not see the status and the metrics either.
       obfuscate: Pad chunks to few sizes unless the request says otherwise.
       stream_interval: Seconds between two chunks of a stream at least.
       keep_alive: Seconds of silence after which a stream sends a comment.

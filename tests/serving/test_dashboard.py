@@ -61,6 +61,23 @@ def test_a_chat_is_held_and_the_charts_move(browser, scheme):
         page.context.close()
 
 
+def test_what_is_refused_can_be_mended(browser):
+    with serving(FakeService()) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.get_by_role("status").get_by_text("connected").wait_for(timeout=WAIT)
+        page.get_by_label("Message").fill("refuse me")
+        page.get_by_role("button", name="Send").click()
+        page.get_by_text("the model's chat template refuses it").wait_for(timeout=WAIT)
+        assert page.get_by_label("Message").input_value() == "refuse me"
+        assert page.locator("#turns .turn").count() == 0
+        page.get_by_label("Message").fill("Hi")
+        page.get_by_role("button", name="Send").click()
+        page.get_by_text("answered", exact=True).wait_for(timeout=WAIT)
+        assert page.locator("#turns .turn").count() == 2
+        page.close()
+
+
 def test_a_key_is_asked_for(browser, tmp_path):
     (tmp_path / "keys").write_text("secret-01")
     config = HttpConfig(port=0, api_key_file=tmp_path / "keys")

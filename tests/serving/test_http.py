@@ -8,6 +8,7 @@ import random
 import re
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
@@ -308,6 +309,38 @@ def test_an_action_that_cannot_be_done_says_why(keyed, error, status):
     assert "secret" not in answer.error["message"]
 
 
+def test_a_body_in_parts_is_not_passed_over(keyed):
+    service, address = keyed
+    place = urlsplit(address)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=10)
+    headers = {
+        "Authorization": f"Bearer {ADMIN}",
+        "Content-Type": "application/json",
+    }
+    with contextlib.closing(connection):
+        body = iter([b'{"version"', b": 2}"])
+        connection.request("POST", "/admin/draft/rollback", body, headers)
+        assert connection.getresponse().status == 200
+    assert service.actions == [("rollback", {"version": 2})]
+
+
+def test_acceptance_is_not_told_by_another_way(tmp_path):
+    (tmp_path / "api").write_text(f"ada {ADA}")
+    (tmp_path / "admin").write_text(ADMIN)
+    config = HttpConfig(
+        port=0,
+        tell_acceptance=False,
+        api_key_file=tmp_path / "api",
+        admin_key_file=tmp_path / "admin",
+    )
+    with serving(FakeService(), config) as address:
+        for path in ("/status", "/metrics"):
+            assert ask(address, path, key=ADA).status == 403
+            assert ask(address, path, key=ADMIN).status == 200
+        answer = json.loads(ask(address, CHAT_PATH, CHAT, key=ADA).content)
+        assert "metrics" not in answer
+
+
 def test_routes_that_there_are_not(open_server):
     assert ask(open_server, "/v1/embeddings", {}).error["type"] == "not_found_error"
     answer = ask(open_server, CHAT_PATH)
@@ -363,6 +396,20 @@ def test_a_prompt_that_takes_for_ever_is_given_up(open_place):
     assert answer.status == 503
     assert answer.error["code"] == "prepare_timeout"
     assert ask(address, CHAT_PATH, CHAT).status == 200
+
+
+def test_prompts_that_are_read_are_bounded():
+    service = FakeService()
+    service.preparing_seconds = 0.3
+    config = HttpConfig(port=0, max_preparing=2)
+    with serving(service, config) as address, ThreadPoolExecutor(6) as pool:
+        found = [pool.submit(ask, address, CHAT_PATH, CHAT) for _ in range(6)]
+        statuses = [one.result().status for one in found]
+    assert set(statuses) == {200, 503}
+    # Whoever was refused may come again: those that were read are counted off.
+    service.preparing_seconds = 0.0
+    with serving(service, config) as address:
+        assert [ask(address, CHAT_PATH, CHAT).status for _ in range(4)] == [200] * 4
 
 
 def test_chunks_are_gathered_if_asked_for():

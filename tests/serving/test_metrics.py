@@ -132,6 +132,12 @@ def test_the_service_s_own_numbers(metrics):
     assert value(metrics, "ospec_learning_paused", reason="none") == 0
 
 
+def test_an_idle_service_has_a_free_cache():
+    status = {"queue": {"num_rows": 0, "num_running": 0}}
+    metrics = Metrics("fake", 100, lambda: status)
+    assert value(metrics, "vllm:kv_cache_usage_perc") == 0
+
+
 def test_a_service_that_says_nothing_has_fewer_metrics():
     found = samples(Metrics("fake", 100, dict))
     assert ("ospec_draft_version", ()) not in found

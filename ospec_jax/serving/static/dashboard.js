@@ -372,23 +372,34 @@ function noteOf(answer, end) {
 
 async function converse(text) {
   const messages = [...chat.messages, { role: "user", content: text }];
-  addTurn("You").append(text);
+  const asked = addTurn("You");
+  asked.append(text);
   const turn = addTurn(settings.model);
   const answer = new Answer(turn);
   const turns = byId("turns");
   let end = null;
-  for await (const chunk of readEvents(await askServer(messages, chat.abort.signal))) {
-    if (chunk.error) throw new Error(chunk.error.message);
-    if (chunk.usage) end = chunk;
-    for (const choice of chunk.choices) {
-      answer.add(choice.delta.content ?? "", choice.speculative?.tokens ?? []);
+  try {
+    for await (const chunk of readEvents(await askServer(messages, chat.abort.signal))) {
+      if (chunk.error) throw new Error(chunk.error.message);
+      if (chunk.usage) end = chunk;
+      for (const choice of chunk.choices) {
+        answer.add(choice.delta.content ?? "", choice.speculative?.tokens ?? []);
+      }
+      turns.scrollTop = turns.scrollHeight;
+    }
+  } finally {
+    answer.finish();
+    if (answer.text) {
+      // Of an answer that was stopped, the next one goes on from what there is.
+      turn.append(element("div", noteOf(answer, end), "note"));
+      chat.messages = [...messages, { role: "assistant", content: answer.text }];
+    } else {
+      asked.remove();
+      turn.remove();
+      byId("message").value = text;
     }
     turns.scrollTop = turns.scrollHeight;
   }
-  answer.finish();
-  turn.append(element("div", noteOf(answer, end), "note"));
-  turns.scrollTop = turns.scrollHeight;
-  chat.messages = [...messages, { role: "assistant", content: answer.text }];
 }
 
 async function onSend(event) {
