@@ -2,6 +2,7 @@
 """`ospec serve`, `ospec load`, `ospec chat`: answering as requests come."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import sys
@@ -85,8 +86,8 @@ def serve(
       obfuscate: Pad the chunks of streams, which hides the lengths of tokens.
       stream_interval: Seconds between two chunks of a stream, at least.
     """
-    uvicorn = _uvicorn()
-    from ospec_jax.serving.http import make_app, uvicorn_config
+    _check_installed()
+    from ospec_jax.serving.http import make_app, make_server
     from ospec_jax.serving.service import Service, ServiceConfig
     from ospec_jax.serving.settings import HttpConfig
 
@@ -130,7 +131,7 @@ def serve(
     service = Service(session, config)
     # Read before anything is compiled: a key file may be missing.
     app = make_app(service, http)
-    server = uvicorn.Server(uvicorn_config(app, http, grace=int(_GRACE)))
+    server = make_server(app, http, grace=int(_GRACE))
     failures: list[BaseException] = []
     watcher = threading.Thread(
         target=_watch, args=(service, server, failures), daemon=True
@@ -175,22 +176,15 @@ def _watch(service: Any, server: Any, failures: list[BaseException]) -> None:
         say(f"ready: http://{f'[{host}]' if ':' in host else host}:{port}", "green")
 
 
-def _uvicorn() -> Any:
-    """The web server, which is an extra of the package.
+def _check_installed() -> None:
+    """Refuses to begin without the web server, which is an extra of the package.
 
     Raises:
       ConfigError: It is not installed.
     """
-    try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise ConfigError(
-            f"serving needs {error.name}: pip install 'ospec-jax[serve]'"
-        ) from error
-
-    return uvicorn
+    for name in ("prometheus_client", "starlette", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"serving needs {name}: pip install 'ospec-jax[serve]'")
 
 
 def load(

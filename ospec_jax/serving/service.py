@@ -639,8 +639,20 @@ class Service:
         self._note_version()
         return {"loaded": name, "version": self._version}
 
-    def _forget(self, is_draft_too: bool = False) -> dict[str, Any]:
-        """Drops kept traffic, and with `is_draft_too` all that was learned."""
+    def _forget(
+        self, scope: str | None = None, is_draft_too: bool = False
+    ) -> dict[str, Any]:
+        """Drops kept traffic, and with `is_draft_too` all that was learned.
+
+        Raises:
+          ConfigError: Of one scope alone: what is learned is not kept apart.
+        """
+        if scope is not None:
+            raise ConfigError(
+                f"what was learned of {scope[:40]!r} is not kept apart from the rest; "
+                f"leave scope out to forget the traffic of all"
+            )
+
         self._session.forget_traffic()
         stays = "the draft's weights, which have learned from it"
         if is_draft_too:

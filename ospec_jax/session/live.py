@@ -110,7 +110,7 @@ class Live:
         Raises:
           PromptTooLongError: It does not fit the largest cache.
         """
-        needed = self._session.engine.capacity_for([request])
+        needed = self._session.engine.needed_slots(request)
         if needed > self._capacities[-1]:
             raise PromptTooLongError(
                 f"request {request.id} needs {needed} cache slots, and there are "

@@ -75,8 +75,6 @@ SAMPLING = [
 
 @pytest.mark.parametrize(("given", "wanted"), SAMPLING, ids=str)
 def test_sampling_is_as_asked(given, wanted):
-    if not {f.name for f in dataclasses.fields(SamplingConfig)} >= wanted.keys():
-        pytest.skip("not yet")
     sampling = only(chat(**given)).sampling
     assert sampling == dataclasses.replace(SamplingConfig(temperature=1.0), **wanted)
 
