@@ -206,6 +206,7 @@ def load(
     Args:
       prompts: A JSONL file; asked in its order, from the beginning again if it is
         shorter than --num-requests.
+      url: Of the server.
       num_requests: By default one a prompt.
       clients: Of a closed loop: each asks again when it is answered.
       rate: Requests a second of an open loop in place of it; they come at random.

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ospec serve`, `load` and `chat` as processes: they begin, answer, end and go on."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from model_files import hf_tensors, model_config, write_folder
+from reference import random_params
+
+OSPEC = [sys.executable, "-m", "ospec_jax"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a byte tokenizer."""
+    place = tmp_path_factory.mktemp("model")
+    config = model_config()
+    write_folder(place, config, hf_tensors(config, random_params(config)))
+    return place
+
+
+@contextlib.contextmanager
+def server(folder, *flags):
+    """A server on a free port; gives the process, its address and its lines."""
+    command = [*OSPEC, "serve", "--target", str(folder), "--port", "0", *flags]
+    small = ["--batch-size", "2", "--max-model-len", "200", "--draft", "ngram"]
+    process = subprocess.Popen(
+        [*command, *small], stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    lines = []
+    is_ready = threading.Event()
+
+    def read():
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("ready: "):
+                is_ready.set()
+        is_ready.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert is_ready.wait(120)
+        address = next(line for line in lines if line.startswith("ready: "))
+        yield process, address.split()[1], lines
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+
+
+def run(*args, stdin=""):
+    return subprocess.run(
+        [*OSPEC, *map(str, args)], input=stdin, capture_output=True, text=True
+    )
+
+
+def test_a_server_is_loaded_ends_at_a_signal_and_says_what_it_did(folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"Count to {i}.", "domain": "counting"} for i in range(6)]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    figures = tmp_path / "figures.json"
+    with server(folder) as (process, address, lines):
+        flags = ["--url", address, "--prompts", prompts, "--clients", "3"]
+        done = run("load", *flags, "--json", figures, "--max-new-tokens", "8")
+        assert done.returncode == 0, done.stderr
+        # No key is asked for on loopback; a wrong file is refused before anything.
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+    found = json.loads(figures.read_text())
+    assert (found["completed"], found["failed"]) == (6, 0)
+    assert 0 < found["total_output_tokens"] <= 48
+    assert found["median_ttft_ms"] > 0
+    assert f"6 answers, {found['total_output_tokens']} tokens" in lines[-1]
+
+
+def test_what_cannot_be_served_is_said_in_a_line(folder, tmp_path):
+    keys = tmp_path / "keys"
+    common = ["serve", "--target", folder, "--draft", "ngram"]
+    for flags, message in (
+        (["--host", "0.0.0.0"], "key"),
+        (["--api-key-file", keys], "keys"),
+        (["--port", "70000"], "port is 70000"),
+        (["--max-waiting", "0"], "max_waiting is 0"),
+    ):
+        done = run(*common, *flags)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_load_without_a_server_says_so(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Hi."}))
+    done = run("load", "--url", "http://127.0.0.1:9", "--prompts", prompts)
+    assert done.returncode == 2
+    assert "no server answers at http://127.0.0.1:9" in done.stderr
+
+
+def test_a_chat_remembers_what_was_said(folder):
+    flags = ["--target", folder, "--draft", "none", "--max-new-tokens", "6"]
+    done = run("chat", *flags, stdin="Hi.\nAnd?\n\n")
+    assert done.returncode == 0, done.stderr
+    first, second = (line for line in done.stderr.splitlines() if "a pass" in line)
+    assert first
+    assert second
+    alone = run("chat", *flags, stdin="And?\n")
+    # Behind the first turn the second one is answered otherwise.
+    assert done.stdout.splitlines()[1:] != alone.stdout.splitlines()
