@@ -28,7 +28,8 @@ def folder(tmp_path_factory):
 def server(folder, *flags):
     """A server on a free port; gives the process, its address and its lines."""
     command = [*OSPEC, "serve", "--target", str(folder), "--port", "0", *flags]
-    small = ["--batch-size", "2", "--max-model-len", "200", "--draft", "ngram"]
+    small = ["--batch-size", "1", "--max-model-len", "200", "--draft", "ngram"]
+    small += ["--num-predicted-tokens", "0"]
     process = subprocess.Popen(
         [*command, *small], stderr=subprocess.PIPE, text=True, bufsize=1
     )
