@@ -105,7 +105,9 @@ class SharedTables:
 class DraftTree:
     """Proposed tokens. Node 0 is the root: the last committed token, already emitted.
 
-    Nodes stand in depth order, parents before children.
+    Parents stand before their children. Nodes stand in depth order, or where their
+    number is chosen (`TreeConfig.sizes`) in the order in which they would be kept: the
+    first ones are a smaller tree.
 
     Attributes:
       tokens: `[b, n]` target ids.
@@ -119,6 +121,10 @@ class DraftTree:
       states: `[b, n, d]` the draft's state at nodes that it ran over, from which it
         chose their children; None for drafts without any.
       has_state: `[b, n]` which nodes these are.
+      seen_scores: `[b, p]` log-probabilities of the paths to all nodes that were seen
+        while it grew, at their places in `growth.Pool`; None where nobody chooses how
+        many to verify, and of drafters that do not tell.
+      drafted_depth: To which it was grown; None likewise.
       children: How children were drawn; the exact acceptance rule depends on it.
       max_depth: Static depth, the root's being 0.
       max_children: Static bound of a node's children.
@@ -136,6 +142,8 @@ class DraftTree:
     token_ids: Int[Array, " q"] | None = None
     states: Float[Array, "b n d"] | None = None
     has_state: Bool[Array, "b n"] | None = None
+    seen_scores: Float[Array, "b p"] | None = None
+    drafted_depth: Int[Array, ""] | None = None
     children: ChildrenKind = flax.struct.field(pytree_node=False, default="topk")
     max_depth: int = flax.struct.field(pytree_node=False, default=0)
     max_children: int = flax.struct.field(pytree_node=False, default=1)
@@ -192,6 +200,8 @@ class Roots:
       keys: `[b]` what drawn children are drawn with.
       context: The draft after that token.
       sampling: How each row's tokens are chosen.
+      is_active: `[b]` rows whose answer goes on; None for all.
+      steering: What a rule of `drafters.stopping` is told from outside, or None.
     """
 
     token: Int[Array, " b"]
@@ -199,6 +209,8 @@ class Roots:
     keys: Key[Array, " b"]
     context: DraftContext
     sampling: SamplingParams
+    is_active: Bool[Array, " b"] | None = None
+    steering: Any = None
 
 
 @struct
@@ -350,6 +362,24 @@ class DecodeState:
 
 
 @struct
+class Evidence:
+    """What a verified tree says of the draft; see `control.marginal`.
+
+    Attributes:
+      depth: To which it was drafted.
+      size: Nodes that were verified, the root left out.
+      mass: `[b, k]` path probabilities of the verified nodes, summed by depth.
+      sure: `[b, k]` how probable the draft found the newest token of its best path, at
+        each depth.
+    """
+
+    depth: Int[Array, ""]
+    size: Int[Array, ""]
+    mass: Float[Array, "b k"]
+    sure: Float[Array, "b k"]
+
+
+@struct
 class StepOutput:
     """The only thing the host reads.
 
@@ -364,6 +394,7 @@ class StepOutput:
         None when there is nobody to say.
       judged: `Judged` of every member of a pool, for the emitted tokens, in the order
         in which the state has them; None where nobody asks.
+      evidence: On the draft, of steps that are steered; else None.
     """
 
     tokens: Int[Array, "b m"]
@@ -374,3 +405,4 @@ class StepOutput:
     log_probs: Float[Array, "b m"] | None
     is_sure: Bool[Array, " b"] | None = None
     judged: Any = None
+    evidence: Evidence | None = None

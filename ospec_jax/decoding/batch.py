@@ -19,7 +19,7 @@ from ospec_jax.control.base import Action, Outcome, Row
 from ospec_jax.control.lengths import join
 from ospec_jax.decoding.request import Completion, Request, Slot
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.types import DecodeState, Draft, Feedback, StepOutput
+from ospec_jax.types import DecodeState, Draft, Evidence, Feedback, StepOutput
 
 
 def fetch(output: Any) -> Any:
@@ -43,7 +43,12 @@ class Device(Protocol):
     ) -> tuple[DecodeState, StepOutput]: ...
 
     def step(
-        self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
+        self,
+        action: Action,
+        is_greedy: bool,
+        draft: Draft | None,
+        state: DecodeState,
+        steering: Any = None,
     ) -> tuple[DecodeState, StepOutput]: ...
 
     def place(
@@ -220,8 +225,14 @@ class Batch:
         self._slots[number] = slot
         self._in_flight.append(_Sent(None, [(number, 0, slot)], output))
 
-    def dispatch(self, draft: Draft | None, action: Action) -> None:
-        """Sends one step of all rows to the device, without waiting for it."""
+    def dispatch(
+        self, draft: Draft | None, action: Action, steering: Any = None
+    ) -> None:
+        """Sends one step of all rows to the device, without waiting for it.
+
+        Args:
+          steering: What rules within the step are told; None for nothing.
+        """
         # A sent pass keeps the slots it was made for: a row may be given to another
         # request before the pass is read.
         rows = [(i, i, slot) for i, slot in enumerate(self._slots) if slot is not None]
@@ -231,7 +242,9 @@ class Batch:
         is_greedy = all(slot.request.sampling.temperature == 0 for *_, slot in rows)
         if self._engine.num_unjudged:
             self._make_room(draft, action, is_greedy)
-        self._state, output = self._engine.step(action, is_greedy, draft, self._state)
+        self._state, output = self._engine.step(
+            action, is_greedy, draft, self._state, steering
+        )
         self._in_flight.append(_Sent(action, rows, output))
 
     def _make_room(self, draft, action: Action, is_greedy: bool) -> None:
@@ -349,7 +362,9 @@ class Batch:
         found = join([w for w in windows if w is not None]) if any(windows) else None
         if rows:
             expected = _expected(sent, going)
-            outcome = Outcome(accepted, found, len(rows) - len(going), expected)
+            evidence = _evidence(sent, going)
+            ended = len(rows) - len(going)
+            outcome = Outcome(accepted, found, ended, expected, evidence)
             self._on_step(sent.action, outcome)
 
     def _read(self, sent: _Sent, row: int, slot: Slot) -> bool:
@@ -377,6 +392,15 @@ class Batch:
         self._slots[number] = None
         feedback = self._engine.feedback_of(self._state, number)
         return slot.completion(feedback, self.capacity)
+
+
+def _evidence(sent: _Sent, rows: list[int]) -> Evidence | None:
+    """What the trees of some rows say of the draft."""
+    found = sent.output.evidence
+    if found is None:
+        return None
+
+    return found.replace(mass=found.mass[rows], sure=found.sure[rows])
 
 
 def _expected(sent: _Sent, rows: list[int]) -> tuple[tuple[float, ...], ...]:

@@ -461,7 +461,9 @@ class Engine:
                 # only then is it known which rows are left.
                 num_ahead = 0
                 if batch.has_work:
-                    batch.dispatch(draft_fn(), chooser.choose(batch.rows))
+                    rows = batch.rows
+                    action = chooser.choose(rows)
+                    batch.dispatch(draft_fn(), action, chooser.steer(action, rows))
                     num_ahead = lag
                 yield from batch.collect(num_ahead)
 
@@ -477,9 +479,19 @@ class Engine:
         return has_prediction
 
     def step(
-        self, action: Action, is_greedy: bool, draft: Draft | None, state: DecodeState
+        self,
+        action: Action,
+        is_greedy: bool,
+        draft: Draft | None,
+        state: DecodeState,
+        steering: Any = None,
     ) -> tuple[DecodeState, StepOutput]:
-        """Runs one step of an action of the menu; the state is donated."""
+        """Runs one step of an action of the menu; the state is donated.
+
+        Args:
+          steering: What rules within the step are told; None for nothing, which is a
+            program of its own.
+        """
         shape = state.num_remaining.shape[0], state.cache.capacity
         depth = action.tree.num_steps
         self._announce(f"a step of depth {depth}", action, is_greedy, *shape)
@@ -487,8 +499,12 @@ class Engine:
         # The member that shall propose is swapped to the front, and back once it has:
         # the state's order is always that of the menu. Nothing is copied.
         chosen = action.drafter
+        told = () if steering is None else (steering,)
         state, output = run(
-            self.target_params, bring_first(draft, chosen), bring_first(state, chosen)
+            self.target_params,
+            bring_first(draft, chosen),
+            bring_first(state, chosen),
+            *told,
         )
 
         return bring_first(state, chosen), bring_first(output, chosen)

@@ -36,7 +36,7 @@ def warm_up(
     """
     answered = []
     for capacity in capacities:
-        if len(chooser.controller.actions) > 1 or not chooser.has_costs:
+        if len(chooser.controller.kinds) > 1 or not chooser.has_costs:
             measure_costs(engine, chooser, served, requests[-1], batch_size, capacity)
         completions = []
         for request in requests:
@@ -142,12 +142,12 @@ def measure_costs(
     state = engine.start(served, request, batch_size, slots)
     is_greedy = request.sampling.temperature == 0
     steps = {
-        action: functools.partial(engine.step, action, is_greedy, served)
-        for action in chooser.controller.actions
+        number: functools.partial(
+            engine.step, action, is_greedy, served, steering=steering
+        )
+        for number, (action, steering) in enumerate(chooser.controller.kinds)
     }
     seconds, _ = seconds_of_steps(steps, state, num_rounds=5 if is_timed else 0)
     if is_timed:
         # Processes of one mesh must choose the same actions.
-        chooser.set_costs(
-            {action: float(sharding.agreed(x)) for action, x in seconds.items()}
-        )
+        chooser.set_costs([float(sharding.agreed(x)) for x in seconds.values()])

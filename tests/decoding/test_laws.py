@@ -165,7 +165,9 @@ def emitted_law(config, children, rule, kind, vocab_size, validity=None):
             draft_probs=q[tokens] if is_drawn else None, children=children,
             max_depth=int(depths.max()), max_children=max(counts),
         )  # fmt: skip
-        return RULES[rule](uniforms, tree, rank, p[tokens])
+        # Of nodes that are not there the target need not be asked.
+        asked = jnp.where(is_valid[:, None], p[tokens], 0.0)
+        return RULES[rule](uniforms, tree, rank, asked)
 
     answers = lambda index, uniforms: jax.tree.map(
         np.asarray, ask(tokens[index], is_there[index], uniforms)
