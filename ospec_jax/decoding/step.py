@@ -142,11 +142,15 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         tree, state = propose_tree(
             config, drafter, draft, shared, state, key_draft, steering
         )
-        evidence = None
+        number = evidence = None
         if config.tree.sizes:
-            scored, tree, evidence = _score_what_pays(
-                config, target, target_params, tree, state, steering
-            )
+            number = _size_of(config, tree, state, steering)
+            scored = _score_first(config, target, target_params, tree, state, number)
+            size = jnp.asarray(config.tree.sizes, jnp.int32)[number]
+            is_verified = jnp.arange(tree.tokens.shape[1]) <= size
+            tree = tree.replace(is_valid=tree.is_valid & is_verified)
+            if steering is not None:
+                evidence = evidence_of(tree, config.tree, size)
         else:
             scored = _score(config, target, target_params, tree, state)
         verdict = _verify(config, tree, scored, key_verify)
@@ -190,7 +194,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             if scored.probs is not None:
                 on_path = gather(scored.probs, verdict.path)
             draft_cache, context, judged = _catch_up(
-                config, drafter, draft, shared, state, pairs, on_path
+                config, drafter, draft, shared, state, pairs, on_path, number
             )
             state = _extended(drafter, state, draft_cache, context)
 
@@ -226,14 +230,20 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
     return speculative_step
 
 
-def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs):
+def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs, number=None):
     """Runs the draft over the emitted tokens; what each member would have drafted.
 
     Args:
       probs: `[b, m, v]` that the tokens were drawn from; None for greedy ones.
+      number: Of the size that was verified, where it was chosen.
     """
     if config.judged is None or config.num_unjudged:
-        return *drafter.extend(draft, shared, state.draft_cache, pairs), None
+        if number is None:
+            return *drafter.extend(draft, shared, state.draft_cache, pairs), None
+
+        return *_extend_first(
+            config, drafter, draft, shared, state, pairs, number
+        ), None
 
     cache, context, found = drafter.retrace(
         draft,
@@ -465,75 +475,97 @@ def _score(
     return scored
 
 
-def _score_what_pays(
-    config: StepConfig,
-    target,
-    target_params,
-    tree: DraftTree,
-    state: DecodeState,
-    steering: Any,
-) -> tuple[_Scored, DraftTree, Any]:
-    """The target's pass over as many of the nodes as a rule says.
-
-    Each number of nodes is a program of its own within the step. A row has the same
-    bits in all of them (`models.layers`), so the choice changes no token.
-
-    Returns:
-      What the target says, the tree without the nodes that it was not asked about, and
-      evidence for whoever steers.
-    """
-    is_active = ~state.is_finished
+def _size_of(config: StepConfig, tree: DraftTree, state: DecodeState, steering):
+    """How many of a tree's nodes are verified, by number into its sizes."""
     number = choose_size(
         config.size_fn,
         tree,
         config.tree,
         state.lengths,
-        is_active,
+        ~state.is_finished,
         state.request_keys,
         steering,
     )
+    return number.astype(jnp.int32)
+
+
+def _score_first(
+    config: StepConfig,
+    target,
+    target_params,
+    tree: DraftTree,
+    state: DecodeState,
+    number,
+) -> _Scored:
+    """The target's pass over as many of the nodes as a rule says.
+
+    Each number of nodes is a program of its own within the step. A row has the same
+    bits in all of them (`models.layers`), so the choice changes no token. What stands
+    in the place of other nodes is not to be read.
+    """
     num_nodes = tree.tokens.shape[1]
 
-    def score_first(count: int, cache: kv.KVCache) -> _Scored:
+    def score(count: int, cache: kv.KVCache) -> tuple[kv.KVCache, _Scored]:
         part = first_nodes(tree, count)
         scored = _score(config, target, target_params, part, state.replace(cache=cache))
-        # Nobody reads what stands in the place of the other nodes.
         missing = (0, num_nodes - count)
         pad = lambda x: jnp.pad(x, ((0, 0), missing, *[(0, 0)] * (x.ndim - 2)))
-        padded = jax.tree.map(pad, scored.replace(cache=None))
-        return padded.replace(cache=scored.cache)
+        return scored.cache, jax.tree.map(pad, scored.replace(cache=None))
 
-    passes = [functools.partial(score_first, size + 1) for size in config.tree.sizes]
-    scored = _run_one(number, passes, state.cache)
-    size = jnp.asarray(config.tree.sizes, jnp.int32)[number]
-    is_verified = jnp.arange(num_nodes) <= size
-    tree = tree.replace(is_valid=tree.is_valid & is_verified)
-    if steering is None:
-        return scored, tree, None
+    passes = [functools.partial(score, size + 1) for size in config.tree.sizes]
+    cache, scored = _run_one(number, passes, state.cache)
 
-    return scored, tree, evidence_of(tree, config.tree, size)
+    return scored.replace(cache=cache)
 
 
-def _run_one(number, passes: list[Callable], cache: kv.KVCache) -> _Scored:
-    """The result of one of several passes over the cache, by number.
+def _extend_first(
+    config: StepConfig,
+    drafter: Drafter,
+    draft: Draft,
+    shared: SharedTables,
+    state: DecodeState,
+    pairs: Pairs,
+    number,
+):
+    """Runs the draft over the first pairs alone: of fewer nodes fewer are emitted."""
+
+    def extend(count: int, cache):
+        first = pairs.replace(
+            inputs=pairs.inputs[:, :count],
+            tokens=pairs.tokens[:, :count],
+            taps=pairs.taps[:, :count],
+        )
+        return drafter.extend(draft, shared, cache, first)
+
+    # One token a depth at most, and the one that follows.
+    counts = [min(size, config.tree.num_steps) + 1 for size in config.tree.sizes]
+    menu = sorted(set(counts))
+    number = jnp.asarray([menu.index(count) for count in counts], jnp.int32)[number]
+    passes = [functools.partial(extend, count) for count in menu]
+
+    return _run_one(number, passes, state.draft_cache)
+
+
+def _run_one(number, passes: list[Callable], cache: Any) -> tuple[Any, Any]:
+    """The result of one of several passes `cache -> (cache, rest)`, by number.
 
     Each pass stands in a loop that turns once or not at all. `lax.switch` would be the
     same, but XLA:CPU copies what comes out of its branches: here the whole cache. What
     a loop carries is written in place.
     """
-    like = jax.eval_shape(passes[-1], cache).replace(cache=None)
+    _, like = jax.eval_shape(passes[-1], cache)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    carry = number.astype(jnp.int32), nothing.replace(cache=cache)
+    carry = number, cache, nothing
 
     for i, run in enumerate(passes):
         carry = jax.lax.while_loop(
             lambda carry, i=i: carry[0] == i,
             # No pass has this number: the loop ends, and no other one begins.
-            lambda carry, run=run: (jnp.int32(-1), run(carry[1].cache)),
+            lambda carry, run=run: (jnp.int32(-1), *run(carry[1])),
             carry,
         )
 
-    return carry[1]
+    return carry[1], carry[2]
 
 
 def _run_target(target, target_params, tree: DraftTree, state: DecodeState):
