@@ -362,24 +362,6 @@ class DecodeState:
 
 
 @struct
-class Evidence:
-    """What a verified tree says of the draft; see `control.marginal`.
-
-    Attributes:
-      depth: To which it was drafted.
-      size: Nodes that were verified, the root left out.
-      mass: `[b, k]` path probabilities of the verified nodes, summed by depth.
-      sure: `[b, k]` how probable the draft found the newest token of its best path, at
-        each depth.
-    """
-
-    depth: Int[Array, ""]
-    size: Int[Array, ""]
-    mass: Float[Array, "b k"]
-    sure: Float[Array, "b k"]
-
-
-@struct
 class StepOutput:
     """The only thing the host reads.
 
@@ -394,7 +376,8 @@ class StepOutput:
         None when there is nobody to say.
       judged: `Judged` of every member of a pool, for the emitted tokens, in the order
         in which the state has them; None where nobody asks.
-      evidence: On the draft, of steps that are steered; else None.
+      evidence: `[b, e]` on the draft, of steps that are steered, as
+        `control.marginal.Evidence` packs it; else None.
     """
 
     tokens: Int[Array, "b m"]
@@ -405,4 +388,4 @@ class StepOutput:
     log_probs: Float[Array, "b m"] | None
     is_sure: Bool[Array, " b"] | None = None
     judged: Any = None
-    evidence: Evidence | None = None
+    evidence: Float[Array, "b e"] | None = None

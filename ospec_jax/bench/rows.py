@@ -95,6 +95,7 @@ def _row(run: BenchRun, name: str) -> dict:
         "target": session.target.name,
         "precision": session.target.numerics.precision,
         "num_speculative_tokens": session.tree.num_steps,
+        "controller": session.chooser.report(),
     }
 
 

@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
         to have at each depth that the draft got to; empty where nobody judges.
       num_ended: Rows whose answer ended with this step. A controller that `hears_ends`
         is told of steps of which there is nothing else to say.
-      evidence: `types.Evidence` of the verified trees, with a row for each of
+      evidence: `StepOutput.evidence` of the verified trees, with a row for each of
         `num_accepted`; None of steps that were not steered.
     """
 

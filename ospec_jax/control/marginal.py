@@ -72,9 +72,10 @@ class Costs(NamedTuple):
     sizes: Int[Numbers, " s"]
 
 
-@struct
-class Steering:
+class Steering(NamedTuple):
     """What the rule is told within a step; arguments, so that nothing is recompiled.
+
+    A step is handed them as one array (`packed`): each argument takes the host time.
 
     Attributes:
       seconds: `[k + 1, s]` as in `Costs`, likewise the sizes.
@@ -84,12 +85,62 @@ class Steering:
       size: To verify, by number, whatever is promised; -1 to choose.
     """
 
-    seconds: Float[Numbers, "d s"]
-    sizes: Int[Numbers, " s"]
-    factor: Float[Numbers, " k"]
-    odds: Float[Numbers, " g"]
-    depth: Int[Numbers, ""]
-    size: Int[Numbers, ""]
+    seconds: Any
+    sizes: Any
+    factor: Any
+    odds: Any
+    depth: Any
+    size: Any
+
+    def packed(self) -> np.ndarray:
+        """All numbers, one after the other, in float32."""
+        return np.concatenate([np.ravel(field) for field in self]).astype(np.float32)
+
+    @classmethod
+    def unpacked(cls, numbers: Float[Array, " n"], depth: int, sizes: int):
+        """What was packed, for trees of so many depths and sizes."""
+        counts = np.cumsum([(depth + 1) * sizes, sizes, depth, _NUM_GRADES, 1])
+        parts = jnp.split(numbers, counts)
+        seconds = parts[0].reshape(depth + 1, sizes)
+        whole = lambda x: x.astype(jnp.int32)
+        return cls(
+            seconds,
+            whole(parts[1]),
+            parts[2],
+            parts[3],
+            whole(parts[4])[0],
+            whole(parts[5])[0],
+        )
+
+
+class Evidence(NamedTuple):
+    """What verified trees say of the draft, packed like `Steering`, `[b, 2 + 2 k]`.
+
+    Attributes:
+      depth: To which they were drafted.
+      size: Nodes that were verified, the root left out.
+      mass: `[b, k]` path probabilities of the verified nodes, summed by depth.
+      sure: `[b, k]` see `sureness`.
+    """
+
+    depth: Any
+    size: Any
+    mass: Any
+    sure: Any
+
+    def packed(self) -> Float[Array, "b n"]:
+        """All numbers; depth and size are said in each row."""
+        b = self.mass.shape[0]
+        column = lambda x: jnp.full((b, 1), x, jnp.float32)
+        parts = [column(self.depth), column(self.size), self.mass, self.sure]
+        return jnp.concatenate(parts, axis=1)
+
+    @classmethod
+    def unpacked(cls, numbers: np.ndarray) -> "Evidence":
+        """What was packed, of one row at least."""
+        k = (numbers.shape[1] - 2) // 2
+        depth, size = numbers[0, :2].astype(int).tolist()
+        return cls(depth, size, numbers[:, 2 : 2 + k], numbers[:, 2 + k :])
 
 
 def begin(depth: int) -> Calibration:

@@ -24,6 +24,7 @@ from ospec_jax.control.marginal import (
     SIZES,
     Calibration,
     Costs,
+    Evidence,
     Steering,
     factors,
     is_worth_drafting,
@@ -136,7 +137,7 @@ def marginal_rule(
 
         return plain
 
-    def steer(state: MarginalState, rows: Sequence[Row]) -> Steering:
+    def steer(state: MarginalState, rows: Sequence[Row]) -> np.ndarray:
         # Before costs are known all that is drafted is verified. So it is where two
         # rows share their random numbers: what is chosen for both of them must not
         # follow from what one has drafted.
@@ -153,19 +154,16 @@ def marginal_rule(
         if found is None and action.tree.num_steps:
             return state
 
-        depth = 0
-        mass = sure = np.zeros((len(accepted), state.depth))
-        if found is not None:
-            depth = int(found.depth)
-            mass = np.asarray(found.mass, float)
-            sure = np.asarray(found.sure, float)
-
+        if found is None:
+            found = np.zeros((len(accepted), 2 + 2 * state.depth))
+        depth, size, mass, sure = Evidence.unpacked(found)
         booked = learn(state.known, accepted, mass, sure, depth, kept)
         fields = {name: tuple(x.tolist()) for name, x in vars(booked).items()}
         depths = _counted(state.depth_counts, depth)
+        # Plain steps verify no node.
         sizes = state.size_counts
-        if found is not None:
-            sizes = _counted(sizes, state.sizes.index(int(found.size)))
+        if size:
+            sizes = _counted(sizes, state.sizes.index(size))
 
         return dataclasses.replace(
             state, **fields, depth_counts=depths, size_counts=sizes
@@ -180,6 +178,7 @@ def marginal_rule(
         depths = range(tree.num_steps + 1)
         rows = [[_rows(tree, d, size) for size in tree.sizes] for d in depths]
         table = np.asarray(clock.seconds(np.arange(len(rows))[:, None], rows, 0))
+        table = _rising(_rising(table, axis=0), axis=1)
         return dataclasses.replace(state, seconds=tuple(table.ravel().tolist()))
 
     def resume(fresh: MarginalState, saved: MarginalState) -> MarginalState:
@@ -214,20 +213,21 @@ def marginal_rule(
     )
 
 
-def _told(state: MarginalState, depth: int = 0, size: int = -1) -> Steering:
-    """What the step is told; by default to choose for itself."""
+def _told(state: MarginalState, depth: int = 0, size: int = -1) -> np.ndarray:
+    """What the step is told, packed; by default to choose for itself."""
     known = state.known
     shape = state.depth + 1, len(state.sizes)
     seconds = state.costs.seconds if state.seconds else np.ones(shape)
 
-    return Steering(
-        seconds=np.asarray(seconds, np.float32),
-        sizes=np.asarray(state.sizes, np.int32),
-        factor=np.asarray(factors(known), np.float32),
-        odds=np.asarray(odds_below(known), np.float32),
-        depth=np.asarray(depth, np.int32),
-        size=np.asarray(size, np.int32),
+    told = Steering(
+        seconds=seconds,
+        sizes=state.sizes,
+        factor=factors(known),
+        odds=odds_below(known),
+        depth=depth,
+        size=size,
     )
+    return told.packed()
 
 
 def _rows(tree: TreeConfig, depth: int, size: int) -> int:
@@ -249,6 +249,13 @@ def _kinds_of(tree: TreeConfig) -> list[tuple[int, int]]:
         *((depth, common) for depth in range(1, tree.num_steps)),
         *deepest,
     ]
+
+
+def _rising(table: np.ndarray, axis: int) -> np.ndarray:
+    """The table without falls along an axis: more work that takes less is noise."""
+    above = np.maximum.accumulate(table, axis)
+    below = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
+    return (above + below) / 2
 
 
 def _counted(counts: tuple[int, ...], place: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from ospec_jax.control.base import Action, Outcome, Row
 from ospec_jax.control.lengths import join
 from ospec_jax.decoding.request import Completion, Request, Slot
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.types import DecodeState, Draft, Evidence, Feedback, StepOutput
+from ospec_jax.types import DecodeState, Draft, Feedback, StepOutput
 
 
 def fetch(output: Any) -> Any:
@@ -394,13 +394,10 @@ class Batch:
         return slot.completion(feedback, self.capacity)
 
 
-def _evidence(sent: _Sent, rows: list[int]) -> Evidence | None:
-    """What the trees of some rows say of the draft."""
+def _evidence(sent: _Sent, rows: list[int]) -> np.ndarray | None:
+    """What the trees of some rows say of the draft; None for none."""
     found = sent.output.evidence
-    if found is None:
-        return None
-
-    return found.replace(mass=found.mass[rows], sure=found.sure[rows])
+    return found[rows] if found is not None and rows else None
 
 
 def _expected(sent: _Sent, rows: list[int]) -> tuple[tuple[float, ...], ...]:

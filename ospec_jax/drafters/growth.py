@@ -330,6 +330,7 @@ def _begin(plan: _Plan, cache) -> _Growth:
         context=plan.roots.position,
         is_active=plan.roots.is_active,
         steering=plan.roots.steering,
+        tree=tree,
     )
     stopped = is_stopped(plan.rules, progress)
 
@@ -397,6 +398,7 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
         plan.roots.position,
         plan.roots.is_active,
         plan.roots.steering,
+        plan.tree,
     )
     stopped = growth.is_stopped | is_stopped(plan.rules, progress)
 

@@ -22,7 +22,7 @@ from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.control import marginal
 from ospec_jax.control.policy import Policies
 from ospec_jax.drafters import topology
-from ospec_jax.types import DraftTree, Evidence
+from ospec_jax.types import DraftTree
 from ospec_jax.typing import typed
 
 
@@ -33,6 +33,7 @@ class Drafted(NamedTuple):
 
     Attributes:
       sizes: To choose from: numbers of nodes, ascending, the root left out.
+      num_depths: Of the deepest tree.
       depth: To which it was drafted.
       scores: `[b, n]` log-probabilities of the paths to its nodes, the root left out,
         in the order in which they are kept; -inf for none.
@@ -45,6 +46,7 @@ class Drafted(NamedTuple):
     """
 
     sizes: tuple[int, ...]
+    num_depths: int
     depth: Int[Array, ""]
     scores: Float[Array, "b n"]
     depths: Int[Array, "b n"]
@@ -68,10 +70,11 @@ def most_tokens_a_second(drafted: Drafted) -> Int[Array, ""]:
 
     A step that is told nothing verifies all that was drafted.
     """
-    told = drafted.steering
-    if told is None:
+    if drafted.steering is None:
         return all_drafted(drafted)
 
+    num_depths = drafted.num_depths
+    told = marginal.Steering.unpacked(drafted.steering, num_depths, len(drafted.sizes))
     of_row = marginal.promised(drafted.scores, drafted.depths, told.factor)
     emitted = marginal.total(of_row, drafted.is_active)
     costs = marginal.Costs(told.seconds, told.sizes)
@@ -176,6 +179,7 @@ def describe(
 
     return Drafted(
         sizes=config.sizes,
+        num_depths=config.num_steps,
         depth=depth,
         scores=path_scores(tree)[:, 1:],
         depths=tree.depths[:, 1:],
@@ -216,7 +220,7 @@ def first_nodes(tree: DraftTree, num_nodes: int) -> DraftTree:
     )
 
 
-def evidence_of(tree: DraftTree, config: TreeConfig, size) -> Evidence:
+def evidence_of(tree: DraftTree, config: TreeConfig, size) -> Float[Array, "b e"]:
     """What a tree, of which `size` nodes are verified, will have to say of the draft.
 
     Args:
@@ -239,4 +243,4 @@ def evidence_of(tree: DraftTree, config: TreeConfig, size) -> Evidence:
     if depth is None:
         depth = jnp.max(jnp.where(tree.is_valid, tree.depths, 0))
 
-    return Evidence(depth, size, mass, marginal.sureness(best))
+    return marginal.Evidence(depth, size, mass, marginal.sureness(best)).packed()

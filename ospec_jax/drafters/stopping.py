@@ -43,6 +43,7 @@ class Progress(NamedTuple):
         or of chains of suggestions.
       is_active: `[b]` rows whose answer goes on; None for all.
       steering: What the step was told from outside, or None.
+      tree: That is growing; None where there is no steering.
     """
 
     depth: int | Int[Array, ""]
@@ -55,6 +56,7 @@ class Progress(NamedTuple):
     context: Int[Array, " b"] | None = None
     is_active: Bool[Array, " b"] | None = None
     steering: Any = None
+    tree: TreeConfig | None = None
 
     @property
     def entropies(self) -> Float[Array, "b u"]:
@@ -214,11 +216,14 @@ def unless_worth_more_now(progress: Progress) -> Bool[Array, " b"]:
     counts is the sum of their tokens. A step that is told nothing drafts to the end.
     """
     rows = progress.log_probs.shape[:1]
-    told = progress.steering
-    if told is None:
+    if progress.steering is None:
         return jnp.zeros(rows, bool)
 
     grown = _weigh(progress, progress.num_kept)
+    assert progress.tree is not None
+    told = marginal.Steering.unpacked(
+        progress.steering, progress.tree.num_steps, len(progress.tree.sizes)
+    )
     goes_on = marginal.is_worth_more(
         marginal.Costs(told.seconds, told.sizes),
         progress.depth,
@@ -260,11 +265,18 @@ def _weigh(progress: Progress, largest: int) -> _Weighed:
             "suggestions do not show; give it to a drafter that has logits"
         )
 
-    most = min(largest, progress.scores.shape[-1])
-    best, places = jax.lax.top_k(progress.scores, most)
+    rows, num_places = progress.scores.shape
+    most = min(largest, num_places)
     pad = ((0, 0), (0, largest - most))
+    # A chain's nodes stand in this order already.
+    if progress.log_probs.shape[-1] == 1:
+        best = progress.scores[:, :most]
+        depths = jnp.broadcast_to(progress.node_depths[:most], (rows, most))
+    else:
+        best, places = jax.lax.top_k(progress.scores, most)
+        depths = progress.node_depths[places]
     best = jnp.pad(best, pad, constant_values=-jnp.inf)
-    depths = jnp.pad(progress.node_depths[places], pad, constant_values=1)
+    depths = jnp.pad(depths, pad, constant_values=1)
 
     newest = jnp.max(progress.log_probs, axis=-1)
     is_above = progress.node_depths == progress.depth - 1

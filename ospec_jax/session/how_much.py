@@ -91,6 +91,12 @@ def _marginal(tree: TreeConfig | None, draft: LoadedDraft | None) -> HowMuch:
             "side; use fallback:..., or another controller"
         )
 
+    if draft.family.config is None:
+        raise ConfigError(
+            f"the controller 'marginal' weighs what a draft thinks of its tokens, and "
+            f"suggestions as of {draft.family.name!r} have no logits; use 'auto'"
+        )
+
     deepest = steered.DEEPEST
     if draft.family.max_depth is not None:
         deepest = min(deepest, draft.family.max_depth(draft.architecture))
