@@ -105,7 +105,9 @@ class SharedTables:
 class DraftTree:
     """Proposed tokens. Node 0 is the root: the last committed token, already emitted.
 
-    Nodes stand in depth order, parents before children.
+    Parents stand before their children. Nodes stand in depth order, or where their
+    number is chosen (`TreeConfig.sizes`) in the order in which they would be kept: the
+    first ones are a smaller tree.
 
     Attributes:
       tokens: `[b, n]` target ids.
@@ -119,6 +121,10 @@ class DraftTree:
       states: `[b, n, d]` the draft's state at nodes that it ran over, from which it
         chose their children; None for drafts without any.
       has_state: `[b, n]` which nodes these are.
+      seen_scores: `[b, p]` log-probabilities of the paths to all nodes that were seen
+        while it grew, at their places in `growth.Pool`; None where nobody chooses how
+        many to verify, and of drafters that do not tell.
+      drafted_depth: To which it was grown; None likewise.
       children: How children were drawn; the exact acceptance rule depends on it.
       max_depth: Static depth, the root's being 0.
       max_children: Static bound of a node's children.
@@ -136,6 +142,8 @@ class DraftTree:
     token_ids: Int[Array, " q"] | None = None
     states: Float[Array, "b n d"] | None = None
     has_state: Bool[Array, "b n"] | None = None
+    seen_scores: Float[Array, "b p"] | None = None
+    drafted_depth: Int[Array, ""] | None = None
     children: ChildrenKind = flax.struct.field(pytree_node=False, default="topk")
     max_depth: int = flax.struct.field(pytree_node=False, default=0)
     max_children: int = flax.struct.field(pytree_node=False, default=1)
@@ -221,6 +229,8 @@ class Roots:
       keys: `[b]` what drawn children are drawn with.
       context: The draft after that token.
       sampling: How each row's tokens are chosen.
+      is_active: `[b]` rows whose answer goes on; None for all.
+      steering: What a rule of `drafters.stopping` is told from outside, or None.
     """
 
     token: Int[Array, " b"]
@@ -228,6 +238,8 @@ class Roots:
     keys: Key[Array, " b"]
     context: DraftContext
     sampling: SamplingParams
+    is_active: Bool[Array, " b"] | None = None
+    steering: Any = None
 
 
 @struct
@@ -397,6 +409,8 @@ class StepOutput:
         in which the state has them; None where nobody asks.
       alternatives: Of `full` passes: ids and log-probabilities of the target's most
         probable tokens in the place of each emitted one, each `[b, m, a]`, falling.
+      evidence: `[b, e]` on the draft, of steps that are steered, as
+        `control.marginal.Evidence` packs it; else None.
     """
 
     tokens: Int[Array, "b m"]
@@ -408,3 +422,4 @@ class StepOutput:
     is_sure: Bool[Array, " b"] | None = None
     judged: Any = None
     alternatives: tuple[Int[Array, "b m a"], Float[Array, "b m a"]] | None = None
+    evidence: Float[Array, "b e"] | None = None

@@ -53,6 +53,7 @@ def run_bench(
     should_drop: Callable[[], bool] = lambda: False,
     peers: Sequence[Peer] = (),
     drafts: dict[str, tuple[LoadedDraft, TreeConfig]] | None = None,
+    controllers: dict[str, tuple[str | None, TreeConfig]] | None = None,
 ) -> BenchRun:
     """Measures all modes, and other decoders, on all prompts.
 
@@ -61,6 +62,9 @@ def run_bench(
     Args:
       prompts: Prompts, or conversations, whose turns are asked one after another.
       drafts: Drafts that are compared, each as it is: further modes by these names.
+      controllers: Rules for how much to draft that are compared, with the draft as it
+        is, and with n-grams if the configuration says so: likewise, each by the
+        session's name for it and the most that it may draft.
       peers: Take their turns like the modes.
       on_result: Called after each turn with the number of prompts begun, the mode's
         name and its run.
@@ -70,6 +74,8 @@ def run_bench(
     Raises:
       ConfigError: Settings do not go together, or no prompt fits.
     """
+    if draft is None and controllers:
+        raise ConfigError("rules for how much to draft need a draft")
     if draft is None and not set(config.modes) <= {"autoregressive", UNPADDED}:
         raise ConfigError("all modes but autoregressive and unpadded need a draft")
     if peers and (config.batch_size > 1 or config.sampling.temperature > 0):
@@ -83,6 +89,9 @@ def run_bench(
     for name, (other, tree) in (drafts or {}).items():
         own = dataclasses.replace(config, tree=tree)
         modes[name] = _open_mode(name, target, other, own)
+
+    for name, (controller, tree) in (controllers or {}).items():
+        modes[name] = _open_controlled(target, draft, tree, controller, config)
 
     # Mismatches are against plain decoding, which runs unscored if nobody asked for it.
     hidden = []
@@ -184,6 +193,22 @@ def _open_mode(name, target, draft, config: BenchConfig) -> ModeRun:
             num_predicted_tokens=config.num_predicted_tokens,
             controller=config.select,
         )
+
+    return ModeRun(session=session)
+
+
+def _open_controlled(target, draft, tree, controller, config: BenchConfig) -> ModeRun:
+    """A mode in which a controller says how much is drafted."""
+    session = Session(
+        target,
+        draft,
+        tree=tree,
+        ngrams=config.ngrams,
+        batch_size=config.batch_size,
+        stop=config.stop,
+        num_predicted_tokens=config.num_predicted_tokens,
+        controller=controller,
+    )
 
     return ModeRun(session=session)
 

@@ -9,7 +9,9 @@ from ospec_jax.bench.runs import ModeRun
 from ospec_jax.reports.progress import console, live, progress_bar, say
 
 
-def run_live(target, draft, prompts, config, interrupt, peers=(), drafts=None):
+def run_live(
+    target, draft, prompts, config, interrupt, peers=(), drafts=None, controllers=None
+):
     """Runs a benchmark behind a live bar, until `interrupt` is set."""
     with interrupt, progress_bar() as bar:
         task = bar.add_task("compiling", total=num_turns(prompts))
@@ -32,6 +34,7 @@ def run_live(target, draft, prompts, config, interrupt, peers=(), drafts=None):
             interrupt.is_over,
             peers,
             drafts,
+            controllers,
         )
 
     if not run.prompts:  # nothing was measured that a table could show
@@ -40,9 +43,13 @@ def run_live(target, draft, prompts, config, interrupt, peers=(), drafts=None):
     return run
 
 
-def run_with_progress(target, draft, prompts, config, interrupt, peers=()):
+def run_with_progress(
+    target, draft, prompts, config, interrupt, peers=(), controllers=None
+):
     """Runs a benchmark behind a live bar and prints its tables."""
-    run = run_live(target, draft, prompts, config, interrupt, peers)
+    run = run_live(
+        target, draft, prompts, config, interrupt, peers, controllers=controllers
+    )
     table = to_rows(run)
     if console.is_terminal:
         title = f"{target.name}, {target.numerics.precision}"

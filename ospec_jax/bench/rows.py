@@ -67,7 +67,9 @@ def _row(run: BenchRun, name: str) -> dict:
     learner = session.learner
     trained = session.state.trainer
     predicted = None
-    is_known = run.config.batch_size == 1 and not session.tree.depths
+    # What a step takes is known only where all steps are alike.
+    is_known = run.config.batch_size == 1
+    is_known &= not session.tree.depths and not session.tree.sizes
     if "autoregressive" in run.modes and is_known:
         plain = predicted_seconds(run, "autoregressive")
         predicted = plain / max(predicted_seconds(run, name), 1e-9)
@@ -93,6 +95,7 @@ def _row(run: BenchRun, name: str) -> dict:
         "target": session.target.name,
         "precision": session.target.numerics.precision,
         "num_speculative_tokens": session.tree.num_steps,
+        "controller": session.chooser.report(),
     }
 
 

@@ -25,13 +25,14 @@ from ospec_jax.config import (
 from ospec_jax.control.base import Action
 from ospec_jax.control.policy import Policies
 from ospec_jax.control.selectors import build_selector
+from ospec_jax.control.steered import DEEPEST
 from ospec_jax.decoding.judging import JUDGE_EVERY
-from ospec_jax.drafters.stopping import taught
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.loading import LoadedDraft, check_draft, load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import Session
+from ospec_jax.session.how_much import MARGINAL
 from ospec_jax.storage.policies import load_policies
 
 Own = tyro.conf.arg(prefix_name=False)
@@ -100,9 +101,10 @@ class DraftingFlags:
       num_speculative_tokens: Depth of the draft, K, by default 3; 0 decodes plainly;
         auto is short for --controller auto.
       controller: What each step drafts: fixed, always the tree, which is the default;
-        auto, a chain of the depth that pays; ltd:DIR, trees that grow as policies of
-        `ospec train-control` say, with as many nodes as the best fixed choice has, or
-        as --tree dynamic:TOPK,NUM_TOKENS says.
+        auto, a chain of the depth that pays; marginal, as much as pays, by what the
+        step has drafted so far: within a chain of 5, or up to --num-speculative-tokens
+        and --tree; ltd:DIR, as policies of `ospec train-control` say, within the trees
+        that they were taught on, or --tree dynamic:TOPK,NUM_TOKENS.
       select: Which member of a pool drafts, for --draft pool:A+B: normalhedge,
         adanormalhedge, hedge, share, leader, which judge every member by every token;
         ucb, exp3, thompson, epsilon, which hear of the one that drafted; fixed:N.
@@ -200,13 +202,15 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
           ConfigError: The flags contradict each other.
         """
         asked = self.num_speculative_tokens
-        if self.controller not in (None, "fixed", "auto") and not self.policies:
+        known = (None, "fixed", "auto", MARGINAL)
+        if self.controller not in known and not self.policies:
             raise ConfigError(
-                f"unknown controller {self.controller!r}; use fixed, auto or ltd:DIR"
+                f"unknown controller {self.controller!r}; use fixed, auto, {MARGINAL} "
+                f"or ltd:DIR"
             )
         if self.policies and asked is None:
             return self.policies.shape.depth
-        if self.policies and asked == "auto":
+        if self.is_within_step and asked == "auto":
             raise ConfigError(
                 f"--controller {self.controller} contradicts --num-speculative-tokens "
                 f"auto; leave one of the two out"
@@ -224,7 +228,15 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         if self.controller == "auto":
             return "auto"
 
-        return 3 if asked is None else asked
+        if asked is None:
+            return DEEPEST if self.controller == MARGINAL else 3
+
+        return asked
+
+    @property
+    def is_within_step(self) -> bool:
+        """Whether the controller chooses within the step."""
+        return self.controller == MARGINAL or self.policies is not None
 
     @functools.cached_property
     def policies(self) -> Policies | None:
@@ -244,7 +256,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
 
         tree = self.tree
         if self.policies and tree == "chain" and self.policies.shape.topk > 1:
-            nodes = self.policies.shape.sizes[self.policies.fixed_size]
+            nodes = max(self.policies.shape.sizes)
             tree = f"dynamic:{self.policies.shape.topk},{nodes}"
 
         return parse_tree(
@@ -296,6 +308,11 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
                 f"--select {self.select} contradicts --controller fixed; leave one of "
                 f"the two out"
             )
+        if self.is_within_step:
+            raise ConfigError(
+                f"--select {self.select} chooses between steps, and --controller "
+                f"{self.controller} within them, of one draft; leave one of the two out"
+            )
 
         # Built for as many drafters of the same trees, to read its name and options.
         tree = self.tree_config
@@ -318,9 +335,8 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
             has_log_probs=has_log_probs,
             ngrams=self.ngrams,
             num_predicted_tokens=self.num_predicted_tokens,
-            controller=self.select,
+            controller=self.controller if self.is_within_step else self.select,
             judge_every=self.judge_every or JUDGE_EVERY,
-            stop_fn=taught(self.policies) if self.policies else None,
         )
 
 

@@ -274,10 +274,10 @@ def _check_same(out: Path, found, wanted) -> None:
 def _clock(name: str, place: Path, shape, draft: str, target: str, statistic, trace):
     """The clock of a name, or of a file."""
     from ospec_jax.control.clock import flat_clock, read_clock
+    from ospec_jax.control.marginal import SIZES
     from ospec_jax.loading import load_draft
     from ospec_jax.models.hub import load_target
     from ospec_jax.replay.clocking import measure_clock
-    from ospec_jax.replay.cycles import SIZES
 
     kept = place / _CLOCK
     if name == "flat":

@@ -45,6 +45,7 @@ def bench(
     shuffle: int | None = None,
     modes: str = "",
     drafts: tuple[str, ...] = (),
+    controllers: str = "",
     learner: Learner = "auto",
     learn_budget: LearnBudget = None,
     learning_rate: LearningRate = None,
@@ -67,12 +68,16 @@ def bench(
         together.
       modes: Comma-separated: autoregressive, static (the draft as it is), ngrams (and
         n-grams of the request), learned (and of earlier ones; the draft is trained).
-        These by default; with --drafts, autoregressive alone. Also unpadded: plain
-        decoding that need not be exact, the faster baseline.
+        These by default; with --drafts or --controllers, autoregressive alone. Also
+        unpadded: plain decoding that need not be exact, the faster baseline.
       drafts: Compare these drafts, each as it is, by the prompts' domains instead:
         DRAFT, or DRAFT@TREE@CHILDREN@VERIFICATION, or fewer of these, for others than
         --tree, --draft-sample-method and --verification: shipped@static:2,2,2@hub. The
         target decodes plainly beside them.
+      controllers: Comma-separated rules for how much to draft, to be compared beside
+        plain decoding with the draft as it is (n-grams as --ngrams says): fixed, as
+        --num-speculative-tokens and --tree say; a number, a chain of so many; auto,
+        marginal, ltd:DIR as for --controller.
       peers: Comma-separated other decoders of the same weights: transformers,
         transformers-bfloat16, transformers-lookup, transformers-assisted, llama-cpp,
         llama-cpp-lookup.
@@ -101,13 +106,19 @@ def bench(
             "leave one of the two out"
         )
 
-    if decoding.policies:
+    if decoding.is_within_step:
         raise ConfigError(
-            f"--controller {decoding.controller} decodes with `ospec generate` and "
-            f"`ospec learn`, and is compared by `ospec rules --policies`; leave it out"
+            f"--controller {decoding.controller} is compared as one of several: use "
+            f"--controllers {decoding.controller}"
+        )
+    if controllers and (drafts or decoding.select):
+        raise ConfigError(
+            "--controllers compares how much one draft drafts; leave out --drafts and "
+            "--select"
         )
 
-    modes = modes or ("autoregressive" if drafts else ",".join(MODES))
+    alone = "autoregressive" if drafts or controllers else ",".join(MODES)
+    modes = modes or alone
     rows = _asked(prompts, spec_bench, num_prompts, shuffle)
     config = BenchConfig(
         modes=tuple(m for m in modes.split(",") if m),
@@ -138,9 +149,12 @@ def bench(
         _compare(drafts, decoding, rows, config, json_file, markdown)
         return
 
+    compared = _parse_controllers(controllers, decoding)
     target, draft = decoding.load()
     interrupt = Interrupt()
-    run, table = run_with_progress(target, draft, rows, config, interrupt, others)
+    run, table = run_with_progress(
+        target, draft, rows, config, interrupt, others, compared
+    )
     with contextlib.ExitStack() as ends:  # each is tried, also if another one fails
         ends.callback(write_json, json_file, table, is_list=True)
         if markdown is not None:
@@ -152,6 +166,29 @@ def bench(
             ends.callback(lambda: say(f"plot: {draw()}"))
     if not run.is_complete:
         interrupt.raise_if_set()
+
+
+def _parse_controllers(text: str, decoding: Decoding) -> dict[str, tuple]:
+    """For each name of `--controllers` a session's controller, and its tree.
+
+    Raises:
+      ConfigError: One of them is no controller.
+    """
+    found = {}
+    for name in [name.strip() for name in text.split(",") if name.strip()]:
+        if name.isdecimal():
+            own = dataclasses.replace(
+                decoding, controller=None, num_speculative_tokens=int(name)
+            )
+        elif name == "fixed":
+            own = dataclasses.replace(decoding, controller=name)
+        else:
+            own = dataclasses.replace(
+                decoding, controller=name, num_speculative_tokens=None
+            )
+        found[name] = (name if own.is_within_step else None, own.tree_config)
+
+    return found
 
 
 def _asked(

@@ -47,6 +47,10 @@ class TreeConfig:
         its most probable path less than this.
       depths: Instead of drafting `num_steps` always: depths, `num_steps` the largest,
         of which every step takes the one that pays; see `control.depth`.
+      sizes: Instead of verifying all nodes always: numbers of nodes, the root left out,
+        the largest all of the tree's, of which every step verifies as many as it is
+        told to; see `drafters.sizing`. Never fewer where that would leave out a token
+        that was drawn.
     """
 
     kind: Literal["chain", "static", "dynamic", "parallel"] = "chain"
@@ -60,6 +64,7 @@ class TreeConfig:
     min_path_probability: float = 0.0
     verification: Verification = "token"
     depths: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     @classmethod
     def auto(cls, depths: tuple[int, ...] = AUTO_DEPTHS, **changes) -> "TreeConfig":
@@ -105,9 +110,13 @@ class TreeConfig:
 
         if self.kind == "dynamic":
             self._check_dynamic()
+        if self.sizes:
+            self._check_sizes()
 
     def _check_depths(self):
-        if self.kind not in ("chain", "parallel"):
+        # A dynamic tree may be left out as a whole: then it is drafted, or nothing is.
+        is_whole = self.kind == "dynamic" and self.depths == (0, self.num_steps)
+        if self.kind not in ("chain", "parallel") and not is_whole:
             raise ConfigError(
                 f"only chains vary their depth, not a {self.kind} tree; use --tree "
                 f"chain or a fixed --num-speculative-tokens"
@@ -126,8 +135,31 @@ class TreeConfig:
             )
 
     def of_depth(self, num_steps: int) -> "TreeConfig":
-        """The chain of one of the `depths`."""
-        return dataclasses.replace(self, num_steps=num_steps, depths=())
+        """The tree of one of the `depths`."""
+        if self.kind == "dynamic" and not num_steps:
+            return TreeConfig(num_steps=0)
+
+        # A shorter chain has fewer nodes to verify.
+        sizes = self.sizes
+        if self.kind != "dynamic":
+            sizes = tuple(size for size in sizes if size <= num_steps)
+
+        return dataclasses.replace(self, num_steps=num_steps, depths=(), sizes=sizes)
+
+    def _check_sizes(self):
+        if self.kind not in ("chain", "dynamic"):
+            raise ConfigError(
+                f"only chains and dynamic trees vary how many nodes are verified, not "
+                f"a {self.kind} one; use one of these, or leave sizes out"
+            )
+
+        ascending = sorted(set(self.sizes))
+        whole = self.num_nodes - 1
+        if list(self.sizes) != ascending or ascending[0] < 1 or ascending[-1] != whole:
+            raise ConfigError(
+                f"sizes to choose from ascend from 1 or more to all {whole} nodes of "
+                f"the tree, not {self.sizes}"
+            )
 
     def _check_parents(self):
         if self.kind != "static" or self.branching:

@@ -4,10 +4,13 @@
 A controller is a function of stored state: of what was accepted before, never of the
 clock nor of what the step in question drafts. So whatever it chooses, output stays
 exact; only its speed depends on the choice.
+
+What is chosen within a step, by what was drafted, are the rules of `drafters.stopping`
+and `drafters.sizing`; a controller may tell them something (`Controller.steer`).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ospec_jax.config import ConfigError, TreeConfig, from_dict
@@ -61,12 +64,15 @@ class Outcome(NamedTuple):
         to have at each depth that the draft got to; empty where nobody judges.
       num_ended: Rows whose answer ended with this step. A controller that `hears_ends`
         is told of steps of which there is nothing else to say.
+      evidence: `StepOutput.evidence` of the verified trees, with a row for each of
+        `num_accepted`; None of steps that were not steered.
     """
 
     num_accepted: tuple[int, ...]
     windows: Windows | None = None
     num_ended: int = 0
     expected: tuple[tuple[float, ...], ...] = ()
+    evidence: Any = None
 
 
 class Controller(NamedTuple):
@@ -85,7 +91,8 @@ class Controller(NamedTuple):
         are left out of the outcome. The host is one step ahead of what it has read: a
         step's outcome is observed when the next one has been chosen already.
       set_costs: `(state, seconds) -> state`: told once what a step of each of
-        `actions` takes, before the first choice; None if that does not matter.
+        `actions`, or of `timed`, takes, before the first choice; None if that does not
+        matter.
       has_costs: `state -> bool`: whether it knows them, from a checkpoint.
       resume: `(fresh, saved) -> state`: where to go on, given the state that it begins
         with here and one that was saved; the fresh one where the other does not fit.
@@ -94,6 +101,10 @@ class Controller(NamedTuple):
       hears_ends: It wants to know of steps that ended an answer, too.
       report: `state -> dict` of numbers and lists of them: what it thinks, for
         telemetry; None for nothing to tell.
+      steer: `(state, rows) -> arrays`: what rules within a step are told, of actions
+        whose tree has `sizes`; `rows` as for `choose`. None for nothing.
+      timed: Steps that are timed in place of `actions`: each an action, and what its
+        rules are told.
     """
 
     actions: tuple[Action, ...]
@@ -106,6 +117,13 @@ class Controller(NamedTuple):
     is_judging: bool = False
     hears_ends: bool = False
     report: Callable[[Any], dict[str, Any]] | None = None
+    steer: Callable[[Any, Sequence[Row]], Any] | None = None
+    timed: tuple[tuple[Action, Any], ...] = ()
+
+    @property
+    def kinds(self) -> tuple[tuple[Action, Any], ...]:
+        """Steps whose times it wants to know, and what their rules are told."""
+        return self.timed or tuple((action, None) for action in self.actions)
 
 
 def fixed(actions: tuple[Action, ...]) -> Controller:
@@ -138,7 +156,7 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
         # Its chain is not one of the inner rule's trees, and says nothing about them.
         # What was emitted still is evidence on drafters, if anybody asks.
         if action == long:
-            rest = outcome._replace(num_accepted=(), expected=())
+            rest = outcome._replace(num_accepted=(), expected=(), evidence=None)
             is_asked = inner.is_judging or inner.hears_ends
             return inner.observe(state, action, rest) if is_asked else state
 
@@ -178,11 +196,10 @@ class Chooser:
             self.state
         )
 
-    def set_costs(self, seconds: Mapping[Action, float]) -> None:
-        """Tells what a step of each action takes."""
+    def set_costs(self, seconds: Sequence[float]) -> None:
+        """Tells what a step of each of the controller's `kinds` takes."""
         if self.controller.set_costs is not None:
-            costs = [seconds[action] for action in self.controller.actions]
-            self.state = self.controller.set_costs(self.state, costs)
+            self.state = self.controller.set_costs(self.state, seconds)
 
     def to_json(self) -> dict:
         """The state as a checkpoint keeps it; empty for a rule without any."""
@@ -202,6 +219,13 @@ class Chooser:
     def choose(self, rows: Sequence[Row]) -> Action:
         """What to run next."""
         return self.controller.choose(self.state, rows)
+
+    def steer(self, action: Action, rows: Sequence[Row]) -> Any:
+        """What the rules within a step of this action are told; None for nothing."""
+        if self.controller.steer is None or not action.tree.sizes:
+            return None
+
+        return self.controller.steer(self.state, rows)
 
     def report(self) -> dict[str, Any] | None:
         """What it thinks, for telemetry; None for nothing to tell."""

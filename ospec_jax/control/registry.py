@@ -7,17 +7,20 @@ from ospec_jax.config import ConfigError
 from ospec_jax.control.base import Action, Controller, fixed
 from ospec_jax.control.depth import most_tokens_a_second
 from ospec_jax.control.selectors import BANDITS, JUDGING, build_selector, is_selector
+from ospec_jax.control.steered import marginal_rule
 
 BuildController = Callable[[tuple[Action, ...]], Controller]
 
 CONTROLLERS: dict[str, BuildController] = {
     "fixed": fixed,
     "auto": most_tokens_a_second,
+    "marginal": marginal_rule,
 }
 """Rules for what to run next, each built for the actions to choose from.
 
-These choose how deep to draft; of a pool's drafters they take the first. Those that
-choose drafters are in `control.selectors`.
+These choose how deep to draft, and `marginal` how much within the step, by rules that a
+session gives it. Of a pool's drafters they take the first. Those that choose drafters
+are in `control.selectors`.
 """
 
 

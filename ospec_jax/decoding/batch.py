@@ -68,7 +68,12 @@ class Device(Protocol):
     def has_log_probs(self) -> bool: ...
 
     def step(
-        self, action: Action, kind: StepKind, draft: Draft | None, state: DecodeState
+        self,
+        action: Action,
+        kind: StepKind,
+        draft: Draft | None,
+        state: DecodeState,
+        steering: Any = None,
     ) -> tuple[DecodeState, StepOutput]: ...
 
     def place(
@@ -342,8 +347,14 @@ class Batch:
             one._replace(number=len(taken) + i) for i, one in enumerate(self._entering)
         )
 
-    def dispatch(self, draft: Draft | None, action: Action) -> None:
-        """Sends one step of all rows to the device, without waiting for it."""
+    def dispatch(
+        self, draft: Draft | None, action: Action, steering: Any = None
+    ) -> None:
+        """Sends one step of all rows to the device, without waiting for it.
+
+        Args:
+          steering: What rules within the step are told; None for nothing.
+        """
         # A sent pass keeps the slots it was made for: a row may be given to another
         # request before the pass is read.
         rows = [(i, i, slot) for i, slot in enumerate(self._slots) if slot is not None]
@@ -354,7 +365,9 @@ class Batch:
         kind = most([slot.request.kind for *_, slot in rows])
         if self._engine.num_unjudged:
             self._make_room(draft, action, [slot for *_, slot in rows])
-        self._state, output = self._engine.step(action, kind, draft, self._state)
+        self._state, output = self._engine.step(
+            action, kind, draft, self._state, steering
+        )
         self._in_flight.append(_Sent(action, rows, output))
 
     def _make_room(self, draft, action: Action, slots: list[Slot]) -> None:
@@ -483,7 +496,9 @@ class Batch:
         found = join([w for w in windows if w is not None]) if any(windows) else None
         if rows:
             expected = _expected(sent, going)
-            outcome = Outcome(accepted, found, len(rows) - len(going), expected)
+            evidence = _evidence(sent, going)
+            ended = len(rows) - len(going)
+            outcome = Outcome(accepted, found, ended, expected, evidence)
             self._on_step(sent.action, outcome)
 
     def _read(self, sent: _Sent, row: int, slot: Slot) -> bool:
@@ -511,6 +526,12 @@ class Batch:
         self._slots[number] = None
         feedback = self._engine.feedback_of(self._state, number)
         return slot.completion(feedback, self.capacity)
+
+
+def _evidence(sent: _Sent, rows: list[int]) -> np.ndarray | None:
+    """What the trees of some rows say of the draft; None for none."""
+    found = sent.output.evidence
+    return found[rows] if found is not None and rows else None
 
 
 def _expected(sent: _Sent, rows: list[int]) -> tuple[tuple[float, ...], ...]:

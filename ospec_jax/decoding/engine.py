@@ -589,7 +589,9 @@ class Engine:
                 # only then is it known which rows are left.
                 num_ahead = 0
                 if batch.has_work:
-                    batch.dispatch(draft_fn(), chooser.choose(batch.rows))
+                    rows = batch.rows
+                    action = chooser.choose(rows)
+                    batch.dispatch(draft_fn(), action, chooser.steer(action, rows))
                     num_ahead = lag
                 yield from batch.collect(num_ahead)
 
@@ -605,9 +607,19 @@ class Engine:
         return has_prediction
 
     def step(
-        self, action: Action, kind: StepKind, draft: Draft | None, state: DecodeState
+        self,
+        action: Action,
+        kind: StepKind,
+        draft: Draft | None,
+        state: DecodeState,
+        steering: Any = None,
     ) -> tuple[DecodeState, StepOutput]:
-        """Runs one step of an action of the menu; the state is donated."""
+        """Runs one step of an action of the menu; the state is donated.
+
+        Args:
+          steering: What rules within the step are told; None for nothing, which is a
+            program of its own.
+        """
         shape = state.num_remaining.shape[0], state.cache.capacity
         depth = action.tree.num_steps
         self._announce(f"a step of depth {depth}", action, kind, *shape)
@@ -616,8 +628,12 @@ class Engine:
         # the state's order is always that of the menu. Nothing is copied.
         chosen = action.drafter
         state, extras = _set_aside(state, kind)
+        told = () if steering is None else (steering,)
         state, output = run(
-            self.target_params, bring_first(draft, chosen), bring_first(state, chosen)
+            self.target_params,
+            bring_first(draft, chosen),
+            bring_first(state, chosen),
+            *told,
         )
         state = _put_back(state, extras)
 

@@ -35,6 +35,13 @@ from ospec_jax.drafters.prediction import (
     prediction_hints,
     prediction_suggested,
 )
+from ospec_jax.drafters.sizing import (
+    SizeFn,
+    all_drafted,
+    choose_size,
+    evidence_of,
+    first_nodes,
+)
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics
@@ -52,7 +59,7 @@ from ospec_jax.types import (
     Unjudged,
     Verdict,
 )
-from ospec_jax.typing import Params
+from ospec_jax.typing import Params, struct
 
 # Beyond this float16 is infinite, and what is trained on infinities is not finite.
 _FLOAT16_MAX = 65504.0
@@ -73,6 +80,8 @@ class StepConfig:
         drafted such a tree; None reports nothing.
       num_unjudged: Emitted tokens of a row that may wait to be judged together; with 0
         each step judges its own.
+      size_fn: How many nodes are verified, of a tree that has `sizes`; see
+        `drafters.sizing`.
     """
 
     model: ModelConfig
@@ -85,6 +94,7 @@ class StepConfig:
     mesh: sharding.AnyMesh | None = None
     judged: TreeConfig | None = None
     num_unjudged: int = 0
+    size_fn: SizeFn = all_drafted
 
     @property
     def max_emitted(self) -> int:
@@ -119,6 +129,9 @@ def _target(config: StepConfig) -> Callable:
 def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
     """Builds `(target_params, draft, state) -> (state, StepOutput)`, to be jitted.
 
+    It takes a further argument, or none: `steering`, what rules for how much to draft
+    are told from outside.
+
     Args:
       drafter: None decodes plainly; its tree must have depth 0 then.
     """
@@ -126,7 +139,10 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
     is_batched = config.numerics.has_batched_writes
 
     def speculative_step(
-        target_params: Params, draft: Draft | None, state: DecodeState
+        target_params: Params,
+        draft: Draft | None,
+        state: DecodeState,
+        steering: Any = None,
     ) -> tuple[DecodeState, StepOutput]:
         shared = shared_tables(target_params)
         # A row's randomness is a function of its request and its position alone, so its
@@ -141,44 +157,48 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
 
         # Propose, score, verify, commit. The order is that of the data: what the target
         # says is never known to the drafter of the same step.
-        tree, state = propose_tree(config, drafter, draft, shared, state, key_draft)
+        tree, state = propose_tree(
+            config, drafter, draft, shared, state, key_draft, steering
+        )
         if config.is_full:
             tree = _without_drafts(tree, state)
-        hidden, taps, cache = _score(target, target_params, tree, state)
-        logits = llama.target_logits(target_params, hidden, config.numerics)
-        probs = None
-        if config.kind != "greedy":
-            counts = _counts_at(config, tree, state)
-            probs = _target_probs(config, logits, state, counts)
-        verdict = _verify(config, tree, logits, probs, key_verify)
+        number = evidence = None
+        if config.tree.sizes:
+            number = _size_of(config, tree, state, steering)
+            scored = _score_first(config, target, target_params, tree, state, number)
+            size = jnp.asarray(config.tree.sizes, jnp.int32)[number]
+            is_verified = jnp.arange(tree.tokens.shape[1]) <= size
+            tree = tree.replace(is_valid=tree.is_valid & is_verified)
+            if steering is not None:
+                evidence = evidence_of(tree, config.tree, size)
+        else:
+            scored = _score(config, target, target_params, tree, state)
+        verdict = _verify(config, tree, scored, key_verify)
         # A finished row's cache is rewritten behind its length, where nobody reads it.
-        state = state.replace(cache=_keep_accepted(config, cache, state, verdict))
+        kept = _keep_accepted(config, scored.cache, state, verdict)
+        state = state.replace(cache=kept)
         emitted, num_emitted, is_finished = _emit(config, tree, verdict, state)
 
         # From here on values lie along the accepted path, `[b, m, ...]`; entries beyond
         # the accepted ones repeat the last node, and `num_emitted` cuts them off.
         gather = jax.vmap(lambda values, path: values[path])
-        taps = gather(taps, verdict.path)
+        taps = gather(scored.taps, verdict.path)
         inputs = gather(tree.tokens, verdict.path)
-        has_features = state.feedback is not None and state.feedback.taps is not None
-        if has_features or config.reports_log_probs:
-            logsumexp = jax.nn.logsumexp(logits, axis=-1)
-
-        if has_features:
-            scored = Feedback(
+        if _has_features(state):
+            recorded = Feedback(
                 tokens=inputs,
                 taps=taps,
-                hidden=gather(hidden, verdict.path),
-                logsumexp=gather(logsumexp, verdict.path),
+                hidden=gather(scored.hidden, verdict.path),
+                logsumexp=gather(scored.logsumexp, verdict.path),
             )
         # Only the draft's own states are recorded: they come with the tree, not with
         # the target's pass.
         elif state.feedback is not None:
-            scored = _drafting_states(tree, verdict, inputs, state.feedback)
+            recorded = _drafting_states(tree, verdict, inputs, state.feedback)
 
         if state.feedback is not None:
             state = state.replace(
-                feedback=record(state.feedback, scored, state.lengths, is_batched)
+                feedback=record(state.feedback, recorded, state.lengths, is_batched)
             )
 
         # The i-th accepted node and the token emitted after it are a pair; the last of
@@ -187,12 +207,14 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         if drafter is not None:
             pairs = Pairs(inputs, emitted, taps, state.lengths, num_emitted)
             if state.unjudged is not None:
-                on_way = gather(hidden, verdict.path)
+                on_way = gather(scored.hidden, verdict.path)
                 unjudged = _wait(state.unjudged, pairs, on_way, is_batched)
                 state = state.replace(unjudged=unjudged)
-            on_path = None if probs is None else gather(probs, verdict.path)
+            on_path = None
+            if scored.probs is not None:
+                on_path = gather(scored.probs, verdict.path)
             draft_cache, context, judged = _catch_up(
-                config, drafter, draft, shared, state, pairs, on_path
+                config, drafter, draft, shared, state, pairs, on_path, number
             )
             state = _extended(drafter, state, draft_cache, context)
 
@@ -200,10 +222,11 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         alternatives = None
         if config.reports_log_probs:
             chosen = jax.vmap(lambda row, path, token: row[path, token])
-            log_probs = chosen(logits - logsumexp[..., None], verdict.path, emitted)
+            of_node = scored.logits - scored.logsumexp[..., None]
+            log_probs = chosen(of_node, verdict.path, emitted)
         if config.is_full:
             assert state.extras is not None
-            alternatives = _alternatives(config, gather(logits, verdict.path))
+            alternatives = _alternatives(config, gather(scored.logits, verdict.path))
             extras = adjusting.count_emitted(state.extras, emitted, num_emitted)
             state = state.replace(extras=extras)
 
@@ -218,6 +241,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             log_probs=log_probs,
             judged=judged,
             alternatives=alternatives,
+            evidence=evidence,
         )
         # The newest token is emitted but not cached: it is the next step's root.
         newest = take_row(emitted, jnp.maximum(num_emitted - 1, 0))
@@ -233,14 +257,20 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
     return speculative_step
 
 
-def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs):
+def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs, number=None):
     """Runs the draft over the emitted tokens; what each member would have drafted.
 
     Args:
       probs: `[b, m, v]` that the tokens were drawn from; None for greedy ones.
+      number: Of the size that was verified, where it was chosen.
     """
     if config.judged is None or config.num_unjudged:
-        return *drafter.extend(draft, shared, state.draft_cache, pairs), None
+        if number is None:
+            return *drafter.extend(draft, shared, state.draft_cache, pairs), None
+
+        return *_extend_first(
+            config, drafter, draft, shared, state, pairs, number
+        ), None
 
     cache, context, found = drafter.retrace(
         draft,
@@ -381,12 +411,14 @@ def propose_tree(
     shared: SharedTables,
     state: DecodeState,
     keys: Any,
+    steering: Any = None,
 ) -> tuple[DraftTree, DecodeState]:
     """The tree to verify; the root alone when nothing is drafted.
 
     Args:
       shared: With the target's parameters and cache for drafters that read them.
       keys: `[b]` what drawn children are drawn with.
+      steering: What depth rules are told from outside, or None.
 
     Returns:
       The tree, and the state with what was written to the draft's scratch slots.
@@ -411,15 +443,168 @@ def propose_tree(
     if drafter.predict is not None:
         context = context.replace(logits=drafter.predict(draft, shared, context.hidden))
 
-    roots = Roots(root, state.lengths, keys, context, state.sampling)
+    roots = Roots(
+        root,
+        state.lengths,
+        keys,
+        context,
+        state.sampling,
+        is_active=~state.is_finished,
+        steering=steering,
+    )
     hints = prediction_hints(state.prediction)
     tree, draft_cache = drafter.propose(draft, shared, state.draft_cache, roots, hints)
 
     return tree, state.replace(draft_cache=draft_cache)
 
 
-def _score(target, target_params, tree: DraftTree, state: DecodeState):
-    """The target's one pass over all nodes."""
+@struct
+class _Scored:
+    """What the target says of a tree's nodes.
+
+    Attributes:
+      hidden: `[b, n, d]` final normed states.
+      taps: `[b, n, f]`.
+      cache: With the nodes' entries.
+      best: `[b, n]` the argmax after each node; None for sampled steps.
+      probs: `[b, n, v]` what tokens are drawn from; None for greedy steps.
+      logsumexp: `[b, n]`, where somebody records or reports it.
+      logits: `[b, n, v]`, where somebody reports them.
+    """
+
+    hidden: Any
+    taps: Any
+    cache: kv.KVCache
+    best: Any = None
+    probs: Any = None
+    logsumexp: Any = None
+    logits: Any = None
+
+
+def _has_features(state: DecodeState) -> bool:
+    """Whether the target's states are recorded."""
+    return state.feedback is not None and state.feedback.taps is not None
+
+
+def _score(
+    config: StepConfig, target, target_params, tree: DraftTree, state: DecodeState
+) -> _Scored:
+    """The target's one pass over all nodes, and its word on what follows each."""
+    hidden, taps, cache = _run_target(target, target_params, tree, state)
+    logits = llama.target_logits(target_params, hidden, config.numerics)
+    scored = _Scored(hidden, taps, cache)
+    if config.kind == "greedy":
+        # One native pass over the vocabulary is four times as fast as XLA's two.
+        _, best = most_probable(logits, 1, config.numerics)
+        scored = scored.replace(best=best[..., 0])
+    else:
+        counts = _counts_at(config, tree, state)
+        probs = _target_probs(config, logits, state, counts)
+        scored = scored.replace(probs=probs)
+
+    if config.reports_log_probs or _has_features(state):
+        scored = scored.replace(logsumexp=jax.nn.logsumexp(logits, axis=-1))
+    if config.reports_log_probs:
+        scored = scored.replace(logits=logits)
+
+    return scored
+
+
+def _size_of(config: StepConfig, tree: DraftTree, state: DecodeState, steering):
+    """How many of a tree's nodes are verified, by number into its sizes."""
+    number = choose_size(
+        config.size_fn,
+        tree,
+        config.tree,
+        state.lengths,
+        ~state.is_finished,
+        state.request_keys,
+        steering,
+    )
+    return number.astype(jnp.int32)
+
+
+def _score_first(
+    config: StepConfig,
+    target,
+    target_params,
+    tree: DraftTree,
+    state: DecodeState,
+    number,
+) -> _Scored:
+    """The target's pass over as many of the nodes as a rule says.
+
+    Each number of nodes is a program of its own within the step. A row has the same
+    bits in all of them (`models.layers`), so the choice changes no token. What stands
+    in the place of other nodes is not to be read.
+    """
+    num_nodes = tree.tokens.shape[1]
+
+    def score(count: int, cache: kv.KVCache) -> tuple[kv.KVCache, _Scored]:
+        part = first_nodes(tree, count)
+        scored = _score(config, target, target_params, part, state.replace(cache=cache))
+        missing = (0, num_nodes - count)
+        pad = lambda x: jnp.pad(x, ((0, 0), missing, *[(0, 0)] * (x.ndim - 2)))
+        return scored.cache, jax.tree.map(pad, scored.replace(cache=None))
+
+    passes = [functools.partial(score, size + 1) for size in config.tree.sizes]
+    cache, scored = _run_one(number, passes, state.cache)
+
+    return scored.replace(cache=cache)
+
+
+def _extend_first(
+    config: StepConfig,
+    drafter: Drafter,
+    draft: Draft,
+    shared: SharedTables,
+    state: DecodeState,
+    pairs: Pairs,
+    number,
+):
+    """Runs the draft over the first pairs alone: of fewer nodes fewer are emitted."""
+
+    def extend(count: int, cache):
+        first = pairs.replace(
+            inputs=pairs.inputs[:, :count],
+            tokens=pairs.tokens[:, :count],
+            taps=pairs.taps[:, :count],
+        )
+        return drafter.extend(draft, shared, cache, first)
+
+    # One token a depth at most, and the one that follows.
+    counts = [min(size, config.tree.num_steps) + 1 for size in config.tree.sizes]
+    menu = sorted(set(counts))
+    number = jnp.asarray([menu.index(count) for count in counts], jnp.int32)[number]
+    passes = [functools.partial(extend, count) for count in menu]
+
+    return _run_one(number, passes, state.draft_cache)
+
+
+def _run_one(number, passes: list[Callable], cache: Any) -> tuple[Any, Any]:
+    """The result of one of several passes `cache -> (cache, rest)`, by number.
+
+    Each pass stands in a loop that turns once or not at all. `lax.switch` would be the
+    same, but XLA:CPU copies what comes out of its branches: here the whole cache. What
+    a loop carries is written in place.
+    """
+    _, like = jax.eval_shape(passes[-1], cache)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    carry = number, cache, nothing
+
+    for i, run in enumerate(passes):
+        carry = jax.lax.while_loop(
+            lambda carry, i=i: carry[0] == i,
+            # No pass has this number: the loop ends, and no other one begins.
+            lambda carry, run=run: (jnp.int32(-1), *run(carry[1])),
+            carry,
+        )
+
+    return carry[1], carry[2]
+
+
+def _run_target(target, target_params, tree: DraftTree, state: DecodeState):
+    """The target's pass over a tree."""
     # The root's position is the number of committed tokens; siblings share a position
     # and differ in what they attend to.
     positions = state.lengths[:, None] + tree.depths
@@ -485,17 +670,15 @@ def _target_probs(config, logits, state, counts=None):
     return probs.reshape(b, n, v)
 
 
-def _verify(config, tree, logits, probs, keys) -> Verdict:
+def _verify(config, tree, scored: _Scored, keys) -> Verdict:
     if config.kind == "greedy":
-        # One native pass over the vocabulary is four times as fast as XLA's two.
-        _, best = most_probable(logits, 1, config.numerics)
-        return verify_greedy(tree, best[..., 0])
+        return verify_greedy(tree, scored.best)
 
     rule = config.tree.verification
     # Suggestions alone make chains of `topk` children whatever the tree's own are.
     rule = "token" if tree.children == "topk" else rule
 
-    return verify_sampled(keys, tree, probs, rule)
+    return verify_sampled(keys, tree, scored.probs, rule)
 
 
 def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:

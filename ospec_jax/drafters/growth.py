@@ -288,7 +288,7 @@ def _grow_uniform(plan: _Plan, cache) -> tuple[DraftTree, Any]:
             growth,
         )
 
-    return _assemble(plan, growth.pool), growth.cache
+    return _assemble(plan, growth), growth.cache
 
 
 def _begin(plan: _Plan, cache) -> _Growth:
@@ -328,6 +328,9 @@ def _begin(plan: _Plan, cache) -> _Growth:
         num_kept=tree.num_nodes - 1,
         node_depths=_depths_of_places(tree),
         context=plan.roots.position,
+        is_active=plan.roots.is_active,
+        steering=plan.roots.steering,
+        tree=tree,
     )
     stopped = is_stopped(plan.rules, progress)
 
@@ -393,6 +396,9 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
         num_kept,
         _depths_of_places(plan.tree),
         plan.roots.position,
+        plan.roots.is_active,
+        plan.roots.steering,
+        plan.tree,
     )
     stopped = growth.is_stopped | is_stopped(plan.rules, progress)
 
@@ -401,8 +407,7 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
 
 def _depths_of_places(tree: TreeConfig) -> Int[Array, " p"]:
     """Depth of the node at each place of the pool."""
-    later = np.repeat(np.arange(2, tree.num_steps + 1), tree.topk**2)
-    return jnp.asarray(np.concatenate([np.ones(tree.topk, int), later]), jnp.int32)
+    return jnp.asarray(topology.depths_of_places(tree.topk, tree.num_steps))
 
 
 def _empty_pool(tree: TreeConfig, root_state, probs) -> Pool:
@@ -488,17 +493,22 @@ def _next_frontier(frontier: Frontier, first, hidden, tokens, scores) -> Frontie
     )
 
 
-def _assemble(plan: _Plan, pool: Pool) -> DraftTree:
-    """The tree of the pool's best nodes, in depth order."""
+def _assemble(plan: _Plan, growth: _Growth) -> DraftTree:
+    """The tree of the pool's best nodes; the best first if some may be left out."""
+    pool = growth.pool
     tree = plan.tree
     roots = plan.roots
     b, num_pool = pool.tokens.shape
     kept = tree.num_nodes - 1
     is_reranked = kept < num_pool
-    if is_reranked:
+    # A chain's nodes stand in this order already.
+    is_best_first = bool(tree.sizes) and not tree.is_chain
+    if is_reranked or is_best_first:
         # top_k is stable, so parents win over children that tie with them.
+        places = jax.lax.top_k(pool.scores, kept)[1]
         # Places ascend with depth, so sorting them is the depth order that trees have.
-        places = jnp.sort(jax.lax.top_k(pool.scores, kept)[1], axis=1)
+        if not is_best_first:
+            places = jnp.sort(places, axis=1)
         rows = jnp.arange(b)[:, None]
         take = lambda x: x[rows, places]
         above = take(pool.parents)
@@ -530,6 +540,8 @@ def _assemble(plan: _Plan, pool: Pool) -> DraftTree:
         token_ids=plan.token_ids,
         states=join(roots.context.hidden[:, None], take(pool.states)),
         has_state=join(column(True, bool), take(pool.has_state)),
+        seen_scores=pool.scores if tree.sizes else None,
+        drafted_depth=growth.depth if tree.sizes else None,
         children=tree.children,
         max_depth=tree.num_steps,
         max_children=tree.topk,

@@ -104,7 +104,13 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
             # The token that stopped the chain is kept: a rule decides about the next
             # one.
             if rules:
-                stopped |= is_stopped(rules, Progress(depth + 1, path[:, None]))
+                progress = Progress(
+                    depth + 1,
+                    path[:, None],
+                    is_active=roots.is_active,
+                    steering=roots.steering,
+                )
+                stopped |= is_stopped(rules, progress)
 
         spread = lambda x: jnp.broadcast_to(x, (root.shape[0], *x.shape))
         drafted = DraftTree(

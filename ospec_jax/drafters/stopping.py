@@ -10,9 +10,8 @@ emit (.55, .45).
 Between steps, `control` chooses depths from what earlier steps came to.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +41,9 @@ class Progress(NamedTuple):
       node_depths: `[p]` depth of the node at each place of `scores`, likewise.
       context: `[b]` tokens in the target's cache. None where a rule is asked on record
         or of chains of suggestions.
+      is_active: `[b]` rows whose answer goes on; None for all.
+      steering: What the step was told from outside, or None.
+      tree: That is growing; None where there is no steering.
     """
 
     depth: int | Int[Array, ""]
@@ -52,6 +54,9 @@ class Progress(NamedTuple):
     num_kept: int = 0
     node_depths: Int[Array, " p"] | None = None
     context: Int[Array, " b"] | None = None
+    is_active: Bool[Array, " b"] | None = None
+    steering: Any = None
+    tree: TreeConfig | None = None
 
     @property
     def entropies(self) -> Float[Array, "b u"]:
@@ -179,47 +184,108 @@ def unless_worth_more(
       odds: Chance that a node is right below a right one, by the latter's grade; see
         `marginal.odds_below`.
     """
-    largest = max(sizes)
-    num_depths = len(seconds) - 1
+    table = jnp.asarray(seconds)
+    menu = jnp.asarray(sizes)
 
     def rule(progress: Progress) -> Bool[Array, " b"]:
-        if progress.scores is None or progress.node_depths is None:
-            raise ConfigError(
-                "this depth rule weighs all nodes of a tree, which chains of "
-                "suggestions do not show; give it to a drafter that has logits"
+        grown = _weigh(progress, max(sizes))
+        below = jnp.asarray(odds)[marginal.grades(grown.sure)]
+
+        # Each row by itself, as if it were alone.
+        def goes_on(best, depths, newest, odds):
+            return marginal.is_worth_more(
+                marginal.Costs(table, menu),
+                progress.depth,
+                best[None],
+                depths[None],
+                newest[None],
+                odds[None],
+                jnp.asarray(factor),
             )
 
-        costs = marginal.Costs(jnp.asarray(seconds), jnp.asarray(sizes))
-        most = min(largest, progress.scores.shape[-1])
-        best, places = jax.lax.top_k(progress.scores, most)
-        pad = ((0, 0), (0, largest - most))
-        best = jnp.pad(best, pad, constant_values=-jnp.inf)
-        depths = jnp.pad(progress.node_depths[places], pad, constant_values=1)
-        sure = _newest_sureness(progress, progress.scores, progress.node_depths)
-        below = jnp.asarray(odds)[marginal.grades(sure)]
-
-        # The depth is known only on the device, so each is weighed as if it were it.
-        def goes_on(depth: int):
-            one = functools.partial(
-                marginal.is_worth_more, costs, depth, factor=jnp.asarray(factor)
-            )
-            rows = best, depths, progress.log_probs, below
-            return jax.vmap(lambda *row: one(*row))(*rows)
-
-        each = jnp.stack([goes_on(depth) for depth in range(1, num_depths + 1)])
-        return ~each[progress.depth - 1]
+        rows = grown.best, grown.depths, progress.log_probs, below
+        return ~jax.vmap(goes_on)(*rows)
 
     return rule
 
 
-def _newest_sureness(progress: Progress, scores, depths) -> Float[Array, " b"]:
-    """How probable the draft found the newest token of its best path."""
+def unless_worth_more_now(progress: Progress) -> Bool[Array, " b"]:
+    """The marginal rule, told while decoding what steps cost and what drafts are worth.
+
+    `control.steered` tells it. All rows stop at once: they share the step, so what
+    counts is the sum of their tokens. A step that is told nothing drafts to the end.
+    """
+    rows = progress.log_probs.shape[:1]
+    if progress.steering is None:
+        return jnp.zeros(rows, bool)
+
+    grown = _weigh(progress, progress.num_kept)
+    assert progress.tree is not None
+    told = marginal.Steering.unpacked(
+        progress.steering, progress.tree.num_steps, len(progress.tree.sizes)
+    )
+    goes_on = marginal.is_worth_more(
+        marginal.Costs(told.seconds, told.sizes),
+        progress.depth,
+        grown.best,
+        grown.depths,
+        progress.log_probs,
+        told.odds[marginal.grades(grown.sure)],
+        told.factor,
+        progress.is_active,
+    )
+    is_over = jnp.where(told.depth > 0, progress.depth >= told.depth, ~goes_on)
+
+    return jnp.broadcast_to(is_over, rows)
+
+
+class _Weighed(NamedTuple):
+    """What the marginal rule reads of a growing tree.
+
+    Attributes:
+      best: `[b, n]` log-probabilities of the paths to the most probable nodes.
+      depths: `[b, n]` theirs.
+      sure: `[b]` how probable the draft found the newest token of its best path.
+    """
+
+    best: Float[Array, "b n"]
+    depths: Int[Array, "b n"]
+    sure: Float[Array, " b"]
+
+
+def _weigh(progress: Progress, largest: int) -> _Weighed:
+    """The best nodes of a growing tree, `largest` of them, and the best path's end.
+
+    Raises:
+      ConfigError: Suggestions are drafted, whose nodes are not shown.
+    """
+    if progress.scores is None or progress.node_depths is None:
+        raise ConfigError(
+            "this depth rule weighs all nodes of a tree, which chains of "
+            "suggestions do not show; give it to a drafter that has logits"
+        )
+
+    rows, num_places = progress.scores.shape
+    most = min(largest, num_places)
+    pad = ((0, 0), (0, largest - most))
+    # A chain's nodes stand in this order already.
+    if progress.log_probs.shape[-1] == 1:
+        best = progress.scores[:, :most]
+        depths = jnp.broadcast_to(progress.node_depths[:most], (rows, most))
+    else:
+        best, places = jax.lax.top_k(progress.scores, most)
+        depths = progress.node_depths[places]
+    best = jnp.pad(best, pad, constant_values=-jnp.inf)
+    depths = jnp.pad(depths, pad, constant_values=1)
+
     newest = jnp.max(progress.log_probs, axis=-1)
-    is_above = depths == progress.depth - 1
-    above = jnp.max(jnp.where(is_above, scores, -jnp.inf), axis=-1)
+    is_above = progress.node_depths == progress.depth - 1
+    above = jnp.max(jnp.where(is_above, progress.scores, -jnp.inf), axis=-1)
     # Above the first depth lies the root, which is certain.
     above = jnp.where(progress.depth == 1, 0.0, above)
-    return jnp.where(newest > -jnp.inf, jnp.exp(newest - above), 0.0)
+    sure = jnp.where(newest > -jnp.inf, jnp.exp(newest - above), 0.0)
+
+    return _Weighed(best, depths, sure)
 
 
 def rules_of(tree: TreeConfig, stop_fn: StopFn | None = None) -> tuple[StopFn, ...]:

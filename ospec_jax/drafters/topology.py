@@ -51,6 +51,16 @@ def static_ancestor_mask(parents: np.ndarray) -> np.ndarray:
     return mask
 
 
+def depths_of_places(topk: int, num_steps: int) -> np.ndarray:
+    """Depth of each node that a tree of uniform width may see, `[p]`, in depth order.
+
+    Args:
+      topk: Nodes of each depth that are expanded, and children of each of them.
+    """
+    later = np.repeat(np.arange(2, num_steps + 1, dtype=np.int32), topk**2)
+    return np.concatenate([np.ones(topk, np.int32), later])
+
+
 @typed
 def ancestor_mask(parents: Int[Array, "b n"], max_depth: int) -> Bool[Array, "b n n"]:
     """As `static_ancestor_mask`, for topologies known only on the device."""

@@ -17,12 +17,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ospec_jax.config import ConfigError
 from ospec_jax.control.clock import Clock
-from ospec_jax.control.marginal import Costs
+from ospec_jax.control.marginal import SIZES, Costs
 from ospec_jax.replay.trees import Trace
 from ospec_jax.typing import struct
-
-SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 60)
-"""Sizes on the menu, as far as a trace has them: each is an executable."""
 
 
 @struct

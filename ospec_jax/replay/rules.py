@@ -235,7 +235,7 @@ def marginal_rule(
         if not is_calibrated:
             factor = jnp.ones_like(factor)
         odds = marginal.odds_below(known)
-        below = odds[marginal.grades(marginal.sureness(seen.frontier))]
+        below = odds[marginal.grades(marginal.sureness(seen.frontier[:, 0]))]
         costs = seen.costs
         if not has_sizes:
             costs = marginal.Costs(
@@ -245,7 +245,7 @@ def marginal_rule(
         drafted = jnp.int32(most)
 
         for d in range(most - 1, 0, -1):
-            level = d - 1
+            level = slice(d - 1, d)
             goes_on = marginal.is_worth_more(
                 costs,
                 d,
@@ -258,22 +258,17 @@ def marginal_rule(
             drafted = jnp.where(goes_on, drafted, d)
 
         level = drafted - 1
-        chosen, _ = marginal.best_size(
-            costs,
-            drafted,
-            seen.best[level],
-            seen.depths[level],
-            factor,
-        )
+        emitted = marginal.promised(seen.best[level], seen.depths[level], factor)
+        chosen, _ = marginal.best_size(costs, drafted, emitted)
         is_drafting = marginal.is_worth_drafting(costs, known)
         drafted = jnp.where(is_drafting, drafted, 0)
 
         return Choice(drafted, chosen if has_sizes else jnp.int32(size))
 
     def observe(known, seen: Seen, choice: Choice, result: Result, mass):
-        sure = marginal.sureness(seen.frontier)
+        sure = marginal.sureness(seen.frontier[:, 0])
         booked = marginal.learn(
-            known, result.num_accepted, mass, sure, choice.depth, kept
+            known, result.num_accepted[None], mass[None], sure[None], choice.depth, kept
         )
         # What an answer's end cuts off was not seen.
         return jax.tree.map(

@@ -19,6 +19,7 @@ from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.ngram import ORDERS, init_memory
 from ospec_jax.drafters.pool import Members
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.sizing import SizeFn, all_drafted
 from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.last_layer import LastLayer
@@ -81,6 +82,7 @@ def assembled(
     has_log_probs: bool,
     controller: str | BuildController | None,
     stop_fn: StopFn | None = None,
+    size_fn: SizeFn = all_drafted,
     judge_every: int = 1,
 ) -> Parts:
     """Builds the engine, a drafter for each kind of step, and what learns."""
@@ -145,6 +147,7 @@ def assembled(
         mesh=target.mesh,
         judged=plain if rule.is_judging else None,
         num_unjudged=num_unjudged,
+        size_fn=size_fn,
     )
     recording = trainer.recording if trainer else "nothing"
     engine = Engine(config, target.params, drafter, recording, menu)

@@ -40,13 +40,14 @@ from ospec_jax.decoding.request import (
 )
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.drafters.base import Family
+from ospec_jax.drafters.sizing import SizeFn
 from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.learners.config import LearnerConfig, Rule
 from ospec_jax.loading import LoadedDraft, check_draft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.tokenizer import TextStream
 from ospec_jax.online.trainer import Learned, UpdateReport, go_on_from, learn_from
-from ospec_jax.session import arguments, build, resume, warm_up
+from ospec_jax.session import arguments, build, how_much, resume, warm_up
 from ospec_jax.session.requests import is_default_name, tokenized
 from ospec_jax.session.result import Result
 from ospec_jax.session.state import SessionState
@@ -87,9 +88,13 @@ class Session:
       controller: What each step runs, of the tree's depths: `fixed`, `auto`, or a
         function from actions to a `control.base.Controller`; of a pool's drafters one
         of `control.selectors`, such as `normalhedge` or `ucb:time`. By default `auto`
-        where the tree has several depths, and the first drafter.
+        where the tree has several depths, and the first drafter. `marginal` chooses
+        depth and size within the step, up to those of the tree, by default a chain of
+        five; `ltd:DIR` asks policies of `ospec train-control`.
       stop_fn: When a draft grows no deeper within a step, from what it has drafted so
         far: a rule of `drafters.stopping`, for chains and dynamic trees.
+      size_fn: How many nodes are verified then, of a tree that has `sizes`: a rule of
+        `drafters.sizing`, by default all that was drafted.
       judge_every: Steps after which a pool's drafters are judged by what was emitted
         meanwhile, for controllers that judge them. Until then only the one that drafts
         is kept up to date; it changes at no other time.
@@ -126,6 +131,7 @@ class Session:
         num_predicted_tokens: int = 12,
         controller: str | BuildController | None = None,
         stop_fn: StopFn | None = None,
+        size_fn: SizeFn | None = None,
         judge_every: int = JUDGE_EVERY,
     ):
         batch_size = whole_number("batch_size", batch_size, least=1)
@@ -149,7 +155,8 @@ class Session:
         learner = arguments.as_learner(learner, draft)
 
         # From here on everything fits together; what is built never changes.
-        tree = build.fitting_tree(tree, draft)
+        plan = how_much.resolve(tree, draft, controller, stop_fn, size_fn)
+        tree = build.fitting_tree(plan.tree, draft)
         parts = build.assembled(
             target,
             draft,
@@ -158,8 +165,9 @@ class Session:
             ngrams,
             num_predicted_tokens,
             has_log_probs,
-            controller,
-            stop_fn,
+            plan.controller,
+            plan.stop_fn,
+            plan.size_fn,
             judge_every,
         )
         self.target = target

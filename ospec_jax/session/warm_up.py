@@ -36,7 +36,7 @@ def warm_up(
     """
     answered = []
     for capacity in capacities:
-        if len(chooser.controller.actions) > 1 or not chooser.has_costs:
+        if len(chooser.controller.kinds) > 1 or not chooser.has_costs:
             measure_costs(engine, chooser, served, requests[-1], batch_size, capacity)
         completions = []
         for request in requests:
@@ -140,12 +140,14 @@ def measure_costs(
     slots = engine.capacity_for([request], capacity)
     state = engine.start(served, request, batch_size, slots)
     steps = {
-        action: functools.partial(engine.step, action, request.kind, served)
-        for action in chooser.controller.actions
+        number: functools.partial(
+            engine.step, action, request.kind, served, steering=steering
+        )
+        for number, (action, steering) in enumerate(chooser.controller.kinds)
     }
-    seconds, _ = seconds_of_steps(steps, state, num_rounds=5 if is_timed else 0)
+    # Where small differences decide, more rounds: among them is a quiet one.
+    num_rounds = 12 if chooser.controller.timed else 5
+    seconds, _ = seconds_of_steps(steps, state, num_rounds if is_timed else 0)
     if is_timed:
         # Processes of one mesh must choose the same actions.
-        chooser.set_costs(
-            {action: float(sharding.agreed(x)) for action, x in seconds.items()}
-        )
+        chooser.set_costs([float(sharding.agreed(x)) for x in seconds.values()])

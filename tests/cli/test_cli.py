@@ -527,9 +527,19 @@ def test_policies_are_taught_and_decode(ospec, tmp_path, capsys, monkeypatch):
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
     assert ospec(*asked, "--controller", "ltx") == 2
-    assert "use fixed, auto or ltd:DIR" in capsys.readouterr().err
+    assert "use fixed, auto, marginal or ltd:DIR" in capsys.readouterr().err
     assert ospec("bench", "--controller", f"ltd:{out}") == 2
-    assert "is compared by `ospec rules --policies`" in capsys.readouterr().err
+    assert f"use --controllers ltd:{out}" in capsys.readouterr().err
+
+    contenders = ["2", "auto", "marginal", f"ltd:{out}"]
+    args = ("--num-prompts", 1, "--max-new-tokens", 6, "--draft", ospec.draft)
+    compared = ("bench", "--controllers", ",".join(contenders), *args)
+    assert ospec(*compared, "--json", file) == 0
+    rows = json.loads(file.read_text())
+    assert [row["mode"] for row in rows] == ["autoregressive", *contenders]
+    assert {row["num_mismatched_outputs"] for row in rows} == {0}
+    assert ospec("bench", "--controllers", "2,often", *args) == 2
+    assert "unknown controller 'often'" in capsys.readouterr().err
 
 
 def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):

@@ -31,7 +31,7 @@ def test_every_rule_keeps_to_its_actions(name):
     actions = ACTIONS[-1:] if name == "fixed" else ACTIONS
     chooser = Chooser.start(CONTROLLERS[name](actions), 2)
     if not chooser.has_costs:
-        chooser.set_costs(dict(zip(actions, (1.0, 1.2, 1.5), strict=True)))
+        chooser.set_costs((1.0, 1.2, 1.5))
     assert chooser.has_costs
 
     for accepted in (0, 1, 0, 3, 2) * 4:

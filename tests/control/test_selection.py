@@ -41,7 +41,7 @@ def play(name, rates, num_steps=400, seed=0, costs=None):
     actions = actions_of(rates.shape[1])
     chooser = Chooser.start(build_selector(name, actions), 1)
     if not chooser.has_costs:
-        chooser.set_costs(dict(zip(actions, costs, strict=True)))
+        chooser.set_costs(costs)
     rng = np.random.default_rng(seed)
     taken = []
     for row in rates:
@@ -119,7 +119,7 @@ def test_by_time_depth_is_chosen_as_well():
     actions = actions_of(2, (0, 1, 3))
     chooser = Chooser.start(build_selector("normalhedge:time", actions), 1)
     assert not chooser.has_costs
-    chooser.set_costs(dict(zip(actions, (1.0, 1.2, 2.0, 1.0, 1.2, 1.5), strict=True)))
+    chooser.set_costs((1.0, 1.2, 2.0, 1.0, 1.2, 1.5))
     rng = np.random.default_rng(0)
     wanted = [((0.1, 0.9), Action(CHAIN, 1)), ((0.01, 0.01), 0)]
     for rates, best in wanted:

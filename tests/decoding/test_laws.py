@@ -168,8 +168,10 @@ def emitted_law(config, children, rule, kind, vocab_size, validity=None, how=Non
             draft_probs=q[tokens] if is_drawn else None, children=children,
             max_depth=int(depths.max()), max_children=max(counts),
         )  # fmt: skip
+        # Of nodes that are not there the target need not be asked.
         probs = p[tokens] if how is None else as_asked(how, p[tokens], tree)
-        return RULES[rule](uniforms, tree, rank, probs)
+        asked = jnp.where(is_valid[:, None], probs, 0.0)
+        return RULES[rule](uniforms, tree, rank, asked)
 
     answers = lambda index, uniforms: jax.tree.map(
         np.asarray, ask(tokens[index], is_there[index], uniforms)

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The marginal rule while decoding: how deep, how many nodes, or nothing at all.
+
+Whether anything is drafted is chosen between steps, from what earlier ones came to. How
+deep, and how many of the nodes are verified, is chosen within the step, by what was
+drafted: `drafters.stopping.unless_worth_more_now` and
+`drafters.sizing.most_tokens_a_second`, which are told (`marginal.Steering`) what steps
+cost and what the draft's probabilities have been worth.
+
+The costs are measured once, before serving; a checkpoint keeps them. What is learned
+goes on with every verified step. Both are arguments of the compiled step, and change
+how fast tokens come, never which.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from ospec_jax.config import TreeConfig
+from ospec_jax.control.base import Action, Controller, Outcome, Row, fixed
+from ospec_jax.control.clock import Timed, fit_clock
+from ospec_jax.control.marginal import (
+    SIZES,
+    Calibration,
+    Costs,
+    Evidence,
+    Steering,
+    factors,
+    is_worth_drafting,
+    learn,
+    odds_below,
+)
+
+DEEPEST = 5
+"""Depth of the deepest draft, unless another one is asked for."""
+_NUM_GRADES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class MarginalState:
+    """What is known of costs and of the draft; JSON holds it exactly.
+
+    Attributes:
+      depth: Of the deepest tree.
+      sizes: Nodes to verify, the root left out.
+      num_rows: Of the batches that are decoded.
+      seconds: What steps take, by depth from 0 on and within it by size; empty until
+        measured.
+      hits: As in `marginal.Calibration`, likewise the next four.
+      depth_counts: Steps that drafted so deep, from 0 on.
+      size_counts: Steps that verified so many nodes, by number.
+    """
+
+    depth: int
+    sizes: tuple[int, ...]
+    num_rows: int
+    hits: tuple[float, ...]
+    trials: tuple[float, ...]
+    mass: tuple[float, ...]
+    hits_below: tuple[float, ...] = (0.0,) * _NUM_GRADES
+    trials_below: tuple[float, ...] = (0.0,) * _NUM_GRADES
+    seconds: tuple[float, ...] = ()
+    depth_counts: tuple[int, ...] = ()
+    size_counts: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> Calibration:
+        """What verified nodes said, as arrays."""
+        names = ("hits", "trials", "mass", "hits_below", "trials_below")
+        return Calibration(*(np.asarray(getattr(self, name)) for name in names))
+
+    @property
+    def costs(self) -> Costs:
+        """What steps take, as arrays."""
+        shape = self.depth + 1, len(self.sizes)
+        return Costs(np.asarray(self.seconds).reshape(shape), np.asarray(self.sizes))
+
+
+def menu_of(num_nodes: int) -> tuple[int, ...]:
+    """Sizes to choose from, for a tree of so many nodes, the root left out."""
+    return (*(size for size in SIZES if size < num_nodes), num_nodes)
+
+
+def steerable(tree: TreeConfig) -> TreeConfig:
+    """The tree, as the rule chooses from it: all of it, a part, or nothing.
+
+    Raises:
+      ConfigError: It is neither a chain nor a dynamic tree.
+    """
+    if not tree.num_steps:
+        return tree
+
+    whole = dataclasses.replace(tree, depths=())
+    sizes = tree.sizes or menu_of(whole.num_nodes - 1)
+    # The sizes are looked at first: they say what is wrong with a static tree.
+    sized = dataclasses.replace(whole, sizes=sizes)
+
+    return dataclasses.replace(sized, depths=(0, tree.num_steps))
+
+
+def marginal_rule(
+    actions: tuple[Action, ...], num_steps_remembered: float = 200.0
+) -> Controller:
+    """Builds the rule described above.
+
+    Args:
+      actions: Plain decoding, and a tree with `sizes`; the latter alone always drafts.
+        A tree without `sizes` leaves nothing to choose: it is what every step runs.
+      num_steps_remembered: After so many steps evidence weighs 1 / e of what it did.
+    """
+    deep = actions[-1]
+    tree = deep.tree
+    if not tree.sizes:
+        return fixed(actions)
+
+    plain = next((a for a in actions if not a.tree.num_steps), deep)
+    kept = float(np.exp(-1.0 / num_steps_remembered))
+    last = len(tree.sizes) - 1
+
+    def init(num_rows: int) -> MarginalState:
+        nothing = (0.0,) * tree.num_steps
+        return MarginalState(
+            tree.num_steps,
+            tree.sizes,
+            num_rows,
+            nothing,
+            nothing,
+            nothing,
+            depth_counts=(0,) * (tree.num_steps + 1),
+            size_counts=(0,) * len(tree.sizes),
+        )
+
+    def choose(state: MarginalState, rows: Sequence[Row]) -> Action:
+        if not state.seconds or is_worth_drafting(state.costs, state.known):
+            return deep
+
+        return plain
+
+    def steer(state: MarginalState, rows: Sequence[Row]) -> np.ndarray:
+        # Before costs are known all that is drafted is verified. So it is where two
+        # rows share their random numbers: what is chosen for both of them must not
+        # follow from what one has drafted.
+        if not state.seconds or not rows:
+            return _told(state, depth=tree.num_steps, size=last)
+
+        return _told(state)
+
+    def observe(
+        state: MarginalState, action: Action, outcome: Outcome
+    ) -> MarginalState:
+        accepted = np.asarray(outcome.num_accepted)
+        found = outcome.evidence
+        if found is None and action.tree.num_steps:
+            return state
+
+        if found is None:
+            found = np.zeros((len(accepted), 2 + 2 * state.depth))
+        depth, size, mass, sure = Evidence.unpacked(found)
+        booked = learn(state.known, accepted, mass, sure, depth, kept)
+        fields = {name: tuple(x.tolist()) for name, x in vars(booked).items()}
+        depths = _counted(state.depth_counts, depth)
+        # Plain steps verify no node.
+        sizes = state.size_counts
+        if size:
+            sizes = _counted(sizes, state.sizes.index(size))
+
+        return dataclasses.replace(
+            state, **fields, depth_counts=depths, size_counts=sizes
+        )
+
+    def set_costs(state: MarginalState, seconds: Sequence[float]) -> MarginalState:
+        timed = [
+            Timed(depth, _rows(tree, depth, size), 0, taken)
+            for (depth, size), taken in zip(kinds, seconds, strict=True)
+        ]
+        clock = fit_clock(timed, tree.topk)
+        depths = range(tree.num_steps + 1)
+        rows = [[_rows(tree, d, size) for size in tree.sizes] for d in depths]
+        table = np.asarray(clock.seconds(np.arange(len(rows))[:, None], rows, 0))
+        table = _rising(_rising(table, axis=0), axis=1)
+        return dataclasses.replace(state, seconds=tuple(table.ravel().tolist()))
+
+    def resume(fresh: MarginalState, saved: MarginalState) -> MarginalState:
+        # Of other trees all is otherwise; batches of another size have other costs.
+        shape = lambda state: (state.depth, state.sizes, len(state.hits))
+        if shape(saved) != shape(fresh):
+            return fresh
+        if saved.num_rows != fresh.num_rows:
+            return dataclasses.replace(saved, num_rows=fresh.num_rows, seconds=())
+
+        return saved
+
+    kinds = _kinds_of(tree)
+    # As if depth and size had been chosen, whatever is drafted.
+    told = [
+        None if not depth else _told(init(1), depth=depth, size=tree.sizes.index(size))
+        for depth, size in kinds
+    ]
+    timed_actions = [plain if not depth else deep for depth, _ in kinds]
+
+    return Controller(
+        actions=actions,
+        init=init,
+        choose=choose,
+        observe=observe,
+        set_costs=set_costs,
+        has_costs=lambda state: bool(state.seconds),
+        resume=resume,
+        steer=steer,
+        timed=tuple(zip(timed_actions, told, strict=True)),
+        report=_report,
+    )
+
+
+def _told(state: MarginalState, depth: int = 0, size: int = -1) -> np.ndarray:
+    """What the step is told, packed; by default to choose for itself."""
+    known = state.known
+    shape = state.depth + 1, len(state.sizes)
+    seconds = state.costs.seconds if state.seconds else np.ones(shape)
+
+    told = Steering(
+        seconds=seconds,
+        sizes=state.sizes,
+        factor=factors(known),
+        odds=odds_below(known),
+        depth=depth,
+        size=size,
+    )
+    return told.packed()
+
+
+def _rows(tree: TreeConfig, depth: int, size: int) -> int:
+    """Rows that the target runs over, the root included: a depth may have fewer."""
+    if not depth:
+        return 1
+
+    return 1 + min(size, tree.topk + (depth - 1) * tree.topk**2)
+
+
+def _kinds_of(tree: TreeConfig) -> list[tuple[int, int]]:
+    """Depths and sizes to measure: all depths at one size, all sizes at one depth."""
+    # At a size that all depths have, and the deepest one is measured with, too.
+    most = max(tree.topk, tree.sizes[0])
+    common = max(size for size in tree.sizes if size <= most)
+    deepest = [(tree.num_steps, size) for size in tree.sizes]
+    return [
+        (0, tree.sizes[0]),
+        *((depth, common) for depth in range(1, tree.num_steps)),
+        *deepest,
+    ]
+
+
+def _rising(table: np.ndarray, axis: int) -> np.ndarray:
+    """The table without falls along an axis: more work that takes less is noise."""
+    above = np.maximum.accumulate(table, axis)
+    below = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
+    return (above + below) / 2
+
+
+def _counted(counts: tuple[int, ...], place: int) -> tuple[int, ...]:
+    return tuple(n + (i == place) for i, n in enumerate(counts))
+
+
+def _report(state: MarginalState) -> dict:
+    """What it thinks, for telemetry."""
+    return {
+        "depths": list(state.depth_counts),
+        "sizes": list(state.size_counts),
+        "factors": np.asarray(factors(state.known)).tolist(),
+        "odds": np.asarray(odds_below(state.known)).tolist(),
+        "step_seconds": list(state.seconds),
+    }

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much a session drafts and verifies: names of rules, and what they stand for.
+
+A controller chooses between steps; a depth rule and a size rule choose within one. The
+controllers `marginal` and `ltd:DIR` bring rules of their own for what is within.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.control import steered
+from ospec_jax.control.policy import Policies
+from ospec_jax.control.registry import BuildController
+from ospec_jax.drafters.sizing import (
+    SizeFn,
+    all_drafted,
+    most_tokens_a_second,
+    taught_size,
+)
+from ospec_jax.drafters.stopping import StopFn, taught, unless_worth_more_now
+from ospec_jax.loading import LoadedDraft
+from ospec_jax.storage.policies import load_policies
+
+MARGINAL = "marginal"
+POLICIES = "ltd"
+
+
+class HowMuch(NamedTuple):
+    """What chooses how much is drafted and verified.
+
+    Attributes:
+      tree: How much at most; None for the session's own default.
+      controller: Chooses between steps; see `Session`.
+      stop_fn: When a draft grows no deeper; None to draft all of the tree.
+      size_fn: How many nodes are verified, of a tree that has `sizes`.
+    """
+
+    tree: TreeConfig | None
+    controller: str | BuildController | None
+    stop_fn: StopFn | None
+    size_fn: SizeFn
+
+
+def resolve(
+    tree: TreeConfig | None,
+    draft: LoadedDraft | None,
+    controller: Any,
+    stop_fn: StopFn | None,
+    size_fn: SizeFn | None,
+) -> HowMuch:
+    """What a controller's name stands for, and rules that are given, checked.
+
+    Raises:
+      ConfigError: They do not go together, or a folder holds no policies.
+    """
+    name = controller if isinstance(controller, str) else ""
+    kind, _, folder = name.partition(":")
+    if kind in (MARGINAL, POLICIES) and (stop_fn or size_fn):
+        raise ConfigError(
+            f"the controller {controller!r} brings its own rules for the depth and the "
+            f"size; leave out stop_fn and size_fn, or the controller"
+        )
+    if controller == MARGINAL:
+        return _marginal(tree, draft)
+    if kind == POLICIES:
+        return _policies(tree, load_policies(folder)[0])
+
+    if size_fn is not None and (tree is None or not tree.sizes):
+        raise ConfigError(
+            "size_fn chooses among the sizes of a tree that has none; give some, as in "
+            "TreeConfig(num_steps=4, sizes=(1, 2, 3, 4))"
+        )
+    if size_fn is not None and tree is not None and tree.children != "topk":
+        raise ConfigError(
+            f"size_fn would leave out drawn tokens after a look at them, which is not "
+            f"exact for children={tree.children!r}; use children='topk', or leave it "
+            f"out: what a draft that stopped early has not drafted costs no rows"
+        )
+
+    return HowMuch(tree, controller, stop_fn, size_fn or all_drafted)
+
+
+def _marginal(tree: TreeConfig | None, draft: LoadedDraft | None) -> HowMuch:
+    """The marginal rule, for a chain of `steered.DEEPEST` unless a tree is given."""
+    if draft is None:
+        return HowMuch(TreeConfig(num_steps=0), None, None, all_drafted)
+    if draft.mix == "mixed":
+        raise ConfigError(
+            "the controller 'marginal' weighs one draft, and mixed:... has two side by "
+            "side; use fallback:..., or another controller"
+        )
+
+    if draft.family.config is None:
+        raise ConfigError(
+            f"the controller 'marginal' weighs what a draft thinks of its tokens, and "
+            f"suggestions as of {draft.family.name!r} have no logits; use 'auto'"
+        )
+
+    deepest = steered.DEEPEST
+    if draft.family.max_depth is not None:
+        deepest = min(deepest, draft.family.max_depth(draft.architecture))
+    tree = tree or TreeConfig(num_steps=deepest)
+
+    return HowMuch(
+        steered.steerable(tree), MARGINAL, unless_worth_more_now, most_tokens_a_second
+    )
+
+
+def _policies(tree: TreeConfig | None, policies: Policies) -> HowMuch:
+    """LTD's policies, for the trees that they were taught on unless one is given."""
+    tree = tree or tree_of(policies)
+    # Of drawn children none is left out, whatever the policy for the size says.
+    if tree.num_steps and not tree.sizes:
+        most = tree.num_nodes - 1
+        sizes = (*(size for size in policies.shape.sizes if size < most), most)
+        tree = dataclasses.replace(tree, sizes=sizes)
+
+    return HowMuch(tree, None, taught(policies), taught_size(policies))
+
+
+def tree_of(policies: Policies) -> TreeConfig:
+    """The largest tree that policies know."""
+    shape = policies.shape
+    if shape.topk == 1:
+        return TreeConfig(num_steps=shape.depth)
+
+    return TreeConfig("dynamic", shape.depth, shape.topk, max(shape.sizes))
