@@ -169,8 +169,10 @@ class Live:
         # wait for the host.
         num_ahead = 0
         if batch.has_work:
-            action = session.chooser.choose(_rows_of(batch))
-            batch.dispatch(session.served_draft, action)
+            rows = _rows_of(batch)
+            action = session.chooser.choose(rows)
+            steering = session.chooser.steer(action, rows)
+            batch.dispatch(session.served_draft, action, steering)
             num_ahead = 1
 
         self._ended += batch.collect(num_ahead)
@@ -255,7 +257,8 @@ class Live:
             # Before anything is read: the request might end, and nobody be left.
             for action in self._session.engine.actions:
                 if size == 1 or action.drafter != SUGGESTIONS:
-                    batch.dispatch(served, action)
+                    steering = self._session.chooser.steer(action, ())
+                    batch.dispatch(served, action, steering)
             list(batch.settle())
             # Someone who comes and leaves.
             if batch.num_free:
@@ -279,10 +282,12 @@ class Live:
     def _answer(self, request: Request, capacity: int) -> Completion:
         """Answers a request alone."""
         batch = self._begin(request, self.sizes[0], capacity)
+        action = self._session.engine.action
+        steering = self._session.chooser.steer(action, ())
         while True:
             num_ahead = 0
             if batch.has_work:
-                batch.dispatch(self._session.served_draft, self._session.engine.action)
+                batch.dispatch(self._session.served_draft, action, steering)
                 num_ahead = 1
             for completion in batch.collect(num_ahead):
                 return completion
