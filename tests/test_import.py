@@ -52,7 +52,7 @@ def test_importing_changes_nothing_for_others():
     before, after = json.loads(done.stdout)
     assert len(before["levels"]) > 5
     flags = after["environment"].pop("XLA_FLAGS", "")
-    assert flags in ("", f"{_platform._FLAG}={_platform._VALUE}")
+    assert flags == f"{_platform._FLAG}={_platform._VALUE}"
     assert after == before
     assert not done.stderr
 
@@ -61,5 +61,23 @@ def test_importing_changes_nothing_for_others():
 def test_a_flag_that_the_user_chose_stands(monkeypatch, chosen):
     flags = f"--xla_dump_to=here {_platform._FLAG}={chosen}"
     monkeypatch.setenv("XLA_FLAGS", flags)
+    _platform.set_flags()
+    assert os.environ["XLA_FLAGS"] == flags
+
+
+@pytest.mark.parametrize(
+    ("version", "flags"),
+    [
+        ("0.9.2", ""),
+        ("0.10.2", f"{_platform._FLAG}={_platform._VALUE}"),
+        ("0.11.0", f"{_platform._FLAG}={_platform._VALUE}"),
+        ("0.12.0.1", f"{_platform._FLAG}={_platform._VALUE}"),
+        ("0.13.0", ""),
+        ("1.0.10.2", ""),
+    ],
+)
+def test_versions_that_know_the_flag_get_it(monkeypatch, version, flags):
+    monkeypatch.setattr(_platform.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setenv("XLA_FLAGS", "")
     _platform.set_flags()
     assert os.environ["XLA_FLAGS"] == flags

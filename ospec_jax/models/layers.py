@@ -4,10 +4,11 @@
 **Row invariance.** Speculative decoding computes the same token's logits in passes of
 different shapes (one row, K + 1 rows, a prefill chunk), and greedy equality holds bit
 for bit only if a row's value does not depend on how many rows stand beside it. On
-XLA:CPU matrix products have this property when the weights are stored `[out, in]` and
-there are at least two rows; vectorised reductions have not. So with
-`Numerics.is_row_invariant` every sum over a row is itself a product with ones. Native
-layers (`kernels.native.decoder_layer`) compute row by row, and need none of this.
+XLA:CPU matrix products have this property when the weights are stored `[out, in]`,
+there are at least two rows, and nothing is fused with them (see `_platform`);
+vectorised reductions have not. So with `Numerics.is_row_invariant` every sum over a row
+is itself a product with ones. Native layers (`kernels.native.decoder_layer`) compute
+row by row, and need none of this.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 """A token's numbers are the same bits, whatever pass it is computed in."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +220,27 @@ def tree_pass(passes, parents, path, start, cache):
     positions = start + jnp.asarray(topology.static_depths(parents))[None]
     bias = kv.tree_bias(starts, mask, cache.capacity)
     return passes.run(passes.params, tokens[None], positions, bias, cache, starts)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_products_are_fused_with_nothing(name):
+    config = tiny_model_config(**{"num_layers": 1} | MODELS[name])
+    model = Llama(config, Numerics())
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    starts = tokens[:, 0]
+    cache = kv.init_cache(1, 2, config.num_kv_heads, 512, config.head_dim, jnp.float32)
+    bias = kv.causal_bias(starts, 8, 512)
+    params = random_params(config)
+    run = jax.jit(lambda params, *args: model.apply({"params": params}, *args))
+    compiled = run.lower(params, tokens, tokens, bias, cache, starts).compile()
+    # One computation a paragraph, one operation a line, `NAME = TYPE OPERATION(...)`.
+    paragraphs = compiled.as_text().split("\n\n")
+    fused = [text for text in paragraphs if text.startswith("%") and " dot(" in text]
+    assert len(fused) > 5
+
+    for text in fused:
+        operations = set(re.findall(r"= \S+ ([\w-]+)\(", text))
+        assert operations <= {"dot", "parameter", "bitcast"}
 
 
 @pytest.mark.slow
