@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
-REAL_WEIGHTS = {"01_quickstart", "02_speed", "03_drafters"}
+REAL_WEIGHTS = {"01_quickstart", "02_speed", "03_drafters", "07_how_much"}
 SMALLER = {
     "01_quickstart": {
         "NUM_PROMPTS, NEW_TOKENS = 20, 64": "NUM_PROMPTS, NEW_TOKENS = 4, 32"
@@ -24,6 +24,9 @@ SMALLER = {
     "03_drafters": {
         "NUM_PROMPTS, NEW_TOKENS = 3, 40": "NUM_PROMPTS, NEW_TOKENS = 2, 24",
         '    "shipped:hydra": CHAIN,\n': "",
+    },
+    "07_how_much": {
+        "NUM_PROMPTS, NEW_TOKENS = 5, 48": "NUM_PROMPTS, NEW_TOKENS = 2, 24"
     },
     "05_regret": {
         # Each is a program.

@@ -74,6 +74,7 @@ class Score:
       depth: Mean depth that was drafted.
       rows: Mean rows that were verified, the root included.
       num_cycles: Passes of the target.
+      choices: Cycles by depth, from 0 on, and within it by size.
     """
 
     name: str
@@ -82,15 +83,26 @@ class Score:
     depth: float
     rows: float
     num_cycles: int
+    choices: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def depths(self) -> np.ndarray:
+        """Share of the cycles that drafted so deep, `[k + 1]`, from 0 on."""
+        return np.sum(self.choices, axis=1) / self.num_cycles
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Share of the cycles that verified so many nodes, `[s + 1]`; none, first."""
+        table = np.asarray(self.choices)
+        drafted = np.sum(table[1:], axis=0)
+        return np.concatenate([[np.sum(table[0])], drafted]) / self.num_cycles
 
 
 class _Sums(NamedTuple):
     position: Int[Array, ""]
     state: Any
-    cycles: Array
     seconds: Array
-    depth: Array
-    rows: Array
+    choices: Int[Array, "d s"]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -104,14 +116,12 @@ def _run(cycles: Cycles, choose: Callable, init: Callable, observe: Callable) ->
             # Answers lie one behind the other: where one ends the next begins.
             position=sums.position + result.num_emitted,
             state=observe(sums.state, seen, choice, result, mass),
-            cycles=sums.cycles + 1,
             seconds=sums.seconds + result.seconds,
-            depth=sums.depth + choice.depth,
-            rows=sums.rows + cycles.rows[choice.depth, choice.size],
+            choices=sums.choices.at[choice.depth, choice.size].add(1),
         )
 
-    zero = jnp.int32(0)
-    first = _Sums(zero, init(), zero, jnp.float32(0), zero, zero)
+    nothing = jnp.zeros(cycles.rows.shape, jnp.int32)
+    first = _Sums(jnp.int32(0), init(), jnp.float32(0), nothing)
     is_going = lambda sums: sums.position < cycles.num_positions
 
     return jax.lax.while_loop(is_going, body, first)
@@ -120,19 +130,41 @@ def _run(cycles: Cycles, choose: Callable, init: Callable, observe: Callable) ->
 def run_rule(cycles: Cycles, rule: Rule) -> Score:
     """Replays all answers of a trace, one after the other, with what a rule chooses."""
     sums = jax.device_get(_run(cycles, rule.choose, rule.init, rule.observe))
-    return _score(rule.name, cycles, sums.cycles, sums.seconds, sums.depth, sums.rows)
+    return _score(rule.name, cycles, sums.seconds, sums.choices)
 
 
-def _score(name: str, cycles: Cycles, count, seconds, depth, rows) -> Score:
-    count = int(count)
+def _score(name: str, cycles: Cycles, seconds, choices) -> Score:
+    """A score of cycles that were counted by depth and size, `[k + 1, s]`."""
+    count = int(np.sum(choices))
+    depths = np.arange(len(choices))[:, None]
     return Score(
         name=name,
         tokens_per_second=cycles.num_positions / float(seconds),
         acceptance_length=cycles.num_positions / count,
-        depth=float(depth) / count,
-        rows=float(rows) / count,
+        depth=float(np.sum(choices * depths)) / count,
+        rows=float(np.sum(choices * np.asarray(cycles.rows))) / count,
         num_cycles=count,
+        choices=tuple(tuple(row) for row in np.asarray(choices).tolist()),
     )
+
+
+def run_shift(before: Cycles, after: Cycles) -> list[Score]:
+    """The marginal rule on answers of one kind, by where its calibration comes from.
+
+    Returns:
+      Scores on `after`: begun anew there; calibrated on `before` and learning on; and
+      calibrated on `before` for good.
+    """
+    rule = marginal_rule(after.depth)
+    known = _run(before, rule.choose, rule.init, rule.observe).state
+    moved = rule._replace(init=lambda: known)
+    stay = lambda state, seen, choice, result, mass: state
+
+    return [
+        run_rule(after, rule._replace(name="begun anew")),
+        run_rule(after, moved._replace(name="moved, learning on")),
+        run_rule(after, moved._replace(name="moved, as it was", observe=stay)),
+    ]
 
 
 def fixed(depth: int, size: int, name: str = "") -> Rule:
@@ -318,8 +350,7 @@ def run_controller(
     waiting = None
     position = 0
     spent = 0.0
-    depths = []
-    rows = []
+    choices = np.zeros(cycles.rows.shape, int)
 
     while position < cycles.num_positions:
         row = Row(False, int(cycles.contexts[position]), int(table.left[position]))
@@ -333,11 +364,10 @@ def run_controller(
         is_last = accepted + 1 >= left
         waiting = None if is_last else (action, Outcome((accepted,)))
         spent += float(table.seconds[position, depth, size])
-        depths.append(depth)
-        rows.append(int(cycles.rows[depth, size]))
+        choices[depth, size] += 1
         position += min(accepted + 1, left)
 
-    return _score(name, cycles, len(depths), spent, sum(depths), sum(rows))
+    return _score(name, cycles, spent, choices)
 
 
 class _Tables(NamedTuple):
@@ -403,22 +433,17 @@ def run_choices(cycles: Cycles, choice: Choice, name: str) -> Score:
 
 def _walk(name: str, cycles: Cycles, table: _Tables, emitted, chosen) -> Score:
     """Follows choices, by number over depths and sizes, from position to position."""
-    rows = np.asarray(cycles.rows)
+    choices = np.zeros(cycles.rows.shape, int)
     position = 0
-    count = 0
     spent = 0.0
-    depths = 0
-    num_rows = 0
 
     while position < cycles.num_positions:
-        depth, size = np.unravel_index(chosen[position], rows.shape)
+        depth, size = np.unravel_index(chosen[position], choices.shape)
         spent += float(table.seconds[position, depth, size])
-        depths += int(depth)
-        num_rows += int(rows[depth, size])
-        count += 1
+        choices[depth, size] += 1
         position += int(emitted[position, depth, size])
 
-    return _score(name, cycles, count, spent, depths, num_rows)
+    return _score(name, cycles, spent, choices)
 
 
 _THRESHOLDS: dict[str, tuple[Callable[[float], StopFn], tuple[float, ...]]] = {

@@ -323,3 +323,27 @@ def test_sizes_beyond_a_trace_are_left_out(trace):
     sizes = np.asarray(build_cycles(trace, CLOCK, (1, 3, 50), num_nodes=5).sizes)
     assert list(sizes) == [1, 3, 5]
     assert list(itertools.pairwise(sizes)) == [(1, 3), (3, 5)]
+
+
+def test_scores_count_what_was_chosen():
+    """By depth and size; means and shares follow from the counts."""
+    cycles = build_cycles(made_up_trace(), CLOCK, MENU)
+    for score in (
+        rules.run_rule(cycles, rules.marginal_rule(SHAPE.depth)),
+        rules.run_oracle(cycles),
+        rules.run_rule(cycles, rules.fixed(2, 1)),
+    ):
+        assert np.sum(score.choices) == score.num_cycles
+        assert score.depths @ np.arange(4) == pytest.approx(score.depth)
+        assert score.depths.sum() == pytest.approx(score.sizes.sum()) == 1.0
+    assert score.choices[2][1] == score.num_cycles
+
+
+def test_calibration_is_taken_along():
+    """To the same answers again it helps, if only by what it need not learn anew."""
+    cycles = build_cycles(made_up_trace((40, 30), seed=3), CLOCK, MENU)
+    wrong = dataclasses.replace(cycles, is_right=jnp.zeros_like(cycles.is_right))
+    anew, moved, stuck = rules.run_shift(wrong, cycles)
+    # Where nothing was ever right nothing is drafted, until it is learned anew.
+    assert anew.acceptance_length > stuck.acceptance_length == 1.0
+    assert anew.tokens_per_second >= moved.tokens_per_second
