@@ -404,7 +404,7 @@ def test_a_row_that_does_not_speculate_takes_one_token_a_step(name):
 
 def test_feedback_is_what_the_target_says_unadjusted():
     """What is learned from an answer does not depend on how its tokens were chosen."""
-    target = tiny_target(VOCAB, num_layers=2)
+    target = tiny_target(VOCAB)
     config = tiny_draft_config(target.config)
     drafter = build_drafter("eagle3", config, TREES["chain"], target.numerics)
     step = StepConfig(target.config, target.numerics, TREES["chain"], config.taps)
