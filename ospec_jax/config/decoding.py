@@ -329,7 +329,7 @@ def _as_pairs(bias: Any) -> tuple[tuple[int, float], ...]:
     Raises:
       ConfigError: They are no such pairs.
     """
-    pairs = tuple(bias) if isinstance(bias, list | tuple) else (None,)
+    pairs: Any = tuple(bias) if isinstance(bias, list | tuple) else (None,)
     pairs = tuple(tuple(x) if isinstance(x, list) else x for x in pairs)
     if not is_of_type(pairs, tuple[tuple[int, float], ...], needs_finite=False):
         raise ConfigError(

@@ -89,7 +89,7 @@ def measure_clock(
     # The first round compiles.
     for number in range(num_rounds + 1):
         for kind, action in enumerate(actions):
-            step = functools.partial(engine.step, action, True, draft)
+            step = functools.partial(engine.step, action, "greedy", draft)
             for i, state in enumerate(states):
                 count = _STEPS if number else 1
                 seconds, states[i] = time_steps(step, state, count)
