@@ -43,6 +43,8 @@ _LONGEST = ("test_notebooks", "test_sharding", "test_real_model")
 # are those of whole sessions, meshes and commands.
 _LONG = {
     *_LONGEST,
+    "test_adjusting",
+    "test_asked",
     "test_asking",
     "test_cli",
     "test_depth",

@@ -694,10 +694,11 @@ class Engine:
             return None
         if extras is None:
             extras = self._rows.start_extras(batch_size)
-        # What the row's last request asked for must not be there for the new one.
-        if row is None:
-            row = self._rows.start_extras(1)
 
+        # What the row's last request asked for must not be there for the new one. Made
+        # in any case, so that it is compiled with the first of these programs.
+        neutral = self._rows.start_extras(1)
+        row = neutral if row is None else row
         return self._rows.insert(extras, row, np.int32(slot))
 
     def finish(self, state: DecodeState, slot: int) -> DecodeState:

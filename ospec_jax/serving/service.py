@@ -577,12 +577,17 @@ class Service:
 
         return result.learning_seconds
 
-    def _note_version(self, stats: DecodingStats | None = None) -> None:
+    def _note_version(
+        self, stats: DecodingStats | None = None, is_changed: bool = False
+    ) -> None:
         """Keeps what others may ask of the draft, for whom its state is out of reach.
 
         Args:
           stats: Of an answer by the version that was served until now.
+          is_changed: By an administrator: to be saved, though nothing was answered.
         """
+        if is_changed:
+            self._saved_answers = -1
         version = self._session.version
         meta = self._session.meta
         before = self._since_swap if stats is None else self._since_swap + stats
@@ -623,7 +628,7 @@ class Service:
             raise ConfigError(f"no earlier version{which} is kept; there are: {known}")
 
         self._session.begin_again(found[-1].draft)
-        self._note_version()
+        self._note_version(is_changed=True)
         return {"restored": found[-1].version, "version": self._version}
 
     def _load(self, name: str) -> dict[str, Any]:
@@ -636,7 +641,7 @@ class Service:
 
         loaded = load_draft(folder / name, self._session.target)
         self._session.begin_again(loaded.draft)
-        self._note_version()
+        self._note_version(is_changed=True)
         return {"loaded": name, "version": self._version}
 
     def _forget(
@@ -657,10 +662,13 @@ class Service:
         stays = "the draft's weights, which have learned from it"
         if is_draft_too:
             self._session.begin_again(self._kept[0].draft)
-            stays = "checkpoints that were written before"
+            stays = (
+                "older checkpoints, and what the draft had learned before this server "
+                "was started"
+            )
             self._kept = deque([self._kept[0]])
 
-        self._note_version()
+        self._note_version(is_changed=True)
         return {"forgotten": "n-grams and windows of all scopes", "stays": stays}
 
     def _drop_all(self, error: Exception) -> None:

@@ -672,6 +672,8 @@ class Session:
                 return
             _, traffic = self.trainer.init(self.draft)
             self._adopt(dataclasses.replace(self.state, traffic=traffic))
+            # What was saved is not what there is now, though nothing was answered.
+            self._saved = None
 
     def begin_again(self, draft: Draft) -> None:
         """Goes on with another draft of the same architecture, as one more version.
@@ -699,6 +701,7 @@ class Session:
                 trainer = fresh.going_on_from(state.trainer)
                 state = dataclasses.replace(state, trainer=trainer)
             self._adopt(dataclasses.replace(state, draft=draft))
+            self._saved = None
 
     def save(self, folder: str | Path, with_feedback: bool = True) -> Path:
         """Writes a checkpoint of the draft and of what learning needs to go on.

@@ -404,7 +404,7 @@ def test_a_row_that_does_not_speculate_takes_one_token_a_step(name):
 
 def test_feedback_is_what_the_target_says_unadjusted():
     """What is learned from an answer does not depend on how its tokens were chosen."""
-    target = tiny_target(VOCAB, num_layers=2)
+    target = tiny_target(VOCAB)
     config = tiny_draft_config(target.config)
     drafter = build_drafter("eagle3", config, TREES["chain"], target.numerics)
     step = StepConfig(target.config, target.numerics, TREES["chain"], config.taps)
@@ -424,3 +424,64 @@ def test_feedback_is_what_the_target_says_unadjusted():
         np.testing.assert_allclose(feedback.logsumexp[known], total[known], atol=1e-3)
         head = np.asarray(target.params["lm_head_kernel"])
         np.testing.assert_allclose(feedback.hidden @ head.T, logits, atol=0.1)
+
+
+def next_law(target, how, prompt_ids, answer):
+    """The law of one token in numpy: adjust, scale, cut, normalise."""
+    ids = [*prompt_ids, *answer]
+    logits = forward(target.params, target.config, ids)[0][-1]
+    logits = adjusted(logits, how, prompt_ids, answer).astype(float)
+    weights = np.exp((logits - logits.max()) / how.temperature)
+    weights[weights < how.min_p] = 0
+    weights[weights < np.sort(weights)[-how.top_k]] = 0
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("drawn", marks=pytest.mark.thorough), "traversal"]
+)
+def test_draws_follow_the_law_that_was_asked_for(name):
+    """Answers of one prompt, each drafted, beside greedy neighbours."""
+    target = tiny_target(VOCAB, num_layers=2)
+    how = SamplingConfig(
+        temperature=1.1,
+        top_k=3,
+        min_p=0.05,
+        frequency_penalty=0.8,
+        repetition_penalty=1.2,
+        logit_bias=((4, 1.0),),
+    )
+    prompt_ids = (5, 4)
+    law = {}
+    for first, chance in enumerate(next_law(target, how, prompt_ids, [])):
+        if not chance:
+            continue
+        for second, other in enumerate(next_law(target, how, prompt_ids, [first])):
+            for third, last in enumerate(
+                next_law(target, how, prompt_ids, [first, second]) if other else []
+            ):
+                law[first, second, third] = chance * other * last
+
+    engine, draft = engine_for(target, TREES[name])
+    num_runs = 800
+    asked = [Request(str(i), prompt_ids, 4, how) for i in range(num_runs)]
+    asked[7::50] = [Request("other", (1, 2, 3), 4)] * len(asked[7::50])
+    counts = dict.fromkeys(law, 0)
+    num_seen = 0
+    num_accepted = 0
+    for done in engine.serve(asked, lambda: draft, 8):
+        if done.request.id != "other":
+            counts[tuple(done.token_ids[:3])] += 1
+            num_seen += 1
+            num_accepted += done.stats.num_accepted_tokens
+
+    assert num_accepted > 50
+    statistic = 0.0
+    num_kinds = 0
+    for path, chance in law.items():
+        if chance * num_seen > 5:
+            statistic += (counts[path] - num_seen * chance) ** 2 / (num_seen * chance)
+            num_kinds += 1
+    assert num_kinds > 8
+    # Of chi-squared: mean and five standard deviations.
+    assert statistic < num_kinds + 5 * np.sqrt(2 * num_kinds)

@@ -400,3 +400,28 @@ def test_what_is_forgotten_is_gone(target, draft):
         assert "checkpoints" in done["stays"]
     finally:
         service.stop()
+
+
+def test_what_an_administrator_changed_is_saved_though_nobody_asked_since(
+    target, draft, tmp_path
+):
+    learner = LearnerConfig("gradient", update_every_prompts=50)
+    new = lambda: Session(target, draft, learner=learner, num_predicted_tokens=0)
+    session = new()
+    config = ServiceConfig("tiny", 240, checkpoint=tmp_path, keeps_traffic=True)
+    service = Service(session, config)
+    service.start()
+    try:
+        for text in PROMPTS[:3]:
+            Heard(service, ask_of(text)).all()
+        service.administer("checkpoint")
+        service.administer("forget", is_draft_too=True)
+        version = version_of(service)
+    finally:
+        service.stop()
+
+    resumed = new()
+    resumed.resume(tmp_path)
+    assert resumed.version == version > 0
+    assert int(resumed.memory.counts.sum()) == 0
+    assert not np.any(resumed.state.traffic.ring.segments.weight)

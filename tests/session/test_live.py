@@ -68,3 +68,30 @@ def test_whoever_comes_when_is_answered_as_alone(
     assert session.num_admitted == len(pairs)
     if learner is not None:
         assert session.version > 0
+
+
+@pytest.mark.parametrize("judge_every", [1, 4])
+def test_a_pool_is_judged_while_rows_come_and_go(target, plain, judge_every):
+    session = Session(
+        target,
+        "pool:ngram+suffix",
+        batch_size=3,
+        controller="normalhedge",
+        judge_every=judge_every,
+    )
+    live = Live(session, (256, 512))
+    pairs = list(session.requests(as_prompts(PROMPTS), 30, SamplingConfig()))
+    arriving = iter(pairs)
+    prompt_of = {id(request): prompt for prompt, request in pairs}
+    answers = {}
+    for turn in itertools.count():
+        if turn % 4 == 0 and live.num_free and (pair := next(arriving, None)):
+            live.join(pair[1])
+        for done in live.turn():
+            answers[prompt_of[id(done.request)].id] = done.token_ids
+        if len(answers) == len(pairs):
+            break
+
+    assert [answers[prompt.id] for prompt, _ in pairs] == plain
+    # What was emitted was heard of.
+    assert session.chooser.report()["windows"] > 0

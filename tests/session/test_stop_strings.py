@@ -6,7 +6,7 @@ import pytest
 from ospec_jax import Session
 from ospec_jax.decoding.request import StopPoint
 from ospec_jax.models.tokenizer import TextStream
-from ospec_jax.session.requests import _find_stop
+from ospec_jax.session.requests import find_stop
 from ospec_jax.testing import tiny_target
 
 PIECES = ["Hello", "#", "##", "Hello#", "a###b", " world", "ab", "cd", "ef"]
@@ -32,7 +32,7 @@ def decode(ids):
     ],
 )
 def test_the_answer_ends_in_front_of_the_string(ids, stop, expected):
-    assert _find_stop(decode, stop, ids) == expected
+    assert find_stop(decode, stop, ids) == expected
 
 
 @pytest.mark.parametrize(
