@@ -32,7 +32,7 @@ from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.loading import LoadedDraft, check_draft, load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import Session
-from ospec_jax.session.how_much import MARGINAL
+from ospec_jax.session.how_much import JOINT, MARGINAL
 from ospec_jax.storage.policies import load_policies
 
 Own = tyro.conf.arg(prefix_name=False)
@@ -101,10 +101,11 @@ class DraftingFlags:
       num_speculative_tokens: Depth of the draft, K, by default 3; 0 decodes plainly;
         auto is short for --controller auto.
       controller: What each step drafts: fixed, always the tree, which is the default;
-        auto, a chain of the depth that pays; marginal, as much as pays, by what the
-        step has drafted so far: within a chain of 5, or up to --num-speculative-tokens
-        and --tree; ltd:DIR, as policies of `ospec train-control` say, within the trees
-        that they were taught on, or --tree dynamic:TOPK,NUM_TOKENS.
+        auto, a chain of the depth that pays; joint, likewise, and of a pool's members
+        the one that pays; marginal, as much as pays, by what the step has drafted so
+        far: within a chain of 5, or up to --num-speculative-tokens and --tree; ltd:DIR,
+        as policies of `ospec train-control` say, within the trees that they were taught
+        on, or --tree dynamic:TOPK,NUM_TOKENS.
       select: Which member of a pool drafts, for --draft pool:A+B: normalhedge,
         adanormalhedge, hedge, share, leader, which judge every member by every token;
         ucb, exp3, thompson, epsilon, which hear of the one that drafted; fixed:N.
@@ -202,11 +203,11 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
           ConfigError: The flags contradict each other.
         """
         asked = self.num_speculative_tokens
-        known = (None, "fixed", "auto", MARGINAL)
+        known = (None, "fixed", "auto", MARGINAL, JOINT)
         if self.controller not in known and not self.policies:
             raise ConfigError(
-                f"unknown controller {self.controller!r}; use fixed, auto, {MARGINAL} "
-                f"or ltd:DIR"
+                f"unknown controller {self.controller!r}; use fixed, auto, "
+                f"{MARGINAL}, {JOINT} or ltd:DIR"
             )
         if self.policies and asked is None:
             return self.policies.shape.depth
@@ -225,7 +226,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
                 f"--controller auto contradicts --num-speculative-tokens {asked}; "
                 f"leave one of the two out"
             )
-        if self.controller == "auto":
+        if self.controller == "auto" or (self.controller == JOINT and asked is None):
             return "auto"
 
         if asked is None:
@@ -237,6 +238,12 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
     def is_within_step(self) -> bool:
         """Whether the controller chooses within the step."""
         return self.controller == MARGINAL or self.policies is not None
+
+    @property
+    def session_controller(self) -> str | None:
+        """The controller that a session is given; the tree says the rest."""
+        is_own = self.is_within_step or self.controller == JOINT
+        return self.controller if is_own else self.select
 
     @functools.cached_property
     def policies(self) -> Policies | None:
@@ -303,10 +310,10 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
                 f"--select {self.select} chooses among the drafts of a pool, and "
                 f"--draft is {self.draft!r}; use --draft pool:A+B"
             )
-        if self.controller == "fixed":
+        if self.controller in ("fixed", JOINT):
             raise ConfigError(
-                f"--select {self.select} contradicts --controller fixed; leave one of "
-                f"the two out"
+                f"--select {self.select} contradicts --controller {self.controller}; "
+                f"leave one of the two out"
             )
         if self.is_within_step:
             raise ConfigError(
@@ -335,7 +342,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
             has_log_probs=has_log_probs,
             ngrams=self.ngrams,
             num_predicted_tokens=self.num_predicted_tokens,
-            controller=self.controller if self.is_within_step else self.select,
+            controller=self.session_controller,
             judge_every=self.judge_every or JUDGE_EVERY,
         )
 

@@ -186,7 +186,7 @@ def _parse_controllers(text: str, decoding: Decoding) -> dict[str, tuple]:
             own = dataclasses.replace(
                 decoding, controller=name, num_speculative_tokens=None
             )
-        found[name] = (name if own.is_within_step else None, own.tree_config)
+        found[name] = (own.session_controller, own.tree_config)
 
     return found
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from ospec_jax.config import TreeConfig
 from ospec_jax.control import marginal
@@ -40,6 +40,7 @@ from ospec_jax.replay.cycles import (
     verified_mass,
     verify,
 )
+from ospec_jax.typing import struct
 
 _REMEMBERED = 200.0
 """Steps after which what a rule has learned weighs 1 / e of what it did, as in
@@ -241,6 +242,54 @@ def stopping(name: str, stop_fn: StopFn, size: int, num_kept: int) -> Rule:
         return Choice(drafted_depth(stop_fn, seen, num_kept), jnp.int32(size))
 
     return Rule(name, choose)
+
+
+@struct
+class _Tried:
+    """What came of each arm of a bandit: `[r]` times taken, and rewards."""
+
+    counts: Float[Array, " r"]
+    rewards: Float[Array, " r"]
+
+
+def tap_out(stop_fns: Sequence[StopFn], size: int, num_kept: int) -> Rule:
+    """A bandit over depth rules that need no training (TapOut, arXiv 2511.02017).
+
+    Each draft is one round of UCB1, whose reward is half the accepted share of the
+    deepest draft, half that of this one. The paper's formula was not at hand; this is
+    what its abstract says, with equal halves.
+
+    Args:
+      stop_fns: The arms.
+      size: Number into the menu.
+      num_kept: That many nodes.
+    """
+
+    def init() -> _Tried:
+        nothing = jnp.zeros(len(stop_fns))
+        return _Tried(nothing, nothing)
+
+    def arm_of(tried: _Tried) -> Array:
+        counts = jnp.maximum(tried.counts, 1.0)
+        spread = jnp.log(jnp.maximum(jnp.sum(tried.counts), 1.0))
+        bounds = tried.rewards / counts + jnp.sqrt(2 * spread / counts)
+        return jnp.argmax(jnp.where(tried.counts == 0, jnp.inf, bounds))
+
+    def choose(tried: _Tried, seen: Seen) -> Choice:
+        depths = [drafted_depth(rule, seen, num_kept) for rule in stop_fns]
+        return Choice(jnp.stack(depths)[arm_of(tried)], jnp.int32(size))
+
+    def observe(tried: _Tried, seen: Seen, choice: Choice, result: Result, mass):
+        accepted = result.num_accepted.astype(float)
+        reward = (accepted / len(seen.best) + accepted / choice.depth) / 2
+        taken = jnp.arange(len(stop_fns)) == arm_of(tried)
+        booked = _Tried(tried.counts + taken, tried.rewards + taken * reward)
+        # What an answer's end cuts off was not seen.
+        return jax.tree.map(
+            lambda old, new: jnp.where(result.is_last, old, new), tried, booked
+        )
+
+    return Rule("bandit of these (TapOut)", choose, init, observe)
 
 
 def marginal_rule(
@@ -482,13 +531,20 @@ def compare(
     settings["auto"] = f"nodes by depth {[int(sizes[s]) for s in of_depth[1:]]}"
 
     has_entropies = bool(np.isfinite(np.asarray(training.entropies)).all())
+    arms = []
     for name, (build, thresholds) in _THRESHOLDS.items():
         if build is above_entropy and not has_entropies:
             continue
-        threshold, size = _best_threshold(training, build, thresholds)
-        settings[name] = f"{threshold}, {sizes[size]} nodes"
-        rule = stopping(name, build(threshold), size, int(sizes[size]))
+        # Whoever needs no training has the threshold in the middle.
+        arms.append(build(thresholds[len(thresholds) // 2]))
+        threshold, of_rule = _best_threshold(training, build, thresholds)
+        settings[name] = f"{threshold}, {sizes[of_rule]} nodes"
+        rule = stopping(name, build(threshold), of_rule, int(sizes[of_rule]))
         found.append(run_rule(held_out, rule))
+
+    bandit = tap_out(arms, size, int(sizes[size]))
+    settings[bandit.name] = f"{sizes[size]} nodes"
+    found.append(run_rule(held_out, bandit))
 
     most = training.depth
     plain = marginal_rule(most, is_calibrated=False, name="marginal, as drafted")

@@ -3,6 +3,8 @@
 
 A controller chooses between steps; a depth rule and a size rule choose within one. The
 controllers `marginal` and `ltd:DIR` bring rules of their own for what is within.
+`joint` chooses drafter and depth at once, by the tokens that each would have yielded a
+second.
 """
 
 import dataclasses
@@ -24,6 +26,8 @@ from ospec_jax.storage.policies import load_policies
 
 MARGINAL = "marginal"
 POLICIES = "ltd"
+JOINT = "joint"
+_JUDGED_BY_TIME = "leader:time"
 
 
 class HowMuch(NamedTuple):
@@ -65,6 +69,9 @@ def resolve(
         return _marginal(tree, draft)
     if kind == POLICIES:
         return _policies(tree, load_policies(folder)[0])
+    if controller == JOINT:
+        tree = tree or TreeConfig.auto()
+        controller = _JUDGED_BY_TIME if draft is not None and draft.pool else None
 
     if size_fn is not None and (tree is None or not tree.sizes):
         raise ConfigError(

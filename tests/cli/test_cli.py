@@ -527,7 +527,7 @@ def test_policies_are_taught_and_decode(ospec, tmp_path, capsys, monkeypatch):
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
     assert ospec(*asked, "--controller", "ltx") == 2
-    assert "use fixed, auto, marginal or ltd:DIR" in capsys.readouterr().err
+    assert "use fixed, auto, marginal, joint or ltd:DIR" in capsys.readouterr().err
     assert ospec("bench", "--controller", f"ltd:{out}") == 2
     assert f"use --controllers ltd:{out}" in capsys.readouterr().err
 

@@ -212,9 +212,9 @@ def test_nothing_beats_the_oracle():
     assert speeds["oracle, cycle by cycle"] > speeds["best fixed"]
     # Trees that are right as often as they say are where the marginal rule is at home.
     assert speeds["marginal"] > speeds["best fixed"] * 1.03
-    assert len(speeds) == 11
+    assert len(speeds) == 12
     table = rules.markdown_table(found, settings)
-    assert table.count("\n") == 12
+    assert table.count("\n") == 13
     assert "| oracle |" in table
 
 
@@ -245,6 +245,34 @@ def test_depth_rules_stop_where_they_say(trace, cycles, stop_fn):
             wanted = d if stops else wanted
         assert depth == wanted
     assert len(set(depths)) > 1
+
+
+def test_a_bandit_takes_the_rule_of_most_reward(trace, cycles):
+    """UCB1, worked out anew: one arm stops at once, the other one never."""
+    arms = [below_probability(1.1), below_probability(1e-9)]
+    depth_of = [1, SHAPE.depth]
+    counts = np.zeros(2)
+    rewards = np.zeros(2)
+    taken = np.zeros(SHAPE.depth + 1, int)
+    position = 0
+
+    while position < cycles.num_positions:
+        arm = int(np.argmin(counts))
+        if counts.all():
+            bonus = np.sqrt(2 * np.log(counts.sum()) / counts)
+            arm = int(np.argmax(rewards / counts + bonus))
+        depth = depth_of[arm]
+        result = env.verify(cycles, position, Choice(jnp.int32(depth), jnp.int32(2)))
+        accepted = int(result.num_accepted)
+        taken[depth] += 1
+        position += int(result.num_emitted)
+        if not result.is_last:
+            counts[arm] += 1
+            rewards[arm] += (accepted / SHAPE.depth + accepted / depth) / 2
+
+    score = rules.run_rule(cycles, rules.tap_out(arms, 2, MENU[2]))
+    assert np.sum(score.choices, axis=1).tolist() == taken.tolist()
+    assert min(taken[1], taken[3]) > 1
 
 
 def drafted(cycles, stop_fn):

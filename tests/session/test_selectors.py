@@ -76,6 +76,29 @@ def test_greedy_tokens_are_plain_decodings(target, pool, name):
             assert session.chooser.state.num_windows > 10
 
 
+@pytest.mark.parametrize("dear", [0.0, 9.0], ids=["cheap", "dear"])
+def test_drafter_and_depth_are_chosen_at_once(target, pool, dear):
+    plain = serve(Session(target), requests())
+    session = session_of(target, pool, "joint", tree=TreeConfig.auto((0, 1, 3)))
+    actions = session.chooser.controller.actions
+    kinds = {(action.drafter, action.tree.num_steps) for action in actions}
+    assert kinds == {(drafter, depth) for drafter in (0, 1) for depth in (0, 1, 3)}
+    # Depth is all that costs.
+    session.chooser.set_costs([1.0 + dear * a.tree.num_steps for a in actions])
+    assert serve(session, requests()) == plain
+    state = session.chooser.state
+    assert state.num_windows > 10
+    chosen = actions[int(np.argmax(state.weights))]
+    assert chosen.tree.num_steps == (0 if dear else 3)
+
+
+def test_with_one_draft_the_depth_is_chosen(target):
+    session = Session(target, head(target, "eagle3"), controller="joint")
+    depths = [action.tree.num_steps for action in session.chooser.controller.actions]
+    assert depths == list(TreeConfig.auto().depths)
+    assert session.chooser.controller.set_costs is not None
+
+
 @pytest.mark.parametrize(
     "tree",
     [
