@@ -26,7 +26,8 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parent.parent
-_MARKS = "not (slow or gpu or thorough)"
+# As `make test` says it for its quick part, which is compiled accordingly.
+_MARKS = "not (slow or optimized or gpu or thorough)"
 _SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,

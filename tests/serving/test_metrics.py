@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Prometheus is told, and what the dashboard shows."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,6 +17,7 @@ from ospec_jax.serving.prompting import Server
 from ospec_jax.serving.schema import read_wanted
 from ospec_jax.serving.settings import HttpConfig
 
+DOCS = Path(__file__).parents[2] / "docs"
 SERVER = Server(HttpConfig(), "fake", vocab_size=256)
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Hi"}]}
 VLLM = {"model_name": "fake", "engine": "0"}
@@ -151,6 +154,23 @@ def test_no_label_has_no_bound(metrics):
     known = {"model_name", "engine", "le", "position", "finished_reason", "reason"}
     assert set(re.findall(r'(\w+)="', text)) <= known | {"family", "version", "phase"}
     assert "secret" not in text
+
+
+def test_the_board_draws_metrics_that_there_are(metrics):
+    serve(metrics)
+    text = metrics.render().decode()
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.M))
+    board = json.loads((DOCS / "grafana.json").read_text())
+    queries = [
+        target["expr"] for panel in board["panels"] for target in panel["targets"]
+    ]
+    drawn = set(re.findall(r"(?:vllm:|ospec_)\w+", " ".join(queries)))
+    histograms = {
+        f"{name}_bucket" for name, kind in kinds.items() if kind == "histogram"
+    }
+
+    assert len(drawn) > 15
+    assert drawn <= set(kinds) | histograms
 
 
 def test_apps_do_not_share_their_metrics(metrics):
