@@ -47,7 +47,8 @@ BENCH_KEYS = {
     "num_tie_flips", "repeated_token_share", "learner", "optimizer",
     "learning_rate", "num_updates", "num_promotions",
     "learning_seconds", "compile_seconds", "peak_rss_mb", "target", "precision",
-    "num_speculative_tokens", "device", "jax_version", "git_commit", "date",
+    "num_speculative_tokens", "controller", "device", "jax_version", "git_commit",
+    "date",
 }  # fmt: skip
 
 

@@ -1,58 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ospec serve`, `load` and `chat` as processes: they begin, answer, end and go on."""
 
-import contextlib
 import json
 import signal
 import subprocess
-import sys
-import threading
 
 import pytest
-from model_files import hf_tensors, model_config, write_folder
-from reference import random_params
-
-OSPEC = [sys.executable, "-m", "ospec_jax"]
+from server_process import OSPEC, server, write_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with a byte tokenizer."""
-    place = tmp_path_factory.mktemp("model")
-    config = model_config()
-    write_folder(place, config, hf_tensors(config, random_params(config)))
-    return place
-
-
-@contextlib.contextmanager
-def server(folder, *flags):
-    """A server on a free port; gives the process, its address and its lines."""
-    command = [*OSPEC, "serve", "--target", str(folder), "--port", "0", *flags]
-    small = ["--batch-size", "1", "--max-model-len", "200", "--draft", "ngram"]
-    small += ["--num-predicted-tokens", "0"]
-    process = subprocess.Popen(
-        [*command, *small], stderr=subprocess.PIPE, text=True, bufsize=1
-    )
-    lines = []
-    is_ready = threading.Event()
-
-    def read():
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith("ready: "):
-                is_ready.set()
-        is_ready.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        assert is_ready.wait(120)
-        address = next(line for line in lines if line.startswith("ready: "))
-        yield process, address.split()[1], lines
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def run(*args, stdin=""):
@@ -66,7 +25,7 @@ def test_a_server_is_loaded_ends_at_a_signal_and_says_what_it_did(folder, tmp_pa
     rows = [{"prompt": f"Count to {i}.", "domain": "counting"} for i in range(6)]
     prompts.write_text("\n".join(map(json.dumps, rows)))
     figures = tmp_path / "figures.json"
-    with server(folder) as (process, address, lines):
+    with server(folder, "--batch-size", 1) as (process, address, lines):
         flags = ["--url", address, "--prompts", prompts, "--clients", "3"]
         done = run("load", *flags, "--json", figures, "--max-new-tokens", "8")
         assert done.returncode == 0, done.stderr

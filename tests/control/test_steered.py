@@ -83,7 +83,7 @@ def test_absurd_costs_never_change_output_and_compile_nothing(
     steps = set()
     chooser.state = with_costs(fresh, 0.1)
     assert answers(session) == plain
-    step: Any = session.engine.compiled(deep, True)
+    step: Any = session.engine.compiled(deep, "greedy")
     num_programs = step._cache_size()
 
     for costs in [(1e-9, 0.0), (1e-9, 1e9), (1e9, 1e9), (-0.4, -0.01), (0.1, 0.05)]:
