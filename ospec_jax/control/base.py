@@ -168,10 +168,16 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
 
 @dataclasses.dataclass
 class Chooser:
-    """A session's controller, and where it stands."""
+    """A session's controller, and where it stands.
+
+    Attributes:
+      costs: What a step of each of its `kinds` takes, by the number of rows, where
+        batches of several sizes come; no part of what a checkpoint keeps.
+    """
 
     controller: Controller
     state: Any
+    costs: dict[int, Sequence[float]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def start(cls, controller: Controller, num_rows: int) -> "Chooser":
@@ -200,6 +206,11 @@ class Chooser:
         """Tells what a step of each of the controller's `kinds` takes."""
         if self.controller.set_costs is not None:
             self.state = self.controller.set_costs(self.state, seconds)
+
+    def weigh(self, num_rows: int) -> None:
+        """Goes on with what steps of so many rows take, if that is known."""
+        if num_rows in self.costs:
+            self.set_costs(self.costs[num_rows])
 
     def to_json(self) -> dict:
         """The state as a checkpoint keeps it; empty for a rule without any."""

@@ -481,13 +481,18 @@ class Engine:
         return _put_back(self._rows.pick(rows, chosen), extras)
 
     def start(
-        self, draft: Draft | None, request: Request, batch_size: int, capacity: int
+        self,
+        draft: Draft | None,
+        request: Request,
+        batch_size: int,
+        capacity: int,
+        has_prediction: bool | None = None,
     ) -> DecodeState:
         """The state of a batch whose rows have all been prefilled with one request."""
         state = None
 
         for slot in range(batch_size):
-            row, _ = self.prefill(draft, request, capacity)
+            row, _ = self.prefill(draft, request, capacity, has_prediction)
             state = self.place(state, row, slot, batch_size, capacity)
 
         assert state is not None, "a batch has rows"

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 import jax
 
 from ospec_jax import sharding
+from ospec_jax.config import StepKind
 from ospec_jax.control.base import SUGGESTIONS, Chooser
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.timing import seconds_of_steps
 from ospec_jax.online.trainer import Trainer, TrainerState, speed_of
 from ospec_jax.session.state import SessionState
-from ospec_jax.types import Draft
+from ospec_jax.types import DecodeState, Draft
 
 
 def warm_up(
@@ -139,15 +140,31 @@ def measure_costs(
     request = dataclasses.replace(request, max_new_tokens=48, prediction_ids=())
     slots = engine.capacity_for([request], capacity)
     state = engine.start(served, request, batch_size, slots)
+    seconds = costs_of_steps(engine, chooser, served, request.kind, state, is_timed)
+    if is_timed:
+        chooser.set_costs(seconds)
+
+
+def costs_of_steps(
+    engine: Engine,
+    chooser: Chooser,
+    served: Draft | None,
+    kind: StepKind,
+    state: DecodeState,
+    is_timed: bool = True,
+) -> list[float]:
+    """Seconds of a step of each of a controller's `kinds`, from the state on.
+
+    Args:
+      is_timed: Without, they are only compiled.
+    """
     steps = {
-        number: functools.partial(
-            engine.step, action, request.kind, served, steering=steering
-        )
+        number: functools.partial(engine.step, action, kind, served, steering=steering)
         for number, (action, steering) in enumerate(chooser.controller.kinds)
     }
     # Where small differences decide, more rounds: among them is a quiet one.
     num_rounds = 12 if chooser.controller.timed else 5
     seconds, _ = seconds_of_steps(steps, state, num_rounds if is_timed else 0)
-    if is_timed:
-        # Processes of one mesh must choose the same actions.
-        chooser.set_costs([float(sharding.agreed(x)) for x in seconds.values()])
+
+    # Processes of one mesh must choose the same actions.
+    return [float(sharding.agreed(x)) for x in seconds.values()]
