@@ -200,6 +200,14 @@ def test_the_learners_and_losses_are_listed():
     assert {*LEARNER_NAMES, *LOSSES} <= listed
 
 
+@pytest.mark.filterwarnings("ignore:the mean acceptance length")
+def test_the_check_of_an_extension_runs(capsys):
+    text = (ROOT / "docs" / "extending.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(block, "extending.md", "exec"), {})
+    assert float(capsys.readouterr().out) >= 1
+
+
 @pytest.mark.slow
 def test_the_first_pages_python_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

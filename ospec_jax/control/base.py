@@ -228,8 +228,19 @@ class Chooser:
         self.state = self.controller.resume(self.state, state)
 
     def choose(self, rows: Sequence[Row]) -> Action:
-        """What to run next."""
-        return self.controller.choose(self.state, rows)
+        """What to run next.
+
+        Raises:
+          ConfigError: The rule chose something else than an action.
+        """
+        action: Any = self.controller.choose(self.state, rows)
+        if not isinstance(action, Action):
+            raise ConfigError(
+                f"`choose` of the controller returned {action!r:.60}; return one of "
+                f"its actions, whose depth is `action.tree.num_steps`"
+            )
+
+        return action
 
     def steer(self, action: Action, rows: Sequence[Row]) -> Any:
         """What the rules within a step of this action are told; None for nothing."""
@@ -246,10 +257,21 @@ class Chooser:
         return self.controller.report(self.state)
 
     def observe(self, action: Action, outcome: Outcome) -> None:
-        """Books a step."""
+        """Books a step.
+
+        Raises:
+          ConfigError: The rule returned another kind of state than it began with.
+        """
         # A rule that asked for nothing else hears of accepted tokens alone.
         wants_more = self.controller.is_judging or self.controller.hears_ends
         if not outcome.num_accepted and not wants_more:
             return
 
-        self.state = self.controller.observe(self.state, action, outcome)
+        state = self.controller.observe(self.state, action, outcome)
+        if type(state) is not type(self.state):
+            raise ConfigError(
+                f"`observe` of the controller returned {type(state).__name__}; return "
+                f"its state, a {type(self.state).__name__}"
+            )
+
+        self.state = state

@@ -37,6 +37,11 @@ def find_controller(
     """
     if callable(name_or_rule):
         return name_or_rule
+    if isinstance(name_or_rule, Controller):
+        raise ConfigError(
+            "the controller is a `Controller` already; give the function that builds "
+            "it from the session's actions"
+        )
     if isinstance(name_or_rule, str) and is_selector(name_or_rule):
         selection = name_or_rule
         return lambda actions: build_selector(selection, actions)

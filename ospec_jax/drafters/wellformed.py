@@ -22,7 +22,14 @@ from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, Family, Hints
 from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.models.layers import Numerics
-from ospec_jax.types import Draft, DraftTree, Roots, SharedTables
+from ospec_jax.types import (
+    Draft,
+    DraftContext,
+    DraftTree,
+    Pairs,
+    Roots,
+    SharedTables,
+)
 
 _PACKAGE = "ospec_jax."
 
@@ -82,7 +89,20 @@ def with_checks(drafter: Drafter, tree: TreeConfig, name: str) -> Drafter:
         num_tokens = shared.embedding["kernel"].shape[0]
         return _rebuilt(drafted, tree, roots.token, num_tokens), cache
 
-    return drafter._replace(propose=propose)
+    def extend(
+        draft: Draft, shared: SharedTables, cache: Any, pairs: Pairs
+    ) -> tuple[Any, DraftContext]:
+        extended: Any = drafter.extend(draft, shared, cache, pairs)
+        is_pair = isinstance(extended, tuple) and len(extended) == 2
+        if is_pair and isinstance(extended[1], DraftContext):
+            return extended
+
+        raise ConfigError(
+            f"`extend` of the drafter {name!r} returned {type(extended).__name__}; "
+            f"return (cache, DraftContext)"
+        )
+
+    return drafter._replace(propose=propose, extend=extend)
 
 
 def _check_shapes(drafted: DraftTree, tree: TreeConfig, num_rows: int, name: str):

@@ -17,13 +17,15 @@ from ospec_jax.config.learner import (
     Recording,
     Schedule,
 )
-from ospec_jax.learners.base import Learner
+from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState, Segments
 from ospec_jax.learners.losses import named_loss
 from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective, build_objective
 from ospec_jax.learners.optimizers import is_parameter_free
 from ospec_jax.learners.registry import LEARNER_NAMES, LEARNERS
 from ospec_jax.models.sharing import share
+from ospec_jax.types import SharedTables
+from ospec_jax.typing import Params
 
 Rule = Callable[[Objective], Learner]
 """An update rule that a user wrote."""
@@ -68,7 +70,7 @@ class UserMethod(Method):
                 f"return a `learners.base.Learner` for the `Objective` that it is given"
             )
 
-        return learner
+        return _with_checks(learner, _name_of(self.rule))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,6 +485,39 @@ def _name_for_rule(name: str | None, rule: Rule) -> str:
         )
 
     return _name_of(rule).partition(":")[2]
+
+
+def _with_checks(learner: Learner, name: str) -> Learner:
+    """The same learner, which is refused where it returns something else.
+
+    Args:
+      name: Of its rule, for errors.
+    """
+
+    def init(params: Params) -> LearnerState:
+        state: Any = learner.init(params)
+        if isinstance(state, LearnerState):
+            return state
+
+        raise ConfigError(
+            f"`init` of the rule {name!r} returned {type(state).__name__}; return a "
+            f"LearnerState, as `learners.base.new_state` makes it"
+        )
+
+    def update(
+        state: LearnerState, segments: Segments, shared: SharedTables, token_ids: Any
+    ) -> tuple[LearnerState, LearnerInfo]:
+        updated: Any = learner.update(state, segments, shared, token_ids)
+        is_pair = isinstance(updated, tuple) and len(updated) == 2
+        if is_pair and isinstance(updated[0], LearnerState):
+            return updated
+
+        raise ConfigError(
+            f"`update` of the rule {name!r} returned {type(updated).__name__}; return "
+            f"(LearnerState, LearnerInfo)"
+        )
+
+    return learner._replace(init=init, update=update)
 
 
 def _name_of(rule: Rule) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from ospec_jax import Session, TreeConfig, load_draft
 from ospec_jax.config import ConfigError
-from ospec_jax.control.base import Action, fixed
+from ospec_jax.control.base import Action, Chooser, Outcome, fixed
 from ospec_jax.testing import tiny_target
 
 
@@ -40,6 +40,25 @@ def test_an_action_of_ones_own_is_refused_in_few_words(target):
     message = "^chain of depth 7 by draft 0 is not .* here chain of depth 3 by draft 0"
     with pytest.raises(ConfigError, match=message):
         next(session(target, rule).generate(["Hi"]))
+
+
+def test_a_number_is_no_action(target):
+    rule = lambda actions: fixed(actions)._replace(choose=lambda state, rows: 3)
+    with pytest.raises(ConfigError, match="`choose` .* returned 3; return one of its"):
+        next(session(target, rule).generate(["Hi"]))
+
+
+def test_an_observation_that_forgets_the_state_is_refused():
+    rule = fixed((Action(TreeConfig(num_steps=1)),))
+    rule = rule._replace(observe=lambda state, action, outcome: None)
+    chooser = Chooser(rule, TreeConfig(num_steps=1))
+    with pytest.raises(ConfigError, match="returned NoneType; .* a TreeConfig"):
+        chooser.observe(rule.actions[0], Outcome((1,)))
+
+
+def test_a_controller_that_nobody_builds_is_refused_in_few_words(target):
+    with pytest.raises(ConfigError, match="^the controller is a `Controller` already"):
+        session(target, fixed((Action(TreeConfig(num_steps=1)),)))
 
 
 def test_only_what_learns_goes_on_from_a_checkpoint(target, tmp_path):

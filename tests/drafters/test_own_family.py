@@ -4,12 +4,15 @@
 import runpy
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from ospec_jax import SamplingConfig, Session, TreeConfig, load_draft
 from ospec_jax.testing import tiny_target
+from ospec_jax.types import Pairs, Roots, SamplingParams
 
-FILE = Path(__file__).parents[2] / "docs" / "skeletons" / "drafter.py"
+FOLDER = Path(__file__).parents[2] / "docs" / "skeletons"
 PROMPTS = ["What is 1 plus 2?", "aaaaaaaa", "Why is the sea blue, and the sky?"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
@@ -17,7 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
 @pytest.fixture(scope="module")
 def family():
-    return runpy.run_path(str(FILE))["REPEAT"]
+    return runpy.run_path(str(FOLDER / "drafter.py"))["REPEAT"]
+
+
+@pytest.fixture(scope="module")
+def follower():
+    return runpy.run_path(str(FOLDER / "remembering.py"))["FOLLOWER"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +51,42 @@ def test_a_family_of_ones_own_drafts_exactly(target, family, batch_size, ngrams)
     )
     assert answers(session) == answers(Session(target))
     assert session.stats.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_one_that_remembers_is_right_where_text_repeats(target, follower, batch_size):
+    session = Session(
+        target,
+        load_draft(follower, target),
+        tree=TreeConfig(num_steps=3),
+        batch_size=batch_size,
+        ngrams=False,
+    )
+    assert answers(session) == answers(Session(target))
+    assert session.stats.num_accepted_tokens > 0
+
+
+def test_it_remembers_the_last_token_that_followed(target, follower):
+    """Junk is not remembered, nor what another row was told."""
+    drafter = follower.build(None, TreeConfig(num_steps=3), target.numerics)
+    pairs = Pairs(
+        inputs=jnp.array([[5, 6, 7, 5], [5, 5, 5, 5]]),
+        tokens=jnp.array([[6, 7, 5, 9], [8, 8, 8, 8]]),
+        taps=jnp.zeros((2, 4, 1)),
+        starts=jnp.zeros(2, jnp.int32),
+        num_valid=jnp.array([3, 0]),
+    )
+    cache, context = drafter.extend(None, None, drafter.init_cache(2, 64), pairs)
+    roots = Roots(
+        token=jnp.array([6, 5]),
+        position=jnp.array([3, 0]),
+        keys=jax.random.split(jax.random.key(0), 2),
+        context=context,
+        sampling=SamplingParams(*jnp.zeros((3, 2))),
+    )
+    tree, _ = drafter.propose(None, None, cache, roots)
+    assert tree.tokens[0].tolist() == [6, 7, 5, 6]
+    assert tree.is_valid.tolist() == [[True] * 4, [True, False, False, False]]
 
 
 def test_it_is_mixed_by_its_name(target, family):

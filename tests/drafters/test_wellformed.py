@@ -144,6 +144,20 @@ def test_what_is_no_drafter_is_refused():
         build_drafter(builds_nothing, None, CHAIN)
 
 
+def test_an_extension_without_a_context_is_refused(target):
+    good = family(SLIPS["none"])
+    for spoil in (lambda cache, context: cache, lambda cache, context: (cache, None)):
+
+        def build(*given, spoil=spoil):
+            drafter = good.build(*given)
+            extend = lambda *args: spoil(*drafter.extend(*args))
+            return drafter._replace(extend=extend)
+
+        drafter = build_drafter(good._replace(build=build), None, CHAIN)
+        with pytest.raises(ConfigError, match=r"`extend` .* \(cache, DraftContext\)"):
+            answers(target, drafter, CHAIN)
+
+
 def test_draws_of_another_kind_are_refused(target):
     tree = dataclasses.replace(CHAIN, children="sampled")
     drafter = build_drafter(family(SLIPS["none"]), None, tree)

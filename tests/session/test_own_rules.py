@@ -107,6 +107,29 @@ def test_what_is_no_learner_is_refused(target, draft, learner, message):
         Session(target, draft, learner=learner)
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("init", "`init` of the rule .* returned dict; return a LearnerState"),
+        (
+            "update",
+            r"`update` .* returned LearnerState; return \(LearnerState, Learner",
+        ),
+    ],
+)
+def test_a_rule_that_returns_something_else_is_refused(target, draft, part, message):
+    def rule(objective):
+        good = sign_sgd(objective)
+        parts = {
+            "init": lambda params: params,
+            "update": lambda *given: good.update(*given)[0],
+        }
+        return good._replace(**{part: parts[part]})
+
+    with pytest.raises(ConfigError, match=message):
+        answers(open_session(target, draft, rule), PROMPTS)
+
+
 def test_rules_train_parameters(target):
     with pytest.raises(ConfigError, match="'ngram' has none; give a trained draft"):
         Session(target, load_draft("ngram", target), learner=sign_sgd)
