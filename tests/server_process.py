@@ -26,11 +26,13 @@ def server(folder, *flags, draft="ngram"):
     command += ["--max-model-len", "200", "--draft", str(draft)]
     command += ["--num-predicted-tokens", "0", *map(str, flags)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1)
+    said = process.stderr
+    assert said is not None
     lines = []
     is_ready = threading.Event()
 
     def read():
-        for line in process.stderr:
+        for line in said:
             lines.append(line)
             if line.startswith("ready: "):
                 is_ready.set()
