@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
@@ -128,25 +129,44 @@ def judge(mutant: Mutant, source: str, seconds: int) -> str:
         # Those that have to do with the module come first: by name, then by import.
         stem = Path(mutant.file).stem
         module = f"ospec_jax.{'.'.join(Path(mutant.file).with_suffix('').parts)}"
-        imports = lambda path: module in Path(path).read_text()
-        tests.sort(key=lambda path: (stem not in path, not imports(path)))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header"]
-        command += ["-p", "no:cacheprovider", "-m", _MARKS, *tests]
-        paths = os.pathsep.join([str(copied), str(copied / "tests")])
-        # Of the processor: beside other work the clock says little.
-        limit = (seconds, seconds + 1)
-        done = subprocess.run(
-            command,
-            cwd=copied,
-            env={**os.environ, "PYTHONPATH": paths},
-            capture_output=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, limit),
-        )
+        text_of = lambda path: Path(path).read_text()
+        tests.sort(key=lambda path: (stem not in path, module not in text_of(path)))
+        naming = [path for path in tests if stem in text_of(path)]
+
+        # Cases that name the module, as those of a family do, before all others.
+        fates = [
+            _run(copied, [*naming, "-k", stem], seconds // 2) if naming else "survived",
+            "survived",
+        ]
+        if fates[0] != "killed":
+            fates[1] = _run(copied, tests, seconds)
+
+    return next((f for f in ("killed", "slow") if f in fates), "survived")
+
+
+def _run(tree: Path, tests: list[str], seconds: int) -> str:
+    """What becomes of a mutant by some of the tests of its tree."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header"]
+    command += ["-p", "no:cacheprovider", "-m", _MARKS, *tests]
+    paths = os.pathsep.join([str(tree), str(tree / "tests")])
+    # Of the processor: beside other work the clock says little.
+    limit = (seconds, seconds + 1)
+    done = subprocess.run(
+        command,
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, limit),
+    )
 
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return "slow"
 
-    return "killed" if done.returncode else "survived"
+    is_fine = done.returncode in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    )
+    return "survived" if is_fine else "killed"
 
 
 def main(
