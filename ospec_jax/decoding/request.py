@@ -169,6 +169,8 @@ class Completion:
       num_recorded: Positions of `feedback` that are real.
       capacity: Slots of the cache it was decoded in.
       text_over: See `StopPoint`.
+      num_reused: Tokens of the prompt that were not run, since a row was kept that had
+        them.
       alternatives: Of each token, the most probable ones; empty if not asked for.
     """
 
@@ -184,6 +186,7 @@ class Completion:
     num_recorded: int = 0
     capacity: int = 0
     text_over: str = ""
+    num_reused: int = 0
     alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
 
 
@@ -196,6 +199,8 @@ class Slot:
       is_done: Its last token has been read.
       is_sure: A long chain of suggestions is likely to be right next.
       pending: Evidence on a pool's drafters that is not complete.
+      num_reused: See `Completion`.
+      draft_number: Of the draft that wrote its first entries; see `kept.KeptRows`.
     """
 
     __repr__ = short_repr
@@ -212,6 +217,8 @@ class Slot:
     finish_reason: str = "length"
     text_over: str = ""
     pending: Pending = dataclasses.field(default_factory=Pending)
+    num_reused: int = 0
+    draft_number: int = 0
 
     @property
     def num_remaining(self) -> int:
@@ -341,5 +348,6 @@ class Slot:
             num_recorded=0 if feedback is None else num_recorded,
             capacity=capacity,
             text_over=self.text_over,
+            num_reused=self.num_reused,
             alternatives=self.alternatives,
         )

@@ -58,6 +58,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": 0},
         "completion_tokens_details": {
             "accepted_prediction_tokens": usage.accepted_prediction,
             "rejected_prediction_tokens": usage.rejected_prediction,

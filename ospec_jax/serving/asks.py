@@ -93,12 +93,14 @@ class Usage(NamedTuple):
     Attributes:
       accepted_prediction: Of the expected answer, those that came true.
       rejected_prediction: Those that were verified in vain.
+      cached: Of the prompt, those that no answer had run: an earlier one had.
     """
 
     prompt: int
     completion: int
     accepted_prediction: int = 0
     rejected_prediction: int = 0
+    cached: int = 0
 
 
 class ChoiceEnd(NamedTuple):

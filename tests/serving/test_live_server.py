@@ -84,6 +84,28 @@ def test_alone_and_under_load_answers_are_the_target_s_own(place, plain):
     assert compiled() == before
 
 
+def test_a_next_turn_runs_only_what_is_new(place, target):
+    service, client = place
+    compiled = lambda: service.status()["totals"]["num_compiles_after_warm_up"]
+    before = compiled()
+    turns = [{"role": "user", "content": "Tell me of the sea. " * 4}]
+    options = {"model": "tiny", "temperature": 0, "max_completion_tokens": NEW_TOKENS}
+    first = client.chat.completions.create(messages=turns, **options)
+    turns += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "And?"},
+    ]
+    second = client.chat.completions.create(messages=turns, **options)
+    cached = [one.usage.prompt_tokens_details.cached_tokens for one in (first, second)]
+    assert cached[0] == 0
+    assert cached[1] >= first.usage.prompt_tokens - 1
+    assert compiled() == before
+
+    (plain,) = Session(target).generate([{"messages": turns}], NEW_TOKENS)
+    assert second.choices[0].message.content == plain.text
+    assert service.status()["kept"]["num_rows"] > 0
+
+
 def test_a_stream_is_the_whole_answer(client, plain):
     chunks = list(ask(client, PROMPTS[1], stream=True))
     deltas = [choice.delta.content or "" for c in chunks for choice in c.choices]
