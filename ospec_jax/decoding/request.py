@@ -20,6 +20,7 @@ from ospec_jax.config import (
 )
 from ospec_jax.control.base import Row
 from ospec_jax.control.lengths import Pending, Windows
+from ospec_jax.decoding.predicted import Followed
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import Feedback, StepOutput
 from ospec_jax.typing import short_repr
@@ -171,6 +172,7 @@ class Completion:
       text_over: See `StopPoint`.
       num_reused: Tokens of the prompt that were not run, since a row was kept that had
         them.
+      followed: How far the request's prediction came true; None if it has none.
       alternatives: Of each token, the most probable ones; empty if not asked for.
     """
 
@@ -187,6 +189,7 @@ class Completion:
     capacity: int = 0
     text_over: str = ""
     num_reused: int = 0
+    followed: Followed | None = None
     alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
 
 
@@ -201,6 +204,7 @@ class Slot:
       pending: Evidence on a pool's drafters that is not complete.
       num_reused: See `Completion`.
       draft_number: Of the draft that wrote its first entries; see `kept.KeptRows`.
+      followed: How far the request's prediction came true; None if it has none.
     """
 
     __repr__ = short_repr
@@ -219,6 +223,11 @@ class Slot:
     pending: Pending = dataclasses.field(default_factory=Pending)
     num_reused: int = 0
     draft_number: int = 0
+    followed: Followed | None = None
+
+    def __post_init__(self):
+        if self.request.prediction_ids:
+            self.followed = Followed(self.request.prediction_ids)
 
     @property
     def num_remaining(self) -> int:
@@ -282,6 +291,8 @@ class Slot:
         # count. A finished row's pass emits nothing, and is no verification.
         if depth is not None and count:
             self.stats.add_step(drafted, min(accepted, kept), depth)
+        if self.followed is not None:
+            self.followed.add(tokens[:kept], min(accepted, kept))
 
         if output.is_finished[row] and not self.is_done:
             self.is_done = True
@@ -349,5 +360,6 @@ class Slot:
             capacity=capacity,
             text_over=self.text_over,
             num_reused=self.num_reused,
+            followed=self.followed,
             alternatives=self.alternatives,
         )

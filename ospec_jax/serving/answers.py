@@ -52,7 +52,8 @@ def usage_json(usage: Usage) -> dict[str, Any]:
     """OpenAI's usage object.
 
     Rejected tokens of a prediction are not among the completion's: they are no part of
-    the answer.
+    the answer. A predicted token that the target wrote by itself, since nothing was
+    drafted in its place, is neither accepted nor rejected.
     """
     return {
         "prompt_tokens": usage.prompt,

@@ -119,6 +119,8 @@ class _Job:
         self.num_missing = len(self.choices)
         self.num_tokens = 0
         self.num_cached = prepared.num_prompt_tokens
+        self.num_came_true = 0
+        self.num_missed = 0
         self.stats = DecodingStats()
         self.asked = time.monotonic()
         self.begun = 0.0
@@ -542,12 +544,21 @@ class Service:
         job.num_missing -= 1
         job.num_tokens += len(completion.token_ids)
         job.num_cached = min(job.num_cached, completion.num_reused)
+        if completion.followed is not None:
+            job.num_came_true += completion.followed.num_accepted
+            job.num_missed += completion.followed.num_missing
         job.stats = job.stats + completion.stats
         if job.num_missing == 0:
             now = time.monotonic()
             job.tell(
                 Ended(
-                    Usage(job.num_prompt_tokens, job.num_tokens, cached=job.num_cached),
+                    Usage(
+                        job.num_prompt_tokens,
+                        job.num_tokens,
+                        job.num_came_true,
+                        job.num_missed,
+                        job.num_cached,
+                    ),
                     job.stats,
                     self.version,
                     job.begun - job.asked,

@@ -157,7 +157,15 @@ def test_a_prediction_changes_no_answer(client, plain):
     text, reason = max(plain.values(), key=lambda pair: len(pair[0]))
     asked = next(prompt for prompt, pair in plain.items() if pair == (text, reason))
     predicted = {"type": "content", "content": text}
-    assert ask(client, asked, prediction=predicted).choices[0].message.content == text
+    answer = ask(client, asked, prediction=predicted)
+    assert answer.choices[0].message.content == text
+    # Some of it was drafted before it was written, and hardly any was in vain.
+    details = answer.usage.completion_tokens_details
+    assert 0 < details.accepted_prediction_tokens < answer.usage.completion_tokens
+    wrong = predicted | {"content": "~" * 40}
+    details = ask(client, asked, prediction=wrong).usage.completion_tokens_details
+    assert details.accepted_prediction_tokens == 0
+    assert details.rejected_prediction_tokens == 40
 
 
 def test_completions_take_texts_and_token_ids(client, target):
