@@ -334,6 +334,9 @@ class Batch:
         if found is not None:
             reading = self._engine.go_on_from(reading, found)
             slot.num_reused = reading.position
+            # What is too short to be worth it was of no use.
+            if reading.position:
+                kept.use(found)
 
         return reading
 

@@ -138,11 +138,14 @@ class KeptRows:
             return None
 
         num_tokens = _num_common(best.ids, prompt) - 1
-        if num_tokens < 1:
-            return None
+        return Found(best.caches, num_tokens) if num_tokens > 0 else None
 
-        self._use(best)
-        return Found(best.caches, num_tokens)
+    def use(self, found: Found) -> None:
+        """Notes that a row was gone on from: it stays the longer."""
+        for row in self._rows:
+            if row.caches is found.caches:
+                self._use(row)
+                return
 
     def add(
         self,

@@ -67,9 +67,13 @@ def test_who_was_not_used_for_longest_goes():
     kept = rows(max_slots=24)
     for first in (1, 2, 3):
         add(kept, [first, 5, 6, 7])
-    assert length_of(kept, [1, 5, 6, 7, 8]) == 3
+    found = kept.find(0, [1, 5, 6, 7, 8])
+    assert found is not None
+    kept.use(found)
+    # Looking alone is no use.
+    assert length_of(kept, [2, 5, 6, 7, 8]) == 3
     add(kept, [4, *range(9)])
-    # Of three small ones and a larger one the two newest small ones are too many.
+    # Beside a larger one there is room for one of three.
     assert [length_of(kept, [first, 5, 6, 7, 8]) for first in (1, 2, 3)] == [3, 0, 0]
     assert kept.num_bytes == 24 * SLOT_BYTES
 
