@@ -9,25 +9,30 @@ from ospec_jax.drafters.prediction import MAX_MATCH, MIN_MATCH
 
 
 class Followed:
-    """A prediction held against an answer, as `drafters.prediction.follow` does.
-
-    Attributes:
-      num_accepted: Predicted tokens that a step drafted and the target accepted, along
-        the prediction.
-    """
+    """A prediction held against an answer, as `drafters.prediction.follow` does."""
 
     def __init__(self, token_ids: Sequence[int]):
-        self.num_accepted = 0
         self._tokens = np.asarray(token_ids, np.int64)
+        self._is_accepted = np.zeros(len(token_ids), bool)
         self._has_come = np.zeros(len(token_ids), bool)
         self._place = 0
         self._num_skipped = 0
         self._recent: list[int] = []
 
-    @property
-    def num_missing(self) -> int:
-        """Predicted tokens that the answer does not have."""
-        return int(np.sum(~self._has_come))
+    def num_accepted(self, without: Sequence[int] = ()) -> int:
+        """Predicted tokens that a step drafted and the target accepted, along it.
+
+        Args:
+          without: Tokens that do not count, such as one that stands for the end.
+        """
+        return self._count(self._is_accepted, without)
+
+    def num_missing(self, without: Sequence[int] = ()) -> int:
+        """Predicted tokens that the answer does not have; see `num_accepted`."""
+        return self._count(~self._has_come, without)
+
+    def _count(self, is_counted: np.ndarray, without: Sequence[int]) -> int:
+        return int(np.sum(is_counted & ~np.isin(self._tokens, list(without))))
 
     @property
     def place(self) -> tuple[int, int]:
@@ -48,7 +53,8 @@ class Followed:
         is_true = ahead == np.asarray(tokens[: len(ahead)])
         num_true = int(np.sum(np.cumprod(is_true)))
         self._has_come[expected : expected + num_true] = True
-        self.num_accepted += min(num_true, num_drafted)
+        num_accepted = min(num_true, num_drafted)
+        self._is_accepted[expected : expected + num_accepted] = True
         self._recent = [*self._recent, *tokens][-MAX_MATCH:]
 
         came_off = expected + num_true if num_true else self._place

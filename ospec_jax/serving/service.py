@@ -545,8 +545,10 @@ class Service:
         job.num_tokens += len(completion.token_ids)
         job.num_cached = min(job.num_cached, completion.num_reused)
         if completion.followed is not None:
-            job.num_came_true += completion.followed.num_accepted
-            job.num_missed += completion.followed.num_missing
+            # The end was added to the prediction: it is none of the client's tokens.
+            ends = self._session.target.stop_ids
+            job.num_came_true += completion.followed.num_accepted(ends)
+            job.num_missed += completion.followed.num_missing(ends)
         job.stats = job.stats + completion.stats
         if job.num_missing == 0:
             now = time.monotonic()

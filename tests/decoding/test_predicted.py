@@ -33,21 +33,24 @@ def test_drafted_tokens_are_accepted_and_absent_ones_rejected():
     # The first token of an answer is the target's own, and so is each pass's last one.
     followed.add([1], 0)
     followed.add([2, 3, 4], 2)
-    assert followed.num_accepted == 2
-    assert followed.num_missing == 5
+    assert followed.num_accepted() == 2
+    assert followed.num_missing() == 5
     # 5 is replaced, 6 and 7 are written again, and found.
     followed.add([99, 6, 7], 0)
-    assert followed.num_accepted == 2
-    assert followed.num_missing == 3
+    assert followed.num_accepted() == 2
+    assert followed.num_missing() == 3
     followed.add([8], 1)
     followed.add([], 0)
-    assert followed.num_accepted == 3
-    assert followed.num_missing == 2
+    assert followed.num_accepted() == 3
+    assert followed.num_missing() == 2
+    # The one that stands for the end is not counted.
+    assert followed.num_accepted((8, 9)) == 2
+    assert followed.num_missing((8, 9)) == 1
 
 
 def test_nothing_comes_true_of_another_text():
     followed = Followed([1, 2, 3])
     followed.add([7, 8], 1)
     followed.add([9], 0)
-    assert followed.num_accepted == 0
-    assert followed.num_missing == 3
+    assert followed.num_accepted() == 0
+    assert followed.num_missing() == 3
