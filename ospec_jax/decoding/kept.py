@@ -105,7 +105,7 @@ class KeptRows:
         return sum(row.num_bytes for row in self._rows)
 
     def draft_number(self, draft: Draft | None) -> int:
-        """Tells apart the drafts whose entries in a cache differ.
+        """Tells apart the drafts whose entries in a cache differ, for `add`.
 
         Called with every draft that is served, in order; drops rows that are good no
         more.
@@ -158,7 +158,7 @@ class KeptRows:
 
         Args:
           ids: Its prompt and answer.
-          draft_number: Of the draft that wrote its first entries.
+          draft_number: As it was when the row began.
           copy: Given a number of slots, the row's caches in so many.
         """
         fitting = [size for size in self.capacities if size >= len(ids) - 1]
@@ -186,7 +186,9 @@ class KeptRows:
             del self._rows[0]
 
     def forget(self, scope: int | None = None) -> None:
-        """Drops the rows of a scope, or all."""
+        """Drops the rows of a scope, or all; what is under way is not kept either."""
+        # Whosever it is: a scope's number may be another's when the answer ends.
+        self._number += 1
         self._rows = [row for row in self._rows if scope not in (None, row.scope)]
 
     def _use(self, row: KeptRow) -> None:

@@ -203,7 +203,7 @@ class Slot:
       is_sure: A long chain of suggestions is likely to be right next.
       pending: Evidence on a pool's drafters that is not complete.
       num_reused: See `Completion`.
-      draft_number: Of the draft that wrote its first entries; see `kept.KeptRows`.
+      draft_number: When it began, by which `kept.KeptRows` knows what it is good for.
       followed: How far the request's prediction came true; None if it has none.
     """
 

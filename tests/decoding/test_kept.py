@@ -61,6 +61,10 @@ def test_a_scope_finds_its_own_rows_alone():
     assert length_of(kept, [1, 2, 5, 5], scope=2) == 2
     kept.forget()
     assert len(kept) == 0
+    # Nor is a row kept that had begun before.
+    kept.add(2, [1, 2, 5], 0, never)
+    add(kept, [1, 2, 5], scope=2, draft_number=kept.draft_number(None))
+    assert len(kept) == 1
 
 
 def test_who_was_not_used_for_longest_goes():
