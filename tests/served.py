@@ -143,7 +143,8 @@ class FakeService:
                     rest = streams[choice].finish(text)
                     tell(ChoiceEnd(choice, rest, reason))
 
-        usage = Usage(prepared.num_prompt_tokens, count)
+        num_prompt = prepared.num_prompt_tokens
+        usage = Usage(num_prompt, count, cached=num_prompt // 2)
         if ask.prompt.prediction:
             usage = usage._replace(accepted_prediction=4, rejected_prediction=2)
         tell(Ended(usage, stats, self.version, 0.01, 0.02, 0.05))

@@ -40,6 +40,7 @@ def serve(
     name: str | None = None,
     max_model_len: int = 2048,
     max_waiting: int = 64,
+    kept_mib: int = 512,
     learner: Learner = "auto",
     learn_budget: LearnBudget = None,
     promotion: Literal["always", "guarded"] | None = None,
@@ -66,6 +67,8 @@ def serve(
       name: Of the model, as clients say it; by default that of --target.
       max_model_len: Tokens of a prompt and its answer together, at most.
       max_waiting: Answers that may wait for a row; more are told to come again.
+      kept_mib: Memory for the caches of answered requests, in MiB: a conversation's
+        next turn runs only what is new in it. 0 keeps none.
       promotion: Serve every iterate of the learner, the default, or only those that
         proved better.
       learn: Learn from answers unless a request says `"learn": false` (opt-out), only
@@ -100,6 +103,7 @@ def serve(
         checkpoint_seconds=save_every,
         drafts=drafts,
         keeps_traffic=save_feedback,
+        kept_mib=kept_mib,
     )
     http = HttpConfig(
         host=host,

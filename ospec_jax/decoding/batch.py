@@ -18,6 +18,7 @@ import numpy as np
 from ospec_jax.config import ConfigError, StepKind
 from ospec_jax.control.base import Action, Outcome, Row
 from ospec_jax.control.lengths import join
+from ospec_jax.decoding.kept import Found, KeptRows, RowCaches
 from ospec_jax.decoding.request import Completion, Emitted, Request, Slot
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import DecodeState, Draft, Feedback, StepOutput
@@ -35,12 +36,20 @@ class Reading(NamedTuple):
       state: Of one row.
       position: Prompt tokens that were sent to the device, or more.
       output: Of the newest chunk; of the last one it has the answer's first token.
+      is_to_keep: The row shall be kept: its draft runs over all of the prompt, though
+        it may look back at the end of it alone.
     """
 
     request: Request
     state: DecodeState
     position: int = 0
     output: StepOutput | None = None
+    is_to_keep: bool = False
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing of the prompt was sent."""
+        return self.output is None
 
     @property
     def is_done(self) -> bool:
@@ -58,7 +67,11 @@ class Device(Protocol):
         self, request: Request, capacity: int, has_prediction: bool, ordinal: int
     ) -> Reading: ...
 
+    def go_on_from(self, reading: Reading, found: Found) -> Reading: ...
+
     def read_on(self, draft: Draft | None, reading: Reading) -> Reading: ...
+
+    def keep(self, state: DecodeState, slot: int, capacity: int) -> RowCaches: ...
 
     def grow(self, state: DecodeState, capacity: int) -> DecodeState: ...
 
@@ -162,6 +175,7 @@ class Batch:
       has_prediction: Requests may have predictions, which need room.
       on_tokens: Called with what each pass added to a request's answer, as it is read.
       on_step: Called with what each step came to.
+      kept: Rows of ended answers, to go on from; None keeps none.
     """
 
     def __init__(
@@ -172,12 +186,14 @@ class Batch:
         has_prediction: bool = False,
         on_tokens: Callable[[Request, Emitted], None] | None = None,
         on_step: Callable[[Action, Outcome], None] | None = None,
+        kept: KeptRows | None = None,
     ):
         self.capacity = capacity
         self._engine = engine
         self._has_prediction = has_prediction
         self._on_tokens = on_tokens
         self._on_step = on_step
+        self._kept = kept
         self._slots: list[Slot | None] = [None] * batch_size
         self._entering: deque[_Entering] = deque()
         self._state: DecodeState | None = None
@@ -294,6 +310,8 @@ class Batch:
         A request whose prompt is complete is in its row, and runs with the next step.
         """
         number, slot, reading = self._entering.popleft()
+        if self._kept is not None and reading.is_new:
+            reading = self._go_on(self._kept, draft, slot, reading)
         reading = self._engine.read_on(draft, reading)
         if not reading.is_done:
             self._entering.appendleft(_Entering(number, slot, reading))
@@ -305,6 +323,22 @@ class Batch:
         self._slots[number] = slot
         # The first token is read with the steps, in the order in which they were sent.
         self._in_flight.append(_Sent(None, [(number, 0, slot)], reading.output))
+
+    def _go_on(
+        self, kept: KeptRows, draft: Draft | None, slot: Slot, reading: Reading
+    ) -> Reading:
+        """Begins behind what a kept row has of the prompt, if there is one."""
+        slot.draft_number = kept.draft_number(draft)
+        reading = reading._replace(is_to_keep=True)
+        found = kept.find(slot.request.scope, slot.request.prompt_ids)
+        if found is not None:
+            reading = self._engine.go_on_from(reading, found)
+            slot.num_reused = reading.position
+            # What is too short to be worth it was of no use.
+            if reading.position:
+                kept.use(found)
+
+        return reading
 
     def grow(self, capacity: int) -> None:
         """Moves all that runs to larger caches, between two steps.
@@ -359,6 +393,8 @@ class Batch:
         # request before the pass is read.
         rows = [(i, i, slot) for i, slot in enumerate(self._slots) if slot is not None]
         assert self._state is not None, "a batch with rows has a state"
+        if self._kept is not None:
+            self._kept.draft_number(draft)
         # One sampled row makes the whole step a sampled one, in which greedy rows have
         # one-hot probabilities and so the same tokens; one that asks for more than
         # sampling makes it a full one, which takes nothing off those that do not.
@@ -418,6 +454,7 @@ class Batch:
             for number, row, slot in sent.rows:
                 if self._read(sent, row, slot):
                     ended.append(self._end(number, slot))
+                    self._keep(number, slot)
             if not self._is_judging:
                 yield from ended
                 ended = []
@@ -526,6 +563,19 @@ class Batch:
         self._slots[number] = None
         feedback = self._engine.feedback_of(self._state, number)
         return slot.completion(feedback, self.capacity)
+
+    def _keep(self, number: int, slot: Slot) -> None:
+        """Keeps the caches of a row whose answer has just ended."""
+        if self._kept is None:
+            return
+
+        state = self._state
+        assert state is not None, "a batch with rows has a state"
+        # A row that ended with a stop string may have gone on on the device. What lies
+        # behind the answer is not looked at.
+        ids = (*slot.request.prompt_ids, *slot.token_ids)
+        copy = lambda capacity: self._engine.keep(state, number, capacity)
+        self._kept.add(slot.request.scope, ids, slot.draft_number, copy)
 
 
 def _evidence(sent: _Sent, rows: list[int]) -> np.ndarray | None:

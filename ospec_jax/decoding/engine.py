@@ -23,6 +23,7 @@ from ospec_jax.config import ConfigError, Recording, StepKind
 from ospec_jax.control.base import SUGGESTIONS, Action, Chooser, fixed
 from ospec_jax.decoding.adjusting import as_extras, neutral_extras
 from ospec_jax.decoding.batch import Batch, Queue, Reading
+from ospec_jax.decoding.kept import Found, RowCaches, start_behind
 from ospec_jax.decoding.request import (
     Completion,
     Emitted,
@@ -94,11 +95,18 @@ def _pick_any(rows: Any, numbers) -> Any:
 
 
 def _at_the_beginning(new, old):
-    """An array with another one in its first slots."""
+    """An array with another one, or what it has room for, in its first slots."""
+    old = _first_slots(old, new)
     if new.shape == old.shape:
         return old
 
     return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+
+def _first_slots(x, like):
+    """What of an array lies where another one has places, too."""
+    sizes = map(min, x.shape, like.shape)
+    return x[tuple(slice(size) for size in sizes)]
 
 
 def _take_row(feedback: Feedback, slot) -> Feedback:
@@ -155,6 +163,8 @@ class _Rows(NamedTuple):
     pick_extras: Callable[..., Extras]
     insert: Callable[..., Any]
     take: Callable[..., Feedback]
+    keep: Callable[..., RowCaches]
+    go_on_from: Callable[..., tuple[RowCaches, jax.Array]]
     finish: Callable[..., jax.Array]
     start_extras: Callable[[int], Extras]
     pin_extras: Callable[[Extras], Extras]
@@ -177,6 +187,15 @@ def _compiled_rows(
         fresh = start_batch(len(state.lengths), capacity, state.prediction is not None)
         # All that has slots counts them from a row's beginning.
         return jax.tree.map(_at_the_beginning, fresh, state)
+
+    def keep(caches, slot, capacity) -> RowCaches:
+        """One row's caches, the first slots of them."""
+        like = jax.eval_shape(lambda: RowCaches.of(start_batch(1, capacity, False)))
+        return jax.tree.map(_first_slots, _pick_any(caches, slot[None]), like)
+
+    def go_on_from(caches, kept, length) -> tuple[RowCaches, jax.Array]:
+        """A new row's caches with those of a kept one, and its length."""
+        return jax.tree.map(_at_the_beginning, caches, kept), length[None]
 
     def start_row(capacity, has_prediction, key, values, num_remaining) -> DecodeState:
         """The state of one request before its prefill."""
@@ -202,6 +221,11 @@ def _compiled_rows(
         pick_extras=jax.jit(pinned(_pick_any, rows)),
         insert=jax.jit(pinned(_insert, rows), donate_argnums=0),
         take=jax.jit(pinned(_take_row, sharding.replicated)),
+        keep=jax.jit(pinned(keep, rows), static_argnums=2),
+        # Kept caches are not donated: the next turn may begin there once more.
+        go_on_from=jax.jit(
+            sharding.pinned(go_on_from, config.mesh, rows, rows), donate_argnums=0
+        ),
         finish=jax.jit(pinned(_finish, rows), donate_argnums=0),
         start_extras=jax.jit(pinned(start_extras, rows), static_argnums=0),
         pin_extras=jax.jit(pinned(lambda extras: extras, rows)),
@@ -440,9 +464,42 @@ class Engine:
         state = self._initial_state(request, capacity, has_prediction, key)
         return Reading(request, state)
 
+    def go_on_from(self, reading: Reading, found: Found) -> Reading:
+        """Begins behind the tokens that a kept row has, if that is worth it.
+
+        Args:
+          reading: Of whose prompt nothing has been run; its state is donated.
+        """
+        state = reading.state
+        num_prompt = len(reading.request.prompt_ids)
+        start = start_behind(
+            found.num_tokens, num_prompt, state.cache.capacity, PREFILL_CHUNK
+        )
+        if not start:
+            return reading
+
+        caches, lengths = self._rows.go_on_from(
+            RowCaches.of(state), found.caches, np.int32(start)
+        )
+        state = state.replace(
+            cache=caches.cache,
+            draft_cache=caches.draft_cache,
+            feedback=caches.feedback,
+            lengths=lengths,
+        )
+        return reading._replace(state=state, position=start)
+
+    def keep(self, state: DecodeState, slot: int, capacity: int) -> RowCaches:
+        """A copy of a row's caches.
+
+        Args:
+          capacity: Slots of the copy, no more than the row has.
+        """
+        return self._rows.keep(RowCaches.of(state), np.int32(slot), capacity)
+
     def read_on(self, draft: Draft | None, reading: Reading) -> Reading:
         """Runs the next chunk of a prompt; its state is donated."""
-        request, state, start, _ = reading
+        request, state, start, *_ = reading
         ids = np.asarray(request.prompt_ids, np.int32)
         kind = request.kind
         self._announce("the pass over a prompt", kind, state.cache.capacity)
@@ -453,6 +510,10 @@ class Engine:
         following = ids[start + PREFILL_CHUNK] if num_ahead else 0
         padded = np.zeros((1, PREFILL_CHUNK), np.int32)
         padded[0, : len(chunk)] = chunk
+        # A draft that looks back no farther than at a prompt's end leaves out what lies
+        # before. Of a row that is kept another prompt's end may lie anywhere.
+        if reading.is_to_keep:
+            num_ahead = min(num_ahead, 1)
         # `following` tells the draft which token comes after the chunk's last one.
         state, output = self.compiled_prefill(kind)(
             self.target_params,
@@ -464,7 +525,9 @@ class Engine:
             np.int32(num_ahead),
         )
 
-        return Reading(request, state, start + PREFILL_CHUNK, output)
+        return reading._replace(
+            state=state, position=start + PREFILL_CHUNK, output=output
+        )
 
     def grow(self, state: DecodeState, capacity: int) -> DecodeState:
         """Moves running rows to larger caches."""

@@ -20,6 +20,7 @@ from ospec_jax.config import (
 )
 from ospec_jax.control.base import Row
 from ospec_jax.control.lengths import Pending, Windows
+from ospec_jax.decoding.predicted import Followed
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import Feedback, StepOutput
 from ospec_jax.typing import short_repr
@@ -92,6 +93,8 @@ class Request:
       num_log_probs: Report each token's log-probability, and so many of the most
         probable tokens with theirs; None reports what the engine does for all.
       can_speculate: Draft for it; without, each step emits one token.
+      scope: Whose it is: what was kept of one scope's text serves no other; 0 for
+        nobody in particular.
     """
 
     __repr__ = short_repr
@@ -107,6 +110,7 @@ class Request:
     choice: int = 0
     num_log_probs: int | None = None
     can_speculate: bool = True
+    scope: int = 0
 
     def __post_init__(self):
         whole_number("max_new_tokens", self.max_new_tokens, least=1)
@@ -166,6 +170,9 @@ class Completion:
       num_recorded: Positions of `feedback` that are real.
       capacity: Slots of the cache it was decoded in.
       text_over: See `StopPoint`.
+      num_reused: Tokens of the prompt that were not run, since a row was kept that had
+        them.
+      followed: How far the request's prediction came true; None if it has none.
       alternatives: Of each token, the most probable ones; empty if not asked for.
     """
 
@@ -181,6 +188,8 @@ class Completion:
     num_recorded: int = 0
     capacity: int = 0
     text_over: str = ""
+    num_reused: int = 0
+    followed: Followed | None = None
     alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
 
 
@@ -193,6 +202,9 @@ class Slot:
       is_done: Its last token has been read.
       is_sure: A long chain of suggestions is likely to be right next.
       pending: Evidence on a pool's drafters that is not complete.
+      num_reused: See `Completion`.
+      draft_number: When it began, by which `kept.KeptRows` knows what it is good for.
+      followed: How far the request's prediction came true; None if it has none.
     """
 
     __repr__ = short_repr
@@ -209,6 +221,13 @@ class Slot:
     finish_reason: str = "length"
     text_over: str = ""
     pending: Pending = dataclasses.field(default_factory=Pending)
+    num_reused: int = 0
+    draft_number: int = 0
+    followed: Followed | None = None
+
+    def __post_init__(self):
+        if self.request.prediction_ids:
+            self.followed = Followed(self.request.prediction_ids)
 
     @property
     def num_remaining(self) -> int:
@@ -272,6 +291,8 @@ class Slot:
         # count. A finished row's pass emits nothing, and is no verification.
         if depth is not None and count:
             self.stats.add_step(drafted, min(accepted, kept), depth)
+        if self.followed is not None:
+            self.followed.add(tokens[:kept], min(accepted, kept))
 
         if output.is_finished[row] and not self.is_done:
             self.is_done = True
@@ -338,5 +359,7 @@ class Slot:
             num_recorded=0 if feedback is None else num_recorded,
             capacity=capacity,
             text_over=self.text_over,
+            num_reused=self.num_reused,
+            followed=self.followed,
             alternatives=self.alternatives,
         )

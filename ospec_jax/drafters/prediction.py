@@ -31,7 +31,8 @@ LONG_RUN = 4
 By the rule of succession, four in a row promise 6.8 tokens of thirteen verified at once
 and 3.2 of four, at 1.3 times the cost.
 """
-_MAX_MATCH = 8
+MAX_MATCH = 8
+"""Tokens of which no more are compared, to tell longer matches from shorter ones."""
 _MAX_RUN = 1 << 20
 _NO_TOKEN = -1
 
@@ -50,7 +51,7 @@ def init_prediction(batch_size: int, capacity: int) -> Prediction:
         place=ints(),
         num_skipped=ints(),
         run=ints(),
-        recent=jnp.full((batch_size, _MAX_MATCH), _NO_TOKEN, jnp.int32),
+        recent=jnp.full((batch_size, MAX_MATCH), _NO_TOKEN, jnp.int32),
     )
 
 

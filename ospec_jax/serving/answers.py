@@ -52,12 +52,14 @@ def usage_json(usage: Usage) -> dict[str, Any]:
     """OpenAI's usage object.
 
     Rejected tokens of a prediction are not among the completion's: they are no part of
-    the answer.
+    the answer. A predicted token that the target wrote by itself, since nothing was
+    drafted in its place, is neither accepted nor rejected.
     """
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": 0},
         "completion_tokens_details": {
             "accepted_prediction_tokens": usage.accepted_prediction,
             "rejected_prediction_tokens": usage.rejected_prediction,

@@ -91,14 +91,17 @@ class Usage(NamedTuple):
     """Tokens of a request, over all its answers.
 
     Attributes:
-      accepted_prediction: Of the expected answer, those that came true.
-      rejected_prediction: Those that were verified in vain.
+      accepted_prediction: Of the expected answer, those that were drafted along it and
+        accepted.
+      rejected_prediction: Those that the answer does not have.
+      cached: Of the prompt, those that no answer had run: an earlier one had.
     """
 
     prompt: int
     completion: int
     accepted_prediction: int = 0
     rejected_prediction: int = 0
+    cached: int = 0
 
 
 class ChoiceEnd(NamedTuple):

@@ -77,6 +77,12 @@ class Metrics:
             registry=self.registry,
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
+        self.cache_queries = self._counter(
+            "prefix_cache_queries", "Tokens of prompts that were looked for in caches"
+        )
+        self.cache_hits = self._counter(
+            "prefix_cache_hits", "Tokens of prompts that were found in caches"
+        )
         self.generation_tokens = self._counter("generation_tokens", "Tokens of answers")
         self.request_success = Counter(
             "vllm:request_success",
@@ -242,6 +248,8 @@ class Watch:
         count = ended.usage.completion
         decode = max(ended.seconds - ended.first_token_seconds, 0.0)
         metrics.count_stats(ended.stats)
+        metrics.cache_queries.inc(ended.usage.prompt)
+        metrics.cache_hits.inc(ended.usage.cached)
         metrics.answer_length.observe(count)
         metrics.whole.observe(ended.seconds)
         metrics.queue.observe(ended.queue_seconds)
@@ -382,6 +390,12 @@ def _own(status: dict[str, Any]) -> Iterator[Metric]:
     reason = learning.get("paused_for")
     paused.add_metric((str(reason or "none"),), float(reason is not None))
     yield paused
+
+    kept = status.get("kept") or {}
+    if kept.get("num_bytes") is not None:
+        yield GaugeMetricFamily(
+            "ospec_kept_bytes", "Caches of answered requests", value=kept["num_bytes"]
+        )
 
     outcomes = learning.get("promotions")
     if isinstance(outcomes, dict):

@@ -4,6 +4,7 @@
 import copy
 import dataclasses
 import functools
+import hashlib
 import logging
 import threading
 import time
@@ -69,6 +70,8 @@ class ServiceConfig:
       checkpoint_seconds: Between two checkpoints.
       drafts: Folder of drafts that an administrator may have loaded.
       keeps_traffic: Checkpoints hold recent traffic, from which prompts can be read.
+      kept_mib: Memory for caches of answered requests, so that a conversation's next
+        turn need not run what was said before; 0 keeps none.
     """
 
     model: str
@@ -78,9 +81,11 @@ class ServiceConfig:
     checkpoint_seconds: float = 300.0
     drafts: Path | None = None
     keeps_traffic: bool = False
+    kept_mib: int = 512
 
     def __post_init__(self):
         whole_number("max_waiting", self.max_waiting, least=1)
+        whole_number("kept_mib", self.kept_mib, least=0)
         if self.max_model_len is not None:
             whole_number("max_model_len", self.max_model_len, least=2)
         if not self.checkpoint_seconds > 0:
@@ -113,6 +118,9 @@ class _Job:
         self.is_cancelled = False
         self.num_missing = len(self.choices)
         self.num_tokens = 0
+        self.num_cached = prepared.num_prompt_tokens
+        self.num_came_true = 0
+        self.num_missed = 0
         self.stats = DecodingStats()
         self.asked = time.monotonic()
         self.begun = 0.0
@@ -188,7 +196,7 @@ class Service:
         # Of the thread that decodes alone.
         self._running: dict[int, tuple[_Job, _Choice]] = {}
         self._capacities = _capacities_for(session, self.max_model_len)
-        self._live = Live(session, self._capacities, self._on_tokens)
+        self._live = self._new_live()
         self._totals = _Totals()
         self._paused_for: str | None = None
         self._version = session.version
@@ -293,6 +301,7 @@ class Service:
                 choice=number,
                 num_log_probs=ask.num_log_probs,
                 can_speculate=ask.can_speculate,
+                scope=_number_of(ask.scope),
             )
             stream = TextStream(self._session.decode, stop)
             choices.append(_Choice(number, request, stream))
@@ -384,6 +393,7 @@ class Service:
                 "num_rows": self._live.num_rows,
                 "capacity": self._live.capacity,
             },
+            "kept": self._live.kept_status(),
             "totals": {
                 "num_steps": totals.num_steps,
                 "num_answers": totals.num_answers,
@@ -533,12 +543,24 @@ class Service:
         job.tell(ChoiceEnd(choice.number, rest, completion.finish_reason))
         job.num_missing -= 1
         job.num_tokens += len(completion.token_ids)
+        job.num_cached = min(job.num_cached, completion.num_reused)
+        if completion.followed is not None:
+            # The end was added to the prediction: it is none of the client's tokens.
+            ends = self._session.target.stop_ids
+            job.num_came_true += completion.followed.num_accepted(ends)
+            job.num_missed += completion.followed.num_missing(ends)
         job.stats = job.stats + completion.stats
         if job.num_missing == 0:
             now = time.monotonic()
             job.tell(
                 Ended(
-                    Usage(job.num_prompt_tokens, job.num_tokens),
+                    Usage(
+                        job.num_prompt_tokens,
+                        job.num_tokens,
+                        job.num_came_true,
+                        job.num_missed,
+                        job.num_cached,
+                    ),
                     job.stats,
                     self.version,
                     job.begun - job.asked,
@@ -669,7 +691,13 @@ class Service:
             self._kept = deque([self._kept[0]])
 
         self._note_version(is_changed=True)
-        return {"forgotten": "n-grams and windows of all scopes", "stays": stays}
+        forgotten = "n-grams, windows and caches of all scopes"
+        return {"forgotten": forgotten, "stays": stays}
+
+    def _new_live(self) -> Live:
+        """One in which nothing runs, and nothing is kept."""
+        kept_bytes = self.config.kept_mib * 2**20
+        return Live(self._session, self._capacities, self._on_tokens, kept_bytes)
 
     def _drop_all(self, error: Exception) -> None:
         """Ends all that runs with an error; the next request begins a new batch."""
@@ -678,7 +706,7 @@ class Service:
             job.is_cancelled = True
 
         self._running.clear()
-        self._live = Live(self._session, self._capacities, self._on_tokens)
+        self._live = self._new_live()
 
     def _save(self) -> Path | None:
         """Writes a checkpoint, if there is a folder for it and something new."""
@@ -753,6 +781,12 @@ def _capacities_for(session: Session, max_model_len: int) -> tuple[int, ...]:
     largest = session.engine.capacity_for([longest], needed)
     # A last one that is hardly larger would not be worth its programs.
     return (*(size for size in _CAPACITIES if 2 * size <= largest), largest)
+
+
+def _number_of(scope: str) -> int:
+    """A scope's number; 0 for none."""
+    digest = hashlib.sha256(scope.encode()).digest()
+    return int.from_bytes(digest[:8], "big") if scope else 0
 
 
 class _Compiles:

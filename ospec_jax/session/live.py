@@ -10,6 +10,7 @@ from ospec_jax.config import SamplingConfig, StepKind
 from ospec_jax.control.base import SUGGESTIONS, Row
 from ospec_jax.decoding.batch import Batch
 from ospec_jax.decoding.engine import CAPACITIES
+from ospec_jax.decoding.kept import Found, KeptRows
 from ospec_jax.decoding.request import (
     Completion,
     Emitted,
@@ -36,6 +37,12 @@ def _rows_of(batch: Batch) -> tuple[Row, ...]:
     return tuple(row._replace(is_sure=False) for row in rows)
 
 
+def _kept_sizes(capacities: Sequence[int]) -> tuple[int, ...]:
+    """Cache slots of kept rows: more sizes than running rows have, to waste less."""
+    between = [size for size in CAPACITIES if 2 * size <= capacities[-1]]
+    return tuple(sorted({*capacities, *between}))
+
+
 class Live:
     """A batch that never has to end.
 
@@ -46,11 +53,15 @@ class Live:
     than a chunk. A request that needs larger caches has those of all rows grow; once
     nobody is left, the next batch begins with small ones.
 
+    Caches of answered requests are kept. A prompt that begins as one of them did, as a
+    conversation's next turn does, is run from there on alone.
+
     Args:
       session: Decodes and learns; nobody else may move it on meanwhile.
       capacities: Cache slots that rows may have, ascending, of those that are compiled
         for. A step takes a little longer with larger ones.
       on_tokens: Called with each request's new tokens as they are read.
+      kept_bytes: That caches of answered requests may take; 0 keeps none.
     """
 
     def __init__(
@@ -58,10 +69,16 @@ class Live:
         session: Session,
         capacities: Sequence[int] = CAPACITIES,
         on_tokens: Callable[[Request, Emitted], None] = lambda request, emitted: None,
+        kept_bytes: int = 0,
     ):
         self._capacities = tuple(capacities)
         self._session = session
         self._on_tokens = on_tokens
+        self._kept: KeptRows | None = None
+        if kept_bytes:
+            self._kept = KeptRows(kept_bytes, _kept_sizes(self._capacities))
+        # Whoever has the session forget its traffic means this, too.
+        session.kept = self._kept
         self._ordinals = session.ordinals()
         self._batch: Batch | None = None
         self._ended: list[Completion] = []
@@ -104,6 +121,14 @@ class Live:
         """Cache slots of a row at present; 0 without any."""
         return 0 if self._batch is None else self._batch.capacity
 
+    def kept_status(self) -> dict[str, int]:
+        """How many rows are kept for later requests, and their size."""
+        kept = self._kept
+        if kept is None:
+            return {"num_rows": 0, "num_bytes": 0}
+
+        return {"num_rows": len(kept), "num_bytes": kept.num_bytes}
+
     def join(self, request: Request) -> None:
         """Takes in a request; `num_free` must be above 0.
 
@@ -131,9 +156,14 @@ class Live:
 
     def _new_batch(self, size: int, capacity: int) -> Batch:
         engine = self._session.engine
-        observe = self._session.chooser.observe
         return Batch(
-            engine, size, capacity, self._has_prediction, self._on_tokens, observe
+            engine,
+            size,
+            capacity,
+            self._has_prediction,
+            self._on_tokens,
+            self._session.chooser.observe,
+            self._kept,
         )
 
     def _resize(self, batch: Batch, num_rows: int) -> None:
@@ -222,6 +252,8 @@ class Live:
                 self._try_sizes(self._probe(kind), capacity)
 
             self._try_moves()
+            if self._kept is not None:
+                self._try_keeping()
             self._session.measure_costs(self._capacities[0], batch_size=self.sizes[0])
             # Of each capacity twice: the last is at full speed.
             greedy = self._probe("greedy")
@@ -278,6 +310,26 @@ class Live:
                 batch.admit(self._probe("full"), self._session.served_draft)
             for capacity in self._capacities:
                 batch.grow(capacity)
+
+    def _try_keeping(self) -> None:
+        """Keeps rows of each size, and goes on from them in rows of each size."""
+        engine = self._session.engine
+        served = self._session.served_draft
+        request = self._probe("greedy")
+        kept = {}
+        for size, capacity in itertools.product(self.sizes, self._capacities):
+            row, _ = engine.prefill(served, request, capacity, self._has_prediction)
+            state = engine.place(None, row, 0, size, capacity)
+            for smaller in _kept_sizes(self._capacities):
+                if smaller <= capacity:
+                    kept[smaller] = engine.keep(state, 0, smaller)
+
+        for caches, capacity in itertools.product(kept.values(), self._capacities):
+            # So long that a chunk less is run.
+            ids = request.prompt_ids * (-(-capacity // len(request.prompt_ids)))
+            long = dataclasses.replace(request, prompt_ids=ids[: capacity // 2])
+            reading = engine.begin(long, capacity, self._has_prediction, 0)
+            engine.go_on_from(reading, Found(caches, len(long.prompt_ids) - 1))
 
     def _answer(self, request: Request, capacity: int) -> Completion:
         """Answers a request alone."""

@@ -32,6 +32,7 @@ from ospec_jax.data.known import content_hash, find_known
 from ospec_jax.data.prompts import Prompt, parse_prompt
 from ospec_jax.data.templates import encode
 from ospec_jax.decoding.judging import JUDGE_EVERY
+from ospec_jax.decoding.kept import KeptRows
 from ospec_jax.decoding.request import (
     Completion,
     Emitted,
@@ -110,6 +111,9 @@ class Session:
     was served before and is after it; its time is not learning's. The learner `head`
     overwrites its projection: there, that of the draft before is gone.
 
+    `kept` holds the caches of answered requests for those that go on from them, where
+    `session.live` keeps any.
+
     Threads may share a session: each answer, save and so on waits for the one before.
 
     Raises:
@@ -187,6 +191,7 @@ class Session:
         self._unjudged = self.stats
         self.reports: list[UpdateReport] = []
         self.on_update: Callable[[UpdateReport, Draft, Draft], None] | None = None
+        self.kept: KeptRows | None = None
         self._saved: resume.Saved | None = None
         # One that a thread may take again: `on_text` may ask for another answer.
         self._lock = threading.RLock()
@@ -666,9 +671,11 @@ class Session:
     def forget_traffic(self) -> None:
         """Drops all that is kept of prompts and answers: n-grams, and what to train on.
 
-        What the draft has learned from them stays in it: see `begin_again`.
+        Caches, too. What the draft has learned stays in it: see `begin_again`.
         """
         with self._lock:
+            if self.kept is not None:
+                self.kept.forget()
             if self.trainer is None or self.draft is None:
                 return
             _, traffic = self.trainer.init(self.draft)

@@ -62,9 +62,9 @@ def test_metrics_of_several_answers_or_no_time_have_no_rates():
 
 
 def test_ends_of_several_prompts_add_up():
-    other = Ended(Usage(1, 2, 3, 4), STATS, 10, 0.5, 0.75, 0.9)
+    other = Ended(Usage(1, 2, 3, 4, 5), STATS, 10, 0.5, 0.75, 0.9)
     merged = merge_ends([ENDED, other])
-    assert merged.usage == Usage(8, 8, 3, 4)
+    assert merged.usage == Usage(8, 8, 3, 4, 5)
     assert merged.stats == STATS + STATS
     assert merged[2:] == (10, 0.5, 0.5, 1.0)
 

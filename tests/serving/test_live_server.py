@@ -84,6 +84,28 @@ def test_alone_and_under_load_answers_are_the_target_s_own(place, plain):
     assert compiled() == before
 
 
+def test_a_next_turn_runs_only_what_is_new(place, target):
+    service, client = place
+    compiled = lambda: service.status()["totals"]["num_compiles_after_warm_up"]
+    before = compiled()
+    turns = [{"role": "user", "content": "Tell me of the sea. " * 4}]
+    options = {"model": "tiny", "temperature": 0, "max_completion_tokens": NEW_TOKENS}
+    first = client.chat.completions.create(messages=turns, **options)
+    turns += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "And?"},
+    ]
+    second = client.chat.completions.create(messages=turns, **options)
+    cached = [one.usage.prompt_tokens_details.cached_tokens for one in (first, second)]
+    assert cached[0] == 0
+    assert cached[1] >= first.usage.prompt_tokens - 1
+    assert compiled() == before
+
+    (plain,) = Session(target).generate([{"messages": turns}], NEW_TOKENS)
+    assert second.choices[0].message.content == plain.text
+    assert service.status()["kept"]["num_rows"] > 0
+
+
 def test_a_stream_is_the_whole_answer(client, plain):
     chunks = list(ask(client, PROMPTS[1], stream=True))
     deltas = [choice.delta.content or "" for c in chunks for choice in c.choices]
@@ -135,7 +157,15 @@ def test_a_prediction_changes_no_answer(client, plain):
     text, reason = max(plain.values(), key=lambda pair: len(pair[0]))
     asked = next(prompt for prompt, pair in plain.items() if pair == (text, reason))
     predicted = {"type": "content", "content": text}
-    assert ask(client, asked, prediction=predicted).choices[0].message.content == text
+    answer = ask(client, asked, prediction=predicted)
+    assert answer.choices[0].message.content == text
+    # Some of it was drafted before it was written, and hardly any was in vain.
+    details = answer.usage.completion_tokens_details
+    assert 0 < details.accepted_prediction_tokens < answer.usage.completion_tokens
+    wrong = predicted | {"content": "~" * 40}
+    details = ask(client, asked, prediction=wrong).usage.completion_tokens_details
+    assert details.accepted_prediction_tokens == 0
+    assert details.rejected_prediction_tokens == 40
 
 
 def test_completions_take_texts_and_token_ids(client, target):

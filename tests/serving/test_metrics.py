@@ -60,7 +60,7 @@ def serve(metrics):
     watch.hear(Piece(0, "abc", three), 10.5)
     watch.hear(Piece(0, "def", three), 10.8)
     watch.hear(ChoiceEnd(0, "", "stop"), 10.8)
-    watch.hear(Ended(Usage(7, 6), STATS, 3, 0.25, 0.5, 1.0), 10.8)
+    watch.hear(Ended(Usage(7, 6, cached=5), STATS, 3, 0.25, 0.5, 1.0), 10.8)
     watch.close()
 
 
@@ -69,6 +69,8 @@ def test_tokens_and_speculation_are_counted(metrics):
     serve(metrics)
     expected = {
         "prompt_tokens_total": 14,
+        "prefix_cache_queries_total": 14,
+        "prefix_cache_hits_total": 10,
         "generation_tokens_total": 12,
         "spec_decode_num_drafts_total": 8,
         "spec_decode_num_draft_tokens_total": 16,

@@ -84,6 +84,7 @@ def test_usage_and_metrics_of_a_chat(client):
     assert answer.usage.prompt_tokens == 2
     assert answer.usage.completion_tokens == count
     assert answer.usage.total_tokens == count + 2
+    assert answer.usage.prompt_tokens_details.cached_tokens == 1
     assert answer.usage.completion_tokens_details.accepted_prediction_tokens == 0
     stats = answer.metrics["speculative_decoding"]
     assert len(stats["acceptance_histogram"]) == stats["num_spec_tokens"] + 1

@@ -154,6 +154,8 @@ def test_a_whole_response(client):
     assert answer.instructions == "Be brief."
     assert answer.output[0].role == "assistant"
     assert answer.usage.output_tokens == len(ANSWER.encode())
+    details = answer.usage.input_tokens_details
+    assert details.cached_tokens == answer.usage.input_tokens // 2 > 0
     assert answer.usage.total_tokens == answer.usage.input_tokens + len(ANSWER.encode())
     assert answer.metrics["speculative_decoding"]["num_spec_tokens"] == 2
 
