@@ -92,6 +92,8 @@ class Request:
       num_log_probs: Report each token's log-probability, and so many of the most
         probable tokens with theirs; None reports what the engine does for all.
       can_speculate: Draft for it; without, each step emits one token.
+      scope: Whose it is: what was kept of one scope's text serves no other; 0 for
+        nobody in particular.
     """
 
     __repr__ = short_repr
@@ -107,6 +109,7 @@ class Request:
     choice: int = 0
     num_log_probs: int | None = None
     can_speculate: bool = True
+    scope: int = 0
 
     def __post_init__(self):
         whole_number("max_new_tokens", self.max_new_tokens, least=1)
