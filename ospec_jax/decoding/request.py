@@ -21,7 +21,7 @@ from ospec_jax.config import (
 from ospec_jax.control.base import Row
 from ospec_jax.control.lengths import Pending, Windows
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.types import Feedback, StepOutput
+from ospec_jax.types import Feedback, Owner, StepOutput
 from ospec_jax.typing import short_repr
 
 
@@ -170,6 +170,7 @@ class Completion:
       capacity: Slots of the cache it was decoded in.
       text_over: See `StopPoint`.
       alternatives: Of each token, the most probable ones; empty if not asked for.
+      owner: Whose it is, for what keeps its text; None is nobody in particular.
     """
 
     __repr__ = short_repr
@@ -185,6 +186,7 @@ class Completion:
     capacity: int = 0
     text_over: str = ""
     alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
+    owner: Owner | None = None
 
 
 @dataclasses.dataclass
