@@ -559,7 +559,7 @@ def _load_step(
                 if name in kept:  # else Orbax says that it is not there
                     like = older.stored_like(like, kept[name])
                 rest[name] = _on_devices(like, mesh)
-        scopes = []
+        scopes: Sequence = ()
         with _reading_files(path, step):
             restored = _restore(checkpointer, step, rest) if rest else {}
             if "feedback" in rest and "scopes" in kept:
