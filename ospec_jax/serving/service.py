@@ -672,12 +672,6 @@ class Service:
         Raises:
           ConfigError: The scope has no name.
         """
-        if scope == "":
-            raise ConfigError(
-                "scope is empty; name a key or a `key/tenant`, or leave it out to "
-                "forget the traffic of all"
-            )
-
         known = self._session.scopes.known
         gone = self._session.forget_traffic(scope)
         # What is being answered was said before this: it is not learned from, either.
@@ -687,7 +681,6 @@ class Service:
             job.is_forgotten |= scope is None or is_within(job.ask.scope, scope)
 
         stays = ["how often n-grams were right, as figures without text"]
-        # Of a scope that is not known any more nobody can say whether it shared.
         has_taught = scope is None or any(one.has_taught for one in gone)
         if is_draft_too:
             self._session.begin_again(self._kept[0].draft)
@@ -698,8 +691,14 @@ class Service:
                 "the draft's weights and their earlier versions, which have learned "
                 "from it and are shared by all"
             )
-        else:
+        elif gone:
             stays.append("nothing in the draft's weights since this was first heard of")
+        else:
+            # It never asked, or was forgotten before: nobody can say if it shared.
+            stays.append(
+                "whatever the draft's weights learned from it earlier, for it is not "
+                "known now"
+            )
 
         self._note_version(is_changed=True)
         stays += self._replace_checkpoint()

@@ -733,7 +733,16 @@ class Session:
 
         Returns:
           The scopes that were known; their numbers may be given to others now.
+
+        Raises:
+          ConfigError: The scope has no name.
         """
+        if scope == "":
+            raise ConfigError(
+                "scope is empty; name a key or a `key/tenant`, or leave it out to "
+                "forget the traffic of all"
+            )
+
         with self._lock:
             known = self._state.scopes
             if scope is not None:
