@@ -15,6 +15,23 @@ from ospec_jax.typing import Params, struct
 
 
 @struct
+class Owner:
+    """Whose an answer is, and how much may be kept of it; see `online.scopes`.
+
+    Attributes:
+      scope: Its number; 0 for nobody in particular.
+      is_kin: `[c]` which scopes' text counts together with it, by their numbers.
+      share: Of all room, what its own text may take; 1 takes what there is.
+      kin_share: Likewise, that of all its kin.
+    """
+
+    scope: Int[Array, ""]
+    is_kin: Bool[Array, " c"]
+    share: Float[Array, ""]
+    kin_share: Float[Array, ""]
+
+
+@struct
 class NgramMemory:
     """What followed which tokens in earlier requests; see `drafters.ngram`.
 
@@ -22,6 +39,7 @@ class NgramMemory:
       fingerprints: `[o, m]` hashes of the n-grams of each order.
       tokens: `[o, m]` what mostly followed them.
       counts: `[o, m]` majority of that token over all others, 0 for an empty slot.
+      owners: `[o, m]` scopes whose text they are from; see `Owner`.
       hits: `[l]` suggestions of each kind that were right.
       trials: `[l]` suggestions of each kind.
       orders: Tokens that the keys of each table are made of.
@@ -30,6 +48,7 @@ class NgramMemory:
     fingerprints: UInt32[Array, "o m"]
     tokens: Int[Array, "o m"]
     counts: Int[Array, "o m"]
+    owners: Int[Array, "o m"]
     hits: Float[Array, " l"]
     trials: Float[Array, " l"]
     orders: tuple[int, ...] = flax.struct.field(pytree_node=False, default=(2, 3))
@@ -256,6 +275,7 @@ class Pairs:
       num_valid: `[b]` how many pairs are real; the rest is junk.
       num_ahead: Tokens that are known to follow them before anything is drafted; None
         for none.
+      scopes: `[b]` whose the rows are; None where the draft has been told before.
     """
 
     inputs: Int[Array, "b t"]
@@ -264,6 +284,7 @@ class Pairs:
     starts: Int[Array, " b"]
     num_valid: Int[Array, " b"]
     num_ahead: Int[Array, ""] | None = None
+    scopes: Int[Array, " b"] | None = None
 
 
 @struct

@@ -80,7 +80,9 @@ def serve(
       save_feedback: Also keep recent traffic, from which prompts and answers can be
         read back.
       drafts: Folder whose drafts an administrator may have loaded, by name.
-      api_key_file: Keys of clients, one a line: `name key`, or a key alone.
+      api_key_file: Keys of clients, one a line: `name key`, or a key alone. Of several
+        keys, only answers to those with `share` behind them (`name key share`) teach
+        the draft; the others' n-grams serve themselves.
       admin_key_file: A key for /admin/, which is closed without one.
       allow_no_key: Listen on any address without API keys.
       allowed_hosts: Names in Host headers, beside loopback's, that are let in without a

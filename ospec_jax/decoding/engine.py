@@ -523,6 +523,7 @@ class Engine:
             np.full(1, following, np.int32),
             np.full(1, len(chunk), np.int32),
             np.int32(num_ahead),
+            np.full(1, request.scope, np.int32),
         )
 
         return reading._replace(

@@ -22,7 +22,7 @@ from ospec_jax.control.base import Row
 from ospec_jax.control.lengths import Pending, Windows
 from ospec_jax.decoding.predicted import Followed
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.types import Feedback, StepOutput
+from ospec_jax.types import Feedback, Owner, StepOutput
 from ospec_jax.typing import short_repr
 
 
@@ -174,6 +174,7 @@ class Completion:
         them.
       followed: How far the request's prediction came true; None if it has none.
       alternatives: Of each token, the most probable ones; empty if not asked for.
+      owner: Whose it is, for what keeps its text; None is nobody in particular.
     """
 
     __repr__ = short_repr
@@ -191,6 +192,7 @@ class Completion:
     num_reused: int = 0
     followed: Followed | None = None
     alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
+    owner: Owner | None = None
 
 
 @dataclasses.dataclass

@@ -778,14 +778,24 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
     """Builds the pass over one chunk of one prompt.
 
     The function maps `(target_params, draft, state, tokens [1, t], following [1],
-    num_valid [1], num_ahead)` to `(state, StepOutput)`. `following` is the first token
-    of the next chunk, and `num_ahead` how many come in it and later ones; the last
-    chunk, with 0, emits the first token of the answer instead.
+    num_valid [1], num_ahead, scopes [1])` to `(state, StepOutput)`. `following` is the
+    first token of the next chunk, and `num_ahead` how many come in it and later ones;
+    the last chunk, with 0, emits the first token of the answer instead. `scopes` is the
+    request's, by default nobody's.
     """
     target = _target(config)
     is_batched = config.numerics.has_batched_writes
 
-    def prefill(target_params, draft, state, tokens, following, num_valid, num_ahead):
+    def prefill(
+        target_params,
+        draft,
+        state,
+        tokens,
+        following,
+        num_valid,
+        num_ahead,
+        scopes=None,
+    ):
         is_last = num_ahead == 0
         shared = shared_tables(target_params)
         starts = state.lengths
@@ -822,7 +832,9 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         # Padding is paired with junk, but `num_valid` says how far the pairs are real.
         if drafter is not None:
             successors = jnp.where(is_end, following[:, None], jnp.roll(tokens, -1, 1))
-            pairs = Pairs(tokens, successors, taps, starts, num_valid, num_ahead)
+            pairs = Pairs(
+                tokens, successors, taps, starts, num_valid, num_ahead, scopes
+            )
             draft_cache, context = drafter.extend(
                 draft, shared, state.draft_cache, pairs
             )

@@ -7,6 +7,9 @@ The *memory* is a table of bounded size over earlier requests: what mostly follo
 last two or three tokens. Each kind of match has a *rate*, how often it was right so
 far, which is learned from every verified token, drafted or not (full information).
 
+Each n-gram of the memory has an owner, the scope of the request that it is from, and is
+suggested to rows of that scope alone. The rates are everybody's.
+
 The family `suffix` keeps tables of longer n-grams, too, the longest match winning, and
 drafts deeper from matches that are nearly always right: what suffix decoding does with
 a tree of past answers (arXiv 2411.04975), in arrays of fixed shape that `jit` can read
@@ -31,6 +34,7 @@ from ospec_jax.types import (
     DraftContext,
     DraftTree,
     NgramMemory,
+    Owner,
     Pairs,
     Retraced,
     Roots,
@@ -87,17 +91,25 @@ def init_memory(num_slots: int, orders: tuple[int, ...] = ORDERS) -> NgramMemory
         fingerprints=jnp.zeros(shape, jnp.uint32),
         tokens=jnp.zeros(shape, jnp.int32),
         counts=jnp.zeros(shape, jnp.int32),
+        owners=jnp.zeros(shape, jnp.int32),
         hits=rates * _PRIOR_TRIALS,
         trials=jnp.full_like(rates, _PRIOR_TRIALS),
         orders=orders,
     )
 
 
-def _fingerprint(context):
-    """A 32-bit hash of the last axis."""
+def _fingerprint(context, scope):
+    """A 32-bit hash of the last axis, and of whose it is.
+
+    Args:
+      scope: Of the shape of the other axes, or one that fits it.
+    """
     # FNV's offset, multiplied by a golden-ratio constant and mixed downwards, since the
-    # slot is taken from the low bits.
-    code = jnp.full(context.shape[:-1], 0x811C9DC5, jnp.uint32)
+    # slot is taken from the low bits. Scopes begin apart, so that the same n-gram of
+    # two of them does not contend for one slot.
+    start = jnp.asarray(scope).astype(jnp.uint32) * np.uint32(0x85EBCA6B)
+    start = start ^ np.uint32(0x811C9DC5)
+    code = jnp.broadcast_to(start, context.shape[:-1])
     for i in range(context.shape[-1]):
         code = (code ^ context[..., i].astype(jnp.uint32)) * np.uint32(0x9E3779B1)
         code = code ^ (code >> 15)
@@ -148,23 +160,31 @@ def match_context(
 
 @typed
 def match_memory(
-    memory: NgramMemory, recent: Int[Array, "b w m"]
+    memory: NgramMemory,
+    recent: Int[Array, "b w m"],
+    scopes: Int[Array, " b"] | None = None,
 ) -> tuple[Int[Array, "b w"], Int[Array, "b w"]]:
     """What mostly followed the last tokens, those of the highest order first.
+
+    Args:
+      scopes: Whose the rows are: nothing else is found. None is nobody in particular.
 
     Returns:
       The token and the number of its rate, -1 when nothing is remembered.
     """
     token = jnp.full(recent.shape[:2], _NO_TOKEN)
     level = jnp.full(recent.shape[:2], -1)
+    asker = jnp.int32(0) if scopes is None else scopes[:, None]
 
     # Ascending orders, so that a longer match overwrites a shorter one.
     for i, order in enumerate(memory.orders):
-        code = _fingerprint(recent[..., -order:])
+        code = _fingerprint(recent[..., -order:], asker)
         slot = (code % memory.num_slots).astype(jnp.int32)
         count = memory.counts[i, slot]
-        # Slots are shared: the fingerprint tells n-grams of one slot apart.
+        # Slots are shared: the fingerprint tells n-grams of one slot apart. Hashes of
+        # two scopes may be equal by chance, so their numbers are compared as well.
         is_found = (memory.fingerprints[i, slot] == code) & (count > 0)
+        is_found &= memory.owners[i, slot] == asker
         first = memory.max_match + i * _MAX_COUNT
         token = jnp.where(is_found, memory.tokens[i, slot], token)
         level = jnp.where(is_found, first + count - 1, level)
@@ -173,18 +193,19 @@ def match_memory(
 
 
 def suggest(
-    memory: NgramMemory, history, num_known, recent
+    memory: NgramMemory, history, num_known, recent, scopes=None
 ) -> tuple[Int[Array, "b w"], Float[Array, "b w"]]:
     """The likelier of both sources' tokens with its log-rate, -inf for none.
 
     Args:
       history: `[b, s]`, with `num_known` `[b, w]` and `recent` `[b, w, m]`; see
         `match_context`.
+      scopes: `[b]`; see `match_memory`.
     """
     rates = memory.hits / memory.trials
     rate = lambda level: jnp.where(level >= 0, rates[level], 0.0)
     near, near_level = match_context(history, num_known, recent)
-    far, far_level = match_memory(memory, recent)
+    far, far_level = match_memory(memory, recent, scopes)
     is_near = rate(near_level) >= rate(far_level)
     best = jnp.maximum(rate(near_level), rate(far_level))
 
@@ -193,7 +214,11 @@ def suggest(
 
 
 def remember(
-    memory: NgramMemory, tokens: Int[Array, " s"], num_prompt, num_tokens
+    memory: NgramMemory,
+    tokens: Int[Array, " s"],
+    num_prompt,
+    num_tokens,
+    owner: Owner | None = None,
 ) -> NgramMemory:
     """Learns from one answered request.
 
@@ -204,8 +229,27 @@ def remember(
     Args:
       tokens: Of prompt and answer, junk beyond `num_tokens`.
       num_prompt: How many belong to the prompt.
+      owner: None is nobody in particular, who may take all the room.
     """
-    return _enter(_score(memory, tokens, num_prompt, num_tokens), tokens, num_tokens)
+    scope = jnp.int32(0) if owner is None else owner.scope
+    scored = _score(memory, tokens, num_prompt, num_tokens, scope)
+    return _enter(scored, tokens, num_tokens, scope, owner)
+
+
+def forget(memory: NgramMemory, is_gone: Bool[Array, " c"]) -> NgramMemory:
+    """Empties the slots of some scopes; the rates stay.
+
+    Args:
+      is_gone: Which, by their numbers.
+    """
+    is_dropped = is_gone[memory.owners]
+    cleared = lambda table: jnp.where(is_dropped, jnp.zeros_like(table), table)
+    return memory.replace(
+        fingerprints=cleared(memory.fingerprints),
+        tokens=cleared(memory.tokens),
+        counts=cleared(memory.counts),
+        owners=cleared(memory.owners),
+    )
 
 
 def _recent_at(tokens, positions, count):
@@ -214,7 +258,7 @@ def _recent_at(tokens, positions, count):
     return jnp.where(index >= 0, tokens[jnp.maximum(index, 0)], _NO_TOKEN)
 
 
-def _score(memory: NgramMemory, tokens, num_prompt, num_tokens) -> NgramMemory:
+def _score(memory: NgramMemory, tokens, num_prompt, num_tokens, scope) -> NgramMemory:
     """Books what each source would have said about the newest tokens."""
     count = min(_NUM_SCORED, tokens.shape[0])
     positions = num_tokens - 1 - jnp.arange(count)
@@ -223,7 +267,7 @@ def _score(memory: NgramMemory, tokens, num_prompt, num_tokens) -> NgramMemory:
     recent = _recent_at(tokens, positions, memory.max_match)[None]
     # With the memory as it was before this request, as while it was decoded.
     near = match_context(tokens[None], positions[None], recent)
-    far = match_memory(memory, recent)
+    far = match_memory(memory, recent, scope[None])
     actual = tokens[jnp.maximum(positions, 0)]
     hits = memory.hits
     trials = memory.trials
@@ -241,28 +285,47 @@ def _score(memory: NgramMemory, tokens, num_prompt, num_tokens) -> NgramMemory:
     return memory.replace(hits=hits * keep, trials=trials * keep)
 
 
-def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
-    """Enters every n-gram, in order."""
+def _enter(
+    memory: NgramMemory, tokens, num_tokens, scope, owner: Owner | None
+) -> NgramMemory:
+    """Enters every n-gram, in order, as far as its owner has room."""
     positions = jnp.arange(tokens.shape[0])
     # All hashes at once: only the tables' updates depend on one another.
     recent = _recent_at(tokens, positions, memory.max_match)
-    codes = [_fingerprint(recent[:, -n:]) for n in memory.orders]
+    codes = [_fingerprint(recent[:, -n:], scope) for n in memory.orders]
     codes = jnp.stack(codes, axis=1)
     # The first tokens have fewer predecessors than an n-gram needs.
     has_context = positions[:, None] >= np.asarray(memory.orders)
     rows = np.arange(len(memory.orders))
 
+    is_kin_of = lambda owners: jnp.zeros(owners.shape, bool)
+    most = most_of_kin = memory.num_slots
+    if owner is not None:
+        is_kin_of = lambda owners: owner.is_kin[owners]
+        most = (owner.share * memory.num_slots).astype(jnp.int32)
+        most_of_kin = (owner.kin_share * memory.num_slots).astype(jnp.int32)
+
+    is_taken = memory.counts > 0
+    held = jnp.sum(is_taken & (memory.owners == scope), axis=1)
+    held_by_kin = jnp.sum(is_taken & is_kin_of(memory.owners), axis=1)
+
     def enter(position, tables):
-        fingerprints, followers, counts = tables
+        fingerprints, followers, counts, owners, held, held_by_kin = tables
         code = codes[position]
         token = tokens[position]
-        is_real = has_context[position]
         slot = (code % memory.num_slots).astype(jnp.int32)
         # A slot is a majority vote (Boyer and Moore): the token it holds is counted up
         # when it comes again and down by anything else, and replaced once its count is
         # used up.
         count = counts[rows, slot]
-        is_known = (fingerprints[rows, slot] == code) & (count > 0)
+        before = owners[rows, slot]
+        # Who has taken its share moves within that: it neither takes a slot of others
+        # nor counts it down. So a flood of one scope's text leaves theirs in place.
+        is_own = (count > 0) & (before == scope)
+        is_of_kin = (count > 0) & is_kin_of(before)
+        has_room = (held < most) & (is_of_kin | (held_by_kin < most_of_kin))
+        is_real = has_context[position] & (is_own | has_room)
+        is_known = is_own & (fingerprints[rows, slot] == code)
         is_same = is_known & (followers[rows, slot] == token)
         is_new = is_real & ~is_same & (count <= 1)
         changed = jnp.where(is_same, jnp.minimum(count + 1, _MAX_COUNT), count - 1)
@@ -275,12 +338,19 @@ def _enter(memory: NgramMemory, tokens, num_tokens) -> NgramMemory:
             put(fingerprints, code, is_new),
             put(followers, token, is_new),
             put(counts, changed, is_real),
+            put(owners, scope, is_new),
+            held + (is_new & ~is_own),
+            held_by_kin + (is_new & ~is_of_kin),
         )
 
-    tables = memory.fingerprints, memory.tokens, memory.counts
-    fingerprints, followers, counts = jax.lax.fori_loop(0, num_tokens, enter, tables)
+    tables = memory.fingerprints, memory.tokens, memory.counts, memory.owners
+    fingerprints, followers, counts, owners, *_ = jax.lax.fori_loop(
+        0, num_tokens, enter, (*tables, held, held_by_kin)
+    )
 
-    return memory.replace(fingerprints=fingerprints, tokens=followers, counts=counts)
+    return memory.replace(
+        fingerprints=fingerprints, tokens=followers, counts=counts, owners=owners
+    )
 
 
 def with_ngrams(
@@ -305,13 +375,22 @@ def with_ngrams(
             "drafter": drafter.init_cache(batch_size, capacity),
             # Slot i holds the token at position i + 1.
             "history": jnp.zeros((batch_size, capacity), jnp.int32),
+            "scopes": jnp.zeros((batch_size,), jnp.int32),
         }
 
     def extend(
         draft: Draft, shared: SharedTables, cache: dict, pairs: Pairs
     ) -> tuple[dict, DraftContext]:
         inner, context = drafter.extend(draft, shared, cache["drafter"], pairs)
-        return {"drafter": inner, "history": written(cache, pairs)}, context
+        return moved_on(cache, inner, written(cache, pairs), pairs.scopes), context
+
+    def moved_on(cache: dict, inner, history, scopes=None) -> dict:
+        # The first pass over a prompt says whose it is; later ones need not.
+        return {
+            "drafter": inner,
+            "history": history,
+            "scopes": cache["scopes"] if scopes is None else scopes,
+        }
 
     def written(cache: dict, pairs: Pairs) -> Int[Array, "b s"]:
         return kv.write_rows(
@@ -341,12 +420,17 @@ def with_ngrams(
         index = num_known[..., None] + jnp.arange(-memory.max_match, 0)
         recent = jax.vmap(lambda row, at: row[jnp.maximum(at, 0)])(history, index)
         recent = jnp.where(index >= 0, recent, _NO_TOKEN)
-        own = Suggested(*suggest(memory, history, num_known, recent))
+        own = suggest(memory, history, num_known, recent, cache["scopes"])
         inner, context, found = drafter.retrace(
-            draft, shared, cache["drafter"], context, pairs, likelier(own, suggested)
+            draft,
+            shared,
+            cache["drafter"],
+            context,
+            pairs,
+            likelier(Suggested(*own), suggested),
         )
 
-        return {"drafter": inner, "history": history}, context, found
+        return moved_on(cache, inner, history, pairs.scopes), context, found
 
     def hints_of(draft: Draft, cache: dict, position: Int[Array, " b"]) -> Hints:
         memory = draft.memory
@@ -364,7 +448,7 @@ def with_ngrams(
             # Drafted tokens are not in the history: matches end before the root's
             # follower, wherever the path has got to.
             num_known = jnp.broadcast_to(position[:, None], recent.shape[:2])
-            return suggest(memory, history, num_known, recent)
+            return suggest(memory, history, num_known, recent, cache["scopes"])
 
         return Hints(recent, suggest_after)
 
@@ -387,10 +471,9 @@ def with_ngrams(
         roots: Roots,
         hints: Hints | None = None,
     ) -> tuple[DraftTree, dict]:
-        history = cache["history"]
         hints = either(hints_of(draft, cache, roots.position), hints)
         proposed, inner = drafter.propose(draft, shared, cache["drafter"], roots, hints)
-        return proposed, {"drafter": inner, "history": history}
+        return proposed, moved_on(cache, inner, cache["history"])
 
     return drafter._replace(
         init_cache=init_cache,

@@ -7,7 +7,7 @@ import numpy as np
 
 from ospec_jax.learners.base import Segments
 from ospec_jax.learners.config import LearnerConfig
-from ospec_jax.online.ring import FeedbackRing, draw, newest
+from ospec_jax.online.ring import FeedbackRing, draw, newest, num_fresh_held
 
 
 def num_newest(config: LearnerConfig) -> int:
@@ -26,10 +26,11 @@ def of_round(
         return [np.int32(0)]
 
     size = num_newest(config)
+    num_held = num_fresh_held(ring, num_fresh)
 
     # Rounded up: windows that do not fill a batch are trained on with weightless ones
     # beside them.
-    num_batches = -(-min(num_fresh, ring.capacity) // size)
+    num_batches = -(-num_held // size)
     return [np.int32(i * size) for i in reversed(range(num_batches))]
 
 

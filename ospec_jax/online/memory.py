@@ -10,6 +10,7 @@ from ospec_jax import sharding
 from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters import ngram
 from ospec_jax.models.sharing import share
+from ospec_jax.online.scopes import nobody
 from ospec_jax.online.trainer import (
     Traffic,
     Trainer,
@@ -17,7 +18,7 @@ from ospec_jax.online.trainer import (
     UpdateReport,
     new_counts,
 )
-from ospec_jax.types import Draft
+from ospec_jax.types import Draft, Owner
 
 
 @share
@@ -49,26 +50,33 @@ def with_memory(
         memory = sharding.put_params(ngram.init_memory(num_slots, orders), mesh)
         return state, traffic.replace(memory=memory)
 
-    def observe(state, traffic: Traffic, draft: Draft, completion: Completion):
+    def keep(traffic: Traffic, completion: Completion) -> Traffic:
         assert traffic.memory is not None
         # Not donated: the old memory may still be read by a step that is under way.
         memory = remember(traffic.memory, *_ngrams_of(completion))
+        return trainer.remember(traffic, completion).replace(memory=memory)
+
+    def observe(state, traffic: Traffic, draft: Draft, completion: Completion):
+        memory = keep(traffic, completion).memory
         state, traffic = trainer.observe(state, traffic, draft, completion)
         return state, traffic.replace(memory=memory)
 
     def warm_up(state, traffic: Traffic, draft, served, completion, speed=None):
-        jax.block_until_ready(remember(traffic.memory, *_ngrams_of(completion)))
+        jax.block_until_ready(keep(traffic, completion))
         return trainer.warm_up(state, traffic, draft, served, completion, speed)
 
-    return trainer._replace(init=init, observe=observe, warm_up=warm_up)
+    return trainer._replace(init=init, observe=observe, warm_up=warm_up, remember=keep)
 
 
-def _ngrams_of(completion: Completion) -> tuple[np.ndarray, np.int32, np.int32]:
-    """Padded tokens `[capacity]`, where the answer begins, and how many are real."""
+def _ngrams_of(
+    completion: Completion,
+) -> tuple[np.ndarray, np.int32, np.int32, Owner]:
+    """Padded tokens `[capacity]`, where the answer begins, how many are real, whose."""
     ids = [*completion.request.prompt_ids, *completion.token_ids]
+    num_prompt = np.int32(len(completion.request.prompt_ids))
     padded = np.zeros(completion.capacity, np.int32)  # few lengths, few executables
     padded[: len(ids)] = ids
-    return padded, np.int32(len(completion.request.prompt_ids)), np.int32(len(ids))
+    return padded, num_prompt, np.int32(len(ids)), completion.owner or nobody()
 
 
 def counting_trainer(

@@ -16,8 +16,10 @@ from jaxtyping import Array, Bool, Int
 
 from ospec_jax.config import Recording
 from ospec_jax.decoding.request import Completion
+from ospec_jax.drafters import ngram
 from ospec_jax.learners.base import LearnerInfo
 from ospec_jax.learners.last_layer import HeadInfo
+from ospec_jax.online import ring
 from ospec_jax.online.pace import PaceState
 from ospec_jax.online.ring import FeedbackRing
 from ospec_jax.types import Draft, NgramMemory
@@ -143,6 +145,9 @@ class Trainer(NamedTuple):
         UpdateReport)`, given the answer that was observed last.
       label: Of the learner, for messages: its name and its rate.
       remedy: What to start anew with where updates are not finite.
+      remember: `(traffic, completion) -> traffic`: keeps of an answer what serves its
+        own scope alone. That is all that is done with one that shares nothing; it is
+        part of `observe`.
     """
 
     recording: Recording
@@ -156,6 +161,7 @@ class Trainer(NamedTuple):
     update: Callable[..., tuple[Any, Draft, Draft, UpdateReport]]
     label: str
     remedy: str
+    remember: Callable[[Traffic, Completion], Traffic] = lambda traffic, _: traffic
 
 
 class Learned(NamedTuple):
@@ -177,19 +183,48 @@ class Learned(NamedTuple):
 def go_on_from(trainer: Trainer, state: Any, traffic: Traffic, draft: Draft) -> Learned:
     """Where a trainer stands that begins, or was restored: with a draft to serve."""
     # n-grams belong to traffic, not to the draft: they are attached when it is served.
-    served = trainer.serve(draft)
-    if traffic.memory is not None:
-        served = served.replace(memory=traffic.memory)
-
+    served = attach_memory(trainer.serve(draft), traffic)
     return Learned(state, traffic, draft, served)
 
 
-def learn_from(trainer: Trainer, now: Learned, completion: Completion) -> Learned:
+def attach_memory(served: Draft, traffic: Traffic) -> Draft:
+    """A served draft with the n-grams of its traffic, where these are kept."""
+    if traffic.memory is None:
+        return served
+
+    return served.replace(memory=traffic.memory)
+
+
+@jax.jit
+def forget(traffic: Traffic, is_gone) -> Traffic:
+    """Drops what is kept of some scopes' text.
+
+    Args:
+      is_gone: `[c]` which, by their numbers; see `scopes.as_mask`.
+    """
+    if traffic.ring is not None:
+        traffic = traffic.replace(ring=ring.forget(traffic.ring, is_gone))
+    if traffic.memory is not None:
+        traffic = traffic.replace(memory=ngram.forget(traffic.memory, is_gone))
+
+    return traffic
+
+
+def learn_from(
+    trainer: Trainer, now: Learned, completion: Completion, is_shared: bool = True
+) -> Learned:
     """Observes an answer, and learns where that is due; waits until it is done.
 
     Args:
       now: What an earlier call returned, or the beginning.
+      is_shared: Learn also what serves others than the answer's own scope.
     """
+    if not is_shared:
+        traffic = trainer.remember(now.traffic, completion)
+        served = attach_memory(now.served, traffic)
+        jax.block_until_ready(served)
+        return now._replace(traffic=traffic, served=served, report=None)
+
     # First what was seen, then what is learned from it, if that is due.
     state, traffic = trainer.observe(now.state, now.traffic, now.draft, completion)
     draft = now.draft
@@ -199,8 +234,7 @@ def learn_from(trainer: Trainer, now: Learned, completion: Completion) -> Learne
         state, draft, served, report = trainer.update(
             state, traffic, draft, served, completion
         )
-    if traffic.memory is not None:
-        served = served.replace(memory=traffic.memory)
+    served = attach_memory(served, traffic)
 
     # Wait here: learning would run during the next decoding, and be counted as that.
     jax.block_until_ready((state, traffic, served))

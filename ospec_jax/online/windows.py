@@ -29,6 +29,7 @@ from ospec_jax.online.ring import (
     window_starts,
 )
 from ospec_jax.online.rounds import WindowsState
+from ospec_jax.online.scopes import nobody
 from ospec_jax.online.trainer import (
     Speed,
     Traffic,
@@ -320,6 +321,7 @@ class Windows:
                 np.int32(start),
                 np.int32(num_prompt),
                 np.int32(completion.num_recorded),
+                completion.owner or nobody(),
             )
 
         traffic = traffic.replace(ring=ring)

@@ -41,7 +41,8 @@ class Ask:
         none but its own, None for no log-probabilities at all.
       can_speculate: Draft for it.
       can_teach: Learn from its answers.
-      scope: Whose it is: what is learned of one scope's text may stay there.
+      scope: Whose it is: n-grams of one scope's text are suggested to no other.
+      is_shared: Learn from its answers also what serves others.
     """
 
     prompt: Prompt
@@ -55,6 +56,7 @@ class Ask:
     can_speculate: bool = True
     can_teach: bool = True
     scope: str = ""
+    is_shared: bool = True
 
 
 class Token(NamedTuple):

@@ -8,6 +8,8 @@ read.
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import logging
 import socket
 import time
@@ -49,7 +51,7 @@ from ospec_jax.serving.asks import (
 from ospec_jax.serving.errors import RequestError
 from ospec_jax.serving.gate import Gate, caller_of, error_response, request_id_of
 from ospec_jax.serving.history import SECONDS, History
-from ospec_jax.serving.keys import Keys
+from ospec_jax.serving.keys import Caller, Keys
 from ospec_jax.serving.metrics import Metrics
 from ospec_jax.serving.prompting import Server
 from ospec_jax.serving.relay import Gone, Relay
@@ -269,9 +271,9 @@ class _Api:
 
         content = await self._read(request)
         answer_id = _PREFIXES[kind] + uuid.uuid4().hex
-        key = caller_of(request.scope).name
+        caller = caller_of(request.scope)
         asked = time.monotonic()
-        body, wanted, prepared = await self._prepare(content, kind, answer_id, key)
+        body, wanted, prepared = await self._prepare(content, kind, answer_id, caller)
         if wanted.ignored:
             request_id = request_id_of(request.scope)
             _LOG.debug(f"{request_id}: {len(wanted.ignored)} keys were passed over")
@@ -377,7 +379,7 @@ class _Api:
                 yield b"".join(said) + teller.last
 
     async def _prepare(
-        self, content: bytes, kind: _Route, answer_id: str, key: str
+        self, content: bytes, kind: _Route, answer_id: str, caller: Caller
     ) -> tuple[dict[str, Any], Wanted, list[Prepared]]:
         """Reads a body, applies the template and counts tokens, in a worker."""
         if self._num_preparing >= self._config.max_preparing:
@@ -388,11 +390,13 @@ class _Api:
         def prepare() -> tuple[dict[str, Any], Wanted, list[Prepared]]:
             body = parse_body(content)
             if kind == "response":
-                wanted = read_response(body, answer_id, self._server, key)
+                wanted = read_response(body, answer_id, self._server, caller.name)
             else:
-                wanted = read_wanted(body, kind, answer_id, self._server, key)
+                wanted = read_wanted(body, kind, answer_id, self._server, caller.name)
+            # What all are served with is taught by those alone who agreed to share.
+            share = functools.partial(dataclasses.replace, is_shared=caller.is_sharing)
             try:
-                prepared = [self._service.prepare(ask) for ask in wanted.asks]
+                prepared = [self._service.prepare(share(ask)) for ask in wanted.asks]
             except PromptTooLongError as error:
                 code = "context_length_exceeded"
                 raise RequestError(str(error), _PROMPTS[kind], code) from error

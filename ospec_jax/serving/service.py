@@ -4,7 +4,6 @@
 import copy
 import dataclasses
 import functools
-import hashlib
 import logging
 import threading
 import time
@@ -29,6 +28,7 @@ from ospec_jax.decoding.request import (
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.loading import load_draft
 from ospec_jax.models.tokenizer import TextStream
+from ospec_jax.online.scopes import is_within
 from ospec_jax.serving.asks import (
     Ask,
     ChoiceEnd,
@@ -45,6 +45,7 @@ from ospec_jax.session.arguments import as_stop
 from ospec_jax.session.live import Live
 from ospec_jax.session.requests import find_stop
 from ospec_jax.session.session import Session
+from ospec_jax.storage.checkpoint import unreadable_steps
 from ospec_jax.types import Draft
 
 _LOG = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class _Job:
         self.num_prompt_tokens = prepared.num_prompt_tokens
         self.choices: list[_Choice] = prepared.requests
         self.is_cancelled = False
+        self.is_forgotten = False
         self.num_missing = len(self.choices)
         self.num_tokens = 0
         self.num_cached = prepared.num_prompt_tokens
@@ -301,7 +303,6 @@ class Service:
                 choice=number,
                 num_log_probs=ask.num_log_probs,
                 can_speculate=ask.can_speculate,
-                scope=_number_of(ask.scope),
             )
             stream = TextStream(self._session.decode, stop)
             choices.append(_Choice(number, request, stream))
@@ -500,12 +501,21 @@ class Service:
                 job, choice = self._waiting.popleft()
             job.begun = job.begun or time.monotonic()
             try:
+                # Known by its number from here on: as long as it runs, nobody else
+                # gets that.
+                number = self._enroll(job.ask.scope)
+                choice.request = dataclasses.replace(choice.request, scope=number)
                 self._live.join(choice.request)
             except InputError as error:
                 job.tell(Failed(error))
                 job.cancel()
                 continue
             self._running[id(choice.request)] = job, choice
+
+    def _enroll(self, scope: str) -> int:
+        """The number of a scope, which had another one's text forgotten if need be."""
+        busy = {choice.request.scope for _, choice in self._running.values()}
+        return self._session.enroll(scope, busy).number
 
     def _rest(self) -> None:
         """Waits until there is something to do."""
@@ -571,7 +581,8 @@ class Service:
 
         # Nothing is learned from what a client gave up: it may ask again.
         is_on = self._paused_for is None
-        can_teach = is_on and job.ask.can_teach and not job.is_cancelled
+        can_teach = is_on and job.ask.can_teach
+        can_teach &= not (job.is_cancelled or job.is_forgotten)
         seconds = self._learn(job, completion, text, can_teach)
         totals = self._totals
         totals.num_updates += max(self._session.version - self._version, 0)
@@ -588,7 +599,9 @@ class Service:
         """Counts an answer and learns from it; returns the seconds that took."""
         session = self._session
         try:
-            result = session.take_in(job.ask.prompt, completion, text, can_teach)
+            result = session.take_in(
+                job.ask.prompt, completion, text, can_teach, job.ask.is_shared
+            )
         except Exception:
             # An update that failed may have used up what is served.
             _LOG.exception("learning has failed, and is paused")
@@ -671,28 +684,64 @@ class Service:
     ) -> dict[str, Any]:
         """Drops kept traffic, and with `is_draft_too` all that was learned.
 
-        Raises:
-          ConfigError: Of one scope alone: what is learned is not kept apart.
-        """
-        if scope is not None:
-            raise ConfigError(
-                f"what was learned of {scope[:40]!r} is not kept apart from the rest; "
-                f"leave scope out to forget the traffic of all"
-            )
+        Steps of the checkpoint that may hold the traffic are replaced.
 
-        self._session.forget_traffic()
-        stays = "the draft's weights, which have learned from it"
+        Args:
+          scope: A key's name, with its tenants, or `key/tenant`; None is everybody.
+
+        Raises:
+          ConfigError: The scope has no name.
+        """
+        known = self._session.scopes.known
+        gone = self._session.forget_traffic(scope)
+        # What is being answered was said before this: it is not learned from, either.
+        with self._lock:
+            jobs = [job for job, _ in (*self._running.values(), *self._waiting)]
+        for job in jobs:
+            job.is_forgotten |= scope is None or is_within(job.ask.scope, scope)
+
+        stays = ["how often n-grams were right, as figures without text"]
+        has_taught = scope is None or any(one.has_taught for one in gone)
         if is_draft_too:
             self._session.begin_again(self._kept[0].draft)
-            stays = (
-                "older checkpoints, and what the draft had learned before this server "
-                "was started"
-            )
+            stays.append("what the draft had learned before this server was started")
             self._kept = deque([self._kept[0]])
+        elif has_taught:
+            stays.append(
+                "the draft's weights and their earlier versions, which have learned "
+                "from it and are shared by all"
+            )
+        elif gone:
+            stays.append("nothing in the draft's weights since this was first heard of")
+        else:
+            # It never asked, or was forgotten before: nobody can say if it shared.
+            stays.append(
+                "whatever the draft's weights learned from it earlier, for it is not "
+                "known now"
+            )
 
         self._note_version(is_changed=True)
-        forgotten = "n-grams, windows and caches of all scopes"
-        return {"forgotten": forgotten, "stays": stays}
+        stays += self._replace_checkpoint()
+        names = "all scopes" if scope is None else scope
+        return {
+            "forgotten": f"n-grams, windows and caches of {names}",
+            "scopes": [one.name for one in (known if scope is None else gone)],
+            "stays": "; ".join(stays),
+        }
+
+    def _replace_checkpoint(self) -> list[str]:
+        """Writes what there is now in place of all steps; says what stays."""
+        folder = self.config.checkpoint
+        stays = ["copies of checkpoints elsewhere"]
+        if folder is None:
+            return stays
+
+        if not self._try_to_save(num_kept=1):
+            stays.append(f"steps in {folder.name}, for they could not be written anew")
+        stays += [
+            f"{one.name}, which was set aside" for one in unreadable_steps(folder)
+        ]
+        return stays
 
     def _new_live(self) -> Live:
         """One in which nothing runs, and nothing is kept."""
@@ -708,7 +757,7 @@ class Service:
         self._running.clear()
         self._live = self._new_live()
 
-    def _save(self) -> Path | None:
+    def _save(self, num_kept: int = 2) -> Path | None:
         """Writes a checkpoint, if there is a folder for it and something new."""
         self._saved_at = time.monotonic()
         self._keep_version()
@@ -717,19 +766,23 @@ class Service:
         if self._totals.num_answers == self._saved_answers:
             return None
 
-        place = self._session.save(self.config.checkpoint, self.config.keeps_traffic)
+        place = self._session.save(
+            self.config.checkpoint, self.config.keeps_traffic, num_kept
+        )
         self._saved_answers = self._totals.num_answers
         return place
 
-    def _try_to_save(self) -> None:
+    def _try_to_save(self, num_kept: int = 2) -> bool:
         """Saves; where that fails, serving goes on."""
         try:
-            self._save()
+            self._save(num_kept)
         except Exception as error:
             self._save_error = f"{type(error).__name__}: {error}"[:300]
             _LOG.exception("the checkpoint could not be written")
-        else:
-            self._save_error = None
+            return False
+
+        self._save_error = None
+        return True
 
     def _keep_version(self) -> None:
         """Puts the served draft aside, to go back to."""
@@ -767,6 +820,8 @@ class Service:
         if not self._live.warm_up(KINDS, is_stopped):
             return False
 
+        # So that a scope is dropped for a new one without a program to wait for.
+        self._session.drop_text([])
         _LOG.info(f"ready after {time.perf_counter() - start:.0f} s")
         self._compiles = _Compiles()
         self._keep_version()
@@ -781,12 +836,6 @@ def _capacities_for(session: Session, max_model_len: int) -> tuple[int, ...]:
     largest = session.engine.capacity_for([longest], needed)
     # A last one that is hardly larger would not be worth its programs.
     return (*(size for size in _CAPACITIES if 2 * size <= largest), largest)
-
-
-def _number_of(scope: str) -> int:
-    """A scope's number; 0 for none."""
-    digest = hashlib.sha256(scope.encode()).digest()
-    return int.from_bytes(digest[:8], "big") if scope else 0
 
 
 class _Compiles:

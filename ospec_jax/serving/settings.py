@@ -25,7 +25,8 @@ class HttpConfig:
         its Host header. Pages of others cannot pass for this server's own by a name
         that they point at it.
       api_key_file: Keys of clients, one a line: `name key`, or a key alone; None asks
-        for none.
+        for none. Of several keys, only those with `share` behind them have what all are
+        served with learn from their answers.
       admin_key_file: Key of the administration, on a line of its own; without one
         there is no administration.
       open_metrics: /metrics asks for no key even if there are keys.

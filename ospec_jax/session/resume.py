@@ -6,13 +6,16 @@ import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from ospec_jax.config import DraftConfig
 from ospec_jax.drafters.base import Family
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import freely_placed
 from ospec_jax.models.hub import Target
-from ospec_jax.online.trainer import Trainer, describe_stop
+from ospec_jax.online.ring import numbers_in_turn
+from ospec_jax.online.scopes import Scopes
+from ospec_jax.online.trainer import Traffic, Trainer, describe_stop
 from ospec_jax.session.build import grouped
 from ospec_jax.session.state import SessionState
 from ospec_jax.storage import checkpoint
@@ -51,12 +54,14 @@ def save(
     mesh: jax.sharding.Mesh | None = None,
     with_feedback: bool = True,
     last: Saved | None = None,
+    num_kept: int = 2,
 ) -> Saved:
     """Writes a checkpoint, unless it is there already.
 
     Args:
       with_feedback: Also store recent traffic and remembered n-grams.
       last: What the session wrote or read before.
+      num_kept: Steps that are there afterwards, this one among them.
 
     Raises:
       CheckpointError: There is no draft, or the folder is of another run.
@@ -79,7 +84,10 @@ def save(
         trainer = grouped(trainer, config, mesh, is_inverse=True)
         traffic = state.traffic if with_feedback else None
 
-    checkpoint.save(folder, int(place.name), meta, draft, trainer, traffic)
+    scopes = state.scopes.to_json()
+    checkpoint.save(
+        folder, int(place.name), meta, draft, trainer, traffic, num_kept, scopes
+    )
 
     return Saved(place, meta, with_feedback and state.trainer is not None)
 
@@ -154,13 +162,15 @@ def resume(
         warnings.warn(f"{folder}: {describe_stop(trainer, state)}", stacklevel=3)
 
     traffic = like.traffic
+    scopes = Scopes()
 
     try:
         # Older traffic than the learner's would not be what it counted.
         kept = checkpoint.load(
             folder, feedback_like=traffic, mesh=mesh, step=found.step, family=family
-        ).feedback
-        traffic = freely_placed(kept, mesh)
+        )
+        scopes = Scopes.from_json(kept.scopes)
+        traffic = freely_placed(_with_owners(kept.feedback), mesh)
     except CheckpointError:
         warnings.warn(
             f"step {found.step} of {folder} holds no feedback that can be read; "
@@ -190,6 +200,7 @@ def resume(
         answered=answered,
         contents=("",) * num_nameless + found.meta.contents,
         num_admitted=found.meta.num_admitted,
+        scopes=scopes,
     )
 
 
@@ -254,6 +265,24 @@ def _completed(state, trainer: Trainer, draft: Draft):
     start = trainer.init(draft)[0]
     fill = lambda found, new: new if is_missing(found) else found
     return jax.tree.map(fill, state, start)
+
+
+def _with_owners(traffic: Traffic) -> Traffic:
+    """Says of traffic that an older version stored whose it is: nobody's."""
+    is_missing = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    ring = traffic.ring
+    if ring is not None and is_missing(ring.owners):
+        numbers = numbers_in_turn(ring.num_added, ring.capacity)
+        traffic = traffic.replace(
+            ring=ring.replace(numbers=numbers, owners=jnp.zeros_like(numbers))
+        )
+
+    memory = traffic.memory
+    if memory is not None and is_missing(memory.owners):
+        owned = memory.replace(owners=jnp.zeros_like(memory.counts))
+        traffic = traffic.replace(memory=owned)
+
+    return traffic
 
 
 def saved_config(settings: dict, ours: LearnerConfig | None = None) -> LearnerConfig:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +47,15 @@ from ospec_jax.learners.config import LearnerConfig, Rule
 from ospec_jax.loading import LoadedDraft, check_draft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.tokenizer import TextStream
-from ospec_jax.online.trainer import Learned, UpdateReport, go_on_from, learn_from
+from ospec_jax.online.scopes import Enrolled, Scope, Scopes, as_mask
+from ospec_jax.online.trainer import (
+    Learned,
+    UpdateReport,
+    attach_memory,
+    forget,
+    go_on_from,
+    learn_from,
+)
 from ospec_jax.session import arguments, build, how_much, resume, warm_up
 from ospec_jax.session.requests import is_default_name, tokenized
 from ospec_jax.session.result import Result
@@ -547,16 +555,25 @@ class Session:
             self._move_on(num_admitted=num_admitted)
 
     def take_in(
-        self, prompt: Prompt, completion: Completion, text: str, can_teach: bool = True
+        self,
+        prompt: Prompt,
+        completion: Completion,
+        text: str,
+        can_teach: bool = True,
+        is_shared: bool = True,
     ) -> Result:
         """Counts an answer, and learns from it.
 
         Args:
           can_teach: Learn from it, if its request allows that, too.
+          is_shared: Learn what serves all from it; else it is only remembered for its
+            own scope.
         """
         # Of the draft that served this answer: learning may change it next.
         version = self.version
-        learning_seconds = self._learn_from(completion) if can_teach else 0.0
+        learning_seconds = 0.0
+        if can_teach:
+            learning_seconds = self._learn_from(completion, is_shared)
         self.stats = self.stats + completion.stats
         self._warn_of_collapse(completion.stats)
 
@@ -627,7 +644,7 @@ class Session:
         """Text of tokens, without special ones."""
         return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def _learn_from(self, completion: Completion) -> float:
+    def _learn_from(self, completion: Completion, is_shared: bool) -> float:
         """Remembers the answer and updates the draft when it is time."""
         if self.trainer is None or not completion.request.can_teach:
             return 0.0
@@ -637,13 +654,21 @@ class Session:
         assert before.draft is not None
         assert before.traffic is not None
         assert self._served is not None
+        scope = completion.request.scope
         now = learn_from(
             self.trainer,
             Learned(before.trainer, before.traffic, before.draft, self._served),
-            completion,
+            dataclasses.replace(completion, owner=before.scopes.owner_of(scope)),
+            is_shared,
         )
         self._served = now.served
-        self._move_on(trainer=now.state, traffic=now.traffic, draft=now.draft)
+        scopes = before.scopes
+        # n-grams alone are nobody else's: then nothing was taught.
+        if is_shared and self.trainer.recording != "nothing":
+            scopes = scopes.having_taught(scope)
+        self._move_on(
+            trainer=now.state, traffic=now.traffic, draft=now.draft, scopes=scopes
+        )
         seconds = time.perf_counter() - start
         if now.report is not None:
             self.reports.append(now.report)
@@ -668,20 +693,82 @@ class Session:
                 )
             self._unjudged = DecodingStats(num_spec_tokens=self.tree.num_steps)
 
-    def forget_traffic(self) -> None:
-        """Drops all that is kept of prompts and answers: n-grams, and what to train on.
+    @property
+    def scopes(self) -> Scopes:
+        """Whose text is kept, by name."""
+        return self._state.scopes
 
-        Caches, too. What the draft has learned stays in it: see `begin_again`.
+    def enroll(self, scope: str, busy: Collection[int] = ()) -> Enrolled:
+        """Gives a scope a number, for `Request.scope`; see `online.scopes`.
+
+        Args:
+          scope: A name, `key` or `key/tenant`; empty is nobody in particular.
+          busy: Numbers of requests that are being answered.
+
+        Returns:
+          With the scope that was forgotten for it, if none was free.
         """
         with self._lock:
-            if self.kept is not None:
-                self.kept.forget()
-            if self.trainer is None or self.draft is None:
+            enrolled = self._state.scopes.enroll(scope, busy)
+            self._move_on(scopes=enrolled.scopes)
+            if enrolled.dropped is not None:
+                self.drop_text([enrolled.dropped.number])
+
+        return enrolled
+
+    def drop_text(self, numbers: Collection[int]) -> None:
+        """Drops n-grams, windows and caches of scopes, by their numbers."""
+        with self._lock:
+            for number in numbers:
+                if self.kept is not None:
+                    self.kept.forget(number)
+            if self._state.traffic is None or self._served is None:
                 return
-            _, traffic = self.trainer.init(self.draft)
-            self._adopt(dataclasses.replace(self.state, traffic=traffic))
+            traffic = forget(self._state.traffic, as_mask(numbers))
+            traffic = sharding.put_params(traffic, self.target.mesh)
+            self._served = attach_memory(self._served, traffic)
+            self._move_on(traffic=traffic)
             # What was saved is not what there is now, though nothing was answered.
             self._saved = None
+
+    def forget_traffic(self, scope: str | None = None) -> tuple[Scope, ...]:
+        """Drops what is kept of prompts and answers: n-grams, windows, caches.
+
+        What the draft has learned from them stays in it: see `begin_again`.
+
+        Args:
+          scope: A key's name, whose tenants are forgotten with it, or `key/tenant`;
+            None is all that is kept, of whomever.
+
+        Returns:
+          The scopes that were known; their numbers may be given to others now.
+
+        Raises:
+          ConfigError: The scope has no name.
+        """
+        if scope == "":
+            raise ConfigError(
+                "scope is empty; name a key or a `key/tenant`, or leave it out to "
+                "forget the traffic of all"
+            )
+
+        with self._lock:
+            known = self._state.scopes
+            if scope is not None:
+                gone = known.within(scope)
+                self._move_on(scopes=known.without(gone))
+                self.drop_text([one.number for one in gone])
+                return gone
+
+            self._move_on(scopes=Scopes())
+            if self.kept is not None:
+                self.kept.forget()
+            if self.trainer is not None and self.draft is not None:
+                _, traffic = self.trainer.init(self.draft)
+                self._adopt(dataclasses.replace(self.state, traffic=traffic))
+                self._saved = None
+
+            return known.known
 
     def begin_again(self, draft: Draft) -> None:
         """Goes on with another draft of the same architecture, as one more version.
@@ -711,7 +798,9 @@ class Session:
             self._adopt(dataclasses.replace(state, draft=draft))
             self._saved = None
 
-    def save(self, folder: str | Path, with_feedback: bool = True) -> Path:
+    def save(
+        self, folder: str | Path, with_feedback: bool = True, num_kept: int = 2
+    ) -> Path:
         """Writes a checkpoint of the draft and of what learning needs to go on.
 
         Nothing is written if the step is there as this session last wrote or read it,
@@ -721,12 +810,23 @@ class Session:
           with_feedback: Also store recent traffic and remembered n-grams, from which
             users' prompts and answers can be read back; without them a resumed run
             starts with none.
+          num_kept: Steps that are there afterwards, this one among them.
+
+        Raises:
+          ConfigError: `num_kept` is less than 1.
         """
+        num_kept = whole_number("num_kept", num_kept, least=1)
         folder = arguments.as_folder(folder)
         with self._lock:
             last = self._saved if self.trainer is not None else None
             self._saved = saved = resume.save(
-                folder, self.state, self.learner, self.target.mesh, with_feedback, last
+                folder,
+                self.state,
+                self.learner,
+                self.target.mesh,
+                with_feedback,
+                last,
+                num_kept,
             )
 
         return saved.place

@@ -3,6 +3,7 @@
 
 import dataclasses
 
+from ospec_jax.online.scopes import Scopes
 from ospec_jax.online.trainer import Traffic, TrainerState
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.types import Draft
@@ -23,6 +24,7 @@ class SessionState:
       answered: Ids of the answered prompts, in order.
       contents: Hashes of these prompts; empty where an older version kept none.
       num_admitted: Requests that were ever begun; see `decoding.request.Request.key`.
+      scopes: Whose text is kept, by name.
     """
 
     __repr__ = short_repr
@@ -35,6 +37,7 @@ class SessionState:
     answered: tuple[str, ...] = ()
     contents: tuple[str, ...] = ()
     num_admitted: int = 0
+    scopes: Scopes = Scopes()
 
     @property
     def version(self) -> int:

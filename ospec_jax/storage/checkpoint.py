@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orbax checkpoints of drafts and of what learns them.
 
-A checkpoint folder holds numbered steps with up to four items. `draft` (parameters and
+A checkpoint folder holds numbered steps with up to five items. `draft` (parameters and
 draft vocabulary, of families that are trained) and `meta` (what they belong to) can be
 loaded alone. `learner` is the state of online learning; `feedback` is the traffic it
 keeps (recorded features and n-grams), from which users' prompts and answers can be read
-back: it is kept apart so that a draft can be given away without it.
+back: it is kept apart so that a draft can be given away without it. `scopes` says whose
+that traffic is, by name, and is there with it alone.
 
 Whenever a save is killed, each step that was complete before can still be loaded. A new
 step is renamed into place by Orbax once it is written. One that replaces a step `N` is
@@ -23,7 +24,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,11 @@ class Meta:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A restored checkpoint; `learner` and `feedback` may be None."""
+    """A restored checkpoint; `learner` and `feedback` may be None.
+
+    Attributes:
+      scopes: Whose the feedback is, as JSON; empty for nobody in particular.
+    """
 
     __repr__ = short_repr
 
@@ -195,6 +200,7 @@ class Checkpoint:
     draft: Draft
     learner: Any = None
     feedback: Any = None
+    scopes: Sequence = ()
 
 
 def save(
@@ -205,12 +211,16 @@ def save(
     learner: Any = None,
     feedback: Any = None,
     num_kept: int = 2,
+    scopes: Sequence = (),
 ) -> Path:
     """Writes one step, in place of one of that number; removes all but `num_kept`.
 
     Keys cannot be stored by Orbax, so state holds none: randomness derives from seeds
     and counters. The step appears only once it is complete, and until then the one that
     it replaces stays.
+
+    Args:
+      scopes: Whose the feedback is, as JSON; not stored without it.
 
     Raises:
       CheckpointError: The folder holds a later step: it is of another run. Or the draft
@@ -231,6 +241,8 @@ def save(
         items["learner"] = learner
     if feedback is not None:
         items["feedback"] = feedback
+        if scopes:
+            items["scopes"] = {"json": json.dumps(scopes)}
 
     return save_items(folder, step, items, num_kept)
 
@@ -431,6 +443,11 @@ def _set_aside(folder: str | Path, last: int) -> None:
             old.rename(_free_name(old.with_name(f"{step}.unreadable")))
 
 
+def unreadable_steps(folder: str | Path) -> list[Path]:
+    """Steps that were set aside; nothing removes them but their owner."""
+    return sorted(Path(folder).glob("*.unreadable*"))
+
+
 def _free_name(path: Path) -> Path:
     """The path, or with a number behind it where something has that name."""
     if not path.exists():
@@ -542,11 +559,17 @@ def _load_step(
                 if name in kept:  # else Orbax says that it is not there
                     like = older.stored_like(like, kept[name])
                 rest[name] = _on_devices(like, mesh)
+        scopes: Sequence = ()
         with _reading_files(path, step):
             restored = _restore(checkpointer, step, rest) if rest else {}
+            if "feedback" in rest and "scopes" in kept:
+                raw = checkpointer.load_checkpointables(step, {"scopes": None})
+                scopes = json.loads(str(raw["scopes"]["json"]))
 
     found = {name: older.brought_up(likes[name], restored[name]) for name in likes}
-    return Checkpoint(step, meta, draft, found.get("learner"), found.get("feedback"))
+    return Checkpoint(
+        step, meta, draft, found.get("learner"), found.get("feedback"), scopes
+    )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,14 @@ from typing import Any
 
 import jax
 
-_ADDED = ("is_stopped", "guard/", "learner/opt_state/is_overdue")
+_ADDED = (
+    "is_stopped",
+    "guard/",
+    "learner/opt_state/is_overdue",
+    "memory/owners",
+    "ring/numbers",
+    "ring/owners",
+)
 """What older versions did not store, or how its path begins."""
 _RETIRED = (
     # Evidence on an iterate that moved on.

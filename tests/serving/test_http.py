@@ -80,7 +80,7 @@ def open_place():
 def keyed_place(tmp_path_factory):
     """A service and its address; two clients have keys, and the administration."""
     folder = tmp_path_factory.mktemp("keys")
-    (folder / "api").write_text(f"# of clients\nada {ADA}\nbob {BOB}\n")
+    (folder / "api").write_text(f"# of clients\nada {ADA}\nbob {BOB} share\n")
     (folder / "admin").write_text(ADMIN + "\n")
     service = FakeService()
     config = HttpConfig(
@@ -193,6 +193,14 @@ def test_scopes_are_the_keys_names(keyed):
     assert ask(address, CHAT_PATH, CHAT, key=ADA).status == 200
     assert ask(address, CHAT_PATH, CHAT | {"tenant": "t"}, key=BOB).status == 200
     assert [asked.scope for asked in service.asks] == ["ada", "bob/t"]
+    assert [asked.is_shared for asked in service.asks] == [False, True]
+
+
+def test_who_needs_no_key_shares(open_place):
+    service, address = open_place
+    service.tickets.clear()
+    assert ask(address, CHAT_PATH, CHAT | {"tenant": "t"}).status == 200
+    assert [(asked.scope, asked.is_shared) for asked in service.asks] == [("/t", True)]
 
 
 def test_of_several_keys_only_who_says_so_teaches(keyed):

@@ -105,3 +105,17 @@ def test_missing_files_are_named(tmp_path):
 def test_settings_that_mean_nothing_are_refused(given):
     with pytest.raises(ConfigError, match=next(iter(given))):
         HttpConfig(**given)
+
+
+def test_of_several_keys_those_share_that_say_so(tmp_path):
+    keys = read(tmp_path, "ada secret-01 share\nbob secret-02\nsecret-03", "secret-04")
+    is_sharing = lambda key: keys.identify(f"Bearer {key}").is_sharing
+    assert is_sharing("secret-01")
+    assert keys.identify("Bearer secret-01").name == "ada"
+    for key in ("secret-02", "secret-03", "secret-04", "unknown"):
+        assert not is_sharing(key)
+
+
+def test_who_is_alone_shares_with_nobody_else_and_so_shares(tmp_path):
+    assert read(tmp_path).identify("").is_sharing
+    assert read(tmp_path, "secret-01").identify("Bearer secret-01").is_sharing

@@ -16,6 +16,7 @@ from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.serving.asks import Ask, ChoiceEnd, Ended, Failed, OverloadedError, Piece
 from ospec_jax.serving.service import Service, ServiceConfig
+from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
@@ -425,3 +426,65 @@ def test_what_an_administrator_changed_is_saved_though_nobody_asked_since(
     assert resumed.version == version > 0
     assert int(resumed.memory.counts.sum()) == 0
     assert not np.any(resumed.state.traffic.ring.segments.weight)
+
+
+def test_a_scope_is_forgotten_by_name_in_older_checkpoints_too(
+    target, draft, plain, tmp_path
+):
+    learner = LearnerConfig("gradient", update_every_prompts=50)
+    new = lambda: Session(target, draft, learner=learner, num_predicted_tokens=0)
+    session = new()
+    config = ServiceConfig("tiny", 240, checkpoint=tmp_path, keeps_traffic=True)
+    service = Service(session, config)
+    service.start()
+    try:
+        asked = zip(PROMPTS[:4], ("ada", "ada/x", "bob", "eve"), strict=True)
+        for text, scope in asked:
+            ask = ask_of(text, scope=scope, is_shared=scope != "eve")
+            assert Heard(service, ask).texts()[0] == plain[text]
+            service.administer("checkpoint")
+        numbers = {one.name: one.number for one in session.scopes.known}
+        assert len(checkpoint.steps(tmp_path)) == 2
+
+        done = service.administer("forget", scope="ada")
+        assert done["scopes"] == ["ada", "ada/x"]
+        assert "shared by all" in done["stays"]
+        # What eve alone was served with has not touched the weights.
+        done = service.administer("forget", scope="eve")
+        assert "nothing in the draft's weights" in done["stays"]
+        done = service.administer("forget", scope="ada")
+        assert done["scopes"] == []
+        assert "not known now" in done["stays"]
+        with pytest.raises(ConfigError, match="scope is empty"):
+            service.administer("forget", scope="")
+        assert len(checkpoint.steps(tmp_path)) == 1
+        assert service.status()["totals"]["num_compiles_after_warm_up"] == 0
+    finally:
+        service.stop()
+
+    resumed = new()
+    resumed.resume(tmp_path)
+    owners = {0, numbers["bob"]}
+    assert [one.name for one in resumed.scopes.known] == ["bob"]
+    assert set(np.unique(resumed.memory.owners)) == owners
+    assert set(np.unique(resumed.state.traffic.ring.owners)) == owners
+
+
+def test_who_is_forgotten_while_answered_is_not_learned_from(target, draft):
+    session = session_of(target, draft)
+    service = Service(session, ServiceConfig("tiny", 240))
+    service.start()
+    try:
+        service.wait_until_ready()
+        heard = {
+            scope: Heard(service, ask_of(PROMPTS[0], scope=scope))
+            for scope in ("ada/x", "bob")
+        }
+        service.administer("forget", scope="ada")
+        for one in heard.values():
+            one.all()
+        service.call(lambda: None)
+        bob = session.scopes.find("bob").number
+        assert set(np.unique(session.memory.owners)) == {0, bob}
+    finally:
+        service.stop()

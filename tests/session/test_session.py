@@ -277,8 +277,12 @@ def older_state(state):
 
 
 def older_traffic(traffic):
-    """As it was stored before windows could tell whether they are fresh."""
-    fields = {"memory": traffic.memory, "ring": traffic.ring}
+    """As it was stored before text had owners, and windows knew if they are fresh."""
+    memory = {
+        name: getattr(traffic.memory, name)
+        for name in ("fingerprints", "tokens", "counts", "hits", "trials")
+    }
+    fields = {"memory": memory, "ring": traffic.ring}
     if traffic.ring is None:
         return fields
     segments = traffic.ring.segments

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one tenant wrote is suggested to no other, nor learned from against its will."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax.config import SamplingConfig
+from ospec_jax.drafters.eagle import eagle3
+from ospec_jax.loading import LoadedDraft
+from ospec_jax.online.scopes import MAX_SCOPES
+from ospec_jax.session.arguments import as_prompts
+from ospec_jax.session.live import Live
+from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import Meta
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+
+pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
+
+SECRET = "The vault opens with 7-19-42-heron."
+NEW_TOKENS = 24
+LEARNER = LearnerConfig(
+    "gradient", update_every_prompts=1, batch_size=2, ring_capacity=8
+)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    config = tiny_draft_config(target.config, draft_vocab_size=200)
+    params = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
+    return LoadedDraft(params, Meta.create(target, config))
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    (result,) = Session(target).generate([SECRET], NEW_TOKENS)
+    return result.token_ids
+
+
+def session_of(target, draft="ngram", **values):
+    values = {"learner": LearnerConfig(), "batch_size": 4} | values
+    return Session(target, draft, **values)
+
+
+def ask(session, *scopes, text=SECRET, learns=True, is_shared=True):
+    """Answers one text to several scopes at once: how many tokens were accepted."""
+    live = Live(session, (256,))
+    pairs = session.requests(as_prompts([text] * len(scopes)), 24, SamplingConfig())
+    order = {}
+    for scope, (prompt, request) in zip(scopes, pairs, strict=True):
+        busy = {one.scope for one, _ in order.values()}
+        number = session.enroll(scope, busy).number
+        request = dataclasses.replace(request, scope=number)
+        order[id(request)] = request, prompt
+        live.join(request)
+
+    found = {}
+    while len(found) < len(scopes):
+        for done in live.turn():
+            text = session.text_of(done)
+            prompt = order[id(done.request)][1]
+            session.take_in(prompt, done, text, learns, is_shared)
+            found[id(done.request)] = done
+
+    done = [found[key] for key in order]
+    return [d.stats.num_accepted_tokens for d in done], [d.token_ids for d in done]
+
+
+def accepted(session, *scopes, **values):
+    return ask(session, *scopes, **values)[0]
+
+
+@pytest.mark.parametrize("name", ["ngram", "suffix"])
+def test_a_planted_secret_is_suggested_to_nobody_else(target, plain, name):
+    (fresh,) = accepted(session_of(target, name), "bob")
+    session = session_of(target, name)
+    for _ in range(3):
+        assert ask(session, "ada", is_shared=False)[1] == [plain]
+
+    # All at once, in rows of one batch. Were it not for scopes, all would be Ada's.
+    scopes = ("bob", "ada", "", "ada/x", "ada")
+    scopes, last = scopes[:4], scopes[4:]
+    counts, tokens = ask(session, *scopes, learns=False)
+    assert tokens == [plain] * 4
+    assert counts[0] == counts[2] == counts[3] == fresh
+    assert counts[1] > fresh + NEW_TOKENS // 3
+    assert accepted(session, *last, learns=False)[0] == counts[1]
+
+
+def test_a_lent_memory_suggests_to_its_scope_alone(target, draft, plain):
+    """Beside a draft with layers, whose tokens it takes the places of."""
+    (fresh,) = accepted(session_of(target, draft, learner=LEARNER), "bob")
+    session = session_of(target, draft, learner=LEARNER)
+    for _ in range(3):
+        accepted(session, "ada", is_shared=False)
+
+    counts, tokens = ask(session, "bob", "ada", learns=False)
+    assert tokens == [plain] * 2
+    assert counts[0] == fresh < counts[1]
+
+
+@pytest.mark.parametrize("name", ["gradient", "head"])
+def test_what_is_not_shared_does_not_move_the_draft(target, draft, name):
+    learner = LEARNER if name == "gradient" else LearnerConfig(name)
+    session = session_of(target, draft, learner=learner)
+    state = lambda: jax.device_get((session.draft, session.state.trainer))
+    before = state()
+    for _ in range(2):
+        accepted(session, "ada", is_shared=False)
+
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, state()))
+    assert int(session.memory.counts.sum()) > 0
+    assert session.version == 0
+    assert not session.scopes.find("ada").has_taught
+    accepted(session, "bob")
+    assert session.version == 1
+    assert session.scopes.find("bob").has_taught
+    assert not session.scopes.find("ada").has_taught
+    if name == "gradient":
+        owners = session.state.traffic.ring.owners
+        assert set(np.unique(owners)) == {0, session.scopes.find("bob").number}
+
+
+def test_scopes_are_told_apart_after_a_resume(target, plain, tmp_path):
+    (fresh,) = accepted(session_of(target), "bob")
+    first = session_of(target)
+    for _ in range(3):
+        accepted(first, "ada/x", is_shared=False)
+    first.save(tmp_path)
+
+    resumed = session_of(target)
+    resumed.resume(tmp_path)
+    assert resumed.scopes == first.scopes
+    # Numbers are asked for in another order now.
+    counts, tokens = ask(resumed, "bob", "ada/x", learns=False)
+    assert tokens == [plain] * 2
+    assert counts[0] == fresh < counts[1]
+
+
+def test_names_are_stored_with_the_traffic_alone(target, draft, tmp_path):
+    session = session_of(target, draft, learner=LearnerConfig("head"))
+    accepted(session, "ada/secret-project")
+    names = lambda folder: [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and b"secret-project" in path.read_bytes()
+    ]
+    session.save(tmp_path / "without", with_feedback=False)
+    session.save(tmp_path / "with")
+    assert checkpoint.load(tmp_path / "without").scopes == ()
+    assert names(tmp_path / "with")
+    assert not names(tmp_path / "without")
+    resumed = session_of(target, draft, learner=LearnerConfig("head"))
+    resumed.resume(tmp_path / "with")
+    assert resumed.scopes.find("ada/secret-project").has_taught
+
+
+def test_a_scope_is_forgotten_with_its_tenants(target, draft):
+    session = session_of(target, draft, learner=LEARNER)
+    for scope in ("ada", "ada/x", "bob", "adalbert"):
+        accepted(session, scope)
+
+    numbers = {one.name: one.number for one in session.scopes.known}
+    gone = session.forget_traffic("ada")
+    assert [one.name for one in gone] == ["ada", "ada/x"]
+    assert all(one.has_taught for one in gone)
+    kept = {numbers["bob"], numbers["adalbert"]}
+    assert set(np.unique(session.memory.owners)) == {0, *kept}
+    assert set(np.unique(session.state.traffic.ring.owners)) == {0, *kept}
+    assert session.served_draft.memory is session.state.traffic.memory
+    assert session.forget_traffic("nobody-knows") == ()
+
+
+def test_a_number_is_used_again_without_its_text(target):
+    (fresh,) = accepted(session_of(target), "bob")
+    session = session_of(target)
+    for _ in range(3):
+        accepted(session, "ada", is_shared=False)
+
+    number = session.scopes.find("ada").number
+    for i in range(MAX_SCOPES - 1):
+        assert session.enroll(f"tenant-{i}").dropped is None
+    assert session.enroll("bob").dropped.name == "ada"
+    assert session.scopes.find("bob").number == number
+    assert accepted(session, "bob", learns=False) == [fresh]
