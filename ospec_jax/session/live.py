@@ -18,6 +18,7 @@ from ospec_jax.decoding.request import (
     Request,
 )
 from ospec_jax.session.session import Session
+from ospec_jax.session.warm_up import costs_of_steps
 
 _LOG = logging.getLogger(__name__)
 _PATIENCE = 8
@@ -156,6 +157,7 @@ class Live:
 
     def _new_batch(self, size: int, capacity: int) -> Batch:
         engine = self._session.engine
+        self._session.chooser.weigh(size)
         return Batch(
             engine,
             size,
@@ -175,6 +177,7 @@ class Live:
         self._ended += batch.settle()
         # Whoever ended just now has made room.
         batch.resize(size)
+        self._session.chooser.weigh(size)
         self._num_spare = 0
 
     def leave(self, request: Request) -> bool:
@@ -229,8 +232,8 @@ class Live:
     ) -> bool:
         """Compiles what decoding and learning need, at every size and capacity.
 
-        Nothing is learned, but a learning budget becomes an interval, and steps are
-        timed for a controller that weighs time: those of a lone request.
+        Nothing is learned, but a learning budget becomes an interval, and steps of each
+        number of rows are timed for a controller that weighs time.
 
         Args:
           kinds: Of requests that are to come.
@@ -254,7 +257,7 @@ class Live:
             self._try_moves()
             if self._kept is not None:
                 self._try_keeping()
-            self._session.measure_costs(self._capacities[0], batch_size=self.sizes[0])
+            self._measure_costs()
             # Of each capacity twice: the last is at full speed.
             greedy = self._probe("greedy")
             answers = [
@@ -266,6 +269,25 @@ class Live:
 
         self._ended = []
         return True
+
+    def _measure_costs(self) -> None:
+        """Times steps of each number of rows, for a controller that weighs time."""
+        engine = self._session.engine
+        chooser = self._session.chooser
+        if chooser.controller.set_costs is None:
+            return
+
+        _LOG.info("timing steps")
+        served = self._session.served_draft
+        probe = dataclasses.replace(self._probe("greedy"), max_new_tokens=48)
+        for size in self.sizes:
+            state = engine.start(
+                served, probe, size, self._capacities[0], self._has_prediction
+            )
+            costs = costs_of_steps(engine, chooser, served, probe.kind, state)
+            chooser.costs[size] = costs
+
+        chooser.weigh(self.sizes[0])
 
     def _probe(self, kind: StepKind) -> Request:
         sampling = SamplingConfig(temperature=0.0 if kind == "greedy" else 1.0)

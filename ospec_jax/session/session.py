@@ -358,13 +358,11 @@ class Session:
         self,
         capacity: int | None = None,
         sampling: SamplingConfig = SamplingConfig(),
-        batch_size: int | None = None,
     ) -> None:
         """Times steps for a controller that weighs time and does not know it yet.
 
         Args:
           capacity: Slots of a row; by default the fewest.
-          batch_size: Rows, by default the session's.
         """
         if not self.chooser.has_costs:
             warm_up.measure_costs(
@@ -372,7 +370,7 @@ class Session:
                 self.chooser,
                 self._served,
                 self.probe_request(sampling=sampling),
-                batch_size or self.batch_size,
+                self.batch_size,
                 capacity,
             )
 

@@ -191,6 +191,10 @@ def test_scopes_find_their_own_and_who_left_leaves_nothing(target):
     answer(live, ids, scope=1)
     assert answer(live, (*ids, 7), scope=2).num_reused == 0
     assert answer(live, (*ids, 7), scope=1).num_reused == 149
+    # Numbers of scopes are given to others, who must not find what was the first's.
+    session.drop_text([1])
+    assert answer(live, (*ids, 7), scope=1).num_reused == 0
+    assert answer(live, (*ids, 7, 8), scope=2).num_reused == 150
 
     session.forget_traffic()
     gone = Request("gone", ids, 30)

@@ -95,3 +95,35 @@ def test_a_pool_is_judged_while_rows_come_and_go(target, plain, judge_every):
     assert [answers[prompt.id] for prompt, _ in pairs] == plain
     # What was emitted was heard of.
     assert session.chooser.report()["windows"] > 0
+
+
+def test_what_steps_take_is_weighed_by_the_number_of_rows(target, plain):
+    """Alone drafting pays, beside another request it does not."""
+    session = Session(target, "ngram", tree=TreeConfig.auto((0, 2)), batch_size=2)
+    live = Live(session, (256,))
+    live.warm_up(["greedy"])
+    assert set(session.chooser.costs) == {1, 2}
+    assert all(min(costs) > 0 for costs in session.chooser.costs.values())
+
+    cheap, dear = (1.0, 1.0), (1.0, 9.0)
+    session.chooser.costs = {1: cheap, 2: dear}
+    (_, first), (_, second), *_ = session.requests(
+        as_prompts(PROMPTS), 30, SamplingConfig()
+    )
+    seen = []
+    answers = {}
+    live.join(first)
+    while not live.is_idle:
+        seen.append((live.num_rows, session.chooser.state.costs))
+        answers |= {done.request.id: done.token_ids for done in live.turn()}
+        if len(seen) == 2:
+            live.join(second)
+
+    assert set(seen) == {(1, cheap), (2, dear)}
+    assert [answers[first.id], answers[second.id]] == plain[:2]
+
+
+def test_steps_that_nobody_weighs_are_not_timed(target):
+    session = Session(target, "ngram", batch_size=2)
+    Live(session, (256,)).warm_up(["greedy"])
+    assert not session.chooser.costs
