@@ -166,8 +166,10 @@ def resume(
 
     try:
         # Older traffic than the learner's would not be what it counted.
+        # By its shapes, so that what an older version did not store comes back as such.
+        shapes = jax.eval_shape(lambda: traffic)
         kept = checkpoint.load(
-            folder, feedback_like=traffic, mesh=mesh, step=found.step, family=family
+            folder, feedback_like=shapes, mesh=mesh, step=found.step, family=family
         )
         scopes = Scopes.from_json(kept.scopes)
         traffic = freely_placed(_with_owners(kept.feedback), mesh)
