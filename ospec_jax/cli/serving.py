@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ospec_jax.cli.arguments import (
+    Decoding,
     Given,
     LearnBudget,
     Learner,
@@ -26,7 +27,10 @@ from ospec_jax.cli.arguments import (
 from ospec_jax.cli.outputs import check_outputs, hold
 from ospec_jax.config import ConfigError, whole_number
 from ospec_jax.data.prompts import read_prompts
+from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.reports.progress import Interrupt, progress_bar, say
+from ospec_jax.serving.settings import HttpConfig, ServiceConfig
+from ospec_jax.session.session import Session
 from ospec_jax.storage import checkpoint
 
 _GRACE = 10.0
@@ -92,10 +96,6 @@ def serve(
       stream_interval: Seconds between two chunks of a stream, at least.
     """
     _check_installed()
-    from ospec_jax.serving.http import make_app, make_server
-    from ospec_jax.serving.service import Service, ServiceConfig
-    from ospec_jax.serving.settings import HttpConfig
-
     check_outputs(folders=[checkpoint_dir])
     config = ServiceConfig(
         model=name or Path(decoding.target).name,
@@ -126,13 +126,33 @@ def serve(
         raise ConfigError("without a draft nothing is learned: leave --checkpoint out")
 
     hold(checkpoint_dir)
+    session = _open(decoding, rule, checkpoint_dir)
+    _run(session, config, http)
+
+
+def _open(
+    decoding: Decoding, rule: LearnerConfig | None, folder: Path | None
+) -> Session:
+    """The session that is served; it goes on from a checkpoint, if there is one."""
     target, draft = decoding.load()
     session = decoding.open(target, draft, rule)
-    if checkpoint_dir is None and rule is not None:
+    if folder is None and rule is not None:
         say("nothing of what is learned is kept: give --checkpoint FOLDER to keep it")
-    elif checkpoint_dir is not None and checkpoint.steps(checkpoint_dir):
-        session.resume(checkpoint_dir)
-        say(f"going on from {checkpoint_dir}: draft version {session.version}")
+    elif folder is not None and checkpoint.steps(folder):
+        session.resume(folder)
+        say(f"going on from {folder}: draft version {session.version}")
+
+    return session
+
+
+def _run(session: Session, config: ServiceConfig, http: HttpConfig) -> None:
+    """Serves until a signal comes, or the service fails.
+
+    Raises:
+      OSError: The address cannot be listened on.
+    """
+    from ospec_jax.serving.http import make_app, make_server
+    from ospec_jax.serving.service import Service
 
     service = Service(session, config)
     # Read before anything is compiled: a key file may be missing.
@@ -156,7 +176,7 @@ def serve(
     if failures:
         raise failures[0]
     if not server.started:
-        raise OSError(f"cannot listen on {host}:{port}; is it in use?")
+        raise OSError(f"cannot listen on {http.host}:{http.port}; is it in use?")
 
     totals = service.status()["totals"]
     say(

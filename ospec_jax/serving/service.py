@@ -10,12 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from ospec_jax.config import ConfigError, InputError, whole_number
+from ospec_jax.config import ConfigError, InputError
 from ospec_jax.data.prompts import encode_prediction
 from ospec_jax.data.templates import encode
 from ospec_jax.decoding.engine import CAPACITIES, KINDS
@@ -26,132 +25,30 @@ from ospec_jax.decoding.request import (
     Request,
 )
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.loading import load_draft
 from ospec_jax.models.tokenizer import TextStream
 from ospec_jax.online.scopes import is_within
 from ospec_jax.serving.asks import (
     Ask,
-    ChoiceEnd,
-    Ended,
     Event,
     Failed,
     OverloadedError,
-    Piece,
     Prepared,
-    Token,
-    Usage,
 )
+from ospec_jax.serving.jobs import Choice, Job
+from ospec_jax.serving.learning import Learning
+from ospec_jax.serving.settings import ServiceConfig
 from ospec_jax.session.arguments import as_stop
 from ospec_jax.session.live import Live
 from ospec_jax.session.requests import find_stop
 from ospec_jax.session.session import Session
-from ospec_jax.storage.checkpoint import unreadable_steps
-from ospec_jax.types import Draft
 
 _LOG = logging.getLogger(__name__)
 _MAX_FAILURES = 3
 """Steps that may fail in a row before the service gives up."""
 _CAPACITIES = (512, 2048, 8192)
 """Cache slots of a row, below those that the longest request needs."""
-_NUM_KEPT = 4
-"""Versions of the draft to go back to, that of the start among them."""
 _LONGEST_STEP = 60.0
 """Seconds that a step, an update of the draft or a checkpoint may take at the end."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ServiceConfig:
-    """How requests are taken.
-
-    Attributes:
-      model: The model's name, as clients say it.
-      max_model_len: Tokens of prompt and answer together; None for all that fit.
-      max_waiting: Answers that may wait for a row.
-      checkpoint: Folder for what is learned; None keeps nothing.
-      checkpoint_seconds: Between two checkpoints.
-      drafts: Folder of drafts that an administrator may have loaded.
-      keeps_traffic: Checkpoints hold recent traffic, from which prompts can be read.
-      kept_mib: Memory for caches of answered requests, so that a conversation's next
-        turn need not run what was said before; 0 keeps none.
-    """
-
-    model: str
-    max_model_len: int | None = None
-    max_waiting: int = 64
-    checkpoint: Path | None = None
-    checkpoint_seconds: float = 300.0
-    drafts: Path | None = None
-    keeps_traffic: bool = False
-    kept_mib: int = 512
-
-    def __post_init__(self):
-        whole_number("max_waiting", self.max_waiting, least=1)
-        whole_number("kept_mib", self.kept_mib, least=0)
-        if self.max_model_len is not None:
-            whole_number("max_model_len", self.max_model_len, least=2)
-        if not self.checkpoint_seconds > 0:
-            raise ConfigError(
-                f"checkpoint_seconds is {self.checkpoint_seconds}; use more than 0"
-            )
-
-
-class _Choice:
-    """One of a request's answers, on its way."""
-
-    def __init__(self, number: int, request: Request, stream: TextStream):
-        self.number = number
-        self.request = request
-        self.stream = stream
-
-
-class _Job:
-    """A request that was taken; also its ticket."""
-
-    def __init__(
-        self,
-        service: "Service",
-        prepared: Prepared,
-        on_event: Callable[[Event], None],
-    ):
-        self.ask = prepared.ask
-        self.num_prompt_tokens = prepared.num_prompt_tokens
-        self.choices: list[_Choice] = prepared.requests
-        self.is_cancelled = False
-        self.is_forgotten = False
-        self.num_missing = len(self.choices)
-        self.num_tokens = 0
-        self.num_cached = prepared.num_prompt_tokens
-        self.num_came_true = 0
-        self.num_missed = 0
-        self.stats = DecodingStats()
-        self.asked = time.monotonic()
-        self.begun = 0.0
-        self.first_token = 0.0
-        self._service = service
-        self._on_event = on_event
-
-    def tell(self, event: Event) -> None:
-        """Hands on an event, unless nobody listens any more."""
-        if self.is_cancelled:
-            return
-
-        # A listener that fails, fails for itself: the others go on.
-        try:
-            self._on_event(event)
-        except Exception:
-            _LOG.exception("an event could not be handed on")
-            self.cancel()
-
-    def cancel(self) -> None:
-        """Gives it up: its rows are free at the next step, and it hears no more."""
-        self._service.cancel(self)
-
-
-class _Kept(NamedTuple):
-    """A version to go back to; its arrays are the host's."""
-
-    version: int
-    draft: Draft
 
 
 @dataclasses.dataclass
@@ -160,11 +57,8 @@ class _Totals:
 
     num_steps: int = 0
     num_answers: int = 0
-    num_taught: int = 0
-    num_updates: int = 0
     num_tokens: int = 0
     busy_seconds: float = 0.0
-    learning_seconds: float = 0.0
     stats: DecodingStats = dataclasses.field(default_factory=DecodingStats)
 
 
@@ -190,26 +84,19 @@ class Service:
 
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._waiting: deque[tuple[_Job, _Choice]] = deque()
-        self._cancelled: list[_Job] = []
+        self._waiting: deque[tuple[Job, Choice]] = deque()
+        self._cancelled: list[Job] = []
         self._commands: deque[tuple[Callable[[], Any], Future]] = deque()
         self._stops_at: float | None = None
 
         # Of the thread that decodes alone.
-        self._running: dict[int, tuple[_Job, _Choice]] = {}
+        self._running: dict[int, tuple[Job, Choice]] = {}
         self._capacities = _capacities_for(session, self.max_model_len)
         self._live = self._new_live()
         self._totals = _Totals()
-        self._paused_for: str | None = None
-        self._version = session.version
-        self._since_swap = DecodingStats()
-        self._kept: deque[_Kept] = deque()
+        self._learning = Learning(session, config)
         self._compiles: _Compiles | None = None
-        self._draft_status: dict[str, Any] = {}
-        self._save_error: str | None = None
         self._started = time.monotonic()
-        self._saved_at = time.monotonic()
-        self._saved_answers = 0
         self._ready = threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
@@ -229,7 +116,7 @@ class Service:
     @property
     def version(self) -> int:
         """Of the served draft."""
-        return self._version
+        return self._learning.version
 
     def start(self) -> None:
         """Begins to compile, and then to serve."""
@@ -305,12 +192,12 @@ class Service:
                 can_speculate=ask.can_speculate,
             )
             stream = TextStream(self._session.decode, stop)
-            choices.append(_Choice(number, request, stream))
+            choices.append(Choice(number, request, stream))
 
         self._session.engine.capacity_for([choices[0].request])
         return Prepared(ask, num_prompt, choices)
 
-    def submit(self, prepared: Prepared, on_event: Callable[[Event], None]) -> _Job:
+    def submit(self, prepared: Prepared, on_event: Callable[[Event], None]) -> Job:
         """Queues a request.
 
         Args:
@@ -319,7 +206,7 @@ class Service:
         Raises:
           OverloadedError: The queue is full.
         """
-        job = _Job(self, prepared, on_event)
+        job = Job(prepared, on_event, self.cancel)
         with self._changed:
             if self._stops_at is not None or not self.is_alive:
                 raise OverloadedError("the server is about to end", retry_after=10)
@@ -336,7 +223,7 @@ class Service:
 
         return job
 
-    def cancel(self, job: _Job) -> None:
+    def cancel(self, job: Job) -> None:
         """Gives a request up."""
         with self._changed:
             job.is_cancelled = True
@@ -350,14 +237,15 @@ class Service:
           ConfigError: There is no such action, or it cannot be done.
           OverloadedError: The service is about to end.
         """
+        learning = self._learning
         actions: dict[str, Callable[..., dict[str, Any]]] = {
-            "checkpoint": self._checkpoint,
-            "pause": self._pause,
-            "resume": self._resume,
-            "pin": functools.partial(self._pause, reason="pinned"),
-            "unpin": self._resume,
-            "rollback": self._roll_back,
-            "load": self._load,
+            "checkpoint": learning.checkpoint,
+            "pause": learning.pause,
+            "resume": learning.resume,
+            "pin": functools.partial(learning.pause, reason="pinned"),
+            "unpin": learning.resume,
+            "rollback": learning.roll_back,
+            "load": learning.load,
             "forget": self._forget,
         }
         if action not in actions:
@@ -377,16 +265,8 @@ class Service:
             "max_model_len": self.max_model_len,
             "is_ready": self.is_ready,
             "uptime_seconds": time.monotonic() - self._started,
-            "draft": self._draft_status,
-            "learning": {
-                "learner": self._session.learner and self._session.learner.name,
-                "is_on": self._paused_for is None,
-                "paused_for": self._paused_for,
-                "num_updates": totals.num_updates,
-                "num_answers": totals.num_taught,
-                "seconds": totals.learning_seconds,
-                "save_error": self._save_error,
-            },
+            "draft": self._learning.draft_status,
+            "learning": self._learning.status(),
             "queue": {
                 "num_waiting": num_waiting,
                 "max_waiting": self.config.max_waiting,
@@ -489,8 +369,8 @@ class Service:
             except Exception as error:
                 future.set_exception(error)
 
-        if time.monotonic() - self._saved_at >= self.config.checkpoint_seconds:
-            self._try_to_save()
+        if self._learning.seconds_until_due <= 0:
+            self._learning.try_to_save()
 
     def _let_in(self) -> None:
         """Gives free rows to those who wait, first come first served."""
@@ -519,7 +399,7 @@ class Service:
 
     def _rest(self) -> None:
         """Waits until there is something to do."""
-        due = self._saved_at + self.config.checkpoint_seconds - time.monotonic()
+        due = self._learning.seconds_until_due
         with self._changed:
             if self._waiting or self._commands or self._cancelled:
                 return
@@ -538,210 +418,35 @@ class Service:
 
     def _on_tokens(self, request: Request, emitted: Emitted) -> None:
         found = self._running.get(id(request))
-        if found is None:
-            return
+        if found is not None:
+            job, choice = found
+            job.tell_tokens(choice, emitted)
 
-        job, choice = found
-        job.first_token = job.first_token or time.monotonic()
-        text = choice.stream.add(emitted.token_ids)
-        job.tell(Piece(choice.number, text, _tokens_of(emitted)))
-
-    def _finish(self, job: _Job, choice: _Choice, completion: Completion) -> None:
+    def _finish(self, job: Job, choice: Choice, completion: Completion) -> None:
         """Ends an answer, then learns from it."""
         text = self._session.text_of(completion)
-        rest = choice.stream.finish(text)
-        job.tell(ChoiceEnd(choice.number, rest, completion.finish_reason))
-        job.num_missing -= 1
-        job.num_tokens += len(completion.token_ids)
-        job.num_cached = min(job.num_cached, completion.num_reused)
-        if completion.followed is not None:
-            # The end was added to the prediction: it is none of the client's tokens.
-            ends = self._session.target.stop_ids
-            job.num_came_true += completion.followed.num_accepted(ends)
-            job.num_missed += completion.followed.num_missing(ends)
-        job.stats = job.stats + completion.stats
-        if job.num_missing == 0:
-            now = time.monotonic()
-            job.tell(
-                Ended(
-                    Usage(
-                        job.num_prompt_tokens,
-                        job.num_tokens,
-                        job.num_came_true,
-                        job.num_missed,
-                        job.num_cached,
-                    ),
-                    job.stats,
-                    self.version,
-                    job.begun - job.asked,
-                    job.first_token - job.asked,
-                    now - job.asked,
-                )
-            )
-
-        # Nothing is learned from what a client gave up: it may ask again.
-        is_on = self._paused_for is None
-        can_teach = is_on and job.ask.can_teach
-        can_teach &= not (job.is_cancelled or job.is_forgotten)
-        seconds = self._learn(job, completion, text, can_teach)
+        ends = self._session.target.stop_ids
+        job.tell_end(choice, completion, text, self.version, ends)
+        self._learning.take_in(
+            job.ask.prompt, completion, text, job.can_teach, job.ask.is_shared
+        )
         totals = self._totals
-        totals.num_updates += max(self._session.version - self._version, 0)
-        totals.learning_seconds += seconds
-        totals.num_taught += can_teach
         totals.num_answers += 1
         totals.num_tokens += len(completion.token_ids)
         totals.stats = totals.stats + completion.stats
-        self._note_version(completion.stats)
-
-    def _learn(
-        self, job: _Job, completion: Completion, text: str, can_teach: bool
-    ) -> float:
-        """Counts an answer and learns from it; returns the seconds that took."""
-        session = self._session
-        try:
-            result = session.take_in(
-                job.ask.prompt, completion, text, can_teach, job.ask.is_shared
-            )
-        except Exception:
-            # An update that failed may have used up what is served.
-            _LOG.exception("learning has failed, and is paused")
-            self._paused_for = "failed"
-            if self._kept:
-                session.begin_again(self._kept[-1].draft)
-            return 0.0
-
-        return result.learning_seconds
-
-    def _note_version(
-        self, stats: DecodingStats | None = None, is_changed: bool = False
-    ) -> None:
-        """Keeps what others may ask of the draft, for whom its state is out of reach.
-
-        Args:
-          stats: Of an answer by the version that was served until now.
-          is_changed: By an administrator: to be saved, though nothing was answered.
-        """
-        if is_changed:
-            self._saved_answers = -1
-        version = self._session.version
-        meta = self._session.meta
-        before = self._since_swap if stats is None else self._since_swap + stats
-        self._since_swap = before if version == self._version else DecodingStats()
-        self._version = version
-        self._draft_status = {
-            "family": None if meta is None else meta.family,
-            "version": version,
-            "kept_versions": [kept.version for kept in self._kept],
-            "acceptance_length": before.mean_acceptance_length,
-            "num_steps_since_swap": before.num_drafts,
-        }
-
-    # What an administrator may ask for.
-
-    def _checkpoint(self) -> dict[str, Any]:
-        if self.config.checkpoint is None:
-            raise ConfigError("no folder for checkpoints was given: use --checkpoint")
-
-        place = self._save()
-        return {"saved": place and place.name, "version": self._version}
-
-    def _pause(self, reason: str = "paused") -> dict[str, Any]:
-        self._paused_for = reason
-        return {"paused_for": reason, "version": self._version}
-
-    def _resume(self) -> dict[str, Any]:
-        self._paused_for = None
-        return {"paused_for": None, "version": self._version}
-
-    def _roll_back(self, version: int | None = None) -> dict[str, Any]:
-        """Serves an earlier version again, by default the newest that was kept."""
-        earlier = [kept for kept in self._kept if kept.version != self._version]
-        found = [kept for kept in earlier if version in (None, kept.version)]
-        if not found:
-            known = ", ".join(str(kept.version) for kept in earlier) or "none"
-            which = "" if version is None else f" {version}"
-            raise ConfigError(f"no earlier version{which} is kept; there are: {known}")
-
-        self._session.begin_again(found[-1].draft)
-        self._note_version(is_changed=True)
-        return {"restored": found[-1].version, "version": self._version}
-
-    def _load(self, name: str) -> dict[str, Any]:
-        """Serves another draft of the same architecture, by name."""
-        folder = self.config.drafts
-        if folder is None:
-            raise ConfigError("no folder of drafts was given: use --drafts")
-        if not name or Path(name).name != name or name.startswith("."):
-            raise ConfigError(f"{name!r} is no name of a folder in {folder.name}")
-
-        loaded = load_draft(folder / name, self._session.target)
-        self._session.begin_again(loaded.draft)
-        self._note_version(is_changed=True)
-        return {"loaded": name, "version": self._version}
 
     def _forget(
         self, scope: str | None = None, is_draft_too: bool = False
     ) -> dict[str, Any]:
-        """Drops kept traffic, and with `is_draft_too` all that was learned.
-
-        Steps of the checkpoint that may hold the traffic are replaced.
-
-        Args:
-          scope: A key's name, with its tenants, or `key/tenant`; None is everybody.
-
-        Raises:
-          ConfigError: The scope has no name.
-        """
-        known = self._session.scopes.known
-        gone = self._session.forget_traffic(scope)
+        """See `Learning.forget`."""
+        said = self._learning.forget(scope, is_draft_too)
         # What is being answered was said before this: it is not learned from, either.
         with self._lock:
             jobs = [job for job, _ in (*self._running.values(), *self._waiting)]
         for job in jobs:
             job.is_forgotten |= scope is None or is_within(job.ask.scope, scope)
 
-        stays = ["how often n-grams were right, as figures without text"]
-        has_taught = scope is None or any(one.has_taught for one in gone)
-        if is_draft_too:
-            self._session.begin_again(self._kept[0].draft)
-            stays.append("what the draft had learned before this server was started")
-            self._kept = deque([self._kept[0]])
-        elif has_taught:
-            stays.append(
-                "the draft's weights and their earlier versions, which have learned "
-                "from it and are shared by all"
-            )
-        elif gone:
-            stays.append("nothing in the draft's weights since this was first heard of")
-        else:
-            # It never asked, or was forgotten before: nobody can say if it shared.
-            stays.append(
-                "whatever the draft's weights learned from it earlier, for it is not "
-                "known now"
-            )
-
-        self._note_version(is_changed=True)
-        stays += self._replace_checkpoint()
-        names = "all scopes" if scope is None else scope
-        return {
-            "forgotten": f"n-grams, windows and caches of {names}",
-            "scopes": [one.name for one in (known if scope is None else gone)],
-            "stays": "; ".join(stays),
-        }
-
-    def _replace_checkpoint(self) -> list[str]:
-        """Writes what there is now in place of all steps; says what stays."""
-        folder = self.config.checkpoint
-        stays = ["copies of checkpoints elsewhere"]
-        if folder is None:
-            return stays
-
-        if not self._try_to_save(num_kept=1):
-            stays.append(f"steps in {folder.name}, for they could not be written anew")
-        stays += [
-            f"{one.name}, which was set aside" for one in unreadable_steps(folder)
-        ]
-        return stays
+        return said
 
     def _new_live(self) -> Live:
         """One in which nothing runs, and nothing is kept."""
@@ -756,43 +461,6 @@ class Service:
 
         self._running.clear()
         self._live = self._new_live()
-
-    def _save(self, num_kept: int = 2) -> Path | None:
-        """Writes a checkpoint, if there is a folder for it and something new."""
-        self._saved_at = time.monotonic()
-        self._keep_version()
-        if self.config.checkpoint is None or self._session.meta is None:
-            return None
-        if self._totals.num_answers == self._saved_answers:
-            return None
-
-        place = self._session.save(
-            self.config.checkpoint, self.config.keeps_traffic, num_kept
-        )
-        self._saved_answers = self._totals.num_answers
-        return place
-
-    def _try_to_save(self, num_kept: int = 2) -> bool:
-        """Saves; where that fails, serving goes on."""
-        try:
-            self._save(num_kept)
-        except Exception as error:
-            self._save_error = f"{type(error).__name__}: {error}"[:300]
-            _LOG.exception("the checkpoint could not be written")
-            return False
-
-        self._save_error = None
-        return True
-
-    def _keep_version(self) -> None:
-        """Puts the served draft aside, to go back to."""
-        newest = self._kept[-1].version if self._kept else None
-        if self._session.draft is not None and newest != self._version:
-            # On the host: learning overwrites what is on the device.
-            draft = jax.device_get(self._session.draft)
-            first, *rest = [*self._kept, _Kept(self._version, draft)]
-            # The first one, which nothing here was learned by, stays.
-            self._kept = deque([first, *rest[1 - _NUM_KEPT :]])
 
     def _end(self) -> None:
         """Tells everybody that there is nothing more to come, and saves."""
@@ -811,7 +479,7 @@ class Service:
             future.set_exception(error)
 
         if self._failure is None:
-            self._try_to_save()
+            self._learning.try_to_save()
 
     def _warm_up(self) -> bool:
         """Compiles all that a request may need; returns whether it came to its end."""
@@ -822,10 +490,9 @@ class Service:
 
         # So that a scope is dropped for a new one without a program to wait for.
         self._session.drop_text([])
+        self._learning.start()
         _LOG.info(f"ready after {time.perf_counter() - start:.0f} s")
         self._compiles = _Compiles()
-        self._keep_version()
-        self._note_version()
         return True
 
 
@@ -848,18 +515,3 @@ class _Compiles:
     def _hear(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event.endswith("backend_compile_duration"):
             self.count += 1
-
-
-def _tokens_of(emitted: Emitted) -> tuple[Token, ...]:
-    """Tokens one by one, with what is known of each."""
-    count = len(emitted.token_ids)
-    return tuple(
-        Token(*facts)
-        for facts in zip(
-            emitted.token_ids,
-            emitted.is_drafted,
-            emitted.log_probs or [None] * count,
-            emitted.alternatives or [()] * count,
-            strict=True,
-        )
-    )

@@ -1,16 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the server speaks to the outside: addresses, keys, limits."""
+"""How the server is set: what it takes in and keeps, addresses, keys, limits."""
 
 import dataclasses
 import ipaddress
 from pathlib import Path
 from typing import Literal
 
-from ospec_jax.config import ConfigError, check_types
+from ospec_jax.config import ConfigError, check_types, whole_number
 
 LearnMode = Literal["auto", "opt-in", "opt-out", "off"]
 
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceConfig:
+    """How requests are taken.
+
+    Attributes:
+      model: The model's name, as clients say it.
+      max_model_len: Tokens of prompt and answer together; None for all that fit.
+      max_waiting: Answers that may wait for a row.
+      checkpoint: Folder for what is learned; None keeps nothing.
+      checkpoint_seconds: Between two checkpoints.
+      drafts: Folder of drafts that an administrator may have loaded.
+      keeps_traffic: Checkpoints hold recent traffic, from which prompts can be read.
+      kept_mib: Memory for caches of answered requests, so that a conversation's next
+        turn need not run what was said before; 0 keeps none.
+    """
+
+    model: str
+    max_model_len: int | None = None
+    max_waiting: int = 64
+    checkpoint: Path | None = None
+    checkpoint_seconds: float = 300.0
+    drafts: Path | None = None
+    keeps_traffic: bool = False
+    kept_mib: int = 512
+
+    def __post_init__(self):
+        whole_number("max_waiting", self.max_waiting, least=1)
+        whole_number("kept_mib", self.kept_mib, least=0)
+        if self.max_model_len is not None:
+            whole_number("max_model_len", self.max_model_len, least=2)
+        if not self.checkpoint_seconds > 0:
+            raise ConfigError(
+                f"checkpoint_seconds is {self.checkpoint_seconds}; use more than 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
+from ospec_jax._platform import release_memory
 from ospec_jax.config import SamplingConfig, StepKind
 from ospec_jax.control.base import SUGGESTIONS, Row
 from ospec_jax.decoding.batch import Batch
@@ -268,6 +269,8 @@ class Live:
             self._session.warm_up_learning(answers[1::2], self.sizes[0])
 
         self._ended = []
+        # Compiling leaves many times what decoding takes.
+        release_memory()
         return True
 
     def _measure_costs(self) -> None:

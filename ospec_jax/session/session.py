@@ -647,6 +647,8 @@ class Session:
         if self.trainer is None or not completion.request.can_teach:
             return 0.0
 
+        # A step that is under way has to end first, and its time is not learning's.
+        jax.block_until_ready(completion.feedback)
         start = time.perf_counter()
         before = self._state
         assert before.draft is not None

@@ -11,7 +11,8 @@ from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import SamplingConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.loading import LoadedDraft
-from ospec_jax.serving.service import Service, ServiceConfig
+from ospec_jax.serving.service import Service
+from ospec_jax.serving.settings import ServiceConfig
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 

@@ -15,7 +15,8 @@ from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.serving.asks import Ask, ChoiceEnd, Ended, Failed, OverloadedError, Piece
-from ospec_jax.serving.service import Service, ServiceConfig
+from ospec_jax.serving.service import Service
+from ospec_jax.serving.settings import ServiceConfig
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
@@ -312,6 +313,9 @@ def test_what_was_learned_is_kept_and_gone_on_with(target, draft, tmp_path):
     service.start()
     for text in PROMPTS:
         Heard(service, ask_of(text)).all()
+    # The first checkpoint has nobody wait for programs.
+    assert service.administer("checkpoint")["saved"] is not None
+    assert service.status()["totals"]["num_compiles_after_warm_up"] == 0
     service.stop()
     version = service.version
     assert version > 0
@@ -330,6 +334,7 @@ def version_of(service):
 
 
 def test_an_administrator_stops_learning_and_goes_back(service, plain):
+    Heard(service, ask_of(PROMPTS[6])).all()
     service.administer("pin")
     before = version_of(service)
     for text in PROMPTS[:3]:

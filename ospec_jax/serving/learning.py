@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a service learns: its versions, its checkpoints, and what is done to them.
+
+All of it is for the thread that decodes, between two steps.
+"""
+
+import dataclasses
+import logging
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ospec_jax.config import ConfigError
+from ospec_jax.data.prompts import Prompt
+from ospec_jax.decoding.request import Completion
+from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.loading import load_draft
+from ospec_jax.serving.settings import ServiceConfig
+from ospec_jax.session.session import Session
+from ospec_jax.storage.checkpoint import unreadable_steps
+from ospec_jax.types import Draft
+
+_LOG = logging.getLogger(__name__)
+_NUM_KEPT = 4
+"""Versions of the draft to go back to, that of the start among them."""
+
+
+class _Kept(NamedTuple):
+    """A version to go back to; its arrays are the host's."""
+
+    version: int
+    draft: Draft
+
+
+@dataclasses.dataclass
+class _Counts:
+    """Since the start."""
+
+    num_answers: int = 0
+    num_taught: int = 0
+    num_updates: int = 0
+    seconds: float = 0.0
+
+
+class Learning:
+    """The draft of a session as a service serves it, and what becomes of it.
+
+    Attributes:
+      version: Of the served draft.
+      draft_status: What others may ask of it, for whom its state is out of reach.
+    """
+
+    def __init__(self, session: Session, config: ServiceConfig):
+        self.version = session.version
+        self.draft_status: dict[str, Any] = {}
+        self._session = session
+        self._config = config
+        self._counts = _Counts()
+        self._paused_for: str | None = None
+        self._since_swap = DecodingStats()
+        self._kept: deque[_Kept] = deque()
+        self._save_error: str | None = None
+        self._saved_at = time.monotonic()
+        self._saved_answers = 0
+
+    def start(self) -> None:
+        """Keeps the version that nothing was learned by yet."""
+        self._keep_version()
+        self._note()
+        if self._config.checkpoint is None or self._session.meta is None:
+            return
+
+        # What the first checkpoint compiles shall keep nobody waiting.
+        try:
+            with tempfile.TemporaryDirectory() as place:
+                folder = Path(place) / "rehearsal"
+                self._session.save(folder, self._config.keeps_traffic)
+        except Exception as error:
+            self._note_failure(error)
+
+    def status(self) -> dict[str, Any]:
+        """How learning goes, as JSON."""
+        counts = self._counts
+        return {
+            "learner": self._session.learner and self._session.learner.name,
+            "is_on": self._paused_for is None,
+            "paused_for": self._paused_for,
+            "num_updates": counts.num_updates,
+            "num_answers": counts.num_taught,
+            "seconds": counts.seconds,
+            "save_error": self._save_error,
+        }
+
+    @property
+    def seconds_until_due(self) -> float:
+        """Until the next checkpoint; 0 and less is now."""
+        due = self._saved_at + self._config.checkpoint_seconds
+        return due - time.monotonic()
+
+    def take_in(
+        self,
+        prompt: Prompt,
+        completion: Completion,
+        text: str,
+        can_teach: bool,
+        is_shared: bool,
+    ) -> None:
+        """Counts an answer, and learns from it.
+
+        Args:
+          text: The answer's.
+          is_shared: What all are served with may learn from it, too.
+        """
+        can_teach &= self._paused_for is None
+        counts = self._counts
+        try:
+            result = self._session.take_in(
+                prompt, completion, text, can_teach, is_shared
+            )
+            counts.seconds += result.learning_seconds
+        except Exception:
+            # An update that failed may have used up what is served.
+            _LOG.exception("learning has failed, and is paused")
+            self._paused_for = "failed"
+            if self._kept:
+                self._session.begin_again(self._kept[-1].draft)
+
+        counts.num_updates += max(self._session.version - self.version, 0)
+        counts.num_taught += can_teach
+        counts.num_answers += 1
+        self._note(completion.stats)
+
+    def _note(
+        self, stats: DecodingStats | None = None, is_changed: bool = False
+    ) -> None:
+        """Keeps what others may ask of the draft.
+
+        Args:
+          stats: Of an answer by the version that was served until now.
+          is_changed: By an administrator: to be saved, though nothing was answered.
+        """
+        if is_changed:
+            self._saved_answers = -1
+        version = self._session.version
+        meta = self._session.meta
+        before = self._since_swap if stats is None else self._since_swap + stats
+        self._since_swap = before if version == self.version else DecodingStats()
+        self.version = version
+        self.draft_status = {
+            "family": None if meta is None else meta.family,
+            "version": version,
+            "kept_versions": [kept.version for kept in self._kept],
+            "acceptance_length": before.mean_acceptance_length,
+            "num_steps_since_swap": before.num_drafts,
+        }
+
+    def save(self, num_kept: int = 2) -> Path | None:
+        """Writes a checkpoint, if there is a folder for it and something new.
+
+        Args:
+          num_kept: Steps that stay in the folder.
+        """
+        self._saved_at = time.monotonic()
+        self._keep_version()
+        folder = self._config.checkpoint
+        if folder is None or self._session.meta is None:
+            return None
+        if self._counts.num_answers == self._saved_answers:
+            return None
+
+        place = self._session.save(folder, self._config.keeps_traffic, num_kept)
+        self._saved_answers = self._counts.num_answers
+        return place
+
+    def try_to_save(self, num_kept: int = 2) -> bool:
+        """Saves; where that fails, serving goes on."""
+        try:
+            self.save(num_kept)
+        except Exception as error:
+            self._note_failure(error)
+            return False
+
+        self._save_error = None
+        return True
+
+    def _note_failure(self, error: Exception) -> None:
+        self._save_error = f"{type(error).__name__}: {error}"[:300]
+        _LOG.error("the checkpoint could not be written", exc_info=error)
+
+    def _keep_version(self) -> None:
+        """Puts the served draft aside, to go back to."""
+        newest = self._kept[-1].version if self._kept else None
+        if self._session.draft is not None and newest != self.version:
+            # On the host: learning overwrites what is on the device.
+            draft = jax.device_get(self._session.draft)
+            first, *rest = [*self._kept, _Kept(self.version, draft)]
+            # The first one, which nothing here was learned by, stays.
+            self._kept = deque([first, *rest[1 - _NUM_KEPT :]])
+
+    # What an administrator may ask for.
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Writes one.
+
+        Raises:
+          ConfigError: There is no folder for them.
+        """
+        if self._config.checkpoint is None:
+            raise ConfigError("no folder for checkpoints was given: use --checkpoint")
+
+        place = self.save()
+        return {"saved": place and place.name, "version": self.version}
+
+    def pause(self, reason: str = "paused") -> dict[str, Any]:
+        """Learns nothing more."""
+        self._paused_for = reason
+        return {"paused_for": reason, "version": self.version}
+
+    def resume(self) -> dict[str, Any]:
+        """Learns on."""
+        self._paused_for = None
+        return {"paused_for": None, "version": self.version}
+
+    def roll_back(self, version: int | None = None) -> dict[str, Any]:
+        """Serves an earlier version again, by default the newest that was kept.
+
+        Raises:
+          ConfigError: There is none.
+        """
+        earlier = [kept for kept in self._kept if kept.version != self.version]
+        found = [kept for kept in earlier if version in (None, kept.version)]
+        if not found:
+            known = ", ".join(str(kept.version) for kept in earlier) or "none"
+            which = "" if version is None else f" {version}"
+            raise ConfigError(f"no earlier version{which} is kept; there are: {known}")
+
+        self._session.begin_again(found[-1].draft)
+        self._note(is_changed=True)
+        return {"restored": found[-1].version, "version": self.version}
+
+    def load(self, name: str) -> dict[str, Any]:
+        """Serves another draft of the same architecture, by name.
+
+        Raises:
+          ConfigError: There is no folder of drafts, or the name is none.
+          CheckpointError: There is no such draft, or it does not fit.
+        """
+        folder = self._config.drafts
+        if folder is None:
+            raise ConfigError("no folder of drafts was given: use --drafts")
+        if not name or Path(name).name != name or name.startswith("."):
+            raise ConfigError(f"{name!r} is no name of a folder in {folder.name}")
+
+        loaded = load_draft(folder / name, self._session.target)
+        self._session.begin_again(loaded.draft)
+        self._note(is_changed=True)
+        return {"loaded": name, "version": self.version}
+
+    def forget(
+        self, scope: str | None = None, is_draft_too: bool = False
+    ) -> dict[str, Any]:
+        """Drops kept traffic, and with `is_draft_too` all that was learned.
+
+        Steps of the checkpoint that may hold the traffic are replaced.
+
+        Args:
+          scope: A key's name, with its tenants, or `key/tenant`; None is everybody.
+
+        Raises:
+          ConfigError: The scope has no name.
+        """
+        known = self._session.scopes.known
+        gone = self._session.forget_traffic(scope)
+        stays = ["how often n-grams were right, as figures without text"]
+        has_taught = scope is None or any(one.has_taught for one in gone)
+        if is_draft_too:
+            self._session.begin_again(self._kept[0].draft)
+            stays.append("what the draft had learned before this server was started")
+            self._kept = deque([self._kept[0]])
+        elif has_taught:
+            stays.append(
+                "the draft's weights and their earlier versions, which have learned "
+                "from it and are shared by all"
+            )
+        elif gone:
+            stays.append("nothing in the draft's weights since this was first heard of")
+        else:
+            # It never asked, or was forgotten before: nobody can say if it shared.
+            stays.append(
+                "whatever the draft's weights learned from it earlier, for it is not "
+                "known now"
+            )
+
+        self._note(is_changed=True)
+        stays += self._replace_checkpoint()
+        names = "all scopes" if scope is None else scope
+        return {
+            "forgotten": f"n-grams, windows and caches of {names}",
+            "scopes": [one.name for one in (known if scope is None else gone)],
+            "stays": "; ".join(stays),
+        }
+
+    def _replace_checkpoint(self) -> list[str]:
+        """Writes what there is now in place of all steps; says what stays."""
+        folder = self._config.checkpoint
+        stays = ["copies of checkpoints elsewhere"]
+        if folder is None:
+            return stays
+
+        if not self.try_to_save(num_kept=1):
+            stays.append(f"steps in {folder.name}, for they could not be written anew")
+        stays += [
+            f"{one.name}, which was set aside" for one in unreadable_steps(folder)
+        ]
+        return stays
