@@ -269,7 +269,6 @@ class Live:
             self._session.warm_up_learning(answers[1::2], self.sizes[0])
 
         self._ended = []
-        # Compiling leaves many times what decoding takes.
         release_memory()
         return True
 
@@ -326,6 +325,8 @@ class Live:
             for other in self.sizes[max(number - 1, 0) : number + 2]:
                 batch.resize(other)
                 batch.resize(size)
+            # Compiling leaves many times what decoding takes.
+            release_memory()
 
     def _try_moves(self) -> None:
         """Has rows grow, and someone who asks for more join those who do not."""
