@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -47,8 +47,18 @@ _MAX_FAILURES = 3
 """Steps that may fail in a row before the service gives up."""
 _CAPACITIES = (512, 2048, 8192)
 """Cache slots of a row, below those that the longest request needs."""
+_MAX_LESSONS = 8
+"""Answers that may wait to be learned from while others are being answered."""
 _LONGEST_STEP = 60.0
 """Seconds that a step, an update of the draft or a checkpoint may take at the end."""
+
+
+class _Lesson(NamedTuple):
+    """An answer to learn from."""
+
+    job: Job
+    completion: Completion
+    text: str
 
 
 @dataclasses.dataclass
@@ -91,6 +101,7 @@ class Service:
 
         # Of the thread that decodes alone.
         self._running: dict[int, tuple[Job, Choice]] = {}
+        self._lessons: deque[_Lesson] = deque()
         self._capacities = _capacities_for(session, self.max_model_len)
         self._live = self._new_live()
         self._totals = _Totals()
@@ -327,6 +338,9 @@ class Service:
             self._obey()
             try:
                 self._let_in()
+                # Whoever is being answered would wait for it.
+                if self._live.is_idle or len(self._lessons) > _MAX_LESSONS:
+                    self._learn()
                 if self._live.is_idle:
                     self._rest()
                     continue
@@ -363,6 +377,9 @@ class Service:
                 if self._running.pop(id(choice.request), None):
                     self._live.leave(choice.request)
 
+        # Whoever asks for something means what all answers so far have come to.
+        while commands and self._lessons:
+            self._learn()
         for function, future in commands:
             try:
                 future.set_result(function())
@@ -401,7 +418,7 @@ class Service:
         """Waits until there is something to do."""
         due = self._learning.seconds_until_due
         with self._changed:
-            if self._waiting or self._commands or self._cancelled:
+            if self._waiting or self._commands or self._cancelled or self._lessons:
                 return
             if self._stops_at is None:
                 self._changed.wait(timeout=max(due, 0.01))
@@ -423,17 +440,23 @@ class Service:
             job.tell_tokens(choice, emitted)
 
     def _finish(self, job: Job, choice: Choice, completion: Completion) -> None:
-        """Ends an answer, then learns from it."""
+        """Ends an answer; it is learned from when there is time."""
         text = self._session.text_of(completion)
         ends = self._session.target.stop_ids
         job.tell_end(choice, completion, text, self.version, ends)
-        self._learning.take_in(
-            job.ask.prompt, completion, text, job.can_teach, job.ask.is_shared
-        )
+        self._lessons.append(_Lesson(job, completion, text))
         totals = self._totals
         totals.num_answers += 1
         totals.num_tokens += len(completion.token_ids)
         totals.stats = totals.stats + completion.stats
+
+    def _learn(self) -> None:
+        """Learns from the answer that has waited for longest, if there is one."""
+        if self._lessons:
+            job, completion, text = self._lessons.popleft()
+            self._learning.take_in(
+                job.ask.prompt, completion, text, job.can_teach, job.ask.is_shared
+            )
 
     def _forget(
         self, scope: str | None = None, is_draft_too: bool = False
@@ -479,6 +502,8 @@ class Service:
             future.set_exception(error)
 
         if self._failure is None:
+            while self._lessons:
+                self._learn()
             self._learning.try_to_save()
 
     def _warm_up(self) -> bool:
