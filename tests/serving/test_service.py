@@ -95,8 +95,34 @@ def test_many_at_once_are_answered_as_by_the_target_alone(service, plain):
     heard = [Heard(service, ask_of(text)) for text in PROMPTS]
     assert {t: h.texts()[0] for t, h in zip(PROMPTS, heard, strict=True)} == plain
     # And what was learned meanwhile is served now.
+    service.call(lambda: None)
     assert service.version > 0
     assert Heard(service, ask_of(PROMPTS[0])).texts()[0] == plain[PROMPTS[0]]
+
+
+def test_nobody_who_is_answered_waits_for_learning(target, draft, monkeypatch):
+    session = session_of(target, draft)
+    take_in = session.take_in
+    seen = []
+
+    def watch(*args):
+        seen.append(service.status()["queue"]["num_running"])
+        return take_in(*args)
+
+    monkeypatch.setattr(session, "take_in", watch)
+    service = Service(session, ServiceConfig("tiny", 240))
+    service.start()
+    try:
+        long = Heard(service, ask_of("Count.", max_new_tokens=200))
+        for text in PROMPTS[:4]:
+            Heard(service, ask_of(text)).all()
+        assert not seen
+        long.all()
+        service.call(lambda: None)
+        assert seen == [0] * 5
+        assert service.status()["learning"]["num_answers"] == 5
+    finally:
+        service.stop()
 
 
 def test_askers_on_many_threads_hear_their_own_answers(service, plain):
