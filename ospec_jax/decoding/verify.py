@@ -96,7 +96,8 @@ def verify_sampled(
         rule = hub
 
     rank = _sibling_rank(tree)
-    rows = tree.replace(token_ids=None)  # the draft vocabulary has no batch axis
+    # The draft vocabulary and the depth have no batch axis.
+    rows = tree.replace(token_ids=None, drafted_depth=None)
 
     def row(key, tree_row, rank_row, probs):
         # What accepts and what draws the next token must be independent.

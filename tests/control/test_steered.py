@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ospec_jax import Session, TreeConfig
-from ospec_jax.config import ConfigError, from_dict
+from ospec_jax.config import ConfigError, SamplingConfig, from_dict
 from ospec_jax.control.base import Action, Outcome, Row
 from ospec_jax.control.clock import flat_clock
 from ospec_jax.control.marginal import Evidence, Steering
@@ -43,9 +43,10 @@ def draft(target):
     return load_draft("self:exit-3", target)
 
 
-def answers(session):
+def answers(session, sampling=SamplingConfig()):
     rows = [{"prompt": text, "id": text} for text in PROMPTS]
-    found = {x.prompt.id: x.token_ids for x in session.generate(rows, NEW_TOKENS)}
+    results = session.generate(rows, NEW_TOKENS, sampling)
+    found = {x.prompt.id: x.token_ids for x in results}
     return [found[text] for text in PROMPTS]
 
 
@@ -98,6 +99,19 @@ def test_absurd_costs_never_change_output_and_compile_nothing(
         assert answers(session) == plain
 
     assert step._cache_size() == num_programs
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("tree", [TREE, None], ids=["dynamic", "chain"])
+@pytest.mark.parametrize("penalty", [0.0, 0.3], ids=["sampled", "full"])
+def test_drawn_answers_are_steered_too(target, draft, tree, penalty, batch_size):
+    """Where one token alone may be drawn, it is the one that plain decoding takes."""
+    only_one = SamplingConfig(1.0, top_k=1, presence_penalty=penalty)
+    how = {"batch_size": batch_size, "num_predicted_tokens": 0}
+    session = Session(target, draft, tree=tree, controller="marginal", **how)
+    session.chooser.state = with_costs(session.chooser.state, 0.1)
+    assert answers(session, only_one) == answers(Session(target), only_one)
+    assert sum(session.chooser.state.depth_counts[1:]) > 0
 
 
 def test_costs_are_measured_before_the_first_answer_and_kept(target, draft):
