@@ -123,6 +123,7 @@ def decoding_functions(
         is_scanned=config.is_scanned,
         attention=config.attention,
         num_groups=sharding.num_groups(config.mesh),
+        num_row_groups=sharding.num_row_groups(config.mesh),
     )
     sharding.check_batch(config.mesh, config.batch_size)
     sharding.check_model(config.mesh, model, "the target")
