@@ -16,11 +16,20 @@ rows in blocks, counts once: the figures are lower bounds.
 
 import collections
 import dataclasses
-import math
 import re
-from collections.abc import Iterator
 
-_ITEM_BITS = {"pred": 8, "token": 0, "bf16": 16}
+from ospec_jax.decoding.hlo import (
+    Array,
+    Computation,
+    Instruction,
+    behind_views,
+    moved_by,
+    names_in,
+    parameters,
+    parse,
+    users_of,
+)
+
 _NOTHING = (
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"),
@@ -35,64 +44,6 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     *("collective-permute", "collective-broadcast", "ragged-all-to-all"),
 )
-
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_OPERATION = re.compile(r" ([a-z][\w\-]*)\(")
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
-_NAME = re.compile(r"%([\w.\-]+)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """One array of an instruction's result.
-
-    Attributes:
-      num_bytes: With what its layout pads.
-      is_padded: Whether that is anything.
-      is_in_memory: It lies in main memory, and not on the chip.
-    """
-
-    num_bytes: int
-    is_padded: bool
-    is_in_memory: bool
-
-    @property
-    def moved(self) -> int:
-        """Bytes through main memory when it is read, or written, once."""
-        return self.num_bytes if self.is_in_memory else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation; attributes as in the text."""
-
-    name: str
-    operation: str
-    arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
-    text: str
-    is_root: bool
-
-    def attribute(self, name: str) -> str:
-        """A computation, or a number, that the line names; empty without one."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.text)
-        return found[1] if found else ""
-
-    @property
-    def cycles(self) -> int:
-        """The compiler's estimate of what the operation takes; 0 without one."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
-        return int(found[1]) if found else 0
-
-    @property
-    def label(self) -> str:
-        """What the line is a part of, in the program that was traced."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.text)
-        return found[1].replace("\\'", "'") if found else ""
-
-
-Computation = dict[str, Instruction]
 
 
 @dataclasses.dataclass
@@ -167,77 +118,6 @@ def account(text: str) -> Traffic:
     return _Walk(computations).run(entry)
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations of a module by name, and the name of the entry."""
-    computations: dict[str, Computation] = {}
-    current: Computation = {}
-    entry = ""
-
-    for line in text.splitlines():
-        head = _COMPUTATION.match(line)
-        if head:
-            current = computations[head[2]] = {}
-            entry = head[2] if head[1] else entry
-            continue
-
-        found = _INSTRUCTION.match(line)
-        if found:
-            instruction = _read_instruction(found[2], found[3], bool(found[1]))
-            current[instruction.name] = instruction
-
-    return computations, entry
-
-
-def _read_instruction(name: str, rest: str, is_root: bool) -> Instruction:
-    # The result's type comes first; it may be a tuple, and layouts hold brackets, but
-    # only an operation is lower-case letters straight before a bracket, behind a blank.
-    found = _OPERATION.search(f" {rest}")
-    assert found, rest
-    start = found.end() - 1
-    shape = rest[: max(found.start(), 0)]
-    depth = 1
-    end = start
-    while depth and end < len(rest):
-        depth += {"(": 1, ")": -1}.get(rest[end], 0)
-        end += 1
-
-    return Instruction(
-        name,
-        found[1],
-        tuple(map(_read_array, _ARRAY.finditer(shape))),
-        tuple(_NAME.findall(rest[start : end - 1])),
-        rest,
-        is_root,
-    )
-
-
-def _read_array(found: re.Match) -> Array:
-    kind, dims, layout = found[1], found[2], found[3] or ""
-    sizes = [int(size.lstrip("<=")) for size in dims.split(",") if size]
-    order, _, tiling = layout.partition(":")
-    tile = re.match(r"T\(([\d,*]+)\)", tiling)
-    padded = list(sizes)
-
-    if tile and order and sizes:
-        # The last number of a tile is along the dimension that is most minor.
-        minor = [int(i) for i in order.split(",")]
-        tile_sizes = [int(n) for n in reversed(tile[1].replace("*", "1").split(","))]
-        for axis, size in zip(minor, tile_sizes, strict=False):
-            padded[axis] = math.ceil(sizes[axis] / size) * size
-
-    bits = _ITEM_BITS.get(kind)
-    if bits is None:
-        digits = re.match(r"[a-z]+(\d+)", kind)
-        bits = int(digits[1]) if digits else 8
-
-    space = re.search(r"S\((\d+)\)", tiling)
-    return Array(
-        num_bytes=math.prod(padded) * bits // 8,
-        is_padded=padded != sizes,
-        is_in_memory=space is None or space[1] == "0",
-    )
-
-
 class _Walk:
     """Goes through computations in the order in which they run."""
 
@@ -245,6 +125,7 @@ class _Walk:
         self._all = computations
         self._moved: list[Moved] = []
         self._collectives: dict[str, list[int]] = {}
+        self._channels: set[str] = set()
         self._cycles: dict[str, int] = collections.Counter()
         self._num_loops = 0
         self._num_unknown = 0
@@ -309,7 +190,7 @@ class _Walk:
             called = line.attribute("to_apply")
             return self._visit(called, self._given(called, own), turns)
 
-        self._count_collective(line, turns)
+        self._count_collectives(line, turns)
         self._cycles[line.label] += turns * line.cycles
         reads, writes, origin = self._moves(lines, line)
         for operand, size in reads.items():
@@ -326,7 +207,7 @@ class _Walk:
         return kept if len(line.arrays) > 1 else (kept[0] if kept else None)
 
     def _given(self, called: str, own: list) -> dict:
-        return dict(zip(_parameters(self._all[called]), own, strict=False))
+        return dict(zip(parameters(self._all[called]), own, strict=False))
 
     def _add(self, line: Instruction, origin, read: int, written: int) -> None:
         if read or written:
@@ -346,7 +227,7 @@ class _Walk:
 
     def _visit_branches(self, line: Instruction, own: list, turns: int):
         found = re.search(r"branch_computations=\{([^}]*)\}", line.text)
-        names = _NAME.findall(found[1]) if found else []
+        names = names_in(found[1]) if found else []
         names = names or [
             line.attribute(f"{answer}_computation") for answer in ("true", "false")
         ]
@@ -364,18 +245,25 @@ class _Walk:
         self._moved = before + dearest
         return result
 
-    def _count_collective(self, line: Instruction, turns: int) -> None:
-        kind = line.operation.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            return
+    def _count_collectives(self, line: Instruction, turns: int) -> None:
+        # One that runs beside products is spread over several fusions, which all name
+        # its channel.
+        inner = self._all.get(line.attribute("calls"), {})
+        for part in (line, *inner.values()):
+            kind = part.operation.removesuffix("-start")
+            channel = part.attribute("channel_id")
+            if kind not in COLLECTIVES or channel in self._channels:
+                continue
+            if channel and part is not line:
+                self._channels.add(channel)
 
-        # A started one gives its operands, too: the results are the last of them.
-        arrays = line.arrays
-        if kind != line.operation and len(arrays) > len(line.operands):
-            arrays = arrays[len(line.operands) :]
-        entry = self._collectives.setdefault(kind, [0, 0])
-        entry[0] += turns
-        entry[1] += turns * sum(array.num_bytes for array in arrays)
+            # A started one gives its operands, too: the results come behind them.
+            arrays = part.arrays
+            if kind != part.operation and len(arrays) > len(part.operands):
+                arrays = arrays[len(part.operands) :]
+            entry = self._collectives.setdefault(kind, [0, 0])
+            entry[0] += turns
+            entry[1] += turns * sum(array.num_bytes for array in arrays)
 
     def _moves(self, lines: Computation, line: Instruction):
         """Bytes read by operand, bytes written by result, and what is in place.
@@ -384,7 +272,7 @@ class _Walk:
           Of each result its bytes, and the operand in whose place it is, or nothing.
         """
         operation = line.operation.removesuffix("-start")
-        size = {name: _moved(lines[name]) for name in line.operands if name in lines}
+        size = {name: moved_by(lines[name]) for name in line.operands if name in lines}
         nowhere = [""] * len(line.arrays)
         none = {}, [0] * len(line.arrays), nowhere
 
@@ -416,7 +304,7 @@ class _Walk:
         # At its end a program fetches for its next run what this one found fetched.
         is_again = any(
             user.operation == line.operation and user is not line
-            for user in _users(lines, line.operands[0])
+            for user in users_of(lines, line.operands[0])
         )
         if is_again and line.attribute("cross_program_prefetch_index"):
             nothing = [""] * len(line.arrays)
@@ -437,7 +325,7 @@ class _Walk:
 
     def _fused_moves(self, line: Instruction, size: dict[str, int]):
         inner = self._all[line.attribute("calls")]
-        params = _parameters(inner)
+        params = parameters(inner)
         read: dict[str, int] = collections.defaultdict(int)
 
         for name, operand in zip(params, line.operands, strict=False):
@@ -452,11 +340,11 @@ class _Walk:
         places = []
 
         for array, end in zip(line.arrays, ends, strict=False):
-            update = _behind_views(inner, end)
+            update = behind_views(inner, end)
             place = ""
             written = array.moved
             if update.operation == "dynamic-update-slice":
-                source = _behind_views(inner, update.operands[0]).name
+                source = behind_views(inner, update.operands[0]).name
                 place = outer.get(source, "")
                 if place and array.is_in_memory:
                     part = inner[update.operands[1]].arrays[0]
@@ -477,7 +365,7 @@ class _Walk:
             if inner[view].is_root:
                 return whole
 
-            for user in _users(inner, view):
+            for user in users_of(inner, view):
                 total += self._read_by(user, view, whole)
 
         return min(total, whole)
@@ -496,7 +384,7 @@ class _Walk:
             return whole
 
         nested = self._all[user.attribute("calls")]
-        params = _parameters(nested)
+        params = parameters(nested)
         read = 0
         for position, operand in enumerate(user.operands):
             if operand == name and not _is_passed_on(self._all, nested, position):
@@ -509,7 +397,7 @@ def _views(computations: dict, lines: Computation, name: str) -> list[str]:
     """An array's own name, and those of the views of it in the same computation."""
     found = [name]
     for seen in found:
-        for user in _users(lines, seen):
+        for user in users_of(lines, seen):
             is_view = user.operation == "bitcast"
             if user.operation == "fusion":
                 nested = computations[user.attribute("calls")]
@@ -523,36 +411,8 @@ def _views(computations: dict, lines: Computation, name: str) -> list[str]:
 
 def _is_passed_on(computations: dict, lines: Computation, position: int) -> bool:
     """Whether a computation's only result is a view of one of its parameters."""
-    name = _parameters(lines)[position]
+    name = parameters(lines)[position]
     return any(lines[view].is_root for view in _views(computations, lines, name))
-
-
-def _parameters(lines: Computation) -> list[str]:
-    """Names of a computation's parameters, by their numbers."""
-    numbered = []
-    for line in lines.values():
-        if line.operation == "parameter":
-            found = re.search(r"parameter\((\d+)\)", line.text)
-            assert found
-            numbered.append((int(found[1]), line.name))
-
-    return [name for _, name in sorted(numbered)]
-
-
-def _moved(line: Instruction) -> int:
-    return sum(array.moved for array in line.arrays)
-
-
-def _users(lines: Computation, name: str) -> Iterator[Instruction]:
-    return (line for line in lines.values() if name in line.operands)
-
-
-def _behind_views(lines: Computation, name: str) -> Instruction:
-    line = lines[name]
-    while line.operation in ("bitcast", "copy") and line.operands:
-        line = lines[line.operands[0]]
-
-    return line
 
 
 def _updated(place: Array, update: Array) -> tuple[int, int]:
@@ -581,13 +441,14 @@ def _num_turns(
     if root is None or root.operation != "compare" or "direction=LT" not in root.text:
         return None
 
-    counter, limit = (_behind_views(condition, name) for name in root.operands)
-    start = _behind_views(lines, line.operands[0])
+    counter, limit = (behind_views(condition, name) for name in root.operands)
+    start = behind_views(lines, line.operands[0])
     if start.operation == "tuple" and counter.operation == "get-tuple-element":
-        start = _behind_views(lines, start.operands[int(counter.attribute("index"))])
+        start = behind_views(lines, start.operands[int(counter.attribute("index"))])
 
-    ends = _constant(start), _constant(limit)
-    return None if None in ends else max(ends[1] - ends[0], 0)
+    begin = _constant(start)
+    end = _constant(limit)
+    return None if begin is None or end is None else max(end - begin, 0)
 
 
 def _constant(line: Instruction) -> int | None:
