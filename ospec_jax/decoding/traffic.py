@@ -201,7 +201,8 @@ class _Walk:
             self._add(line, place, 0, size * turns)
 
         # What is fetched ahead is a tuple of the copy and of what it is a copy of.
-        if operation.endswith(("-start", "-done")) or operation == "bitcast":
+        is_view = operation == "bitcast" or _is_free_call(line)
+        if is_view or operation.endswith(("-start", "-done")):
             return first if isinstance(first, str | None) else None
 
         return kept if len(line.arrays) > 1 else (kept[0] if kept else None)
@@ -278,10 +279,8 @@ class _Walk:
 
         if line.operation in _NOTHING or line.operation.endswith("-done"):
             return none
-        if operation == "custom-call" and line.attribute("custom_call_target") == "":
-            target = re.search(r'custom_call_target="([^"]*)"', line.text)
-            if target and target[1] in _FREE_CALLS:
-                return none
+        if _is_free_call(line):
+            return none
         if operation in ("fusion", "async"):
             return self._fused_moves(line, size)
         if line.operation in ("copy-start", "slice-start", "dynamic-slice-start"):
@@ -413,6 +412,11 @@ def _is_passed_on(computations: dict, lines: Computation, position: int) -> bool
     """Whether a computation's only result is a view of one of its parameters."""
     name = parameters(lines)[position]
     return any(lines[view].is_root for view in _views(computations, lines, name))
+
+
+def _is_free_call(line: Instruction) -> bool:
+    found = re.search(r'custom_call_target="([^"]*)"', line.text)
+    return found is not None and found[1] in _FREE_CALLS
 
 
 def _updated(place: Array, update: Array) -> tuple[int, int]:
