@@ -25,6 +25,7 @@ from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
 from ospec_jax.decoding import traffic
 from ospec_jax.decoding.lowering import LoweringConfig, decoding_functions
 from ospec_jax.models.architectures import with_layers
+from ospec_jax.models.tpu_options import OPTIONS
 
 _STATE = 2
 """Which argument is donated, as engines do it."""
@@ -240,7 +241,8 @@ def _compile(function, args: tuple, mesh: Mesh) -> Program:
     traced = jitted.trace(*jax.tree.map(place, args))
     # What the cache of programs would keep can be run by no device here.
     with _no_cache():
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        lowered = traced.lower(lowering_platforms=("tpu",))
+        compiled = lowered.compile(compiler_options=dict(OPTIONS))
 
     return figures_of(compiled)
 
