@@ -242,7 +242,13 @@ def _compile(function, args: tuple, mesh: Mesh) -> Program:
     # What the cache of programs would keep can be run by no device here.
     with _no_cache():
         lowered = traced.lower(lowering_platforms=("tpu",))
-        compiled = lowered.compile(compiler_options=dict(OPTIONS))
+        try:
+            compiled = lowered.compile(compiler_options=dict(OPTIONS))
+        # As on a TPU, a compiler that does not know an option is not told.
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            compiled = lowered.compile()
 
     return figures_of(compiled)
 

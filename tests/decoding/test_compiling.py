@@ -129,3 +129,12 @@ def test_steps_are_compiled_for_devices_that_are_not_there():
         "speed_ups": compiling.predict_speed_ups(programs, chip, (2, 3)),
     }  # fmt: skip
     assert len(table_of(facts).renderables) >= 1
+
+
+@needs_compiler
+def test_a_compiler_that_does_not_know_an_option_compiles_all_the_same(monkeypatch):
+    monkeypatch.setattr(compiling, "OPTIONS", {"xla_msa_no_such_option": "0"})
+    mesh, _ = compiling.described_mesh("v5e:2x2")
+    config = LoweringConfig(batch_size=2, capacity=128, is_scanned=False, mesh=mesh)
+    programs = compile_programs(tiny_model_config(64, num_layers=1), None, config)
+    assert set(programs) == {"plain_step", "prefill"}
