@@ -89,6 +89,11 @@ def num_groups(mesh: AnyMesh | None) -> int:
     return mesh.shape["model"] if mesh is not None else 1
 
 
+def num_row_groups(mesh: AnyMesh | None) -> int:
+    """Groups of rows that lie on different devices: the size of the `data` axis."""
+    return mesh.shape["data"] if mesh is not None else 1
+
+
 def check_model(
     mesh: AnyMesh | None, config: ModelConfig | DraftConfig, who: str
 ) -> None:

@@ -2,18 +2,20 @@
 """`ospec write-prompts`, `distill`, `import`, `export`, `lower`: what is made."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ospec_jax import sharding
+from ospec_jax import atomic, sharding
 from ospec_jax.cli.arguments import PrecisionName, as_precision
 from ospec_jax.cli.notation import parse_tree
 from ospec_jax.cli.outputs import check_outputs, hold
 from ospec_jax.config import (
     AttentionKind,
     ConfigError,
+    ModelConfig,
     Precision,
     SamplingConfig,
     whole_number,
@@ -28,14 +30,20 @@ from ospec_jax.loading import (
     restore,
     with_sliding_window,
 )
+from ospec_jax.models.architectures import ARCHITECTURES
 from ospec_jax.models.hub import Target, load_config, load_target
 from ospec_jax.reports.progress import Interrupt, busy, console, say
+from ospec_jax.reports.tables import print_table
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
 
 _DRAFT_VOCAB_SIZE = 8192
+_PUBLIC_DRAFT_VOCAB_SIZE = 32000
+"""Of most public EAGLE-3 heads."""
 
 if TYPE_CHECKING:
+    from ospec_jax.decoding import lowering
+
     TrainedFamily = str
 else:
     TrainedFamily = tyro.extras.literal_type_from_choices(TRAINED)
@@ -456,13 +464,22 @@ def lower(
     scan: bool = True,
     attention: AttentionKind = "xla",
     mesh: str = "",
+    compile: bool = False,
+    topology: str = "v5e:2x2",
+    depths: tuple[int, ...] = (3, 7),
+    layers: tuple[int, ...] = (),
+    lengths: tuple[float, ...] = (2, 3, 4),
 ) -> None:
     """Lowers the decoding functions for accelerators that need not be here.
 
     Args:
-      out: Folder of the artefacts, which `jax.export.deserialize` reads.
-      target: Only its architecture is read.
-      draft: none, shipped, shipped:NAME, or a checkpoint folder; likewise.
+      out: Folder of the artefacts, which `jax.export.deserialize` reads; with --compile
+        of `compiled.json`.
+      target: Only its architecture is read; smollm2-135m, qwen2.5-0.5b, llama-3.1-8b
+        and qwen3-8b are known without any file.
+      draft: none, shipped, shipped:NAME, or a checkpoint folder; likewise. With
+        --compile a family, too, like eagle3 or hydra: as large as public ones, of
+        32,000 draft tokens.
       platforms: Comma-separated: cpu, cuda, rocm, tpu.
       precision: Of weights and products.
       num_speculative_tokens: Depth of the draft, K.
@@ -473,10 +490,39 @@ def lower(
       scan: Lower one layer, run over stacked weights, instead of each.
       attention: cudnn for cuda alone, on a machine that has the library.
       mesh: Devices to split over, like data=2,model=4; empty for a single one.
+      compile: Compile with the TPU's own compiler instead, layer by layer, and say what
+        the programs take: memory, bytes moved, and bounds of their time.
+      topology: With --compile: the TPUs, like v5e:2x2, v6e:2x2 or v5p:2x2x1.
+      depths: With --compile: of the drafts, each K.
+      layers: With --compile: two numbers of layers, to be compiled in place of all of
+        the target's; figures are drawn out from these.
+      lengths: With --compile: mean acceptance lengths to predict speed-ups for.
     """
     from ospec_jax.decoding import lowering
 
     check_outputs(folders=[out])
+    if compile:
+        _compile(
+            out,
+            target,
+            draft,
+            topology,
+            mesh,
+            lowering.LoweringConfig(
+                parse_tree(tree, num_speculative_tokens),
+                precision,
+                batch_size,
+                capacity,
+                stop_ids,
+                is_scanned=False,
+                attention=attention,
+            ),
+            depths,
+            layers,
+            lengths,
+        )
+        return
+
     config = lowering.LoweringConfig(
         parse_tree(tree, num_speculative_tokens),
         precision,
@@ -496,8 +542,78 @@ def lower(
 
     with busy(f"lowering for {platforms}"):
         lowered = lowering.lower(
-            load_config(target), head, config, platforms.split(","), family
+            _architecture(target), head, config, platforms.split(","), family
         )
 
     for path in lowering.write(lowered, out):
         say(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+
+
+def _architecture(target: str) -> ModelConfig:
+    """A target's shape; of known ones no file is read."""
+    return ARCHITECTURES.get(target) or load_config(target)
+
+
+def _compile(
+    out: Path,
+    target: str,
+    draft: str,
+    topology: str,
+    mesh: str,
+    config: "lowering.LoweringConfig",
+    depths: tuple[int, ...],
+    layers: tuple[int, ...],
+    lengths: tuple[float, ...],
+) -> None:
+    from ospec_jax.decoding import compiling
+    from ospec_jax.reports import compiled
+
+    model = _architecture(target)
+    if layers and (len(layers) != 2 or not 0 < layers[0] < layers[1]):
+        raise ConfigError(
+            f"layers are {layers}; use two numbers, like 2 4, the smaller one first"
+        )
+    if any(depth < 1 for depth in depths):
+        raise ConfigError(f"depths are {depths}; each is 1 or more")
+
+    devices, chip = compiling.described_mesh(topology, mesh)
+    config = dataclasses.replace(config, mesh=devices)
+    family = draft
+    head = None
+    if draft in TRAINED:
+        head = default_draft_config(model, _PUBLIC_DRAFT_VOCAB_SIZE, draft, max(depths))
+    elif draft != "none":
+        meta = checkpoint.load(draft_folder(draft)).meta
+        head = meta.draft
+        family = meta.family
+
+    with busy(f"compiling {target} for {topology}"):
+        if layers:
+            pair = (layers[0], layers[1])
+            programs = compiling.compile_by_layers(
+                model, head, config, pair, depths, family
+            )
+        else:
+            programs = compiling.compile_programs(model, head, config, depths, family)
+
+    is_int8 = config.precision == "int8"
+    facts = {
+        "target": target,
+        "draft": draft,
+        "topology": topology,
+        "mesh": mesh,
+        "precision": config.precision,
+        "batch_size": config.batch_size,
+        "capacity": config.capacity,
+        "layers": list(layers) or [model.num_layers],
+        "versions": compiling.versions(),
+        "chip": dataclasses.asdict(chip),
+        "programs": {
+            name: program.as_data(chip, is_int8) for name, program in programs.items()
+        },
+        "speed_ups": compiling.predict_speed_ups(programs, chip, lengths, is_int8),
+    }
+    file = out / "compiled.json"
+    atomic.write_text(file, json.dumps(facts, indent=1) + "\n")
+    print_table(compiled.table_of(facts))
+    say(f"saved {file}")

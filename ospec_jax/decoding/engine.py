@@ -43,6 +43,7 @@ from ospec_jax.drafters.pool import bring_first
 from ospec_jax.drafters.prediction import as_prediction
 from ospec_jax.models.cache import KVCache
 from ospec_jax.models.sharing import share
+from ospec_jax.models.tpu_options import compiler_options
 from ospec_jax.types import (
     DecodeState,
     Draft,
@@ -150,7 +151,7 @@ def _compiled(
     # them.
     places = sharding.row_shardings, sharding.replicated
     function = sharding.pinned(build(config, drafter), config.mesh, *places)
-    return jax.jit(function, donate_argnums=2)
+    return jax.jit(function, donate_argnums=2, compiler_options=compiler_options())
 
 
 class _Rows(NamedTuple):

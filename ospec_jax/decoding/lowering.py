@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import export
-from jax.sharding import AbstractMesh
 
 from ospec_jax import atomic, sharding
 from ospec_jax.config import (
@@ -64,7 +63,7 @@ class LoweringConfig:
     stop_ids: tuple[int, ...] = ()
     is_scanned: bool = True
     attention: AttentionKind = "xla"
-    mesh: AbstractMesh | None = None
+    mesh: sharding.AnyMesh | None = None
 
 
 def lower(
@@ -93,12 +92,38 @@ def lower(
             f"cuDNN's attention is for the platform cuda alone, not {platforms}"
         )
 
+    functions = decoding_functions(model, draft, config, family)
+
+    return {
+        name: _export(function, args, platforms)
+        for name, (function, args) in functions.items()
+    }
+
+
+def decoding_functions(
+    model: ModelConfig,
+    draft: DraftConfig | None,
+    config: LoweringConfig,
+    family: str = "eagle3",
+) -> dict[str, tuple[Callable, tuple]]:
+    """`prefill`, `plain_step` and `speculative_step`, and shapes of their arguments.
+
+    The shapes say where on the mesh their arrays lie, if there is a mesh. The third
+    argument of each is the state, which engines donate.
+
+    Args:
+      family: The draft's; without a draft there is no speculative step.
+
+    Raises:
+      ConfigError: The mesh does not divide the batch or a model.
+    """
     numerics = Numerics(
         config.precision,
         is_row_invariant=False,
         is_scanned=config.is_scanned,
         attention=config.attention,
         num_groups=sharding.num_groups(config.mesh),
+        num_row_groups=sharding.num_row_groups(config.mesh),
     )
     sharding.check_batch(config.mesh, config.batch_size)
     sharding.check_model(config.mesh, model, "the target")
@@ -122,12 +147,11 @@ def lower(
         stop_ids=config.stop_ids,
         mesh=config.mesh,
     )
-    lowered = {}
+    functions = {}
 
     def add(name: str, function: Callable, *args):
         results = rows, sharding.replicated
-        function = sharding.pinned(function, config.mesh, *results)
-        lowered[name] = _export(function, args, platforms)
+        functions[name] = sharding.pinned(function, config.mesh, *results), args
 
     def state_of(step: StepConfig, drafter, batch_size: int):
         make = lambda: empty_state(step, drafter, batch_size, config.capacity)
@@ -161,10 +185,10 @@ def lower(
         ints(),
     )
 
-    return lowered
+    return functions
 
 
-def _placed(mesh: AbstractMesh | None, tree, place: Callable):
+def _placed(mesh: sharding.AnyMesh | None, tree, place: Callable):
     """Shapes that say where their arrays lie."""
     if mesh is None:
         return tree

@@ -314,7 +314,11 @@ def split_target(target: Target, mesh: jax.sharding.Mesh) -> Target:
     groups = sharding.num_groups(mesh)
     params = sharding.regroup(target.params, target.config, groups)
     numerics = dataclasses.replace(
-        target.numerics, is_row_invariant=False, is_native=False, num_groups=groups
+        target.numerics,
+        is_row_invariant=False,
+        is_native=False,
+        num_groups=groups,
+        num_row_groups=sharding.num_row_groups(mesh),
     )
     return dataclasses.replace(
         target, params=sharding.put_params(params, mesh), numerics=numerics, mesh=mesh

@@ -44,6 +44,7 @@ class Numerics:
       is_row_invariant: Keep a row's bits independent of the other rows (for the CPU).
       is_native: int8 layers, products and attention are those of `ospec_jax.kernels`.
       num_groups: Groups in which rows of fused products lie; see `sharding`.
+      num_row_groups: Groups of rows of a batch that lie on different devices.
       is_scanned: Trace one layer and run it over stacked weights and caches, so that
         compiling takes no longer for more layers (for accelerators: XLA:CPU would copy
         each layer's weights at every step). See `llama.stack_layers`.
@@ -54,6 +55,7 @@ class Numerics:
     is_row_invariant: bool = True
     is_native: bool = False
     num_groups: int = 1
+    num_row_groups: int = 1
     is_scanned: bool = False
     attention: AttentionKind = "xla"
 
@@ -73,10 +75,20 @@ class Numerics:
     def has_batched_writes(self) -> bool:
         """Whether one scatter writes the cache entries of all rows.
 
-        It stays local where rows are split over devices, and small in programs of many
-        rows; XLA:CPU would run it one index at a time.
+        It stays local where rows are split over devices: a slice for each row would be
+        written by all of them, and caches would move. Everywhere else it is slower.
         """
-        return self.is_scanned or not self.is_row_invariant
+        return self.num_row_groups > 1
+
+    @property
+    def pads_lone_rows(self) -> bool:
+        """Whether a product of one row gets a second one, of zeros.
+
+        XLA:TPU does a lone row's product by adding up on its vector unit, in float32:
+        by its own estimate that takes three to four times as long as reading the
+        weights. Of two rows, one unused, it is a product of the matrix unit.
+        """
+        return not self.is_row_invariant and self.precision != "float32"
 
     def for_training(self) -> "Numerics":
         """In float32, of rows that need not be independent, with the same kernels.
@@ -89,6 +101,7 @@ class Numerics:
             is_row_invariant=False,
             is_native=self.is_native,
             num_groups=self.num_groups,
+            num_row_groups=self.num_row_groups,
         )
 
 
@@ -144,6 +157,9 @@ def linear(x, params, numerics: Numerics):
     int8 and floating-point layers.
     """
     kernel = params["kernel"]
+    if numerics.pads_lone_rows and x.size == x.shape[-1]:
+        rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+        return linear(rows, params, numerics)[:1].reshape(*x.shape[:-1], -1)
     if kernel.dtype == jnp.int8 and numerics.is_native:
         y = int8_linear(x.astype(jnp.float32), kernel, params["scale"])
     elif kernel.dtype == jnp.int8:
