@@ -17,6 +17,8 @@ from ospec_jax.typing import struct, typed
 
 MASKED = -1e30
 """Added to the scores of unattended slots: `exp` of it is exactly zero."""
+_MOST_SLICES = 128
+"""Rows that are written by a slice each."""
 
 
 @struct
@@ -77,7 +79,8 @@ def write_rows(
     """Writes entries into the slots of `axis` from `starts` on.
 
     Each row is a slice of its own, in place. In one scatter XLA:CPU would write them
-    index by index, and XLA:TPU in a loop of a dozen small operations for every row.
+    index by index, and XLA:TPU in a loop of a dozen small operations for every row. Of
+    very many rows it is one all the same, for programs would grow with them.
 
     Args:
       buffer: `[b, ...]`, with `s` slots along `axis`; `[layers, b, ...]` with `layer`.
@@ -100,7 +103,7 @@ def write_rows(
             buffer, entries.astype(buffer.dtype), indices
         )
 
-    if is_batched:
+    if is_batched or len(starts) > _MOST_SLICES:
         one = lambda row, entries, start: put(
             jnp.expand_dims(row, batch_axis), entries[None], zero, start
         ).squeeze(batch_axis)

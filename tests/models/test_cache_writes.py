@@ -51,6 +51,18 @@ def test_slices_and_a_scatter_write_the_same(num_tokens, layer, axis, dtype):
     np.testing.assert_array_equal(found.astype(jnp.float32), loop)
 
 
+def test_programs_do_not_grow_with_very_many_rows():
+    def size(num_rows):
+        buffer = jnp.zeros((num_rows, 2, 16, 8))
+        starts = jnp.arange(num_rows) % 16
+        write = jax.jit(kv.write_rows)
+        return len(write.lower(buffer, buffer[:, :, :1], starts).as_text())
+
+    # A slice a row up to a point, from which on all are one write.
+    assert size(128) > 10 * size(4)
+    assert size(3000) < 2 * size(4)
+
+
 @pytest.mark.parametrize("is_stacked", [True, False])
 def test_an_accepted_path_is_moved_alike(is_stacked):
     cache = kv.init_cache(2, 3, 2, 16, 8, jnp.bfloat16, is_stacked)
