@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ospec_jax
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError, TreeConfig, UnforeseenError
 from ospec_jax.drafters.eagle import eagle3
@@ -373,3 +374,10 @@ def test_a_save_waits_for_another_one_and_tells_whose(made, tmp_path, monkeypatc
     ):
         checkpoint.save(tmp_path, 3, meta, draft)
     assert checkpoint.save(tmp_path, 3, meta, draft).is_dir()
+
+
+def test_what_is_shipped_names_no_folder_of_whoever_made_it():
+    shipped = Path(ospec_jax.__file__).parent / "shipped"
+    notes = list(shipped.rglob("commit_success.txt"))
+    assert len(notes) > 2
+    assert not [note for note in notes if "/" in note.read_text()]
