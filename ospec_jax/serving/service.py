@@ -412,6 +412,8 @@ class Service:
     def _enroll(self, scope: str) -> int:
         """The number of a scope, which had another one's text forgotten if need be."""
         busy = {choice.request.scope for _, choice in self._running.values()}
+        # What has yet to be learned from is kept under its number, too.
+        busy |= {lesson.completion.request.scope for lesson in self._lessons}
         return self._session.enroll(scope, busy).number
 
     def _rest(self) -> None:
