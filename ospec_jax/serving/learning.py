@@ -109,7 +109,7 @@ class Learning:
         can_teach: bool,
         is_shared: bool,
     ) -> None:
-        """Counts an answer, and learns from it.
+        """Learns from an answer.
 
         Args:
           text: The answer's.
@@ -132,30 +132,33 @@ class Learning:
         counts.num_updates += max(self._session.version - self.version, 0)
         counts.num_taught += can_teach
         counts.num_answers += 1
-        self._note(completion.stats)
+        self._note()
 
-    def _note(
-        self, stats: DecodingStats | None = None, is_changed: bool = False
-    ) -> None:
+    def count(self, stats: DecodingStats) -> None:
+        """Counts an answer of the served version, before it is learned from."""
+        self._since_swap = self._since_swap + stats
+        self._note()
+
+    def _note(self, is_changed: bool = False) -> None:
         """Keeps what others may ask of the draft.
 
         Args:
-          stats: Of an answer by the version that was served until now.
           is_changed: By an administrator: to be saved, though nothing was answered.
         """
         if is_changed:
             self._saved_answers = -1
         version = self._session.version
         meta = self._session.meta
-        before = self._since_swap if stats is None else self._since_swap + stats
-        self._since_swap = before if version == self.version else DecodingStats()
+        stats = self._since_swap
+        if version != self.version:
+            self._since_swap = DecodingStats()
         self.version = version
         self.draft_status = {
             "family": None if meta is None else meta.family,
             "version": version,
             "kept_versions": [kept.version for kept in self._kept],
-            "acceptance_length": before.mean_acceptance_length,
-            "num_steps_since_swap": before.num_drafts,
+            "acceptance_length": stats.mean_acceptance_length,
+            "num_steps_since_swap": stats.num_drafts,
         }
 
     def save(self, num_kept: int = 2) -> Path | None:

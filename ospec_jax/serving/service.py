@@ -411,9 +411,13 @@ class Service:
 
     def _enroll(self, scope: str) -> int:
         """The number of a scope, which had another one's text forgotten if need be."""
+        # A new scope may get the number of one whose answers wait to be learned from,
+        # and they would be kept as its own.
+        is_new = scope and self._session.scopes.find(scope) is None
+        while self._lessons and is_new:
+            self._learn()
+
         busy = {choice.request.scope for _, choice in self._running.values()}
-        # What has yet to be learned from is kept under its number, too.
-        busy |= {lesson.completion.request.scope for lesson in self._lessons}
         return self._session.enroll(scope, busy).number
 
     def _rest(self) -> None:
@@ -444,6 +448,7 @@ class Service:
     def _finish(self, job: Job, choice: Choice, completion: Completion) -> None:
         """Ends an answer; it is learned from when there is time."""
         text = self._session.text_of(completion)
+        self._learning.count(completion.stats)
         ends = self._session.target.stop_ids
         job.tell_end(choice, completion, text, self.version, ends)
         self._lessons.append(_Lesson(job, completion, text))

@@ -14,6 +14,7 @@ from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.loading import LoadedDraft
+from ospec_jax.online import scopes
 from ospec_jax.serving.asks import Ask, ChoiceEnd, Ended, Failed, OverloadedError, Piece
 from ospec_jax.serving.service import Service
 from ospec_jax.serving.settings import ServiceConfig
@@ -123,6 +124,38 @@ def test_nobody_who_is_answered_waits_for_learning(target, draft, monkeypatch):
         assert service.status()["learning"]["num_answers"] == 5
     finally:
         service.stop()
+
+
+def test_a_number_goes_to_a_new_scope_when_its_answers_are_learned_from(
+    target, draft, monkeypatch
+):
+    monkeypatch.setattr(scopes, "MAX_SCOPES", 2)
+    session = session_of(target, draft)
+    take_in = session.take_in
+    seen = []
+
+    def watch(prompt, completion, *args):
+        number = completion.request.scope
+        name = next(one.name for one in session.scopes.known if one.number == number)
+        seen.append((session.text_of(completion), name))
+        return take_in(prompt, completion, *args)
+
+    monkeypatch.setattr(session, "take_in", watch)
+    service = Service(session, ServiceConfig("tiny", 240))
+    service.start()
+    try:
+        long = Heard(service, ask_of("Count.", max_new_tokens=200, scope="long"))
+        told = {
+            Heard(service, ask_of(text, scope=scope)).texts()[0]: scope
+            for scope, text in zip("abc", PROMPTS, strict=False)
+        }
+        told[long.texts()[0]] = "long"
+        service.call(lambda: None)
+    finally:
+        service.stop()
+
+    assert dict(seen) == told
+    assert len(told) == 4
 
 
 def test_askers_on_many_threads_hear_their_own_answers(service, plain):
