@@ -77,7 +77,7 @@ def bench(
       controllers: Comma-separated rules for how much to draft, to be compared beside
         plain decoding with the draft as it is (n-grams as --ngrams says): fixed, as
         --num-speculative-tokens and --tree say; a number, a chain of so many; auto,
-        marginal, ltd:DIR as for --controller.
+        marginal, joint, ltd:DIR as for --controller.
       peers: Comma-separated other decoders of the same weights: transformers,
         transformers-bfloat16, transformers-lookup, transformers-assisted, llama-cpp,
         llama-cpp-lookup.
