@@ -2,12 +2,14 @@
 """The marginal rule while decoding: it learns, chooses, and never changes an answer."""
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import forward
 
 from ospec_jax import Session, TreeConfig
 from ospec_jax.config import ConfigError, SamplingConfig, from_dict
@@ -21,6 +23,7 @@ from ospec_jax.control.steered import (
     steerable,
 )
 from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.decoding.request import Request
 from ospec_jax.loading import load_draft
 from ospec_jax.replay.cycles import Choice, build_cycles, look, verified_mass
 from ospec_jax.replay.record import record
@@ -28,6 +31,8 @@ from ospec_jax.replay.trees import TraceShape, grow_trees, open_trace, trace_fol
 from ospec_jax.testing import tiny_target
 
 NEW_TOKENS = 20
+LIMIT = 3.3
+"""Standard deviations; chance alone leaves them once in 1,000 times."""
 PROMPTS = [f"Why is {word} so?" for word in ("it", "the sea", "17", "a b c a b c a")]
 TREE = TreeConfig("dynamic", 3, topk=2, num_draft_tokens=8)
 ROW = (Row(False, 40, 20),)
@@ -112,6 +117,63 @@ def test_drawn_answers_are_steered_too(target, draft, tree, penalty, batch_size)
     session.chooser.state = with_costs(session.chooser.state, 0.1)
     assert answers(session, only_one) == answers(Session(target), only_one)
     assert sum(session.chooser.state.depth_counts[1:]) > 0
+
+
+def law_of(target, ids, length):
+    """Chance of each answer of so many tokens, of which two may come each time."""
+    if not length:
+        return {(): 1.0}
+
+    logits = forward(target.params, target.config, ids)[0][-1]
+    tokens = np.argsort(-logits, kind="stable")[:2]
+    weights = np.exp(logits[tokens] - logits[tokens[0]])
+    return {
+        (token, *rest): weight / weights.sum() * chance
+        for token, weight in zip(tokens.tolist(), weights, strict=True)
+        for rest, chance in law_of(target, [*ids, token], length - 1).items()
+    }
+
+
+def test_steered_answers_follow_the_target():
+    """Two rows share steps whose depth and size follow from what both have drafted."""
+    target = tiny_target(16)
+    draft = load_draft("self:exit-3", target)
+    session = Session(
+        target, draft, tree=TREE, controller="marginal", batch_size=2, ngrams=False
+    )
+    session.chooser.state = with_costs(session.chooser.state, 0.01, 0.04)
+    prompts = (3, 9, 4, 7, 7, 5), (8, 3, 11, 6)
+    laws = [law_of(target, list(ids), 4) for ids in prompts]
+    counts = [dict.fromkeys(law, 0) for law in laws]
+    ordinals = itertools.count()
+    num_runs = 300
+
+    for _ in range(num_runs):
+        sampling = SamplingConfig(temperature=1.0, top_k=2)
+        asked = [Request(str(i), ids, 4, sampling) for i, ids in enumerate(prompts)]
+        serving = session.engine.serve(
+            asked,
+            lambda: session.served_draft,
+            2,
+            chooser=session.chooser,
+            ordinals=ordinals,
+        )
+        for done in serving:
+            number = int(done.request.id)
+            path = tuple(done.token_ids)
+            # A token that ends an answer leaves what would have followed open.
+            like = [whole for whole in laws[number] if whole[: len(path)] == path]
+            chance = sum(laws[number][whole] for whole in like)
+            for whole in like:
+                counts[number][whole] += laws[number][whole] / chance
+
+    for law, found in zip(laws, counts, strict=True):
+        for path, chance in law.items():
+            deviation = np.sqrt(num_runs * chance * (1 - chance))
+            missed = abs(found[path] - num_runs * chance)
+            assert missed < LIMIT * max(deviation, 1), path
+    state = session.chooser.state
+    assert sum(count > 20 for count in state.size_counts) > 1
 
 
 def test_costs_are_measured_before_the_first_answer_and_kept(target, draft):
