@@ -10,13 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
+from drafted import random_head
 from server_process import server, write_model
 
-from ospec_jax import LearnerConfig, Session, TreeConfig, load_target
-from ospec_jax.drafters.eagle import eagle3
-from ospec_jax.loading import LoadedDraft
-from ospec_jax.storage.checkpoint import Meta
-from ospec_jax.testing import tiny_draft, tiny_draft_config
+from ospec_jax import LearnerConfig, Session, load_target
 
 pytestmark = pytest.mark.thorough
 
@@ -80,9 +77,7 @@ def test_a_killed_server_loses_an_interval_and_tells_no_half_answer(tmp_path):
     folder = write_model(tmp_path / "m")
     kept = tmp_path / "kept"
     target = load_target(folder, precision="float32")
-    config = tiny_draft_config(target.config, draft_vocab_size=200, taps=(0, 1, 2))
-    params = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
-    draft = LoadedDraft(params, Meta.create(target, config))
+    draft = random_head(target, taps=(0, 1, 2))
     Session(target, draft).save(tmp_path / "draft")
     results = Session(target).generate(PROMPTS, NEW_TOKENS)
     wanted = {result.prompt.text: result.text for result in results}

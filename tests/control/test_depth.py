@@ -8,6 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from drafted import random_head
 
 from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.cli.notation import parse_tree
@@ -22,11 +23,9 @@ from ospec_jax.control.depth import (
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
-from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, load_draft
-from ospec_jax.storage.checkpoint import Meta
-from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.testing import tiny_target
 from ospec_jax.types import Draft
 
 DEPTHS = (0, 1, 3, 5)
@@ -133,9 +132,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def draft(target):
-    config = tiny_draft_config(target.config, draft_vocab_size=200)
-    params = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
-    return LoadedDraft(params, Meta.create(target, config))
+    return random_head(target)
 
 
 @pytest.fixture(scope="module")

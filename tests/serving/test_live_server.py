@@ -5,16 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from drafted import random_head
 from served import serving
 
-from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax import LearnerConfig, Session
 from ospec_jax.config import SamplingConfig
-from ospec_jax.drafters.eagle import eagle3
-from ospec_jax.loading import LoadedDraft
 from ospec_jax.serving.service import Service
 from ospec_jax.serving.settings import ServiceConfig
-from ospec_jax.storage.checkpoint import Meta
-from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.testing import tiny_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -29,9 +27,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def draft(target):
-    config = tiny_draft_config(target.config, draft_vocab_size=200)
-    params = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
-    return LoadedDraft(params, Meta.create(target, config))
+    return random_head(target)
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,18 @@ import time
 
 import numpy as np
 import pytest
+from drafted import random_head
 
-from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax import LearnerConfig, Session
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.request import PromptTooLongError
-from ospec_jax.drafters.eagle import eagle3
-from ospec_jax.loading import LoadedDraft
 from ospec_jax.online import scopes
 from ospec_jax.serving.asks import Ask, ChoiceEnd, Ended, Failed, OverloadedError, Piece
 from ospec_jax.serving.service import Service
 from ospec_jax.serving.settings import ServiceConfig
 from ospec_jax.storage import checkpoint
-from ospec_jax.storage.checkpoint import Meta
-from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.testing import tiny_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -35,9 +33,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def draft(target):
-    config = tiny_draft_config(target.config, draft_vocab_size=200)
-    params = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
-    return LoadedDraft(params, Meta.create(target, config))
+    return random_head(target)
 
 
 @pytest.fixture(scope="module")
@@ -429,9 +425,7 @@ def test_drafts_are_loaded_by_name_from_their_folder_alone(
 ):
     folder = tmp_path / "drafts"
     Session(target, draft).save(folder / "mine")
-    other = tiny_draft_config(target.config, draft_vocab_size=100)
-    params = tiny_draft(eagle3(other, TreeConfig(num_steps=1)), other)
-    loaded = LoadedDraft(params, Meta.create(target, other))
+    loaded = random_head(target, 100)
     Session(target, loaded).save(folder / "smaller")
     config = ServiceConfig("tiny", 240, drafts=folder)
     service = Service(session_of(target, draft), config)

@@ -6,16 +6,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from drafted import random_head
 
-from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax import LearnerConfig, Session
 from ospec_jax.config import SamplingConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.request import Request
-from ospec_jax.drafters.eagle import eagle3
-from ospec_jax.loading import LoadedDraft
 from ospec_jax.session.live import Live
-from ospec_jax.storage.checkpoint import Meta
-from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.testing import tiny_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -36,9 +34,7 @@ def target():
 
 def draft_for(target):
     # It looks back no farther than at the last 24 tokens.
-    config = tiny_draft_config(target.config, draft_vocab_size=200, sliding_window=24)
-    params = tiny_draft(eagle3(config, TreeConfig(num_steps=1)), config)
-    return LoadedDraft(params, Meta.create(target, config))
+    return random_head(target, sliding_window=24)
 
 
 def live_of(target, kept_bytes=MIB * 64, batch_size=1, **options):

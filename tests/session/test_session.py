@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from drafted import random_head
 from model_files import hf_tensors, model_config, write_folder
 from reference import random_params
 
@@ -15,7 +16,6 @@ from ospec_jax.config import TreeConfig as Tree
 from ospec_jax.control.base import SUGGESTIONS
 from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.decoding.stats import DecodingStats
-from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.base import LearnerState
 from ospec_jax.learners.last_layer import HeadState
@@ -46,9 +46,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def draft(target):
-    config = tiny_draft_config(target.config, draft_vocab_size=200)
-    params = tiny_draft(eagle3(config, Tree(num_steps=1)), config)
-    return LoadedDraft(params, Meta.create(target, config))
+    return random_head(target)
 
 
 @pytest.fixture(scope="module")
