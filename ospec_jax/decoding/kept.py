@@ -79,16 +79,11 @@ class KeptRows:
     Args:
       max_bytes: 0 keeps none.
       capacities: Cache slots of kept rows, ascending, of those that are compiled for.
-      keeps_stale: Keep rows whatever a draft learns. Greedy tokens and the law of
-        sampled ones stay the target's; less of the draft may be accepted.
     """
 
-    def __init__(
-        self, max_bytes: int, capacities: Sequence[int], keeps_stale: bool = False
-    ):
+    def __init__(self, max_bytes: int, capacities: Sequence[int]):
         self.max_bytes = max_bytes
         self.capacities = tuple(capacities)
-        self._keeps_stale = keeps_stale
         # By age: the one that was used last stands last.
         self._rows: list[KeptRow] = []
         self._bytes_of: dict[int, int] = {}
@@ -119,7 +114,7 @@ class KeptRows:
         is_same = all(new is old for new, old in pairs)
         self._draft = draft
         self._writers = writers
-        if is_same or self._keeps_stale:
+        if is_same:
             return self._number
 
         self._number += 1

@@ -22,8 +22,8 @@ def never(capacity):
     pytest.fail(f"copied to {capacity} slots")
 
 
-def rows(max_slots=64, **options):
-    return KeptRows(max_slots * SLOT_BYTES, (8, 16), **options)
+def rows(max_slots=64):
+    return KeptRows(max_slots * SLOT_BYTES, (8, 16))
 
 
 def add(kept, ids, scope=0, draft_number=0):
@@ -130,15 +130,6 @@ def test_rows_are_good_for_the_parameters_that_wrote_them():
     assert len(kept) == 1
     kept.draft_number(Draft(Members((draft_of(layer, head),))))
     assert len(kept) == 0
-
-
-def test_stale_rows_stay_where_that_is_asked_for():
-    kept = rows(keeps_stale=True)
-    number = kept.draft_number(draft_of(jnp.zeros(2), jnp.zeros(3)))
-    kept.draft_number(draft_of(jnp.ones(2), jnp.zeros(3)))
-    add(kept, [1, 2, 3, 4], draft_number=number)
-    kept.draft_number(draft_of(jnp.zeros(2), jnp.zeros(3)))
-    assert len(kept) == 1
 
 
 @pytest.mark.parametrize(
