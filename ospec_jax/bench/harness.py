@@ -74,25 +74,8 @@ def run_bench(
     Raises:
       ConfigError: Settings do not go together, or no prompt fits.
     """
-    if draft is None and controllers:
-        raise ConfigError("rules for how much to draft need a draft")
-    if draft is None and not set(config.modes) <= {"autoregressive", UNPADDED}:
-        raise ConfigError("all modes but autoregressive and unpadded need a draft")
-    if peers and (config.batch_size > 1 or config.sampling.temperature > 0):
-        raise ConfigError("peers are compared greedily, with a batch size of 1")
-    if peers and config.sampling.is_adjusted:
-        raise ConfigError("peers are compared without penalties and biases of logits")
-    if config.batch_size > 1 and any(isinstance(x, Conversation) for x in prompts):
-        raise ConfigError("conversations are asked with a batch size of 1")
-
-    modes = {name: _open_mode(name, target, draft, config) for name in config.modes}
-    for name, (other, tree) in (drafts or {}).items():
-        own = dataclasses.replace(config, tree=tree)
-        modes[name] = _open_mode(name, target, other, own)
-
-    for name, (controller, tree) in (controllers or {}).items():
-        modes[name] = _open_controlled(target, draft, tree, controller, config)
-
+    _check(config, prompts, draft is not None, peers, controllers)
+    modes = _open_modes(target, draft, config, drafts or {}, controllers or {})
     # Mismatches are against plain decoding, which runs unscored if nobody asked for it.
     hidden = []
     if "autoregressive" not in modes:
@@ -169,6 +152,45 @@ def run_bench(
     run.reference = [result.token_ids for result in plain.results]
 
     return run
+
+
+def _check(
+    config: BenchConfig,
+    prompts: Sequence[Prompt | Conversation],
+    has_draft: bool,
+    peers: Sequence[Peer],
+    controllers: dict[str, tuple[str | None, TreeConfig]] | None,
+) -> None:
+    """Refuses what cannot be measured together; see `run_bench`."""
+    if not has_draft and controllers:
+        raise ConfigError("rules for how much to draft need a draft")
+    if not has_draft and not set(config.modes) <= {"autoregressive", UNPADDED}:
+        raise ConfigError("all modes but autoregressive and unpadded need a draft")
+    if peers and (config.batch_size > 1 or config.sampling.temperature > 0):
+        raise ConfigError("peers are compared greedily, with a batch size of 1")
+    if peers and config.sampling.is_adjusted:
+        raise ConfigError("peers are compared without penalties and biases of logits")
+    if config.batch_size > 1 and any(isinstance(x, Conversation) for x in prompts):
+        raise ConfigError("conversations are asked with a batch size of 1")
+
+
+def _open_modes(
+    target: Target,
+    draft: LoadedDraft | None,
+    config: BenchConfig,
+    drafts: dict[str, tuple[LoadedDraft, TreeConfig]],
+    controllers: dict[str, tuple[str | None, TreeConfig]],
+) -> dict[str, ModeRun]:
+    """All modes by name, in the order of their turns."""
+    modes = {name: _open_mode(name, target, draft, config) for name in config.modes}
+    for name, (other, tree) in drafts.items():
+        own = dataclasses.replace(config, tree=tree)
+        modes[name] = _open_mode(name, target, other, own)
+
+    for name, (controller, tree) in controllers.items():
+        modes[name] = _open_controlled(target, draft, tree, controller, config)
+
+    return modes
 
 
 def _open_mode(name, target, draft, config: BenchConfig) -> ModeRun:

@@ -175,23 +175,14 @@ def learn(
     rows = read_prompts(prompts)
     if tensorboard is not None and telemetry is None:
         raise ConfigError("--tensorboard needs --telemetry, a file, beside it")
-    if resume and checkpoint_dir is None:
-        raise ConfigError("--resume needs --checkpoint")
     if decoding.draft == "none":
         raise ConfigError("learning needs a draft: --draft shipped or a folder")
     # Held before the look at what is there: two runs of one folder would both find it
     # empty.
     hold(checkpoint_dir, files=[jsonl, telemetry])
-    if checkpoint_dir is not None and not resume and checkpoint.steps(checkpoint_dir):
-        raise ConfigError(
-            f"{checkpoint_dir} holds an earlier run; go on with --resume, or choose "
-            f"another folder"
-        )
     if save_every < 1:
         raise ConfigError(f"--save-every is {save_every}; use 1 or more prompts")
-    if resume and checkpoint_dir is not None and not checkpoint.steps(checkpoint_dir):
-        _begin_anew(checkpoint_dir, jsonl, telemetry)
-        resume = False
+    resume = _is_resumed(resume, checkpoint_dir, jsonl, telemetry)
     if not resume:
         check_unused(jsonl)
 
@@ -285,6 +276,31 @@ def learn(
 
     if len(results) < len(rows):
         interrupt.raise_if_set()
+
+
+def _is_resumed(
+    resume: bool, folder: Path | None, jsonl: Path | None, telemetry: Path | None
+) -> bool:
+    """Whether there is a run to go on with; where there is none, it begins.
+
+    Raises:
+      ConfigError: There is no folder, or it has a run that nobody asked to go on with.
+    """
+    if folder is None:
+        if resume:
+            raise ConfigError("--resume needs --checkpoint")
+        return False
+
+    has_run = bool(checkpoint.steps(folder))
+    if has_run and not resume:
+        raise ConfigError(
+            f"{folder} holds an earlier run; go on with --resume, or choose another "
+            f"folder"
+        )
+    if resume and not has_run:
+        _begin_anew(folder, jsonl, telemetry)
+
+    return has_run
 
 
 def _begin_anew(folder: Path, *others: Path | None) -> None:

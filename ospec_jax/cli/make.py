@@ -231,19 +231,9 @@ def distill(
         )
     whole_number("--self-prompts", self_prompts, least=0)
     whole_number("--collect-batch-size", collect_batch_size, least=1)
+    _check_delta(delta, start, draft_vocab_size, ship)
     rows = read_prompts(prompts) if prompts is not None else []
     domains = tuple(d for d in domain.split(",") if d)
-    if delta and start == "none":
-        raise ConfigError(
-            "--delta keeps the difference to a draft: name it with --from"
-        )
-    if delta and draft_vocab_size is not None:
-        raise ConfigError(
-            "--delta keeps the difference to a draft of the same tokens; leave out "
-            "--draft-vocab-size"
-        )
-    if delta and ship is None:
-        raise ConfigError("--delta is for the draft that --ship saves: name its folder")
     if not self_prompts:
         rows = _of_domains(rows, domains)
 
@@ -257,15 +247,16 @@ def distill(
     )
     initial = _trained(start, loaded)
     if initial is not None:
-        base = initial.family
+        own = initial.family
         initial = adopted(initial, family, loaded, num_steps)
-        if delta and initial.family != base:
+        if delta and initial.family != own:
             raise ConfigError(
                 f"--delta keeps the difference to a draft of the same family, but "
                 f"--family {family} makes another one of {start!r}; leave out --delta"
             )
-    if initial is not None and draft_vocab_size is not None:
-        check_wider(initial, draft_vocab_size)
+        if draft_vocab_size is not None:
+            check_wider(initial, draft_vocab_size)
+
     if sliding_window is not None:
         draft_config = dataclasses.replace(draft_config, sliding_window=sliding_window)
         initial = initial and with_sliding_window(initial, sliding_window)
@@ -326,14 +317,49 @@ def distill(
 
         interrupt.raise_if_set()
         if ship is not None:
-            newest = checkpoint.load(trained, loaded)
-            draft = newest.draft
-            meta = dataclasses.replace(newest.meta, storage="int8")
-            if delta and initial is not None:
-                draft, meta = _difference(draft, meta, initial.draft, start, delta)
-            checkpoint.save(ship, newest.step, meta, draft)
+            base = initial.draft if delta and initial is not None else None
+            _ship(ship, checkpoint.load(trained, loaded), base, start, delta)
             found = score(loaded, folder, load_draft(ship, loaded), config)
             say(f"saved {ship}; as it is stored there: {found}")
+
+
+def _check_delta(
+    delta: int, start: str, draft_vocab_size: int | None, ship: Path | None
+) -> None:
+    """Refuses a difference to nothing, of other tokens, or one that nobody keeps."""
+    if not delta:
+        return
+    if start == "none":
+        raise ConfigError(
+            "--delta keeps the difference to a draft: name it with --from"
+        )
+    if draft_vocab_size is not None:
+        raise ConfigError(
+            "--delta keeps the difference to a draft of the same tokens; leave out "
+            "--draft-vocab-size"
+        )
+    if ship is None:
+        raise ConfigError("--delta is for the draft that --ship saves: name its folder")
+
+
+def _ship(
+    folder: Path,
+    newest: checkpoint.Checkpoint,
+    base: Draft | None,
+    start: str,
+    delta: int,
+) -> None:
+    """Saves a trained draft alone, in int8.
+
+    Args:
+      base: What its difference is taken to, by the name `start`; None keeps all.
+    """
+    draft = newest.draft
+    meta = dataclasses.replace(newest.meta, storage="int8")
+    if base is not None:
+        draft, meta = _difference(draft, meta, base, start, delta)
+
+    checkpoint.save(folder, newest.step, meta, draft)
 
 
 def _of_domains(rows: list[Prompt], domains: tuple[str, ...]) -> list[Prompt]:
