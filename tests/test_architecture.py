@@ -24,7 +24,7 @@ FLOORS = (
     {"formats", "online"},
     {"loading"},
     {"reports", "session"},
-    {"bench", "replay", "serving"},
+    {"bench", "reasoning", "replay", "serving"},
     {"distill"},
     {"cli"},
     {"__main__"},

@@ -24,6 +24,7 @@ from ospec_jax.cli.make import (
 )
 from ospec_jax.cli.measure import bench, demo, roofline
 from ospec_jax.cli.outputs import describe_failure, release
+from ospec_jax.cli.reasoning import reason
 from ospec_jax.cli.recipes import with_recipe
 from ospec_jax.cli.serving import chat, load, serve
 from ospec_jax.cli.streams import record, replay, stream, telemetry
@@ -70,6 +71,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "rules": rules,
     "train-control": train_control,
     "telemetry": telemetry,
+    "reason": reason,
     "import": import_draft,
     "export": export_draft,
 }
@@ -94,6 +96,7 @@ EXAMPLES = {
     "rules": "ospec rules recording --trees 4,6,16",
     "train-control": "ospec train-control recording --trees 4,6,16 --out my-policies",
     "telemetry": "ospec telemetry FILE.jsonl --plot learning.png",
+    "reason": "ospec reason --prompts FILE.jsonl --target LARGE --draft-model SMALL",
     "import": "ospec import HEAD --target smollm2-135m --out my-draft",
     "export": "ospec export my-draft --out head --format speculators",
 }

@@ -256,6 +256,46 @@ class Llama(nn.Module):
         return params
 
 
+class LastLayers(nn.Module):
+    """The layers from `first` on and the final norm, to be trained.
+
+    They read whole sequences, and keep nothing of them.
+    """
+
+    config: ModelConfig
+    numerics: Numerics
+    first: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Final (normed) hidden states.
+
+        Args:
+          x: States that enter the first of these layers, from the first token on.
+        """
+        c = self.config
+        b, t, _ = x.shape
+        starts = jnp.zeros((b,), jnp.int32)
+        positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        angles = rope_angles(positions, frequencies, None, False)
+        # Causal, so that padding behind a row's tokens is seen by nobody.
+        bias = kv.causal_bias(starts, t, t)
+        num_layers = c.num_layers - self.first
+        cache = kv.init_cache(num_layers, b, c.num_kv_heads, t, c.head_dim, jnp.float32)
+        for i in range(num_layers):
+            layer = DecoderLayer(c, self.numerics, name=f"layers_{self.first + i}")
+            x, _, _ = layer(x, angles, bias, cache.keys[i], cache.values[i], starts)
+
+        return RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
+
+
+def build_last_layers(config: ModelConfig, numerics: Numerics, first: int) -> Callable:
+    """`LastLayers` as `(params, x) -> hidden`."""
+    module = LastLayers(config, numerics, first)
+    return lambda params, x: module.apply({"params": params}, x)
+
+
 def build(
     config: ModelConfig,
     numerics: Numerics,
