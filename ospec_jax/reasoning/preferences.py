@@ -87,7 +87,7 @@ class PreferenceConfig:
       learning_rate: Of Adam (0.9, 0.95), on the low-rank differences; the released
         code's 5e-7 is for all parameters.
       rank: Of the differences.
-      num_layers: Last layers that learn.
+      num_layers: Last layers that learn, at most all but the first.
       num_epochs: Times that a chunk's pairs are gone through: 3 for DPO, 1 for SFT.
       batch_size: Pairs of one step.
       max_pairs: Of one chunk; others are left out, by chance.
@@ -224,7 +224,8 @@ def preference_learner(
             f"not learn steps; load it without a mesh and without is_scanned"
         )
 
-    first = max(0, target.config.num_layers - config.num_layers)
+    # The layers below are run as they decode; there is one at least.
+    first = max(1, target.config.num_layers - config.num_layers)
     names = [f"layers_{i}" for i in range(first, target.config.num_layers)]
     log_probs = _build_log_probs(target.config, target.numerics, first)
     optimizer = optax.chain(
