@@ -989,3 +989,29 @@ def test_drafts_learn_from_prompts_of_the_target(writes, tmp_path, capsys):
     capsys.readouterr()
     assert writes("distill", "--out", tmp_path / "none") == 2
     assert "give --prompts FILE.jsonl, or --self-prompts" in capsys.readouterr().err
+
+
+def test_steps_are_drafted_and_graded(ospec, capsys):
+    rows = [
+        {"id": "a", "prompt": "What is 1 + 1?", "reference": "1 + 1 = 2\n#### 2"},
+        {"id": "b", "prompt": "Twice?", "meta": {"test_list": ["assert f(1) == 2"]}},
+        {"id": "c", "prompt": "Who?"},
+    ]
+    prompts = ospec.write_prompts("problems", [json.dumps(row) for row in rows])
+    args = "--prompts", prompts, "--draft-model", ospec.target, "--run-code"
+    steps = "--max-step-tokens", 6, "--num-ahead", 2, "--verifier", "exact"
+    found = ospec.json("reason", *args, *steps, "--learner", "dpo", "--chunk-size", 2)
+    assert [row["id"] for row in found] == ["a", "b", "c"]
+    # The model drafts for itself, so that all its steps are kept.
+    assert all(row["is_same"] for row in found)
+    assert all(row["num_accepted_steps"] == row["num_drafted_steps"] for row in found)
+    assert [row["is_right"] for row in found] == [False, False, None]
+    # Nothing was rejected, so there was nothing to learn from.
+    assert [row["version"] for row in found] == [0, 0, 0]
+    assert found[1]["learning"]["num_pairs"] == 0
+    told = capsys.readouterr()
+    assert "lossy" not in told.err
+    assert "3 of 3" in told.out
+
+    assert ospec("reason", *args, "--verifier", "nobody") == 2
+    assert "unknown verifier 'nobody'" in capsys.readouterr().err
