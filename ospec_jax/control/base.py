@@ -10,6 +10,8 @@ and `drafters.sizing`; a controller may tell them something (`Controller.steer`)
 """
 
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -75,6 +77,27 @@ class Outcome(NamedTuple):
     evidence: Any = None
 
 
+class Learning(NamedTuple):
+    """How a controller learns between answers; its time is learning's.
+
+    Attributes:
+      is_due: `state -> bool`, after an answer.
+      update: `state -> state`: learns from what was observed, and waits until that is
+        done.
+      rehearse: `state -> None`: does all that an update does, to be compiled and timed,
+        and waits likewise.
+      set_cost: `(state, seconds) -> state`: told once what an update takes; it says how
+        often that may be.
+      is_ready: `state -> bool`: whether it knows, from a checkpoint.
+    """
+
+    is_due: Callable[[Any], bool]
+    update: Callable[[Any], Any]
+    rehearse: Callable[[Any], None]
+    set_cost: Callable[[Any, float], Any]
+    is_ready: Callable[[Any], bool]
+
+
 class Controller(NamedTuple):
     """A rule for what to run next.
 
@@ -105,6 +128,9 @@ class Controller(NamedTuple):
         whose tree has `sizes`; `rows` as for `choose`. None for nothing.
       timed: Steps that are timed in place of `actions`: each an action, and what its
         rules are told.
+      learning: What it learns between answers; None for what it does at once.
+      pack: `state -> dict` for JSON; by default its fields.
+      unpack: `dict -> state`: back again.
     """
 
     actions: tuple[Action, ...]
@@ -119,6 +145,9 @@ class Controller(NamedTuple):
     report: Callable[[Any], dict[str, Any]] | None = None
     steer: Callable[[Any, Sequence[Row]], Any] | None = None
     timed: tuple[tuple[Action, Any], ...] = ()
+    learning: Learning | None = None
+    pack: Callable[[Any], dict] | None = None
+    unpack: Callable[[dict], Any] | None = None
 
     @property
     def kinds(self) -> tuple[tuple[Action, Any], ...]:
@@ -212,20 +241,37 @@ class Chooser:
         if num_rows in self.costs:
             self.set_costs(self.costs[num_rows])
 
+    def learn(self) -> float:
+        """Learns from what was observed, if that is due; returns the seconds it took."""
+        learning = self.controller.learning
+        if learning is None or not learning.is_due(self.state):
+            return 0.0
+
+        start = time.perf_counter()
+        self.state = learning.update(self.state)
+        return time.perf_counter() - start
+
     def to_json(self) -> dict:
         """The state as a checkpoint keeps it; empty for a rule without any."""
-        return {} if self.state is None else dataclasses.asdict(self.state)
+        if self.state is None:
+            return {}
+        if self.controller.pack is not None:
+            return self.controller.pack(self.state)
+
+        return dataclasses.asdict(self.state)
 
     def resume(self, saved: dict) -> None:
         """Goes on from a checkpoint's state, if it is one of this rule."""
         if not saved or self.state is None:
             return
         # A state of another rule, or of another version of it: begin anew.
-        if set(saved) != {field.name for field in dataclasses.fields(self.state)}:
+        if set(saved) != set(self.to_json()):
             return
 
-        state = from_dict(type(self.state), saved)
-        self.state = self.controller.resume(self.state, state)
+        unpack = self.controller.unpack or functools.partial(
+            from_dict, type(self.state)
+        )
+        self.state = self.controller.resume(self.state, unpack(saved))
 
     def choose(self, rows: Sequence[Row]) -> Action:
         """What to run next.

@@ -108,6 +108,9 @@ class Session:
       judge_every: Steps after which a pool's drafters are judged by what was emitted
         meanwhile, for controllers that judge them. Until then only the one that drafts
         is kept up to date; it changes at no other time.
+      learn_control: Share of decoding's time in which the policies of `ltd:DIR` go on
+        learning, from every verified step; 0 leaves them as they are. It comes beside
+        what the learner takes.
 
     Sampled answers draw from `SamplingConfig.seed` and the number of requests that the
     session, or the checkpoint it resumed, has begun before: copies of a prompt are
@@ -146,12 +149,14 @@ class Session:
         stop_fn: StopFn | None = None,
         size_fn: SizeFn | None = None,
         judge_every: int = JUDGE_EVERY,
+        learn_control: float = 0.0,
     ):
         batch_size = whole_number("batch_size", batch_size, least=1)
         num_predicted_tokens = whole_number(
             "num_predicted_tokens", num_predicted_tokens, least=0
         )
         judge_every = whole_number("judge_every", judge_every, least=1)
+        learn_control = arguments.as_share("learn_control", learn_control)
         stop = arguments.as_stop(stop)
         tree = arguments.as_tree(tree, num_speculative_tokens)
         has_log_probs = arguments.as_flag("has_log_probs", has_log_probs)
@@ -168,7 +173,14 @@ class Session:
         learner = arguments.as_learner(learner, draft)
 
         # From here on everything fits together; what is built never changes.
-        plan = how_much.resolve(tree, draft, controller, stop_fn, size_fn)
+        plan = how_much.resolve(
+            tree, draft, controller, stop_fn, size_fn, learn_control
+        )
+        if learn_control and target.mesh is not None:
+            raise ConfigError(
+                f"learn_control is {learn_control}, and the target lies on a mesh, "
+                f"where policies do not learn yet; leave it out"
+            )
         tree = build.fitting_tree(plan.tree, draft)
         parts = build.assembled(
             target,
@@ -182,6 +194,7 @@ class Session:
             plan.stop_fn,
             plan.size_fn,
             judge_every,
+            plan.evidence_fn,
         )
         self.target = target
         self.tree = tree
@@ -345,6 +358,7 @@ class Session:
             full speed; nothing is learned from them.
           batch_size: Requests that were decoded beside each other.
         """
+        warm_up.rehearse(self.chooser)
         if self.trainer is None or self._served is None:
             return
 
@@ -373,6 +387,7 @@ class Session:
                 self.batch_size,
                 capacity,
             )
+        warm_up.rehearse(self.chooser)
 
     def probe_request(
         self, max_new_tokens: int = 128, sampling: SamplingConfig = SamplingConfig()
@@ -572,6 +587,7 @@ class Session:
         learning_seconds = 0.0
         if can_teach:
             learning_seconds = self._learn_from(completion, is_shared)
+            learning_seconds += self.chooser.learn()
         self.stats = self.stats + completion.stats
         self._warn_of_collapse(completion.stats)
 
