@@ -52,3 +52,27 @@ def _rising(table: np.ndarray, axis: int) -> np.ndarray:
     above = np.maximum.accumulate(table, axis)
     below = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
     return (above + below) / 2
+
+
+def kind_like(
+    tree: TreeConfig, seconds: Sequence[float], depth: int, size: int
+) -> tuple[int, float] | None:
+    """The kind of `kinds_of` that a step is most like, and what it was to take.
+
+    Args:
+      seconds: Of all steps, by depth from 0 on and within it by size.
+      size: Nodes that were verified; of a plain step any.
+
+    Returns:
+      None while nothing was measured.
+    """
+    if not seconds:
+        return None
+
+    number = tree.sizes.index(size) if depth else 0
+    table = np.asarray(seconds).reshape(tree.num_steps + 1, len(tree.sizes))
+    # Of less deep trees one size alone is measured.
+    deepest = tree.num_steps
+    kind = deepest + number if depth == deepest else depth
+
+    return kind, float(table[depth, number])

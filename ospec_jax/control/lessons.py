@@ -2,16 +2,18 @@
 """Policies that learn from what every choice would have come to.
 
 A verified cycle tells more than what its own choice was worth. Of most probable
-children a tree that is less deep, or keeps fewer nodes, is a part of the drafted one,
-and a node is right if it was accepted: so tokens of all smaller choices are known, and
-seconds are the clock's. LTD (arXiv 2603.01639) has PPO draw one choice a cycle and
-guess by a second network how good it was. Here nothing is drawn or guessed: the
-expectation over all choices is differentiated as it is.
+children a tree that is less deep, or keeps fewer nodes or more, is a part of what was
+drafted, and a node is right if its path begins what was emitted, whether it was
+verified or not: so tokens of all choices up to the drafted depth are known, and seconds
+are the clock's. Only what lies below a right node that was left out is not: it counts
+as wrong, which is rare, since nodes are left out that are improbable.
 
-What is maximised is the speed of a text, all its tokens over all its seconds, where LTD
-has the mean of the cycles' speeds. Which choices are known follows from what was
-drafted and verified, never from what was accepted, and each cycle counts by its known
-ones, in the policies' own proportions.
+LTD (arXiv 2603.01639) has PPO draw one choice a cycle, and guess by a second network
+how good it was. Here nothing is drawn or guessed: the expectation over all choices is
+differentiated as it is. What is maximised is the speed of a text, all its tokens over
+all its seconds, where LTD has the mean of the cycles' speeds. Each cycle counts by the
+choices that are known of it, in the policies' own proportions; which they are follows
+from what was drafted, and never from what was accepted.
 """
 
 import dataclasses
@@ -48,8 +50,8 @@ class LessonConfig:
       learning_rate: Adam's.
       entropy: Weight of the policies' entropy, which keeps them ready to change.
       max_grad_norm: Longer gradients are shortened to it.
-      whole_every: One cycle of so many is drafted and verified as a whole, whatever the
-        policies say: of choices larger than theirs nothing else would tell.
+      deep_every: One cycle of so many is drafted to the deepest depth, whatever the
+        policies say: of depths beyond theirs nothing else would tell.
     """
 
     num_cycles: int = 256
@@ -57,11 +59,11 @@ class LessonConfig:
     learning_rate: float = 1e-3
     entropy: float = 0.01
     max_grad_norm: float = 0.5
-    whole_every: int = 16
+    deep_every: int = 16
 
     def __post_init__(self):
         check_types(self)
-        for name in ("num_cycles", "num_gradients", "whole_every"):
+        for name in ("num_cycles", "num_gradients", "deep_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
 
@@ -72,20 +74,21 @@ class Cycle(NamedTuple):
     Attributes:
       size: `[n]` nodes that were verified, the root left out.
       context: `[n]` tokens in the cache.
-      ranks: `[n, k]` of the accepted nodes among all, most probable first; -1 for none.
+      right: `[n, k]` place of the right node of each depth, as far as what was emitted
+        tells; -1 for none.
       scores: `[n, p]` log-probabilities of the paths to all nodes, at their places;
         -inf for those that were not drafted.
     """
 
     size: Any
     context: Any
-    ranks: Any
+    right: Any
     scores: Any
 
     def packed(self) -> np.ndarray:
         """All numbers, one row a cycle, in float32."""
         column = lambda x: np.asarray(x)[:, None]
-        parts = [column(self.size), column(self.context), self.ranks, self.scores]
+        parts = [column(self.size), column(self.context), self.right, self.scores]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
     @classmethod
@@ -108,7 +111,7 @@ class Lessons:
       scores: `[n, p]` see `Cycle`.
       context: `[n]` tokens in the cache.
       emitted: `[n, k, s]` tokens.
-      is_known: `[n, k, s]` whether that follows from what was verified.
+      is_known: `[n, k, s]` whether that follows from what was drafted.
       weight: `[n]` 0 for places that hold no cycle.
     """
 
@@ -129,8 +132,8 @@ def lessons_of(
     depth_of = jnp.asarray(shape.place_depths)[order]
     is_there = jnp.take_along_axis(cycle.scores, order, axis=1) > -jnp.inf
     number = np.arange(shape.num_places)
-    is_right = jnp.any(cycle.ranks[:, :, None] == number, axis=1)
-    is_verified = number < cycle.size[:, None]
+    is_right = jnp.any(cycle.right[:, :, None] == number, axis=1)
+    is_right = jnp.take_along_axis(is_right, order, axis=1)
     deepest = jnp.max(jnp.where(is_there, depth_of, 0), axis=1)
 
     emitted = []
@@ -143,8 +146,7 @@ def lessons_of(
         place = jnp.cumsum(is_own, axis=1)
         is_kept = is_own[:, None] & (place[:, None] <= sizes)
         emitted.append(1.0 + jnp.sum(is_kept & is_right[:, None], axis=-1))
-        is_seen = jnp.all(~is_kept | is_verified[:, None], axis=-1)
-        is_known.append(is_seen & (depth <= deepest)[:, None])
+        is_known.append(jnp.broadcast_to(depth <= deepest[:, None], is_kept.shape[:2]))
 
     return Lessons(
         scores=cycle.scores,

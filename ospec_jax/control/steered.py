@@ -19,7 +19,7 @@ import numpy as np
 
 from ospec_jax.config import TreeConfig
 from ospec_jax.control.base import Action, Controller, Outcome, Row, fixed
-from ospec_jax.control.costs import kinds_of, table_of
+from ospec_jax.control.costs import kind_like, kinds_of, table_of
 from ospec_jax.control.marginal import (
     SIZES,
     Calibration,
@@ -183,6 +183,15 @@ def marginal_rule(
 
         return saved
 
+    def kind_of(state: MarginalState, action: Action, outcome: Outcome):
+        if not action.tree.num_steps:
+            return kind_like(tree, state.seconds, 0, 0)
+        if outcome.evidence is None:
+            return None
+
+        depth, size, *_ = Evidence.unpacked(outcome.evidence)
+        return kind_like(tree, state.seconds, depth, size)
+
     kinds = kinds_of(tree)
     # As if depth and size had been chosen, whatever is drafted.
     told = [
@@ -200,6 +209,7 @@ def marginal_rule(
         has_costs=lambda state: bool(state.seconds),
         resume=resume,
         steer=steer,
+        kind_of=kind_of,
         timed=tuple(zip(timed_actions, told, strict=True)),
         report=_report,
     )

@@ -23,8 +23,9 @@ import numpy as np
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.control.base import Action, Controller, Learning, Outcome, Row
-from ospec_jax.control.costs import kinds_of, table_of
+from ospec_jax.control.costs import kind_like, kinds_of, table_of
 from ospec_jax.control.lessons import (
+    Cycle,
     LessonConfig,
     build_optimizer,
     build_update,
@@ -110,7 +111,6 @@ def learning(
     lessons = jax.jit(lambda rows, weight: lessons_of(shape, rows, weight))
     update = jax.jit(build_update(config))
     width = 2 + shape.depth + shape.num_places
-    whole = {"depth": tree.num_steps, "size": len(tree.sizes) - 1}
 
     def init(num_rows: int) -> TaughtState:
         first = _placed(policies)
@@ -119,8 +119,8 @@ def learning(
 
     def steer(state: TaughtState, rows: Sequence[Row]) -> Told:
         # By count alone, so that it follows from nothing that the step drafts.
-        if state.num_steps % config.whole_every == 0:
-            return told(state.policies, **whole)
+        if state.num_steps % config.deep_every == 0:
+            return told(state.policies, tree.num_steps)
 
         return told(state.policies)
 
@@ -204,6 +204,18 @@ def learning(
         changes = {"policies": taught, "optimizer": moved, "cycles": tuple(cycles)}
         return TaughtState(**saved | changes | {"seconds": tuple(saved["seconds"])})
 
+    def kind_of(state: TaughtState, action: Action, outcome: Outcome):
+        if outcome.evidence is None:
+            return None
+
+        # As deep as the deepest row was drafted.
+        found = Cycle.unpacked(outcome.evidence, shape.depth)
+        is_there = np.any(found.scores > -np.inf, axis=0)
+        depth = int(np.max(np.where(is_there, shape.place_depths, 1)))
+        like = kind_like(tree, state.seconds, depth, int(found.size[0]))
+        # Plain steps are no kind here.
+        return None if like is None else (like[0] - 1, like[1])
+
     placed = _placed(policies)
     forced = [
         told(placed, depth, tree.sizes.index(size)) for depth, size in kinds_of(tree)
@@ -218,6 +230,7 @@ def learning(
         has_costs=lambda state: bool(state.seconds),
         resume=resume,
         steer=steer,
+        kind_of=kind_of,
         timed=tuple((deep, one) for one in forced[1:]),
         report=_report,
         learning=Learning(

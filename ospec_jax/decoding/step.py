@@ -175,14 +175,16 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         else:
             scored = _score(config, target, target_params, tree, state)
         verdict = _verify(config, tree, scored, key_verify)
-        evidence = None
-        if number is not None and steering is not None and config.evidence_fn:
-            verified = Verified(tree, config.tree, size, verdict, state.lengths)
-            evidence = config.evidence_fn(verified)
         # A finished row's cache is rewritten behind its length, where nobody reads it.
         kept = _keep_accepted(config, scored.cache, state, verdict)
         state = state.replace(cache=kept)
         emitted, num_emitted, is_finished = _emit(config, tree, verdict, state)
+        evidence = None
+        if number is not None and steering is not None and config.evidence_fn:
+            found = Verified(
+                tree, config.tree, size, emitted, num_emitted, state.lengths
+            )
+            evidence = config.evidence_fn(found)
 
         # From here on values lie along the accepted path, `[b, m, ...]`; entries beyond
         # the accepted ones repeat the last node, and `num_emitted` cuts them off.

@@ -22,7 +22,7 @@ from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.control import marginal
 from ospec_jax.control.policy import Policies
 from ospec_jax.drafters import topology
-from ospec_jax.types import DraftTree, Verdict
+from ospec_jax.types import DraftTree
 from ospec_jax.typing import typed
 
 
@@ -244,14 +244,16 @@ class Verified(NamedTuple):
       tree: Those of its nodes that were not verified are not valid.
       config: That it was grown by.
       size: Nodes that were verified, the root left out.
-      verdict: What was accepted.
+      emitted: `[b, m]` tokens of the step.
+      num_emitted: `[b]` how many of them there are.
       context: `[b]` tokens in the target's cache, before the step.
     """
 
     tree: DraftTree
     config: TreeConfig
     size: Int[Array, ""]
-    verdict: Verdict
+    emitted: Int[Array, "b m"]
+    num_emitted: Int[Array, " b"]
     context: Int[Array, " b"]
 
 
@@ -260,21 +262,32 @@ EvidenceFn = Callable[[Verified], Float[Array, "b e"]]
 
 
 def cycle_of(verified: Verified) -> Float[Array, "b e"]:
-    """A cycle for policies to learn from; see `control.experience.Cycle`."""
-    tree = verified.tree
-    b = tree.tokens.shape[0]
-    k = verified.config.num_steps
-    column = lambda x: jnp.broadcast_to(x, (b,)).astype(jnp.float32)[:, None]
-    # Kept nodes stand most probable first, behind the root.
-    path = verified.verdict.path[:, 1 : k + 1] - 1
-    is_accepted = np.arange(k) < verified.verdict.num_accepted[:, None]
-    ranks = jnp.where(is_accepted, path, -1).astype(jnp.float32)
-    assert tree.seen_scores is not None, "trees of several sizes tell"
+    """A cycle for policies to learn from; see `control.lessons.Cycle`.
 
-    return jnp.concatenate(
-        [column(verified.size), column(verified.context), ranks, tree.seen_scores],
-        axis=1,
-    )
+    A node is right if its path begins what was emitted, whether it was verified or not.
+    """
+    tree = verified.tree
+    assert tree.seen_scores is not None, "trees of several sizes tell"
+    assert tree.seen_tokens is not None
+    assert tree.seen_parents is not None
+    config = verified.config
+    above = jnp.full(verified.context.shape, topology.NO_PARENT)
+    is_reached = above == topology.NO_PARENT
+    places = []
+
+    for depth in range(1, config.num_steps + 1):
+        first = topology.first_place(config.topk, depth)
+        level = slice(first, topology.first_place(config.topk, depth + 1))
+        is_right = tree.seen_tokens[:, level] == verified.emitted[:, depth - 1, None]
+        is_right &= tree.seen_parents[:, level] == above[:, None]
+        is_right &= tree.seen_scores[:, level] > -jnp.inf
+        is_reached &= jnp.any(is_right, axis=1) & (depth <= verified.num_emitted)
+        above = first + jnp.argmax(is_right, axis=1)
+        places.append(jnp.where(is_reached, above, -1))
+
+    column = lambda x: jnp.broadcast_to(x, above.shape).astype(jnp.float32)[:, None]
+    parts = [verified.size, verified.context, *places]
+    return jnp.concatenate([*map(column, parts), tree.seen_scores], axis=1)
 
 
 def promises_of(verified: Verified) -> Float[Array, "b e"]:

@@ -26,7 +26,7 @@ from ospec_jax.config import (
     TreeConfig,
     whole_number,
 )
-from ospec_jax.control.base import Chooser
+from ospec_jax.control.base import Chooser, Controller
 from ospec_jax.control.registry import BuildController
 from ospec_jax.data.known import content_hash, find_known
 from ospec_jax.data.prompts import Prompt, parse_prompt
@@ -111,6 +111,9 @@ class Session:
       learn_control: Share of decoding's time in which the policies of `ltd:DIR` go on
         learning, from every verified step; 0 leaves them as they are. It comes beside
         what the learner takes.
+      follow_clock: Time every step while serving, for controllers that weigh time: what
+        steps take changes as others use the machine. Which steps are taken then depends
+        on time, and sampled tokens with it, though not their law.
 
     Sampled answers draw from `SamplingConfig.seed` and the number of requests that the
     session, or the checkpoint it resumed, has begun before: copies of a prompt are
@@ -150,6 +153,7 @@ class Session:
         size_fn: SizeFn | None = None,
         judge_every: int = JUDGE_EVERY,
         learn_control: float = 0.0,
+        follow_clock: bool = False,
     ):
         batch_size = whole_number("batch_size", batch_size, least=1)
         num_predicted_tokens = whole_number(
@@ -161,6 +165,7 @@ class Session:
         tree = arguments.as_tree(tree, num_speculative_tokens)
         has_log_probs = arguments.as_flag("has_log_probs", has_log_probs)
         ngrams = arguments.as_flag("ngrams", ngrams)
+        follow_clock = arguments.as_flag("follow_clock", follow_clock)
 
         # Before the target is loaded, which takes seconds: a slip in the draft's name
         # shows at once.
@@ -202,6 +207,9 @@ class Session:
         self.stop = stop
         self.engine = parts.engine
         self.chooser = Chooser.start(parts.controller, batch_size)
+        if follow_clock:
+            _check_weighs_time(parts.controller, controller)
+            self.chooser.now = time.perf_counter
         self.own_family = draft.own_family if draft else None
         self.learner = parts.learner
         self.trainer = parts.trainer
@@ -875,3 +883,23 @@ class Session:
             )
 
         return self.answered
+
+
+def _check_weighs_time(rule: Controller, name: object) -> None:
+    """Refuses to follow a clock for whom nothing depends on it.
+
+    Raises:
+      ConfigError: The controller does not weigh time, or several processes would not
+        agree on it.
+    """
+    if rule.set_costs is None:
+        raise ConfigError(
+            f"follow_clock times steps for a controller that weighs time, and the "
+            f"controller {name!r} does not; use auto, marginal or joint, or leave it "
+            f"out"
+        )
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"follow_clock would have {jax.process_count()} processes choose other "
+            f"steps, each by its own clock; leave it out"
+        )
