@@ -222,6 +222,7 @@ class Chooser:
     costs: dict[int, Sequence[float]] = dataclasses.field(default_factory=dict)
     now: Callable[[], float] | None = None
     drift: Drift | None = None
+    _probe: Any = None
 
     @classmethod
     def start(cls, controller: Controller, num_rows: int) -> "Chooser":
@@ -334,6 +335,13 @@ class Chooser:
         Raises:
           ConfigError: The rule chose something else than an action.
         """
+        self._probe = None
+        if self.drift is not None and rows:
+            number, self.drift = self.drift.choose()
+            if number is not None:
+                action, self._probe = self.controller.kinds[number]
+                return action
+
         action: Any = self.controller.choose(self.state, rows)
         if not isinstance(action, Action):
             raise ConfigError(
@@ -347,6 +355,8 @@ class Chooser:
         """What the rules within a step of this action are told; None for nothing."""
         if self.controller.steer is None or not action.tree.sizes:
             return None
+        if self._probe is not None:
+            return self._probe
 
         return self.controller.steer(self.state, rows)
 

@@ -55,8 +55,8 @@ class LessonConfig:
     """
 
     num_cycles: int = 256
-    num_gradients: int = 8
-    learning_rate: float = 1e-3
+    num_gradients: int = 16
+    learning_rate: float = 3e-3
     entropy: float = 0.01
     max_grad_norm: float = 0.5
     deep_every: int = 16
@@ -250,7 +250,7 @@ def build_update(config: LessonConfig) -> Callable:
         is_open = chances > -jnp.inf
         finite = jnp.where(is_open, chances, 0.0)
         entropy = -jnp.sum(jnp.where(is_open, jnp.exp(finite) * finite, 0.0), (1, 2))
-        share = lessons.weight / jnp.sum(lessons.weight)
+        share = lessons.weight / jnp.maximum(jnp.sum(lessons.weight), 1.0)
 
         return -rate - config.entropy * jnp.sum(share * entropy), rate
 

@@ -148,12 +148,15 @@ def learning(
         table = table.reshape(shape.depth + 1, len(shape.sizes))[1:]
         found = update(state.policies, state.optimizer, lessons(rows, weight), table)
         taught, moved, rate = jax.block_until_ready(found)
+        state = dataclasses.replace(state, num_waiting=0)
+        # Of costs that are none nothing can be learned.
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(taught)):
+            return state
 
         return dataclasses.replace(
             state,
             policies=taught,
             optimizer=moved,
-            num_waiting=0,
             num_updates=state.num_updates + 1,
             rate=float(np.exp(rate)),
         )
@@ -190,7 +193,7 @@ def learning(
         flat = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
         return flat | changes | {"num_cycles": len(state.cycles)}
 
-    def unpack(saved: dict) -> TaughtState:
+    def unpack(saved: dict[str, Any]) -> TaughtState:
         saved = dict(saved)
         count = saved.pop("num_cycles")
         like = init(1)
@@ -201,8 +204,13 @@ def learning(
         arrays = _arrays(saved["policies"], [(x.shape, x.dtype) for x in wanted])
         taught, moved = jax.tree.unflatten(structure, map(jnp.asarray, arrays))
         cycles = _arrays(saved["cycles"], [((width,), np.float32)] * count)
-        changes = {"policies": taught, "optimizer": moved, "cycles": tuple(cycles)}
-        return TaughtState(**saved | changes | {"seconds": tuple(saved["seconds"])})
+        fields: dict[str, Any] = saved | {
+            "policies": taught,
+            "optimizer": moved,
+            "cycles": tuple(cycles),
+            "seconds": tuple(saved["seconds"]),
+        }
+        return TaughtState(**fields)
 
     def kind_of(state: TaughtState, action: Action, outcome: Outcome):
         if outcome.evidence is None:

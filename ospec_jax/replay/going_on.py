@@ -10,6 +10,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax.config import TreeConfig
@@ -63,9 +64,10 @@ def run_learning(
     # Its interval is given here: what an update takes is not measured.
     controller = learning(policies, (action,), 0.5, config)
     context = round(float(np.mean(np.asarray(cycles.contexts))))
-    table = np.asarray(costs_at(cycles, np.int32(context)).seconds)
-    state = dataclasses.replace(
-        state or controller.init(1),
+    table = np.asarray(costs_at(cycles, jnp.int32(context)).seconds)
+    begun: TaughtState = state or controller.init(1)
+    now = dataclasses.replace(
+        begun,
         seconds=tuple(table.ravel().tolist()),
         interval=interval,
     )
@@ -83,12 +85,12 @@ def run_learning(
         left = int(known.left[position])
         row = Row(False, int(host.contexts[position]), left)
         assert controller.steer is not None
-        told = controller.steer(state, (row,))
+        told = controller.steer(now, (row,))
         if told.policies is not asked:
             asked = told.policies
             chosen = jax.device_get(_choices(asked, cycles))
         if waiting is not None:
-            state = controller.observe(state, action, waiting)
+            now = controller.observe(now, action, waiting)
 
         depth = int(told.depth) or int(chosen.depth[position])
         size = int(chosen.size[position]) if told.size < 0 else int(told.size)
@@ -102,14 +104,14 @@ def run_learning(
         position += min(accepted + 1, left)
         learns = controller.learning
         assert learns is not None
-        if is_last and learns.is_due(state):
-            state = learns.update(state)
+        if is_last and learns.is_due(now):
+            now = learns.update(now)
 
     return Trail(
         rules.score_of(name, cycles, float(np.sum(spent)), choices),
         np.diff([0, *ends]),
         spent,
-        state,
+        now,
     )
 
 

@@ -159,7 +159,8 @@ def test_answers_follow_the_target_while_policies_learn(folders):
     target = tiny_target(16)
     draft = load_draft("self:exit-3", target)
     session = open_session(target, draft, folders / "tree", batch_size=2, ngrams=False)
-    session.measure_costs()
+    chooser = session.chooser
+    chooser.set_costs(np.linspace(1.0, 2.0, len(chooser.controller.kinds)))
     hurry(session, 3)
     prompts = (3, 9, 4, 7, 7, 5), (8, 3, 11, 6)
     laws = [law_of(target, list(ids), 4) for ids in prompts]
@@ -292,6 +293,18 @@ def test_cycles_are_kept_up_to_a_bound_and_learned_from_when_due():
     assert state.num_waiting == 3
     # Steps that report nothing are not heard of.
     assert controller.observe(state, action, Outcome((1,))) is state
+
+
+@pytest.mark.parametrize("absurd", [float("nan"), float("inf"), 0.0])
+def test_of_absurd_costs_nothing_is_learned(absurd):
+    controller, action = rule()
+    state = ready(controller)
+    state = dataclasses.replace(state, seconds=(absurd,) * len(state.seconds))
+    state = controller.observe(state, action, outcome(np.random.default_rng(0)))
+    learned = controller.learning.update(state)
+    leaves = jax.tree.leaves(learned.policies)
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert not controller.learning.is_due(learned)
 
 
 def test_a_budget_is_an_interval():

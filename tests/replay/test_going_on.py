@@ -168,7 +168,7 @@ def test_cycles_that_tell_nothing_change_nothing(cycles, host):
     shape = shape_of(cycles)
     lessons = taught_by(shape, host, [(1, 0)] * 8)
     config = LessonConfig(entropy=0.0)
-    asked = policies(shape, 3)
+    asked = policies(shape, 3, size=None)
     seconds = np.ones((SHAPE.depth, len(MENU)))
     state = build_optimizer(config).init(asked)
     taught, _, _ = jax.jit(build_update(config))(asked, state, lessons, seconds)
