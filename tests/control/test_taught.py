@@ -366,7 +366,7 @@ def test_a_session_goes_on_from_its_checkpoint(target, folders, tmp_path):
     rows = [{"prompt": text, "id": text} for text in PROMPTS]
     session = begin()
     session.measure_costs()
-    hurry(session)
+    hurry(session, 1)
     found = list(session.generate(rows[:2], NEW_TOKENS))
     assert session.chooser.state.num_updates > 0
     # Its time is learning's.
