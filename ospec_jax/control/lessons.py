@@ -254,14 +254,12 @@ def build_update(config: LessonConfig) -> Callable:
 
         return -rate - config.entropy * jnp.sum(share * entropy), rate
 
-    def update(policies: Policies, state: Any, lessons: Lessons, seconds):
+    def update(policies: Any, state: Any, lessons: Lessons, seconds):
         def body(carry, _):
             policies, state = carry
             slopes, rate = jax.grad(loss_of, has_aux=True)(policies, lessons, seconds)
             changes, state = optimizer.update(slopes, state)
-            # Optax knows of pytrees, its types only of some.
-            params: Any = policies
-            return (optax.apply_updates(params, changes), state), rate
+            return (optax.apply_updates(policies, changes), state), rate
 
         carry = policies, state
         steps = jax.lax.scan(body, carry, length=config.num_gradients)
