@@ -143,6 +143,8 @@ class DraftTree:
       seen_scores: `[b, p]` log-probabilities of the paths to all nodes that were seen
         while it grew, at their places in `growth.Pool`; None where nobody chooses how
         many to verify, and of drafters that do not tell.
+      seen_tokens: `[b, p]` theirs; None likewise.
+      seen_parents: `[b, p]` places of their parents, -1 for the root; None likewise.
       drafted_depth: To which it was grown; None likewise.
       children: How children were drawn; the exact acceptance rule depends on it.
       max_depth: Static depth, the root's being 0.
@@ -162,6 +164,8 @@ class DraftTree:
     states: Float[Array, "b n d"] | None = None
     has_state: Bool[Array, "b n"] | None = None
     seen_scores: Float[Array, "b p"] | None = None
+    seen_tokens: Int[Array, "b p"] | None = None
+    seen_parents: Int[Array, "b p"] | None = None
     drafted_depth: Int[Array, ""] | None = None
     children: ChildrenKind = flax.struct.field(pytree_node=False, default="topk")
     max_depth: int = flax.struct.field(pytree_node=False, default=0)
@@ -430,8 +434,8 @@ class StepOutput:
         in which the state has them; None where nobody asks.
       alternatives: Of `full` passes: ids and log-probabilities of the target's most
         probable tokens in the place of each emitted one, each `[b, m, a]`, falling.
-      evidence: `[b, e]` on the draft, of steps that are steered, as
-        `control.marginal.Evidence` packs it; else None.
+      evidence: `[b, e]` on the draft, of steps that are steered, as their controller
+        wants it (`control.marginal.Evidence`, `control.lessons.Cycle`); else None.
     """
 
     tokens: Int[Array, "b m"]

@@ -32,6 +32,7 @@ from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.loading import LoadedDraft, check_draft, load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import Session
+from ospec_jax.session.arguments import as_share
 from ospec_jax.session.how_much import JOINT, MARGINAL
 from ospec_jax.storage.policies import load_policies
 
@@ -106,6 +107,11 @@ class DraftingFlags:
         far: within a chain of 5, or up to --num-speculative-tokens and --tree; ltd:DIR,
         as policies of `ospec train-control` say, within the trees that they were taught
         on, or --tree dynamic:TOPK,NUM_TOKENS.
+      learn_control: Share of decoding's time in which the policies of --controller
+        ltd:DIR go on learning, from every verified step, like 0.01; by default they
+        stay as they are.
+      follow_clock: Time every step while serving, for --controller auto, marginal and
+        joint: what steps take changes as others use the machine.
       select: Which member of a pool drafts, for --draft pool:A+B: normalhedge,
         adanormalhedge, hedge, share, leader, which judge every member by every token;
         ucb, exp3, thompson, epsilon, which hear of the one that drafted; fixed:N.
@@ -129,6 +135,8 @@ class DraftingFlags:
 
     num_speculative_tokens: Annotated[int | Literal["auto"] | None, OwnEmpty] = None
     controller: Annotated[str | None, OwnEmpty] = None
+    learn_control: Annotated[float, Own] = 0.0
+    follow_clock: Annotated[bool, Own] = False
     select: Annotated[str | None, OwnEmpty] = None
     judge_every: Annotated[int | None, OwnEmpty] = None
     tree: Annotated[str, Own] = "chain"
@@ -279,6 +287,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         # Read for their checks alone.
         _ = self.tree_config, self.sampling
         self._check_select()
+        self._check_learn_control()
         whole_number("--max-new-tokens", self.max_new_tokens, least=1)
         whole_number("--batch-size", self.batch_size, least=1)
         if self.draft != "none":
@@ -289,6 +298,22 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         draft = None if self.draft == "none" else load_draft(self.draft, target)
 
         return target, draft
+
+    def _check_learn_control(self) -> None:
+        """Refuses to teach where nothing can be taught.
+
+        Raises:
+          ConfigError: There are no policies, nothing is drafted, or it is no share.
+        """
+        if not as_share("--learn-control", self.learn_control):
+            return
+        if self.policies is None or self.draft == "none":
+            asked = "--draft none" if self.policies else f"{self.controller!r}"
+            raise ConfigError(
+                f"--learn-control {self.learn_control} teaches the policies of "
+                f"--controller ltd:DIR on, not {asked}; give such a controller and a "
+                f"draft, or leave it out"
+            )
 
     def _check_select(self) -> None:
         """Refuses a selection that means nothing.
@@ -344,6 +369,8 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
             num_predicted_tokens=self.num_predicted_tokens,
             controller=self.session_controller,
             judge_every=self.judge_every or JUDGE_EVERY,
+            learn_control=self.learn_control,
+            follow_clock=self.follow_clock,
         )
 
 

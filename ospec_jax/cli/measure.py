@@ -111,6 +111,11 @@ def bench(
             f"--controller {decoding.controller} is compared as one of several: use "
             f"--controllers {decoding.controller}"
         )
+    if decoding.learn_control or decoding.follow_clock:
+        raise ConfigError(
+            "--learn-control and --follow-clock are for serving, and bench compares "
+            "rules as they are; leave them out"
+        )
     if controllers and (drafts or decoding.select):
         raise ConfigError(
             "--controllers compares how much one draft drafts; leave out --drafts and "

@@ -10,10 +10,14 @@ and `drafters.sizing`; a controller may tell them something (`Controller.steer`)
 """
 
 import dataclasses
+import functools
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ospec_jax.config import ConfigError, TreeConfig, from_dict
+from ospec_jax.control.drift import Drift
 from ospec_jax.control.lengths import Windows
 
 SUGGESTIONS = -1
@@ -66,6 +70,8 @@ class Outcome(NamedTuple):
         is told of steps of which there is nothing else to say.
       evidence: `StepOutput.evidence` of the verified trees, with a row for each of
         `num_accepted`; None of steps that were not steered.
+      seconds: That the step took; None where nobody looks at the clock, or something
+        else was done meanwhile.
     """
 
     num_accepted: tuple[int, ...]
@@ -73,6 +79,28 @@ class Outcome(NamedTuple):
     num_ended: int = 0
     expected: tuple[tuple[float, ...], ...] = ()
     evidence: Any = None
+    seconds: float | None = None
+
+
+class Learning(NamedTuple):
+    """How a controller learns between answers; its time is learning's.
+
+    Attributes:
+      is_due: `state -> bool`, after an answer.
+      update: `state -> state`: learns from what was observed, and waits until that is
+        done.
+      rehearse: `state -> None`: does all that an update does, to be compiled and timed,
+        and waits likewise.
+      set_cost: `(state, seconds) -> state`: told once what an update takes; it says how
+        often that may be.
+      is_ready: `state -> bool`: whether it knows, from a checkpoint.
+    """
+
+    is_due: Callable[[Any], bool]
+    update: Callable[[Any], Any]
+    rehearse: Callable[[Any], None]
+    set_cost: Callable[[Any, float], Any]
+    is_ready: Callable[[Any], bool]
 
 
 class Controller(NamedTuple):
@@ -105,6 +133,12 @@ class Controller(NamedTuple):
         whose tree has `sizes`; `rows` as for `choose`. None for nothing.
       timed: Steps that are timed in place of `actions`: each an action, and what its
         rules are told.
+      learning: What it learns between answers; None for what it does at once.
+      kind_of: `(state, action, outcome) -> (number, seconds)`: which of `kinds` a step
+        was like, and what it was to take by the costs that were told last; None where
+        that cannot be said. By default steps are of their action's kind.
+      pack: `state -> dict` for JSON; by default its fields.
+      unpack: `dict -> state`: back again.
     """
 
     actions: tuple[Action, ...]
@@ -119,6 +153,10 @@ class Controller(NamedTuple):
     report: Callable[[Any], dict[str, Any]] | None = None
     steer: Callable[[Any, Sequence[Row]], Any] | None = None
     timed: tuple[tuple[Action, Any], ...] = ()
+    learning: Learning | None = None
+    kind_of: Callable[[Any, Action, Outcome], tuple[int, float] | None] | None = None
+    pack: Callable[[Any], dict] | None = None
+    unpack: Callable[[dict], Any] | None = None
 
     @property
     def kinds(self) -> tuple[tuple[Action, Any], ...]:
@@ -173,11 +211,18 @@ class Chooser:
     Attributes:
       costs: What a step of each of its `kinds` takes, by the number of rows, where
         batches of several sizes come; no part of what a checkpoint keeps.
+      now: A clock, to follow what steps take while serving; None goes by what was
+        measured before. What is chosen then depends on time, and a run that is
+        repeated may take other steps.
+      drift: What steps take by now, once they were timed.
     """
 
     controller: Controller
     state: Any
     costs: dict[int, Sequence[float]] = dataclasses.field(default_factory=dict)
+    now: Callable[[], float] | None = None
+    drift: Drift | None = None
+    _probe: Any = None
 
     @classmethod
     def start(cls, controller: Controller, num_rows: int) -> "Chooser":
@@ -198,34 +243,91 @@ class Chooser:
     @property
     def has_costs(self) -> bool:
         """Whether it knows what steps take, or does not want to."""
-        return self.controller.set_costs is None or self.controller.has_costs(
-            self.state
-        )
+        if self.controller.set_costs is None:
+            return True
+        # What a checkpoint holds may be what they took while others used the machine.
+        if self.now is not None and self.drift is None:
+            return False
+
+        return self.controller.has_costs(self.state)
 
     def set_costs(self, seconds: Sequence[float]) -> None:
         """Tells what a step of each of the controller's `kinds` takes."""
-        if self.controller.set_costs is not None:
-            self.state = self.controller.set_costs(self.state, seconds)
+        if self.controller.set_costs is None:
+            return
+
+        self.state = self.controller.set_costs(self.state, seconds)
+        if self.now is not None:
+            self.drift = Drift.start(seconds)
 
     def weigh(self, num_rows: int) -> None:
         """Goes on with what steps of so many rows take, if that is known."""
         if num_rows in self.costs:
             self.set_costs(self.costs[num_rows])
 
+    def _follow(self, action: Action, outcome: Outcome) -> None:
+        """Books what a step took, and tells the controller if that is news."""
+        if self.drift is None or not outcome.seconds:
+            return
+
+        found = self._kind_of(action, outcome)
+        # Of steps that were said to take nothing no factor is known.
+        if found is None or not found[1] > 0:
+            return
+
+        number, expected = found
+        # The controller goes by what it was told last: measured, times that factor.
+        factor = outcome.seconds / expected * math.exp(self.drift.told[number])
+        self.drift = self.drift.observe(number, factor)
+        if self.drift.is_news:
+            assert self.controller.set_costs is not None
+            self.state = self.controller.set_costs(self.state, self.drift.now)
+            self.drift = self.drift.tell()
+
+    def _kind_of(self, action: Action, outcome: Outcome) -> tuple[int, float] | None:
+        """Which kind of step it was, and what it was to take."""
+        if self.controller.kind_of is not None:
+            return self.controller.kind_of(self.state, action, outcome)
+
+        assert self.drift is not None
+        for number, (known, _) in enumerate(self.controller.kinds):
+            if known == action:
+                log = self.drift.told[number]
+                return number, self.drift.seconds[number] * math.exp(log)
+
+        return None
+
+    def learn(self) -> float:
+        """Learns from what was observed, if that is due; returns the seconds."""
+        learning = self.controller.learning
+        if learning is None or not learning.is_due(self.state):
+            return 0.0
+
+        start = time.perf_counter()
+        self.state = learning.update(self.state)
+        return time.perf_counter() - start
+
     def to_json(self) -> dict:
         """The state as a checkpoint keeps it; empty for a rule without any."""
-        return {} if self.state is None else dataclasses.asdict(self.state)
+        if self.state is None:
+            return {}
+        if self.controller.pack is not None:
+            return self.controller.pack(self.state)
+
+        return dataclasses.asdict(self.state)
 
     def resume(self, saved: dict) -> None:
         """Goes on from a checkpoint's state, if it is one of this rule."""
         if not saved or self.state is None:
             return
         # A state of another rule, or of another version of it: begin anew.
-        if set(saved) != {field.name for field in dataclasses.fields(self.state)}:
+        if set(saved) != set(self.to_json()):
             return
 
-        state = from_dict(type(self.state), saved)
-        self.state = self.controller.resume(self.state, state)
+        unpack = self.controller.unpack or functools.partial(
+            from_dict, type(self.state)
+        )
+        self.state = self.controller.resume(self.state, unpack(saved))
 
     def choose(self, rows: Sequence[Row]) -> Action:
         """What to run next.
@@ -233,6 +335,13 @@ class Chooser:
         Raises:
           ConfigError: The rule chose something else than an action.
         """
+        self._probe = None
+        if self.drift is not None and rows:
+            number, self.drift = self.drift.choose()
+            if number is not None:
+                action, self._probe = self.controller.kinds[number]
+                return action
+
         action: Any = self.controller.choose(self.state, rows)
         if not isinstance(action, Action):
             raise ConfigError(
@@ -246,6 +355,8 @@ class Chooser:
         """What the rules within a step of this action are told; None for nothing."""
         if self.controller.steer is None or not action.tree.sizes:
             return None
+        if self._probe is not None:
+            return self._probe
 
         return self.controller.steer(self.state, rows)
 
@@ -262,6 +373,7 @@ class Chooser:
         Raises:
           ConfigError: The rule returned another kind of state than it began with.
         """
+        self._follow(action, outcome)
         # A rule that asked for nothing else hears of accepted tokens alone.
         wants_more = self.controller.is_judging or self.controller.hears_ends
         if not outcome.num_accepted and not wants_more:

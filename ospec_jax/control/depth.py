@@ -69,7 +69,11 @@ def most_tokens_a_second(
 
         # `[d + 1]` by depth, of which some are on the menu.
         emitted = expected_emitted(chances(state))[list(depths)]
-        return actions[int(np.argmax(emitted / np.asarray(state.costs)))]
+        # A clock may say anything, even that a step takes nothing.
+        with np.errstate(all="ignore"):
+            rates = emitted / np.asarray(state.costs)
+
+        return actions[int(np.argmax(rates))]
 
     def observe(state: DepthState, action: Action, outcome: Outcome) -> DepthState:
         accepted = np.asarray(outcome.num_accepted, int)[:, None]

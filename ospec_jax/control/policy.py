@@ -142,6 +142,24 @@ class Policies:
         return jnp.argmax(run_layers(self.size, seen, self.activation), axis=-1)
 
 
+@struct
+class Told:
+    """What rules that ask policies are told within a step.
+
+    All of it is arguments of the compiled step: others of the same shape take their
+    place between two steps, and nothing is compiled anew.
+
+    Attributes:
+      policies: To ask.
+      depth: To draft to, whatever they say; 0 to ask.
+      size: To verify, by number, whatever they say; -1 to ask.
+    """
+
+    policies: Policies
+    depth: Any
+    size: Any
+
+
 def newest_of(
     shape: PolicyShape, scores: Float[Array, "*b p"], depth: Int[Array, ""] | int
 ) -> Float[Array, "*b c"]:

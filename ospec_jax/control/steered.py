@@ -19,7 +19,7 @@ import numpy as np
 
 from ospec_jax.config import TreeConfig
 from ospec_jax.control.base import Action, Controller, Outcome, Row, fixed
-from ospec_jax.control.clock import Timed, fit_clock
+from ospec_jax.control.costs import kind_like, kinds_of, table_of
 from ospec_jax.control.marginal import (
     SIZES,
     Calibration,
@@ -170,15 +170,7 @@ def marginal_rule(
         )
 
     def set_costs(state: MarginalState, seconds: Sequence[float]) -> MarginalState:
-        timed = [
-            Timed(depth, _rows(tree, depth, size), 0, taken)
-            for (depth, size), taken in zip(kinds, seconds, strict=True)
-        ]
-        clock = fit_clock(timed, tree.topk)
-        depths = range(tree.num_steps + 1)
-        rows = [[_rows(tree, d, size) for size in tree.sizes] for d in depths]
-        table = np.asarray(clock.seconds(np.arange(len(rows))[:, None], rows, 0))
-        table = _rising(_rising(table, axis=0), axis=1)
+        table = table_of(tree, seconds)
         return dataclasses.replace(state, seconds=tuple(table.ravel().tolist()))
 
     def resume(fresh: MarginalState, saved: MarginalState) -> MarginalState:
@@ -191,7 +183,16 @@ def marginal_rule(
 
         return saved
 
-    kinds = _kinds_of(tree)
+    def kind_of(state: MarginalState, action: Action, outcome: Outcome):
+        if not action.tree.num_steps:
+            return kind_like(tree, state.seconds, 0, 0)
+        if outcome.evidence is None:
+            return None
+
+        depth, size, *_ = Evidence.unpacked(outcome.evidence)
+        return kind_like(tree, state.seconds, depth, size)
+
+    kinds = kinds_of(tree)
     # As if depth and size had been chosen, whatever is drafted.
     told = [
         None if not depth else _told(init(1), depth=depth, size=tree.sizes.index(size))
@@ -208,6 +209,7 @@ def marginal_rule(
         has_costs=lambda state: bool(state.seconds),
         resume=resume,
         steer=steer,
+        kind_of=kind_of,
         timed=tuple(zip(timed_actions, told, strict=True)),
         report=_report,
     )
@@ -228,34 +230,6 @@ def _told(state: MarginalState, depth: int = 0, size: int = -1) -> np.ndarray:
         size=size,
     )
     return told.packed()
-
-
-def _rows(tree: TreeConfig, depth: int, size: int) -> int:
-    """Rows that the target runs over, the root included: a depth may have fewer."""
-    if not depth:
-        return 1
-
-    return 1 + min(size, tree.topk + (depth - 1) * tree.topk**2)
-
-
-def _kinds_of(tree: TreeConfig) -> list[tuple[int, int]]:
-    """Depths and sizes to measure: all depths at one size, all sizes at one depth."""
-    # At a size that all depths have, and the deepest one is measured with, too.
-    most = max(tree.topk, tree.sizes[0])
-    common = max(size for size in tree.sizes if size <= most)
-    deepest = [(tree.num_steps, size) for size in tree.sizes]
-    return [
-        (0, tree.sizes[0]),
-        *((depth, common) for depth in range(1, tree.num_steps)),
-        *deepest,
-    ]
-
-
-def _rising(table: np.ndarray, axis: int) -> np.ndarray:
-    """The table without falls along an axis: more work that takes less is noise."""
-    above = np.maximum.accumulate(table, axis)
-    below = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
-    return (above + below) / 2
 
 
 def _counted(counts: tuple[int, ...], place: int) -> tuple[int, ...]:

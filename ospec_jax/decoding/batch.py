@@ -145,12 +145,16 @@ class _Sent(NamedTuple):
       action: Of a step; None for a prompt, and for a judging.
       rows: For each request, its slot's number, its row in the output, and the slot.
       output: Of a judging, `Judged` of each member of the pool.
+      is_timed: Nothing else was sent between it and the step before.
+      seconds: It took, if that was looked at.
     """
 
     action: Action | None
     rows: list[tuple[int, int, Slot]]
     output: Any
     is_judging: bool = False
+    is_timed: bool = False
+    seconds: float | None = None
 
 
 class _Entering(NamedTuple):
@@ -176,6 +180,7 @@ class Batch:
       on_tokens: Called with what each pass added to a request's answer, as it is read.
       on_step: Called with what each step came to.
       kept: Rows of ended answers, to go on from; None keeps none.
+      now: A clock, for who wants to hear what steps took.
     """
 
     def __init__(
@@ -187,6 +192,7 @@ class Batch:
         on_tokens: Callable[[Request, Emitted], None] | None = None,
         on_step: Callable[[Action, Outcome], None] | None = None,
         kept: KeptRows | None = None,
+        now: Callable[[], float] | None = None,
     ):
         self.capacity = capacity
         self._engine = engine
@@ -194,6 +200,10 @@ class Batch:
         self._on_tokens = on_tokens
         self._on_step = on_step
         self._kept = kept
+        self._now = now
+        # When the newest step was read, if nothing else was done since.
+        self._read_at: float | None = None
+        self._is_undisturbed = False
         self._slots: list[Slot | None] = [None] * batch_size
         self._entering: deque[_Entering] = deque()
         self._state: DecodeState | None = None
@@ -310,6 +320,7 @@ class Batch:
         A request whose prompt is complete is in its row, and runs with the next step.
         """
         number, slot, reading = self._entering.popleft()
+        self._is_undisturbed = False
         if self._kept is not None and reading.is_new:
             reading = self._go_on(self._kept, draft, slot, reading)
         reading = self._engine.read_on(draft, reading)
@@ -349,6 +360,7 @@ class Batch:
         if capacity <= self.capacity:
             return
 
+        self._is_undisturbed = False
         larger = lambda state: self._engine.grow(state, capacity)
         if self._state is not None:
             self._state = larger(self._state)
@@ -404,7 +416,9 @@ class Batch:
         self._state, output = self._engine.step(
             action, kind, draft, self._state, steering
         )
-        self._in_flight.append(_Sent(action, rows, output))
+        sent = _Sent(action, rows, output, is_timed=self._is_undisturbed)
+        self._in_flight.append(sent)
+        self._is_undisturbed = True
 
     def _make_room(self, draft, action: Action, slots: list[Slot]) -> None:
         """Judges what waits, if the step's tokens would be too many, or if another
@@ -426,6 +440,7 @@ class Batch:
             return
 
         assert self._state is not None, "tokens of a state wait"
+        self._is_undisturbed = False
         # Greedy tokens are certain, whatever they were adjusted by: where all are, none
         # needs a law to be judged by.
         kind = "greedy" if self._is_waiting_greedy else self._waiting_kind
@@ -446,7 +461,7 @@ class Batch:
         # An answer is handed out when all that was learned of drafters by it is known.
         while len(self._in_flight) > num_ahead or (ended and self._is_judging):
             sent = self._in_flight.popleft()
-            sent = sent._replace(output=fetch(sent.output))
+            sent = self._timed(sent._replace(output=fetch(sent.output)))
             if sent.is_judging:
                 self._report_judged(sent.output)
                 continue
@@ -456,10 +471,33 @@ class Batch:
                     ended.append(self._end(number, slot))
                     self._keep(number, slot)
             if not self._is_judging:
-                yield from ended
+                yield from self._handed_out(ended)
                 ended = []
 
-        yield from ended
+        yield from self._handed_out(ended)
+
+    def _handed_out(self, ended: list[Completion]) -> Iterator[Completion]:
+        for completion in ended:
+            # Whoever takes it may do something else meanwhile.
+            self._read_at = None
+            yield completion
+
+    def _timed(self, sent: _Sent) -> _Sent:
+        """With the time since the step before was read: what a step takes.
+
+        The device begins a step when the one before has ended, where the next one is
+        always sent before the oldest is read.
+        """
+        if self._now is None:
+            return sent
+
+        before = self._read_at
+        is_step = sent.action is not None and not sent.is_judging
+        self._read_at = self._now() if is_step else None
+        if before is None or self._read_at is None or not sent.is_timed:
+            return sent
+
+        return sent._replace(seconds=self._read_at - before)
 
     @property
     def _is_judging(self) -> bool:
@@ -535,7 +573,7 @@ class Batch:
             expected = _expected(sent, going)
             evidence = _evidence(sent, going)
             ended = len(rows) - len(going)
-            outcome = Outcome(accepted, found, ended, expected, evidence)
+            outcome = Outcome(accepted, found, ended, expected, evidence, sent.seconds)
             self._on_step(sent.action, outcome)
 
     def _read(self, sent: _Sent, row: int, slot: Slot) -> bool:
@@ -560,6 +598,7 @@ class Batch:
         # Steps that are under way may still write into the row, but behind its length:
         # what was recorded stays as it is.
         self._state = self._engine.finish(self._state, number)
+        self._is_undisturbed = False
         self._slots[number] = None
         feedback = self._engine.feedback_of(self._state, number)
         return slot.completion(feedback, self.capacity)

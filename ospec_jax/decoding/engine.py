@@ -643,7 +643,13 @@ class Engine:
             slots = self.capacity_for(group, capacity)
             has_prediction = self._has_prediction(group)
             batch = Batch(
-                self, batch_size, slots, has_prediction, on_tokens, chooser.observe
+                self,
+                batch_size,
+                slots,
+                has_prediction,
+                on_tokens,
+                chooser.observe,
+                now=chooser.now,
             )
             pending = _fitting(queue, batch, batch_size)
             # Admit, dispatch, collect: the next step is sent before the oldest is read,

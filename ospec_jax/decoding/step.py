@@ -36,10 +36,11 @@ from ospec_jax.drafters.prediction import (
     prediction_suggested,
 )
 from ospec_jax.drafters.sizing import (
+    EvidenceFn,
     SizeFn,
+    Verified,
     all_drafted,
     choose_size,
-    evidence_of,
     first_nodes,
 )
 from ospec_jax.models import cache as kv
@@ -82,6 +83,7 @@ class StepConfig:
         each step judges its own.
       size_fn: How many nodes are verified, of a tree that has `sizes`; see
         `drafters.sizing`.
+      evidence_fn: What steered steps report of such a tree; None for nothing.
     """
 
     model: ModelConfig
@@ -95,6 +97,7 @@ class StepConfig:
     judged: TreeConfig | None = None
     num_unjudged: int = 0
     size_fn: SizeFn = all_drafted
+    evidence_fn: EvidenceFn | None = None
 
     @property
     def max_emitted(self) -> int:
@@ -162,15 +165,13 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         )
         if config.is_full:
             tree = _without_drafts(tree, state)
-        number = evidence = None
+        number = None
         if config.tree.sizes:
             number = _size_of(config, tree, state, steering)
             scored = _score_first(config, target, target_params, tree, state, number)
             size = jnp.asarray(config.tree.sizes, jnp.int32)[number]
             is_verified = jnp.arange(tree.tokens.shape[1]) <= size
             tree = tree.replace(is_valid=tree.is_valid & is_verified)
-            if steering is not None:
-                evidence = evidence_of(tree, config.tree, size)
         else:
             scored = _score(config, target, target_params, tree, state)
         verdict = _verify(config, tree, scored, key_verify)
@@ -178,6 +179,12 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         kept = _keep_accepted(config, scored.cache, state, verdict)
         state = state.replace(cache=kept)
         emitted, num_emitted, is_finished = _emit(config, tree, verdict, state)
+        evidence = None
+        if number is not None and steering is not None and config.evidence_fn:
+            found = Verified(
+                tree, config.tree, size, emitted, num_emitted, state.lengths
+            )
+            evidence = config.evidence_fn(found)
 
         # From here on values lie along the accepted path, `[b, m, ...]`; entries beyond
         # the accepted ones repeat the last node, and `num_emitted` cuts them off.

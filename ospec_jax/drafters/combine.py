@@ -98,7 +98,13 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
             # Without hints: they had their chance as a chain of their own.
             other, new_cache = drafter.propose(draft, shared, cache, roots)
             # The draft vocabulary matters for drawn children only.
-            other = other.replace(token_ids=None, seen_scores=None, drafted_depth=None)
+            other = other.replace(
+                token_ids=None,
+                seen_scores=None,
+                seen_tokens=None,
+                seen_parents=None,
+                drafted_depth=None,
+            )
             if not is_learned:
                 other = other.replace(states=None, has_state=None)
 

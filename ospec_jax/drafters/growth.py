@@ -541,6 +541,8 @@ def _assemble(plan: _Plan, growth: _Growth) -> DraftTree:
         states=join(roots.context.hidden[:, None], take(pool.states)),
         has_state=join(column(True, bool), take(pool.has_state)),
         seen_scores=pool.scores if tree.sizes else None,
+        seen_tokens=pool.tokens if tree.sizes else None,
+        seen_parents=pool.parents if tree.sizes else None,
         drafted_depth=growth.depth if tree.sizes else None,
         children=tree.children,
         max_depth=tree.num_steps,

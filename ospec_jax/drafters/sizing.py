@@ -91,29 +91,46 @@ def taught_size(policies: Policies) -> SizeFn:
     Args:
       policies: From `storage.policies.load_policies`; only that for the size is asked.
     """
+    return lambda drafted: _wanted(policies, drafted)
+
+
+def taught_size_now(drafted: Drafted) -> Int[Array, ""]:
+    """Verifies as many nodes as policies say that the step is told (`policy.Told`).
+
+    A step that is told of none verifies all that was drafted.
+    """
+    told = drafted.steering
+    if told is None:
+        return all_drafted(drafted)
+
+    return jnp.where(told.size >= 0, told.size, _wanted(told.policies, drafted))
+
+
+def _wanted(policies: Policies, drafted: Drafted) -> Int[Array, ""]:
+    """How many nodes a policy for the size says, by number.
+
+    Raises:
+      ConfigError: The drafter shows no nodes.
+    """
+    if drafted.seen is None:
+        raise ConfigError(
+            "policies for the size see all nodes that were drafted, which this "
+            "drafter does not show; use one that has logits"
+        )
+
+    # As in `stopping.taught`: a tree may be deeper than those that it knows.
     shape = policies.shape
+    pad = shape.num_places - drafted.seen.shape[1]
+    seen = drafted.seen[:, : shape.num_places]
+    seen = jnp.pad(seen, ((0, 0), (0, max(pad, 0))), constant_values=-jnp.inf)
+    # Rows that stopped before others were drafted less deep.
+    is_there = seen > -jnp.inf
+    depth = jnp.max(jnp.where(is_there, shape.place_depths, 1), axis=-1)
+    wanted = policies.size_for(seen, depth, drafted.context)
+    count = jnp.asarray(shape.sizes)[wanted]
+    most = jnp.max(jnp.where(drafted.is_active, count, 1))
 
-    def rule(drafted: Drafted) -> Int[Array, ""]:
-        if drafted.seen is None:
-            raise ConfigError(
-                "policies for the size see all nodes that were drafted, which this "
-                "drafter does not show; use one that has logits"
-            )
-
-        # As in `stopping.taught`: a tree may be deeper than those that it knows.
-        pad = shape.num_places - drafted.seen.shape[1]
-        seen = drafted.seen[:, : shape.num_places]
-        seen = jnp.pad(seen, ((0, 0), (0, max(pad, 0))), constant_values=-jnp.inf)
-        # Rows that stopped before others were drafted less deep.
-        is_there = seen > -jnp.inf
-        depth = jnp.max(jnp.where(is_there, shape.place_depths, 1), axis=-1)
-        wanted = policies.size_for(seen, depth, drafted.context)
-        count = jnp.asarray(shape.sizes)[wanted]
-        most = jnp.max(jnp.where(drafted.is_active, count, 1))
-
-        return jnp.searchsorted(jnp.asarray(drafted.sizes), most)
-
-    return rule
+    return jnp.searchsorted(jnp.asarray(drafted.sizes), most).astype(jnp.int32)
 
 
 def choose_size(
@@ -220,13 +237,64 @@ def first_nodes(tree: DraftTree, num_nodes: int) -> DraftTree:
     )
 
 
-def evidence_of(tree: DraftTree, config: TreeConfig, size) -> Float[Array, "b e"]:
-    """What a tree, of which `size` nodes are verified, will have to say of the draft.
+class Verified(NamedTuple):
+    """A tree of which a rule chose how much to verify, and what came of it.
 
-    Args:
-      tree: Those of its nodes that are not verified are not valid.
+    Attributes:
+      tree: Those of its nodes that were not verified are not valid.
       config: That it was grown by.
+      size: Nodes that were verified, the root left out.
+      emitted: `[b, m]` tokens of the step.
+      num_emitted: `[b]` how many of them there are.
+      context: `[b]` tokens in the target's cache, before the step.
     """
+
+    tree: DraftTree
+    config: TreeConfig
+    size: Int[Array, ""]
+    emitted: Int[Array, "b m"]
+    num_emitted: Int[Array, " b"]
+    context: Int[Array, " b"]
+
+
+EvidenceFn = Callable[[Verified], Float[Array, "b e"]]
+"""What a verified tree is reported to a controller as."""
+
+
+def cycle_of(verified: Verified) -> Float[Array, "b e"]:
+    """A cycle for policies to learn from; see `control.lessons.Cycle`.
+
+    A node is right if its path begins what was emitted, whether it was verified or not.
+    """
+    tree = verified.tree
+    assert tree.seen_scores is not None, "trees of several sizes tell"
+    assert tree.seen_tokens is not None
+    assert tree.seen_parents is not None
+    config = verified.config
+    above = jnp.full(verified.context.shape, topology.NO_PARENT)
+    is_reached = above == topology.NO_PARENT
+    places = []
+
+    for depth in range(1, config.num_steps + 1):
+        first = topology.first_place(config.topk, depth)
+        level = slice(first, topology.first_place(config.topk, depth + 1))
+        is_right = tree.seen_tokens[:, level] == verified.emitted[:, depth - 1, None]
+        is_right &= tree.seen_parents[:, level] == above[:, None]
+        is_right &= tree.seen_scores[:, level] > -jnp.inf
+        is_reached &= jnp.any(is_right, axis=1) & (depth <= verified.num_emitted)
+        above = first + jnp.argmax(is_right, axis=1)
+        places.append(jnp.where(is_reached, above, -1))
+
+    column = lambda x: jnp.broadcast_to(x, above.shape).astype(jnp.float32)[:, None]
+    parts = [verified.size, verified.context, *places]
+    return jnp.concatenate([*map(column, parts), tree.seen_scores], axis=1)
+
+
+def promises_of(verified: Verified) -> Float[Array, "b e"]:
+    """What a tree promised, for the marginal rule; see `control.marginal.Evidence`."""
+    tree = verified.tree
+    config = verified.config
+    size = verified.size
     k = config.num_steps
     scores = path_scores(tree)
     probs = jnp.where(tree.is_valid, jnp.exp(scores), 0.0)

@@ -137,32 +137,51 @@ def taught(policies: Policies) -> StopFn:
     Args:
       policies: From `storage.policies.load_policies`; only that for the depth is asked.
     """
+    return lambda progress: _is_enough(policies, progress)
+
+
+def taught_now(progress: Progress) -> Bool[Array, " b"]:
+    """Stops rows as policies say that the step is told (`control.policy.Told`).
+
+    They are arguments of the compiled step, so that they may go on learning. A step
+    that is told of none drafts to the end.
+    """
+    told = progress.steering
+    if told is None:
+        return jnp.zeros(progress.log_probs.shape[:1], bool)
+
+    is_enough = _is_enough(told.policies, progress)
+    return jnp.where(told.depth > 0, progress.depth >= told.depth, is_enough)
+
+
+def _is_enough(policies: Policies, progress: Progress) -> Bool[Array, " b"]:
+    """Which rows a policy for the depth stops.
+
+    Raises:
+      ConfigError: It knows no such trees, or their nodes are not shown.
+    """
     shape = policies.shape
+    if progress.scores is None or progress.context is None:
+        raise ConfigError(
+            "this depth rule sees all nodes of a tree, which chains of suggestions "
+            "do not show; give it to a drafter that has logits"
+        )
+    if progress.log_probs.shape[-1] != shape.topk:
+        raise ConfigError(
+            f"the policies are for trees of width {shape.topk}, not "
+            f"{progress.log_probs.shape[-1]}; draft such trees, or train policies "
+            f"on others"
+        )
 
-    def rule(progress: Progress) -> Bool[Array, " b"]:
-        if progress.scores is None or progress.context is None:
-            raise ConfigError(
-                "this depth rule sees all nodes of a tree, which chains of suggestions "
-                "do not show; give it to a drafter that has logits"
-            )
-        if progress.log_probs.shape[-1] != shape.topk:
-            raise ConfigError(
-                f"the policies are for trees of width {shape.topk}, not "
-                f"{progress.log_probs.shape[-1]}; draft such trees, or train policies "
-                f"on others"
-            )
+    # A tree may be deeper than those that the policy knows, or less deep.
+    scores = progress.scores[:, : shape.num_places]
+    pad = shape.num_places - scores.shape[1]
+    scores = jnp.pad(scores, ((0, 0), (0, pad)), constant_values=-jnp.inf)
+    known = jnp.minimum(progress.depth, shape.depth)
+    newest = newest_of(shape, scores, known)
+    goes_on = policies.goes_on(newest, known, progress.context)
 
-        # A tree may be deeper than those that the policy knows, or less deep.
-        scores = progress.scores[:, : shape.num_places]
-        pad = shape.num_places - scores.shape[1]
-        scores = jnp.pad(scores, ((0, 0), (0, pad)), constant_values=-jnp.inf)
-        known = jnp.minimum(progress.depth, shape.depth)
-        newest = newest_of(shape, scores, known)
-        goes_on = policies.goes_on(newest, known, progress.context)
-
-        return ~goes_on | (progress.depth >= shape.depth)
-
-    return rule
+    return ~goes_on | (progress.depth >= shape.depth)
 
 
 def unless_worth_more(

@@ -51,6 +51,11 @@ def static_ancestor_mask(parents: np.ndarray) -> np.ndarray:
     return mask
 
 
+def first_place(topk: int, depth: int) -> int:
+    """Place of a depth's first node, among all that a uniform tree has seen."""
+    return 0 if depth <= 1 else topk + (depth - 2) * topk**2
+
+
 def depths_of_places(topk: int, num_steps: int) -> np.ndarray:
     """Depth of each node that a tree of uniform width may see, `[p]`, in depth order.
 

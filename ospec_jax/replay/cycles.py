@@ -35,6 +35,7 @@ class Cycles:
       is_right: `[n, k, m]` whether each of them is right.
       frontier: `[n, k, w]` log-probabilities of the newest nodes.
       scores: `[n, p]` those of all nodes, at their places; see `trees.Grown`.
+      right: `[n, p]` whether each of these is right.
       entropies: `[n, k, w]`.
       contexts: `[n]` tokens in the cache.
       remaining: `[n]` tokens that may still come.
@@ -49,6 +50,7 @@ class Cycles:
     is_right: Bool[Array, "n k m"]
     frontier: Float[Array, "n k w"]
     scores: Float[Array, "n p"]
+    right: Bool[Array, "n p"]
     entropies: Float[Array, "n k w"]
     contexts: Int[Array, " n"]
     remaining: Int[Array, " n"]
@@ -194,6 +196,7 @@ def build_cycles(
         is_right=stack(is_right),
         frontier=stack(frontier),
         scores=jnp.asarray(trace.scores),
+        right=jnp.asarray(trace.is_right),
         entropies=jnp.asarray(trace.entropies),
         contexts=jnp.asarray(trace.contexts),
         remaining=jnp.asarray(trace.remaining),

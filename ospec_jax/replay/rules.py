@@ -131,10 +131,10 @@ def _run(cycles: Cycles, choose: Callable, init: Callable, observe: Callable) ->
 def run_rule(cycles: Cycles, rule: Rule) -> Score:
     """Replays all answers of a trace, one after the other, with what a rule chooses."""
     sums = jax.device_get(_run(cycles, rule.choose, rule.init, rule.observe))
-    return _score(rule.name, cycles, sums.seconds, sums.choices)
+    return score_of(rule.name, cycles, sums.seconds, sums.choices)
 
 
-def _score(name: str, cycles: Cycles, seconds, choices) -> Score:
+def score_of(name: str, cycles: Cycles, seconds, choices) -> Score:
     """A score of cycles that were counted by depth and size, `[k + 1, s]`."""
     count = int(np.sum(choices))
     depths = np.arange(len(choices))[:, None]
@@ -395,7 +395,7 @@ def run_controller(
         known = [actions.index(action) for action in controller.actions]
         state = controller.set_costs(state, [seconds[d, sizes[d]] for d in known])
 
-    table = _tables(cycles)
+    table = tables_of(cycles)
     waiting = None
     position = 0
     spent = 0.0
@@ -416,10 +416,10 @@ def run_controller(
         choices[depth, size] += 1
         position += min(accepted + 1, left)
 
-    return _score(name, cycles, spent, choices)
+    return score_of(name, cycles, spent, choices)
 
 
-class _Tables(NamedTuple):
+class Tables(NamedTuple):
     """All choices at all positions, on the host: `[n, k + 1, s]`, and `[n]` left."""
 
     accepted: np.ndarray
@@ -427,7 +427,7 @@ class _Tables(NamedTuple):
     left: np.ndarray
 
 
-def _tables(cycles: Cycles) -> _Tables:
+def tables_of(cycles: Cycles) -> Tables:
     below = jnp.cumsum(cycles.is_right, axis=-1)[..., cycles.sizes - 1]
     plain = jnp.zeros_like(below[:, :1])
     accepted = jnp.concatenate([plain, below], axis=1)
@@ -436,7 +436,7 @@ def _tables(cycles: Cycles) -> _Tables:
     )
     found = jax.device_get((accepted, seconds, cycles.remaining))
 
-    return _Tables(*map(np.asarray, found))
+    return Tables(*map(np.asarray, found))
 
 
 def run_oracle(cycles: Cycles) -> Score:
@@ -445,7 +445,7 @@ def run_oracle(cycles: Cycles) -> Score:
     It knows what the target will say, and how each choice moves the next ones: by
     dynamic programming from each answer's end, not cycle by cycle.
     """
-    table = _tables(cycles)
+    table = tables_of(cycles)
     num = cycles.num_positions
     # What is left from each position on; answers end where the next one begins.
     least = np.zeros(num + 1)
@@ -462,7 +462,7 @@ def run_oracle(cycles: Cycles) -> Score:
 
 def run_greedy_oracle(cycles: Cycles) -> Score:
     """The choice of most tokens a second at each cycle alone, LTD's reward."""
-    table = _tables(cycles)
+    table = tables_of(cycles)
     emitted = np.minimum(table.accepted + 1, table.left[:, None, None])
     rates = emitted / table.seconds
     chosen = np.argmax(rates.reshape(len(rates), -1), axis=1)
@@ -472,7 +472,7 @@ def run_greedy_oracle(cycles: Cycles) -> Score:
 
 def run_choices(cycles: Cycles, choice: Choice, name: str) -> Score:
     """Replays choices that were made for every position, `[n]`."""
-    table = _tables(cycles)
+    table = tables_of(cycles)
     emitted = np.minimum(table.accepted + 1, table.left[:, None, None])
     num_sizes = cycles.rows.shape[1]
     chosen = np.asarray(choice.depth) * num_sizes + np.asarray(choice.size)
@@ -480,7 +480,7 @@ def run_choices(cycles: Cycles, choice: Choice, name: str) -> Score:
     return _walk(name, cycles, table, emitted, chosen)
 
 
-def _walk(name: str, cycles: Cycles, table: _Tables, emitted, chosen) -> Score:
+def _walk(name: str, cycles: Cycles, table: Tables, emitted, chosen) -> Score:
     """Follows choices, by number over depths and sizes, from position to position."""
     choices = np.zeros(cycles.rows.shape, int)
     position = 0
@@ -492,7 +492,7 @@ def _walk(name: str, cycles: Cycles, table: _Tables, emitted, chosen) -> Score:
         choices[depth, size] += 1
         position += int(emitted[position, depth, size])
 
-    return _score(name, cycles, spent, choices)
+    return score_of(name, cycles, spent, choices)
 
 
 _THRESHOLDS: dict[str, tuple[Callable[[float], StopFn], tuple[float, ...]]] = {

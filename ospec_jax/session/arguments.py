@@ -133,6 +133,19 @@ def as_flag(name: str, value: Any) -> bool:
     return value
 
 
+def as_share(name: str, value: Any) -> float:
+    """A share of time, from 0 on and below 1.
+
+    Raises:
+      ConfigError: It is none.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1:
+        raise ConfigError(f"{name} is {value!r:.60}; use a share from 0 on, below 1")
+
+    return float(value)
+
+
 def as_capacities(capacities: Any) -> list[int | None]:
     """Slots of caches to compile for; None is the smallest one.
 

@@ -19,7 +19,7 @@ from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.ngram import ORDERS, init_memory
 from ospec_jax.drafters.pool import Members
 from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.drafters.sizing import SizeFn, all_drafted
+from ospec_jax.drafters.sizing import EvidenceFn, SizeFn, all_drafted
 from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.last_layer import LastLayer
@@ -84,6 +84,7 @@ def assembled(
     stop_fn: StopFn | None = None,
     size_fn: SizeFn = all_drafted,
     judge_every: int = 1,
+    evidence_fn: EvidenceFn | None = None,
 ) -> Parts:
     """Builds the engine, a drafter for each kind of step, and what learns."""
     # Suggestions in place of drawn children would not be exact.
@@ -148,6 +149,7 @@ def assembled(
         judged=plain if rule.is_judging else None,
         num_unjudged=num_unjudged,
         size_fn=size_fn,
+        evidence_fn=evidence_fn,
     )
     recording = trainer.recording if trainer else "nothing"
     engine = Engine(config, target.params, drafter, recording, menu)

@@ -8,19 +8,23 @@ second.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from ospec_jax.config import ConfigError, TreeConfig
-from ospec_jax.control import steered
+from ospec_jax.control import steered, taught
 from ospec_jax.control.policy import Policies
 from ospec_jax.control.registry import BuildController
 from ospec_jax.drafters.sizing import (
+    EvidenceFn,
     SizeFn,
     all_drafted,
+    cycle_of,
     most_tokens_a_second,
-    taught_size,
+    promises_of,
+    taught_size_now,
 )
-from ospec_jax.drafters.stopping import StopFn, taught, unless_worth_more_now
+from ospec_jax.drafters.stopping import StopFn, taught_now, unless_worth_more_now
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.storage.policies import load_policies
 
@@ -38,12 +42,14 @@ class HowMuch(NamedTuple):
       controller: Chooses between steps; see `Session`.
       stop_fn: When a draft grows no deeper; None to draft all of the tree.
       size_fn: How many nodes are verified, of a tree that has `sizes`.
+      evidence_fn: What the controller hears of verified trees; None for nothing.
     """
 
     tree: TreeConfig | None
     controller: str | BuildController | None
     stop_fn: StopFn | None
     size_fn: SizeFn
+    evidence_fn: EvidenceFn | None = None
 
 
 def resolve(
@@ -52,8 +58,12 @@ def resolve(
     controller: Any,
     stop_fn: StopFn | None,
     size_fn: SizeFn | None,
+    learn_control: float = 0.0,
 ) -> HowMuch:
     """What a controller's name stands for, and rules that are given, checked.
+
+    Args:
+      learn_control: Share of decoding's time in which policies go on learning.
 
     Raises:
       ConfigError: They do not go together, or a folder holds no policies.
@@ -65,10 +75,16 @@ def resolve(
             f"the controller {controller!r} brings its own rules for the depth and the "
             f"size; leave out stop_fn and size_fn, or the controller"
         )
+    if learn_control and (kind != POLICIES or draft is None):
+        what = f"the controller is {controller!r}" if draft else "nothing is drafted"
+        raise ConfigError(
+            f"learn_control teaches the policies of ltd:DIR on, and {what}; give both "
+            f"such a controller and a draft, or leave it out"
+        )
     if controller == MARGINAL:
         return _marginal(tree, draft)
     if kind == POLICIES:
-        return _policies(tree, load_policies(folder)[0])
+        return _policies(tree, draft, load_policies(folder)[0], learn_control)
     if controller == JOINT:
         tree = tree or TreeConfig.auto()
         controller = _JUDGED_BY_TIME if draft is not None and draft.pool else None
@@ -110,20 +126,39 @@ def _marginal(tree: TreeConfig | None, draft: LoadedDraft | None) -> HowMuch:
     tree = tree or TreeConfig(num_steps=deepest)
 
     return HowMuch(
-        steered.steerable(tree), MARGINAL, unless_worth_more_now, most_tokens_a_second
+        steered.steerable(tree),
+        MARGINAL,
+        unless_worth_more_now,
+        most_tokens_a_second,
+        promises_of,
     )
 
 
-def _policies(tree: TreeConfig | None, policies: Policies) -> HowMuch:
+def _policies(
+    tree: TreeConfig | None,
+    draft: LoadedDraft | None,
+    policies: Policies,
+    learn_control: float,
+) -> HowMuch:
     """LTD's policies, for the trees that they were taught on unless one is given."""
     tree = tree or tree_of(policies)
+    if draft is None or not tree.num_steps:
+        return HowMuch(tree, None, None, all_drafted)
+
     # Of drawn children none is left out, whatever the policy for the size says.
-    if tree.num_steps and not tree.sizes:
+    if not tree.sizes:
         most = tree.num_nodes - 1
         sizes = (*(size for size in policies.shape.sizes if size < most), most)
         tree = dataclasses.replace(tree, sizes=sizes)
 
-    return HowMuch(tree, None, taught(policies), taught_size(policies))
+    rule = functools.partial(taught.asked, policies)
+    evidence = None
+    if learn_control:
+        taught.check_fits(policies.shape, tree)
+        rule = functools.partial(taught.learning, policies, budget=learn_control)
+        evidence = cycle_of
+
+    return HowMuch(tree, rule, taught_now, taught_size_now, evidence)
 
 
 def tree_of(policies: Policies) -> TreeConfig:

@@ -167,6 +167,7 @@ class Live:
             self._on_tokens,
             self._session.chooser.observe,
             self._kept,
+            self._session.chooser.now,
         )
 
     def _resize(self, batch: Batch, num_rows: int) -> None:

@@ -26,7 +26,7 @@ from ospec_jax.config import (
     TreeConfig,
     whole_number,
 )
-from ospec_jax.control.base import Chooser
+from ospec_jax.control.base import Chooser, Controller
 from ospec_jax.control.registry import BuildController
 from ospec_jax.data.known import content_hash, find_known
 from ospec_jax.data.prompts import Prompt, parse_prompt
@@ -108,6 +108,12 @@ class Session:
       judge_every: Steps after which a pool's drafters are judged by what was emitted
         meanwhile, for controllers that judge them. Until then only the one that drafts
         is kept up to date; it changes at no other time.
+      learn_control: Share of decoding's time in which the policies of `ltd:DIR` go on
+        learning, from every verified step; 0 leaves them as they are. It comes beside
+        what the learner takes.
+      follow_clock: Time every step while serving, for controllers that weigh time: what
+        steps take changes as others use the machine. Which steps are taken then depends
+        on time, and sampled tokens with it, though not their law.
 
     Sampled answers draw from `SamplingConfig.seed` and the number of requests that the
     session, or the checkpoint it resumed, has begun before: copies of a prompt are
@@ -146,16 +152,20 @@ class Session:
         stop_fn: StopFn | None = None,
         size_fn: SizeFn | None = None,
         judge_every: int = JUDGE_EVERY,
+        learn_control: float = 0.0,
+        follow_clock: bool = False,
     ):
         batch_size = whole_number("batch_size", batch_size, least=1)
         num_predicted_tokens = whole_number(
             "num_predicted_tokens", num_predicted_tokens, least=0
         )
         judge_every = whole_number("judge_every", judge_every, least=1)
+        learn_control = arguments.as_share("learn_control", learn_control)
         stop = arguments.as_stop(stop)
         tree = arguments.as_tree(tree, num_speculative_tokens)
         has_log_probs = arguments.as_flag("has_log_probs", has_log_probs)
         ngrams = arguments.as_flag("ngrams", ngrams)
+        follow_clock = arguments.as_flag("follow_clock", follow_clock)
 
         # Before the target is loaded, which takes seconds: a slip in the draft's name
         # shows at once.
@@ -168,7 +178,14 @@ class Session:
         learner = arguments.as_learner(learner, draft)
 
         # From here on everything fits together; what is built never changes.
-        plan = how_much.resolve(tree, draft, controller, stop_fn, size_fn)
+        plan = how_much.resolve(
+            tree, draft, controller, stop_fn, size_fn, learn_control
+        )
+        if learn_control and target.mesh is not None:
+            raise ConfigError(
+                f"learn_control is {learn_control}, and the target lies on a mesh, "
+                f"where policies do not learn yet; leave it out"
+            )
         tree = build.fitting_tree(plan.tree, draft)
         parts = build.assembled(
             target,
@@ -182,6 +199,7 @@ class Session:
             plan.stop_fn,
             plan.size_fn,
             judge_every,
+            plan.evidence_fn,
         )
         self.target = target
         self.tree = tree
@@ -189,6 +207,9 @@ class Session:
         self.stop = stop
         self.engine = parts.engine
         self.chooser = Chooser.start(parts.controller, batch_size)
+        if follow_clock:
+            _check_weighs_time(parts.controller, controller)
+            self.chooser.now = time.perf_counter
         self.own_family = draft.own_family if draft else None
         self.learner = parts.learner
         self.trainer = parts.trainer
@@ -345,6 +366,7 @@ class Session:
             full speed; nothing is learned from them.
           batch_size: Requests that were decoded beside each other.
         """
+        warm_up.rehearse(self.chooser)
         if self.trainer is None or self._served is None:
             return
 
@@ -373,6 +395,7 @@ class Session:
                 self.batch_size,
                 capacity,
             )
+        warm_up.rehearse(self.chooser)
 
     def probe_request(
         self, max_new_tokens: int = 128, sampling: SamplingConfig = SamplingConfig()
@@ -572,6 +595,7 @@ class Session:
         learning_seconds = 0.0
         if can_teach:
             learning_seconds = self._learn_from(completion, is_shared)
+            learning_seconds += self.chooser.learn()
         self.stats = self.stats + completion.stats
         self._warn_of_collapse(completion.stats)
 
@@ -859,3 +883,23 @@ class Session:
             )
 
         return self.answered
+
+
+def _check_weighs_time(rule: Controller, name: object) -> None:
+    """Refuses to follow a clock for whom nothing depends on it.
+
+    Raises:
+      ConfigError: The controller does not weigh time, or several processes would not
+        agree on it.
+    """
+    if rule.set_costs is None:
+        raise ConfigError(
+            f"follow_clock times steps for a controller that weighs time, and the "
+            f"controller {name!r} does not; use auto, marginal or joint, or leave it "
+            f"out"
+        )
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"follow_clock would have {jax.process_count()} processes choose other "
+            f"steps, each by its own clock; leave it out"
+        )

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Iterable
 
 import jax
@@ -75,6 +76,27 @@ def warm_up_trainer(
 
     assert trained is not None
     return trained
+
+
+def rehearse(chooser: Chooser) -> None:
+    """Compiles what a controller learns with between answers, and says what it takes.
+
+    Nothing is done where that is known; costs of steps have to be.
+    """
+    learning = chooser.controller.learning
+    if learning is None or learning.is_ready(chooser.state):
+        return
+
+    learning.rehearse(chooser.state)
+    seconds = []
+
+    # The least of a few: beside other work an update seems to take longer.
+    for _ in range(3):
+        start = time.perf_counter()
+        learning.rehearse(chooser.state)
+        seconds.append(time.perf_counter() - start)
+
+    chooser.state = learning.set_cost(chooser.state, min(seconds))
 
 
 def _decode_twice(

@@ -527,6 +527,15 @@ def test_policies_are_taught_and_decode(ospec, tmp_path, capsys, monkeypatch):
         assert ospec(*asked, "--controller", controller) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
+    learns = ("--learn-control", 0.1)
+    assert ospec(*asked, "--controller", f"ltd:{out}", *learns) == 0
+    assert capsys.readouterr().out == answers[0]
+    assert ospec(*asked, "--controller", "auto", *learns) == 2
+    assert "of --controller ltd:DIR on, not 'auto'" in capsys.readouterr().err
+    assert ospec(*asked, "--controller", "auto", "--follow-clock") == 0
+    assert capsys.readouterr().out == answers[0]
+    assert ospec("bench", "--controllers", f"ltd:{out}", *learns) == 2
+    assert "are for serving, and bench compares" in capsys.readouterr().err
     assert ospec(*asked, "--controller", "ltx") == 2
     assert "use fixed, auto, marginal, joint or ltd:DIR" in capsys.readouterr().err
     assert ospec("bench", "--controller", f"ltd:{out}") == 2
