@@ -12,7 +12,10 @@ from typing import Any, ClassVar, Literal
 
 from ospec_jax.config.base import ConfigError, check_types
 
-Recording = Literal["nothing", "features", "states"]
+Recording = Literal["nothing", "features", "states", "choices"]
+"""What the engine keeps of verified tokens: the target's `features`, the draft's own
+`states` while it drafted, or these and its `choices`; see `types.Feedback`."""
+RECORDS_STATES: tuple[Recording, ...] = ("states", "choices")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -795,7 +795,7 @@ def test_learners_are_known_by_name(name):
     config = arguments.learner_config(name, seed=5, budget=None)
     assert (config.name, config.seed) == (name, 5)
     assert arguments.learner_config(name) == LearnerConfig(name=name)
-    if name in ("head", "memory"):
+    if name in ("head", "preference", "memory"):
         with pytest.raises(ConfigError, match="does not read learning_rate"):
             arguments.learner_config(name, learning_rate=0.5)
     elif name in ("momentum", "optimistic"):
