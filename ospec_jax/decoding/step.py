@@ -780,10 +780,9 @@ def record(
     wide = lambda old, new: write(old, narrow(new))
     column = lambda old, new: write(old[..., None], new[..., None])[..., 0]
     columns = ("tokens", "logsumexp", "has_state", "choices")
-    writers = dict.fromkeys(columns, column)
     return feedback.replace(
         **{
-            name: writers.get(name, wide)(getattr(feedback, name), new)
+            name: (column if name in columns else wide)(getattr(feedback, name), new)
             for name, new in vars(scored).items()
             if new is not None
         }
