@@ -12,8 +12,10 @@ OnlineSPEC's Online-LR (arXiv 2603.12617) does the same with whole steps of reas
 The softmax's normaliser is the same for both tokens and falls out, so a pair reads and
 moves two rows of the projection, where a softmax step computes the logits of all.
 
-The step divides the gradient by beta, so `rate` 1 moves a fresh pair's margin by 1 nat:
-c's logit by sigmoid(-beta * margin), a half at first, and r's by as much downwards.
+The gradient is taken without its constant beta / 2, so `rate` 1 raises c's logit by
+2 sigmoid(-beta * margin) nats, 1 at first. Of that r's logit falls by `rejected_weight`
+alone, where the loss as published has 1: a softmax step would raise c by 1 - p(c),
+which is nearly 1 where c was not drafted, and lower r by p(r), which is much less.
 Directions and the damping of rows are those of `learners.projection`.
 
 A greedy answer's first rejected token is such an r, so what is learned is the event
@@ -53,9 +55,10 @@ class Preference(LastLayer):
     """Settings of the learner `preference`, which `online.last_layer` trains.
 
     Attributes:
-      head_rate: Nats by which a step moves the margin of a fresh pair.
+      head_rate: Nats by which a step raises the target's token of a fresh pair.
       head_candidates: Of the softmax steps.
       beta: How fast steps shorten while a pair's margin grows, per nat.
+      rejected_weight: Of that, what the draft's token falls by; the loss has 1.
       margin_cap: Nats from which a pair moves nothing.
       reference_answers: Answers for which the projection stays that margins are counted
         from; 0 counts none, and all steps are those of fresh pairs.
@@ -66,6 +69,7 @@ class Preference(LastLayer):
     recording: ClassVar[Recording] = "choices"
 
     beta: float = 1.0
+    rejected_weight: float = 0.3
     margin_cap: float = 4.0
     reference_answers: int = 8
     softmax_every: int = 0
@@ -73,6 +77,7 @@ class Preference(LastLayer):
     def __post_init__(self):
         super().__post_init__()
         check(self, "beta margin_cap", lambda x: x > 0, "above 0")
+        check(self, "rejected_weight", lambda x: 0 <= x <= 1, "0 to 1")
         check(self, "reference_answers softmax_every", lambda x: x >= 0, "0 or more")
 
 
@@ -80,16 +85,18 @@ def preference_learner(
     rate: float = 1.0,
     damping: float = 0.1,
     beta: float = 1.0,
+    rejected_weight: float = 0.3,
     margin_cap: float = 4.0,
-    patience: float = 4.0,
+    patience: float = 16.0,
     fading: float = 0.999,
 ) -> HeadLearner:
     """Builds the learner.
 
     Args:
-      rate: Of the step; 1 moves a fresh pair's margin by 1 nat.
+      rate: Of the step; 1 raises the target's token of a fresh pair by 1 nat.
       damping: Added to the second moment, relative to its mean eigenvalue.
       beta: Of the loss.
+      rejected_weight: Of the step on the draft's token; 1 is the loss's own.
       margin_cap: Nats from which a pair moves nothing.
       patience: Squared error that a row takes before its steps shorten to seven
         tenths; they go on shrinking with the root of it.
@@ -103,8 +110,8 @@ def preference_learner(
         margin = _margin(state, samples, rows)
 
         # Both rows of a pair: up for the target's token, down for the draft's.
-        error = jax.nn.sigmoid(-beta * margin) * (is_pair & (margin < margin_cap))
-        errors = jnp.concatenate([error, -error])
+        error = 2 * jax.nn.sigmoid(-beta * margin) * (is_pair & (margin < margin_cap))
+        errors = jnp.concatenate([error, -rejected_weight * error])
         along = jnp.concatenate([seen.along, seen.along])
         energy = fading * state.energy
         steps = damped_rate(rate, energy[rows], patience) * errors

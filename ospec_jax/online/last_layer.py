@@ -129,7 +129,11 @@ class _Chunks:
         """The one that reads pairs of tokens alone."""
         config = self.config
         return preference_learner(
-            config.head_rate, config.head_damping, config.beta, config.margin_cap
+            config.head_rate,
+            config.head_damping,
+            config.beta,
+            config.rejected_weight,
+            config.margin_cap,
         )
 
     def samples(self, params, token_ids, feedback, tokens, start, end) -> HeadSamples:
