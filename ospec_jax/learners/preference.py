@@ -68,6 +68,7 @@ class Preference(LastLayer):
 
     recording: ClassVar[Recording] = "choices"
 
+    head_patience: float = 16.0
     beta: float = 1.0
     rejected_weight: float = 0.3
     margin_cap: float = 4.0

@@ -121,7 +121,10 @@ class _Chunks:
         """The update rule that reads the logits of all tokens."""
         config = self.config
         return head_learner(
-            config.head_rate, config.head_damping, config.head_candidates
+            config.head_rate,
+            config.head_damping,
+            config.head_candidates,
+            config.head_patience,
         )
 
     @property
@@ -134,6 +137,7 @@ class _Chunks:
             config.beta,
             config.rejected_weight,
             config.margin_cap,
+            config.head_patience,
         )
 
     def samples(self, params, token_ids, feedback, tokens, start, end) -> HeadSamples:

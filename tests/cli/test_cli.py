@@ -859,6 +859,7 @@ def test_what_a_learner_does_not_read_cannot_be_set(settings, message):
         ({"replay_share": 0.9}, "leaves no window to new traffic"),
         ({"window": 0}, "window is 0; use 1 or more"),
         ({"name": "head", "head_damping": 0.0}, "head_damping is 0.0; use above 0"),
+        ({"name": "head", "head_patience": 0.0}, "head_patience is 0.0; use above 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
