@@ -18,6 +18,10 @@ alone, where the loss as published has 1: a softmax step would raise c by 1 - p(
 which is nearly 1 where c was not drafted, and lower r by p(r), which is much less.
 Directions and the damping of rows are those of `learners.projection`.
 
+By default no reference is kept. All pairs are fresh ones then, and a step is that of a
+structured perceptron (Collins, EMNLP 2002): with a reference renewed every eight
+answers a weak draft gained less on every stream that was tried (`docs/results.md`).
+
 A greedy answer's first rejected token is such an r, so what is learned is the event
 that counts there. A sampled c is a draw. Against the most probable token its pairs
 would only come to rest where the draft's first choice changes as often as the target's
@@ -57,7 +61,8 @@ class Preference(LastLayer):
     Attributes:
       head_rate: Nats by which a step raises the target's token of a fresh pair.
       head_candidates: Of the softmax steps.
-      beta: How fast steps shorten while a pair's margin grows, per nat.
+      beta: How fast steps shorten while a pair's margin grows, per nat; like
+        `margin_cap` without effect where there is no reference.
       rejected_weight: Of that, what the draft's token falls by; the loss has 1.
       margin_cap: Nats from which a pair moves nothing.
       reference_answers: Answers for which the projection stays that margins are counted
@@ -72,7 +77,7 @@ class Preference(LastLayer):
     beta: float = 1.0
     rejected_weight: float = 0.3
     margin_cap: float = 4.0
-    reference_answers: int = 8
+    reference_answers: int = 0
     softmax_every: int = 0
 
     def __post_init__(self):

@@ -109,7 +109,7 @@ def test_it_learns_while_serving_and_never_changes_the_output(target, tmp_path):
 
 
 def test_the_reference_is_renewed_with_each_span_of_answers(target):
-    learner = dataclasses.replace(PREFERENCE, reference_answers=2)
+    learner = LearnerConfig("preference", reference_answers=2)
     session = Session(target, loaded(target), learner=learner, ngrams=False)
     before = [kernel_of(session)]
     for i, prompt in enumerate(PROMPTS[:5]):
