@@ -32,7 +32,8 @@ from ospec_jax.testing import (
 )
 from ospec_jax.types import DraftTree
 
-pytestmark = pytest.mark.optimized
+# The others compare numbers within a tolerance, or programs with each other.
+looks_at_bits = pytest.mark.optimized
 
 VOCAB = 16
 PLAIN = TreeConfig(num_steps=0)
@@ -135,6 +136,7 @@ def one_tree(parents, drafted):
     )
 
 
+@looks_at_bits
 @pytest.mark.parametrize("vocab_size", [16, 1000])
 @pytest.mark.parametrize(
     "parents", [[-1], [-1, 0, 1, 2], [-1, 0, 0, 1, 1, 2]], ids=["root", "chain", "tree"]
@@ -171,6 +173,7 @@ def test_every_node_has_the_bits_of_plain_decoding(parents, vocab_size):
         np.testing.assert_array_equal(found[node], expected)
 
 
+@looks_at_bits
 def test_who_asks_for_nothing_keeps_the_bits():
     extras = jax.tree.map(jnp.asarray, as_extras(SamplingConfig(), (1, 2), True, 50))
     extras = count_emitted(extras, jnp.asarray([[3, 3]]), jnp.asarray([2]))
@@ -190,6 +193,7 @@ def test_the_counts_of_before_are_found_again():
     assert after.counts[0].tolist() == [0, 1, 3, 0, 1, 0]
 
 
+@looks_at_bits
 def test_plain_decoding_equals_a_numpy_loop():
     config = tiny_model_config(VOCAB)
     params = random_params(config, gain=2.5)
@@ -207,6 +211,7 @@ def test_plain_decoding_equals_a_numpy_loop():
         assert done.token_ids == found
 
 
+@looks_at_bits
 def test_adjustments_change_what_is_answered(plain, unadjusted):
     """Else the tests of this file would show nothing."""
     for number, (mine, other) in enumerate(zip(plain, unadjusted, strict=True)):
@@ -217,6 +222,7 @@ def test_adjustments_change_what_is_answered(plain, unadjusted):
     assert len(set(plain[0])) > len(set(unadjusted[0]))
 
 
+@looks_at_bits
 @pytest.mark.crossed
 @pytest.mark.parametrize("name", list(TREES))
 def test_greedy_answers_are_plain_decodings(target, plain, name):
@@ -228,6 +234,7 @@ def test_greedy_answers_are_plain_decodings(target, plain, name):
         assert sum(c.stats.num_accepted_tokens for c in done) > 0
 
 
+@looks_at_bits
 @pytest.mark.crossed
 @pytest.mark.parametrize("target", ["float32"], indirect=True)
 @pytest.mark.parametrize("name", list(TREES))

@@ -135,7 +135,7 @@ def test_evidence_does_not_depend_on_who_drafts(target, members):
     tree = TreeConfig(num_steps=3)
     windows = []
     for number in (0, 1):
-        found, *_ = judged_by(number, target, members, tree, True, 0.0, PROMPTS[:1])
+        found, *_ = judged_by(number, target, members[:5], tree, True, 0.0, PROMPTS[:1])
         windows.append([o.windows for o in found if o.windows.count])
     first, second = (np.concatenate([w.chances for w in ws]) for ws in windows)
     assert len(first) == 30 - 1 - 2

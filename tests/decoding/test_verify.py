@@ -28,8 +28,7 @@ from ospec_jax.models.layers import Numerics
 from ospec_jax.types import DraftContext, DraftTree, Roots, SamplingParams
 
 VOCAB, ROOT = 5, 0
-NUM_CHUNKS, CHUNK = 2, 20_000
-NUM_SAMPLES = NUM_CHUNKS * CHUNK
+NUM_SAMPLES = 20_000
 
 CHAIN = TreeConfig("chain", 3)
 WIDE = TreeConfig("static", 2, branching=(3, 2))
@@ -85,6 +84,7 @@ def suggest(recent, depth):
     return jnp.where(last == 3, 0, 3), jnp.where(last == 2, -jnp.inf, jnp.log(0.6))
 
 
+@functools.partial(jax.jit, static_argnames=("config", "hints", "stop_fn"))
 def grow(config, logits, token_ids, keys, hints=None, root=ROOT, stop_fn=None):
     """A tree for each key, drafted by a table of logits, from the root."""
     rows = len(keys)
@@ -113,43 +113,31 @@ def as_drawn(tree, children, logits):
     return tree.replace(children=children, draft_probs=probs)
 
 
-_DRAWING = {
-    "xla_backend_optimization_level": 1,
-    "xla_llvm_disable_expensive_passes": False,
-}
-"""So many draws take longer than their compilation, whatever the other tests are."""
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6), compiler_options=_DRAWING)
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
 def emitted(config, target, logits, token_ids, claimed=None, hints=None, stop_fn=None):
     """Counts of each sequence of depth + 1 tokens, and of accepted tokens."""
     length = config.num_steps + 1
-
-    def one_chunk(key):
-        key_draft, key_verify, key_rest = (
-            jax.random.split(k, CHUNK) for k in jax.random.split(key, 3)
-        )
-        tree = grow(config, logits, token_ids, key_draft, hints, stop_fn=stop_fn)
-        if claimed is not None:
-            tree = as_drawn(tree, claimed, logits)
-        rule = "token" if claimed else config.verification
-        verdict = verify_sampled(key_verify, tree, target[tree.tokens], rule)
-        tokens = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
-        last, sequence = tokens[:, 0], jnp.zeros((CHUNK,), jnp.int32)
-        for i in range(length):
-            own = jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(key_rest)
-            drawn = jax.vmap(jax.random.categorical)(own, jnp.log(target[last]))
-            accepted = tokens[:, min(i + 1, length - 1)]
-            last = jnp.where(
-                i < verdict.num_accepted, accepted,
-                jnp.where(i == verdict.num_accepted, verdict.next_token, drawn),
-            )  # fmt: skip
-            sequence = sequence * VOCAB + last
-        return jnp.bincount(sequence, length=VOCAB**length), verdict.num_accepted.sum()
-
-    keys = jax.random.split(jax.random.key(3), NUM_CHUNKS)
-    counts, accepted = jax.lax.map(one_chunk, keys)
-    return jnp.sum(counts, axis=0).reshape((VOCAB,) * length), jnp.sum(accepted)
+    key_draft, key_verify, key_rest = (
+        jax.random.split(k, NUM_SAMPLES) for k in jax.random.split(jax.random.key(3), 3)
+    )
+    tree = grow(config, logits, token_ids, key_draft, hints, stop_fn=stop_fn)
+    if claimed is not None:
+        tree = as_drawn(tree, claimed, logits)
+    rule = "token" if claimed else config.verification
+    verdict = verify_sampled(key_verify, tree, target[tree.tokens], rule)
+    tokens = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
+    last, sequence = tokens[:, 0], jnp.zeros((NUM_SAMPLES,), jnp.int32)
+    for i in range(length):
+        own = jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(key_rest)
+        drawn = jax.vmap(jax.random.categorical)(own, jnp.log(target[last]))
+        accepted = tokens[:, min(i + 1, length - 1)]
+        last = jnp.where(
+            i < verdict.num_accepted, accepted,
+            jnp.where(i == verdict.num_accepted, verdict.next_token, drawn),
+        )  # fmt: skip
+        sequence = sequence * VOCAB + last
+    counts = jnp.bincount(sequence, length=VOCAB**length)
+    return counts.reshape((VOCAB,) * length), verdict.num_accepted.sum()
 
 
 @functools.cache
@@ -317,7 +305,7 @@ def test_suggestions_leave_the_law_as_it_is(config):
     assert not np.array_equal(suggested, grow(config, *args).tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=_DRAWING)
+@functools.partial(jax.jit, static_argnums=0)
 def emitted_by_steps(children, target, logits):
     """Counts of four tokens of steps whose depth follows from what came before."""
 
@@ -350,7 +338,7 @@ def emitted_by_steps(children, target, logits):
         return jnp.sum(found[:4] * VOCAB ** jnp.arange(3, -1, -1)), index == 0
 
     keys = jax.random.split(jax.random.key(5), NUM_SAMPLES)
-    sequences, is_plain = jax.lax.map(one_sequence, keys, batch_size=CHUNK)
+    sequences, is_plain = jax.vmap(one_sequence)(keys)
     return jnp.bincount(sequences, length=VOCAB**4), jnp.mean(is_plain)
 
 
@@ -457,6 +445,8 @@ def test_suggestions_have_no_entropy():
 )
 def test_wrong_rules_are_noticed(config, children, claimed):
     """The acceptance rule must be that of how children were drawn.
+
+    And so many samples tell it from a wrong one.
 
     (The rule for `topk` would be right for all: it takes the tree as given.)
     """

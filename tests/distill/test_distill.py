@@ -199,7 +199,17 @@ def test_a_window_is_trained_behind_all_that_it_sees(
     assert meta.card["config"]["num_context"] == 90
 
 
-@pytest.mark.parametrize("family", ["eagle1", "hydra", "exit", "dflash", "peagle"])
+# EAGLE-1 is built as EAGLE-3 is, which the other tests train.
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("eagle1", marks=pytest.mark.thorough),
+        "hydra",
+        "exit",
+        "dflash",
+        "peagle",
+    ],
+)
 def test_every_family_is_trained(target, folder, prompts, family, tmp_path):
     """They train, resume bitwise, and load as what they are."""
     eagle3_folder = folder

@@ -45,6 +45,7 @@ def test_training_sees_what_is_drafted(model, draft_vocab_size, is_scanned):
     run = llama.build(model, numerics, config.taps)
     start = jnp.zeros((1,), jnp.int32)
 
+    @jax.jit
     def states(tokens, cache):
         count = tokens.shape[1]
         bias = kv.causal_bias(start, count, cache.capacity)
@@ -66,12 +67,13 @@ def test_training_sees_what_is_drafted(model, draft_vocab_size, is_scanned):
         context=drafter.init_context(1),
         sampling=SamplingParams(zero, zero.astype(jnp.int32), zero + 1),
     )
-    tree, _ = drafter.propose(draft, shared, (), roots)
+    tree, _ = jax.jit(drafter.propose)(draft, shared, (), roots)
     tokens = jnp.concatenate([known, tree.tokens[:, 1:-1]], axis=1)
     hidden, taps, _ = states(tokens, cache)
     feedback = Feedback(tokens, taps, hidden, jnp.zeros(tokens.shape))
     num_context = LENGTH - 2  # the last pair is the one before the root
-    logits = drafter.unroll(
+    unroll = jax.jit(drafter.unroll, static_argnames=("num_context", "num_steps"))
+    logits = unroll(
         draft.params, draft.token_ids, shared, feedback, start,
         num_context=num_context, num_steps=STEPS,
     )  # fmt: skip

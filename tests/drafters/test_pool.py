@@ -95,7 +95,12 @@ def extending(draft, extends):
 
 @pytest.mark.parametrize(
     ("extends", "ngrams", "batch_size"),
-    [("all", True, 1), ("all", False, 3), ("chosen", False, 1), ("chosen", True, 3)],
+    [
+        pytest.param("all", True, 1, marks=pytest.mark.thorough),
+        ("all", False, 3),
+        ("chosen", True, 1),
+        pytest.param("chosen", False, 3, marks=pytest.mark.thorough),
+    ],
 )
 def test_whoever_is_chosen_greedy_output_is_plain_decodings(
     target, members, plain, extends, ngrams, batch_size
@@ -112,7 +117,10 @@ def test_whoever_is_chosen_greedy_output_is_plain_decodings(
     assert {a.drafter for a in session.chooser.controller.actions} == set(range(5))
 
 
-@pytest.mark.parametrize("number", range(5))
+# The first and the fourth one are of one family: they share all but their weights.
+@pytest.mark.parametrize(
+    "number", [pytest.param(0, marks=pytest.mark.thorough), 1, 2, 3, 4]
+)
 def test_the_chosen_one_drafts_what_it_drafts_alone(target, members, number):
     """In any place, from its own part of the target's states, with its own cache."""
     how = dict(ngrams=False, num_predicted_tokens=0)
@@ -181,7 +189,10 @@ def test_equal_experts_share_their_programs(target):
     assert programs(8) == programs(2) > 0
 
 
-@pytest.mark.parametrize("children", ["topk", "sampled"])
+# Of most probable children no probabilities are read that a pool could mix up.
+@pytest.mark.parametrize(
+    "children", [pytest.param("topk", marks=pytest.mark.thorough), "sampled"]
+)
 def test_sampled_answers_follow_the_targets_law(small_target, children):
     """Of drafts that are both bad, in different ways."""
     target = small_target

@@ -28,7 +28,7 @@ NEURAL = [name for name, family in FAMILIES.items() if family.config is not None
 
 @pytest.fixture(scope="module")
 def target():
-    return tiny_target(VOCAB)
+    return tiny_target(VOCAB, num_layers=2)
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def architecture(name, target_config):
         return None, Draft({})
     if family.config is ModelConfig:
         # The target itself: for these families that is a draft that is always right.
-        return target_config, Draft(tiny_target(VOCAB).params)
+        return target_config, Draft(tiny_target(VOCAB, num_layers=2).params)
     if issubclass(family.config, DraftConfig):
         config = tiny_draft_config(target_config, 12, name)
         drafter = build_drafter(name, config, TreeConfig(num_steps=1))

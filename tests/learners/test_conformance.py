@@ -153,6 +153,17 @@ CASES += [
     for name, make in LEARNERS
     if name in ("gradient", "ensemble")
 ]
+# `make test` sees each family with one of the two.
+BEYOND = {
+    ("eagle1", "ensemble"),
+    ("hydra", "gradient"),
+    ("dflash", "ensemble"),
+    ("peagle", "gradient"),
+}
+CASES = [
+    pytest.param(case, marks=[pytest.mark.thorough] if case[:2] in BEYOND else [])
+    for case in CASES
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")

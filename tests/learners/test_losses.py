@@ -12,6 +12,7 @@ from ospec_jax.learners.losses import (
     FORWARD_KL,
     LOSSES,
     Loss,
+    accepted_lengths,
     feature_loss,
     jsd,
     named_loss,
@@ -193,3 +194,31 @@ def test_the_loss_of_states_is_square_below_one_and_linear_beyond():
     second = 0.5 * 0.5**2  # its last row, of no weight, is left out
     found = feature_loss(features, hidden, weight, decay=0.5)
     assert float(found) == pytest.approx((first + 0.5 * second) / 1.5, rel=1e-6)
+
+
+def test_accepted_lengths_are_those_of_greedy_verification():
+    """By a loop over starts: agreed until the first slip, or the first unknown row."""
+    probs, logits = draw(seed=3)
+    # Where the draft copies the target it agrees; elsewhere it may by chance.
+    rows = [slice(depth, depth + LENGTH) for depth in range(STEPS)]
+    logits[0] = logits[0].at[0].set(jnp.log(probs[0, rows[0]]))
+    logits[1] = logits[1].at[0, :2].set(jnp.log(probs[0, 1:3]))
+    weight = np.ones(probs.shape[:2], np.float32)
+    weight[0, 2] = weight[1, 0] = 0
+
+    expected = np.zeros(ROWS)
+    for row in range(ROWS):
+        for start in range(LENGTH):
+            for depth in range(STEPS):
+                best = np.argmax(probs[row, start + depth])
+                is_right = np.argmax(logits[depth][row, start]) == best
+                if not (is_right and weight[row, start + depth]):
+                    break
+                expected[row] += 1
+
+    assert expected[0] > expected[1]
+    expected /= weight[:, :LENGTH].sum(axis=1)
+    found = accepted_lengths(logits, probs, jnp.asarray(weight))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    nothing = accepted_lengths(logits, probs, jnp.zeros_like(weight))
+    np.testing.assert_array_equal(nothing, 0)

@@ -59,7 +59,10 @@ def test_options_reach_the_optimizer_behind_the_clip():
         assert float(optax.global_norm(updates)) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamm", "global_norm", "clip", "adam:sgd"])
+# The last one is a type, which has no signature to look at.
+@pytest.mark.parametrize(
+    "name", ["adamm", "global_norm", "clip", "adam:sgd", "Schedule"]
+)
 def test_what_is_no_such_optimizer_is_refused(name):
     with pytest.raises(ConfigError, match=f"no optimizer '{name}'.*adam, sgd"):
         make_optimizer(name, 0.1)

@@ -42,6 +42,11 @@ def test_what_cannot_be_is_refused(changes, message):
         build_learner(LearnerConfig(**changes), unroll)
 
 
+def test_experts_may_be_judged_on_a_whole_batch():
+    config = LearnerConfig(name="shared_ensemble", num_scored=4, batch_size=4)
+    assert build_learner(config, unroll)
+
+
 @pytest.mark.parametrize("name", SGD)
 def test_a_rate_says_whose_it_is_where_the_rule_was_published_with_sgd(name):
     cause = (

@@ -85,7 +85,8 @@ def histograms(answers):
         ("eagle3", "always"),
         ("hydra", "guarded"),
         ("dflash", "always"),
-        ("peagle", "always"),
+        # Drafts in one pass as dflash does, with layers as eagle3 has.
+        pytest.param("peagle", "always", marks=pytest.mark.thorough),
     ],
 )
 def test_replay_equals_the_engine(target, folder, family, promoted, monkeypatch):

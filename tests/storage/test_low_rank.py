@@ -24,7 +24,16 @@ def target():
     return tiny_target()
 
 
-@pytest.fixture(scope="module", params=["eagle3", "hydra", "dflash", "peagle"])
+# Differences are taken matrix by matrix, whatever family these are of.
+@pytest.fixture(
+    scope="module",
+    params=[
+        "eagle3",
+        pytest.param("hydra", marks=pytest.mark.thorough),
+        "dflash",
+        pytest.param("peagle", marks=pytest.mark.thorough),
+    ],
+)
 def made(request, target):
     """A draft, its record, and parameters that differ from its own by rank 4."""
     config = tiny_draft_config(target.config, 40, request.param)
