@@ -140,6 +140,9 @@ class DraftTree:
       states: `[b, n, d]` the draft's state at nodes that it ran over, from which it
         chose their children; None for drafts without any.
       has_state: `[b, n]` which nodes these are.
+      choices: `[b, n]` the token that the draft took for most probable from each such
+        state, whatever was suggested to it; -1 elsewhere. None unless asked for
+        (`Roots.has_choices`).
       seen_scores: `[b, p]` log-probabilities of the paths to all nodes that were seen
         while it grew, at their places in `growth.Pool`; None where nobody chooses how
         many to verify, and of drafters that do not tell.
@@ -163,6 +166,7 @@ class DraftTree:
     token_ids: Int[Array, " q"] | None = None
     states: Float[Array, "b n d"] | None = None
     has_state: Bool[Array, "b n"] | None = None
+    choices: Int[Array, "b n"] | None = None
     seen_scores: Float[Array, "b p"] | None = None
     seen_tokens: Int[Array, "b p"] | None = None
     seen_parents: Int[Array, "b p"] | None = None
@@ -254,6 +258,7 @@ class Roots:
       sampling: How each row's tokens are chosen.
       is_active: `[b]` rows whose answer goes on; None for all.
       steering: What a rule of `drafters.stopping` is told from outside, or None.
+      has_choices: The tree is to say what the draft took for most probable.
     """
 
     token: Int[Array, " b"]
@@ -263,6 +268,7 @@ class Roots:
     sampling: SamplingParams
     is_active: Bool[Array, " b"] | None = None
     steering: Any = None
+    has_choices: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @struct
@@ -361,7 +367,7 @@ class Feedback:
 
     Slot i belongs to the token at position i of its row. What is not recorded is None:
     of `features` (taps, hidden, logsumexp) a draft is trained as a whole, of `states`
-    (and has_state) its last layer alone. `logsumexp` lets the target's exact
+    (and has_state, choices) its last layer alone. `logsumexp` lets the target's exact
     probability of any token be recovered from `hidden` and the frozen head, without a
     softmax over all of them. It is 0 for prompt tokens but the last, whose
     distributions no draft is trained on.
@@ -374,6 +380,8 @@ class Feedback:
       states: `[b, s, e]` the draft's own states while it drafted, float16.
       has_state: `[b, s]` whether the draft had one there: it has none at the last token
         of a draft that was accepted as a whole.
+      choices: `[b, s]` the token that it took for most probable from that state, before
+        anything was suggested to it; -1 where that is not known.
     """
 
     tokens: Int[Array, "b s"]
@@ -382,6 +390,7 @@ class Feedback:
     logsumexp: Float[Array, "b s"] | None = None
     states: Float[Array, "b s e"] | None = None
     has_state: Bool[Array, "b s"] | None = None
+    choices: Int[Array, "b s"] | None = None
 
 
 @struct

@@ -22,7 +22,7 @@ from ospec_jax.config.decoding import (
     TreeConfig,
     Verification,
 )
-from ospec_jax.config.learner import Recording
+from ospec_jax.config.learner import RECORDS_STATES, Recording
 from ospec_jax.config.model import (
     AttentionKind,
     DFlashConfig,
@@ -52,6 +52,7 @@ __all__ = [
     "PEagleConfig",
     "Precision",
     "Recording",
+    "RECORDS_STATES",
     "RopeScaling",
     "SamplingConfig",
     "StepKind",

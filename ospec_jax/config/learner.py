@@ -12,7 +12,10 @@ from typing import Any, ClassVar, Literal
 
 from ospec_jax.config.base import ConfigError, check_types
 
-Recording = Literal["nothing", "features", "states"]
+Recording = Literal["nothing", "features", "states", "choices"]
+"""What the engine keeps of verified tokens: the target's `features`, the draft's own
+`states` while it drafted, or these and its `choices`; see `types.Feedback`."""
+RECORDS_STATES: tuple[Recording, ...] = ("states", "choices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +24,12 @@ class Effort:
 
     Attributes:
       budget: Share of wall-clock time, turned into an interval of target passes by a
-        measurement at the start and then kept. For `head`, what `pace` holds a gain
-        against.
+        measurement at the start and then kept. For `head` and `preference`, what `pace`
+        holds a gain against.
       pace: `always` learns on every occasion (an interval, a chunk of prompts, for
-        `head` an answer); `pays` on ever fewer while the gain of learning is less than
-        the time it takes, and on all of them again after a shift; see `online.pace`.
+        those two an answer); `pays` on ever fewer while the gain of learning is less
+        than the time it takes, and on all of them again after a shift; see
+        `online.pace`.
     """
 
     budget: float = 0.02

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, Recording, StepKind
+from ospec_jax.config import RECORDS_STATES, ConfigError, Recording, StepKind
 from ospec_jax.control.base import SUGGESTIONS, Action, Chooser, fixed
 from ospec_jax.decoding.adjusting import as_extras, neutral_extras
 from ospec_jax.decoding.batch import Batch, Queue, Reading
@@ -281,7 +281,7 @@ class Engine:
             )
         if recording == "features" and not config.taps:
             raise ConfigError("recording features needs the draft's taps")
-        if recording == "states" and drafter is None:
+        if recording in RECORDS_STATES and drafter is None:
             raise ConfigError("recording a draft's states needs a drafter")
 
         self.config = config

@@ -17,6 +17,7 @@ import numpy as np
 from ospec_jax import sharding
 from ospec_jax.config import (
     MAX_ALTERNATIVES,
+    RECORDS_STATES,
     ModelConfig,
     Recording,
     StepKind,
@@ -27,7 +28,7 @@ from ospec_jax.decoding.judging import judge_all
 from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, take_row
-from ospec_jax.drafters.children import most_probable
+from ospec_jax.drafters.children import UNKNOWN, most_probable
 from ospec_jax.drafters.prediction import (
     LONG_RUN,
     follow,
@@ -458,6 +459,7 @@ def propose_tree(
         state.sampling,
         is_active=~state.is_finished,
         steering=steering,
+        has_choices=_has_choices(state.feedback),
     )
     hints = prediction_hints(state.prediction)
     tree, draft_cache = drafter.propose(draft, shared, state.draft_cache, roots, hints)
@@ -491,6 +493,11 @@ class _Scored:
 def _has_features(state: DecodeState) -> bool:
     """Whether the target's states are recorded."""
     return state.feedback is not None and state.feedback.taps is not None
+
+
+def _has_choices(feedback: Feedback | None) -> bool:
+    """Whether it is recorded what the draft took for most probable."""
+    return feedback is not None and feedback.choices is not None
 
 
 def _score(
@@ -731,23 +738,31 @@ def _emit(config, tree, verdict: Verdict, state):
 def _drafting_states(tree: DraftTree, verdict, inputs, feedback) -> Feedback:
     """The draft's states on the accepted path."""
     rows, length = inputs.shape
+    choices = None
     # A step that drafted nothing has no states. Its tokens are recorded all the same.
     if tree.states is None:
+        if _has_choices(feedback):
+            choices = jnp.full((rows, length), UNKNOWN, jnp.int32)
         width = feedback.states.shape[-1]
         return Feedback(
             tokens=inputs,
             states=jnp.zeros((rows, length, width)),
             has_state=jnp.zeros((rows, length), bool),
+            choices=choices,
         )
 
     gather = jax.vmap(lambda values, path: values[path])
     # Behind the accepted nodes the path repeats its last one, whose state would be
     # booked under the positions of tokens that are yet to come.
     is_on_path = jnp.arange(length) <= verdict.num_accepted[:, None]
+    if _has_choices(feedback):
+        choices = gather(tree.choices, verdict.path)
+
     return Feedback(
         tokens=inputs,
         states=gather(tree.states, verdict.path),
         has_state=gather(tree.has_state, verdict.path) & is_on_path,
+        choices=choices,
     )
 
 
@@ -771,10 +786,10 @@ def record(
     write = lambda old, new: kv.write_rows(old, new, starts, is_batched=is_batched)
     wide = lambda old, new: write(old, narrow(new))
     column = lambda old, new: write(old[..., None], new[..., None])[..., 0]
-    writers = {"tokens": column, "logsumexp": column, "has_state": column}
+    columns = ("tokens", "logsumexp", "has_state", "choices")
     return feedback.replace(
         **{
-            name: writers.get(name, wide)(getattr(feedback, name), new)
+            name: (column if name in columns else wide)(getattr(feedback, name), new)
             for name, new in vars(scored).items()
             if new is not None
         }
@@ -929,11 +944,12 @@ def empty_state(
             hidden=zeros(c.hidden_size),
             logsumexp=zeros(dtype=jnp.float32),
         )
-    elif recording == "states" and draft_context is not None:
+    elif recording in RECORDS_STATES and draft_context is not None:
         feedback = Feedback(
             tokens=zeros(dtype=jnp.int32),
             states=zeros(draft_context.hidden.shape[-1]),
             has_state=zeros(dtype=bool),
+            choices=zeros(dtype=jnp.int32) if recording == "choices" else None,
         )
 
     ints = lambda: jnp.zeros((b,), jnp.int32)

@@ -23,6 +23,9 @@ from ospec_jax.sampling import (
 )
 from ospec_jax.types import SamplingParams
 
+UNKNOWN = -1
+"""In the place of a most probable token that nobody looked for."""
+
 
 class Children(NamedTuple):
     """Drawn children of `w` nodes a row.
@@ -31,11 +34,14 @@ class Children(NamedTuple):
       tokens: `[b, w, c]`.
       log_probs: `[b, w, c]` of each token, given its parent.
       probs: `[b, w, q]` distributions that they were drawn from; None for `topk`.
+      choices: `[b, w]` the draft's most probable tokens, whatever was suggested; None
+        unless they are asked for.
     """
 
     tokens: Int[Array, "b w c"]
     log_probs: Float[Array, "b w c"]
     probs: Float[Array, "b w q"] | None
+    choices: Int[Array, "b w"] | None = None
 
 
 def draw(

@@ -16,6 +16,7 @@ import numpy as np
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, Hints
+from ospec_jax.drafters.children import UNKNOWN
 from ospec_jax.drafters.hints import hinted_chain
 from ospec_jax.types import (
     Draft,
@@ -69,7 +70,7 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
     suggested = hinted_chain(inner_tree(tree))
     is_learned = drafter.head_inputs is not None
 
-    def with_states(chain: DraftTree, context) -> DraftTree:
+    def with_states(chain: DraftTree, context, has_choices: bool) -> DraftTree:
         """Suggestions have no state to learn a projection from, but their root may."""
         if not is_learned:
             return chain
@@ -78,9 +79,12 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
         states = jnp.zeros((b, n, context.hidden.shape[-1]))
         is_root = jnp.broadcast_to(np.arange(n) == 0, (b, n))
         # A drafter that reads the target's cache has run over the root only to draft.
+        # What the draft would have said at the root is not looked for.
+        choices = jnp.full((b, n), UNKNOWN, jnp.int32) if has_choices else None
         return chain.replace(
             states=states.at[:, 0].set(context.hidden),
             has_state=is_root & (not drafter.reads_target),
+            choices=choices,
         )
 
     def propose(
@@ -91,7 +95,7 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
         hints: Hints | None = None,
     ) -> tuple[DraftTree, Any]:
         chain, _ = suggested.propose(draft, shared, (), roots, hints)
-        chain = with_states(chain, roots.context)
+        chain = with_states(chain, roots.context, roots.has_choices)
         is_likely = chain.log_probs[:, 1] >= np.log(_LIKELY)
 
         def draft_others():

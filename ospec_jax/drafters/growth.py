@@ -17,7 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 from ospec_jax.config import TreeConfig
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Hints
-from ospec_jax.drafters.children import Children, consider, draw, extend_path
+from ospec_jax.drafters.children import (
+    UNKNOWN,
+    Children,
+    consider,
+    draw,
+    extend_path,
+)
 from ospec_jax.drafters.stopping import Progress, StopFn, is_stopped, rules_of
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import Numerics
@@ -61,6 +67,8 @@ class Pool:
       parents: `[b, p]` places of the parents; -1 for the root.
       states: `[b, p, d]` the draft's states at nodes that were expanded.
       has_state: `[b, p]` which nodes these are.
+      choices: `[b, p]` the most probable tokens behind them, -1 elsewhere; None unless
+        they are asked for.
       draft_probs: `[b, n, q]` what a chain's children were drawn from; None for `topk`.
     """
 
@@ -70,6 +78,7 @@ class Pool:
     parents: Int[Array, "b p"]
     states: Float[Array, "b p d"]
     has_state: Bool[Array, "b p"]
+    choices: Int[Array, "b p"] | None
     draft_probs: Float[Array, "b n q"] | None
 
 
@@ -96,13 +105,19 @@ class Frontier:
 
 @struct
 class _Growth:
-    """A tree of uniform width while it grows; `depth` is that of the frontier."""
+    """A tree of uniform width while it grows.
+
+    Attributes:
+      depth: Of the frontier.
+      choice: `[b, 1]` the most probable token behind the root; None unless asked for.
+    """
 
     depth: Int[Array, ""]
     cache: Any
     pool: Pool
     frontier: Frontier
     is_stopped: Bool[Array, " b"]
+    choice: Int[Array, "b 1"] | None
 
 
 class _Plan(NamedTuple):
@@ -137,6 +152,12 @@ class _Plan(NamedTuple):
         found = draw(keys, logits, count, kind, sampling, self.numerics)
         if self.token_ids is not None:
             found = found._replace(tokens=self.token_ids[found.tokens])
+        if self.roots.has_choices:
+            # Before a suggestion takes its place. Drawn children need not be the most
+            # probable ones.
+            own = found.tokens[..., 0]
+            own = own if kind == "topk" else jnp.full_like(own, UNKNOWN)
+            found = found._replace(choices=own)
 
         return consider(self.hints, recent, depth, found)
 
@@ -198,6 +219,7 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
     log_probs = [jnp.zeros((b, 1))]
     drawn_from = []
     states = []
+    choices = []
     # Level 0 is the root, whose logits verification left in the context.
     hidden = roots.context.hidden[:, None]
     logits = roots.context.logits[:, None]
@@ -233,6 +255,7 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
         # `rank` pick those that the tree holds.
         children = plan.children(depth, logits, recent, branches)
         drawn_from.append(children.probs)
+        choices.append(children.choices)
         states.append(hidden)
         tokens.append(children.tokens[:, above, rank])
         log_probs.append(children.log_probs[:, above, rank])
@@ -246,6 +269,10 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
     # Their places are filled, so that node numbers index all arrays.
     leaves = tokens[-1].shape[1]
     states.append(jnp.zeros((b, leaves, hidden.shape[-1])))
+    own = None
+    if roots.has_choices:
+        unknown = jnp.full((b, leaves), UNKNOWN, jnp.int32)
+        own = jnp.concatenate([*choices, unknown], axis=1)
     draft_probs = None
     if tree.children != "topk":
         unused = jnp.zeros((b, leaves, drawn_from[0].shape[-1]))
@@ -263,6 +290,7 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
         token_ids=plan.token_ids,
         states=jnp.concatenate(states, axis=1),
         has_state=spread(depths < tree.num_steps),
+        choices=own,
         children=tree.children,
         max_depth=tree.num_steps,
         max_children=most,
@@ -301,7 +329,7 @@ def _begin(plan: _Plan, cache) -> _Growth:
 
     # Depth 1: children of the root alone, and all of them make the first frontier.
     children = plan.children(0, logits, plan.recent, width)
-    pool = _empty_pool(tree, context.hidden, children.probs)
+    pool = _empty_pool(tree, context.hidden, children)
     none = jnp.full_like(children.tokens, topology.NO_PARENT)
     pool = _with_children(pool, 0, children, children.log_probs, none)
     pool = _with_probs(pool, 0, children.probs)
@@ -334,7 +362,7 @@ def _begin(plan: _Plan, cache) -> _Growth:
     )
     stopped = is_stopped(plan.rules, progress)
 
-    return _Growth(jnp.int32(1), cache, pool, frontier, stopped)
+    return _Growth(jnp.int32(1), cache, pool, frontier, stopped, children.choices)
 
 
 def _is_going(plan: _Plan, growth: _Growth) -> Bool[Array, ""]:
@@ -380,7 +408,7 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
     # The pool holds `width` nodes of depth 1 and `width ** 2` of each depth below.
     first = width + (depth - 1) * width**2
     parents = jnp.repeat(frontier.places[..., None], width, axis=-1)
-    grown = _with_states(pool, frontier.places, hidden)
+    grown = _with_states(pool, frontier.places, hidden, children.choices)
     grown = _with_children(grown, first, children, scores, parents)
     grown = _with_probs(grown, depth, children.probs)
     frontier = _next_frontier(frontier, first, hidden, children.tokens, scores)
@@ -402,7 +430,7 @@ def _expand(plan: _Plan, growth: _Growth) -> _Growth:
     )
     stopped = growth.is_stopped | is_stopped(plan.rules, progress)
 
-    return _Growth(depth + 1, cache, grown, frontier, stopped)
+    return _Growth(depth + 1, cache, grown, frontier, stopped, growth.choice)
 
 
 def _depths_of_places(tree: TreeConfig) -> Int[Array, " p"]:
@@ -410,13 +438,17 @@ def _depths_of_places(tree: TreeConfig) -> Int[Array, " p"]:
     return jnp.asarray(topology.depths_of_places(tree.topk, tree.num_steps))
 
 
-def _empty_pool(tree: TreeConfig, root_state, probs) -> Pool:
-    """Room for every node that the tree may see."""
+def _empty_pool(tree: TreeConfig, root_state, children: Children) -> Pool:
+    """Room for every node that the tree may see; `children` are the root's."""
+    probs = children.probs
     b = root_state.shape[0]
     num_pool = tree.topk + (tree.num_steps - 1) * tree.topk**2
     draft_probs = None
     if probs is not None:
         draft_probs = jnp.zeros((b, tree.num_steps + 1, probs.shape[-1]))
+    choices = None
+    if children.choices is not None:
+        choices = jnp.full((b, num_pool), UNKNOWN, jnp.int32)
 
     return Pool(
         tokens=jnp.zeros((b, num_pool), jnp.int32),
@@ -425,6 +457,7 @@ def _empty_pool(tree: TreeConfig, root_state, probs) -> Pool:
         parents=jnp.full((b, num_pool), topology.NO_PARENT, jnp.int32),
         states=jnp.zeros((b, num_pool, root_state.shape[-1])),
         has_state=jnp.zeros((b, num_pool), bool),
+        choices=choices,
         draft_probs=draft_probs,
     )
 
@@ -445,10 +478,13 @@ def _with_children(pool: Pool, first, children: Children, scores, parents) -> Po
     )
 
 
-def _with_states(pool: Pool, places, states) -> Pool:
+def _with_states(pool: Pool, places, states, choices) -> Pool:
     """Keeps what the draft made of the nodes at `places`, `[b, w]`."""
     # A place is expanded at most once, so nothing is overwritten.
     rows = jnp.arange(places.shape[0])[:, None]
+    if pool.choices is not None:
+        pool = pool.replace(choices=pool.choices.at[rows, places].set(choices))
+
     return pool.replace(
         states=pool.states.at[rows, places].set(states),
         has_state=pool.has_state.at[rows, places].set(True),
@@ -522,6 +558,10 @@ def _assemble(plan: _Plan, growth: _Growth) -> DraftTree:
 
     join = lambda first, rest: jnp.concatenate([first, rest], axis=1)
     column = lambda value, dtype: jnp.full((b, 1), value, dtype)
+    choices = None
+    if pool.choices is not None:
+        assert growth.choice is not None, "both are asked for, or none"
+        choices = join(growth.choice, take(pool.choices))
     parents = join(column(topology.NO_PARENT, jnp.int32), parents.astype(jnp.int32))
     if tree.is_chain:
         static = topology.static_ancestor_mask(topology.static_parents(tree))
@@ -540,6 +580,7 @@ def _assemble(plan: _Plan, growth: _Growth) -> DraftTree:
         token_ids=plan.token_ids,
         states=join(roots.context.hidden[:, None], take(pool.states)),
         has_state=join(column(True, bool), take(pool.has_state)),
+        choices=choices,
         seen_scores=pool.scores if tree.sizes else None,
         seen_tokens=pool.tokens if tree.sizes else None,
         seen_parents=pool.parents if tree.sizes else None,

@@ -234,6 +234,7 @@ def first_nodes(tree: DraftTree, num_nodes: int) -> DraftTree:
         draft_probs=cut(tree.draft_probs),
         states=cut(tree.states),
         has_state=cut(tree.has_state),
+        choices=cut(tree.choices),
     )
 
 

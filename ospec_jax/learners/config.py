@@ -114,10 +114,11 @@ class LearnerConfig(_Parts):
         expected to lead (its paper); `ensemble` averages experts of several step sizes,
         each with its own gradient; `shared_ensemble` with one gradient for all; `osd`
         is Online Speculative Decoding, the baseline; `head` trains the draft's output
-        projection alone, after every answer, at next to no cost; `memory` only
-        remembers n-grams, as all of them do; `auto` is `head` where the draft has an
-        output projection of its own, on a single device, and nothing is set that `head`
-        does not keep to, else `gradient`. A rule of your own gives its name.
+        projection alone, after every answer, at next to no cost, `preference` the same
+        from the draft's wrong tokens, without any logits; `memory` only remembers
+        n-grams, as all of them do; `auto` is `head` where the draft has an output
+        projection of its own, on a single device, and nothing is set that `head` does
+        not keep to, else `gradient`. A rule of your own gives its name.
       method: The rule's own settings: a class of `learners.registry.LEARNERS`.
       effort: How much time learning may take (`config.learner.Effort`).
       schedule: When updates are done, and which are served.

@@ -9,6 +9,7 @@ from ospec_jax.learners.memory import Memory
 from ospec_jax.learners.momentum import Momentum
 from ospec_jax.learners.optimistic import Optimistic
 from ospec_jax.learners.osd import OSD
+from ospec_jax.learners.preference import Preference
 from ospec_jax.learners.shared_ensemble import SharedEnsemble
 
 LEARNERS: dict[str, type[Method]] = {
@@ -19,6 +20,7 @@ LEARNERS: dict[str, type[Method]] = {
     "shared_ensemble": SharedEnsemble,
     "osd": OSD,
     "head": LastLayer,
+    "preference": Preference,
     "memory": Memory,
 }
 

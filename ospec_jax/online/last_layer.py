@@ -20,13 +20,14 @@ from ospec_jax import sharding
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.decoding.request import Completion
 from ospec_jax.learners.config import LearnerConfig
-from ospec_jax.learners.last_layer import (
+from ospec_jax.learners.last_layer import head_learner
+from ospec_jax.learners.preference import Preference, preference_learner
+from ospec_jax.learners.projection import (
     HeadInfo,
     HeadLearner,
     HeadSamples,
     HeadSampling,
     HeadState,
-    head_learner,
 )
 from ospec_jax.models.layers import Numerics, linear
 from ospec_jax.models.quantization import cast_params
@@ -87,7 +88,7 @@ def last_layer_trainer(
     """
     last_layer = LastLayer(config, head_inputs, numerics, vocab_size, mesh)
     return Trainer(
-        recording="states",
+        recording=config.recording,
         init=last_layer.init,
         serve=lambda draft: last_layer.own(serve(draft)),
         warm_up=last_layer.warm_up,
@@ -116,11 +117,27 @@ class _Chunks:
     vocab_size: int
 
     @property
-    def learner(self) -> HeadLearner:
-        """The update rule."""
+    def softmax(self) -> HeadLearner:
+        """The update rule that reads the logits of all tokens."""
         config = self.config
         return head_learner(
-            config.head_rate, config.head_damping, config.head_candidates
+            config.head_rate,
+            config.head_damping,
+            config.head_candidates,
+            config.head_patience,
+        )
+
+    @property
+    def preference(self) -> HeadLearner:
+        """The one that reads pairs of tokens alone."""
+        config = self.config
+        return preference_learner(
+            config.head_rate,
+            config.head_damping,
+            config.beta,
+            config.rejected_weight,
+            config.margin_cap,
+            config.head_patience,
         )
 
     def samples(self, params, token_ids, feedback, tokens, start, end) -> HeadSamples:
@@ -129,23 +146,38 @@ class _Chunks:
         take = lambda x: jnp.take(x, positions, axis=0, mode="clip")
         # What the state at position i predicts is the token at i + 1.
         labels = take(tokens[1:])
+        choices = None
+        if feedback.choices is not None:
+            choices = take(feedback.choices[0])
         if token_ids is not None:
             # Target ids to entries of the draft vocabulary, -1 for tokens outside.
             entry_of = jnp.full((self.vocab_size,), -1, jnp.int32)
             entry_of = entry_of.at[token_ids].set(jnp.arange(token_ids.shape[0]))
             labels = entry_of[labels]
+            if choices is not None:
+                choices = jnp.where(choices < 0, -1, entry_of[choices])
 
         inputs = self.head_inputs(params, take(feedback.states[0]).astype(jnp.float32))
         is_real = take(feedback.has_state[0]) & (positions < end)
 
-        return HeadSamples(inputs, jnp.zeros((CHUNK, 0)), labels, is_real)
+        return HeadSamples(
+            inputs, jnp.zeros((CHUNK, 0)), labels, is_real, choices=choices
+        )
 
     def learn(self, state: HeadState, head: dict, sampling, *args):
         """One step: the learner's state, the served projection, and the info."""
         samples = self.samples(*args)
         logits = linear(samples.inputs, head, self.numerics)
         samples = samples.replace(logits=logits, sampling=sampling)
-        state, rows, info = self.learner.update(state, samples)
+        return self._serve(head, *self.softmax.update(state, samples))
+
+    def prefer(self, state: HeadState, head: dict, sampling, *args):
+        """Likewise, by the pairs of a greedy answer, without any logits."""
+        del sampling
+        return self._serve(head, *self.preference.update(state, self.samples(*args)))
+
+    def _serve(self, head: dict, state: HeadState, rows, info: HeadInfo):
+        """Puts the rows that changed into the served projection."""
         changed = cast_params({"kernel": state.kernel[rows]}, self.numerics.precision)
         # Only the rows that changed are cast and written; an int8 head has its scales
         # by row.
@@ -173,9 +205,11 @@ class _Chunks:
 
 
 class _Programs(NamedTuple):
-    """Jitted `_Chunks.learn`, which overwrites state and head, and `accepted`."""
+    """Jitted `_Chunks.learn` and `prefer`, which overwrite state and head, and
+    `accepted`."""
 
     learn: Callable
+    prefer: Callable
     accepted: Callable
 
 
@@ -183,6 +217,7 @@ class _Programs(NamedTuple):
 def _compiled(chunks: _Chunks) -> _Programs:
     return _Programs(
         learn=jax.jit(chunks.learn, donate_argnums=(0, 1)),
+        prefer=jax.jit(chunks.prefer, donate_argnums=(0, 1)),
         accepted=jax.jit(chunks.accepted),
     )
 
@@ -200,22 +235,25 @@ class LastLayer:
     ):
         if head_inputs is None:
             raise ConfigError(
-                "the learner 'head' learns a draft's own output projection, and this "
-                "draft has none; use --learner gradient, or memory"
+                f"the learner {config.name!r} learns a draft's own output projection, "
+                f"and this draft has none; use --learner gradient, or memory"
             )
         if numerics.num_groups > 1:
             raise ConfigError(
-                "the learner 'head' works on a single device; use --learner gradient"
+                f"the learner {config.name!r} works on a single device; use --learner "
+                f"gradient"
             )
 
         self.config = config
         self._mesh = mesh
         self.chunks = _Chunks(config, head_inputs, numerics, vocab_size)
-        self._learn, self._compare = _compiled(self.chunks)
+        self._learn, self._prefer, self._compare = _compiled(self.chunks)
 
     def init(self, draft: Draft) -> tuple[LastLayerState, Traffic]:
         """A state that has seen nothing."""
-        learner = self.chunks.learner.init(draft.params[HEAD]["kernel"])
+        learner = self.chunks.softmax.init(draft.params[HEAD]["kernel"])
+        if self._keeps_reference:
+            learner = learner.replace(reference=jnp.copy(learner.kernel))
         state = LastLayerState(*new_counts(), learner=learner)
         if self.config.pace == "pays":
             cost = self.config.budget_share * CHUNK
@@ -236,6 +274,45 @@ class LastLayer:
         )
         return jax.tree.map(lambda x: jnp.array(x, copy=True), served)
 
+    @property
+    def _is_greedy_only(self) -> bool:
+        """Whether sampled answers are left out: pairs of draws come to no rest."""
+        return isinstance(self.config.method, Preference)
+
+    @property
+    def _keeps_reference(self) -> bool:
+        return self._is_greedy_only and self.config.reference_answers > 0
+
+    def _rule_of(self, state: LastLayerState) -> Callable:
+        """The step that learns from the answer that was observed last."""
+        if not self._is_greedy_only:
+            return self._learn
+
+        every = self.config.softmax_every
+        is_softmax = every > 0 and (int(state.version) + 1) % every == 0
+        return self._learn if is_softmax else self._prefer
+
+    @property
+    def _turns(self) -> tuple[int, ...]:
+        """Versions at which each of the steps is taken."""
+        if not self._is_greedy_only or self.config.softmax_every < 2:
+            return (0,)
+
+        return 0, self.config.softmax_every - 1
+
+    def _with_reference(self, state: LastLayerState) -> HeadState:
+        """The learner's state, its reference renewed where a span of answers begins."""
+        learner = state.learner
+        if not self._keeps_reference:
+            return learner
+
+        # Versions count the answers that were learned from: with `pace` not all are.
+        if int(state.version) % self.config.reference_answers:
+            return learner
+
+        # A copy: the projection itself is overwritten by the next step.
+        return learner.replace(reference=jnp.copy(learner.kernel))
+
     def warm_up(
         self,
         state: LastLayerState,
@@ -247,7 +324,7 @@ class LastLayer:
     ) -> LastLayerState:
         """See `Trainer`."""
 
-        def seconds_of_update() -> float:
+        def seconds_of_update(state: LastLayerState) -> float:
             # An update overwrites both.
             copies = jax.tree.map(jnp.copy, (state, served))
             jax.block_until_ready(copies)
@@ -258,7 +335,9 @@ class LastLayer:
 
             return time.perf_counter() - start
 
-        seconds_of_update()
+        for version in self._turns:
+            turn = jnp.full_like(state.version, version)
+            seconds_of_update(state.replace(version=turn))
         if state.pace is None:
             return state
 
@@ -267,8 +346,9 @@ class LastLayer:
         if speed is None or int(state.num_prompts) > 0:
             return state  # what is on its way keeps its price
 
-        seconds = min(seconds_of_update() for _ in range(4))
-        cost = seconds / max(_num_chunks(completion), 1) / speed.seconds_per_token
+        seconds = min(seconds_of_update(state) for _ in range(4))
+        num_chunks = max(_num_chunks(completion, self._is_greedy_only), 1)
+        cost = seconds / num_chunks / speed.seconds_per_token
 
         return state.replace(pace=pace.set_cost(state.pace, cost))
 
@@ -319,7 +399,8 @@ class LastLayer:
         """
         start = time.perf_counter()
         stride = state.stride
-        num_updates = num_chunks = _num_chunks(completion)
+        is_greedy_only = self._is_greedy_only
+        num_updates = num_chunks = _num_chunks(completion, is_greedy_only)
         # Before learning from the answer, which neither projection has seen then.
         if state.pace is not None and pace.is_compared(state.pace):
             compared = self._record_gains(state.pace, served, completion)
@@ -329,14 +410,15 @@ class LastLayer:
         # The projection is taken out of the parameters, because it alone is donated.
         params = dict(served.params)
         head = params.pop(HEAD)
-        learner = state.learner
+        learner = self._with_reference(state)
+        learn = self._rule_of(state)
         infos = []
         sampling = as_drawn(completion.request.sampling)
 
         # An answer is learned from in parts of one shape, so one program serves all
         # lengths.
         for args in self._parts(params, served, completion):
-            learner, head, info = self._learn(learner, head, sampling, *args)
+            learner, head, info = learn(learner, head, sampling, *args)
             infos.append(info)
 
         state = state.replace(learner=learner)
@@ -379,7 +461,7 @@ class LastLayer:
         ids = [*completion.request.prompt_ids, *completion.token_ids]
         tokens = np.full(completion.capacity + 1, -1, np.int32)
         tokens[: len(ids)] = ids
-        first, last = _span(completion)
+        first, last = _span(completion, self._is_greedy_only)
 
         for start in range(first, last, CHUNK):
             yield (
@@ -392,22 +474,32 @@ class LastLayer:
             )
 
 
-def _span(completion: Completion) -> tuple[int, int]:
+def _span(completion: Completion, is_greedy_only: bool) -> tuple[int, int]:
     """Where an answer's samples begin and end.
 
     Its first token came from prefill, and was never drafted. An answer whose logits
     were adjusted has no samples: its tokens follow another law than the target's own,
     which is the one to learn.
+
+    Args:
+      is_greedy_only: A sampled answer has no samples, either.
     """
-    if completion.request.sampling.is_adjusted:
+    sampling = completion.request.sampling
+    is_left_out = is_greedy_only and not _is_greedy(sampling)
+    if sampling.is_adjusted or is_left_out:
         return completion.num_recorded, completion.num_recorded
 
     return len(completion.request.prompt_ids), completion.num_recorded
 
 
-def _num_chunks(completion: Completion) -> int:
+def _num_chunks(completion: Completion, is_greedy_only: bool) -> int:
     """Updates that an answer is worth."""
-    return len(range(*_span(completion), CHUNK))
+    return len(range(*_span(completion, is_greedy_only), CHUNK))
+
+
+def _is_greedy(sampling: SamplingConfig) -> bool:
+    """Whether tokens are the most probable ones, not draws."""
+    return sampling.temperature == 0 or sampling.top_k == 1
 
 
 def as_drawn(sampling: SamplingConfig) -> HeadSampling | None:
@@ -417,8 +509,7 @@ def as_drawn(sampling: SamplingConfig) -> HeadSampling | None:
     another temperature, and for those of which top-k or top-p cut something off.
     """
     is_cut = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-    is_greedy = sampling.temperature == 0 or sampling.top_k == 1
-    if is_greedy or (sampling.temperature == 1 and not is_cut):
+    if _is_greedy(sampling) or (sampling.temperature == 1 and not is_cut):
         return None
 
     drawn = HeadSampling(jnp.float32(sampling.temperature))

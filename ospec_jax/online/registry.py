@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from ospec_jax.config import RECORDS_STATES
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.learners.config import LearnerConfig, build_learner
 from ospec_jax.models.layers import Numerics
@@ -45,7 +46,7 @@ def build_trainer(
     """
     if config.recording == "nothing":
         trainer = counting_trainer(serve, mesh)
-    elif config.recording == "states":
+    elif config.recording in RECORDS_STATES:
         trainer = last_layer_trainer(
             config, drafter.head_inputs, numerics, vocab_size, serve, mesh
         )

@@ -18,7 +18,7 @@ from ospec_jax.config import Recording
 from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters import ngram
 from ospec_jax.learners.base import LearnerInfo
-from ospec_jax.learners.last_layer import HeadInfo
+from ospec_jax.learners.projection import HeadInfo
 from ospec_jax.online import ring
 from ospec_jax.online.pace import PaceState
 from ospec_jax.online.ring import FeedbackRing

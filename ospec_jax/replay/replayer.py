@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.config import RECORDS_STATES, ConfigError, TreeConfig
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.decoding.request import Completion, Request
@@ -90,11 +90,13 @@ class Score(NamedTuple):
       accepted: `[a]` draft tokens of a proposal at each of its tokens.
       loss: None when not asked for.
       states: `[a, num_steps, d]`, or None when not asked for.
+      choices: `[a, num_steps]` what was drafted from these, or None likewise.
     """
 
     accepted: np.ndarray
     loss: float | None
     states: np.ndarray | None
+    choices: np.ndarray | None
 
 
 @dataclasses.dataclass
@@ -230,12 +232,17 @@ class Replayer:
                 weight if self.has_losses else None,
             )
         )
-        accepted, losses, states = found_of_all
+        accepted, losses, states, choices = found_of_all
         losses = None if losses is None else losses.tolist()
         of_row = lambda values, row: None if values is None else values[row]
 
         return [
-            Score(accepted[row], of_row(losses, row), of_row(states, row))
+            Score(
+                accepted[row],
+                of_row(losses, row),
+                of_row(states, row),
+                of_row(choices, row),
+            )
             for row in range(len(found))
         ]
 
@@ -250,12 +257,17 @@ class Replayer:
         )
 
     def completion(
-        self, found: Recording, stats: DecodingStats, score: Score | None = None
+        self,
+        found: Recording,
+        stats: DecodingStats,
+        score: Score | None = None,
+        has_choices: bool = False,
     ) -> Completion:
         """What the engine hands to learning after an answer.
 
         Args:
           score: With its states, where these are learned from.
+          has_choices: What was drafted from them is learned from, too.
         """
         # As the engine would hand it over: features by position in a cache of one size.
         prompt = tuple(found.arrays["tokens"][: found.num_prompt].tolist())
@@ -263,13 +275,16 @@ class Replayer:
         length = len(found.arrays["tokens"])
         sources = {name: (0, source) for name, source in found.arrays.items()}
         if score is not None and score.states is not None:
-            states, has_state = drafting_states(
-                score.accepted, score.states, len(answer)
+            assert score.choices is not None, "they come with the states"
+            states, has_state, choices = drafting_states(
+                score.accepted, score.states, score.choices, len(answer)
             )
             first = found.num_prompt
             # What decoding records for the last layer is states alone.
             sources = {"tokens": sources["tokens"], "states": (first, states)}
             sources["has_state"] = first, has_state
+            if has_choices:
+                sources["choices"] = first, choices
 
         fields = {}
 
@@ -337,10 +352,11 @@ class Replayer:
         draft = self.draft.draft
         served = trainer.serve(draft)
         score = None
-        if trainer.recording == "states":
+        if trainer.recording in RECORDS_STATES:
             (score,) = self.score(served.params, self.order[:1], has_states=True)
 
-        completion = self.completion(first, DecodingStats(), score)
+        has_choices = trainer.recording == "choices"
+        completion = self.completion(first, DecodingStats(), score, has_choices)
         state, traffic = trainer.init(draft)
         # Without a speed nothing is measured: costs are what the settings say.
         state = trainer.warm_up(state, traffic, draft, served, completion, None)
@@ -377,7 +393,7 @@ class Replayer:
         # same draft.
         while position < len(self.order) and not should_stop():
             batch = self.order[position:][: self._num_ahead(trainer, now, position)]
-            has_states = trainer is not None and trainer.recording == "states"
+            has_states = trainer is not None and trainer.recording in RECORDS_STATES
             scores = self.score(now.served.params, batch, has_states)
             # One by one from here on: learning sees them in the stream's order.
             for entry, score in zip(batch, scores, strict=True):
@@ -414,7 +430,9 @@ class Replayer:
 
         start = time.perf_counter()
         before = now
-        now = learn_from(trainer, now, self.completion(found, stats, score))
+        has_choices = trainer.recording == "choices"
+        completion = self.completion(found, stats, score, has_choices)
+        now = learn_from(trainer, now, completion)
         seconds = time.perf_counter() - start
         if now.report is not None:
             run.reports.append(now.report)

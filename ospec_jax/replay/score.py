@@ -33,9 +33,9 @@ def build_score(
     """Builds the pass that scores whole answers.
 
     It maps `(params, token_ids, shared, feedback, start, following, weight)` to the
-    accepted draft tokens `[b, a]` of a proposal at each root, the losses `[b]`, and the
-    states `[b, a, num_steps, d]` that each proposal's tokens were predicted from, or
-    None unless `has_states`.
+    accepted draft tokens `[b, a]` of a proposal at each root, the losses `[b]`, the
+    states `[b, a, num_steps, d]` that each proposal's tokens were predicted from, and
+    these tokens `[b, a, num_steps]`; None for both unless `has_states`.
     Feedback has `num_context` context tokens, then the `a` tokens before the roots,
     then `num_steps` more; `following[b, a + num_steps]` are the tokens after the first
     root, negative where there are none; `weight[b, a]` is None for no losses.
@@ -44,7 +44,7 @@ def build_score(
     def score(params, token_ids, shared, feedback, start, following, weight):
         args = params, token_ids, shared, feedback, start
         sizes = {"num_context": num_context, "num_steps": num_steps}
-        states = None
+        states = choices = None
         if has_states:
             logits, outputs = drafter.unroll_outputs(*args, **sizes)
             # Rounded as they are when decoding records them.
@@ -57,17 +57,22 @@ def build_score(
         length = logits[0].shape[1]
         is_same = True
         accepted = 0
+        drafted = []
 
         for depth, of_depth in enumerate(logits):
             best = argmax(of_depth)
             best = best if token_ids is None else token_ids[best]
+            drafted.append(best)
             is_same &= best == following[:, depth : depth + length]
             accepted += is_same.astype(jnp.int32)
 
+        if has_states:
+            choices = jnp.stack(drafted, axis=2)
         if weight is None:
-            return accepted, None, states
+            return accepted, None, states, choices
 
-        return accepted, losses(logits, token_ids, shared, feedback, weight), states
+        found = losses(logits, token_ids, shared, feedback, weight)
+        return accepted, found, states, choices
 
     def losses(logits, token_ids, shared, feedback, weight):
         # The pair at the root's predecessor predicts the token after the root, so the
@@ -122,28 +127,32 @@ def steps(
 
 
 def drafting_states(
-    accepted: np.ndarray, states: np.ndarray, num_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
+    accepted: np.ndarray, states: np.ndarray, choices: np.ndarray, num_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The states from which the engine's steps would have drafted an answer.
 
     Args:
       states: `[a, num_steps, d]` of all proposals, as `build_score` gives them.
+      choices: `[a, num_steps]` what was drafted from these.
 
     Returns:
-      `[num_tokens - 1, d]` by the token that came before the predicted one, and where
-      there are any: nothing is drafted behind a chain that was accepted whole.
+      `[num_tokens - 1, d]` by the token that came before the predicted one, where there
+      are any, since nothing is drafted behind a chain that was accepted whole, and what
+      was drafted from them, -1 elsewhere.
     """
     kept = np.zeros((num_tokens - 1, states.shape[-1]), states.dtype)
     has_state = np.zeros(num_tokens - 1, bool)
+    chosen = np.full(num_tokens - 1, -1, np.int32)
 
     for root, count in steps(accepted, num_tokens):
         # States up to the first rejected token: behind it the engine would have begun
         # anew. The answer may end within a chain.
         size = min(count + 1, states.shape[1], num_tokens - 1 - root)
         kept[root : root + size] = states[root, :size]
+        chosen[root : root + size] = choices[root, :size]
         has_state[root : root + size] = True
 
-    return kept, has_state
+    return kept, has_state, chosen
 
 
 def whole_answer(found: Recording) -> list[int]:

@@ -117,9 +117,9 @@ class Telemetry:
     the gradient's norm, the decision and its counts, `step_length` and `path_length`
     (how far the served parameters moved, now and in all), the `stride` of learning,
     seconds, and whatever else the learner tells (`LearnerInfo.extra`): expert weights,
-    hint error. Of the learner `head`, whose updates are answers, there are loss and
-    agreement of what it drafted, and `num_samples`; of several steps in one answer,
-    `step_length` is the sum.
+    hint error. Of the learners `head` and `preference`, whose updates are answers,
+    there are loss and agreement of what was drafted, and `num_samples`; of several
+    steps in one answer, `step_length` is the sum.
     """
 
     def __init__(

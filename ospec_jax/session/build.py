@@ -119,6 +119,7 @@ def assembled(
             drafter = build(everyone, plain)
         if learner is not None:
             learner = learner_for(learner, draft, drafter, target)
+            _check_choices(learner, tree)
             # Remembered only where they are looked up.
             orders = orders if has_ngrams else ()
             trainer = trainer_for(learner, target, draft, drafter, serve, orders)
@@ -159,6 +160,16 @@ def assembled(
         return Parts(engine, rule, None, None, serve)
 
     return Parts(engine, rule, learner, trainer, trainer.serve)
+
+
+def _check_choices(learner: LearnerConfig, tree: TreeConfig) -> None:
+    """Refuses a learner of most probable tokens where other ones are drafted."""
+    if learner.recording == "choices" and tree.children != "topk":
+        raise ConfigError(
+            f"the learner {learner.name!r} learns from the draft's most probable "
+            f"tokens, and children {tree.children!r} are drawn; use children 'topk', "
+            f"or the learner 'head'"
+        )
 
 
 def _rule_of(

@@ -122,8 +122,8 @@ class Session:
     `reports` holds what the newest 256 updates did.
 
     `on_update`, if set, is called after each update with its report and the draft that
-    was served before and is after it; its time is not learning's. The learner `head`
-    overwrites its projection: there, that of the draft before is gone.
+    was served before and is after it; its time is not learning's. The learners `head`
+    and `preference` overwrite the projection: there, that of the draft before is gone.
 
     `kept` holds the caches of answered requests for those that go on from them, where
     `session.live` keeps any.

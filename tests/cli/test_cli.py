@@ -804,7 +804,7 @@ def test_learners_are_known_by_name(name):
     config = arguments.learner_config(name, seed=5, budget=None)
     assert (config.name, config.seed) == (name, 5)
     assert arguments.learner_config(name) == LearnerConfig(name=name)
-    if name in ("head", "memory"):
+    if name in ("head", "preference", "memory"):
         with pytest.raises(ConfigError, match="does not read learning_rate"):
             arguments.learner_config(name, learning_rate=0.5)
     elif name in ("momentum", "optimistic"):
@@ -868,6 +868,7 @@ def test_what_a_learner_does_not_read_cannot_be_set(settings, message):
         ({"replay_share": 0.9}, "leaves no window to new traffic"),
         ({"window": 0}, "window is 0; use 1 or more"),
         ({"name": "head", "head_damping": 0.0}, "head_damping is 0.0; use above 0"),
+        ({"name": "head", "head_patience": 0.0}, "head_patience is 0.0; use above 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):

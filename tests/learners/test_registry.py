@@ -68,7 +68,8 @@ def test_a_rate_says_whose_it_is_where_the_rule_was_published_with_sgd(name):
 
 
 def test_defaults_are_the_learners_own():
-    steps = [name for name in LEARNER_NAMES if name not in ("head", "memory", "auto")]
+    others = ("head", "preference", "memory", "auto")
+    steps = [name for name in LEARNER_NAMES if name not in others]
     found = {name: LearnerConfig(name=name) for name in steps}
     rates = {name: (c.optimizer, c.learning_rate) for name, c in found.items()}
     assert rates["gradient"] == rates["ensemble"] == ("adam", 3e-4)

@@ -140,7 +140,7 @@ def test_learning_has_a_price_before_it_is_measured(target, draft, own):
 
 
 @pytest.mark.filterwarnings("ignore:the mean acceptance length")
-@pytest.mark.parametrize("name", ["gradient", "head"])
+@pytest.mark.parametrize("name", ["gradient", "head", "preference"])
 def test_a_session_slows_down_resumes_bitwise_and_wakes(target, draft, tmp_path, name):
     """Learning that costs most of the time, from one prompt; then others come."""
     own = {
@@ -152,6 +152,7 @@ def test_a_session_slows_down_resumes_bitwise_and_wakes(target, draft, tmp_path,
             "ring_capacity": 8,
         },
         "head": {},
+        "preference": {},
     }
     learner = LearnerConfig(
         name=name, pace="pays", budget=0.4, num_steps=2, **own[name]

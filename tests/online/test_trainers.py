@@ -37,6 +37,7 @@ TRAINERS = [
     ),  # fmt: skip
     ("last-layer", LearnerConfig(name="head")),
     ("last-layer-pays", LearnerConfig(name="head", pace="pays", budget=0.4)),
+    ("preference", LearnerConfig("preference", reference_answers=2, softmax_every=3)),
     ("memory", LearnerConfig(name="memory")),
 ]
 

@@ -116,9 +116,12 @@ def test_replay_equals_the_engine(target, folder, family, promoted, monkeypatch)
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_replaying_the_last_layers_learner_equals_the_engine(target, folder, draft):
+@pytest.mark.parametrize("name", ["head", "preference"])
+def test_replaying_the_last_layers_learner_equals_the_engine(
+    target, folder, draft, name
+):
     """Its states are those of the chains that the engine would have drafted."""
-    config = LearnerConfig(name="head", memory_slots=0)
+    config = LearnerConfig(name=name, memory_slots=0)
     session, results = serve(target, draft, config)
     run = Replayer(target, draft, folder, STEPS).run(config)
     assert histograms(run.answers) == histograms(results)
