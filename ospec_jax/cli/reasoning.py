@@ -82,12 +82,16 @@ def reason(
     from ospec_jax.reasoning.preferences import PreferenceConfig, preference_learner
     from ospec_jax.reasoning.steps import StepRule
     from ospec_jax.reasoning.stream import OnlineReasoner
-    from ospec_jax.reasoning.verifiers import build_verifier
+    from ospec_jax.reasoning.verifiers import build_verifier, check_verifier
     from ospec_jax.reasoning.writing import Writer
 
     check_outputs([json_file], inputs=[prompts])
+    check_verifier(verifier)
     whole_number("--num-ahead", num_ahead, least=1)
     whole_number("--max-new-tokens", max_new_tokens, least=1)
+    whole_number("--chunk-size", chunk_size, least=1)
+    if num_prompts is not None:
+        whole_number("--num-prompts", num_prompts, least=1)
     rows = read_prompts(prompts)[:num_prompts]
     is_right = _graders(prompts, run_code)
     rule = StepRule(max_tokens=max_step_tokens)

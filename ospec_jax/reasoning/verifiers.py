@@ -223,7 +223,25 @@ def _pooled(target: Target) -> Callable[[Sequence[tuple[int, ...]]], np.ndarray]
     return pool
 
 
-def build_verifier(name: str, target: Session, judge: Session | None = None):
+def check_verifier(name: str) -> None:
+    """Refuses a name that no verifier has; see `build_verifier`.
+
+    Raises:
+      ConfigError: There is none of that name.
+    """
+    kind, _, given = name.partition(":")
+    if kind == "states":
+        _as_cosine(given)
+    elif given or kind not in VERIFIERS:
+        raise ConfigError(
+            f"unknown verifier {name!r}; use exact, text, states, states:COSINE or "
+            f"judge"
+        )
+
+
+def build_verifier(
+    name: str, target: Session, judge: Session | None = None
+) -> Verifier:
     """A verifier by name: `exact`, `text`, `states`, `states:COSINE` or `judge`.
 
     Args:
@@ -233,14 +251,10 @@ def build_verifier(name: str, target: Session, judge: Session | None = None):
     Raises:
       ConfigError: There is none of that name.
     """
+    check_verifier(name)
     kind, _, given = name.partition(":")
     if kind == "states":
         return same_states(target.target, _as_cosine(given))
-    if given or kind not in VERIFIERS:
-        raise ConfigError(
-            f"unknown verifier {name!r}; use exact, text, states, states:COSINE or "
-            f"judge"
-        )
     if kind == "exact":
         return exact()
 

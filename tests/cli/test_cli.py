@@ -1025,3 +1025,5 @@ def test_steps_are_drafted_and_graded(ospec, capsys):
 
     assert ospec("reason", *args, "--verifier", "nobody") == 2
     assert "unknown verifier 'nobody'" in capsys.readouterr().err
+    assert ospec("reason", *args, "--num-prompts", 0) == 2
+    assert "--num-prompts is 0" in capsys.readouterr().err
