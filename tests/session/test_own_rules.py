@@ -12,6 +12,7 @@ import pytest
 
 from ospec_jax import ConfigError, LearnerConfig, Session
 from ospec_jax.config import TreeConfig
+from ospec_jax.control.base import fixed
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.replay.results import settings_of
@@ -146,3 +147,21 @@ def test_rules_train_parameters(target):
 def test_settings_that_a_rule_would_not_read_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         LearnerConfig(**settings)
+
+
+@pytest.mark.parametrize(("seed", "temperature"), [(7, 1.0), (7, 0.0), (None, 1.0)])
+def test_numbers_that_come_again_teach_no_controller(seed, temperature):
+    heard = []
+
+    def listening(actions):
+        def observe(state, action, outcome):
+            heard.append(outcome)
+            return state
+
+        return fixed(actions)._replace(observe=observe)
+
+    session = Session(tiny_target(), "ngram", controller=listening)
+    row = {"prompt": "one, two, one, two", "seed": seed}
+    list(session.generate([row], 12, temperature=temperature))
+    # A greedy answer uses no random numbers, whatever its seed.
+    assert bool(heard) == (seed is None or temperature == 0)
