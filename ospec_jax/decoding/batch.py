@@ -562,9 +562,6 @@ class Batch:
         assert sent.action is not None
         assert self._on_step is not None
         rows = [(row, slot) for _, row, slot in sent.rows]
-        # A request whose random numbers will come again teaches no rule either: what it
-        # is drafted by then must not follow from them.
-        rows = [(row, slot) for row, slot in rows if slot.request.can_teach]
         # A row's last step is left out, since what it accepted is cut at a stop token
         # or at the limit. One that ends with a stop string is not cut on the device.
         going = [row for row, _ in rows if not sent.output.is_finished[row]]
