@@ -37,8 +37,9 @@ constexpr int64_t kChannels = 4;  // kernel rows that are read side by side
 constexpr int64_t kMaxRows = 8;
 constexpr int64_t kMaxWideRows = 4;
 constexpr int64_t kAlign = 64;    // bytes in a vector
-// Blocks read several short runs of memory, which no hardware prefetcher follows.
-constexpr int64_t kPrefetchBytes = 4096;
+// The kernel is fetched ahead into the second cache. By the first one's own size and
+// lines in flight, a core gets no more than three quarters of what memory delivers.
+constexpr int64_t kPrefetchBytes = 8192;
 // Bytes of the kernel that a thread claims at a time. They stay in the first cache while
 // one block of rows after the other passes over them; a single block needs no such care.
 constexpr int64_t kChunkBytes = 16 * 1024;
@@ -112,32 +113,74 @@ int32_t round_row(const float* x, int64_t k, int64_t padded_k, float scale, int8
   return _mm512_reduce_add_epi32(sum);
 }
 
+// Adds the products of R rows with one channel, each in the lanes of a vector.
+//
+// The channel is read strictly in its order in memory, and the next one behind it, which
+// is what hardware prefetchers follow.
+template <int R, bool kFirst>
+[[gnu::always_inline]] inline void add_in_order(const Product& p, const int8_t* x,
+                                                const int8_t* weights, __m512i* sums) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int64_t whole = p.k / kAlign * kAlign;
+  __m512i acc[R];
+  auto add = [&](int64_t i, __m512i w) __attribute__((always_inline)) {
+    w = _mm512_xor_si512(w, flip);
+    each<R>([&](auto r) {
+      acc[r] = _mm512_dpbusd_epi32(acc[r], w, _mm512_load_si512(x + r * p.padded_k + i));
+      // Without this some compilers move all sums elsewhere and back at every vector.
+      asm("" : "+v"(acc[r]));
+    });
+  };
+  each<R>([&](auto r) { acc[r] = _mm512_setzero_si512(); });
+  for (int64_t i = 0; i < whole; i += kAlign) {
+    if (kFirst) _mm_prefetch(weights + i + kPrefetchBytes, _MM_HINT_T1);
+    add(i, _mm512_loadu_si512(weights + i));
+  }
+  if (whole < p.k) {
+    const __mmask64 is_real = ~__mmask64{0} >> (kAlign - (p.k - whole));
+    add(whole, _mm512_maskz_loadu_epi8(is_real, weights + whole));
+  }
+  each<R>([&](auto r) { sums[r] = acc[r]; });
+}
+
+// Likewise with C channels side by side, so that R vectors are loaded once for all.
+template <int R, int C, bool kFirst>
+[[gnu::always_inline]] inline void add_side_by_side(const Product& p, const int8_t* x,
+                                                    const int8_t* kernel, __m512i* sums) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  __m512i acc[C][R];
+  each<R * C>([&](auto i) { acc[i / R][i % R] = _mm512_setzero_si512(); });
+  for (int64_t i = 0; i < p.k; i += kAlign) {
+    const int64_t left = p.k - i;
+    const __mmask64 is_real = ~__mmask64{0} >> (left < kAlign ? kAlign - left : 0);
+    __m512i w[C];
+    each<C>([&](auto c) {
+      if (kFirst) _mm_prefetch(kernel + C * i + kAlign * c + kPrefetchBytes, _MM_HINT_T1);
+      w[c] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(is_real, kernel + c * p.k + i), flip);
+    });
+    each<R>([&](auto r) {
+      __m512i values = _mm512_load_si512(x + r * p.padded_k + i);
+      each<C>([&](auto c) { acc[c][r] = _mm512_dpbusd_epi32(acc[c][r], w[c], values); });
+    });
+  }
+  each<R * C>([&](auto i) { sums[i] = acc[i / R][i % R]; });
+}
+
 // R rows from `row` on times C channels from `channel` on. The first block of rows
 // fetches the kernel ahead; the others find it in the cache.
 template <int R, int C, bool kFirst>
 inline void block(const Product& p, int64_t row, int64_t channel) {
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int8_t* x = p.x + row * p.padded_k;
   const int8_t* kernel = p.kernel + channel * p.k;
-  __m512i acc[R][C];
-  each<R * C>([&](auto i) { acc[i / C][i % C] = _mm512_setzero_si512(); });
-  for (int64_t i = 0; i < p.k; i += kAlign) {
-    int64_t left = p.k - i;
-    __mmask64 mask = ~__mmask64{0} >> (left < kAlign ? kAlign - left : 0);
-    __m512i w[C];
-    each<C>([&](auto c) {
-      if (kFirst) _mm_prefetch(kernel + C * i + kAlign * c + kPrefetchBytes, _MM_HINT_T0);
-      w[c] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, kernel + c * p.k + i), flip);
-    });
-    each<R>([&](auto r) {
-      __m512i values = _mm512_load_si512(x + r * p.padded_k + i);
-      each<C>([&](auto c) { acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], w[c], values); });
-    });
-  }
+  __m512i acc[C][R];
+  if constexpr (R <= kMaxWideRows)
+    each<C>([&](auto c) { add_in_order<R, kFirst>(p, x, kernel + c * p.k, acc[c]); });
+  else
+    add_side_by_side<R, C, kFirst>(p, x, kernel, acc[0]);
   const __mmask8 is_written = (1 << C) - 1;
   __m128 scale = _mm_maskz_loadu_ps(is_written, p.scale + channel);
   each<R>([&](auto r) {
-    __m128i total = sum_lanes(acc[r][0], acc[r][1 % C], acc[r][2 % C], acc[r][3 % C]);
+    __m128i total = sum_lanes(acc[0][r], acc[1 % C][r], acc[2 % C][r], acc[3 % C][r]);
     total = _mm_sub_epi32(total, _mm_set1_epi32(128 * p.row_sum[row + r]));
     __m128 y = _mm_mul_ps(_mm_cvtepi32_ps(total), _mm_set1_ps(p.row_scale[row + r]));
     y = _mm_mul_ps(y, scale);
