@@ -28,7 +28,8 @@ import numpy as np
 
 from ospec_jax import TreeConfig, load_draft, load_target
 from ospec_jax.bench.drafts import domain_rows
-from ospec_jax.bench.harness import BenchConfig, run_bench
+from ospec_jax.bench.harness import run_bench
+from ospec_jax.bench.runs import BenchConfig, Contender
 from ospec_jax.cli.notation import parse_tree
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts, parse_prompt
 from ospec_jax.decoding.step import shared_tables
@@ -43,7 +44,7 @@ CHAT = (
     "Give me three arguments for learning a musical instrument as an adult.",
 )
 target = load_target("smollm2-135m")
-contenders = {
+trees = {
     "shipped": CHAIN,
     "shipped, as a tree": TREE,
     "shipped:hydra": CHAIN,
@@ -52,8 +53,8 @@ contenders = {
     "self:int4": CHAIN,
 }
 drafts = {
-    name: (load_draft(name.split(", ")[0], target), tree)
-    for name, tree in contenders.items()
+    name: Contender(load_draft(name.split(", ")[0], target), tree)
+    for name, tree in trees.items()
 }
 prompts = [p for domain in DEMO_DOMAINS for p in demo_prompts(domain)[:NUM_PROMPTS]]
 prompts += [
@@ -67,7 +68,7 @@ prompts += [
 
 # %%
 config = BenchConfig(modes=("autoregressive",), max_new_tokens=NEW_TOKENS)
-run = run_bench(target, None, prompts, config, drafts=drafts)
+run = run_bench(target, None, prompts, config, contenders=drafts)
 found = {(row["mode"], row["domain"]): row for row in domain_rows(run)}
 domains = [*DEMO_DOMAINS, "chat"]
 assert all(row["num_mismatched_outputs"] == 0 for row in found.values())

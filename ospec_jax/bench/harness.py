@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ospec_jax.bench.asking import (
     first_turn,
@@ -30,11 +30,12 @@ from ospec_jax.bench.runs import (
     UNPADDED,
     BenchConfig,
     BenchRun,
+    Contender,
     ModeRun,
     PeerRun,
     Turns,
 )
-from ospec_jax.config import ConfigError, TreeConfig
+from ospec_jax.config import ConfigError
 from ospec_jax.data.conversations import Conversation
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.engine import CAPACITIES
@@ -52,8 +53,7 @@ def run_bench(
     should_stop: Callable[[], bool] = lambda: False,
     should_drop: Callable[[], bool] = lambda: False,
     peers: Sequence[Peer] = (),
-    drafts: dict[str, tuple[LoadedDraft, TreeConfig]] | None = None,
-    controllers: dict[str, tuple[str | None, TreeConfig]] | None = None,
+    contenders: Mapping[str, Contender] | None = None,
 ) -> BenchRun:
     """Measures all modes, and other decoders, on all prompts.
 
@@ -61,10 +61,8 @@ def run_bench(
 
     Args:
       prompts: Prompts, or conversations, whose turns are asked one after another.
-      drafts: Drafts that are compared, each as it is: further modes by these names.
-      controllers: Rules for how much to draft that are compared, with the draft as it
-        is, and with n-grams if the configuration says so: likewise, each by the
-        session's name for it and the most that it may draft.
+      contenders: Further modes by these names. If all are drafts as they are, their
+        passes are measured, too.
       peers: Take their turns like the modes.
       on_result: Called after each turn with the number of prompts begun, the mode's
         name and its run.
@@ -74,8 +72,13 @@ def run_bench(
     Raises:
       ConfigError: Settings do not go together, or no prompt fits.
     """
-    _check(config, prompts, draft is not None, peers, controllers)
-    modes = _open_modes(target, draft, config, drafts or {}, controllers or {})
+    contenders = contenders or {}
+    _check(config, prompts, draft is not None, peers)
+    modes = {name: _open_mode(name, target, draft, config) for name in config.modes}
+    modes |= {
+        name: ModeRun(session=_open_session(target, contender, config))
+        for name, contender in contenders.items()
+    }
     # Mismatches are against plain decoding, which runs unscored if nobody asked for it.
     hidden = []
     if "autoregressive" not in modes:
@@ -89,7 +92,10 @@ def run_bench(
         _warm_up(mode, items, config)
 
     pass_seconds = measure_passes(sessions)
-    verify_seconds = measure_verification(sessions) if drafts else {}
+    verify_seconds = {}
+    if contenders and all(contender.is_static for contender in contenders.values()):
+        verify_seconds = measure_verification(sessions)
+
     others = {peer.name: PeerRun() for peer in peers}
     take_turn = {
         name: functools.partial(_answer, mode, config=config, should_drop=should_drop)
@@ -159,11 +165,8 @@ def _check(
     prompts: Sequence[Prompt | Conversation],
     has_draft: bool,
     peers: Sequence[Peer],
-    controllers: dict[str, tuple[str | None, TreeConfig]] | None,
 ) -> None:
     """Refuses what cannot be measured together; see `run_bench`."""
-    if not has_draft and controllers:
-        raise ConfigError("rules for how much to draft need a draft")
     if not has_draft and not set(config.modes) <= {"autoregressive", UNPADDED}:
         raise ConfigError("all modes but autoregressive and unpadded need a draft")
     if peers and (config.batch_size > 1 or config.sampling.temperature > 0):
@@ -174,26 +177,10 @@ def _check(
         raise ConfigError("conversations are asked with a batch size of 1")
 
 
-def _open_modes(
-    target: Target,
-    draft: LoadedDraft | None,
-    config: BenchConfig,
-    drafts: dict[str, tuple[LoadedDraft, TreeConfig]],
-    controllers: dict[str, tuple[str | None, TreeConfig]],
-) -> dict[str, ModeRun]:
-    """All modes by name, in the order of their turns."""
-    modes = {name: _open_mode(name, target, draft, config) for name in config.modes}
-    for name, (other, tree) in drafts.items():
-        own = dataclasses.replace(config, tree=tree)
-        modes[name] = _open_mode(name, target, other, own)
-
-    for name, (controller, tree) in controllers.items():
-        modes[name] = _open_controlled(target, draft, tree, controller, config)
-
-    return modes
-
-
-def _open_mode(name, target, draft, config: BenchConfig) -> ModeRun:
+def _open_mode(
+    name: str, target: Target, draft: LoadedDraft | None, config: BenchConfig
+) -> ModeRun:
+    """One of the configuration's modes."""
     if name == UNPADDED:
         numerics = dataclasses.replace(target.numerics, is_row_invariant=False)
         target = dataclasses.replace(target, numerics=numerics)
@@ -201,38 +188,31 @@ def _open_mode(name, target, draft, config: BenchConfig) -> ModeRun:
     if name in ("autoregressive", UNPADDED):
         session = Session(target, batch_size=config.batch_size, stop=config.stop)
     else:
-        is_learning = name == "learned" and draft is not None
-        learner = config.learner if is_learning else None
-        ngrams = name == "ngrams" or (name == "learned" and config.ngrams)
-        session = Session(
-            target,
+        assert draft is not None, "it was checked"
+        own = Contender(
             draft,
-            learner=learner,
-            tree=config.tree,
-            ngrams=ngrams,
-            batch_size=config.batch_size,
-            stop=config.stop,
-            num_predicted_tokens=config.num_predicted_tokens,
+            config.tree,
+            ngrams=name == "ngrams" or (name == "learned" and config.ngrams),
             controller=config.select,
+            learner=config.learner if name == "learned" else None,
         )
+        session = _open_session(target, own, config)
 
     return ModeRun(session=session)
 
 
-def _open_controlled(target, draft, tree, controller, config: BenchConfig) -> ModeRun:
-    """A mode in which a controller says how much is drafted."""
-    session = Session(
+def _open_session(target: Target, contender: Contender, config: BenchConfig) -> Session:
+    return Session(
         target,
-        draft,
-        tree=tree,
-        ngrams=config.ngrams,
+        contender.draft,
+        learner=contender.learner,
+        tree=contender.tree,
+        ngrams=contender.ngrams,
         batch_size=config.batch_size,
         stop=config.stop,
         num_predicted_tokens=config.num_predicted_tokens,
-        controller=controller,
+        controller=contender.controller,
     )
-
-    return ModeRun(session=session)
 
 
 def _warm_up(

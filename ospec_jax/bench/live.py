@@ -9,9 +9,7 @@ from ospec_jax.bench.runs import ModeRun
 from ospec_jax.reports.progress import console, live, progress_bar, say
 
 
-def run_live(
-    target, draft, prompts, config, interrupt, peers=(), drafts=None, controllers=None
-):
+def run_live(target, draft, prompts, config, interrupt, peers=(), contenders=None):
     """Runs a benchmark behind a live bar, until `interrupt` is set."""
     with interrupt, progress_bar() as bar:
         task = bar.add_task("compiling", total=num_turns(prompts))
@@ -33,8 +31,7 @@ def run_live(
             should_stop,
             interrupt.is_over,
             peers,
-            drafts,
-            controllers,
+            contenders,
         )
 
     if not run.prompts:  # nothing was measured that a table could show
@@ -44,12 +41,10 @@ def run_live(
 
 
 def run_with_progress(
-    target, draft, prompts, config, interrupt, peers=(), controllers=None
+    target, draft, prompts, config, interrupt, peers=(), contenders=None
 ):
     """Runs a benchmark behind a live bar and prints its tables."""
-    run = run_live(
-        target, draft, prompts, config, interrupt, peers, controllers=controllers
-    )
+    run = run_live(target, draft, prompts, config, interrupt, peers, contenders)
     table = to_rows(run)
     if console.is_terminal:
         title = f"{target.name}, {target.numerics.precision}"

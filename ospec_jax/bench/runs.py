@@ -8,6 +8,7 @@ from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig, check_type
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.learners.config import LearnerConfig
+from ospec_jax.loading import LoadedDraft
 from ospec_jax.session import Result, Session
 
 MODES = ("autoregressive", "static", "ngrams", "learned")
@@ -51,6 +52,30 @@ class BenchConfig:
         unknown = set(self.modes) - set(known)
         if unknown or not self.modes:
             raise ConfigError(f"unknown modes {sorted(unknown)}; use some of {known}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """What takes part beside the modes, under a name of its own.
+
+    Attributes:
+      draft: Who drafts.
+      tree: How much, at most.
+      ngrams: Let n-grams suggest tokens.
+      controller: Says how much of that is drafted; None for all, always.
+      learner: Trains the draft; None for the draft as it is.
+    """
+
+    draft: LoadedDraft
+    tree: TreeConfig
+    ngrams: bool = False
+    controller: str | None = None
+    learner: LearnerConfig | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether all its steps are alike."""
+        return self.controller is None and self.learner is None
 
 
 @dataclasses.dataclass

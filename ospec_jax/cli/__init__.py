@@ -22,7 +22,7 @@ from ospec_jax.cli.make import (
     lower,
     write_prompts,
 )
-from ospec_jax.cli.measure import bench, demo, roofline
+from ospec_jax.cli.measure import bench, demo, roofline, table
 from ospec_jax.cli.outputs import describe_failure, release
 from ospec_jax.cli.reasoning import reason
 from ospec_jax.cli.recipes import with_recipe
@@ -61,6 +61,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "write-prompts": write_prompts,
     "distill": distill,
     "bench": bench,
+    "table": table,
     "roofline": roofline,
     "lower": lower,
     "drafters": drafters,
@@ -86,6 +87,7 @@ EXAMPLES = {
     "write-prompts": "ospec write-prompts --num 200 --out FILE.jsonl",
     "distill": "ospec distill --prompts FILE.jsonl --out my-draft --num-updates 400",
     "bench": "ospec bench --prompts FILE.jsonl --num-prompts 20 --plot modes.png",
+    "table": "ospec table configs/paper_table.py --prompts DIR --out my-table",
     "roofline": "ospec roofline --precision int8",
     "lower": "ospec lower --platforms tpu,cuda --out artefacts",
     "drafters": "ospec drafters",

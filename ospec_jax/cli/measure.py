@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ospec bench`, `ospec roofline`, `ospec demo`: measuring."""
+"""`ospec bench`, `ospec table`, `ospec roofline`, `ospec demo`: measuring."""
 
 import contextlib
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from ospec_jax.bench.live import run_live, run_with_progress
+from ospec_jax.bench.runs import Contender
 from ospec_jax.cli.arguments import (
     Decoding,
     Given,
@@ -21,6 +22,7 @@ from ospec_jax.cli.arguments import (
     Shared,
     as_precision,
     learner_config,
+    run_config,
     write_json,
     write_text,
 )
@@ -156,9 +158,15 @@ def bench(
 
     compared = _parse_controllers(controllers, decoding)
     target, draft = decoding.load()
+    contenders = {}
+    for name, (controller, tree) in compared.items():
+        if draft is None:
+            raise ConfigError("--controllers needs a draft; name one with --draft")
+        contenders[name] = Contender(draft, tree, decoding.ngrams, controller)
+
     interrupt = Interrupt()
     run, table = run_with_progress(
-        target, draft, rows, config, interrupt, others, compared
+        target, draft, rows, config, interrupt, others, contenders
     )
     with contextlib.ExitStack() as ends:  # each is tried, also if another one fails
         ends.callback(write_json, json_file, table, is_list=True)
@@ -237,11 +245,12 @@ def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) ->
     )
     chosen = {text: parse_contender(text, shaped) for text in names}
     target, _ = dataclasses.replace(decoding, draft="none").load()
-    drafts = {
-        text: (load_draft(name, target), tree) for text, (name, tree) in chosen.items()
+    contenders = {
+        text: Contender(load_draft(name, target), tree)
+        for text, (name, tree) in chosen.items()
     }
     interrupt = Interrupt()
-    run = run_live(target, None, prompts, config, interrupt, drafts=drafts)
+    run = run_live(target, None, prompts, config, interrupt, contenders=contenders)
     table = domain_rows(run)
     text = drafts_table(table)
     say(text)
@@ -251,6 +260,41 @@ def _compare(names, decoding: Decoding, prompts, config, json_file, markdown) ->
             ends.callback(write_text, markdown, text)
     if not run.is_complete:
         interrupt.raise_if_set()
+
+
+def table(
+    config: Annotated[Path, tyro.conf.Positional],
+    prompts: Path,
+    out: Path,
+    targets: str = "",
+    precision: PrecisionName = "auto",
+) -> None:
+    """Measures a table of methods by targets and sets of prompts, as papers have them.
+
+    All methods answer a set's prompts in one interleaved run. Ctrl-C keeps complete
+    runs; the same command goes on with the others.
+
+    Args:
+      config: A Python file with `get_config() -> TableConfig`.
+      prompts: Folder of the sets' JSONL files; what is not there is left out.
+      out: Folder of the runs and of `table.md`.
+      targets: Comma-separated: some of the table's targets; by default all.
+      precision: Of weights and products; auto measures which is fastest on this device.
+    """
+    from ospec_jax.bench.table import TableConfig, measure_table
+
+    check_outputs(folders=[out])
+    hold(out)
+    found = run_config(str(config), TableConfig)
+    text = measure_table(
+        found,
+        prompts,
+        out,
+        Interrupt(),
+        lambda name: load_target(name, as_precision(precision)),
+        [name for name in targets.split(",") if name],
+    )
+    say(text)
 
 
 def roofline(

@@ -11,7 +11,7 @@ from ospec_jax.bench.asking import num_turns
 from ospec_jax.bench.harness import run_bench
 from ospec_jax.bench.peers import Peer
 from ospec_jax.bench.rows import to_rows
-from ospec_jax.bench.runs import BenchConfig
+from ospec_jax.bench.runs import BenchConfig, Contender
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.data.conversations import Conversation
 from ospec_jax.data.prompts import parse_prompt
@@ -148,6 +148,6 @@ def test_an_early_end_keeps_the_turns_that_all_have_answered(target, draft):
 
 def test_drafts_are_compared_on_conversations(target, draft):
     config = dataclasses.replace(CONFIG, modes=("autoregressive",))
-    drafts = {"ngram": (draft, TreeConfig(num_steps=2))}
-    run = run_bench(target, None, ITEMS, config, drafts=drafts)
+    contenders = {"ngram": Contender(draft, TreeConfig(num_steps=2))}
+    run = run_bench(target, None, ITEMS, config, contenders=contenders)
     assert [len(mode.results) for mode in run.modes.values()] == [3, 3]

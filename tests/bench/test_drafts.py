@@ -7,7 +7,8 @@ import pytest
 
 from ospec_jax import load_draft
 from ospec_jax.bench.drafts import domain_rows, drafts_table, parse_contender
-from ospec_jax.bench.harness import BenchConfig, run_bench
+from ospec_jax.bench.harness import run_bench
+from ospec_jax.bench.runs import BenchConfig, Contender
 from ospec_jax.cli.notation import parse_tree
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
@@ -25,8 +26,10 @@ PLAIN = BenchConfig(modes=("autoregressive",), max_new_tokens=24)
 def run():
     target = tiny_target()
     chain = TreeConfig(num_steps=3)
-    drafts = {name: (load_draft(name, target), chain) for name in ("ngram", "suffix")}
-    return run_bench(target, None, PROMPTS, PLAIN, drafts=drafts)
+    contenders = {
+        name: Contender(load_draft(name, target), chain) for name in ("ngram", "suffix")
+    }
+    return run_bench(target, None, PROMPTS, PLAIN, contenders=contenders)
 
 
 def test_rows_are_of_their_domains_prompts(run):
@@ -120,10 +123,9 @@ def test_drawn_answers_are_not_compared_token_by_token():
     target = tiny_target()
     config = dataclasses.replace(PLAIN, sampling=SamplingConfig(1.0))
     text = "self:exit-3@static:2,2@hub"
-    drafts = {
-        text: (load_draft("self:exit-3", target), parse_contender(text, parse)[1])
-    }
-    run = run_bench(target, None, PROMPTS[:2], config, drafts=drafts)
+    draft = load_draft("self:exit-3", target)
+    contenders = {text: Contender(draft, parse_contender(text, parse)[1])}
+    run = run_bench(target, None, PROMPTS[:2], config, contenders=contenders)
     rows = [row for row in domain_rows(run) if row["domain"] == "all"]
     assert 1 < rows[1]["mean_acceptance_length"] < 4
     assert rows[1]["num_mismatched_outputs"] is None

@@ -878,7 +878,8 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 
 RECIPES = sorted(CONFIGS.glob("distill_*.py"))
 CONTROL = sorted(CONFIGS.glob("ltd*.py"))
-LEARNERS = sorted({*CONFIGS.glob("*.py")} - {*RECIPES, *CONTROL})
+TABLES = sorted(CONFIGS.glob("*_table.py"))
+LEARNERS = sorted({*CONFIGS.glob("*.py")} - {*RECIPES, *CONTROL, *TABLES})
 
 
 @pytest.mark.parametrize("file", LEARNERS, ids=lambda f: f.stem)
@@ -1001,7 +1002,7 @@ def test_drafts_learn_from_prompts_of_the_target(writes, tmp_path, capsys):
     assert "give --prompts FILE.jsonl, or --self-prompts" in capsys.readouterr().err
 
 
-def test_steps_are_drafted_and_graded(ospec, capsys):
+def test_steps_are_drafted_and_graded(ospec, capsys, tmp_path):
     rows = [
         {"id": "a", "prompt": "What is 1 + 1?", "reference": "1 + 1 = 2\n#### 2"},
         {"id": "b", "prompt": "Twice?", "meta": {"test_list": ["assert f(1) == 2"]}},
@@ -1010,7 +1011,8 @@ def test_steps_are_drafted_and_graded(ospec, capsys):
     prompts = ospec.write_prompts("problems", [json.dumps(row) for row in rows])
     args = "--prompts", prompts, "--draft-model", ospec.target, "--run-code"
     steps = "--max-step-tokens", 6, "--num-ahead", 2, "--verifier", "exact"
-    found = ospec.json("reason", *args, *steps, "--learner", "dpo", "--chunk-size", 2)
+    kept = "--learner", "dpo", "--chunk-size", 2, "--checkpoint", tmp_path / "kept"
+    found = ospec.json("reason", *args, *steps, *kept)
     assert [row["id"] for row in found] == ["a", "b", "c"]
     # The model drafts for itself, so that all its steps are kept.
     assert all(row["is_same"] for row in found)
@@ -1022,7 +1024,12 @@ def test_steps_are_drafted_and_graded(ospec, capsys):
     told = capsys.readouterr()
     assert "lossy" not in told.err
     assert "3 of 3" in told.out
+    assert ospec("reason", *args, *steps, *kept) == 0
+    assert "3 answers; 0 of these prompts are left" in capsys.readouterr().err
 
+    folder = "--checkpoint", tmp_path / "other"
+    assert ospec("reason", *args, *folder) == 2
+    assert "give --learner dpo or sft" in capsys.readouterr().err
     assert ospec("reason", *args, "--verifier", "nobody") == 2
     assert "unknown verifier 'nobody'" in capsys.readouterr().err
     assert ospec("reason", *args, "--num-prompts", 0) == 2
