@@ -9,9 +9,10 @@ import tyro
 from rich.console import Group
 
 from ospec_jax.cli.arguments import PrecisionName, as_precision, write_json
-from ospec_jax.cli.outputs import check_outputs
-from ospec_jax.config import whole_number
+from ospec_jax.cli.outputs import check_outputs, hold
+from ospec_jax.config import ConfigError, whole_number
 from ospec_jax.data.prompts import (
+    Prompt,
     parse_line,
     parse_prompt,
     read_lines,
@@ -28,6 +29,7 @@ from ospec_jax.reasoning.grading import (
 from ospec_jax.reports.progress import Interrupt, progress_bar, say
 from ospec_jax.reports.tables import print_table, records_table
 from ospec_jax.session.session import Session
+from ospec_jax.storage.checkpoint import steps
 
 Row = dict[str, Any]
 
@@ -46,6 +48,7 @@ def reason(
     learner: Literal["none", "dpo", "sft"] = "none",
     chunk_size: int = 25,
     learning_rate: float = 1e-4,
+    checkpoint: Path | None = None,
     run_code: bool = False,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
@@ -74,6 +77,8 @@ def reason(
         to its own rejected ones, Online-LR), or sft (the target's steps alone).
       chunk_size: Prompts between two updates.
       learning_rate: Of Adam, on low-rank differences of the last four layers.
+      checkpoint: Folder that what is learned is kept in, after each chunk and at the
+        end; the same command goes on with the prompts that are left.
       run_code: Where rows have `meta.test_list`, as MBPP's, run the answers' code with
         it; that is code which a model wrote.
       json_file: Write a row for each prompt.
@@ -85,8 +90,12 @@ def reason(
     from ospec_jax.reasoning.verifiers import build_verifier, check_verifier
     from ospec_jax.reasoning.writing import Writer
 
-    check_outputs([json_file], inputs=[prompts])
+    check_outputs([json_file], folders=[checkpoint], inputs=[prompts])
     check_verifier(verifier)
+    if checkpoint is not None and learner == "none":
+        raise ConfigError(
+            "--checkpoint keeps what is learned; give --learner dpo or sft, too"
+        )
     whole_number("--num-ahead", num_ahead, least=1)
     whole_number("--max-new-tokens", max_new_tokens, least=1)
     whole_number("--chunk-size", chunk_size, least=1)
@@ -118,6 +127,12 @@ def reason(
         rule_of = preference_learner(small, config)
 
     online = OnlineReasoner(reasoner, rule_of, chunk_size)
+    if checkpoint is not None:
+        hold(checkpoint)
+        rows = _resumed(online, checkpoint, rows)
+        if not rows:
+            return
+
     _say_that_it_is_lossy(reasoner.verifier.is_lossless, verifier)
     say("compiling, with the first prompt")
     # So that neither side's first answer is the one that compiles.
@@ -132,12 +147,32 @@ def reason(
             grade = is_right.get(solved.prompt.id)
             found.append(_row_of(solved, plain, grade))
             bar.update(task, advance=1, description=_live(found))
+            if checkpoint is not None and solved.info is not None:
+                with interrupt.held():
+                    online.save(checkpoint)
 
+    if checkpoint is not None and found:
+        online.save(checkpoint)
+        say(f"saved version {online.version} in {checkpoint}")
     write_json(json_file, found, is_list=True)
     if found:
         print_table(_table(found))
     if len(found) < len(rows):
         interrupt.raise_if_set()
+
+
+def _resumed(online, folder: Path, rows: list[Prompt]) -> list[Prompt]:
+    """Goes on from what a folder holds, if anything; returns the prompts left."""
+    if not steps(folder):
+        return rows
+
+    online.resume(folder)
+    left = [row for row in rows if row.id not in set(online.answered)]
+    say(
+        f"{folder} holds version {online.version} behind {len(online.answered)} "
+        f"answers; {len(left)} of these prompts are left"
+    )
+    return left
 
 
 def _say_that_it_is_lossy(is_lossless: bool, verifier: str) -> None:

@@ -19,7 +19,7 @@ with them added, in its own precision; the layers below run as they decode.
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,24 +52,20 @@ class PreferencePair(NamedTuple):
     rejected: Step
 
 
-def collect_pairs(answers: Iterable[LossyAnswer]) -> list[PreferencePair]:
-    """What answers tell of the target's preferences, in order."""
+def collect_pairs(answer: LossyAnswer) -> list[PreferencePair]:
+    """What an answer tells of the target's preferences, in order."""
     pairs = []
-    for answer in answers:
-        for cycle in answer.cycles:
-            number = cycle.num_accepted
-            # All were kept, or the newest was told apart by no judgement of it.
-            if (
-                number == len(cycle.judgements)
-                or not cycle.judgements[number].is_judged
-            ):
-                continue
-            accepted = (token for step in cycle.drafted[:number] for token in step)
-            pair = PreferencePair(
-                (*cycle.prefix, *accepted), cycle.written[number], cycle.drafted[number]
-            )
-            if pair.chosen != pair.rejected:
-                pairs.append(pair)
+    for cycle in answer.cycles:
+        number = cycle.num_accepted
+        # All were kept, or the newest was told apart by no judgement of it.
+        if number == len(cycle.judgements) or not cycle.judgements[number].is_judged:
+            continue
+        accepted = (token for step in cycle.drafted[:number] for token in step)
+        pair = PreferencePair(
+            (*cycle.prefix, *accepted), cycle.written[number], cycle.drafted[number]
+        )
+        if pair.chosen != pair.rejected:
+            pairs.append(pair)
 
     return pairs
 
@@ -164,6 +160,7 @@ class PreferenceLearner(NamedTuple):
       update: `(state, pairs) -> (state, PreferenceInfo)`, one chunk's. Without pairs
         the state stays as it is.
       serve: `state -> params`, the model with what was learned, in its precision.
+      settings: What it was built with, as JSON has it.
     """
 
     init: Callable[[], PreferenceState]
@@ -172,6 +169,7 @@ class PreferenceLearner(NamedTuple):
         tuple[PreferenceState, PreferenceInfo],
     ]
     serve: Callable[[PreferenceState], Params]
+    settings: dict[str, Any]
 
 
 class _Batch(NamedTuple):
@@ -319,7 +317,7 @@ def preference_learner(
 
         return {**target.params, **changed}
 
-    return PreferenceLearner(init, update, serve)
+    return PreferenceLearner(init, update, serve, dataclasses.asdict(config))
 
 
 def _build_log_probs(config: ModelConfig, numerics: Numerics, first: int) -> Callable:

@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ospec_jax.config import ConfigError, from_dict, naming
 from ospec_jax.config.fields import parse_json
 from ospec_jax.control.policy import Activation, Layers, Policies, PolicyShape
 from ospec_jax.storage import checkpoint
+from ospec_jax.storage.leaves import as_item
 
 _NUM_KEPT = 2
 
@@ -84,10 +84,10 @@ def save_policies(
     )
     items = {
         "meta": {"json": json.dumps(dataclasses.asdict(meta))},
-        "policies": _flat((policies.depth, policies.size)),
+        "policies": as_item((policies.depth, policies.size)),
     }
     if course is not None:
-        items["course"] = _flat(course)
+        items["course"] = as_item(course)
 
     checkpoint.save_items(folder, step, items, _NUM_KEPT)
 
@@ -163,41 +163,3 @@ def _like(widths: Sequence[int]) -> Layers:
         (shape((i, o), jnp.float32), shape((o,), jnp.float32))
         for i, o in zip(widths[:-1], widths[1:], strict=True)
     )
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _flat(tree: Any) -> dict[str, np.ndarray]:
-    """Leaves by number; keys of random numbers as what they are made of."""
-    leaves = [
-        jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(tree)
-    ]
-    # Orbax has no room for a tree without leaves.
-    found = {f"{i:04d}": np.asarray(x) for i, x in enumerate(leaves)}
-    return found | {"count": np.asarray(len(leaves))}
-
-
-def _unflat(found: dict[str, Any], like: Any, folder: Path) -> Any:
-    wanted, structure = jax.tree.flatten(like)
-    if int(found["count"]) != len(wanted):
-        raise ConfigError(
-            f"{folder} holds {int(found['count'])} arrays where {len(wanted)} are "
-            f"wanted: it was made with other settings; choose another folder"
-        )
-
-    leaves = []
-    for i, one in enumerate(wanted):
-        leaf = jnp.asarray(found[f"{i:04d}"])
-        if _is_key(one):
-            leaf = jax.random.wrap_key_data(leaf)
-        if (leaf.shape, leaf.dtype) != (one.shape, one.dtype):
-            raise ConfigError(
-                f"{folder} holds {leaf.dtype} of the shape {leaf.shape} where "
-                f"{one.dtype} of {one.shape} is wanted: it was made with other "
-                f"settings; choose another folder"
-            )
-        leaves.append(leaf)
-
-    return jax.tree.unflatten(structure, leaves)

@@ -54,7 +54,8 @@ def test_pairs_stand_behind_all_that_was_accepted():
     whole = Cycle((1,), ((2,),), ((2,), (3,)), (yes,), 1)
     equal = Cycle((1,), ((2,),), ((2,), (3,)), (no,), 0)
     unjudged = Cycle((1,), ((2,),), ((9,), (3,)), (Judgement(False, False),), 0)
-    pairs = collect_pairs([answer_of(whole, kept), answer_of(equal, unjudged)])
+    answers = answer_of(whole, kept), answer_of(equal, unjudged)
+    pairs = [pair for answer in answers for pair in collect_pairs(answer)]
     assert pairs == [PreferencePair((1, 2, 3), chosen=(5,), rejected=(4,))]
 
 
