@@ -362,6 +362,21 @@ class Unjudged:
 
 
 @struct
+class Backlog:
+    """Emitted tokens that the draft has not run over yet.
+
+    Attributes:
+      inputs: `[b, w]`, with `tokens` and `taps` as in `Pairs`; real up to `count`.
+      count: `[b]`; the last one ends where the row does.
+    """
+
+    inputs: Int[Array, "b w"]
+    tokens: Int[Array, "b w"]
+    taps: Float[Array, "b w f"]
+    count: Int[Array, " b"]
+
+
+@struct
 class Feedback:
     """What verification said about consecutive tokens: the training signal.
 
@@ -408,6 +423,7 @@ class DecodeState:
       prediction: What the answers are expected to be, or None.
       unjudged: What a pool's drafters are still to be judged by, or None where that is
         done at every step, or never.
+      backlog: What the draft is behind by, or None where it never is.
       extras: What rows ask that only `full` passes can do; None where none does.
     """
 
@@ -423,6 +439,7 @@ class DecodeState:
     feedback: Feedback | None
     prediction: Prediction | None = None
     unjudged: Unjudged | None = None
+    backlog: Backlog | None = None
     extras: Extras | None = None
 
 

@@ -33,6 +33,7 @@ from ospec_jax.decoding.request import (
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import (
     StepConfig,
+    build_catching_up,
     build_judging,
     build_prefill,
     build_step,
@@ -293,6 +294,10 @@ class Engine:
         self._prefills: dict[StepKind, Callable] = {}
         self._judgings: dict[StepKind, Callable] = {}
         self._steps: dict[tuple[Action, StepKind], Callable] = {}
+        self._resting: dict[tuple[Action, StepKind], Callable] = {}
+        self._catching_up: Callable | None = None
+        if config.num_behind:
+            self._catching_up = _compiled(build_catching_up, config, drafter)
 
         # Greedy and sampled steps are separate programs: a greedy one needs no
         # probabilities over the vocabulary. So are full ones, which do more than most
@@ -306,6 +311,10 @@ class Engine:
                 special = dataclasses.replace(own, tree=action.tree)
                 step = _compiled(build_step, special, member)
                 self._steps[action, kind] = step
+                if config.num_behind and not action.tree.num_steps:
+                    special = dataclasses.replace(special, is_resting=True)
+                    step = _compiled(build_step, special, member)
+                    self._resting[action, kind] = step
 
         self._rows = _compiled_rows(config, drafter, recording)
 
@@ -324,8 +333,13 @@ class Engine:
         """Whether log-probabilities are reported to all requests."""
         return self.config.has_log_probs
 
-    def compiled(self, action: Action, kind: StepKind) -> Callable:
+    def compiled(
+        self, action: Action, kind: StepKind, is_resting: bool = False
+    ) -> Callable:
         """The jitted `(target_params, draft, state) -> (state, output)` of an action.
+
+        Args:
+          is_resting: See `step`.
 
         Raises:
           ConfigError: The action is not on the menu.
@@ -336,7 +350,7 @@ class Engine:
                 f"its own actions, here {'; '.join(map(str, self.actions))}"
             )
 
-        return self._steps[action, kind]
+        return (self._resting if is_resting else self._steps)[action, kind]
 
     @property
     def num_unjudged(self) -> int:
@@ -353,6 +367,21 @@ class Engine:
         state, judged = self._judgings[kind](self.target_params, draft, state)
         return _put_back(state, extras), judged
 
+    @property
+    def num_behind(self) -> int:
+        """Emitted tokens of a row that the draft may be behind by; 0 where it keeps
+        up with every step."""
+        return self.config.num_behind
+
+    def catch_up(self, draft: Draft | None, state: DecodeState) -> DecodeState:
+        """Runs the draft over all that it is behind by; the state is donated."""
+        assert self._catching_up is not None, "no draft is ever behind"
+        shape = state.num_remaining.shape[0], state.cache.capacity
+        self._announce("a draft's catching up", *shape)
+        state, extras = _set_aside(state)
+        state, _ = self._catching_up(self.target_params, draft, state)
+        return _put_back(state, extras)
+
     def compiled_prefill(self, kind: StepKind) -> Callable:
         """The jitted pass over one chunk of a prompt; see `step.build_prefill`."""
         return self._prefills[kind]
@@ -365,8 +394,9 @@ class Engine:
         # entries.
         nodes = [action.tree.num_nodes for action in self._menu]
         scratch = [drafter.num_scratch for drafter in self._menu.values() if drafter]
-        # All tokens that may wait to be judged are run over as one chunk, full or not.
-        return max(*nodes, *scratch, self.num_unjudged) + 2
+        # All tokens that may wait for a draft are run over as one chunk, full or not.
+        waiting = self.num_unjudged, self.num_behind
+        return max(*nodes, *scratch, *waiting) + 2
 
     def capacity_for(
         self, requests: Iterable[Request], capacity: int | None = None
@@ -689,17 +719,21 @@ class Engine:
         draft: Draft | None,
         state: DecodeState,
         steering: Any = None,
+        is_resting: bool = False,
     ) -> tuple[DecodeState, StepOutput]:
         """Runs one step of an action of the menu; the state is donated.
 
         Args:
+          is_resting: Of a plain step: leave the draft behind by one more token, of
+            `num_behind` at most; `catch_up` comes before it drafts again.
           steering: What rules within the step are told; None for nothing, which is a
             program of its own.
         """
         shape = state.num_remaining.shape[0], state.cache.capacity
         depth = action.tree.num_steps
-        self._announce(f"a step of depth {depth}", action, kind, *shape)
-        run = self.compiled(action, kind)
+        rest = ", the draft resting" if is_resting else ""
+        self._announce(f"a step of depth {depth}{rest}", action, kind, *shape)
+        run = self.compiled(action, kind, is_resting)
         # The member that shall propose is swapped to the front, and back once it has:
         # the state's order is always that of the menu. Nothing is copied.
         chosen = action.drafter

@@ -49,6 +49,7 @@ from ospec_jax.models import llama
 from ospec_jax.models.layers import Numerics
 from ospec_jax.sampling import argmax, is_any_of, processed_probs, sample
 from ospec_jax.types import (
+    Backlog,
     DecodeState,
     Draft,
     DraftTree,
@@ -82,6 +83,10 @@ class StepConfig:
         drafted such a tree; None reports nothing.
       num_unjudged: Emitted tokens of a row that may wait to be judged together; with 0
         each step judges its own.
+      num_behind: Emitted tokens of a row that the draft may be behind by, while plain
+        steps rest; with 0 it runs over them in every step.
+      is_resting: Of a plain step: put its tokens behind those that the draft is behind
+        by.
       size_fn: How many nodes are verified, of a tree that has `sizes`; see
         `drafters.sizing`.
       evidence_fn: What steered steps report of such a tree; None for nothing.
@@ -97,6 +102,8 @@ class StepConfig:
     mesh: sharding.AnyMesh | None = None
     judged: TreeConfig | None = None
     num_unjudged: int = 0
+    num_behind: int = 0
+    is_resting: bool = False
     size_fn: SizeFn = all_drafted
     evidence_fn: EvidenceFn | None = None
 
@@ -212,8 +219,12 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         # The i-th accepted node and the token emitted after it are a pair; the last of
         # them is the accepted leaf with the recovered or bonus token.
         judged = None
-        if drafter is not None:
-            pairs = Pairs(inputs, emitted, taps, state.lengths, num_emitted)
+        pairs = Pairs(inputs, emitted, taps, state.lengths, num_emitted)
+        if config.is_resting:
+            assert state.backlog is not None
+            backlog = _put_off(state.backlog, pairs, is_batched)
+            state = state.replace(backlog=backlog)
+        elif drafter is not None:
             if state.unjudged is not None:
                 on_way = gather(scored.hidden, verdict.path)
                 unjudged = _wait(state.unjudged, pairs, on_way, is_batched)
@@ -260,7 +271,8 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             is_finished=is_finished,
         )
 
-        return _look_ahead(drafter, draft, state, output)
+        # A draft that is behind knows nothing of the newest tokens.
+        return _look_ahead(None if config.is_resting else drafter, draft, state, output)
 
     return speculative_step
 
@@ -302,18 +314,62 @@ def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs, number
 
 def _wait(unjudged: Unjudged, pairs: Pairs, hidden, is_batched: bool) -> Unjudged:
     """Puts newly emitted tokens behind those that wait to be judged."""
+    hidden = kv.write_rows(
+        unjudged.hidden, hidden, unjudged.count, is_batched=is_batched
+    )
+    return _put_off(unjudged.replace(hidden=hidden), pairs, is_batched)
+
+
+def _put_off(waiting: Any, pairs: Pairs, is_batched: bool) -> Any:
+    """Puts new pairs behind those that wait, of an `Unjudged` or a `Backlog`."""
     write = lambda old, new: kv.write_rows(
-        old, new, unjudged.count, is_batched=is_batched
+        old, new, waiting.count, is_batched=is_batched
     )
     column = lambda old, new: write(old[..., None], new[..., None])[..., 0]
 
-    return unjudged.replace(
-        inputs=column(unjudged.inputs, pairs.inputs),
-        tokens=column(unjudged.tokens, pairs.tokens),
-        taps=write(unjudged.taps, pairs.taps),
-        hidden=write(unjudged.hidden, hidden),
-        count=unjudged.count + pairs.num_valid,
+    return waiting.replace(
+        inputs=column(waiting.inputs, pairs.inputs),
+        tokens=column(waiting.tokens, pairs.tokens),
+        taps=write(waiting.taps, pairs.taps),
+        count=waiting.count + pairs.num_valid,
     )
+
+
+def build_catching_up(config: StepConfig, drafter: Drafter) -> Callable:
+    """Builds `(target_params, draft, state) -> (state, None)`, to be jitted.
+
+    The draft runs over all tokens that it is behind by, as one chunk.
+    """
+
+    def catch_up(
+        target_params: Params, draft: Draft, state: DecodeState
+    ) -> tuple[DecodeState, None]:
+        backlog = state.backlog
+        assert backlog is not None
+        shared = shared_tables(target_params)
+        if drafter.reads_target:
+            shared = shared.replace(params=target_params, cache=state.cache)
+
+        starts = state.lengths - backlog.count
+        pairs = Pairs(
+            backlog.inputs, backlog.tokens, backlog.taps, starts, backlog.count
+        )
+        cache, context = drafter.extend(draft, shared, state.draft_cache, pairs)
+        context = _where_any(backlog.count, context, state.draft_context)
+        state = _extended(drafter, state, cache, context)
+        backlog = backlog.replace(count=jnp.zeros_like(backlog.count))
+
+        return state.replace(backlog=backlog), None
+
+    return catch_up
+
+
+def _where_any(counts, new, old):
+    """A row of which nothing waits stands where it stood."""
+    pick = lambda new, old: jnp.where(
+        (counts > 0).reshape(-1, *[1] * (new.ndim - 1)), new, old
+    )
+    return jax.tree.map(pick, new, old)
 
 
 def build_judging(config: StepConfig, drafter: Drafter) -> Callable:
@@ -345,12 +401,7 @@ def build_judging(config: StepConfig, drafter: Drafter) -> Callable:
             pairs,
             prediction_suggested(waiting.prediction, pairs.tokens),
         )
-        # A row of which nothing waits stands where it stood.
-        has_any = waiting.count > 0
-        pick = lambda new, old: jnp.where(
-            has_any.reshape(-1, *[1] * (new.ndim - 1)), new, old
-        )
-        context = jax.tree.map(pick, context, waiting.context)
+        context = _where_any(waiting.count, context, waiting.context)
         probs = None
         if config.kind != "greedy":
             logits = llama.target_logits(target_params, waiting.hidden, config.numerics)
@@ -954,19 +1005,27 @@ def empty_state(
 
     ints = lambda: jnp.zeros((b,), jnp.int32)
     prediction = lambda: init_prediction(b, capacity) if has_prediction else None
+
+    def waiting(count: int) -> dict[str, Any]:
+        """Room for so many pairs of each row."""
+        return {
+            "inputs": jnp.zeros((b, count), jnp.int32),
+            "tokens": jnp.zeros((b, count), jnp.int32),
+            "taps": jnp.zeros((b, count, len(config.taps) * c.hidden_size)),
+            "count": ints(),
+        }
+
     unjudged = None
     if config.num_unjudged:
         assert drafter is not None, "somebody is judged"
-        waiting = lambda *shape: jnp.zeros((b, config.num_unjudged, *shape))
         unjudged = Unjudged(
-            inputs=waiting().astype(jnp.int32),
-            tokens=waiting().astype(jnp.int32),
-            taps=waiting(len(config.taps) * c.hidden_size),
-            hidden=waiting(c.hidden_size),
-            count=ints(),
+            **waiting(config.num_unjudged),
+            hidden=jnp.zeros((b, config.num_unjudged, c.hidden_size)),
             context=drafter.init_context(b),
             prediction=prediction(),
         )
+
+    backlog = Backlog(**waiting(config.num_behind)) if config.num_behind else None
 
     return DecodeState(
         cache=kv.init_cache(
@@ -994,4 +1053,5 @@ def empty_state(
         feedback=feedback,
         prediction=prediction(),
         unjudged=unjudged,
+        backlog=backlog,
     )

@@ -30,6 +30,10 @@ from ospec_jax.online.registry import build_trainer
 from ospec_jax.online.trainer import Trainer
 from ospec_jax.types import Draft
 
+NUM_BEHIND = 16
+"""Tokens that a resting draft may be behind by: as long as a chunk of them takes about
+as long as one token, and needs no more cache slots than a prediction's."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -138,6 +142,10 @@ def assembled(
             longest = max(action.tree.num_steps for action in menu) + 1
             num_unjudged = max(judge_every * (plain.num_steps + 1), longest)
 
+    can_rest = draft is not None and _may_rest(draft) and not rule.is_judging
+    depths = {action.tree.num_steps for action in menu}
+    num_behind = NUM_BEHIND if can_rest and 0 in depths and len(depths) > 1 else 0
+
     # The engine is specialised to what the trainer wants recorded.
     config = StepConfig(
         model=target.config,
@@ -149,6 +157,7 @@ def assembled(
         mesh=target.mesh,
         judged=plain if rule.is_judging else None,
         num_unjudged=num_unjudged,
+        num_behind=num_behind,
         size_fn=size_fn,
         evidence_fn=evidence_fn,
     )
@@ -160,6 +169,18 @@ def assembled(
         return Parts(engine, rule, None, None, serve)
 
     return Parts(engine, rule, learner, trainer, trainer.serve)
+
+
+def _may_rest(draft: LoadedDraft) -> bool:
+    """Whether a draft may be behind while nothing is drafted.
+
+    Suggestions alone take no time. Of longer ones it must be known after each token
+    whether they are sure.
+    """
+    if draft.pool is not None or draft.suggestions == "suffix":
+        return False
+
+    return draft.meta.draft is not None or draft.model is not None
 
 
 def _check_choices(learner: LearnerConfig, tree: TreeConfig) -> None:

@@ -162,6 +162,11 @@ def measure_costs(
     request = dataclasses.replace(request, max_new_tokens=48, prediction_ids=())
     slots = engine.capacity_for([request], capacity)
     state = engine.start(served, request, batch_size, slots)
+    if engine.num_behind:
+        # The other two programs of plain steps are compiled here.
+        plain = next(a for a in engine.actions if not a.tree.num_steps)
+        state, _ = engine.step(plain, request.kind, served, state)
+        state = engine.catch_up(served, state)
     seconds = costs_of_steps(engine, chooser, served, request.kind, state, is_timed)
     if is_timed:
         chooser.set_costs(seconds)
@@ -180,10 +185,19 @@ def costs_of_steps(
     Args:
       is_timed: Without, they are only compiled.
     """
-    steps = {
-        number: functools.partial(engine.step, action, kind, served, steering=steering)
-        for number, (action, steering) in enumerate(chooser.controller.kinds)
-    }
+    steps = {}
+    for number, (action, steering) in enumerate(chooser.controller.kinds):
+        # A plain step takes what it takes in a row of them.
+        is_resting = engine.num_behind > 0 and not action.tree.num_steps
+        steps[number] = functools.partial(
+            engine.step,
+            action,
+            kind,
+            served,
+            steering=steering,
+            is_resting=is_resting,
+        )
+
     # Where small differences decide, more rounds: among them is a quiet one.
     num_rounds = 12 if chooser.controller.timed else 5
     seconds, _ = seconds_of_steps(steps, state, num_rounds if is_timed else 0)

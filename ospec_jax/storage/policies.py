@@ -19,7 +19,7 @@ from ospec_jax.config import ConfigError, from_dict, naming
 from ospec_jax.config.fields import parse_json
 from ospec_jax.control.policy import Activation, Layers, Policies, PolicyShape
 from ospec_jax.storage import checkpoint
-from ospec_jax.storage.leaves import as_item
+from ospec_jax.storage.leaves import as_item, from_item
 
 _NUM_KEPT = 2
 
@@ -105,7 +105,7 @@ def load_policies(folder: str | Path) -> tuple[Policies, PolicyMeta]:
         text = str(items["meta"]["json"])
         meta = from_dict(PolicyMeta, parse_json(text, f"the record of {folder}"))
         like = _like(meta.depth_widths), _like(meta.size_widths)
-        depth, size = _unflat(items["policies"], like, folder)
+        depth, size = from_item(items["policies"], like, folder)
 
     policies = Policies(
         depth or None,
@@ -137,7 +137,7 @@ def load_course(folder: Path, like: Any) -> Any:
     """
     with naming(folder):
         items = checkpoint.load_items(folder, _newest(folder), ("course",))
-        return _unflat(items["course"], like, folder)
+        return from_item(items["course"], like, folder)
 
 
 def _newest(folder: Path) -> int:
