@@ -165,7 +165,7 @@ class OnlineReasoner:
           ConfigError: Nothing learns, or the folder holds none, or one of another
             model or other settings.
         """
-        if self._learner is None:
+        if self._learner is None or self._state is None:
             raise ConfigError("without a learner there is nothing to go on with")
 
         found = checkpoint.steps(folder)
@@ -187,12 +187,13 @@ class OnlineReasoner:
                     f"{own!r:.200}; use what it was made with, or another folder"
                 )
 
-        self._state = from_item(items["learner"], self._state, folder)
+        state: PreferenceState = from_item(items["learner"], self._state, folder)
+        self._state = state
         self.version = meta.version
         self.answered = list(meta.answered)
         self._pairs = [PreferencePair(*map(tuple, pair)) for pair in meta.pairs]
         self._num_waiting = meta.num_waiting
-        self.reasoner.draft.use(self._learner.serve(self._state))
+        self.reasoner.draft.use(self._learner.serve(state))
 
     @property
     def _fingerprint(self) -> str:
