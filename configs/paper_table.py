@@ -5,12 +5,14 @@ r"""OnlineSPEC's main table, by the models and sets that are at hand.
 
 The paper has three foundation models and seven benchmarks: GSM8K, Spider,
 CodeSearchNet-Python, Finance-Alpaca, MBPP, MATH and mathematics of MMLU. DIR holds
-JSONL files of these, by the names below. Each tenth row is taken: the shipped drafts
-were trained on other rows.
+JSONL files of these, by the names below. Each tenth row is taken, of AlpacaEval's
+instructions each fifth. The newest round of the shipped drafts' training left each
+tenth row out; earlier rounds may have seen some.
 
-Methods that learn have the paper's settings, but for smaller chunks: 160 prompts of a
-set are four chunks of 40 and two of 80. There are trained drafts for SmolLM2-135M
-alone. The Qwen models draft by n-grams, and the larger one by the smaller.
+Methods that learn have the paper's settings, but Opt-Hydra learns from chunks of 40
+prompts instead of 80: 160 prompts of a set are four of these. There are trained drafts
+for SmolLM2-135M alone. The Qwen models draft by n-grams, and the larger one by the
+smaller.
 """
 
 import dataclasses

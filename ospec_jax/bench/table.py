@@ -125,6 +125,7 @@ def measure_table(
     interrupt: Interrupt,
     load: Callable[[str], Target],
     targets: Sequence[str] = (),
+    precision: str = "auto",
 ) -> str:
     """Measures what is missing, and returns all there is as Markdown.
 
@@ -134,6 +135,7 @@ def measure_table(
       folder: Holds the files of the sets; sets whose file is absent are left out.
       load: Loads a target by its name.
       targets: Some of the table's; by default all.
+      precision: That `load` was asked for; runs of another one are not gone on with.
 
     Raises:
       ConfigError: `out` holds runs of other settings, or no such target is asked for.
@@ -152,7 +154,7 @@ def measure_table(
         target = None
         for name in part.sets:
             file = _run_file(out, part, name)
-            settings = _settings(config, part, name)
+            settings = _settings(config, part, name, precision)
             if name in missing or _is_measured(file, settings):
                 continue
 
@@ -165,6 +167,9 @@ def measure_table(
                 file, json.dumps({"settings": settings, "rows": rows}, indent=1)
             )
             atomic.write_text(out / "table.md", table_text(config, out, missing))
+
+        # Each target has programs of its own, which the next one has no use for.
+        jax.clear_caches()
 
     return table_text(config, out, missing)
 
@@ -185,10 +190,13 @@ def _run_file(out: Path, part: TargetPart, name: str) -> Path:
     return out / folder / f"{file}.json"
 
 
-def _settings(config: TableConfig, part: TargetPart, name: str) -> dict[str, Any]:
+def _settings(
+    config: TableConfig, part: TargetPart, name: str, precision: str
+) -> dict[str, Any]:
     """What a run's figures depend on, but for the machine."""
     settings = {
         "target": part.target,
+        "precision": precision,
         "set": dataclasses.asdict(config.sets[name]),
         "num_prompts": part.num_prompts,
         "max_new_tokens": config.max_new_tokens,
@@ -251,11 +259,8 @@ def _measure(
     run = run_live(target, None, prompts, bench, interrupt, contenders=contenders)
     if not run.is_complete:
         interrupt.raise_if_set()
-    rows = to_rows(run)
-    # Each target has programs of its own, which nobody needs any longer.
-    jax.clear_caches()
 
-    return rows
+    return to_rows(run)
 
 
 def table_text(config: TableConfig, out: Path, missing: Mapping[str, str]) -> str:

@@ -293,6 +293,7 @@ def table(
         Interrupt(),
         lambda name: load_target(name, as_precision(precision)),
         [name for name in targets.split(",") if name],
+        precision,
     )
     say(text)
 

@@ -11,6 +11,7 @@ from rich.console import Group
 from ospec_jax.cli.arguments import PrecisionName, as_precision, write_json
 from ospec_jax.cli.outputs import check_outputs, hold
 from ospec_jax.config import ConfigError, whole_number
+from ospec_jax.config.fields import read_json
 from ospec_jax.data.prompts import (
     Prompt,
     parse_line,
@@ -81,7 +82,8 @@ def reason(
         end; the same command goes on with the prompts that are left.
       run_code: Where rows have `meta.test_list`, as MBPP's, run the answers' code with
         it; that is code which a model wrote.
-      json_file: Write a row for each prompt.
+      json_file: Write a row for each prompt. With --checkpoint, rows that the file has
+        of prompts answered before are kept.
     """
     from ospec_jax.reasoning.lookahead import Reasoner
     from ospec_jax.reasoning.preferences import PreferenceConfig, preference_learner
@@ -139,7 +141,9 @@ def reason(
     reasoner.answer(encode(rows[0], large.tokenizer), min(max_new_tokens, 64))
     list(alone.generate(rows[:1], min(max_new_tokens, 64)))
 
-    found: list[Row] = []
+    # A run that goes on keeps the rows that the file has of those before it.
+    found = _earlier_rows(json_file, online.answered)
+    num_earlier = len(found)
     with Interrupt() as interrupt, progress_bar() as bar:
         task = bar.add_task("reason", total=len(rows))
         for solved in online.answer(rows, max_new_tokens, lambda: bool(interrupt)):
@@ -151,14 +155,24 @@ def reason(
                 with interrupt.held():
                     online.save(checkpoint)
 
-    if checkpoint is not None and found:
+    if checkpoint is not None and len(found) > num_earlier:
         online.save(checkpoint)
         say(f"saved version {online.version} in {checkpoint}")
     write_json(json_file, found, is_list=True)
     if found:
         print_table(_table(found))
-    if len(found) < len(rows):
+    if len(found) - num_earlier < len(rows):
         interrupt.raise_if_set()
+
+
+def _earlier_rows(file: Path | None, answered: list[str]) -> list[Row]:
+    """What a file of rows has of prompts that were answered before."""
+    if not answered or file is None or not file.is_file():
+        return []
+
+    rows = read_json(file)
+    known = set(answered)
+    return [row for row in rows if row["id"] in known]
 
 
 def _resumed(online, folder: Path, rows: list[Prompt]) -> list[Prompt]:

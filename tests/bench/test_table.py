@@ -79,6 +79,8 @@ def test_a_table_is_measured_once_and_gone_on_with(folder):
     longer = dataclasses.replace(CONFIG, max_new_tokens=9)
     with pytest.raises(ConfigError, match=r"max_new_tokens 8, not 9; choose another"):
         measure_table(longer, folder, out, Interrupt(), load_nothing)
+    with pytest.raises(ConfigError, match="precision 'auto', not 'int8'; choose"):
+        measure_table(*args, load_nothing, precision="int8")
 
 
 def test_absent_sets_are_left_out_and_named(folder):

@@ -1012,7 +1012,13 @@ def test_steps_are_drafted_and_graded(ospec, capsys, tmp_path):
     args = "--prompts", prompts, "--draft-model", ospec.target, "--run-code"
     steps = "--max-step-tokens", 6, "--num-ahead", 2, "--verifier", "exact"
     kept = "--learner", "dpo", "--chunk-size", 2, "--checkpoint", tmp_path / "kept"
-    found = ospec.json("reason", *args, *steps, *kept)
+    # In two goes, of which the second keeps the rows of the first.
+    file = tmp_path / "rows.json"
+    goes = "reason", *args, *steps, *kept, "--json", file
+    assert ospec(*goes, "--num-prompts", 2) == 0
+    capsys.readouterr()
+    assert ospec(*goes) == 0
+    found = json.loads(file.read_text())
     assert [row["id"] for row in found] == ["a", "b", "c"]
     # The model drafts for itself, so that all its steps are kept.
     assert all(row["is_same"] for row in found)
