@@ -150,6 +150,21 @@ def plot_modes(rows: Sequence[dict], path: Path) -> Path:
     return atomic.write_figure(figure, path)
 
 
+def plot_part(part: PartTable, path: Path, title: str) -> Path:
+    """Draws one table alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    height = 0.16 * len(part.labels) * (len(part.cells) + 1) + 1.1
+    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+    _draw_part(axes, part)
+    axes.set_title(title)
+
+    return atomic.write_figure(figure, path)
+
+
 def _draw_part(axes, part: PartTable) -> None:
     """Grouped bars: a group each domain or length, a bar each mode."""
     import matplotlib

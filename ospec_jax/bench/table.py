@@ -15,7 +15,9 @@ import jax
 
 from ospec_jax import atomic
 from ospec_jax.bench.live import run_live
+from ospec_jax.bench.part_tables import Cell, PartTable
 from ospec_jax.bench.parts import PLAIN
+from ospec_jax.bench.report import plot_part
 from ospec_jax.bench.rows import to_rows
 from ospec_jax.bench.runs import BenchConfig, Contender
 from ospec_jax.config import ConfigError, TreeConfig, check_types, whole_number
@@ -130,6 +132,7 @@ def measure_table(
     """Measures what is missing, and returns all there is as Markdown.
 
     It is written into `out` after each run, too: `table.md`, and a file for each run.
+    See `plot_table`, too.
 
     Args:
       folder: Holds the files of the sets; sets whose file is absent are left out.
@@ -277,43 +280,34 @@ def table_text(config: TableConfig, out: Path, missing: Mapping[str, str]) -> st
 
 def _part_text(config: TableConfig, part: TargetPart, out: Path) -> str:
     """A line for each method, a column for each set, the fastest in bold."""
-    found = {}
-    for name in part.sets:
-        file = _run_file(out, part, name)
-        if file.is_file():
-            found[name] = {row["mode"]: row for row in read_json(file)["rows"]}
-
-    if not found:
+    rows = _rows_of(config, part, out)
+    if not rows:
         return ""
 
-    sets = [name for name in config.sets if name in found]
-    plain = {name: rows[PLAIN] for name, rows in found.items()}
-    speed = "tokens_per_second_with_learning"
-    ratio = lambda method, name: found[name][method][speed] / plain[name][speed]
-    best = {name: max(part.methods, key=lambda m: ratio(m, name)) for name in sets}
+    table = _part_table(part, rows)
+    places = range(len(table.labels))
+    best = [max(table.cells, key=lambda m: table.cells[m][i].value) for i in places]
     lines = [
         f"**{part.target}**, {part.num_prompts} prompts of each set at most",
         "",
-        "| method | " + " | ".join(sets) + " | mean |",
-        "|" + "---|" * (len(sets) + 2),
+        "| method | " + " | ".join(table.labels) + " | mean |",
+        "|" + "---|" * (len(table.labels) + 2),
     ]
 
-    for method in [m for m in config.methods if m in part.methods]:
-        cells = []
-        for name in sets:
-            row = found[name][method]
-            text = f"{ratio(method, name):.2f}"
-            text = f"**{text}**" if best[name] == method else text
-            cells.append(f"{text} ({row['mean_acceptance_length']:.2f})")
-        mean = sum(ratio(method, name) for name in sets) / len(sets)
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {mean:.2f} |")
+    for method in [m for m in config.methods if m in table.cells]:
+        cells = [
+            f"**{cell.value:.2f}** ({cell.length:.2f})" if best[i] == method else cell
+            for i, cell in enumerate(table.cells[method])
+        ]
+        mean = sum(cell.value for cell in table.cells[method]) / len(cells)
+        lines.append(f"| {method} | {' | '.join(map(str, cells))} | {mean:.2f} |")
 
-    speeds = [f"{plain[name][speed]:.1f}" for name in sets]
+    speeds = [f"{speed:.1f}" for speed in table.plain]
     lines.append("| plain, tokens/s | " + " | ".join(speeds) + " | |")
     different = sum(
         row["num_mismatched_outputs"] or 0
-        for name in sets
-        for row in found[name].values()
+        for of_set in rows.values()
+        for row in of_set.values()
     )
     lines += [
         "",
@@ -323,3 +317,48 @@ def _part_text(config: TableConfig, part: TargetPart, out: Path) -> str:
     ]
 
     return "\n".join(lines)
+
+
+def _rows_of(
+    config: TableConfig, part: TargetPart, out: Path
+) -> dict[str, dict[str, dict]]:
+    """Of each set that was measured, each method's row."""
+    files = {name: _run_file(out, part, name) for name in config.sets}
+    return {
+        name: {row["mode"]: row for row in read_json(file)["rows"]}
+        for name, file in files.items()
+        if name in part.sets and file.is_file()
+    }
+
+
+def _part_table(part: TargetPart, rows: dict[str, dict[str, dict]]) -> PartTable:
+    """Speed-ups over plain decoding, by set."""
+    speed = "tokens_per_second_with_learning"
+    plain = [of_set[PLAIN][speed] for of_set in rows.values()]
+
+    def cell(method: str, of_set: dict[str, dict]) -> Cell:
+        row = of_set[method]
+        ratio = row[speed] / of_set[PLAIN][speed]
+        return Cell(ratio, row["mean_acceptance_length"])
+
+    return PartTable(
+        what="set",
+        unit="speed-up over plain decoding, learning's time included",
+        labels=list(rows),
+        sizes=[of_set[PLAIN]["num_prompts"] for of_set in rows.values()],
+        plain=plain,
+        cells={m: [cell(m, of_set) for of_set in rows.values()] for m in part.methods},
+    )
+
+
+def plot_table(config: TableConfig, out: Path) -> list[Path]:
+    """Draws what there is of each target as bars, `TARGET.png`; none of what is not."""
+    found = []
+    for part in config.parts:
+        rows = _rows_of(config, part, out)
+        if rows:
+            folder = _run_file(out, part, "").parent
+            file = folder.with_name(f"{folder.name}.png")
+            found.append(plot_part(_part_table(part, rows), file, part.target))
+
+    return found

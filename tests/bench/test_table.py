@@ -16,6 +16,7 @@ from ospec_jax.bench.table import (
     TableConfig,
     TargetPart,
     measure_table,
+    plot_table,
 )
 from ospec_jax.config import ConfigError
 from ospec_jax.reports.progress import Interrupt, Interrupted
@@ -69,6 +70,9 @@ def test_a_table_is_measured_once_and_gone_on_with(folder):
     assert rows[2]["learner"] == "memory"
 
     assert measure_table(*args, load_nothing) == text
+    [plot] = plot_table(CONFIG, out)
+    assert plot == out / "tiny.png"
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
     (out / "tiny" / "B.json").unlink()
     loaded = []
@@ -99,6 +103,7 @@ def test_a_run_that_a_signal_ends_is_dropped(folder):
             CONFIG, folder, folder / "out", interrupt, lambda name: tiny_target()
         )
     assert not (folder / "out").exists()
+    assert plot_table(CONFIG, folder / "out") == []
 
 
 def table_with(**change):
