@@ -49,7 +49,7 @@ def get_config() -> TableConfig:
             "Hydra": Method("shipped:hydra"),
             "Opt-Hydra": Method("shipped:hydra", opt_hydra),
             "ours, without learning": Method("shipped", ngrams=True),
-            "ours": Method("shipped", LearnerConfig(), ngrams=True),
+            "ours": Method("shipped", LearnerConfig("auto"), ngrams=True),
         },
         sets=sets,
         parts=(
