@@ -54,16 +54,17 @@ _MAX_TRIALS = 1000.0
 """Older trials fade, so that rates follow the traffic."""
 _PRIOR_TRIALS = 32.0
 # Measured with SmolLM2-135M on chat, markup and mathematics: by length of the match in
-# the context, and by count for each of the memory's orders.
+# the context, and by count for each of the memory's orders, where the context says
+# something else than the memory or nothing.
 _CONTEXT_RATES = {
     4: (0.20, 0.50, 0.62, 0.83),
     8: (0.20, 0.50, 0.62, 0.67, 0.73, 0.76, 0.80, 0.92),
 }
 _MEMORY_RATES = {
-    2: (0.28, 0.42, 0.51, 0.56, 0.60, 0.65, 0.70, 0.75),
-    3: (0.52, 0.69, 0.76, 0.80, 0.82, 0.83, 0.84, 0.85),
-    5: (0.42, 0.65, 0.73, 0.79, 0.82, 0.81, 0.84, 0.87),
-    8: (0.51, 0.75, 0.82, 0.84, 0.89, 0.92, 0.92, 0.94),
+    2: (0.13, 0.22, 0.30, 0.40, 0.40, 0.42, 0.45, 0.62),
+    3: (0.26, 0.42, 0.56, 0.60, 0.72, 0.70, 0.70, 0.86),
+    5: (0.32, 0.58, 0.70, 0.79, 0.82, 0.81, 0.84, 0.87),
+    8: (0.46, 0.70, 0.80, 0.84, 0.89, 0.92, 0.92, 0.94),
 }
 _SURE_MATCH = 8
 _SURE_RATE = 0.9
@@ -272,10 +273,13 @@ def _score(memory: NgramMemory, tokens, num_prompt, num_tokens, scope) -> NgramM
     hits = memory.hits
     trials = memory.trials
 
-    # Both sources are judged at every token, whether drafted or not. Level -1 adds
-    # nothing, although it indexes the last rate.
-    for token, level in (near, far):
-        weight = (is_scored & (level[0] >= 0)).astype(hits.dtype)
+    # Both sources are judged whether their tokens were drafted or not; the memory where
+    # it is needed: what it has in common with the context is mostly right, and would
+    # have it thought too well of. Level -1 adds nothing, although it indexes the last
+    # rate.
+    is_alone = (near[1][0] < 0) | (near[0][0] != far[0][0])
+    for (token, level), is_asked in ((near, is_scored), (far, is_scored & is_alone)):
+        weight = (is_asked & (level[0] >= 0)).astype(hits.dtype)
         trials = trials.at[level[0]].add(weight)
         hits = hits.at[level[0]].add(weight * (token[0] == actual))
 

@@ -176,6 +176,25 @@ def test_longer_ngrams_tell_more_contexts_apart():
     assert len(set(found["short"])) == 1
 
 
+def test_the_memory_is_judged_where_the_context_does_not_say_the_same():
+    memory = init_memory(4096)
+    known = [1, 2, 3, 4, 5, 6, 7, 8]
+    memory = learn(memory, padded(known), 0, len(known))
+    first = memory.max_match
+    booked = lambda now: np.asarray(now.trials - memory.trials)[first:].sum()
+
+    # Of a prompt that says the same the memory is not needed: 4 behind 1, 2, 3 again.
+    same = learn(memory, padded([1, 2, 3, 4, 9, 1, 2, 3, 4]), 7, 9)
+    assert booked(same) == 0
+    # Another continuation in the prompt, or none: it is asked, and right or wrong.
+    other = learn(memory, padded([1, 2, 3, 5, 9, 1, 2, 3, 4]), 7, 9)
+    alone = learn(memory, padded([20, 21, 22, 23, 24, 1, 2, 3, 4]), 7, 9)
+    for now in (other, alone):
+        assert booked(now) == 1
+        hits = np.asarray(now.hits - memory.hits)[first:].sum()
+        assert hits == pytest.approx(1)
+
+
 def test_rates_have_a_prior_for_every_kind_of_match():
     for orders in (ORDERS, SUFFIX_ORDERS):
         memory = init_memory(4, orders)
