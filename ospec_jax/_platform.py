@@ -13,6 +13,7 @@ import ctypes
 import gc
 import importlib.metadata
 import os
+from pathlib import Path
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _VALUE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
@@ -27,6 +28,32 @@ def set_flags() -> None:
     is_known = importlib.metadata.version("jaxlib").startswith(_KNOWN_TO)
     if is_known and _FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}={_VALUE}".strip()
+
+
+def cpu_name() -> str:
+    """The processor's, as the system has it; `unknown` where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+
+    names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
+    return names[0].strip() if names else "unknown"
+
+
+def device_name() -> str:
+    """What computes, so that figures of one machine are told from another's.
+
+    Of a CPU that is the processor, and how many cores it has.
+    """
+    # The flags come first.
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return str(device.device_kind)
+
+    return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def release_memory() -> None:

@@ -27,6 +27,7 @@ from ospec_jax.bench.asking import (
 from ospec_jax.bench.passes import measure_passes, measure_verification
 from ospec_jax.bench.peers import Peer
 from ospec_jax.bench.runs import (
+    IDLE,
     UNPADDED,
     BenchConfig,
     BenchRun,
@@ -189,12 +190,14 @@ def _open_mode(
         session = Session(target, batch_size=config.batch_size, stop=config.stop)
     else:
         assert draft is not None, "it was checked"
+        is_learning = name in ("learned", IDLE)
         own = Contender(
             draft,
             config.tree,
-            ngrams=name == "ngrams" or (name == "learned" and config.ngrams),
+            ngrams=name == "ngrams" or (is_learning and config.ngrams),
             controller=config.select,
-            learner=config.learner if name == "learned" else None,
+            learner=config.learner if is_learning else None,
+            learn_idle=config.learn_idle if name == IDLE else 0,
         )
         session = _open_session(target, own, config)
 
@@ -212,6 +215,7 @@ def _open_session(target: Target, contender: Contender, config: BenchConfig) -> 
         stop=config.stop,
         num_predicted_tokens=config.num_predicted_tokens,
         controller=contender.controller,
+        learn_idle=contender.learn_idle,
     )
 
 
@@ -263,6 +267,10 @@ def _answer(
     mode.turn_tokens.append(sum(len(result.token_ids) for result in results))
     place = {id(prompt): i for i, prompt in enumerate(group)}
     mode.results += sorted(results, key=lambda result: place[id(result.prompt)])
+    if mode.session.practice is not None:
+        start = time.perf_counter()
+        mode.num_exercises += len(mode.session.practise(should_stop=should_drop))
+        mode.idle_seconds += time.perf_counter() - start
 
 
 def _answer_by_peer(peer, run: PeerRun, session, group, config: BenchConfig) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from ospec_jax._platform import device_name
 from ospec_jax.bench.parts import add_parts, add_speedups, paired_quartiles
 from ospec_jax.bench.runs import BenchRun, ModeRun, Turns
 from ospec_jax.data.templates import encode
@@ -47,7 +48,7 @@ def _shared(run: BenchRun, name: str, turns: Turns) -> dict:
         "tokens_per_second_with_learning": turns.tokens_per_second_with_learning,
         "paired_speedup_quartiles": quartiles,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "device": str(jax.devices()[0].device_kind),
+        "device": device_name(),
         "jax_version": jax.__version__,
         "git_commit": _git_commit(),
         "date": datetime.date.today().isoformat(),
@@ -91,6 +92,8 @@ def _row(run: BenchRun, name: str) -> dict:
         "num_updates": int(trained.num_updates) if trained else 0,
         "num_promotions": session.version,
         "learning_seconds": mode.learning_seconds,
+        "num_exercises": mode.num_exercises,
+        "idle_seconds": mode.idle_seconds,
         "compile_seconds": mode.compile_seconds,
         "target": session.target.name,
         "precision": session.target.numerics.precision,

@@ -4,7 +4,13 @@
 import dataclasses
 
 from ospec_jax.bench.passes import PassSeconds
-from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig, check_types
+from ospec_jax.config import (
+    ConfigError,
+    SamplingConfig,
+    TreeConfig,
+    check_types,
+    whole_number,
+)
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.learners.config import LearnerConfig
@@ -14,6 +20,10 @@ from ospec_jax.session import Result, Session
 MODES = ("autoregressive", "static", "ngrams", "learned")
 """Without a draft; with the draft as it is; that with n-grams of the request; that with
 learning from earlier requests."""
+
+IDLE = "idle"
+"""Learning from earlier requests, and between two turns, off the clock, from what the
+target writes for itself meanwhile: as a machine would that has nothing else to do."""
 
 UNPADDED = "unpadded"
 """Plain decoding without what keeps a row's bits independent of the others: a lone
@@ -25,13 +35,14 @@ class BenchConfig:
     """What is measured.
 
     Attributes:
-      modes: Some of `MODES`, and `UNPADDED`.
+      modes: Some of `MODES`, `IDLE` and `UNPADDED`.
       max_new_tokens: Of each answer.
       ngrams: Let n-grams suggest tokens in the learned mode, too.
       stop: Strings that end an answer.
       num_predicted_tokens: Tokens verified at once while a prediction holds.
       batch_size: Prompts decoded together.
       select: Which member of a pool drafts; see `control.selectors`.
+      learn_idle: In the mode `IDLE`, exercises for each answer.
     """
 
     modes: tuple[str, ...] = MODES
@@ -45,10 +56,12 @@ class BenchConfig:
     stop: tuple[str, ...] = ()
     num_predicted_tokens: int = 12
     select: str | None = None
+    learn_idle: int = 2
 
     def __post_init__(self):
         check_types(self)
-        known = (*MODES, UNPADDED)
+        whole_number("learn_idle", self.learn_idle, least=1)
+        known = (*MODES, IDLE, UNPADDED)
         unknown = set(self.modes) - set(known)
         if unknown or not self.modes:
             raise ConfigError(f"unknown modes {sorted(unknown)}; use some of {known}")
@@ -64,6 +77,7 @@ class Contender:
       ngrams: Let n-grams suggest tokens.
       controller: Says how much of that is drafted; None for all, always.
       learner: Trains the draft; None for the draft as it is.
+      learn_idle: Exercises between two turns, for each answer.
     """
 
     draft: LoadedDraft
@@ -71,6 +85,7 @@ class Contender:
     ngrams: bool = False
     controller: str | None = None
     learner: LearnerConfig | None = None
+    learn_idle: int = 0
 
     @property
     def is_static(self) -> bool:
@@ -119,10 +134,17 @@ class PeerRun(Turns):
 
 @dataclasses.dataclass(kw_only=True)
 class ModeRun(Turns):
-    """What one mode did."""
+    """What one mode did.
+
+    Attributes:
+      idle_seconds: What it took to practise between turns, which no turn counts.
+      num_exercises: That were learned from then.
+    """
 
     session: Session
     results: list[Result] = dataclasses.field(default_factory=list)
+    idle_seconds: float = 0.0
+    num_exercises: int = 0
 
     def keep(self, num_turns: int, num_prompts: int) -> None:
         """Forgets what was done after so many turns and prompts."""

@@ -28,6 +28,8 @@ from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import Target
 from ospec_jax.reports.progress import Interrupt, say
 
+_SPEED = "tokens_per_second_with_learning"
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -284,25 +286,27 @@ def _part_text(config: TableConfig, part: TargetPart, out: Path) -> str:
     if not rows:
         return ""
 
-    table = _part_table(part, rows)
-    places = range(len(table.labels))
-    best = [max(table.cells, key=lambda m: table.cells[m][i].value) for i in places]
+    cells = _part_table(part, rows).cells
+    ratios = {method: _ratios(rows, method) for method in part.methods}
+    best = [max(ratios, key=lambda m: ratios[m][i]) for i in range(len(rows))]
     lines = [
         f"**{part.target}**, {part.num_prompts} prompts of each set at most",
         "",
-        "| method | " + " | ".join(table.labels) + " | mean |",
-        "|" + "---|" * (len(table.labels) + 2),
+        "| method | " + " | ".join(rows) + " | mean |",
+        "|" + "---|" * (len(rows) + 2),
     ]
 
-    for method in [m for m in config.methods if m in table.cells]:
-        cells = [
-            f"**{cell.value:.2f}** ({cell.length:.2f})" if best[i] == method else cell
-            for i, cell in enumerate(table.cells[method])
+    for method in [m for m in config.methods if m in ratios]:
+        texts = [
+            f"**{cell.value:.2f}** ({cell.length:.2f})"
+            if first == method
+            else f"{cell}"
+            for cell, first in zip(cells[method], best, strict=True)
         ]
-        mean = sum(cell.value for cell in table.cells[method]) / len(cells)
-        lines.append(f"| {method} | {' | '.join(map(str, cells))} | {mean:.2f} |")
+        mean = sum(ratios[method]) / len(rows)
+        lines.append(f"| {method} | {' | '.join(texts)} | {mean:.2f} |")
 
-    speeds = [f"{speed:.1f}" for speed in table.plain]
+    speeds = [f"{of_set[PLAIN][_SPEED]:.1f}" for of_set in rows.values()]
     lines.append("| plain, tokens/s | " + " | ".join(speeds) + " | |")
     different = sum(
         row["num_mismatched_outputs"] or 0
@@ -331,23 +335,25 @@ def _rows_of(
     }
 
 
+def _ratios(rows: dict[str, dict[str, dict]], method: str) -> list[float]:
+    """A method's speed-up over plain decoding, on each set."""
+    return [of_set[method][_SPEED] / of_set[PLAIN][_SPEED] for of_set in rows.values()]
+
+
 def _part_table(part: TargetPart, rows: dict[str, dict[str, dict]]) -> PartTable:
     """Speed-ups over plain decoding, by set."""
-    speed = "tokens_per_second_with_learning"
-    plain = [of_set[PLAIN][speed] for of_set in rows.values()]
 
-    def cell(method: str, of_set: dict[str, dict]) -> Cell:
-        row = of_set[method]
-        ratio = row[speed] / of_set[PLAIN][speed]
-        return Cell(ratio, row["mean_acceptance_length"])
+    def cells(method: str) -> list[Cell]:
+        lengths = [of_set[method]["mean_acceptance_length"] for of_set in rows.values()]
+        return [*map(Cell, _ratios(rows, method), lengths)]
 
     return PartTable(
         what="set",
         unit="speed-up over plain decoding, learning's time included",
         labels=list(rows),
         sizes=[of_set[PLAIN]["num_prompts"] for of_set in rows.values()],
-        plain=plain,
-        cells={m: [cell(m, of_set) for of_set in rows.values()] for m in part.methods},
+        plain=[of_set[PLAIN][_SPEED] for of_set in rows.values()],
+        cells={method: cells(method) for method in part.methods},
     )
 
 

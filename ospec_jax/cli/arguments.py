@@ -354,7 +354,12 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         build_selector(self.select, actions)
 
     def open(
-        self, target, draft: LoadedDraft | None, learner=None, has_log_probs=False
+        self,
+        target,
+        draft: LoadedDraft | None,
+        learner=None,
+        has_log_probs=False,
+        learn_idle: int = 0,
     ) -> Session:
         """A session with these settings."""
         return Session(
@@ -371,6 +376,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
             judge_every=self.judge_every or JUDGE_EVERY,
             learn_control=self.learn_control,
             follow_clock=self.follow_clock,
+            learn_idle=learn_idle,
         )
 
 

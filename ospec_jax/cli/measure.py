@@ -50,6 +50,7 @@ def bench(
     controllers: str = "",
     learner: Learner = "auto",
     learn_budget: LearnBudget = None,
+    learn_idle: int = 2,
     learning_rate: LearningRate = None,
     optimizer: Optimizer = None,
     peers: str = "",
@@ -71,7 +72,8 @@ def bench(
       modes: Comma-separated: autoregressive, static (the draft as it is), ngrams (and
         n-grams of the request), learned (and of earlier ones; the draft is trained).
         These by default; with --drafts or --controllers, autoregressive alone. Also
-        unpadded: plain decoding that need not be exact, the faster baseline.
+        unpadded: plain decoding that need not be exact, the faster baseline; and idle:
+        learned, and between turns, off the clock, from what the target writes itself.
       drafts: Compare these drafts, each as it is, by the prompts' domains instead:
         DRAFT, or DRAFT@TREE@CHILDREN@VERIFICATION, or fewer of these, for others than
         --tree, --draft-sample-method and --verification: shipped@static:2,2,2@hub. The
@@ -80,6 +82,7 @@ def bench(
         plain decoding with the draft as it is (n-grams as --ngrams says): fixed, as
         --num-speculative-tokens and --tree say; a number, a chain of so many; auto,
         marginal, joint, ltd:DIR as for --controller.
+      learn_idle: Exercises that the mode idle has for each answer.
       peers: Comma-separated other decoders of the same weights: transformers,
         transformers-bfloat16, transformers-lookup, transformers-assisted, llama-cpp,
         llama-cpp-lookup.
@@ -144,6 +147,7 @@ def bench(
         stop=decoding.stop,
         num_predicted_tokens=decoding.num_predicted_tokens,
         select=decoding.select,
+        learn_idle=learn_idle,
     )
     names = [name for name in peers.split(",") if name]
     if names and decoding.stop:
@@ -277,11 +281,11 @@ def table(
     Args:
       config: A Python file with `get_config() -> TableConfig`.
       prompts: Folder of the sets' JSONL files; what is not there is left out.
-      out: Folder of the runs and of `table.md`.
+      out: Folder of the runs, of `table.md`, and of a plot for each target.
       targets: Comma-separated: some of the table's targets; by default all.
       precision: Of weights and products; auto measures which is fastest on this device.
     """
-    from ospec_jax.bench.table import TableConfig, measure_table
+    from ospec_jax.bench.table import TableConfig, measure_table, plot_table
 
     check_outputs(folders=[out])
     hold(out)
@@ -296,6 +300,8 @@ def table(
         precision,
     )
     say(text)
+    for file in plot_table(found, out):
+        say(f"plot: {file}")
 
 
 def roofline(

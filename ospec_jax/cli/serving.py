@@ -47,6 +47,7 @@ def serve(
     kept_mib: int = 512,
     learner: Learner = "auto",
     learn_budget: LearnBudget = None,
+    learn_idle: int = 0,
     promotion: Literal["always", "guarded"] | None = None,
     learn: Literal["auto", "opt-in", "opt-out", "off"] = "auto",
     checkpoint_dir: Annotated[Path | None, tyro.conf.arg(name="checkpoint")] = None,
@@ -73,6 +74,9 @@ def serve(
       max_waiting: Answers that may wait for a row; more are told to come again.
       kept_mib: Memory for the caches of answered requests, in MiB: a conversation's
         next turn runs only what is new in it. 0 keeps none.
+      learn_idle: While nobody asks, have the target write more of what it was lately
+        asked, so many exercises for each answer, and the draft learn from that. An
+        exercise gives way to whoever comes, within a step.
       promotion: Serve every iterate of the learner, the default, or only those that
         proved better.
       learn: Learn from answers unless a request says `"learn": false` (opt-out), only
@@ -125,17 +129,25 @@ def serve(
     if checkpoint_dir is not None and decoding.draft == "none":
         raise ConfigError("without a draft nothing is learned: leave --checkpoint out")
 
+    if learn_idle and rule is None:
+        raise ConfigError(
+            f"--learn-idle {learn_idle}, and nothing learns; leave it out"
+        )
+
     hold(checkpoint_dir)
-    session = _open(decoding, rule, checkpoint_dir)
+    session = _open(decoding, rule, checkpoint_dir, learn_idle)
     _run(session, config, http)
 
 
 def _open(
-    decoding: Decoding, rule: LearnerConfig | None, folder: Path | None
+    decoding: Decoding,
+    rule: LearnerConfig | None,
+    folder: Path | None,
+    learn_idle: int,
 ) -> Session:
     """The session that is served; it goes on from a checkpoint, if there is one."""
     target, draft = decoding.load()
-    session = decoding.open(target, draft, rule)
+    session = decoding.open(target, draft, rule, learn_idle=learn_idle)
     if folder is None and rule is not None:
         say("nothing of what is learned is kept: give --checkpoint FOLDER to keep it")
     elif folder is not None and checkpoint.steps(folder):

@@ -337,7 +337,8 @@ class Batch:
         """
         number, slot, reading = self._entering.popleft()
         self._is_undisturbed = False
-        if self._kept is not None and reading.is_new:
+        is_asked = not slot.request.is_practice
+        if self._kept is not None and is_asked and reading.is_new:
             reading = self._go_on(self._kept, draft, slot, reading)
         reading = self._engine.read_on(draft, reading)
         if not reading.is_done:
@@ -570,6 +571,7 @@ class Batch:
             (number, row, slot)
             for number, row, slot in sent.rows
             if not slot.is_done
+            and not slot.request.is_practice
             and slot.request.can_teach
             and slot.request.can_speculate
         ]
@@ -644,7 +646,8 @@ class Batch:
 
     def _keep(self, number: int, slot: Slot) -> None:
         """Keeps the caches of a row whose answer has just ended."""
-        if self._kept is None:
+        # Nobody goes on from what nobody asked for.
+        if self._kept is None or slot.request.is_practice:
             return
 
         # What is kept is whole.

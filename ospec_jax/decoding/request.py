@@ -89,12 +89,15 @@ class Request:
       prediction_ids: What the answer is expected to be; empty for nothing.
       prediction_confidence: See `drafters.prediction`.
       seed: Of this request alone; None shares the call's.
-      choice: Which of the answers to a request with a seed of its own this is.
+      choice: Which of the answers to a request with a seed of its own this is, or which
+        request of practice.
       num_log_probs: Report each token's log-probability, and so many of the most
         probable tokens with theirs; None reports what the engine does for all.
       can_speculate: Draft for it; without, each step emits one token.
       scope: Whose it is: what was kept of one scope's text serves no other; 0 for
         nobody in particular.
+      is_practice: Nobody asked for it: a draft is to learn from it. Its numbers are
+        those of no request, no controller hears of it, and its caches are not kept.
     """
 
     __repr__ = short_repr
@@ -111,6 +114,7 @@ class Request:
     num_log_probs: int | None = None
     can_speculate: bool = True
     scope: int = 0
+    is_practice: bool = False
 
     def __post_init__(self):
         whole_number("max_new_tokens", self.max_new_tokens, least=1)
@@ -127,8 +131,13 @@ class Request:
         Args:
           ordinal: Its number among all that were ever admitted. With a seed of its own
             a request's numbers follow from that and `choice` alone, so that they
-            repeat: nothing may be learned from its answer (`can_teach`).
+            repeat: nothing may be learned from its answer (`can_teach`). Those of
+            practice follow from `choice`, too; nobody is given what comes of them.
         """
+        if self.is_practice:
+            apart = jax.random.fold_in(jax.random.key(self.sampling.seed), 2)
+            return jax.random.fold_in(apart, self.choice)
+
         if self.seed is None:
             shared = jax.random.fold_in(jax.random.key(self.sampling.seed), 0)
             return jax.random.fold_in(shared, ordinal)

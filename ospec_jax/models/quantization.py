@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import atomic
+from ospec_jax._platform import cpu_name
 from ospec_jax.config import Precision
 from ospec_jax.kernels import native
 from ospec_jax.models.layers import Numerics, linear
@@ -117,7 +118,7 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
     file = cache_folder / "calibration.json"
     kind = "native" if is_native else "xla"
     # Another machine or version of jax that shares the folder is measured for itself.
-    key = f"{platform.machine()} {_cpu_name()} jax {jax.__version__} int8 {kind}"
+    key = f"{platform.machine()} {cpu_name()} jax {jax.__version__} int8 {kind}"
     known = _read_calibrations(file)
     if key not in known:
         _LOG.info("measuring which precision is fastest on this machine, once")
@@ -140,13 +141,3 @@ def _read_calibrations(file: Path) -> dict[str, Any]:
 
     kept = found.items() if isinstance(found, dict) else ()
     return {key: x for key, x in kept if x in _TIMED}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-
-    names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
-    return names[0].strip() if names else "unknown"

@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
+from ospec_jax._platform import device_name
 from ospec_jax.config import TreeConfig
 from ospec_jax.control.base import Action
 from ospec_jax.control.clock import Clock, Timed, fit_clock
@@ -110,7 +110,7 @@ def measure_clock(
     return fit_clock(
         timed,
         shape.topk,
-        device=str(jax.devices()[0].device_kind),
+        device=device_name(),
         method=f"{statistic} of {num_rounds} interleaved rounds of {_STEPS} steps",
     )
 

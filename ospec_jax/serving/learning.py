@@ -4,11 +4,13 @@
 All of it is for the thread that decodes, between two steps.
 """
 
+import contextlib
 import dataclasses
 import logging
 import tempfile
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import jax
 
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import Prompt
-from ospec_jax.decoding.request import Completion
+from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.loading import load_draft
 from ospec_jax.serving.settings import ServiceConfig
@@ -85,6 +87,7 @@ class Learning:
     def status(self) -> dict[str, Any]:
         """How learning goes, as JSON."""
         counts = self._counts
+        practice = self._session.practice
         return {
             "learner": self._session.learner and self._session.learner.name,
             "is_on": self._paused_for is None,
@@ -92,6 +95,7 @@ class Learning:
             "num_updates": counts.num_updates,
             "num_answers": counts.num_taught,
             "seconds": counts.seconds,
+            "practice": practice and dataclasses.asdict(practice.counts),
             "save_error": self._save_error,
         }
 
@@ -117,22 +121,48 @@ class Learning:
         """
         can_teach &= self._paused_for is None
         counts = self._counts
-        try:
+        with self._safely():
             result = self._session.take_in(
                 prompt, completion, text, can_teach, is_shared
             )
             counts.seconds += result.learning_seconds
+
+        counts.num_updates += max(self._session.version - self.version, 0)
+        counts.num_taught += can_teach
+        counts.num_answers += 1
+        self._note()
+
+    def next_exercise(self) -> Request | None:
+        """What the target may write for itself, while nobody asks; None for nothing."""
+        practice = self._session.practice
+        if practice is None or self._paused_for is not None:
+            return None
+
+        return practice.next_request()
+
+    def practise(self, completion: Completion) -> None:
+        """Goes on with an exercise, and learns from it once it is complete."""
+        exercise = None
+        can_teach = self._paused_for is None
+        with self._safely():
+            exercise = self._session.take_practice(completion, can_teach)
+
+        if can_teach and exercise is not None:
+            self._counts.num_updates += max(self._session.version - self.version, 0)
+            self._counts.num_answers += 1
+        self._note()
+
+    @contextlib.contextmanager
+    def _safely(self) -> Iterator[None]:
+        """Pauses learning where it fails, and serves what was kept."""
+        try:
+            yield
         except Exception:
             # An update that failed may have used up what is served.
             _LOG.exception("learning has failed, and is paused")
             self._paused_for = "failed"
             if self._kept:
                 self._session.begin_again(self._kept[-1].draft)
-
-        counts.num_updates += max(self._session.version - self.version, 0)
-        counts.num_taught += can_teach
-        counts.num_answers += 1
-        self._note()
 
     def count(self, stats: DecodingStats) -> None:
         """Counts an answer of the served version, before it is learned from."""

@@ -347,12 +347,29 @@ _TEXTS = {
 }
 
 _COUNTERS = {
-    "ospec_learner_updates": ("learning", "num_updates", "Versions that were served"),
-    "ospec_learner_answers": ("learning", "num_answers", "Answers learned from"),
-    "ospec_steps": ("totals", "num_steps", "Steps of the batch"),
-    "ospec_busy_seconds": ("totals", "busy_seconds", "Time in steps"),
+    "ospec_learner_updates": ("learning.num_updates", "Versions that were served"),
+    "ospec_learner_answers": ("learning.num_answers", "Answers learned from"),
+    "ospec_practice_exercises": (
+        "learning.practice.num_exercises",
+        "Answers of the target to itself that were learned from",
+    ),
+    "ospec_practice_tokens": (
+        "learning.practice.num_tokens",
+        "Tokens that the target wrote for itself",
+    ),
+    "ospec_steps": ("totals.num_steps", "Steps of the batch"),
+    "ospec_busy_seconds": ("totals.busy_seconds", "Time in steps"),
 }
 """Name of a counter: where the status has it, and what it counts."""
+
+
+def _value_at(status: dict[str, Any], path: str) -> float | None:
+    """A figure of the status; None where it has none."""
+    found: Any = status
+    for key in path.split("."):
+        found = (found or {}).get(key)
+
+    return found
 
 
 def _own(status: dict[str, Any]) -> Iterator[Metric]:
@@ -372,8 +389,8 @@ def _own(status: dict[str, Any]) -> Iterator[Metric]:
         info.add_metric((str(draft.get("family")), str(version)), 1)
         yield info
 
-    for name, (section, key, text) in _COUNTERS.items():
-        value = (status.get(section) or {}).get(key)
+    for name, (path, text) in _COUNTERS.items():
+        value = _value_at(status, path)
         if value is not None:
             yield CounterMetricFamily(name, text, value=value)
 

@@ -102,6 +102,7 @@ class Service:
         # Of the thread that decodes alone.
         self._running: dict[int, tuple[Job, Choice]] = {}
         self._lessons: deque[_Lesson] = deque()
+        self._exercise: Request | None = None
         self._capacities = _capacities_for(session, self.max_model_len)
         self._live = self._new_live()
         self._totals = _Totals()
@@ -341,7 +342,7 @@ class Service:
                 # Whoever is being answered would wait for it.
                 if self._live.is_idle or len(self._lessons) > _MAX_LESSONS:
                     self._learn()
-                if self._live.is_idle:
+                if self._live.is_idle and not self._practise():
                     self._rest()
                     continue
                 self._turn()
@@ -391,6 +392,7 @@ class Service:
 
     def _let_in(self) -> None:
         """Gives free rows to those who wait, first come first served."""
+        self._make_way()
         while self._live.num_free:
             with self._lock:
                 if not self._waiting:
@@ -429,12 +431,38 @@ class Service:
             if self._stops_at is None:
                 self._changed.wait(timeout=max(due, 0.01))
 
+    def _practise(self) -> bool:
+        """Begins what the target is to write for itself, if it may and there is any."""
+        if self._lessons or self._stops_at is not None:
+            return False
+
+        self._exercise = self._learning.next_exercise()
+        if self._exercise is None:
+            return False
+
+        self._live.join(self._exercise)
+        return True
+
+    def _make_way(self) -> None:
+        """Gives up an exercise for those who wait; it is begun again some time."""
+        with self._lock:
+            is_wanted = bool(self._waiting) or self._stops_at is not None
+        if self._exercise is not None and is_wanted:
+            self._live.leave(self._exercise)
+            self._exercise = None
+
     def _turn(self) -> None:
         start = time.perf_counter()
         completions = self._live.turn()
-        self._totals.busy_seconds += time.perf_counter() - start
-        self._totals.num_steps += 1
+        # What nobody asked for is no work.
+        if self._exercise is None:
+            self._totals.busy_seconds += time.perf_counter() - start
+            self._totals.num_steps += 1
         for completion in completions:
+            if completion.request is self._exercise:
+                self._exercise = None
+                self._learning.practise(completion)
+                continue
             found = self._running.pop(id(completion.request), None)
             if found is not None:
                 self._finish(*found, completion)
@@ -470,6 +498,12 @@ class Service:
     ) -> dict[str, Any]:
         """See `Learning.forget`."""
         said = self._learning.forget(scope, is_draft_too)
+        # Of what was forgotten nothing more is written.
+        if self._exercise is not None and not self._session.is_practising(
+            self._exercise
+        ):
+            self._live.leave(self._exercise)
+            self._exercise = None
         # What is being answered was said before this: it is not learned from, either.
         with self._lock:
             jobs = [job for job, _ in (*self._running.values(), *self._waiting)]
@@ -490,6 +524,7 @@ class Service:
             job.is_cancelled = True
 
         self._running.clear()
+        self._exercise = None
         self._live = self._new_live()
 
     def _end(self) -> None:

@@ -16,6 +16,7 @@ from ospec_jax.drafters.base import Family
 from ospec_jax.learners.config import LearnerConfig, as_learner_config
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.hub import Target, load_target
+from ospec_jax.session.practice import PracticeConfig
 from ospec_jax.session.requests import as_prompt
 
 
@@ -144,6 +145,30 @@ def as_share(name: str, value: Any) -> float:
         raise ConfigError(f"{name} is {value!r:.60}; use a share from 0 on, below 1")
 
     return float(value)
+
+
+def as_practice(
+    learn_idle: Any, learner: LearnerConfig | None
+) -> PracticeConfig | None:
+    """How to practise; a number is that of exercises for each answer, 0 for none.
+
+    Raises:
+      ConfigError: It is something else, or nothing learns.
+    """
+    config = learn_idle
+    if not isinstance(config, PracticeConfig):
+        count = whole_number("learn_idle", learn_idle, least=0)
+        if not count:
+            return None
+        config = PracticeConfig(num_per_answer=count)
+
+    if learner is None:
+        raise ConfigError(
+            f"learn_idle is {learn_idle!r:.60}, and nothing learns; give a learner, "
+            f"Session(target, draft, learner='auto', learn_idle=...)"
+        )
+
+    return config
 
 
 def as_capacities(capacities: Any) -> list[int | None]:

@@ -9,8 +9,10 @@ second.
 
 import dataclasses
 import functools
+import warnings
 from typing import Any, NamedTuple
 
+from ospec_jax._platform import device_name
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.control import steered, taught
 from ospec_jax.control.policy import Policies
@@ -26,7 +28,7 @@ from ospec_jax.drafters.sizing import (
 )
 from ospec_jax.drafters.stopping import StopFn, taught_now, unless_worth_more_now
 from ospec_jax.loading import LoadedDraft
-from ospec_jax.storage.policies import load_policies
+from ospec_jax.storage.policies import PolicyMeta, load_policies
 
 MARGINAL = "marginal"
 POLICIES = "ltd"
@@ -59,11 +61,13 @@ def resolve(
     stop_fn: StopFn | None,
     size_fn: SizeFn | None,
     learn_control: float = 0.0,
+    batch_size: int = 1,
 ) -> HowMuch:
     """What a controller's name stands for, and rules that are given, checked.
 
     Args:
       learn_control: Share of decoding's time in which policies go on learning.
+      batch_size: Requests that are decoded together.
 
     Raises:
       ConfigError: They do not go together, or a folder holds no policies.
@@ -84,7 +88,10 @@ def resolve(
     if controller == MARGINAL:
         return _marginal(tree, draft)
     if kind == POLICIES:
-        return _policies(tree, draft, load_policies(folder)[0], learn_control)
+        policies, meta = load_policies(folder)
+        if not learn_control:
+            _warn_of_policies(folder, meta, batch_size)
+        return _policies(tree, draft, policies, learn_control)
     if controller == JOINT:
         tree = tree or TreeConfig.auto()
         controller = _JUDGED_BY_TIME if draft is not None and draft.pool else None
@@ -132,6 +139,30 @@ def _marginal(tree: TreeConfig | None, draft: LoadedDraft | None) -> HowMuch:
         most_tokens_a_second,
         promises_of,
     )
+
+
+def _warn_of_policies(folder: str, meta: PolicyMeta, batch_size: int) -> None:
+    """Says where policies are likely to draft too much or too little.
+
+    Those that go on learning find out by themselves what steps take here.
+    """
+    here = device_name()
+    taught_on = meta.clock_device
+    if taught_on and taught_on != here:
+        warnings.warn(
+            f"the policies of {folder} were taught by another clock ({taught_on}) than "
+            f"this machine's ({here}), so they may draft too much or too little; teach "
+            f"them again (`ospec train-control --clock again`), or let them go on with "
+            f"learn_control=0.02",
+            stacklevel=4,
+        )
+    if batch_size > 1:
+        warnings.warn(
+            f"the policies of {folder} know one request at a time, and {batch_size} "
+            f"are decoded together: they draft on where that does not pay; use the "
+            f"controller 'auto', which weighs all rows",
+            stacklevel=4,
+        )
 
 
 def _policies(

@@ -154,7 +154,8 @@ class Live:
                 self._batch.grow(capacity)
         if not self._batch.num_free:
             self._resize(self._batch, self._batch.size + 1)
-        self._batch.enter(request, next(self._ordinals))
+        ordinal = 0 if request.is_practice else next(self._ordinals)
+        self._batch.enter(request, ordinal)
 
     def _new_batch(self, size: int, capacity: int) -> Batch:
         engine = self._session.engine

@@ -57,6 +57,7 @@ from ospec_jax.online.trainer import (
     learn_from,
 )
 from ospec_jax.session import arguments, build, how_much, resume, warm_up
+from ospec_jax.session.practice import Exercise, Practice, PracticeConfig
 from ospec_jax.session.requests import is_default_name, tokenized
 from ospec_jax.session.result import Result
 from ospec_jax.session.state import SessionState
@@ -111,6 +112,9 @@ class Session:
       learn_control: Share of decoding's time in which the policies of `ltd:DIR` go on
         learning, from every verified step; 0 leaves them as they are. It comes beside
         what the learner takes.
+      learn_idle: Exercises that each answer makes due, or a `PracticeConfig`: between
+        requests the target writes more of what it was lately asked, and the draft
+        learns from that. See `practise`.
       follow_clock: Time every step while serving, for controllers that weigh time: what
         steps take changes as others use the machine. Which steps are taken then depends
         on time, and sampled tokens with it, though not their law.
@@ -153,6 +157,7 @@ class Session:
         size_fn: SizeFn | None = None,
         judge_every: int = JUDGE_EVERY,
         learn_control: float = 0.0,
+        learn_idle: int | PracticeConfig = 0,
         follow_clock: bool = False,
     ):
         batch_size = whole_number("batch_size", batch_size, least=1)
@@ -176,10 +181,11 @@ class Session:
         sharding.check_batch(target.mesh, batch_size)
         draft = arguments.as_draft(draft, target)
         learner = arguments.as_learner(learner, draft)
+        exercises = arguments.as_practice(learn_idle, learner)
 
         # From here on everything fits together; what is built never changes.
         plan = how_much.resolve(
-            tree, draft, controller, stop_fn, size_fn, learn_control
+            tree, draft, controller, stop_fn, size_fn, learn_control, batch_size
         )
         if learn_control and target.mesh is not None:
             raise ConfigError(
@@ -214,6 +220,9 @@ class Session:
         self.learner = parts.learner
         self.trainer = parts.trainer
         self._serve = parts.serve
+        self.practice: Practice | None = None
+        if exercises is not None:
+            self.practice = self._new_practice(exercises)
 
         # What does change: counters, reports, and the state.
         self.stats = DecodingStats(num_spec_tokens=tree.num_steps)
@@ -225,6 +234,12 @@ class Session:
         # One that a thread may take again: `on_text` may ask for another answer.
         self._lock = threading.RLock()
         self._adopt(self._first_state(draft))
+
+    def _new_practice(self, config: PracticeConfig) -> Practice:
+        tokenizer = self.target.tokenizer
+        special = {*tokenizer.all_special_ids, *self.target.stop_ids}
+        stops = self.target.stop_ids
+        return Practice(tokenizer, self.decode, special, stops, config)
 
     def _first_state(self, loaded: LoadedDraft | None) -> SessionState:
         """Before anything was answered."""
@@ -596,6 +611,8 @@ class Session:
         if can_teach:
             learning_seconds = self._learn_from(completion, is_shared)
             learning_seconds += self.chooser.learn()
+            if self.practice is not None and completion.request.can_teach:
+                self.practice.note(prompt, completion, text, is_shared)
         self.stats = self.stats + completion.stats
         self._warn_of_collapse(completion.stats)
 
@@ -612,6 +629,77 @@ class Session:
             precision=self.target.precision,
             alternatives=completion.alternatives,
         )
+
+    def practise(
+        self,
+        count: int | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[Exercise]:
+        """Has the target write more of what it was lately asked, and learns from it.
+
+        For the time between requests: nobody's answers change by it, but for what the
+        draft has learned. A resumed run has no recent requests to begin from, and goes
+        on bit by bit only where nothing was practised.
+
+        Args:
+          count: Exercises to begin, of the scope that was heard of last; by default
+            those that answers have made due. Of some, nothing comes that is of use.
+          should_stop: Asked before every step. Once it says so, what is on its way is
+            dropped, to be begun again.
+
+        Returns:
+          What was learned from.
+
+        Raises:
+          ConfigError: The session was made without `learn_idle`.
+        """
+        practice = self.practice
+        if practice is None:
+            raise ConfigError(
+                "this session keeps no recent requests to practise with; make it with "
+                "Session(..., learn_idle=2)"
+            )
+
+        found = []
+        with self._lock:
+            if count is not None:
+                practice.ask_for(whole_number("count", count, least=0))
+            while not should_stop() and (request := practice.next_request()):
+                completions = self.engine.serve(
+                    [request],
+                    lambda: self.served_draft,
+                    self.batch_size,
+                    chooser=self.chooser,
+                    should_stop=should_stop,
+                )
+                completion = next(completions, None)
+                if completion is None:
+                    break
+                exercise = self.take_practice(completion)
+                if exercise is not None:
+                    found.append(exercise)
+
+        return found
+
+    def is_practising(self, request: Request) -> bool:
+        """Whether a request is an exercise's that is under way."""
+        return self.practice is not None and self.practice.is_writing(request)
+
+    def take_practice(
+        self, completion: Completion, can_teach: bool = True
+    ) -> Exercise | None:
+        """Goes on with an exercise, and learns from it once it is complete.
+
+        Args:
+          completion: Of the request that `practice` asked for.
+          can_teach: Learn from it.
+        """
+        assert self.practice is not None, "it asked for the request"
+        exercise = self.practice.take(completion)
+        if can_teach and exercise is not None:
+            self._learn_from(exercise.completion, exercise.is_shared)
+
+        return exercise
 
     def _prepare(self, capacity: int, sampling: SamplingConfig) -> None:
         """Measures what learning, or the choice of a depth, must know beforehand."""
@@ -743,6 +831,8 @@ class Session:
     def drop_text(self, numbers: Collection[int]) -> None:
         """Drops n-grams, windows and caches of scopes, by their numbers."""
         with self._lock:
+            if self.practice is not None:
+                self.practice.forget(numbers)
             for number in numbers:
                 if self.kept is not None:
                     self.kept.forget(number)
@@ -787,6 +877,8 @@ class Session:
             self._move_on(scopes=Scopes())
             if self.kept is not None:
                 self.kept.forget()
+            if self.practice is not None:
+                self.practice.forget()
             if self.trainer is not None and self.draft is not None:
                 _, traffic = self.trainer.init(self.draft)
                 self._adopt(dataclasses.replace(self.state, traffic=traffic))

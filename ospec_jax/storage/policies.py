@@ -59,6 +59,13 @@ class PolicyMeta:
     progress: dict[str, Any] | None = None
 
     @property
+    def clock_device(self) -> str:
+        """The machine that they were taught for; empty if it is not known."""
+        device = self.clock.partition(";")[0]
+        # Older records say no more of a CPU.
+        return "" if device == "cpu" else device
+
+    @property
     def shape(self) -> PolicyShape:
         """What the policies are for."""
         return PolicyShape(self.topk, self.depth, self.sizes)

@@ -13,6 +13,7 @@ from drafted import random_head
 from reference import forward
 
 from ospec_jax import LearnerConfig, Session, TreeConfig
+from ospec_jax._platform import device_name
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.control.base import Action, Outcome, Row
 from ospec_jax.control.clock import flat_clock
@@ -409,3 +410,30 @@ def test_drawn_children_teach_nothing(target, draft, folders):
     tree = TreeConfig(num_steps=4, children="sampled")
     with pytest.raises(ConfigError, match="most probable children"):
         open_session(target, draft, folders / "chain", tree=tree)
+
+
+def test_policies_out_of_their_element_are_warned_of(target, draft, folders, recwarn):
+    chain = PolicyShape(1, 4, (1, 2, 4))
+    clocks = {
+        "mine": f"{device_name()}; least of 12 rounds",
+        "older": "cpu; median of 12 rounds",
+        "other": "An Abacus, 10 cores; median of 12 rounds",
+        "flat": "flat; made up",
+    }
+    for name, clock in clocks.items():
+        meta = PolicyMeta(clock=clock)
+        save_policies(folders / name, 1, policies(3, chain), meta, None)
+
+    def warned(name, **given):
+        recwarn.clear()
+        open_session(target, draft, folders / name, **{"learn_control": 0.0} | given)
+        return [str(one.message) for one in recwarn]
+
+    assert warned("mine") == warned("older") == []
+    for name, taught_on in (("other", "An Abacus, 10 cores"), ("flat", "flat")):
+        (message,) = warned(name)
+        assert f"another clock ({taught_on}) than this machine's" in message
+    # Those that learn on find out what steps take, of batches as well.
+    assert warned("other", learn_control=0.1, batch_size=4) == []
+    (message,) = warned("mine", batch_size=4)
+    assert "one request at a time, and 4 are decoded together" in message

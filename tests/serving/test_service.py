@@ -549,3 +549,96 @@ def test_who_is_forgotten_while_answered_is_not_learned_from(target, draft):
         assert set(np.unique(session.memory.owners)) == {0, bob}
     finally:
         service.stop()
+
+
+def practising(target, draft, monkeypatch, **settings):
+    """A service that takes whatever its random target writes for a user's turn."""
+    session = Session(
+        target, draft, learner="head", learn_idle=2, num_predicted_tokens=0
+    )
+    numbers = iter(range(1000))
+
+    def prompt_of(writing, completion):
+        number = next(numbers)
+        row = {"prompt": f"{writing.begin} number {number}."}
+        return parse_prompt(row, f"exercise-{number}")
+
+    monkeypatch.setattr(session.practice, "_prompt_of", prompt_of)
+    return Service(session, ServiceConfig("tiny", 240, **settings))
+
+
+def wait_for(is_there):
+    for _ in range(1200):
+        if is_there():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came")
+
+
+def test_an_idle_service_practises_and_makes_way(target, draft, plain, monkeypatch):
+    service = practising(target, draft, monkeypatch)
+    service.start()
+    counts = lambda: service.status()["learning"]["practice"]
+    try:
+        service.wait_until_ready()
+        texts = [text for text in PROMPTS if plain[text].strip()][:4]
+        assert len(texts) == 4
+        num_tokens = 0
+        for text in texts:
+            heard = Heard(service, ask_of(text)).all()
+            assert "".join(one.text for one in heard[:-1]) == plain[text]
+            num_tokens += heard[-1].usage.completion
+        # Every answer but the first has another one to begin from.
+        wait_for(lambda: counts()["num_exercises"] == 6)
+        status = service.status()
+        assert status["totals"]["num_answers"] == status["learning"]["num_answers"] == 4
+        assert status["totals"]["num_tokens"] == num_tokens
+        # Nobody goes on from an exercise.
+        assert status["kept"]["num_rows"] == 4
+        assert status["totals"]["num_compiles_after_warm_up"] == 0
+        assert status["queue"]["num_running"] == 0
+
+        # Whoever comes in the middle of one is answered, and it is begun again.
+        begun = threading.Event()
+        join = service._live.join
+
+        def watch(request):
+            join(request)
+            if request.is_practice:
+                begun.set()
+
+        monkeypatch.setattr(service._live, "join", watch)
+        Heard(service, ask_of(texts[0])).all()
+        assert begun.wait(60)
+        assert Heard(service, ask_of(texts[1])).texts()[0] == plain[texts[1]]
+        wait_for(lambda: counts()["num_exercises"] == 10)
+    finally:
+        service.stop()
+
+
+def test_a_paused_service_writes_nothing(target, draft, monkeypatch):
+    service = practising(target, draft, monkeypatch)
+    service.start()
+    try:
+        service.administer("pause")
+        for text in PROMPTS[:3]:
+            Heard(service, ask_of(text)).all()
+        assert service.call(service._learning.next_exercise) is None
+        assert service.status()["learning"]["practice"]["num_tokens"] == 0
+    finally:
+        service.stop()
+
+
+def test_nothing_is_written_of_who_was_forgotten(target, draft, plain, monkeypatch):
+    service = practising(target, draft, monkeypatch)
+    service.start()
+    texts = [text for text in PROMPTS if plain[text].strip()]
+    try:
+        monkeypatch.setattr(service, "_practise", lambda: False)
+        for text in texts[:2]:
+            Heard(service, ask_of(text, scope="ann")).all()
+        assert service.call(lambda: service._session.practice.num_due) == 4
+        service.administer("forget", scope="ann")
+        assert service.call(lambda: service._session.practice.num_due) == 0
+    finally:
+        service.stop()

@@ -225,7 +225,9 @@ function showNow(status, latency) {
 
 function learningInWords(learning) {
   if (!learning?.learner) return "Nothing is learned: the server was started without a learner.";
-  const count = `${learning.num_updates ?? 0} updates`;
+  const written = learning.practice?.num_exercises;
+  const count = `${learning.num_updates ?? 0} updates` +
+    (written ? `, ${written} exercises in pauses` : "");
   if (learning.paused_for) return `Learning is off (${learning.paused_for}); ${count} until now.`;
   return `Learning with “${learning.learner}”; ${count} until now.`;
 }
