@@ -46,7 +46,7 @@ BENCH_KEYS = {
     "acceptance_per_position", "num_mismatched_outputs",
     "num_tie_flips", "repeated_token_share", "learner", "optimizer",
     "learning_rate", "num_updates", "num_promotions",
-    "learning_seconds", "compile_seconds", "peak_rss_mb", "target", "precision",
+    "learning_seconds", "num_exercises", "idle_seconds", "compile_seconds", "peak_rss_mb", "target", "precision",
     "num_speculative_tokens", "controller", "device", "jax_version", "git_commit",
     "date",
 }  # fmt: skip
@@ -472,6 +472,8 @@ def get_config():
 """
 
 
+# They are taught by the flat clock.
+@pytest.mark.filterwarnings("ignore:the policies of .* were taught by another clock")
 def test_policies_are_taught_and_decode(ospec, tmp_path, capsys, monkeypatch):
     folder, out = tmp_path / "recording", tmp_path / "policies"
     file, config = tmp_path / "rules.json", tmp_path / "tiny.py"
