@@ -10,6 +10,10 @@ target's distribution. The target's logits are not needed at all.
 A step is preconditioned and damped as `learners.projection` says: with `rate` 1 each
 sample would move its own logits by exactly the error of its probabilities.
 
+What was learned of one kind of text may be in the way of another, on which the draft
+was good before. So the projection that learning began with is asked beside the learned
+one, and while it was right more often of late, rows go back towards it.
+
 Sampled tokens are draws of the target's *processed* law (`ospec_jax.sampling`), and a
 drawn child is one of the draft's, processed likewise. So the model that is fitted to
 them is the processed draft: softmax(z / T) of its logits z at temperature T, cut by
@@ -23,6 +27,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ospec_jax.config.learner import Effort, Method, Recording, check, check_finite
 from ospec_jax.learners.projection import (
@@ -46,6 +51,14 @@ SHORTEST = 0.5
 wrong predictions is all but zero, and steps as short as the temperature, made for the
 right ones, would never correct them: at 0.2, 64 draws by step, acceptance rises from
 0.13 to 0.89 in 1,000 steps as short as that, and to 0.94 in steps of 0.5."""
+_PROBE_EVERY = 2
+"""Updates, mostly answers, in one of which the projection that learning began with is
+asked, too: a second product, with all of the draft's vocabulary."""
+_NUM_PROBES = 16
+"""Samples that it is asked of then, at most."""
+_LEAD_FADING = 0.9
+"""Factor on the lead each time: some twenty answers count. Measured together with
+`head_return`; where a hundred count the way back begins too late."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +70,9 @@ class LastLayer(Method):
       head_damping: Of the preconditioner; see this module.
       head_patience: Squared error that a token's row takes before its steps shorten to
         seven tenths; a draft far from home learns faster with 16 or 64.
+      head_return: Part of the way back to where it began, that a row goes with a step
+        which changes it, while the projection that learning began with was right more
+        often of late; 0 for none.
       head_candidates: Draft tokens whose rows of the projection one step may change.
       num_steps: Drafted tokens over which `pace` counts what learning gains.
     """
@@ -67,12 +83,14 @@ class LastLayer(Method):
     head_rate: float = 1.0
     head_damping: float = 0.1
     head_patience: float = 4.0
+    head_return: float = 0.1
     head_candidates: int = 256
     num_steps: int = 3
 
     def __post_init__(self):
         check_finite(self)
         check(self, "head_rate head_damping head_patience", lambda x: x > 0, "above 0")
+        check(self, "head_return", lambda x: 0 <= x <= 1, "from 0 to 1")
         check(self, "head_candidates num_steps", lambda x: x >= 1, "1 or more")
 
 
@@ -82,6 +100,7 @@ def head_learner(
     num_candidates: int = 256,
     patience: float = 4.0,
     fading: float = 0.999,
+    pull: float = 0.0,
 ) -> HeadLearner:
     """Builds the learner.
 
@@ -94,11 +113,22 @@ def head_learner(
       patience: Squared error that a row takes before its steps shorten to seven
         tenths; they go on shrinking with the root of it.
       fading: Factor on the old second moment and the old errors, by update.
+      pull: Part of the way back that a row goes while the lead is negative.
     """
+
+    def init(kernel) -> HeadState:
+        state = new_state(kernel)
+        if not pull:
+            return state
+
+        # A copy: the projection itself is overwritten.
+        origin = jnp.copy(state.kernel)
+        return state.replace(reference=origin, lead=jnp.zeros(()))
 
     @typed
     def update(state: HeadState, samples: HeadSamples):
         seen = find_directions(state, samples, damping, fading)
+        lead = _lead(state, samples) if pull else None
         # From here on `logits` are u = z / T.
         if samples.sampling is not None:
             scaled = samples.logits / samples.sampling.temperature
@@ -117,13 +147,39 @@ def head_learner(
             # T times as long: u moves by the error of its probabilities, as ever.
             shift = jnp.maximum(samples.sampling.temperature, SHORTEST) * shift
 
+        if lead is not None:
+            back = state.reference[rows] - state.kernel[rows]
+            shift = shift + jnp.where(lead < 0, pull, 0.0) * back
+
         energy = energy.at[rows].add(jnp.sum(error**2, axis=0))
+        before = state.lead
         state, shift, is_finite = moved(state, rows, shift, energy, seen)
+        if lead is not None:
+            state = state.replace(lead=jnp.where(is_finite, lead, before))
         step_norm = jnp.sqrt(jnp.sum(shift**2))
 
         return state, rows, _info(samples, total, step_norm, ~is_finite)
 
-    return HeadLearner(new_state, update)
+    return HeadLearner(init, update)
+
+
+def _lead(state: HeadState, samples: HeadSamples) -> Float[Array, ""]:
+    """The lead with these samples, if it is their turn."""
+    every = max(1, samples.labels.shape[0] // _NUM_PROBES)
+    few = jax.tree.map(lambda x: x[::every], samples.replace(sampling=None))
+    is_inside, labels = find_inside(few)
+    num_right = lambda logits: jnp.sum(
+        is_inside & (jnp.argmax(logits, axis=-1) == labels)
+    )
+
+    def asked():
+        # By entries' rows: the projection is not turned round for it.
+        origin = jnp.einsum("nd,qd->nq", few.inputs, state.reference)
+        gained = num_right(few.logits) - num_right(origin)
+        return _LEAD_FADING * state.lead + gained
+
+    is_due = state.num_updates % _PROBE_EVERY == 0
+    return jax.lax.cond(is_due, asked, lambda: state.lead)
 
 
 def _errors(samples: HeadSamples, total, num_candidates: int):

@@ -79,8 +79,10 @@ class HeadState:
       preconditioner: Inverse of the damped mean outer product.
       energy: Sum of each row's squared errors, fading.
       num_updates: Updates done.
-      reference: The projection that preferences are held against; None where nobody
-        reads it.
+      reference: The projection that preferences are held against, or that a softmax
+        regression began with; None where nobody reads it.
+      lead: How many more tokens of late the projection had right than its reference;
+        None likewise.
     """
 
     kernel: Float[Array, "q d"]
@@ -90,6 +92,7 @@ class HeadState:
     energy: Float[Array, " q"]
     num_updates: Int[Array, ""]
     reference: Float[Array, "q d"] | None = None
+    lead: Float[Array, ""] | None = None
 
 
 class HeadInfo(NamedTuple):

@@ -125,7 +125,14 @@ class _Chunks:
             config.head_damping,
             config.head_candidates,
             config.head_patience,
+            # Preferences have a reference of their own.
+            pull=0.0 if self.is_greedy_only else config.head_return,
         )
+
+    @property
+    def is_greedy_only(self) -> bool:
+        """Whether sampled answers are left out: pairs of draws come to no rest."""
+        return isinstance(self.config.method, Preference)
 
     @property
     def preference(self) -> HeadLearner:
@@ -276,8 +283,7 @@ class LastLayer:
 
     @property
     def _is_greedy_only(self) -> bool:
-        """Whether sampled answers are left out: pairs of draws come to no rest."""
-        return isinstance(self.config.method, Preference)
+        return self.chunks.is_greedy_only
 
     @property
     def _keeps_reference(self) -> bool:

@@ -64,6 +64,40 @@ def test_a_step_moves_a_sample_by_its_own_error():
     np.testing.assert_allclose(info.loss, -np.log(probs[4]), rtol=1e-5)
 
 
+def test_rows_go_back_while_the_projection_they_began_with_is_ahead():
+    """Learned on other text, where it is ahead; then the first kind of text again."""
+    rng = np.random.default_rng(3)
+    origin = jnp.asarray(rng.normal(size=(9, 12)), jnp.float32)
+    home = lambda inputs: np.argmax(inputs @ origin.T, axis=1)
+    away = lambda inputs: (home(inputs) + 1) % 9
+    plain, pulled = (compiled(num_candidates=9, pull=x) for x in (0.0, 0.2))
+    states = [plain.init(origin), pulled.init(origin)]
+    distance = lambda state: float(jnp.linalg.norm(state.kernel - origin))
+
+    def learn(label, count):
+        for _ in range(count):
+            inputs = jnp.asarray(rng.normal(size=(64, 12)), jnp.float32)
+            for i, learner in enumerate((plain, pulled)):
+                samples = samples_of(states[i].kernel, inputs, label(inputs))
+                states[i], *_ = learner.update(states[i], samples)
+
+    learn(away, 20)
+    far = distance(states[1])
+    assert states[1].lead > 0
+    np.testing.assert_array_equal(states[0].kernel, states[1].kernel)
+
+    # Of what was learned all is in the way now, and the lead is soon used up.
+    learn(home, 12)
+    assert states[1].lead < 0
+    assert distance(states[1]) < 0.6 * far
+    assert distance(states[1]) < 0.6 * distance(states[0])
+    # Where it began it stays, but for what it learns there.
+    learn(home, 40)
+    inputs = jnp.asarray(rng.normal(size=(512, 12)), jnp.float32)
+    right = lambda state: np.mean(home(inputs) == np.argmax(inputs @ state.kernel.T, 1))
+    assert right(states[1]) > right(states[0])
+
+
 LAWS = {
     "cold": (0.7, 0, 1.0),
     "hot": (1.5, 0, 1.0),
