@@ -46,7 +46,8 @@ BENCH_KEYS = {
     "acceptance_per_position", "num_mismatched_outputs",
     "num_tie_flips", "repeated_token_share", "learner", "optimizer",
     "learning_rate", "num_updates", "num_promotions",
-    "learning_seconds", "num_exercises", "idle_seconds", "compile_seconds", "peak_rss_mb", "target", "precision",
+    "learning_seconds", "num_exercises", "idle_seconds", "compile_seconds",
+    "peak_rss_mb", "target", "precision",
     "num_speculative_tokens", "controller", "device", "jax_version", "git_commit",
     "date",
 }  # fmt: skip
