@@ -148,14 +148,15 @@ def head_learner(
             shift = jnp.maximum(samples.sampling.temperature, SHORTEST) * shift
 
         if lead is not None:
+            assert state.reference is not None, "it began with one"
             back = state.reference[rows] - state.kernel[rows]
             shift = shift + jnp.where(lead < 0, pull, 0.0) * back
 
         energy = energy.at[rows].add(jnp.sum(error**2, axis=0))
-        before = state.lead
+        kept = jnp.zeros(()) if state.lead is None else state.lead
         state, shift, is_finite = moved(state, rows, shift, energy, seen)
         if lead is not None:
-            state = state.replace(lead=jnp.where(is_finite, lead, before))
+            state = state.replace(lead=jnp.where(is_finite, lead, kept))
         step_norm = jnp.sqrt(jnp.sum(shift**2))
 
         return state, rows, _info(samples, total, step_norm, ~is_finite)
@@ -165,6 +166,8 @@ def head_learner(
 
 def _lead(state: HeadState, samples: HeadSamples) -> Float[Array, ""]:
     """The lead with these samples, if it is their turn."""
+    before = state.lead
+    assert before is not None, "it began with one"
     every = max(1, samples.labels.shape[0] // _NUM_PROBES)
     few = jax.tree.map(lambda x: x[::every], samples.replace(sampling=None))
     is_inside, labels = find_inside(few)
@@ -176,10 +179,10 @@ def _lead(state: HeadState, samples: HeadSamples) -> Float[Array, ""]:
         # By entries' rows: the projection is not turned round for it.
         origin = jnp.einsum("nd,qd->nq", few.inputs, state.reference)
         gained = num_right(few.logits) - num_right(origin)
-        return _LEAD_FADING * state.lead + gained
+        return _LEAD_FADING * before + gained
 
     is_due = state.num_updates % _PROBE_EVERY == 0
-    return jax.lax.cond(is_due, asked, lambda: state.lead)
+    return jax.lax.cond(is_due, asked, lambda: before)
 
 
 def _errors(samples: HeadSamples, total, num_candidates: int):
