@@ -34,12 +34,12 @@ _DRAWING: dict = {}
 
 
 def tiny_model_config(vocab_size: int = 16, **changes) -> ModelConfig:
-    """A four-layer model with grouped-query attention."""
+    """A two-layer model with grouped-query attention."""
     values: dict[str, Any] = dict(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
-        num_layers=4,
+        num_layers=2,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
@@ -115,8 +115,8 @@ def tiny_draft_config(
     if not family.has_layer:  # else its block has the target's shape
         changes = {"intermediate_size": 40} | changes
     if family.reads_taps and len(config.taps) > 1:
-        # Of four layers the last three: the first has seen nothing but a token.
-        changes = {"taps": (1, 2, 3)} | changes
+        # The first layer's input has seen nothing but a token.
+        changes = {"taps": tuple(range(1, max(model.num_layers, 3)))} | changes
 
     return dataclasses.replace(config, **changes)
 

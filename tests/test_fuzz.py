@@ -219,7 +219,7 @@ def _traffic_cases(root) -> dict[str, Case]:
         "hidden": np.ones((9, 2), np.float16),
         "logsumexp": np.ones(9, np.float32),
     }
-    rows = [Recording(id, "math", 3, arrays, 5) for id in "ab"]
+    rows = [Recording(id, "math", 3, arrays, 5, taps=(1, 2)) for id in "ab"]
     write_shard(folder, 0, rows)
     meta = folder / "recording.json"
     fields = {"taps": [1, 2], "max_new_tokens": 8, "order": ["a", "b"]}

@@ -144,8 +144,13 @@ def select(
         return lengths / relative_costs(state) if loss == "time" else lengths
 
     def relative_costs(state: SelectionState) -> np.ndarray:
+        """What each takes, the cheapest one 1; all take 1 if no clock says so."""
         costs = np.asarray(state.costs)
-        return costs / costs.min()
+        least = costs.min()
+        if not np.isfinite(costs).all() or least <= 0:
+            return np.ones_like(costs)
+
+        return costs / least
 
     def most(state: SelectionState) -> float:
         """The most that a window could say."""

@@ -245,7 +245,11 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             log_probs = chosen(of_node, verdict.path, emitted)
         if config.is_full:
             assert state.extras is not None
-            alternatives = _alternatives(config, gather(scored.logits, verdict.path))
+            alternatives = _alternatives(
+                config,
+                gather(scored.logits, verdict.path),
+                gather(scored.logsumexp, verdict.path),
+            )
             extras = adjusting.count_emitted(state.extras, emitted, num_emitted)
             state = state.replace(extras=extras)
 
@@ -707,11 +711,16 @@ def _counts_at(config, tree: DraftTree, state: DecodeState):
     return adjusting.count_on_paths(state.extras, tree)
 
 
-def _alternatives(config, logits):
-    """Ids and log-probabilities of the most probable tokens, each `[b, m, a]`."""
+def _alternatives(config, logits, logsumexp):
+    """Ids and log-probabilities of the most probable tokens, each `[b, m, a]`.
+
+    The emitted token's own log-probability is made of the same sum, `[b, m]`: where it
+    is one of these, both are the same number.
+    """
     count = min(MAX_ALTERNATIVES, logits.shape[-1])
-    log_probs, ids = most_probable(logits, count, config.numerics)
-    return ids, log_probs
+    _, ids = most_probable(logits, count, config.numerics)
+    values = jnp.take_along_axis(logits, ids, axis=-1)
+    return ids, values - logsumexp[..., None]
 
 
 def _target_probs(config, logits, state, counts=None):
@@ -926,7 +935,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         if config.reports_log_probs:
             log_probs = take_row(logits[:, 0], first)[:, None] - logsumexp[:, None]
         if config.is_full:
-            alternatives = _alternatives(config, logits)
+            alternatives = _alternatives(config, logits, logsumexp[:, None])
             extras = adjusting.count_emitted(state.extras, first[:, None], num_emitted)
             state = state.replace(extras=extras)
 

@@ -275,6 +275,16 @@ def _check_taps(family: Family, config: DraftConfig, store: FeedbackStore) -> No
             f"{needed}: they were recorded for another draft; record into a new folder"
         )
 
+    # As wide may be those of other layers. Older recordings do not tell.
+    known = {entry.taps for entry in store.entries if entry.taps is not None}
+    others = known - {config.taps}
+    if family.reads_taps and others:
+        raise ConfigError(
+            f"the recorded features are those of layers {others.pop()}, but the draft "
+            f"reads {config.taps}: they were recorded for another draft; record into a "
+            f"new folder"
+        )
+
 
 def _check_domains(config: DistillConfig, store: FeedbackStore) -> None:
     if not any(config.learns_from(entry) for entry in store.entries):

@@ -103,7 +103,7 @@ def collect(
         task = bar.add_task("collect", total=len(requests))
         completions = _served(engine, requests, batch_size, interrupt.is_over)
         for shard in _grouped(completions, shard_size, lambda: bool(interrupt)):
-            recordings = [_record(c, prompt_of[c.request.id]) for c in shard]
+            recordings = [_record(c, prompt_of[c.request.id], taps) for c in shard]
             with interrupt.held():
                 write_shard(folder, number, recordings)
             number = number + 1
@@ -176,7 +176,7 @@ def _grouped(
         yield group
 
 
-def _record(completion: Completion, prompt: Prompt) -> Recording:
+def _record(completion: Completion, prompt: Prompt, taps: tuple[int, ...]) -> Recording:
     feedback = completion.feedback
     assert feedback is not None, "the engine records"
     n = completion.num_recorded
@@ -193,4 +193,5 @@ def _record(completion: Completion, prompt: Prompt) -> Recording:
         arrays,
         completion.token_ids[-1],
         content_hash(prompt),
+        tuple(taps),
     )

@@ -33,6 +33,7 @@ class Recording:
       last_token: The answer's last one, after which nothing was verified, so that it
         is not among `arrays`; -1 where it was not kept.
       content: Hash of the prompt (`data.known`); empty where it was not kept.
+      taps: Layers whose features are in `arrays`; None where it was not kept.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Recording:
     arrays: dict[str, np.ndarray]
     last_token: int = -1
     content: str = ""
+    taps: tuple[int, ...] | None = None
 
 
 def write_shard(folder: Path, number: int, recordings: Sequence[Recording]) -> None:
@@ -61,6 +63,7 @@ def write_shard(folder: Path, number: int, recordings: Sequence[Recording]) -> N
         "lengths": lengths,
         "last_tokens": [r.last_token for r in recordings],
         "contents": [r.content for r in recordings],
+        "taps": [r.taps for r in recordings],
     }
     (part / "index.json").write_text(json.dumps(index))
     # The folder gets its name last: whoever finds a shard finds all of it.
@@ -121,6 +124,12 @@ def read_index(shard: Path) -> dict[str, Any]:
                 f"of its {len(lists['ids'])} requests"
             )
 
+    for taps in fields.values.get("taps", []):
+        if taps is not None and (
+            not isinstance(taps, list) or any(type(tap) is not int for tap in taps)
+        ):
+            raise ConfigError(f"{file} has taps {taps!r:.80}; use lists of layers")
+
     pairs = zip(lists["num_prompt"], lists["lengths"], strict=True)
     if any(not 0 < num_prompt <= length for num_prompt, length in pairs):
         raise ConfigError(f"{file} has a prompt that is longer than its request")
@@ -176,6 +185,7 @@ class _Entry:
     id: str
     last_token: int
     content: str
+    taps: tuple[int, ...] | None
 
 
 class FeedbackStore:
@@ -190,6 +200,7 @@ class FeedbackStore:
             count = len(index["ids"])
             last = index.get("last_tokens", [-1] * count)
             contents = _contents(index)
+            taps = index.get("taps", [None] * count)
             begin = 0
             for i, length in enumerate(index["lengths"]):
                 self.entries.append(
@@ -202,6 +213,7 @@ class FeedbackStore:
                         index["ids"][i],
                         last[i],
                         contents[i],
+                        None if taps[i] is None else tuple(taps[i]),
                     )
                 )
                 begin += length
@@ -230,7 +242,9 @@ class FeedbackStore:
         """One request as it was written; its arrays stay on disk until read."""
         e = self.entries[entry]
         own = {n: x[e.begin : e.begin + e.length] for n, x in e.arrays.items()}
-        return Recording(e.id, e.domain, e.num_prompt, own, e.last_token, e.content)
+        return Recording(
+            e.id, e.domain, e.num_prompt, own, e.last_token, e.content, e.taps
+        )
 
     def windows(self, entries: Sequence[int], length: int) -> list[tuple[int, int]]:
         """Windows `(entry, first trained pair)` that cover each answer once."""

@@ -45,7 +45,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def draft(target):
-    return load_draft("self:exit-3", target)
+    return load_draft("self:exit-1", target)
 
 
 def answers(session, sampling=SamplingConfig()):
@@ -137,7 +137,7 @@ def law_of(target, ids, length):
 def test_steered_answers_follow_the_target():
     """Two rows share steps whose depth and size follow from what both have drafted."""
     target = tiny_target(16)
-    draft = load_draft("self:exit-3", target)
+    draft = load_draft("self:exit-1", target)
     session = Session(
         target, draft, tree=TREE, controller="marginal", batch_size=2, ngrams=False
     )

@@ -56,7 +56,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def draft(target):
-    return load_draft("self:exit-3", target)
+    return load_draft("self:exit-1", target)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def law_of(target, ids, length):
 def test_answers_follow_the_target_while_policies_learn(folders):
     """After nearly every answer they are others, by what earlier ones had accepted."""
     target = tiny_target(16)
-    draft = load_draft("self:exit-3", target)
+    draft = load_draft("self:exit-1", target)
     session = open_session(target, draft, folders / "tree", batch_size=2, ngrams=False)
     chooser = session.chooser
     chooser.set_costs(np.linspace(1.0, 2.0, len(chooser.controller.kinds)))

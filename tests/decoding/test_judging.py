@@ -135,7 +135,7 @@ def test_evidence_does_not_depend_on_who_drafts(target, members):
     tree = TreeConfig(num_steps=3)
     windows = []
     for number in (0, 1):
-        found, *_ = judged_by(number, target, members[:5], tree, True, 0.0, PROMPTS[:1])
+        found, *_ = judged_by(number, target, members[:5], tree, True, 0.0, PROMPTS[1:])
         windows.append([o.windows for o in found if o.windows.count])
     first, second = (np.concatenate([w.chances for w in ws]) for ws in windows)
     assert len(first) == 30 - 1 - 2
@@ -251,7 +251,7 @@ def test_what_cannot_be_judged_is_refused(target, members, change, message):
 
 
 def test_drafters_that_would_have_to_draft_are_refused(target, members):
-    pool = pool_draft([members[0], load_draft("self:exit-2", target)], target)
+    pool = pool_draft([members[0], load_draft("self:exit-1", target)], target)
     with pytest.raises(ConfigError, match="choose by ucb"):
         Session(target, pool, controller=listening(0, []))
     pool = pool_draft(members[:2], target)

@@ -126,9 +126,9 @@ def test_artefacts_of_a_mesh_say_where_their_inputs_lie(tmp_path):
             if where is not None
         }
         # [layers, q + k + v, d] by rows; caches of a batch by rows and heads.
-        assert shards[4, 64, 32] == (4, 32, 32)
+        assert shards[2, 64, 32] == (2, 32, 32)
         if path.stem != "prefill":
-            assert shards[4, 2, 2, 128, 8] == (4, 1, 1, 128, 8)
+            assert shards[2, 2, 2, 128, 8] == (2, 1, 1, 128, 8)
     config = dataclasses.replace(config, mesh=abstract_mesh("model=4"))
     with pytest.raises(ConfigError, match="2 key-value heads.*model=4"):
         lower(model, None, config, ("tpu",))

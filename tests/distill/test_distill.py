@@ -259,7 +259,7 @@ def test_drafts_start_from_the_targets_last_layer(target, family):
 
 
 def test_features_of_other_layers_are_refused(target, folder, tmp_path):
-    config = dataclasses.replace(default_draft_config(target.config, 128), taps=(1, 2))
+    config = dataclasses.replace(default_draft_config(target.config, 128), taps=(0, 2))
     with pytest.raises(ConfigError, match="recorded for another draft"):
         train(target, folder, tmp_path, CONFIG, config)
     with pytest.raises(ConfigError, match="recorded for another draft"):
@@ -269,8 +269,8 @@ def test_features_of_other_layers_are_refused(target, folder, tmp_path):
 @pytest.mark.parametrize(
     ("family", "layer", "message"),
     [
-        ("exit", 4, "exit_layer is 4; .* from 1 to 3"),
-        ("exit", -1, "exit_layer is -1; .* from 1 to 3"),
+        ("exit", 2, "exit_layer is 2; .* from 1 to 1"),
+        ("exit", -1, "exit_layer is -1; .* from 1 to 1"),
         ("hydra", 2, "exit_layer is 2, but .* 'hydra' do not belong to one layer"),
     ],
 )

@@ -28,7 +28,7 @@ LIMIT = 3.3
 
 @pytest.fixture(scope="module")
 def target():
-    return tiny_target()
+    return tiny_target(num_layers=4)
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def answers(target, draft, **given):
 def test_any_size_gives_plain_output(tree, precision, batch_size):
     """Token for token, and bit for bit in what the target thought of each."""
     target = tiny_target(precision=precision)
-    draft = load_draft("self:exit-3", target)
+    draft = load_draft("self:exit-1", target)
     plain = answers(target, None, has_log_probs=True)
     found = answers(
         target,
@@ -82,7 +82,7 @@ def test_any_size_gives_plain_output(tree, precision, batch_size):
 def test_what_was_not_drafted_costs_no_rows():
     """A draft that stops early is verified in fewer rows, by the rule that is given."""
     target = tiny_target()
-    draft = load_draft("self:exit-3", target)
+    draft = load_draft("self:exit-1", target)
     seen = []
 
     def watch(drafted):
@@ -183,7 +183,7 @@ def policies(shape, seed=0):
 def test_a_policy_for_the_size_on_record_is_the_policy_in_decoding(tmp_path):
     """The same steps emit the same tokens, which are those of plain decoding."""
     target = tiny_target()
-    draft = load_draft("self:exit-3", target)
+    draft = load_draft("self:exit-1", target)
     shape = TraceShape(topk=2, depth=4, num_nodes=14)
     rows = [
         parse_prompt({"prompt": text, "id": f"p{i}"}, "")
@@ -241,7 +241,7 @@ def test_a_policy_for_the_size_on_record_is_the_policy_in_decoding(tmp_path):
 )
 def test_sizes_that_cannot_be_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
-        Session(tiny_target(), "self:exit-3", **given)
+        Session(tiny_target(), "self:exit-1", **given)
 
 
 @pytest.mark.parametrize(

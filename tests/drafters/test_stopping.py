@@ -68,7 +68,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def draft(target):
-    return load_draft("self:exit-3", target)
+    return load_draft("self:exit-1", target)
 
 
 @pytest.fixture(scope="module")

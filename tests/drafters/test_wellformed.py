@@ -92,7 +92,7 @@ def answers(
     tree,
     temperature=0.0,
     num_requests=1,
-    num_tokens=24,
+    num_tokens=32,
     batch_size=2,
 ):
     step = StepConfig(target.config, target.numerics, tree)

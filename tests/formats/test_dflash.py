@@ -22,7 +22,7 @@ VOCAB, NUM_PAIRS, DEPTH = 259, 7, 3
 
 @pytest.fixture(scope="module")
 def target():
-    return tiny_target()
+    return tiny_target(num_layers=4)
 
 
 @pytest.fixture

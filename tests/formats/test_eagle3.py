@@ -42,7 +42,7 @@ VOCAB = 259
 @pytest.fixture(scope="module")
 def target():
     # Large matrices make the output depend on more than the last token.
-    found = tiny_target(VOCAB)
+    found = tiny_target(VOCAB, num_layers=4)
     return dataclasses.replace(found, params=random_params(found.config, gain=2.5))
 
 
@@ -281,8 +281,8 @@ def test_a_narrow_head_needs_its_own_embedding(target, tmp_path):
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_the_targets_own_embedding_is_shared(precision, tmp_path):
-    target = tiny_target(VOCAB, precision)
-    table = tiny_target(VOCAB).params["embed_tokens_kernel"]
+    target = tiny_target(VOCAB, precision, num_layers=4)
+    table = tiny_target(VOCAB, num_layers=4).params["embed_tokens_kernel"]
     draft, meta = load_folder(flat(tmp_path, embedding=table), target, (1, 2, 3))
     assert not meta.draft.has_own_embedding
     assert "embed_tokens" not in draft.params

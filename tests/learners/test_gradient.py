@@ -49,7 +49,7 @@ def segments(shared):
     return Segments(
         feedback=Feedback(
             tokens=jnp.asarray(rng.integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32),
-            taps=jnp.asarray(rng.normal(size=(ROWS, LENGTH, 96)), jnp.float16),
+            taps=jnp.asarray(rng.normal(size=(ROWS, LENGTH, 64)), jnp.float16),
             hidden=hidden,
             logsumexp=jax.nn.logsumexp(hidden @ shared.head["kernel"].T, axis=-1),
         ),

@@ -14,7 +14,7 @@ from ospec_jax.replay.store import FeedbackStore
 from ospec_jax.sharding import abstract_mesh
 from ospec_jax.testing import tiny_target
 
-TAPS = (1, 2, 3)
+TAPS = (1, 2)
 NEW_TOKENS = 8
 
 

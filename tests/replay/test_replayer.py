@@ -49,8 +49,8 @@ def target():
 def folder(target, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recording")
     args = {"max_new_tokens": NEW_TOKENS, "batch_size": 4}
-    assert record(target, PROMPTS[:7], folder, (1, 2, 3), **args) == 7
-    assert record(target, PROMPTS, folder, (1, 2, 3), **args) == 17
+    assert record(target, PROMPTS[:7], folder, (1, 2), **args) == 7
+    assert record(target, PROMPTS, folder, (1, 2), **args) == 17
     return folder
 
 
@@ -191,22 +191,22 @@ def test_stopping_keeps_what_was_replayed(target, folder, draft):
 
 
 def test_a_recording_keeps_the_streams_order(target, folder):
-    store, order = open_recording(folder, target, (1, 2, 3))
+    store, order = open_recording(folder, target, (1, 2))
     assert [store.entries[i].id for i in order] == [p.id for p in PROMPTS]
     assert read_meta(folder).max_new_tokens == NEW_TOKENS
 
 
 def test_what_does_not_fit_is_refused(target, folder, draft, tmp_path):
     with pytest.raises(ConfigError, match="max_new_tokens 24, not 25"):
-        record(target, PROMPTS, folder, (1, 2, 3), max_new_tokens=25)
+        record(target, PROMPTS, folder, (1, 2), max_new_tokens=25)
     with pytest.raises(ConfigError, match="with taps"):
         open_recording(folder, target, (0, 1, 2))
     with pytest.raises(ConfigError, match="with fingerprint"):
-        open_recording(folder, tiny_target(seed=1), (1, 2, 3))
+        open_recording(folder, tiny_target(seed=1), (1, 2))
     with pytest.raises(ConfigError, match="the first is 'other'"):
-        open_recording(folder, target, (1, 2, 3), ["p1", "other"])
+        open_recording(folder, target, (1, 2), ["p1", "other"])
     with pytest.raises(FileNotFoundError, match="ospec record"):
-        open_recording(tmp_path, target, (1, 2, 3))
+        open_recording(tmp_path, target, (1, 2))
     with pytest.raises(ConfigError, match="trained draft alone"):
         Replayer(target, load_draft("ngram", target), folder)
     replayer = Replayer(target, draft, folder, STEPS)

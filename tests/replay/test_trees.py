@@ -58,7 +58,7 @@ def make_draft(target, name):
     return LoadedDraft(tiny_draft(drafter, config), Meta.create(target, config, name))
 
 
-@pytest.fixture(scope="module", params=["self:exit-3", "eagle3"])
+@pytest.fixture(scope="module", params=["self:exit-1", "eagle3"])
 def draft(target, request):
     return make_draft(target, request.param)
 
@@ -132,7 +132,7 @@ def test_a_replayed_choice_emits_what_the_engine_emits(
 def test_some_trees_are_right_and_some_are_not(draft, traces):
     """Else the test above would compare nothing."""
     is_right = traces[3].is_right
-    assert 0.02 < is_right.any(axis=1).mean() < 1
+    assert 0.01 < is_right.any(axis=1).mean() < 1
     # Siblings differ, so at most one node of each depth is right.
     for depth in range(1, SHAPE.depth + 1):
         level = slice(SHAPE.first_place(depth), SHAPE.first_place(depth + 1))
@@ -186,7 +186,7 @@ def test_other_drafts_shapes_and_damage_are_refused(target, tmp_path):
     other = dataclasses.replace(other, draft=other.draft.replace(params=params))
     with pytest.raises(ConfigError, match="holds trees of"):
         grow_trees(target, other, tmp_path, SHAPE)
-    mixed = load_draft("fallback:ngram,self:exit-3", target)
+    mixed = load_draft("fallback:ngram,self:exit-1", target)
     with pytest.raises(ConfigError, match="one draft alone"):
         grow_trees(target, mixed, tmp_path, SHAPE)
 

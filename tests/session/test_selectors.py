@@ -73,7 +73,7 @@ def test_greedy_tokens_are_plain_decodings(target, pool, name):
         session = session_of(target, pool, name, batch_size=batch_size)
         assert serve(session, requests(), batch_size) == plain
         if name in JUDGING:
-            assert session.chooser.state.num_windows > 10
+            assert session.chooser.state.num_windows >= 10
 
 
 @pytest.mark.parametrize("dear", [0.0, 9.0], ids=["cheap", "dear"])
@@ -87,7 +87,7 @@ def test_drafter_and_depth_are_chosen_at_once(target, pool, dear):
     session.chooser.set_costs([1.0 + dear * a.tree.num_steps for a in actions])
     assert serve(session, requests()) == plain
     state = session.chooser.state
-    assert state.num_windows > 10
+    assert state.num_windows >= 10
     chosen = actions[int(np.argmax(state.weights))]
     assert chosen.tree.num_steps == (0 if dear else 3)
 

