@@ -74,6 +74,8 @@ Measured on recorded answers, with chains of 12 instead of 3: the acceptance len
 grows by 1.7 to 2.3%, at a cost of 0.5 to 0.9%; shorter matches have no such rates.
 """
 _NO_TOKEN = -1
+# Equal to no token, and not to `_NO_TOKEN` either.
+_NOWHERE = -2
 
 
 def init_memory(num_slots: int, orders: tuple[int, ...] = ORDERS) -> NgramMemory:
@@ -145,18 +147,22 @@ def match_context(
     )
     length = jnp.zeros(is_same.shape, jnp.int32)
 
+    # The first slots have no tokens so far back: no token equals what stands there.
+    padded = jax.lax.pad(history, jnp.int32(_NOWHERE), [(0, 0, 0), (num_recent, 0, 0)])
     for back in range(num_recent):
-        before = jnp.roll(history, back + 1, axis=1)[:, None]
-        wanted = recent[..., num_recent - 1 - back, None]
-        # `roll` wraps around: the first slots have no tokens so far back.
-        is_same = is_same & (before == wanted) & (index > back)
+        start = num_recent - 1 - back
+        before = jax.lax.slice_in_dim(padded, start, start + num_slots, axis=1)
+        wanted = jax.lax.slice_in_dim(recent, start, start + 1, axis=2)
+        is_same = is_same & (before[:, None] == wanted)
         length = length + is_same
 
     # One maximum for two wishes: the longest match, and of these the latest.
     score = jnp.max(length * num_slots + jnp.where(length > 0, index, 0), axis=-1)
-    found = jnp.take_along_axis(history, score % num_slots, axis=1)
+    # Scores are not negative, so that XLA's plain division does.
+    slots = jnp.full_like(score, num_slots)
+    found = jnp.take_along_axis(history, jax.lax.rem(score, slots), axis=1)
 
-    return found, (score // num_slots - 1).astype(jnp.int32)
+    return found, (jax.lax.div(score, slots) - 1).astype(jnp.int32)
 
 
 @typed
@@ -173,22 +179,27 @@ def match_memory(
     Returns:
       The token and the number of its rate, -1 when nothing is remembered.
     """
-    token = jnp.full(recent.shape[:2], _NO_TOKEN)
-    level = jnp.full(recent.shape[:2], -1)
     asker = jnp.int32(0) if scopes is None else scopes[:, None]
+    codes = jnp.stack(
+        [_fingerprint(recent[..., -order:], asker) for order in memory.orders]
+    )
+    # `[orders, b, w]`, which every table is read at, at once.
+    rows = np.arange(len(memory.orders), dtype=np.int32)[:, None, None]
+    slots = (codes % memory.num_slots).astype(jnp.int32)
+    at = lambda table: table.at[rows, slots].get(mode="promise_in_bounds")
+    counts = at(memory.counts)
+    # Slots are shared: the fingerprint tells n-grams of one slot apart. Hashes of two
+    # scopes may be equal by chance, so their numbers are compared as well.
+    is_found = (at(memory.fingerprints) == codes) & (counts > 0)
+    is_found &= at(memory.owners) == asker
 
-    # Ascending orders, so that a longer match overwrites a shorter one.
-    for i, order in enumerate(memory.orders):
-        code = _fingerprint(recent[..., -order:], asker)
-        slot = (code % memory.num_slots).astype(jnp.int32)
-        count = memory.counts[i, slot]
-        # Slots are shared: the fingerprint tells n-grams of one slot apart. Hashes of
-        # two scopes may be equal by chance, so their numbers are compared as well.
-        is_found = (memory.fingerprints[i, slot] == code) & (count > 0)
-        is_found &= memory.owners[i, slot] == asker
-        first = memory.max_match + i * _MAX_COUNT
-        token = jnp.where(is_found, memory.tokens[i, slot], token)
-        level = jnp.where(is_found, first + count - 1, level)
+    # Orders ascend, and so do the numbers of their rates: the largest one is that of
+    # the longest match.
+    first = memory.max_match + rows * _MAX_COUNT
+    levels = jnp.where(is_found, first + counts - 1, -1)
+    level = jnp.max(levels, axis=0)
+    is_chosen = is_found & (levels == level)
+    token = jnp.max(jnp.where(is_chosen, at(memory.tokens), _NO_TOKEN), axis=0)
 
     return token.astype(jnp.int32), level.astype(jnp.int32)
 
@@ -204,11 +215,15 @@ def suggest(
       scopes: `[b]`; see `match_memory`.
     """
     rates = memory.hits / memory.trials
-    rate = lambda level: jnp.where(level >= 0, rates[level], 0.0)
+    rate_of = lambda level: jnp.where(
+        level >= 0, rates.at[jnp.maximum(level, 0)].get(mode="promise_in_bounds"), 0.0
+    )
     near, near_level = match_context(history, num_known, recent)
     far, far_level = match_memory(memory, recent, scopes)
-    is_near = rate(near_level) >= rate(far_level)
-    best = jnp.maximum(rate(near_level), rate(far_level))
+    near_rate = rate_of(near_level)
+    far_rate = rate_of(far_level)
+    is_near = near_rate >= far_rate
+    best = jnp.maximum(near_rate, far_rate)
 
     # Without any suggestion the rate is 0, and its logarithm -inf.
     return jnp.where(is_near, near, far), jnp.log(best)

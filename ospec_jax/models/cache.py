@@ -99,8 +99,10 @@ def write_rows(
             entries = entries[None]
         indices[batch_axis] = row
         indices[axis] = start
+        # No slot lies before the first: to count from the end would be three
+        # operations more for each axis of each row.
         return jax.lax.dynamic_update_slice(
-            buffer, entries.astype(buffer.dtype), indices
+            buffer, entries.astype(buffer.dtype), indices, allow_negative_indices=False
         )
 
     if is_batched or len(starts) > _MOST_SLICES:
