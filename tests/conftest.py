@@ -113,8 +113,11 @@ def _is_beyond_cover(items) -> list[bool]:
     return is_beyond
 
 
-def _mark_thorough(items):
-    """Leaves `make test` a cover of the cases of tests that are marked `crossed`."""
+def _mark_thorough(items, is_thorough: bool):
+    """Leaves `make test` a cover of the cases of tests that are marked `crossed`.
+
+    Of a cover that looks at bits every second case is compiled as it is for users.
+    """
     cases = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("crossed"):
@@ -125,11 +128,20 @@ def _mark_thorough(items):
             if is_beyond:
                 item.add_marker("thorough")
 
+    for group in cases.values():
+        cover = [item for item in group if not item.get_closest_marker("thorough")]
+        for item in [] if is_thorough else cover[1::2]:
+            item.add_marker("quick")
+
+    for item in items:
+        if item.get_closest_marker("bits") and not item.get_closest_marker("quick"):
+            item.add_marker("optimized")
+
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Marks what takes long; sorts by length, and by how programs are compiled."""
-    _mark_thorough(items)
+    _mark_thorough(items, "thorough" not in config.option.markexpr)
     for item in items:
         if item.path.stem in _LONG:
             item.add_marker("long")

@@ -183,6 +183,7 @@ def open_auto(target, draft, **given):
     return Session(target, draft, tree=tree, controller="auto", **given)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("name", ["auto", "joint", "marginal"])
 def test_output_depends_on_no_table_and_no_clock(target, draft, name, batch_size):

@@ -106,6 +106,7 @@ def test_absurd_costs_never_change_output_and_compile_nothing(
     assert step._cache_size() == num_programs
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("tree", [TREE, None], ids=["dynamic", "chain"])
 @pytest.mark.parametrize("penalty", [0.0, 0.3], ids=["sampled", "full"])

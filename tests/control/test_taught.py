@@ -98,6 +98,7 @@ def with_policies(session, found):
     session.chooser.state = dataclasses.replace(state, policies=found)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("name", ["tree", "chain"])
 def test_output_never_depends_on_policies_and_one_program_serves_all(

@@ -33,7 +33,7 @@ from ospec_jax.testing import (
 from ospec_jax.types import DraftTree
 
 # The others compare numbers within a tolerance, or programs with each other.
-looks_at_bits = pytest.mark.optimized
+looks_at_bits = pytest.mark.bits
 
 VOCAB = 16
 PLAIN = TreeConfig(num_steps=0)

@@ -29,7 +29,7 @@ from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 from ospec_jax.types import Draft
 
-pytestmark = pytest.mark.optimized
+pytestmark = pytest.mark.bits
 
 VOCAB = 16
 TREES = {

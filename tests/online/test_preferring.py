@@ -67,6 +67,7 @@ def own_choices(session, draft, completion):
     return np.asarray(draft.draft.token_ids)[np.argmax(logits, axis=1)]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 @pytest.mark.parametrize("ngrams", [False, True], ids=["alone", "suggested"])
 def test_recorded_choices_are_the_drafts_own(target, seen, tree, ngrams):

@@ -32,6 +32,7 @@ def plain(target):
     return [r.token_ids for r in Session(target).generate(PROMPTS, 30)]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("learner", [None, "head"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_whoever_comes_when_is_answered_as_alone(
