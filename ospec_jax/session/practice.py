@@ -131,12 +131,14 @@ class _Writing(NamedTuple):
     Attributes:
       seed: How its turn begins, and its answer is sampled.
       begin: The turn's first words, until it is complete.
+      is_shared: All may be served with what is learned from either exchange.
       prompt: Whose answer is being written; None while it is the turn.
     """
 
     request: Request
     seed: Exchange
     begin: str
+    is_shared: bool
     prompt: Prompt | None = None
 
 
@@ -257,7 +259,7 @@ class Practice:
         self.counts.num_tokens += len(completion.token_ids)
         if writing.prompt is not None:
             self.counts.num_exercises += 1
-            return Exercise(writing.prompt, completion, writing.seed.is_shared)
+            return Exercise(writing.prompt, completion, writing.is_shared)
 
         prompt = self._prompt_of(writing, completion)
         if prompt is None:
@@ -298,7 +300,9 @@ class Practice:
         request = self._request(
             (*opening, *ids), config.max_turn_tokens, law, scope, can_speculate=False
         )
-        return _Writing(request, seed, begin)
+        # What stands in front may be told again, as what it begins with.
+        is_shared = example.is_shared and seed.is_shared
+        return _Writing(request, seed, begin, is_shared)
 
     def _opening(self, example: Exchange, seed: Exchange) -> tuple[int, ...] | None:
         """Tokens up to where the turn begins, behind an exchange that is cut to fit."""

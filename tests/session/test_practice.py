@@ -200,6 +200,16 @@ def test_nothing_of_one_scope_gets_into_another_ones_exercises():
     assert scopes == {1, 2}
 
 
+def test_all_learn_from_what_both_exchanges_share_alone():
+    for shared in ((True, True), (True, False), (False, True), (False, False)):
+        practice = practice_of(num_per_answer=1)
+        for asked, is_shared in zip(ASKED, shared, strict=False):
+            note(practice, asked, is_shared=is_shared)
+        found = exercises(practice, [" by day.", " by night."])
+        assert found
+        assert {one.is_shared for one in found} == {all(shared)}
+
+
 def test_what_is_forgotten_is_written_no_more():
     practice = practice_of()
     for asked in ASKED:
