@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from ospec_jax.control.base import Action, Controller, Outcome
-from ospec_jax.control.selection import Loss, check_choice, resume, set_costs
+from ospec_jax.control.selection import (
+    Loss,
+    check_choice,
+    relative_costs,
+    resume,
+    set_costs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +156,7 @@ def bandit(
         if loss == "length":
             return accepted / max(depths[number], 1.0)
 
-        costs = np.asarray(state.costs)
+        costs = relative_costs(state.costs)
         return (1 + accepted) / costs[number] / np.max((depths + 1) / costs)
 
     def observe(state: BanditState, action: Action, outcome: Outcome) -> BanditState:

@@ -141,16 +141,7 @@ def select(
             return windows.chances[:, 0, drafters]
 
         lengths = expected_lengths(windows, estimator)[:, drafters, depths]
-        return lengths / relative_costs(state) if loss == "time" else lengths
-
-    def relative_costs(state: SelectionState) -> np.ndarray:
-        """What each takes, the cheapest one 1; all take 1 if no clock says so."""
-        costs = np.asarray(state.costs)
-        least = costs.min()
-        if not np.isfinite(costs).all() or least <= 0:
-            return np.ones_like(costs)
-
-        return costs / least
+        return lengths / relative_costs(state.costs) if loss == "time" else lengths
 
     def most(state: SelectionState) -> float:
         """The most that a window could say."""
@@ -159,7 +150,7 @@ def select(
 
         longest = np.asarray(depths) + 1.0
         return float(
-            np.max(longest / relative_costs(state) if loss == "time" else longest)
+            np.max(longest / relative_costs(state.costs) if loss == "time" else longest)
         )
 
     def observe(
@@ -275,6 +266,16 @@ def check_choice(actions: tuple[Action, ...], loss: Loss) -> None:
             f"always yields most; give one number of speculative tokens, or weigh "
             f"time, as in --select normalhedge:time"
         )
+
+
+def relative_costs(seconds: Sequence[float]) -> np.ndarray:
+    """What each takes, the cheapest one 1; all take 1 if no clock says so."""
+    costs = np.asarray(seconds, float)
+    least = costs.min()
+    if not np.isfinite(costs).all() or least <= 0:
+        return np.ones_like(costs)
+
+    return costs / least
 
 
 def set_costs(state: Any, seconds: Sequence[float]) -> Any:

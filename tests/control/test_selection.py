@@ -195,6 +195,21 @@ def test_deep_tokens_are_worth_what_drafting_shows():
     assert chooser.state.values == (1.0, 0.9)
 
 
+@pytest.mark.parametrize("name", ["exp3:time", "ucb:time"])
+@pytest.mark.parametrize("absurd", [0.0, -1.0, float("nan"), float("inf")])
+def test_bandits_weigh_all_alike_by_a_clock_that_cannot_be(name, absurd):
+    rule = build_selector(name, actions_of(2))
+    outcome = Outcome(num_accepted=(2,), num_ended=0)
+    told = []
+    for seconds in (absurd, 1.0):
+        state = rule.set_costs(rule.init(1), [seconds] * 2)
+        told.append(rule.observe(state, rule.actions[0], outcome))
+    assert told[0].rewards == told[1].rewards
+    assert told[0].losses == told[1].losses
+    assert sum(told[0].rewards) > 0
+    rule.choose(told[0], None)
+
+
 def test_ucb_by_hand():
     state = BanditState(("a", "b"), 1, (4.0, 9.0), (2.0, 4.0), (0.0, 0.0))
     rounds = 2 * 14**2
