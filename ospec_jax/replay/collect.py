@@ -16,7 +16,13 @@ from ospec_jax.decoding.engine import CAPACITIES, Engine
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.models.hub import Target
-from ospec_jax.replay.store import Recording, recorded, shard_folders, write_shard
+from ospec_jax.replay.store import (
+    Recording,
+    recorded,
+    recorded_taps,
+    shard_folders,
+    write_shard,
+)
 from ospec_jax.reports.progress import Interrupt, progress_bar
 from ospec_jax.sharding import AnyMesh
 
@@ -49,7 +55,8 @@ def collect(
         as the target has positions.
 
     Raises:
-      ConfigError: No prompt would fit beside so many new tokens.
+      ConfigError: No prompt would fit beside so many new tokens, or the folder holds
+        features of other layers.
       Interrupted: By Ctrl-C or another signal; the same call goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +95,13 @@ def collect(
         if is_new and len(ids) <= limit:
             requests.append(Request(prompt.id, ids, max_new_tokens, sampling))
             prompt_of[prompt.id] = prompt
+
+    others = recorded_taps(folder) - {tuple(taps)}
+    if requests and others:
+        raise ConfigError(
+            f"{folder} holds features of layers {others.pop()}, not {tuple(taps)}: "
+            f"they were recorded for another draft; record into a new folder"
+        )
 
     if num_long:
         warnings.warn(

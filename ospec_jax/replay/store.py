@@ -165,6 +165,12 @@ def _open_arrays(shard: Path, length: int) -> dict[str, np.ndarray]:
     return arrays
 
 
+def recorded_taps(folder: Path) -> set[tuple[int, ...]]:
+    """Layers whose features are on disk; older versions did not say."""
+    indices = map(read_index, shard_folders(folder))
+    return {tuple(taps) for index in indices for taps in index.get("taps", []) if taps}
+
+
 def recorded_ids(folder: Path) -> set[str]:
     """Ids of the requests that are already on disk."""
     return set(recorded(folder)[0])

@@ -7,7 +7,7 @@ from ospec_jax import Session
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.engine import Engine
-from ospec_jax.replay.collect import rows_of
+from ospec_jax.replay.collect import collect, rows_of
 from ospec_jax.replay.record import record
 from ospec_jax.replay.score import whole_answer
 from ospec_jax.replay.store import FeedbackStore
@@ -71,6 +71,15 @@ def test_what_the_target_has_no_positions_for_is_left_out(target, tmp_path):
     args["max_new_tokens"] = 512
     with pytest.raises(ConfigError, match="no room for prompts in the 512 tokens of"):
         record(target, prompts, tmp_path / "other", TAPS, **args)
+
+
+def test_features_of_other_layers_are_not_added(target, tmp_path):
+    args = {"max_new_tokens": NEW_TOKENS, "batch_size": 2}
+    assert collect(target, PROMPTS[:1], tmp_path, TAPS, **args) == 1
+    with pytest.raises(ConfigError, match=r"layers \(1, 2\), not \(0, 1\)"):
+        collect(target, PROMPTS[:2], tmp_path, (0, 1), **args)
+    # What is there already is read by drafts that read no such features, too.
+    assert collect(target, PROMPTS[:1], tmp_path, (0, 1), **args) == 0
 
 
 def test_long_caches_hold_fewer_rows():
