@@ -197,6 +197,12 @@ def test_costs_are_measured_once_and_kept(target, draft, tmp_path):
     session.warm_up()
     answers(session, PROMPTS[:1])
     assert session.chooser.state.costs == costs
+    # Whether drafting pays by the measured clock is the machine's affair; by these
+    # costs it does.
+    state = dataclasses.replace(session.chooser.state, costs=CHEAP[:2])
+    session.chooser.state = state
+    answers(session, PROMPTS[:1])
+    assert session.chooser.state.costs == CHEAP[:2]
     assert session.chooser.state.trials[0] > 0
     saved = load_draft(session.save(tmp_path).parent, target).meta.controller
     assert from_dict(DepthState, saved) == session.chooser.state
