@@ -85,6 +85,13 @@ def claim(deltas: Deltas, scope: Int[Array, ""]) -> Deltas:
     return emptied.replace(owners=owners, ages=jnp.where(is_older, deltas.ages + 1, 0))
 
 
+def count_deltas(deltas: Deltas) -> dict[str, int]:
+    """How many scopes have a draft of their own, and whose drafts at present."""
+    is_taken = np.asarray(deltas.owners) > 0
+    is_drafting = is_taken & (np.asarray(deltas.leads) > 0)
+    return {"num": int(is_taken.sum()), "num_drafting": int(is_drafting.sum())}
+
+
 def forget(deltas: Deltas, is_gone: Bool[Array, " c"]) -> Deltas:
     """Drops the differences of some scopes.
 
