@@ -123,6 +123,24 @@ def test_nobody_who_is_answered_waits_for_learning(target, draft, monkeypatch):
         service.stop()
 
 
+@pytest.mark.parametrize(
+    "law",
+    [
+        SamplingConfig(1.0),
+        SamplingConfig(0.3),
+        SamplingConfig(0.8, top_p=0.95),
+        SamplingConfig(1.0, top_k=20),
+        SamplingConfig(1.3, min_p=0.1),
+    ],
+)
+def test_no_answer_of_a_usual_law_is_learned_from_in_a_new_program(service, law):
+    compiled = lambda: service.status()["totals"]["num_compiles_after_warm_up"]
+    before = compiled()
+    Heard(service, ask_of(PROMPTS[0], sampling=law)).all()
+    service.call(lambda: None)
+    assert compiled() == before
+
+
 def test_a_number_goes_to_a_new_scope_when_its_answers_are_learned_from(
     target, draft, monkeypatch
 ):
