@@ -81,54 +81,45 @@ def with_deltas(
         return trainer
 
     head_inputs = _checked(trainer, rank, drafter, mesh)
-    programs = _compiled(_Parts(head_inputs, numerics.for_training(), vocab_size))
+    programs = _compiled(_Parts(head_inputs, numerics, vocab_size))
 
     def init(draft: Draft):
         state, traffic = trainer.init(draft)
         num_tokens, width = draft.params[HEAD]["kernel"].shape
         return state, traffic.replace(deltas=rule.init_deltas(rank, width, num_tokens))
 
-    def learn(deltas: Deltas, draft: Draft, completion: Completion) -> Deltas:
-        # The request's scope, for what an exercise teaches is its scope's, too.
+    def learn(deltas: Deltas, served: Draft, completion: Completion) -> Deltas:
         scope = jnp.int32(completion.request.scope)
         sampling = as_drawn(completion.request.sampling)
         # A copy, of which the parts make the new ones: a step that is under way may
         # still read the old.
         deltas = programs.claim(deltas, scope)
-        for args in parts_of(draft.params, draft.token_ids, completion):
+        for args in parts_of(served.params, served.token_ids, completion):
             deltas = programs.learn(deltas, scope, sampling, *args)
 
         return deltas
 
-    def with_new(traffic: Traffic, draft: Draft, completion: Completion) -> Traffic:
+    def remember(traffic: Traffic, served: Draft, completion: Completion) -> Traffic:
+        traffic = trainer.remember(traffic, served, completion)
         # Nobody in particular has none: the shared draft is theirs.
         if completion.request.scope == NOBODY:
             return traffic
 
         assert traffic.deltas is not None, "they are there from the beginning"
-        return traffic.replace(deltas=learn(traffic.deltas, draft, completion))
-
-    def remember(traffic: Traffic, draft: Draft, completion: Completion) -> Traffic:
-        traffic = with_new(traffic, draft, completion)
-        return trainer.remember(traffic, draft, completion)
-
-    def observe(state, traffic: Traffic, draft: Draft, completion: Completion):
-        traffic = with_new(traffic, draft, completion)
-        return trainer.observe(state, traffic, draft, completion)
+        return traffic.replace(deltas=learn(traffic.deltas, served, completion))
 
     def warm_up(state, traffic: Traffic, draft, served, completion, speed=None):
         # Somebody's, of whom nothing is kept.
         request = dataclasses.replace(completion.request, scope=np.iinfo(np.int32).max)
         own = dataclasses.replace(completion, request=request)
         assert traffic.deltas is not None
-        jax.block_until_ready(learn(traffic.deltas, draft, own))
+        jax.block_until_ready(learn(traffic.deltas, served, own))
         return trainer.warm_up(state, traffic, draft, served, completion, speed)
 
     recording = trainer.recording
     return trainer._replace(
         recording="states" if recording == "nothing" else recording,
         init=init,
-        observe=observe,
         warm_up=warm_up,
         remember=remember,
     )

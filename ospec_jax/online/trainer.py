@@ -139,7 +139,7 @@ class Trainer(NamedTuple):
       is_ready: `state -> bool`: whether it is known when to learn; a budget of time
         has to be measured first.
       observe: `(state, traffic, draft, completion) -> (state, traffic)`: counts an
-        answer, and keeps what may be learned from it.
+        answer that is shared, and keeps what may be learned from it.
       is_due: `state -> bool`: whether to update now, after the answer observed last.
       answers_until_due: `(state, num_tokens) -> int`: how many of the answers to come,
         of so many tokens each, will have been observed when the next update is due; all
@@ -148,9 +148,8 @@ class Trainer(NamedTuple):
         UpdateReport)`, given the answer that was observed last.
       label: Of the learner, for messages: its name and its rate.
       remedy: What to start anew with where updates are not finite.
-      remember: `(traffic, draft, completion) -> traffic`: keeps of an answer what
-        serves its own scope alone. That is all that is done with one that shares
-        nothing; it is part of `observe`.
+      remember: `(traffic, served, completion) -> traffic`: keeps of an answer what
+        serves its own scope alone; before it is observed, if it is shared.
     """
 
     recording: Recording
@@ -229,14 +228,14 @@ def learn_from(
       now: What an earlier call returned, or the beginning.
       is_shared: Learn also what serves others than the answer's own scope.
     """
+    traffic = trainer.remember(now.traffic, now.served, completion)
     if not is_shared:
-        traffic = trainer.remember(now.traffic, now.draft, completion)
         served = attach_traffic(now.served, traffic)
         jax.block_until_ready(served)
         return now._replace(traffic=traffic, served=served, report=None)
 
     # First what was seen, then what is learned from it, if that is due.
-    state, traffic = trainer.observe(now.state, now.traffic, now.draft, completion)
+    state, traffic = trainer.observe(now.state, traffic, now.draft, completion)
     draft = now.draft
     served = now.served
     report = None
