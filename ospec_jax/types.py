@@ -65,6 +65,48 @@ class NgramMemory:
 
 
 @struct
+class Deltas:
+    """What was learned of single scopes, of low rank; see `learners.deltas`.
+
+    Each of `n` places is one scope's. Its draft has the logits `x W^T + (x B^T) D`, of
+    the inputs `x` of its output projection `W` (`head_inputs` of a drafter), with the
+    scope's own directions `B` and its difference `D` along them.
+
+    Attributes:
+      owners: `[n]` scopes by their numbers; 0 for a place that is free.
+      ages: `[n]` updates of others since the scope's own last one.
+      directions: `[n, r, e]`; 0 until enough of the scope's inputs were seen.
+      shifts: `[n, r, q]`.
+      energy: `[n, q]` sum of each token's squared errors, fading.
+      leads: `[n]` how many more tokens of late were right with the difference.
+      seen: `[n, m, e]` the scope's first inputs, of which its directions are made.
+      num_seen: `[n]` how many of them there are.
+    """
+
+    owners: Int[Array, " n"]
+    ages: Int[Array, " n"]
+    directions: Float[Array, "n r e"]
+    shifts: Float[Array, "n r q"]
+    energy: Float[Array, "n q"]
+    leads: Float[Array, " n"]
+    seen: Float[Array, "n m e"]
+    num_seen: Int[Array, " n"]
+
+
+@struct
+class RowDeltas:
+    """Of each row of a batch, the difference that its scope's draft has.
+
+    Attributes:
+      directions: `[b, r, e]`; see `Deltas`.
+      shifts: `[b, r, q]`; 0 where there is none, or it does not help.
+    """
+
+    directions: Float[Array, "b r e"]
+    shifts: Float[Array, "b r q"]
+
+
+@struct
 class Draft:
     """What a drafter needs to draft for one target.
 
@@ -73,11 +115,14 @@ class Draft:
       token_ids: `[q]` target ids of the draft vocabulary, ascending (EAGLE-3's `d2t`,
         as ids instead of offsets); None when the draft predicts all target tokens.
       memory: n-grams of earlier traffic, for drafters that use them.
+      deltas: What was learned of single scopes, for drafters that add it; within a
+        step that of its rows.
     """
 
     params: Params
     token_ids: Int[Array, " q"] | None = None
     memory: NgramMemory | None = None
+    deltas: Deltas | RowDeltas | None = None
 
 
 @struct
@@ -425,6 +470,7 @@ class DecodeState:
         done at every step, or never.
       backlog: What the draft is behind by, or None where it never is.
       extras: What rows ask that only `full` passes can do; None where none does.
+      deltas: What is added to the draft's logits, or None where nothing is.
     """
 
     cache: KVCache
@@ -441,6 +487,7 @@ class DecodeState:
     unjudged: Unjudged | None = None
     backlog: Backlog | None = None
     extras: Extras | None = None
+    deltas: RowDeltas | None = None
 
 
 @struct

@@ -48,6 +48,7 @@ def serve(
     learner: Learner = "auto",
     learn_budget: LearnBudget = None,
     learn_idle: int = 0,
+    delta_rank: int | None = None,
     promotion: Literal["always", "guarded"] | None = None,
     learn: Literal["auto", "opt-in", "opt-out", "off"] = "auto",
     checkpoint_dir: Annotated[Path | None, tyro.conf.arg(name="checkpoint")] = None,
@@ -77,6 +78,9 @@ def serve(
       learn_idle: While nobody asks, have the target write more of what it was lately
         asked, so many exercises for each answer, and the draft learn from that. An
         exercise gives way to whoever comes, within a step.
+      delta_rank: Give each key and tenant a draft of its own, that differs from the
+        shared one by so many directions and learns from its answers alone; 16 is a
+        good number. 0, the default, leaves all with the shared draft.
       promotion: Serve every iterate of the learner, the default, or only those that
         proved better.
       learn: Learn from answers unless a request says `"learn": false` (opt-out), only
@@ -125,7 +129,13 @@ def serve(
     )
     rule = None
     if learn != "off" and decoding.draft != "none":
-        rule = learner_config(learner, budget=learn_budget, promotion=promotion)
+        rule = learner_config(
+            learner, budget=learn_budget, promotion=promotion, delta_rank=delta_rank
+        )
+    elif delta_rank:
+        raise ConfigError(
+            f"--delta-rank {delta_rank}, and nothing learns; leave it out"
+        )
     if checkpoint_dir is not None and decoding.draft == "none":
         raise ConfigError("without a draft nothing is learned: leave --checkpoint out")
 

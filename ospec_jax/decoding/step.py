@@ -29,6 +29,7 @@ from ospec_jax.decoding.verify import verify_greedy, verify_sampled
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, take_row
 from ospec_jax.drafters.children import UNKNOWN, most_probable
+from ospec_jax.drafters.deltas import no_rows, rows_of
 from ospec_jax.drafters.prediction import (
     LONG_RUN,
     follow,
@@ -90,6 +91,7 @@ class StepConfig:
       size_fn: How many nodes are verified, of a tree that has `sizes`; see
         `drafters.sizing`.
       evidence_fn: What steered steps report of such a tree; None for nothing.
+      delta_rank: Of the differences that the draft has by row; 0 for none.
     """
 
     model: ModelConfig
@@ -106,6 +108,7 @@ class StepConfig:
     is_resting: bool = False
     size_fn: SizeFn = all_drafted
     evidence_fn: EvidenceFn | None = None
+    delta_rank: int = 0
 
     @property
     def max_emitted(self) -> int:
@@ -129,6 +132,14 @@ def shared_tables(target_params: Params) -> SharedTables:
         embedding=llama.embedding_table(target_params),
         head=llama.head_table(target_params),
     )
+
+
+def _with_rows(draft: Any, state: DecodeState) -> Any:
+    """The draft with the differences of the rows, in place of those of all scopes."""
+    if state.deltas is None:
+        return draft
+
+    return draft.replace(deltas=state.deltas)
 
 
 def _target(config: StepConfig) -> Callable:
@@ -156,6 +167,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         steering: Any = None,
     ) -> tuple[DecodeState, StepOutput]:
         shared = shared_tables(target_params)
+        draft = _with_rows(draft, state)
         # A row's randomness is a function of its request and its position alone, so its
         # neighbours cannot change what is drawn. A finished row stays at its position
         # and repeats its numbers, but emits nothing with them.
@@ -351,6 +363,7 @@ def build_catching_up(config: StepConfig, drafter: Drafter) -> Callable:
         backlog = state.backlog
         assert backlog is not None
         shared = shared_tables(target_params)
+        draft = _with_rows(draft, state)
         if drafter.reads_target:
             shared = shared.replace(params=target_params, cache=state.cache)
 
@@ -880,6 +893,9 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
     ):
         is_last = num_ahead == 0
         shared = shared_tables(target_params)
+        if state.deltas is not None and scopes is not None:
+            state = state.replace(deltas=rows_of(draft.deltas, scopes))
+        draft = _with_rows(draft, state)
         starts = state.lengths
         chunk = tokens.shape[1]
         bias = kv.causal_bias(starts, chunk, state.cache.capacity)
@@ -1035,6 +1051,12 @@ def empty_state(
         )
 
     backlog = Backlog(**waiting(config.num_behind)) if config.num_behind else None
+    deltas = None
+    if config.delta_rank:
+        assert draft_context is not None, "somebody drafts"
+        width = draft_context.hidden.shape[-1]
+        num_tokens = draft_context.logits.shape[-1]
+        deltas = no_rows(b, config.delta_rank, width, num_tokens)
 
     return DecodeState(
         cache=kv.init_cache(
@@ -1063,4 +1085,5 @@ def empty_state(
         prediction=prediction(),
         unjudged=unjudged,
         backlog=backlog,
+        deltas=deltas,
     )

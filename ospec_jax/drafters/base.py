@@ -80,6 +80,7 @@ class Drafter(NamedTuple):
     reads_target: bool = False
     head_inputs: Callable | None = None
     retrace: Callable | None = None
+    adds_deltas: bool = False
 
 
 class Family(NamedTuple):

@@ -40,6 +40,7 @@ from ospec_jax.drafters.base import (
     take_row,
     training_head,
 )
+from ospec_jax.drafters.deltas import add_rows
 from ospec_jax.drafters.growth import Nodes, grow, num_scratch
 from ospec_jax.drafters.starts import decoder_layer, last_layer, passing
 from ospec_jax.drafters.stopping import StopFn
@@ -369,7 +370,19 @@ def _eagle(
         return None if config.has_own_head else shared.head
 
     def logits_of(draft, shared, outputs):
-        return apply(draft, EagleHead.logits, outputs, head_of(shared))
+        logits = apply(draft, EagleHead.logits, outputs, head_of(shared))
+        return with_deltas(draft, outputs, logits)
+
+    def with_deltas(draft, outputs, logits):
+        """Logits `[b, t, q]`, or of one token a row `[b, q]`, with the rows' own."""
+        if draft.deltas is None:
+            return logits
+
+        inputs: Any = head_inputs(draft.params, outputs)
+        if logits.ndim == 3:
+            return add_rows(draft.deltas, inputs, logits)
+
+        return add_rows(draft.deltas, inputs[:, None], logits[:, None])[:, 0]
 
     def needs_two_rows(draft, shared, cache=None) -> bool:
         """Whether a lone token must be doubled to have the bits it has among others.
@@ -403,6 +416,7 @@ def _eagle(
         outputs, logits, cache = apply(
             draft, EagleHead.step_and_score, *args, head_of(shared)
         )
+        logits = with_deltas(draft, outputs, logits)
 
         return outputs[:, :num_tokens], logits[:, :num_tokens], cache
 
@@ -525,6 +539,7 @@ def _eagle(
         has_features=version == "eagle1",
         num_scratch=num_scratch(tree),
         head_inputs=head_inputs if config.has_own_head else None,
+        adds_deltas=config.has_own_head,
         predict=predict,
         retrace=retrace,
     )

@@ -30,7 +30,7 @@ from ospec_jax.typing import Params
 Rule = Callable[[Objective], Learner]
 """An update rule that a user wrote."""
 
-_SHARED = {"memory_slots": 65536, "seed": 0}
+_SHARED = {"memory_slots": 65536, "delta_rank": 0, "seed": 0}
 """What every learner reads."""
 _PARTS = {
     "effort": Effort,
@@ -97,6 +97,7 @@ class _Parts:
     batches: Batches | None
     objective: Loss | None
     memory_slots: int
+    delta_rank: int
     seed: int
 
 
@@ -125,6 +126,8 @@ class LearnerConfig(_Parts):
       batches: What an update trains on.
       objective: What it makes smaller (`config.learner.Loss`).
       memory_slots: n-grams of each order that are remembered; 0 for none.
+      delta_rank: Of a difference to the draft that each scope has for itself, learned
+        from its answers alone (`learners.deltas`); 0 for none.
       seed: Of the choice of older windows.
     """
 

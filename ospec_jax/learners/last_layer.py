@@ -231,6 +231,19 @@ def _kept_probs(samples: HeadSamples):
     return processed_probs(samples.logits, params) * samples.is_real[:, None]
 
 
+def drawn_probs(samples: HeadSamples) -> Float[Array, "n q"]:
+    """What tokens would be drawn from, of real samples; 0 of others.
+
+    Args:
+      samples: With logits at their temperature.
+    """
+    kept = _kept_probs(samples)
+    if kept is not None:
+        return kept
+
+    return jax.nn.softmax(samples.logits, axis=-1) * samples.is_real[:, None]
+
+
 def _info(samples: HeadSamples, total, step_norm, is_refused) -> HeadInfo:
     is_inside, labels = find_inside(samples)
     chosen = jnp.take_along_axis(samples.logits, labels[:, None], axis=1)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ospec_jax import sharding
-from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.config import ConfigError
 from ospec_jax.decoding.request import Completion
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.last_layer import head_learner
@@ -26,13 +26,19 @@ from ospec_jax.learners.projection import (
     HeadInfo,
     HeadLearner,
     HeadSamples,
-    HeadSampling,
     HeadState,
 )
 from ospec_jax.models.layers import Numerics, linear
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.models.sharing import share
 from ospec_jax.online import pace
+from ospec_jax.online.samples import (
+    CHUNK,
+    as_drawn,
+    num_chunks_of,
+    parts_of,
+    samples_of,
+)
 from ospec_jax.online.trainer import (
     Speed,
     Traffic,
@@ -44,8 +50,6 @@ from ospec_jax.online.trainer import (
 from ospec_jax.types import Draft
 from ospec_jax.typing import struct
 
-CHUNK = 64
-"""Positions of an answer that one update looks at."""
 HEAD = "lm_head"
 _FIRST_SPAN = 16
 """Rounds of a regime's first span (see `pace`): an answer's are small ones."""
@@ -147,29 +151,9 @@ class _Chunks:
             config.head_patience,
         )
 
-    def samples(self, params, token_ids, feedback, tokens, start, end) -> HeadSamples:
-        """`CHUNK` positions of an answer from `start` on; without logits."""
-        positions = start + jnp.arange(CHUNK)
-        take = lambda x: jnp.take(x, positions, axis=0, mode="clip")
-        # What the state at position i predicts is the token at i + 1.
-        labels = take(tokens[1:])
-        choices = None
-        if feedback.choices is not None:
-            choices = take(feedback.choices[0])
-        if token_ids is not None:
-            # Target ids to entries of the draft vocabulary, -1 for tokens outside.
-            entry_of = jnp.full((self.vocab_size,), -1, jnp.int32)
-            entry_of = entry_of.at[token_ids].set(jnp.arange(token_ids.shape[0]))
-            labels = entry_of[labels]
-            if choices is not None:
-                choices = jnp.where(choices < 0, -1, entry_of[choices])
-
-        inputs = self.head_inputs(params, take(feedback.states[0]).astype(jnp.float32))
-        is_real = take(feedback.has_state[0]) & (positions < end)
-
-        return HeadSamples(
-            inputs, jnp.zeros((CHUNK, 0)), labels, is_real, choices=choices
-        )
+    def samples(self, *args) -> HeadSamples:
+        """A part of an answer; see `online.samples`."""
+        return samples_of(self.head_inputs, self.vocab_size, *args)
 
     def learn(self, state: HeadState, head: dict, sampling, *args):
         """One step: the learner's state, the served projection, and the info."""
@@ -353,7 +337,7 @@ class LastLayer:
             return state  # what is on its way keeps its price
 
         seconds = min(seconds_of_update(state) for _ in range(4))
-        num_chunks = max(_num_chunks(completion, self._is_greedy_only), 1)
+        num_chunks = max(num_chunks_of(completion, self._is_greedy_only), 1)
         cost = seconds / num_chunks / speed.seconds_per_token
 
         return state.replace(pace=pace.set_cost(state.pace, cost))
@@ -406,7 +390,7 @@ class LastLayer:
         start = time.perf_counter()
         stride = state.stride
         is_greedy_only = self._is_greedy_only
-        num_updates = num_chunks = _num_chunks(completion, is_greedy_only)
+        num_updates = num_chunks = num_chunks_of(completion, is_greedy_only)
         # Before learning from the answer, which neither projection has seen then.
         if state.pace is not None and pace.is_compared(state.pace):
             compared = self._record_gains(state.pace, served, completion)
@@ -462,71 +446,7 @@ class LastLayer:
 
     def _parts(self, params, served: Draft, completion: Completion):
         """Arguments of `_Chunks.samples`, for each part of an answer."""
-        # One place more than the cache has slots: labels are read one behind the
-        # states.
-        ids = [*completion.request.prompt_ids, *completion.token_ids]
-        tokens = np.full(completion.capacity + 1, -1, np.int32)
-        tokens[: len(ids)] = ids
-        first, last = _span(completion, self._is_greedy_only)
-
-        for start in range(first, last, CHUNK):
-            yield (
-                params,
-                served.token_ids,
-                completion.feedback,
-                tokens,
-                np.int32(start),
-                np.int32(last),
-            )
-
-
-def _span(completion: Completion, is_greedy_only: bool) -> tuple[int, int]:
-    """Where an answer's samples begin and end.
-
-    Its first token came from prefill, and was never drafted. An answer whose logits
-    were adjusted has no samples: its tokens follow another law than the target's own,
-    which is the one to learn.
-
-    Args:
-      is_greedy_only: A sampled answer has no samples, either.
-    """
-    sampling = completion.request.sampling
-    is_left_out = is_greedy_only and not _is_greedy(sampling)
-    if sampling.is_adjusted or is_left_out:
-        return completion.num_recorded, completion.num_recorded
-
-    return len(completion.request.prompt_ids), completion.num_recorded
-
-
-def _num_chunks(completion: Completion, is_greedy_only: bool) -> int:
-    """Updates that an answer is worth."""
-    return len(range(*_span(completion, is_greedy_only), CHUNK))
-
-
-def _is_greedy(sampling: SamplingConfig) -> bool:
-    """Whether tokens are the most probable ones, not draws."""
-    return sampling.temperature == 0 or sampling.top_k == 1
-
-
-def as_drawn(sampling: SamplingConfig) -> HeadSampling | None:
-    """How an answer's tokens were drawn, as `HeadSamples` says it.
-
-    An executable each for greedy answers and those of the unchanged law, for those of
-    another temperature, and for those of which top-k or top-p cut something off.
-    """
-    is_cut = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-    if _is_greedy(sampling) or (sampling.temperature == 1 and not is_cut):
-        return None
-
-    drawn = HeadSampling(jnp.float32(sampling.temperature))
-    if not is_cut:
-        return drawn
-
-    return drawn.replace(
-        top_k=jnp.int32(sampling.top_k),
-        top_p=jnp.float32(sampling.top_p),
-        min_p=jnp.float32(sampling.min_p) if sampling.min_p else None,
-    )
+        return parts_of(params, served.token_ids, completion, self._is_greedy_only)
 
 
 def _summed(infos: list[HeadInfo]) -> HeadInfo:

@@ -50,22 +50,18 @@ def with_memory(
         memory = sharding.put_params(ngram.init_memory(num_slots, orders), mesh)
         return state, traffic.replace(memory=memory)
 
-    def keep(traffic: Traffic, completion: Completion) -> Traffic:
+    def keep(traffic: Traffic, served: Draft, completion: Completion) -> Traffic:
         assert traffic.memory is not None
         # Not donated: the old memory may still be read by a step that is under way.
         memory = remember(traffic.memory, *_ngrams_of(completion))
-        return trainer.remember(traffic, completion).replace(memory=memory)
-
-    def observe(state, traffic: Traffic, draft: Draft, completion: Completion):
-        memory = keep(traffic, completion).memory
-        state, traffic = trainer.observe(state, traffic, draft, completion)
-        return state, traffic.replace(memory=memory)
+        kept = trainer.remember(traffic, served, completion)
+        return kept.replace(memory=memory)
 
     def warm_up(state, traffic: Traffic, draft, served, completion, speed=None):
-        jax.block_until_ready(keep(traffic, completion))
+        jax.block_until_ready(keep(traffic, served, completion))
         return trainer.warm_up(state, traffic, draft, served, completion, speed)
 
-    return trainer._replace(init=init, observe=observe, warm_up=warm_up, remember=keep)
+    return trainer._replace(init=init, warm_up=warm_up, remember=keep)
 
 
 def _ngrams_of(

@@ -9,6 +9,7 @@ from ospec_jax.config import RECORDS_STATES
 from ospec_jax.drafters.base import Drafter
 from ospec_jax.learners.config import LearnerConfig, build_learner
 from ospec_jax.models.layers import Numerics
+from ospec_jax.online.deltas import with_deltas
 from ospec_jax.online.last_layer import last_layer_trainer
 from ospec_jax.online.memory import counting_trainer, with_memory
 from ospec_jax.online.trainer import Trainer
@@ -59,4 +60,5 @@ def build_trainer(
 
     # n-grams are remembered beside any learner, if the draft's family looks them up.
     num_slots = config.memory_slots if orders else 0
-    return with_memory(trainer, num_slots, tuple(orders), mesh)
+    trainer = with_memory(trainer, num_slots, tuple(orders), mesh)
+    return with_deltas(trainer, config.delta_rank, drafter, numerics, vocab_size, mesh)

@@ -17,12 +17,13 @@ from jaxtyping import Array, Bool, Int
 from ospec_jax.config import Recording
 from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters import ngram
+from ospec_jax.learners import deltas
 from ospec_jax.learners.base import LearnerInfo
 from ospec_jax.learners.projection import HeadInfo
 from ospec_jax.online import ring
 from ospec_jax.online.pace import PaceState
 from ospec_jax.online.ring import FeedbackRing
-from ospec_jax.types import Draft, NgramMemory
+from ospec_jax.types import Deltas, Draft, NgramMemory
 from ospec_jax.typing import struct
 
 
@@ -68,10 +69,12 @@ class Traffic:
     Attributes:
       ring: Recent windows to train on, or None.
       memory: n-grams, or None.
+      deltas: What was learned of single scopes, or None.
     """
 
     ring: FeedbackRing | None = None
     memory: NgramMemory | None = None
+    deltas: Deltas | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Trainer(NamedTuple):
       is_ready: `state -> bool`: whether it is known when to learn; a budget of time
         has to be measured first.
       observe: `(state, traffic, draft, completion) -> (state, traffic)`: counts an
-        answer, and keeps what may be learned from it.
+        answer that is shared, and keeps what may be learned from it.
       is_due: `state -> bool`: whether to update now, after the answer observed last.
       answers_until_due: `(state, num_tokens) -> int`: how many of the answers to come,
         of so many tokens each, will have been observed when the next update is due; all
@@ -145,9 +148,8 @@ class Trainer(NamedTuple):
         UpdateReport)`, given the answer that was observed last.
       label: Of the learner, for messages: its name and its rate.
       remedy: What to start anew with where updates are not finite.
-      remember: `(traffic, completion) -> traffic`: keeps of an answer what serves its
-        own scope alone. That is all that is done with one that shares nothing; it is
-        part of `observe`.
+      remember: `(traffic, served, completion) -> traffic`: keeps of an answer what
+        serves its own scope alone; before it is observed, if it is shared.
     """
 
     recording: Recording
@@ -161,7 +163,9 @@ class Trainer(NamedTuple):
     update: Callable[..., tuple[Any, Draft, Draft, UpdateReport]]
     label: str
     remedy: str
-    remember: Callable[[Traffic, Completion], Traffic] = lambda traffic, _: traffic
+    remember: Callable[[Traffic, Draft, Completion], Traffic] = lambda traffic, *_: (
+        traffic
+    )
 
 
 class Learned(NamedTuple):
@@ -182,17 +186,20 @@ class Learned(NamedTuple):
 
 def go_on_from(trainer: Trainer, state: Any, traffic: Traffic, draft: Draft) -> Learned:
     """Where a trainer stands that begins, or was restored: with a draft to serve."""
-    # n-grams belong to traffic, not to the draft: they are attached when it is served.
-    served = attach_memory(trainer.serve(draft), traffic)
+    # n-grams and differences belong to traffic, not to the draft: they are attached
+    # when it is served.
+    served = attach_traffic(trainer.serve(draft), traffic)
     return Learned(state, traffic, draft, served)
 
 
-def attach_memory(served: Draft, traffic: Traffic) -> Draft:
-    """A served draft with the n-grams of its traffic, where these are kept."""
-    if traffic.memory is None:
-        return served
+def attach_traffic(served: Draft, traffic: Traffic) -> Draft:
+    """A served draft with what is kept of its traffic for single scopes, if it is."""
+    if traffic.memory is not None:
+        served = served.replace(memory=traffic.memory)
+    if traffic.deltas is not None:
+        served = served.replace(deltas=traffic.deltas)
 
-    return served.replace(memory=traffic.memory)
+    return served
 
 
 @jax.jit
@@ -206,6 +213,8 @@ def forget(traffic: Traffic, is_gone) -> Traffic:
         traffic = traffic.replace(ring=ring.forget(traffic.ring, is_gone))
     if traffic.memory is not None:
         traffic = traffic.replace(memory=ngram.forget(traffic.memory, is_gone))
+    if traffic.deltas is not None:
+        traffic = traffic.replace(deltas=deltas.forget(traffic.deltas, is_gone))
 
     return traffic
 
@@ -219,14 +228,14 @@ def learn_from(
       now: What an earlier call returned, or the beginning.
       is_shared: Learn also what serves others than the answer's own scope.
     """
+    traffic = trainer.remember(now.traffic, now.served, completion)
     if not is_shared:
-        traffic = trainer.remember(now.traffic, completion)
-        served = attach_memory(now.served, traffic)
+        served = attach_traffic(now.served, traffic)
         jax.block_until_ready(served)
         return now._replace(traffic=traffic, served=served, report=None)
 
     # First what was seen, then what is learned from it, if that is due.
-    state, traffic = trainer.observe(now.state, now.traffic, now.draft, completion)
+    state, traffic = trainer.observe(now.state, traffic, now.draft, completion)
     draft = now.draft
     served = now.served
     report = None
@@ -234,7 +243,7 @@ def learn_from(
         state, draft, served, report = trainer.update(
             state, traffic, draft, served, completion
         )
-    served = attach_memory(served, traffic)
+    served = attach_traffic(served, traffic)
 
     # Wait here: learning would run during the next decoding, and be counted as that.
     jax.block_until_ready((state, traffic, served))

@@ -20,6 +20,7 @@ from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.learners.deltas import count_deltas
 from ospec_jax.loading import load_draft
 from ospec_jax.serving.settings import ServiceConfig
 from ospec_jax.session.session import Session
@@ -65,6 +66,7 @@ class Learning:
         self._paused_for: str | None = None
         self._since_swap = DecodingStats()
         self._kept: deque[_Kept] = deque()
+        self._own_drafts: dict[str, int] | None = None
         self._save_error: str | None = None
         self._saved_at = time.monotonic()
         self._saved_answers = 0
@@ -96,6 +98,7 @@ class Learning:
             "num_answers": counts.num_taught,
             "seconds": counts.seconds,
             "practice": practice and dataclasses.asdict(practice.counts),
+            "own_drafts": self._own_drafts,
             "save_error": self._save_error,
         }
 
@@ -183,6 +186,9 @@ class Learning:
         if version != self.version:
             self._since_swap = DecodingStats()
         self.version = version
+        traffic = self._session.state.traffic
+        if traffic is not None and traffic.deltas is not None:
+            self._own_drafts = count_deltas(traffic.deltas)
         self.draft_status = {
             "family": None if meta is None else meta.family,
             "version": version,
@@ -332,7 +338,7 @@ class Learning:
         stays += self._replace_checkpoint()
         names = "all scopes" if scope is None else scope
         return {
-            "forgotten": f"n-grams, windows and caches of {names}",
+            "forgotten": f"n-grams, windows, caches and own drafts of {names}",
             "scopes": [one.name for one in (known if scope is None else gone)],
             "stays": "; ".join(stays),
         }

@@ -414,6 +414,17 @@ def _own(status: dict[str, Any]) -> Iterator[Metric]:
             "ospec_kept_bytes", "Caches of answered requests", value=kept["num_bytes"]
         )
 
+    own = learning.get("own_drafts")
+    if own is not None:
+        yield GaugeMetricFamily(
+            "ospec_own_drafts", "Scopes that have a draft of their own", own["num"]
+        )
+        yield GaugeMetricFamily(
+            "ospec_own_drafts_drafting",
+            "Of these, scopes whose own draft has been right more often of late",
+            own["num_drafting"],
+        )
+
     outcomes = learning.get("promotions")
     if isinstance(outcomes, dict):
         promotions = CounterMetricFamily(

@@ -160,6 +160,7 @@ def assembled(
         num_behind=num_behind,
         size_fn=size_fn,
         evidence_fn=evidence_fn,
+        delta_rank=learner.delta_rank if learner is not None and trainer else 0,
     )
     recording = trainer.recording if trainer else "nothing"
     engine = Engine(config, target.params, drafter, recording, menu)

@@ -26,6 +26,21 @@ _PATIENCE = 8
 """Steps with rows to spare, before the batch gets smaller."""
 
 
+_LAWS = (
+    SamplingConfig(0.7),
+    SamplingConfig(0.7, top_p=0.9),
+    SamplingConfig(0.7, min_p=0.05),
+)
+"""Of each kind of law with a program of its own for learning one, whatever its figures
+are. Greedy answers and those of temperature 1 share theirs."""
+
+
+def _as_if(answer: Completion, sampling: SamplingConfig) -> Completion:
+    """An answer as if it had been drawn by another law, to rehearse learning with."""
+    request = dataclasses.replace(answer.request, sampling=sampling)
+    return dataclasses.replace(answer, request=request)
+
+
 def _rows_of(batch: Batch) -> tuple[Row, ...]:
     """What a controller may know of the rows.
 
@@ -268,7 +283,10 @@ class Live:
                 for capacity in self._capacities
                 for _ in range(2)
             ]
-            self._session.warm_up_learning(answers[1::2], self.sizes[0])
+            timed = answers[1::2]
+            # Those that are timed come last.
+            drawn = [_as_if(answer, law) for answer in timed for law in _LAWS]
+            self._session.warm_up_learning([*drawn, *timed], self.sizes[0])
 
         self._ended = []
         release_memory()

@@ -51,7 +51,7 @@ from ospec_jax.online.scopes import Enrolled, Scope, Scopes, as_mask
 from ospec_jax.online.trainer import (
     Learned,
     UpdateReport,
-    attach_memory,
+    attach_traffic,
     forget,
     go_on_from,
     learn_from,
@@ -775,8 +775,9 @@ class Session:
         )
         self._served = now.served
         scopes = before.scopes
-        # n-grams alone are nobody else's: then nothing was taught.
-        if is_shared and self.trainer.recording != "nothing":
+        # What is kept of a scope alone is nobody else's: then nothing was taught.
+        assert self.learner is not None
+        if is_shared and self.learner.recording != "nothing":
             scopes = scopes.having_taught(scope)
         self._move_on(
             trainer=now.state, traffic=now.traffic, draft=now.draft, scopes=scopes
@@ -829,7 +830,7 @@ class Session:
         return enrolled
 
     def drop_text(self, numbers: Collection[int]) -> None:
-        """Drops n-grams, windows and caches of scopes, by their numbers."""
+        """Drops what is kept of scopes alone, by their numbers: n-grams, caches, ..."""
         with self._lock:
             if self.practice is not None:
                 self.practice.forget(numbers)
@@ -840,7 +841,7 @@ class Session:
                 return
             traffic = forget(self._state.traffic, as_mask(numbers))
             traffic = sharding.put_params(traffic, self.target.mesh)
-            self._served = attach_memory(self._served, traffic)
+            self._served = attach_traffic(self._served, traffic)
             self._move_on(traffic=traffic)
             # What was saved is not what there is now, though nothing was answered.
             self._saved = None
@@ -908,9 +909,13 @@ class Session:
         with self._lock:
             state = self.state
             if self.trainer is not None:
-                fresh, _ = self.trainer.init(draft)
+                fresh, empty = self.trainer.init(draft)
                 trainer = fresh.going_on_from(state.trainer)
                 state = dataclasses.replace(state, trainer=trainer)
+                # Scopes' differences are from the draft that was served.
+                if state.traffic is not None:
+                    traffic = state.traffic.replace(deltas=empty.deltas)
+                    state = dataclasses.replace(state, traffic=traffic)
             self._adopt(dataclasses.replace(state, draft=draft))
             self._saved = None
 

@@ -20,7 +20,7 @@ from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.last_layer import HeadSamples, head_learner
 from ospec_jax.loading import LoadedDraft, load_draft
-from ospec_jax.online.last_layer import as_drawn
+from ospec_jax.online.samples import as_drawn
 from ospec_jax.sampling import processed_probs
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target

@@ -143,6 +143,15 @@ def test_an_idle_service_has_a_free_cache():
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0
 
 
+def test_scopes_own_drafts_are_counted_where_there_are_any():
+    status = {"learning": {"own_drafts": {"num": 3, "num_drafting": 2}}}
+    metrics = Metrics("fake", 100, lambda: status)
+    assert value(metrics, "ospec_own_drafts") == 3
+    assert value(metrics, "ospec_own_drafts_drafting") == 2
+    status["learning"]["own_drafts"] = None
+    assert value(metrics, "ospec_own_drafts") is None
+
+
 def test_a_service_that_says_nothing_has_fewer_metrics():
     found = samples(Metrics("fake", 100, dict))
     assert ("ospec_draft_version", ()) not in found

@@ -13,6 +13,7 @@ from ospec_jax import LearnerConfig, Session
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.request import PromptTooLongError
+from ospec_jax.learners import deltas
 from ospec_jax.online import scopes
 from ospec_jax.serving.asks import Ask, ChoiceEnd, Ended, Failed, OverloadedError, Piece
 from ospec_jax.serving.service import Service
@@ -120,6 +121,24 @@ def test_nobody_who_is_answered_waits_for_learning(target, draft, monkeypatch):
         assert service.status()["learning"]["num_answers"] == 5
     finally:
         service.stop()
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        SamplingConfig(1.0),
+        SamplingConfig(0.3),
+        SamplingConfig(0.8, top_p=0.95),
+        SamplingConfig(1.0, top_k=20),
+        SamplingConfig(1.3, min_p=0.1),
+    ],
+)
+def test_no_answer_of_a_usual_law_is_learned_from_in_a_new_program(service, law):
+    compiled = lambda: service.status()["totals"]["num_compiles_after_warm_up"]
+    before = compiled()
+    Heard(service, ask_of(PROMPTS[0], sampling=law)).all()
+    service.call(lambda: None)
+    assert compiled() == before
 
 
 def test_a_number_goes_to_a_new_scope_when_its_answers_are_learned_from(
@@ -547,6 +566,45 @@ def test_who_is_forgotten_while_answered_is_not_learned_from(target, draft):
         service.call(lambda: None)
         bob = session.scopes.find("bob").number
         assert set(np.unique(session.memory.owners)) == {0, bob}
+    finally:
+        service.stop()
+
+
+def test_scopes_that_share_nothing_have_drafts_of_their_own(
+    target, draft, plain, monkeypatch
+):
+    monkeypatch.setattr(deltas, "_NUM_SEEN", 8)
+    learner = LearnerConfig("head", delta_rank=4, memory_slots=0)
+    session = Session(
+        target, draft, learner=learner, batch_size=2, num_predicted_tokens=0
+    )
+    service = Service(session, ServiceConfig("tiny", 240))
+    service.start()
+    try:
+        service.wait_until_ready()
+        asked = [(text, scope) for text in PROMPTS[:3] for scope in ("ada", "bob", "")]
+        heard = [
+            (text, Heard(service, ask_of(text, scope=scope, is_shared=False)))
+            for text, scope in asked
+        ]
+        for text, one in heard:
+            assert one.texts()[0] == plain[text]
+        service.call(lambda: None)
+        numbers = {one.name: one.number for one in session.scopes.known}
+        owners = lambda: set(np.unique(session.state.traffic.deltas.owners))
+        assert owners() == {0, *numbers.values()}
+        assert np.asarray(session.served_draft.deltas.shifts).any()
+        assert service.version == 0
+        own = lambda: service.status()["learning"]["own_drafts"]
+        leads = np.asarray(session.state.traffic.deltas.leads)
+        num_right = int((leads > 0).sum())
+        assert own() == {"num": 2, "num_drafting": num_right}
+
+        done = service.administer("forget", scope="ada")
+        assert own()["num"] == 1
+        assert "own drafts of ada" in done["forgotten"]
+        assert owners() == {0, numbers["bob"]}
+        assert service.status()["totals"]["num_compiles_after_warm_up"] == 0
     finally:
         service.stop()
 

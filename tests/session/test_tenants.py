@@ -9,7 +9,8 @@ import pytest
 from drafted import random_head
 
 from ospec_jax import LearnerConfig, Session
-from ospec_jax.config import SamplingConfig
+from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.learners import deltas
 from ospec_jax.online.scopes import MAX_SCOPES
 from ospec_jax.session.arguments import as_prompts
 from ospec_jax.session.live import Live
@@ -187,3 +188,113 @@ def test_a_number_is_used_again_without_its_text(target):
     assert session.enroll("bob").dropped.name == "ada"
     assert session.scopes.find("bob").number == number
     assert accepted(session, "bob", learns=False) == [fresh]
+
+
+OWN = LearnerConfig("memory", delta_rank=4, memory_slots=0)
+
+
+@pytest.fixture
+def few_inputs(monkeypatch):
+    """Directions are there after the first answer."""
+    monkeypatch.setattr(deltas, "_NUM_SEEN", 8)
+
+
+def taught(target, draft, num_answers=6, learner=OWN):
+    """A session in which Ada has asked the same question, and shares nothing."""
+    session = session_of(target, draft, learner=learner, ngrams=False)
+    for _ in range(num_answers):
+        accepted(session, "ada", is_shared=False)
+    return session
+
+
+@pytest.mark.parametrize("name", ["memory", "head"])
+def test_a_scopes_draft_is_its_own(target, draft, plain, few_inputs, name):
+    learner = LearnerConfig(name, delta_rank=4, memory_slots=0)
+    static = session_of(target, draft, learner=None, ngrams=False)
+    (fresh,) = accepted(static, "")
+    session = taught(target, draft, learner=learner)
+    served = session.served_draft
+    assert served.deltas is session.state.traffic.deltas
+    for a, b in zip(
+        jax.tree.leaves(session.draft), jax.tree.leaves(draft.draft), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+    # All at once, in rows of one batch.
+    counts, tokens = ask(session, "bob", "ada", "", "ada/x", learns=False)
+    assert tokens == [plain] * 4
+    assert counts[0] == counts[2] == counts[3] == fresh
+    assert counts[1] > fresh + 2
+    assert session.version == 0
+    assert not session.scopes.find("ada").has_taught
+
+
+def test_a_scopes_draft_is_kept_and_forgotten(target, draft, few_inputs, tmp_path):
+    session = taught(target, draft)
+    (own,) = accepted(session, "ada", learns=False)
+    session.save(tmp_path / "with")
+    session.save(tmp_path / "without", with_feedback=False)
+
+    resumed = session_of(target, draft, learner=OWN, ngrams=False)
+    resumed.resume(tmp_path / "with")
+    fresh, again = accepted(resumed, "bob", "ada", learns=False)
+    assert again == own > fresh
+    # Going on, both learn the same.
+    for one in (session, resumed):
+        accepted(one, "ada", is_shared=False)
+    states = jax.device_get([one.state.traffic for one in (session, resumed)])
+    assert jax.tree.all(jax.tree.map(np.array_equal, *states))
+
+    blank = session_of(target, draft, learner=OWN, ngrams=False)
+    with pytest.warns(UserWarning, match="holds no feedback"):
+        blank.resume(tmp_path / "without")
+    assert accepted(blank, "ada", learns=False) == [fresh]
+
+    resumed.forget_traffic("ada")
+    assert not any(x.any() for x in jax.tree.leaves(resumed.state.traffic.deltas))
+    assert accepted(resumed, "ada", learns=False) == [fresh]
+    # They are differences to a draft that is no more served then.
+    session.begin_again(session.draft)
+    assert accepted(session, "ada", learns=False) == [fresh]
+
+
+def test_a_tenants_number_is_used_again_without_its_draft(target, draft, few_inputs):
+    session = taught(target, draft)
+    number = session.scopes.find("ada").number
+    for i in range(MAX_SCOPES - 1):
+        session.enroll(f"tenant-{i}")
+    session.enroll("bob")
+    assert session.scopes.find("bob").number == number
+    assert number not in np.asarray(session.state.traffic.deltas.owners)
+
+
+def test_sampled_answers_teach_a_scopes_draft(target, draft, few_inputs):
+    session = session_of(target, draft, learner=OWN, ngrams=False)
+    session.warm_up()
+    live = Live(session, (256,))
+    for turn, sampling in enumerate(
+        (
+            SamplingConfig(1.0),
+            SamplingConfig(0.7, top_p=0.9),
+            SamplingConfig(1.0, frequency_penalty=0.5),
+        )
+    ):
+        prompts = as_prompts([SECRET])
+        ((prompt, request),) = session.requests(prompts, 24, sampling)
+        scope = session.enroll("ada").number
+        live.join(dataclasses.replace(request, scope=scope))
+        done = []
+        while not done:
+            done = live.turn()
+        before = np.asarray(session.state.traffic.deltas.energy)
+        session.take_in(prompt, done[0], "", True, False)
+        after = np.asarray(session.state.traffic.deltas.energy)
+        # Adjusted logits follow another law than the target's own.
+        assert (after > before).any() == (turn < 2)
+
+
+def test_differences_are_refused_where_nobody_adds_them(target, draft):
+    with pytest.raises(ConfigError, match="adds no differences"):
+        session_of(target, "ngram", learner=OWN)
+    with pytest.raises(ConfigError, match="use --learner head, preference or memory"):
+        session_of(target, draft, learner=LEARNER.replace(delta_rank=4))

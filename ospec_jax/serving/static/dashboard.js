@@ -227,7 +227,8 @@ function learningInWords(learning) {
   if (!learning?.learner) return "Nothing is learned: the server was started without a learner.";
   const written = learning.practice?.num_exercises;
   const count = `${learning.num_updates ?? 0} updates` +
-    (written ? `, ${written} exercises in pauses` : "");
+    (written ? `, ${written} exercises in pauses` : "") +
+    (learning.own_drafts?.num ? `, ${learning.own_drafts.num} keys and tenants with a draft of their own` : "");
   if (learning.paused_for) return `Learning is off (${learning.paused_for}); ${count} until now.`;
   return `Learning with “${learning.learner}”; ${count} until now.`;
 }
