@@ -179,8 +179,7 @@ class Completion:
       num_recorded: Positions of `feedback` that are real.
       capacity: Slots of the cache it was decoded in.
       text_over: See `StopPoint`.
-      num_reused: Tokens of the prompt that were not run, since a row was kept that had
-        them.
+      num_reused: Tokens of the prompt that were not run, since another row had them.
       followed: How far the request's prediction came true; None if it has none.
       alternatives: Of each token, the most probable ones; empty if not asked for.
       owner: Whose it is, for what keeps its text; None is nobody in particular.

@@ -107,7 +107,7 @@ class Service:
         self._live = self._new_live()
         self._totals = _Totals()
         self._learning = Learning(session, config)
-        self._compiles: _Compiles | None = None
+        self._compiles: CompileCounter | None = None
         self._started = time.monotonic()
         self._ready = threading.Event()
         self._failure: Exception | None = None
@@ -559,7 +559,7 @@ class Service:
         self._session.drop_text([])
         self._learning.start()
         _LOG.info(f"ready after {time.perf_counter() - start:.0f} s")
-        self._compiles = _Compiles()
+        self._compiles = CompileCounter()
         return True
 
 
@@ -572,7 +572,7 @@ def _capacities_for(session: Session, max_model_len: int) -> tuple[int, ...]:
     return (*(size for size in _CAPACITIES if 2 * size <= largest), largest)
 
 
-class _Compiles:
+class CompileCounter:
     """Counts the programs that are compiled from now on, in any thread."""
 
     def __init__(self):
