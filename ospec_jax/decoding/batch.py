@@ -272,7 +272,8 @@ class Batch:
         must not follow from numbers that the other has yet to use.
         """
         running = self._running
-        own = [slot.request.own_key for slot in running if not slot.request.can_teach]
+        requests = [slot.request for slot in running]
+        own = [one.own_key for one in requests if one.has_own_numbers]
         if len(set(own)) < len(own):
             return ()
 

@@ -202,6 +202,7 @@ class Service:
                 choice=number,
                 num_log_probs=ask.num_log_probs,
                 can_speculate=ask.can_speculate,
+                is_left_out=not ask.can_teach,
             )
             stream = TextStream(self._session.decode, stop)
             choices.append(Choice(number, request, stream))
