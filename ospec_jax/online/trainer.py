@@ -148,6 +148,8 @@ class Trainer(NamedTuple):
       remember: `(traffic, completion) -> traffic`: keeps of an answer what serves its
         own scope alone. That is all that is done with one that shares nothing; it is
         part of `observe`.
+      own: `draft -> draft`, of a served one or one in float32: the same, of which no
+        update overwrites anything.
     """
 
     recording: Recording
@@ -162,6 +164,7 @@ class Trainer(NamedTuple):
     label: str
     remedy: str
     remember: Callable[[Traffic, Completion], Traffic] = lambda traffic, _: traffic
+    own: Callable[[Draft], Draft] = lambda draft: draft
 
 
 class Learned(NamedTuple):

@@ -257,6 +257,7 @@ class Service:
             "resume": learning.resume,
             "pin": functools.partial(learning.pause, reason="pinned"),
             "unpin": learning.resume,
+            "promote": learning.promote,
             "rollback": learning.roll_back,
             "load": learning.load,
             "forget": self._forget,
