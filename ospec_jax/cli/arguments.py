@@ -360,6 +360,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         learner=None,
         has_log_probs=False,
         learn_idle: int = 0,
+        promote: Literal["automatic", "manual"] = "automatic",
     ) -> Session:
         """A session with these settings."""
         return Session(
@@ -377,6 +378,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
             learn_control=self.learn_control,
             follow_clock=self.follow_clock,
             learn_idle=learn_idle,
+            promote=promote,
         )
 
 

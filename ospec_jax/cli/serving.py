@@ -50,6 +50,7 @@ def serve(
     learn_idle: int = 0,
     delta_rank: int | None = None,
     promotion: Literal["always", "guarded"] | None = None,
+    promote: Literal["automatic", "manual"] = "automatic",
     learn: Literal["auto", "opt-in", "opt-out", "off"] = "auto",
     checkpoint_dir: Annotated[Path | None, tyro.conf.arg(name="checkpoint")] = None,
     save_every: float = 300.0,
@@ -83,6 +84,9 @@ def serve(
         good number. 0, the default, leaves all with the shared draft.
       promotion: Serve every iterate of the learner, the default, or only those that
         proved better.
+      promote: When what is learned is served: automatic, as --promotion says; manual,
+        once an administrator says so (POST /admin/draft/promote, which needs
+        --admin-key-file).
       learn: Learn from answers unless a request says `"learn": false` (opt-out), only
         if it says `true` (opt-in), or never (off). By default opt-in where there are
         several API keys, else opt-out.
@@ -144,8 +148,15 @@ def serve(
             f"--learn-idle {learn_idle}, and nothing learns; leave it out"
         )
 
+    if promote == "manual" and rule is None:
+        raise ConfigError("--promote manual, and nothing learns; leave it out")
+    if promote == "manual" and admin_key_file is None:
+        raise ConfigError(
+            "--promote manual, and nobody may say so: give --admin-key-file"
+        )
+
     hold(checkpoint_dir)
-    session = _open(decoding, rule, checkpoint_dir, learn_idle)
+    session = _open(decoding, rule, checkpoint_dir, learn_idle, promote)
     _run(session, config, http)
 
 
@@ -154,15 +165,18 @@ def _open(
     rule: LearnerConfig | None,
     folder: Path | None,
     learn_idle: int,
+    promote: Literal["automatic", "manual"],
 ) -> Session:
     """The session that is served; it goes on from a checkpoint, if there is one."""
     target, draft = decoding.load()
-    session = decoding.open(target, draft, rule, learn_idle=learn_idle)
+    session = decoding.open(target, draft, rule, learn_idle=learn_idle, promote=promote)
     if folder is None and rule is not None:
         say("nothing of what is learned is kept: give --checkpoint FOLDER to keep it")
     elif folder is not None and checkpoint.steps(folder):
         session.resume(folder)
-        say(f"going on from {folder}: draft version {session.version}")
+        waiting = session.num_waiting
+        more = f", {waiting} updates wait to be promoted" if waiting else ""
+        say(f"going on from {folder}: draft version {session.version}{more}")
 
     return session
 

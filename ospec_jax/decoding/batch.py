@@ -72,6 +72,8 @@ class Device(Protocol):
         self, request: Request, capacity: int, has_prediction: bool, ordinal: int
     ) -> Reading: ...
 
+    def start_of(self, reading: Reading, num_tokens: int) -> int: ...
+
     def go_on_from(self, reading: Reading, found: Found) -> Reading: ...
 
     def read_on(self, draft: Draft | None, reading: Reading) -> Reading: ...
@@ -190,7 +192,8 @@ class Batch:
       has_prediction: Requests may have predictions, which need room.
       on_tokens: Called with what each pass added to a request's answer, as it is read.
       on_step: Called with what each step came to.
-      kept: Rows of ended answers, to go on from; None keeps none.
+      kept: Rows of ended answers, to go on from; None keeps none, and has every request
+        run all of its prompt, even if a running one has the same.
       now: A clock, for who wants to hear what steps took.
     """
 
@@ -269,7 +272,8 @@ class Batch:
         must not follow from numbers that the other has yet to use.
         """
         running = self._running
-        own = [slot.request.own_key for slot in running if not slot.request.can_teach]
+        requests = [slot.request for slot in running]
+        own = [one.own_key for one in requests if one.has_own_numbers]
         if len(set(own)) < len(own):
             return ()
 
@@ -355,10 +359,14 @@ class Batch:
     def _go_on(
         self, kept: KeptRows, draft: Draft | None, slot: Slot, reading: Reading
     ) -> Reading:
-        """Begins behind what a kept row has of the prompt, if there is one."""
+        """Begins behind what another row has of the prompt, if there is one."""
         slot.draft_number = kept.draft_number(draft)
-        reading = reading._replace(is_to_keep=True)
+        reading = reading._replace(is_to_keep=kept.is_keeping)
         found = kept.find(slot.request.scope, slot.request.prompt_ids)
+        # More than all but the last token cannot be found.
+        most = len(slot.request.prompt_ids) - 1
+        if found is None or found.num_tokens < most:
+            found = self._found_running(slot, reading) or found
         if found is not None:
             reading = self._engine.go_on_from(reading, found)
             slot.num_reused = reading.position
@@ -367,6 +375,24 @@ class Batch:
                 kept.use(found)
 
         return reading
+
+    def _found_running(self, slot: Slot, reading: Reading) -> Found | None:
+        """A copy of a running row of the same prompt: one request's answers have one.
+
+        Each runs the last token for itself, since the first one of its answer is drawn
+        with numbers of its own, and its draft goes on from there.
+        """
+        num_tokens = len(slot.request.prompt_ids) - 1
+        if not self._engine.start_of(reading, num_tokens):
+            return None
+
+        for number, other in enumerate(self._slots):
+            if other is not None and _has_same_prompt(other, slot):
+                assert self._state is not None, "a batch with rows has a state"
+                caches = self._engine.keep(self._state, number, self.capacity)
+                return Found(caches, num_tokens)
+
+        return None
 
     def grow(self, capacity: int) -> None:
         """Moves all that runs to larger caches, between two steps.
@@ -647,7 +673,7 @@ class Batch:
     def _keep(self, number: int, slot: Slot) -> None:
         """Keeps the caches of a row whose answer has just ended."""
         # Nobody goes on from what nobody asked for.
-        if self._kept is None or slot.request.is_practice:
+        if self._kept is None or not self._kept.is_keeping or slot.request.is_practice:
             return
 
         # What is kept is whole.
@@ -659,6 +685,19 @@ class Batch:
         ids = (*slot.request.prompt_ids, *slot.token_ids)
         copy = lambda capacity: self._engine.keep(state, number, capacity)
         self._kept.add(slot.request.scope, ids, slot.draft_number, copy)
+
+
+def _has_same_prompt(running: Slot, new: Slot) -> bool:
+    """Whether a running row has what a new one needs of its prompt."""
+    one = running.request
+    other = new.request
+    # Of the same scope: from how soon an answer comes one could tell what another asks.
+    return (
+        running.draft_number == new.draft_number
+        and one.scope == other.scope
+        and one.prompt_ids == other.prompt_ids
+        and not one.is_practice
+    )
 
 
 def _evidence(sent: _Sent, rows: list[int]) -> np.ndarray | None:

@@ -495,20 +495,28 @@ class Engine:
         state = self._initial_state(request, capacity, has_prediction, key)
         return Reading(request, state)
 
+    def start_of(self, reading: Reading, num_tokens: int) -> int:
+        """Tokens of a prompt that need not be run; 0 where that is not worth it.
+
+        Args:
+          reading: Of whose prompt nothing has been run.
+          num_tokens: Of the prompt, that another row has.
+        """
+        num_prompt = len(reading.request.prompt_ids)
+        capacity = reading.state.cache.capacity
+        return start_behind(num_tokens, num_prompt, capacity, PREFILL_CHUNK)
+
     def go_on_from(self, reading: Reading, found: Found) -> Reading:
-        """Begins behind the tokens that a kept row has, if that is worth it.
+        """Begins behind the tokens that another row has, if that is worth it.
 
         Args:
           reading: Of whose prompt nothing has been run; its state is donated.
         """
-        state = reading.state
-        num_prompt = len(reading.request.prompt_ids)
-        start = start_behind(
-            found.num_tokens, num_prompt, state.cache.capacity, PREFILL_CHUNK
-        )
+        start = self.start_of(reading, found.num_tokens)
         if not start:
             return reading
 
+        state = reading.state
         caches, lengths = self._rows.go_on_from(
             RowCaches.of(state), found.caches, np.int32(start)
         )

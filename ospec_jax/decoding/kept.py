@@ -57,7 +57,7 @@ class KeptRow(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A kept row that begins as a prompt does.
+    """A row, kept or running, that begins as a prompt does.
 
     Attributes:
       num_tokens: That both have, less the last of these: a draft's entry for a token
@@ -77,7 +77,7 @@ class KeptRows:
     anything else of it drops all rows.
 
     Args:
-      max_bytes: 0 keeps none.
+      max_bytes: 0 keeps none; which drafts differ is told all the same.
       capacities: Cache slots of kept rows, ascending, of those that are compiled for.
     """
 
@@ -93,6 +93,11 @@ class KeptRows:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def is_keeping(self) -> bool:
+        """Whether any row is ever kept."""
+        return self.max_bytes > 0
 
     @property
     def num_bytes(self) -> int:

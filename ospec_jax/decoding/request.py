@@ -96,6 +96,8 @@ class Request:
       can_speculate: Draft for it; without, each step emits one token.
       scope: Whose it is: what was kept of one scope's text serves no other; 0 for
         nobody in particular.
+      is_left_out: Nothing is learned from its answer, as its user wishes: no controller
+        hears of it, either.
       is_practice: Nobody asked for it: a draft is to learn from it. Its numbers are
         those of no request, no controller hears of it, and its caches are not kept.
     """
@@ -114,6 +116,7 @@ class Request:
     num_log_probs: int | None = None
     can_speculate: bool = True
     scope: int = 0
+    is_left_out: bool = False
     is_practice: bool = False
 
     def __post_init__(self):
@@ -159,13 +162,18 @@ class Request:
         return self.seed, self.choice
 
     @property
-    def can_teach(self) -> bool:
-        """Whether others may be served with what its answer teaches.
+    def has_own_numbers(self) -> bool:
+        """Whether its answer follows from random numbers that may come again.
 
-        Greedy answers use no random numbers, those of the call's seed none that another
-        request will use.
+        Greedy answers use none, those of the call's seed none that another request will
+        use.
         """
-        return self.seed is None or self.sampling.temperature == 0
+        return self.seed is not None and self.sampling.temperature > 0
+
+    @property
+    def can_teach(self) -> bool:
+        """Whether others may be served with what its answer teaches."""
+        return not (self.is_left_out or self.has_own_numbers)
 
 
 @dataclasses.dataclass
@@ -179,8 +187,7 @@ class Completion:
       num_recorded: Positions of `feedback` that are real.
       capacity: Slots of the cache it was decoded in.
       text_over: See `StopPoint`.
-      num_reused: Tokens of the prompt that were not run, since a row was kept that had
-        them.
+      num_reused: Tokens of the prompt that were not run, since another row had them.
       followed: How far the request's prediction came true; None if it has none.
       alternatives: Of each token, the most probable ones; empty if not asked for.
       owner: Whose it is, for what keeps its text; None is nobody in particular.

@@ -103,6 +103,7 @@ def last_layer_trainer(
         update=last_layer.update,
         label=f"{config.name!r} with head_rate {config.head_rate}",
         remedy="a lower head_rate",
+        own=last_layer.own,
     )
 
 
@@ -253,10 +254,10 @@ class LastLayer:
 
         return sharding.put_params((state, Traffic()), self._mesh)
 
-    def own(self, served: Draft) -> Draft:
-        """A served draft whose projection nobody else holds: updates overwrite it."""
-        copy = jax.tree.map(lambda x: jnp.array(x, copy=True), served.params[HEAD])
-        return served.replace(params={**served.params, HEAD: copy})
+    def own(self, draft: Draft) -> Draft:
+        """A draft whose projection nobody else holds: updates overwrite it."""
+        copy = jax.tree.map(lambda x: jnp.array(x, copy=True), draft.params[HEAD])
+        return draft.replace(params={**draft.params, HEAD: copy})
 
     def _projection(self, state: LastLayerState) -> dict:
         """A copy of the learned projection, in the target's precision."""

@@ -150,6 +150,8 @@ class Trainer(NamedTuple):
       remedy: What to start anew with where updates are not finite.
       remember: `(traffic, served, completion) -> traffic`: keeps of an answer what
         serves its own scope alone; before it is observed, if it is shared.
+      own: `draft -> draft`, of a served one or one in float32: the same, of which no
+        update overwrites anything.
     """
 
     recording: Recording
@@ -166,6 +168,7 @@ class Trainer(NamedTuple):
     remember: Callable[[Traffic, Draft, Completion], Traffic] = lambda traffic, *_: (
         traffic
     )
+    own: Callable[[Draft], Draft] = lambda draft: draft
 
 
 class Learned(NamedTuple):
@@ -220,15 +223,20 @@ def forget(traffic: Traffic, is_gone) -> Traffic:
 
 
 def learn_from(
-    trainer: Trainer, now: Learned, completion: Completion, is_shared: bool = True
+    trainer: Trainer,
+    now: Learned,
+    completion: Completion,
+    is_shared: bool = True,
+    decoding: Draft | None = None,
 ) -> Learned:
     """Observes an answer, and learns where that is due; waits until it is done.
 
     Args:
       now: What an earlier call returned, or the beginning.
       is_shared: Learn also what serves others than the answer's own scope.
+      decoding: The draft that decodes, where what is learned waits to be served.
     """
-    traffic = trainer.remember(now.traffic, now.served, completion)
+    traffic = trainer.remember(now.traffic, decoding or now.served, completion)
     if not is_shared:
         served = attach_traffic(now.served, traffic)
         jax.block_until_ready(served)

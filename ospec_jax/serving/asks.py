@@ -41,6 +41,7 @@ class Ask:
         none but its own, None for no log-probabilities at all.
       can_speculate: Draft for it.
       can_teach: Learn from its answers.
+      informs: Tell controllers what came of its drafts; else its client forbade it.
       scope: Whose it is: n-grams of one scope's text are suggested to no other.
       is_shared: Learn from its answers also what serves others.
     """
@@ -55,6 +56,7 @@ class Ask:
     num_log_probs: int | None = None
     can_speculate: bool = True
     can_teach: bool = True
+    informs: bool = True
     scope: str = ""
     is_shared: bool = True
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import Prompt
@@ -22,6 +23,7 @@ from ospec_jax.decoding.request import Completion, Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.learners.deltas import count_deltas
 from ospec_jax.loading import load_draft
+from ospec_jax.online.trainer import UpdateReport
 from ospec_jax.serving.settings import ServiceConfig
 from ospec_jax.session.session import Session
 from ospec_jax.storage.checkpoint import unreadable_steps
@@ -30,6 +32,8 @@ from ospec_jax.types import Draft
 _LOG = logging.getLogger(__name__)
 _NUM_KEPT = 4
 """Versions of the draft to go back to, that of the start among them."""
+_NUM_REPORTS = 16
+"""Newest updates by which a draft that waits is judged. Chosen, not measured."""
 
 
 class _Kept(NamedTuple):
@@ -65,6 +69,7 @@ class Learning:
         self._counts = _Counts()
         self._paused_for: str | None = None
         self._since_swap = DecodingStats()
+        self._newest = self._learned_version
         self._kept: deque[_Kept] = deque()
         self._own_drafts: dict[str, int] | None = None
         self._save_error: str | None = None
@@ -130,7 +135,7 @@ class Learning:
             )
             counts.seconds += result.learning_seconds
 
-        counts.num_updates += max(self._session.version - self.version, 0)
+        counts.num_updates += max(self._learned_version - self._newest, 0)
         counts.num_taught += can_teach
         counts.num_answers += 1
         self._note()
@@ -151,7 +156,7 @@ class Learning:
             exercise = self._session.take_practice(completion, can_teach)
 
         if can_teach and exercise is not None:
-            self._counts.num_updates += max(self._session.version - self.version, 0)
+            self._counts.num_updates += max(self._learned_version - self._newest, 0)
             self._counts.num_answers += 1
         self._note()
 
@@ -164,8 +169,12 @@ class Learning:
             # An update that failed may have used up what is served.
             _LOG.exception("learning has failed, and is paused")
             self._paused_for = "failed"
-            if self._kept:
-                self._session.begin_again(self._kept[-1].draft)
+            session = self._session
+            if session.is_promoted_by_hand and session.draft is not None:
+                # Of what is served nothing was used up.
+                session.begin_again(session.draft)
+            elif self._kept:
+                session.begin_again(self._kept[-1].draft)
 
     def count(self, stats: DecodingStats) -> None:
         """Counts an answer of the served version, before it is learned from."""
@@ -186,6 +195,7 @@ class Learning:
         if version != self.version:
             self._since_swap = DecodingStats()
         self.version = version
+        self._newest = self._learned_version
         traffic = self._session.state.traffic
         if traffic is not None and traffic.deltas is not None:
             self._own_drafts = count_deltas(traffic.deltas)
@@ -195,7 +205,26 @@ class Learning:
             "kept_versions": [kept.version for kept in self._kept],
             "acceptance_length": stats.mean_acceptance_length,
             "num_steps_since_swap": stats.num_drafts,
+            "waiting": self._waiting_status(),
         }
+
+    @property
+    def _learned_version(self) -> int:
+        """Of the draft that learning goes on with, which may wait to be served."""
+        return self._session.version + self._session.num_waiting
+
+    def _waiting_status(self) -> dict[str, Any] | None:
+        """What waits to be promoted; None where nobody has to say so."""
+        if not self._session.is_promoted_by_hand:
+            return None
+
+        count = self._session.num_waiting
+        # An update says of the draft before it how it agrees with the target.
+        reports = self._session.reports[-min(count, _NUM_REPORTS) :] if count else []
+        found = [_agreement_of(report) for report in reports]
+        known = [one for one in found if one is not None]
+        agreement = sum(known) / len(known) if known else None
+        return {"num_updates": count, "agreement": agreement}
 
     def save(self, num_kept: int = 2) -> Path | None:
         """Writes a checkpoint, if there is a folder for it and something new.
@@ -264,6 +293,26 @@ class Learning:
         self._paused_for = None
         return {"paused_for": None, "version": self.version}
 
+    def promote(self) -> dict[str, Any]:
+        """Serves what has been learned, as a new version.
+
+        Raises:
+          ConfigError: The draft is pinned, what is learned is served at once, or
+            nothing waits.
+        """
+        if self._paused_for == "pinned":
+            raise ConfigError("the draft is pinned; unpin it before you promote")
+
+        # What is served now, to go back to, and what will be: it must be there still
+        # when much has been learned behind it.
+        self._keep_version()
+        count = self._session.num_waiting
+        self._session.promote()
+        self._note(is_changed=True)
+        self._keep_version()
+        self._note()
+        return {"promoted_updates": count, "version": self.version}
+
     def roll_back(self, version: int | None = None) -> dict[str, Any]:
         """Serves an earlier version again, by default the newest that was kept.
 
@@ -321,9 +370,10 @@ class Learning:
             stays.append("what the draft had learned before this server was started")
             self._kept = deque([self._kept[0]])
         elif has_taught:
+            waiting = ", those that wait" if self._session.is_promoted_by_hand else ""
             stays.append(
-                "the draft's weights and their earlier versions, which have learned "
-                "from it and are shared by all"
+                f"the draft's weights{waiting} and their earlier versions, which have "
+                f"learned from it and are shared by all"
             )
         elif gone:
             stays.append("nothing in the draft's weights since this was first heard of")
@@ -356,3 +406,12 @@ class Learning:
             f"{one.name}, which was set aside" for one in unreadable_steps(folder)
         ]
         return stays
+
+
+def _agreement_of(report: UpdateReport) -> float | None:
+    """Share of positions at which the draft's likeliest token was the target's.
+
+    Of a whole draft at its first depth; None where the learner does not know it.
+    """
+    agreement = report.info.agreement
+    return None if agreement is None else float(np.ravel(agreement)[0])

@@ -347,7 +347,10 @@ _TEXTS = {
 }
 
 _COUNTERS = {
-    "ospec_learner_updates": ("learning.num_updates", "Versions that were served"),
+    "ospec_learner_updates": (
+        "learning.num_updates",
+        "Updates of the draft that is learned",
+    ),
     "ospec_learner_answers": ("learning.num_answers", "Answers learned from"),
     "ospec_practice_exercises": (
         "learning.practice.num_exercises",
@@ -388,6 +391,14 @@ def _own(status: dict[str, Any]) -> Iterator[Metric]:
         )
         info.add_metric((str(draft.get("family")), str(version)), 1)
         yield info
+
+    waiting = draft.get("waiting")
+    if waiting is not None:
+        yield GaugeMetricFamily(
+            "ospec_draft_updates_waiting",
+            "Updates that were learned and are not served",
+            value=waiting["num_updates"],
+        )
 
     for name, (path, text) in _COUNTERS.items():
         value = _value_at(status, path)

@@ -137,6 +137,7 @@ def read_wanted(
             num_log_probs=num_log_probs,
             can_speculate=speculative.flag("enabled", True),
             can_teach=teaches and server.can_teach,
+            informs=values.flag("learn", True),
             scope=reader.scope(key),
         )
         for prompt, ids in prompts

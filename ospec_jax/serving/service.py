@@ -107,7 +107,7 @@ class Service:
         self._live = self._new_live()
         self._totals = _Totals()
         self._learning = Learning(session, config)
-        self._compiles: _Compiles | None = None
+        self._compiles: CompileCounter | None = None
         self._started = time.monotonic()
         self._ready = threading.Event()
         self._failure: Exception | None = None
@@ -202,6 +202,7 @@ class Service:
                 choice=number,
                 num_log_probs=ask.num_log_probs,
                 can_speculate=ask.can_speculate,
+                is_left_out=not ask.informs,
             )
             stream = TextStream(self._session.decode, stop)
             choices.append(Choice(number, request, stream))
@@ -256,6 +257,7 @@ class Service:
             "resume": learning.resume,
             "pin": functools.partial(learning.pause, reason="pinned"),
             "unpin": learning.resume,
+            "promote": learning.promote,
             "rollback": learning.roll_back,
             "load": learning.load,
             "forget": self._forget,
@@ -559,7 +561,7 @@ class Service:
         self._session.drop_text([])
         self._learning.start()
         _LOG.info(f"ready after {time.perf_counter() - start:.0f} s")
-        self._compiles = _Compiles()
+        self._compiles = CompileCounter()
         return True
 
 
@@ -572,7 +574,7 @@ def _capacities_for(session: Session, max_model_len: int) -> tuple[int, ...]:
     return (*(size for size in _CAPACITIES if 2 * size <= largest), largest)
 
 
-class _Compiles:
+class CompileCounter:
     """Counts the programs that are compiled from now on, in any thread."""
 
     def __init__(self):

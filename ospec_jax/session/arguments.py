@@ -74,6 +74,31 @@ def as_learner(learner: Any, draft: LoadedDraft | None) -> LearnerConfig | None:
     return config
 
 
+def is_promoted_by_hand(promote: Any, learner: LearnerConfig | None) -> bool:
+    """Whether somebody has to say that what was learned is served.
+
+    Raises:
+      ConfigError: It is neither `automatic` nor `manual`, or nothing would ever wait.
+    """
+    if promote not in ("automatic", "manual"):
+        raise ConfigError(f"promote is {promote!r:.60}; use 'automatic' or 'manual'")
+    if promote == "automatic":
+        return False
+    if learner is None:
+        raise ConfigError(
+            "promote is 'manual', and nothing learns; give a learner, like 'head', or "
+            "leave it out"
+        )
+    if learner.recording == "nothing":
+        raise ConfigError(
+            f"promote is 'manual', and the learner {learner.name!r} changes no draft: "
+            f"n-grams are served at once; use another learner, like 'head', or leave "
+            f"it out"
+        )
+
+    return True
+
+
 def as_tree(
     tree: Any, num_speculative_tokens: int | Literal["auto"] | None
 ) -> TreeConfig | None:

@@ -71,7 +71,8 @@ class Live:
     nobody is left, the next batch begins with small ones.
 
     Caches of answered requests are kept. A prompt that begins as one of them did, as a
-    conversation's next turn does, is run from there on alone.
+    conversation's next turn does, is run from there on alone. So is the last token of a
+    prompt that a running row has, too: several answers of one request read it once.
 
     Args:
       session: Decodes and learns; nobody else may move it on meanwhile.
@@ -91,9 +92,7 @@ class Live:
         self._capacities = tuple(capacities)
         self._session = session
         self._on_tokens = on_tokens
-        self._kept: KeptRows | None = None
-        if kept_bytes:
-            self._kept = KeptRows(kept_bytes, _kept_sizes(self._capacities))
+        self._kept = KeptRows(kept_bytes, _kept_sizes(self._capacities))
         # Whoever has the session forget its traffic means this, too.
         session.kept = self._kept
         self._ordinals = session.ordinals()
@@ -140,11 +139,7 @@ class Live:
 
     def kept_status(self) -> dict[str, int]:
         """How many rows are kept for later requests, and their size."""
-        kept = self._kept
-        if kept is None:
-            return {"num_rows": 0, "num_bytes": 0}
-
-        return {"num_rows": len(kept), "num_bytes": kept.num_bytes}
+        return {"num_rows": len(self._kept), "num_bytes": self._kept.num_bytes}
 
     def join(self, request: Request) -> None:
         """Takes in a request; `num_free` must be above 0.
@@ -273,8 +268,7 @@ class Live:
                 self._try_sizes(self._probe(kind), capacity)
 
             self._try_moves()
-            if self._kept is not None:
-                self._try_keeping()
+            self._try_keeping()
             self._measure_costs()
             # Of each capacity twice: the last is at full speed.
             greedy = self._probe("greedy")
@@ -358,7 +352,11 @@ class Live:
                 batch.grow(capacity)
 
     def _try_keeping(self) -> None:
-        """Keeps rows of each size, and goes on from them in rows of each size."""
+        """Keeps rows of each size, and goes on from them in rows of each size.
+
+        Where none is kept, one goes on from running rows alone, whose size is its own.
+        """
+        can_be = lambda size, capacity: self._kept.is_keeping or size == capacity
         engine = self._session.engine
         served = self._session.served_draft
         request = self._probe("greedy")
@@ -367,10 +365,13 @@ class Live:
             row, _ = engine.prefill(served, request, capacity, self._has_prediction)
             state = engine.place(None, row, 0, size, capacity)
             for smaller in _kept_sizes(self._capacities):
-                if smaller <= capacity:
+                if smaller <= capacity and can_be(smaller, capacity):
                     kept[smaller] = engine.keep(state, 0, smaller)
 
-        for caches, capacity in itertools.product(kept.values(), self._capacities):
+        pairs = itertools.product(kept.items(), self._capacities)
+        for (kept_size, caches), capacity in pairs:
+            if not can_be(kept_size, capacity):
+                continue
             # So long that a chunk less is run.
             ids = request.prompt_ids * (-(-capacity // len(request.prompt_ids)))
             long = dataclasses.replace(request, prompt_ids=ids[: capacity // 2])

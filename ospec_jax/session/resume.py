@@ -80,13 +80,24 @@ def save(
     draft = grouped(state.draft, config, mesh, is_inverse=True)
     trainer = state.trainer
     traffic = None
+    waiting = None
+    if state.num_waiting:
+        waiting = grouped(state.waiting, config, mesh, is_inverse=True)
     if trainer is not None:
         trainer = grouped(trainer, config, mesh, is_inverse=True)
         traffic = state.traffic if with_feedback else None
 
     scopes = state.scopes.to_json()
     checkpoint.save(
-        folder, int(place.name), meta, draft, trainer, traffic, num_kept, scopes
+        folder,
+        int(place.name),
+        meta,
+        draft,
+        trainer,
+        traffic,
+        num_kept,
+        scopes,
+        waiting,
     )
 
     return Saved(place, meta, with_feedback and state.trainer is not None)
@@ -106,6 +117,7 @@ def current_meta(state: SessionState, learner: LearnerConfig | None) -> Meta:
         storage="float32",
         controller=state.controller,
         num_admitted=state.num_admitted,
+        num_waiting=state.num_waiting,
     )
     if learner is None:
         return meta
@@ -182,7 +194,8 @@ def resume(
 
     # The stored version counts on from earlier runs, the trainer's from the beginning
     # of this one.
-    version = found.meta.draft_version - int(state.version)
+    served_version = int(state.version) - found.meta.num_waiting
+    version = found.meta.draft_version - served_version
     answered = found.meta.answered
     num_nameless = len(answered) - len(found.meta.contents)
 
@@ -203,6 +216,8 @@ def resume(
         contents=("",) * num_nameless + found.meta.contents,
         num_admitted=found.meta.num_admitted,
         scopes=scopes,
+        waiting=None if found.waiting is None else place(found.waiting),
+        served_version=None if found.waiting is None else served_version,
     )
 
 

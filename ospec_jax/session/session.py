@@ -118,6 +118,9 @@ class Session:
       follow_clock: Time every step while serving, for controllers that weigh time: what
         steps take changes as others use the machine. Which steps are taken then depends
         on time, and sampled tokens with it, though not their law.
+      promote: `automatic` serves what was learned as the learner gives it out;
+        `manual` goes on serving the same draft until `promote` is called. n-grams are
+        served at once either way.
 
     Sampled answers draw from `SamplingConfig.seed` and the number of requests that the
     session, or the checkpoint it resumed, has begun before: copies of a prompt are
@@ -128,6 +131,7 @@ class Session:
     `on_update`, if set, is called after each update with its report and the draft that
     was served before and is after it; its time is not learning's. The learners `head`
     and `preference` overwrite the projection: there, that of the draft before is gone.
+    Where promotion is by hand, these are the drafts as they are learned.
 
     `kept` holds the caches of answered requests for those that go on from them, where
     `session.live` keeps any.
@@ -159,6 +163,7 @@ class Session:
         learn_control: float = 0.0,
         learn_idle: int | PracticeConfig = 0,
         follow_clock: bool = False,
+        promote: Literal["automatic", "manual"] = "automatic",
     ):
         batch_size = whole_number("batch_size", batch_size, least=1)
         num_predicted_tokens = whole_number(
@@ -182,6 +187,7 @@ class Session:
         draft = arguments.as_draft(draft, target)
         learner = arguments.as_learner(learner, draft)
         exercises = arguments.as_practice(learn_idle, learner)
+        is_by_hand = arguments.is_promoted_by_hand(promote, learner)
 
         # From here on everything fits together; what is built never changes.
         plan = how_much.resolve(
@@ -219,6 +225,7 @@ class Session:
         self.own_family = draft.own_family if draft else None
         self.learner = parts.learner
         self.trainer = parts.trainer
+        self.is_promoted_by_hand = is_by_hand
         self._serve = parts.serve
         self.practice: Practice | None = None
         if exercises is not None:
@@ -255,18 +262,32 @@ class Session:
 
     def _adopt(self, state: SessionState) -> None:
         """Goes on from a state, whatever was before."""
+        state = state.serving(self.is_promoted_by_hand)
         self._state = state
         self._served = None
+        # What learning goes on from, as it decodes, where it is not served at once.
+        self._waiting: Draft | None = None
         # The served draft is made of the state's: it is never a part of it, so that the
         # two cannot contradict each other.
         if state.draft is not None and self.trainer is None:
             self._served = self._serve(state.draft)
         elif state.draft is not None and self.trainer is not None:
-            assert state.traffic is not None
-            now = go_on_from(self.trainer, state.trainer, state.traffic, state.draft)
-            self._served = now.served
+            self._served = self._served_of(state, state.draft)
+            if state.waiting is state.draft:
+                # Nothing was learned since: so that caches that the draft wrote stay
+                # good when what is learned is promoted.
+                self._waiting = self._served
+                self._served = self.trainer.own(self._waiting)
+            elif state.waiting is not None:
+                self._waiting = self._served_of(state, state.waiting)
 
         self.chooser.resume(state.controller)
+
+    def _served_of(self, state: SessionState, draft: Draft) -> Draft:
+        """A draft in float32 as it decodes, with the n-grams of a state."""
+        assert self.trainer is not None
+        assert state.traffic is not None
+        return go_on_from(self.trainer, state.trainer, state.traffic, draft).served
 
     def __repr__(self) -> str:
         family = self.meta.family if self.meta is not None else None
@@ -317,6 +338,11 @@ class Session:
     def version(self) -> int:
         """Of the served draft: how often learning has changed it."""
         return self._state.version
+
+    @property
+    def num_waiting(self) -> int:
+        """Changes that were learned and are not served; see `promote`."""
+        return self._state.num_waiting
 
     @property
     def is_drafting(self) -> bool:
@@ -390,6 +416,9 @@ class Session:
             self.trainer, self._state, self._served, completions, batch_size
         )
         self._state = dataclasses.replace(self._state, trainer=trained)
+        if self._state.waiting is not None:
+            # A promotion shall find its programs.
+            jax.block_until_ready(self._promoted())
 
     def measure_costs(
         self,
@@ -763,31 +792,38 @@ class Session:
         jax.block_until_ready(completion.feedback)
         start = time.perf_counter()
         before = self._state
-        assert before.draft is not None
+        assert before.learned is not None
         assert before.traffic is not None
         assert self._served is not None
         scope = completion.request.scope
+        served = self._served if self._waiting is None else self._waiting
         now = learn_from(
             self.trainer,
-            Learned(before.trainer, before.traffic, before.draft, self._served),
+            Learned(before.trainer, before.traffic, before.learned, served),
             dataclasses.replace(completion, owner=before.scopes.owner_of(scope)),
             is_shared,
+            self._served,
         )
-        self._served = now.served
+        if self._waiting is None:
+            self._served = now.served
+            self._move_on(draft=now.draft)
+        else:
+            # The served draft stays, but for its n-grams.
+            self._waiting = now.served
+            self._served = attach_traffic(self._served, now.traffic)
+            self._move_on(waiting=now.draft)
         scopes = before.scopes
         # What is kept of a scope alone is nobody else's: then nothing was taught.
         assert self.learner is not None
         if is_shared and self.learner.recording != "nothing":
             scopes = scopes.having_taught(scope)
-        self._move_on(
-            trainer=now.state, traffic=now.traffic, draft=now.draft, scopes=scopes
-        )
+        self._move_on(trainer=now.state, traffic=now.traffic, scopes=scopes)
         seconds = time.perf_counter() - start
         if now.report is not None:
             self.reports.append(now.report)
             del self.reports[:-_MAX_REPORTS]
             if self.on_update is not None:
-                self.on_update(now.report, before.draft, now.draft)
+                self.on_update(now.report, before.learned, now.draft)
 
         return seconds
 
@@ -842,6 +878,8 @@ class Session:
             traffic = forget(self._state.traffic, as_mask(numbers))
             traffic = sharding.put_params(traffic, self.target.mesh)
             self._served = attach_traffic(self._served, traffic)
+            if self._waiting is not None:
+                self._waiting = attach_traffic(self._waiting, traffic)
             self._move_on(traffic=traffic)
             # What was saved is not what there is now, though nothing was answered.
             self._saved = None
@@ -887,10 +925,45 @@ class Session:
 
             return known.known
 
+    def promote(self) -> int:
+        """Serves what was learned, from the next step on; returns its version.
+
+        Learning goes on from where it is.
+
+        Raises:
+          ConfigError: Promotion is not by hand, or nothing waits.
+        """
+        with self._lock:
+            state = self._state
+            if self._waiting is None:
+                raise ConfigError(
+                    "what is learned is served at once here; begin with "
+                    "promote='manual', on the command line --promote manual, to say "
+                    "when it is"
+                )
+            if not state.num_waiting:
+                raise ConfigError(
+                    f"nothing waits: version {state.version}, which is served, is all "
+                    f"that was learned; promote it when there have been updates"
+                )
+
+            draft, self._served = self._promoted()
+            self._move_on(draft=draft, served_version=state.learned_version)
+            self._saved = None
+            return self.version
+
+    def _promoted(self) -> tuple[Draft, Draft]:
+        """What waits, in float32 and as it decodes, for updates to leave alone."""
+        assert self.trainer is not None
+        assert self._waiting is not None
+        assert self._state.waiting is not None
+        return self.trainer.own(self._state.waiting), self.trainer.own(self._waiting)
+
     def begin_again(self, draft: Draft) -> None:
         """Goes on with another draft of the same architecture, as one more version.
 
-        Learning begins anew from it; traffic, counters and the controller stay.
+        Learning begins anew from it, and what waits to be promoted is dropped; traffic,
+        counters and the controller stay.
 
         Args:
           draft: In float32, as `draft` gives it.
@@ -916,7 +989,12 @@ class Session:
                 if state.traffic is not None:
                     traffic = state.traffic.replace(deltas=empty.deltas)
                     state = dataclasses.replace(state, traffic=traffic)
-            self._adopt(dataclasses.replace(state, draft=draft))
+            # It is served at once, wherever promotion is by hand.
+            self._adopt(
+                dataclasses.replace(
+                    state, draft=draft, waiting=None, served_version=None
+                )
+            )
             self._saved = None
 
     def save(
@@ -957,6 +1035,9 @@ class Session:
 
         At batch size 1 all that follows is bitwise what an uninterrupted run does. In
         larger batches requests that were on their way begin again, as new ones.
+
+        The same draft is served as before, and what waits to be promoted waits on, or
+        is served at once where promotion is not by hand.
 
         Raises:
           CheckpointError: It holds no state of the same learner.

@@ -17,7 +17,7 @@ class SessionState:
     Attributes:
       meta: What the draft belongs to; its `draft_version` is that of the draft which
         this learner began with. None without a draft.
-      draft: In float32, rows in the mesh's order; None without one.
+      draft: That is served, in float32, rows in the mesh's order; None without one.
       trainer: What learning counts and remembers; None without learning.
       traffic: What learning keeps of users' prompts and answers; None without learning.
       controller: State of what chooses each step's action, as JSON.
@@ -25,6 +25,9 @@ class SessionState:
       contents: Hashes of these prompts; empty where an older version kept none.
       num_admitted: Requests that were ever begun; see `decoding.request.Request.key`.
       scopes: Whose text is kept, by name.
+      waiting: The draft as it has been learned, where somebody has to say that it is
+        served; None where that is done at once.
+      served_version: Of `draft` then, among the trainer's versions.
     """
 
     __repr__ = short_repr
@@ -38,8 +41,44 @@ class SessionState:
     contents: tuple[str, ...] = ()
     num_admitted: int = 0
     scopes: Scopes = Scopes()
+    waiting: Draft | None = None
+    served_version: int | None = None
+
+    @property
+    def learned_version(self) -> int:
+        """How often learning has changed its draft; see `TrainerState`."""
+        return int(self.trainer.version) if self.trainer is not None else 0
 
     @property
     def version(self) -> int:
-        """How often learning has changed the served draft; see `TrainerState`."""
-        return int(self.trainer.version) if self.trainer is not None else 0
+        """Of the served draft: that which learning had come to when it was served."""
+        if self.served_version is None:
+            return self.learned_version
+
+        return self.served_version
+
+    @property
+    def num_waiting(self) -> int:
+        """Changes that learning is ahead of the served draft."""
+        return self.learned_version - self.version
+
+    @property
+    def learned(self) -> Draft | None:
+        """The draft that learning goes on with, in float32."""
+        return self.draft if self.waiting is None else self.waiting
+
+    def serving(self, is_by_hand: bool) -> "SessionState":
+        """As it is gone on with where promotion is by hand, or at once.
+
+        What waited is served at once where nobody has to say so any more.
+        """
+        if self.trainer is None or is_by_hand == (self.waiting is not None):
+            return self
+        if not is_by_hand:
+            return dataclasses.replace(
+                self, draft=self.waiting, waiting=None, served_version=None
+            )
+
+        return dataclasses.replace(
+            self, waiting=self.draft, served_version=self.learned_version
+        )

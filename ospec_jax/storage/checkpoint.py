@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orbax checkpoints of drafts and of what learns them.
 
-A checkpoint folder holds numbered steps with up to five items. `draft` (parameters and
+A checkpoint folder holds numbered steps with up to six items. `draft` (parameters and
 draft vocabulary, of families that are trained) and `meta` (what they belong to) can be
 loaded alone. `learner` is the state of online learning; `feedback` is the traffic it
 keeps (recorded features and n-grams), from which users' prompts and answers can be read
 back: it is kept apart so that a draft can be given away without it. `scopes` says whose
-that traffic is, by name, and is there with it alone.
+that traffic is, by name, and is there with it alone. `waiting` is a draft that was
+learned and is not served yet, where promotion is by hand.
 
 Whenever a save is killed, each step that was complete before can still be loaded. A new
 step is renamed into place by Orbax once it is written. One that replaces a step `N` is
@@ -84,6 +85,7 @@ class Meta:
       storage: Precision of the stored draft parameters.
       draft_version: How often learning has changed the draft that is served, in all
         the runs that led to it; see `online.trainer.TrainerState`.
+      num_waiting: Changes that `waiting` is ahead of it; 0 where nothing waits.
       learner: Name and hyper-parameters of the learner, or empty.
       answered: Ids of the prompts that learning has seen, in order.
       contents: Hashes of these prompts (`data.known`); empty for those that an older
@@ -104,6 +106,7 @@ class Meta:
     tokenizer_hash: str
     storage: Precision = "float32"
     draft_version: int = 0
+    num_waiting: int = 0
     learner: dict = dataclasses.field(default_factory=dict)
     answered: tuple[str, ...] = ()
     contents: tuple[str, ...] = ()
@@ -190,6 +193,7 @@ class Checkpoint:
     """A restored checkpoint; `learner` and `feedback` may be None.
 
     Attributes:
+      waiting: What was learned and not served, for who reads the learner's state.
       scopes: Whose the feedback is, as JSON; empty for nobody in particular.
     """
 
@@ -201,6 +205,7 @@ class Checkpoint:
     learner: Any = None
     feedback: Any = None
     scopes: Sequence = ()
+    waiting: Draft | None = None
 
 
 def save(
@@ -212,6 +217,7 @@ def save(
     feedback: Any = None,
     num_kept: int = 2,
     scopes: Sequence = (),
+    waiting: Draft | None = None,
 ) -> Path:
     """Writes one step, in place of one of that number; removes all but `num_kept`.
 
@@ -221,6 +227,7 @@ def save(
 
     Args:
       scopes: Whose the feedback is, as JSON; not stored without it.
+      waiting: What was learned and is not served.
 
     Raises:
       CheckpointError: The folder holds a later step: it is of another run. Or the draft
@@ -232,10 +239,9 @@ def save(
     # Meta is text, so that it can be read without knowing any shape.
     items: dict[str, Any] = {"meta": {"json": json.dumps(dataclasses.asdict(meta))}}
     if meta.draft is not None:
-        stored: dict[str, Any] = {"params": cast_params(draft.params, meta.storage)}
-        if draft.token_ids is not None:
-            stored["token_ids"] = draft.token_ids
-        items["draft"] = stored
+        items["draft"] = _stored(draft, meta)
+    if meta.draft is not None and waiting is not None:
+        items["waiting"] = _stored(waiting, meta)
 
     if learner is not None:
         items["learner"] = learner
@@ -245,6 +251,15 @@ def save(
             items["scopes"] = {"json": json.dumps(scopes)}
 
     return save_items(folder, step, items, num_kept)
+
+
+def _stored(draft: Draft, meta: Meta) -> dict[str, Any]:
+    """A draft as a checkpoint has it."""
+    stored: dict[str, Any] = {"params": cast_params(draft.params, meta.storage)}
+    if draft.token_ids is not None:
+        stored["token_ids"] = draft.token_ids
+
+    return stored
 
 
 def save_items(
@@ -540,16 +555,13 @@ def _load_step(
             text = str(raw["json"])
         meta = read_meta(parse_json(text, f"the record of step {step}"), own)
         draft = Draft(params={})
+        waiting = None
+        read = lambda name: _read_draft(checkpointer, path, step, name, meta, own, mesh)
         if meta.draft is not None:
-            like = abstract_draft(meta, own)
-            _check_stored(kept.get("draft"), like)
-            wanted = {"draft": _on_devices(like, mesh)}
-            with _reading_files(path, step):
-                stored = _restore(checkpointer, step, wanted)["draft"]
-            token_ids = stored.get("token_ids")
-            draft = Draft(params=_widen(stored["params"]), token_ids=token_ids)
-            _check_finite(draft, f"step {step} of {path}")
-            _check_token_ids(token_ids, meta.draft)
+            draft = read("draft")
+        # Who takes the draft alone takes what is served.
+        if meta.draft is not None and meta.num_waiting and learner_like is not None:
+            waiting = read("waiting")
         rest = {}
         likes = {}
         for name, like in (("learner", learner_like), ("feedback", feedback_like)):
@@ -568,8 +580,27 @@ def _load_step(
 
     found = {name: older.brought_up(likes[name], restored[name]) for name in likes}
     return Checkpoint(
-        step, meta, draft, found.get("learner"), found.get("feedback"), scopes
+        step, meta, draft, found.get("learner"), found.get("feedback"), scopes, waiting
     )
+
+
+def _read_draft(
+    checkpointer, path: Path, step: int, name: str, meta: Meta, own, mesh
+) -> Draft:
+    """A draft, by the name of its item."""
+    assert meta.draft is not None, "it is stored"
+    like = abstract_draft(meta, own)
+    kept = checkpointer.checkpointables_metadata(step).metadata
+    _check_stored(kept.get(name), like)
+    with _reading_files(path, step):
+        stored = _restore(checkpointer, step, {name: _on_devices(like, mesh)})[name]
+
+    token_ids = stored.get("token_ids")
+    draft = Draft(params=_widen(stored["params"]), token_ids=token_ids)
+    _check_finite(draft, f"step {step} of {path}")
+    _check_token_ids(token_ids, meta.draft)
+
+    return draft
 
 
 @contextlib.contextmanager
@@ -685,7 +716,8 @@ def read_meta(values: dict, own: Family | None = None) -> Meta:
             f"the checkpoint's record names the base {meta.base!r} of a difference of "
             f"rank {meta.rank}; its rank must be 1 or more"
         )
-    if min(meta.draft_version, meta.num_admitted, meta.rank) < 0:
+    counts = meta.draft_version, meta.num_waiting, meta.num_admitted, meta.rank
+    if min(counts) < 0:
         raise ConfigError("the checkpoint's record has a count below 0")
 
     return meta

@@ -48,6 +48,8 @@ def test_what_cannot_be_served_is_said_in_a_line(folder, tmp_path):
         (["--api-key-file", keys], "keys"),
         (["--port", "70000"], "port is 70000"),
         (["--max-waiting", "0"], "max_waiting is 0"),
+        (["--promote", "manual"], "give --admin-key-file"),
+        (["--promote", "manual", "--learn", "off"], "nothing learns"),
     ):
         done = run(*common, *flags)
         assert done.returncode == 2

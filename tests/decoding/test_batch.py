@@ -191,3 +191,23 @@ def test_caches_grow_under_running_rows(engine, alone, batch_size):
     assert {id: done.token_ids for id, done in answers.items()} == {
         r.id: alone(r) for r in [*asked, long]
     }
+
+
+@pytest.mark.parametrize("who", ["all", "one"])
+def test_controllers_hear_nothing_of_who_is_left_out(engine, alone, who):
+    told = []
+    hear = lambda action, outcome: told.append(outcome)
+    batch = Batch(engine, 3, CAPACITY, on_step=hear)
+    asked = [request(i, 20, is_left_out=who == "all" or i == 1) for i in range(3)]
+    for one in asked:
+        batch.admit(one, DRAFT)
+    answers = finish(batch, engine.action)
+    assert {id: done.token_ids for id, done in answers.items()} == {
+        one.id: alone(one) for one in asked
+    }
+    if who == "all":
+        assert not told
+    else:
+        # The others are heard of, to the end of their answers.
+        assert {len(outcome.num_accepted) for outcome in told} <= {0, 1, 2}
+        assert sum(outcome.num_ended for outcome in told) == 2

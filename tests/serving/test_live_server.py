@@ -103,6 +103,24 @@ def test_a_next_turn_runs_only_what_is_new(place, target):
     assert service.status()["kept"]["num_rows"] > 0
 
 
+def test_answers_of_one_request_read_its_prompt_once(place, target):
+    service, client = place
+    compiled = lambda: service.status()["totals"]["num_compiles_after_warm_up"]
+    before = compiled()
+    text = "Tell me of the woods. " * 4
+    first = ask(client, text, n=3)
+    again = ask(client, text, n=3)
+    # Of the first time nothing had been run before, of the second one all but a token.
+    details = [one.usage.prompt_tokens_details for one in (first, again)]
+    assert details[0].cached_tokens == 0
+    assert details[1].cached_tokens == first.usage.prompt_tokens - 1
+    assert compiled() == before
+
+    (plain,) = Session(target).generate([text], NEW_TOKENS)
+    choices = [*first.choices, *again.choices]
+    assert {choice.message.content for choice in choices} == {plain.text}
+
+
 def test_a_stream_is_the_whole_answer(client, plain):
     chunks = list(ask(client, PROMPTS[1], stream=True))
     deltas = [choice.delta.content or "" for c in chunks for choice in c.choices]

@@ -93,6 +93,8 @@ def test_sampling_is_as_asked(given, wanted):
         ({"logprobs": False}, "num_log_probs", None),
         ({"speculative": {"enabled": False}}, "can_speculate", False),
         ({"learn": False}, "can_teach", False),
+        ({"learn": False}, "informs", False),
+        ({"learn": True}, "informs", True),
         ({"tenant": "a b"}, "scope", "/a b"),
     ],
     ids=str,
@@ -176,7 +178,10 @@ def test_options_of_the_server_are_the_defaults():
     assert wanted.is_obfuscated
     assert not only(wanted).can_teach
     assert only(chat(server, learn=True)).can_teach
-    assert not only(chat(server._replace(can_teach=False), learn=True)).can_teach
+    off = server._replace(can_teach=False)
+    assert not only(chat(off, learn=True)).can_teach
+    # Whom nobody asked not to, controllers hear of, whatever the draft learns from.
+    assert only(chat(off)).informs
 
 
 def test_a_tenant_is_one_of_its_key():

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests join and leave one batch; each is answered as it would be alone."""
 
+import dataclasses
 import itertools
 
+import jax
 import pytest
 from drafted import random_head
 
@@ -124,3 +126,55 @@ def test_steps_that_nobody_weighs_are_not_timed(target):
     session = Session(target, "ngram", batch_size=2)
     Live(session, (256,)).warm_up(["greedy"])
     assert not session.chooser.costs
+
+
+@pytest.mark.parametrize(
+    ("draft", "options"),
+    [
+        ("ngram", {"tree": TreeConfig.auto((0, 2))}),
+        ("pool:ngram+suffix", {"controller": "normalhedge"}),
+        ("pool:ngram+suffix", {"controller": "ucb"}),
+    ],
+)
+def test_nothing_is_learned_of_who_is_left_out(target, plain, draft, options):
+    session = Session(target, draft, learner="memory", batch_size=2, **options)
+    # Told, not measured: drafting costs nothing, so there is something to hear of.
+    session.chooser.set_costs([1.0] * len(session.chooser.controller.kinds))
+    live = Live(session, (256,))
+    prompts = as_prompts(PROMPTS[:4])
+    pairs = list(session.requests(prompts, 30, SamplingConfig()))
+    observe = session.chooser.observe
+    told = []
+
+    def watch(action, outcome):
+        told.append(len(outcome.num_accepted))
+        observe(action, outcome)
+
+    def answer(asked):
+        answers = {}
+        for request in asked:
+            live.join(request)
+        while not live.is_idle:
+            for done in live.turn():
+                answers[done.request.id] = done.token_ids
+                prompt = next(p for p, r in pairs if r.id == done.request.id)
+                session.take_in(prompt, done, session.text_of(done))
+        return [answers[request.id] for request in asked]
+
+    session.chooser.observe = watch
+    leave_out = lambda request: dataclasses.replace(request, is_left_out=True)
+    first, second, third, fourth = (request for _, request in pairs)
+    before = session.chooser.to_json(), session.memory
+    assert answer([leave_out(first), leave_out(second)]) == plain[:2]
+    assert not told
+    assert session.chooser.to_json() == before[0]
+    # Nor are its n-grams kept, or how often they were right.
+    for old, new in zip(
+        *map(jax.tree.leaves, (before[1], session.memory)), strict=True
+    ):
+        assert (old == new).all()
+
+    # Beside one that is left out the other informs.
+    assert answer([leave_out(third), fourth]) == plain[2:4]
+    assert set(told) <= {0, 1}
+    assert session.chooser.to_json() != before[0]

@@ -219,15 +219,16 @@ function showNow(status, latency) {
   say("first-token", pair(latency.first_token));
   say("between-tokens", pair(latency.between_tokens));
   say("queued", pair(latency.queue));
-  say("learning", learningInWords(status.learning));
+  say("learning", learningInWords(status.learning, status.draft?.waiting));
   byId("status").textContent = JSON.stringify(status, null, 2);
 }
 
-function learningInWords(learning) {
+function learningInWords(learning, waiting) {
   if (!learning?.learner) return "Nothing is learned: the server was started without a learner.";
   const written = learning.practice?.num_exercises;
   const count = `${learning.num_updates ?? 0} updates` +
     (written ? `, ${written} exercises in pauses` : "") +
+    (waiting?.num_updates ? `, ${waiting.num_updates} of them wait to be promoted` : "") +
     (learning.own_drafts?.num ? `, ${learning.own_drafts.num} keys and tenants with a draft of their own` : "");
   if (learning.paused_for) return `Learning is off (${learning.paused_for}); ${count} until now.`;
   return `Learning with “${learning.learner}”; ${count} until now.`;
