@@ -114,7 +114,7 @@ def test_pieces_at_once_go_together(texts):
 
 @pytest.mark.parametrize("value", [None, float("-inf"), float("nan"), -1e30])
 def test_log_probs_that_json_does_not_know(texts, value):
-    token = Token(1, False, value, ((2, float("-inf")),))
+    token = Token(1, "target", value, ((2, float("-inf")),))
     told = teller(texts, logprobs=True)
     (chunk,) = told.add([Piece(0, "a", (token,))])
     (entry,) = chunk["choices"][0]["logprobs"]["content"]
