@@ -13,8 +13,9 @@ from ospec_jax.decoding.request import Request
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.drafters.growth import grow
+from ospec_jax.drafters.hints import either
 from ospec_jax.drafters.ngram import remember
-from ospec_jax.drafters.sources import DRAFT, NGRAMS, TARGET, names_of
+from ospec_jax.drafters.sources import DRAFT, NGRAMS, PREDICTION, TARGET, names_of
 from ospec_jax.loading import LoadedDraft, pool_draft
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import Numerics
@@ -92,6 +93,21 @@ def test_a_suggestion_is_no_child_that_the_draft_had_by_itself(tree, rate):
 
     assert all(found) == (rate == 0)
     assert any(found)
+
+
+@pytest.mark.parametrize("rates", [(0.3, 0.6), (0.6, 0.3), (0.5, 0.5)])
+def test_of_two_that_suggest_the_likelier_one_is_named(rates):
+    def hints(token, rate, source):
+        fill = lambda value: jnp.full((1, 1), value)
+        recent = jnp.zeros((1, 4), jnp.int32)
+        return Hints(recent, lambda *_: (fill(token), fill(rate), fill(source)))
+
+    both = either(hints(7, rates[0], NGRAMS), hints(8, rates[1], PREDICTION))
+    token, rate, source = both.suggest(both.recent[:, None], 0)
+    is_first = rates[0] >= rates[1]
+    assert int(token[0, 0]) == (7 if is_first else 8)
+    assert float(rate[0, 0]) == pytest.approx(max(rates))
+    assert int(source[0, 0]) == (NGRAMS if is_first else PREDICTION)
 
 
 def test_names_are_those_of_the_accepted_tokens_that_are_kept():
