@@ -27,7 +27,7 @@ from ospec_jax.types import (
 def either(first: Hints, second: Hints | None) -> Hints:
     """Suggests what the more confident of two sources suggests.
 
-    Both must be able to read the `recent` tokens of `first`.
+    Both must be able to read the `recent` tokens of `first`, and say who suggests.
     """
     if second is None:
         return first

@@ -446,14 +446,15 @@ def with_ngrams(
         index = num_known[..., None] + jnp.arange(-memory.max_match, 0)
         recent = jax.vmap(lambda row, at: row[jnp.maximum(at, 0)])(history, index)
         recent = jnp.where(index >= 0, recent, _NO_TOKEN)
-        own, rates, _ = suggest(memory, history, num_known, recent, cache["scopes"])
+        args = history, num_known, recent, cache["scopes"]
+        tokens, log_rates, _ = suggest(memory, *args)
         inner, context, found = drafter.retrace(
             draft,
             shared,
             cache["drafter"],
             context,
             pairs,
-            likelier(Suggested(own, rates), suggested),
+            likelier(Suggested(tokens, log_rates), suggested),
         )
 
         return moved_on(cache, inner, history, pairs.scopes), context, found
