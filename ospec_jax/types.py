@@ -188,6 +188,8 @@ class DraftTree:
       choices: `[b, n]` the token that the draft took for most probable from each such
         state, whatever was suggested to it; -1 elsewhere. None unless asked for
         (`Roots.has_choices`).
+      sources: `[b, n]` who proposed each node, by number; see `drafters.sources`. None
+        where nothing was suggested: all nodes are the draft's own.
       seen_scores: `[b, p]` log-probabilities of the paths to all nodes that were seen
         while it grew, at their places in `growth.Pool`; None where nobody chooses how
         many to verify, and of drafters that do not tell.
@@ -212,6 +214,7 @@ class DraftTree:
     states: Float[Array, "b n d"] | None = None
     has_state: Bool[Array, "b n"] | None = None
     choices: Int[Array, "b n"] | None = None
+    sources: Int[Array, "b n"] | None = None
     seen_scores: Float[Array, "b p"] | None = None
     seen_tokens: Int[Array, "b p"] | None = None
     seen_parents: Int[Array, "b p"] | None = None
@@ -509,6 +512,8 @@ class StepOutput:
         probable tokens in the place of each emitted one, each `[b, m, a]`, falling.
       evidence: `[b, e]` on the draft, of steps that are steered, as their controller
         wants it (`control.marginal.Evidence`, `control.lessons.Cycle`); else None.
+      sources: `[b, k]` who proposed each accepted token, valid up to `num_accepted`;
+        None as in `DraftTree`.
     """
 
     tokens: Int[Array, "b m"]
@@ -521,3 +526,4 @@ class StepOutput:
     judged: Any = None
     alternatives: tuple[Int[Array, "b m a"], Float[Array, "b m a"]] | None = None
     evidence: Float[Array, "b e"] | None = None
+    sources: Int[Array, "b k"] | None = None

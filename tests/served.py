@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from ospec_jax.config import ConfigError
 from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.drafters.sources import SOURCES, Source
 from ospec_jax.models.tokenizer import TextStream, first_stop
 from ospec_jax.serving.asks import (
     Ask,
@@ -31,6 +32,8 @@ from ospec_jax.testing import byte_tokenizer
 
 ANSWER = "Grüße aus Köln 🚀, liebe Welt."
 TOKENS_A_PASS = 3
+PROPOSERS = SOURCES[1:]
+"""Who proposes what is drafted, pass by pass; the first of all is the target."""
 
 
 class FakeTicket:
@@ -134,8 +137,10 @@ class FakeService:
                 count += len(new)
                 num_accepted = max(len(new) - 1, 0)
                 stats.add_step(TOKENS_A_PASS - 1, num_accepted)
+                proposer = PROPOSERS[(num_passes - 1) % len(PROPOSERS)]
                 tokens = tuple(
-                    _token(id_, i < num_accepted, ask) for i, id_ in enumerate(new)
+                    _token(id_, proposer if i < num_accepted else "target", ask)
+                    for i, id_ in enumerate(new)
                 )
                 tell(Piece(choice, streams[choice].add(new), tokens))
                 if place[choice] >= len(ids):
@@ -216,12 +221,12 @@ class FakeService:
         return {"done": action, **arguments}
 
 
-def _token(token_id: int, is_drafted: bool, ask: Ask) -> Token:
+def _token(token_id: int, source: Source, ask: Ask) -> Token:
     if ask.num_log_probs is None:
-        return Token(token_id, is_drafted)
+        return Token(token_id, source)
 
     alternatives = [(token_id, -0.25), (token_id ^ 1, -1.75), (token_id ^ 2, -3.5)]
-    return Token(token_id, is_drafted, -0.25, tuple(alternatives[: ask.num_log_probs]))
+    return Token(token_id, source, -0.25, tuple(alternatives[: ask.num_log_probs]))
 
 
 @contextlib.contextmanager

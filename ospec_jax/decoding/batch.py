@@ -650,8 +650,7 @@ class Batch:
         if slot.is_done:
             return False
 
-        depth = None if sent.action is None else sent.action.tree.num_steps
-        emitted = slot.book(sent.output, row, depth, self._engine.stop_ids)
+        emitted = slot.book(sent.output, row, sent.action, self._engine.stop_ids)
         if emitted.token_ids and self._on_tokens is not None:
             self._on_tokens(slot.request, emitted)
 

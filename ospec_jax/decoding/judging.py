@@ -135,7 +135,7 @@ def _children(one: Retraced, width: int, numerics: Numerics):
         tokens = one.token_ids[tokens]
     children = Children(tokens, log_probs, None)
     if suggested is not None:
-        told = suggested.tokens, suggested.log_rates
+        told = suggested.tokens, suggested.log_rates, None
         hints = Hints(suggested.tokens, lambda recent, depth: told)
         children = consider(hints, None, 0, children)
 

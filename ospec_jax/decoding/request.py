@@ -18,10 +18,11 @@ from ospec_jax.config import (
     StepKind,
     whole_number,
 )
-from ospec_jax.control.base import Row
+from ospec_jax.control.base import Action, Row
 from ospec_jax.control.lengths import Pending, Windows
 from ospec_jax.decoding.predicted import Followed
 from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.drafters.sources import Source, names_of
 from ospec_jax.types import Feedback, Owner, StepOutput
 from ospec_jax.typing import short_repr
 
@@ -51,15 +52,23 @@ class Emitted(NamedTuple):
 
     Attributes:
       token_ids: At least one.
-      is_drafted: Whether a draft had proposed the token; else the target chose it.
+      sources: Who proposed each token; see `drafters.sources`.
       log_probs: The target's own, before temperature and cuts; empty if not reported.
       alternatives: Likewise of the most probable tokens; empty if not reported.
+      drafter: Number of the pool's member that drafted, or `SUGGESTIONS`; 0 without a
+        pool, None for a prompt.
     """
 
     token_ids: list[int]
-    is_drafted: list[bool]
+    sources: list[Source]
     log_probs: list[float]
     alternatives: list[Alternatives]
+    drafter: int | None = None
+
+    @property
+    def is_drafted(self) -> list[bool]:
+        """Whether each token had been proposed; else the target chose it."""
+        return [source != "target" for source in self.sources]
 
 
 def check_num_log_probs(number: int | None) -> None:
@@ -279,14 +288,14 @@ class Slot:
         self,
         output: StepOutput,
         row: int,
-        depth: int | None,
+        action: Action | None,
         stop_ids: Sequence[int],
     ) -> Emitted:
         """Takes one pass's tokens in; returns those that belong to the answer.
 
         Args:
           output: Fetched.
-          depth: Of what the pass drafted, or could have; None for a prompt.
+          action: That the pass ran; None for a prompt.
         """
         count = int(output.num_emitted[row])
         # Of the newest pass alone: what an earlier one said is out of date.
@@ -296,6 +305,7 @@ class Slot:
         if self.has_log_probs and output.log_probs is not None:
             log_probs = output.log_probs[row, :count].tolist()
         alternatives = self._alternatives(output, row, count)
+        sources = None if output.sources is None else output.sources[row].tolist()
 
         # The stop string is looked for in the answer with the new tokens: it may have
         # begun in an earlier pass.
@@ -307,7 +317,8 @@ class Slot:
         kept = count - self._cut_at_stop_string(count)
         # Accepted tokens behind a stop string were of no use to anybody, so they do not
         # count. A finished row's pass emits nothing, and is no verification.
-        if depth is not None and count:
+        if action is not None and count:
+            depth = action.tree.num_steps
             self.stats.add_step(drafted, min(accepted, kept), depth)
         if self.followed is not None:
             self.followed.add(tokens[:kept], min(accepted, kept))
@@ -319,9 +330,10 @@ class Slot:
 
         return Emitted(
             token_ids=tokens[:kept],
-            is_drafted=[i < accepted for i in range(kept)],
+            sources=names_of(sources, accepted, kept),
             log_probs=log_probs[:kept],
             alternatives=alternatives[:kept],
+            drafter=None if action is None else action.drafter,
         )
 
     def _alternatives(

@@ -277,6 +277,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             judged=judged,
             alternatives=alternatives,
             evidence=evidence,
+            sources=_sources_on(tree, verdict),
         )
         # The newest token is emitted but not cached: it is the next step's root.
         newest = take_row(emitted, jnp.maximum(num_emitted - 1, 0))
@@ -806,6 +807,17 @@ def _emit(config, tree, verdict: Verdict, state):
     is_spent = state.num_remaining - num_emitted <= 0
 
     return emitted, num_emitted, state.is_finished | has_stopped | is_spent
+
+
+def _sources_on(tree: DraftTree, verdict: Verdict) -> Any:
+    """Who proposed each token of the accepted path, `[b, k]`; None as in the tree."""
+    if tree.sources is None:
+        return None
+
+    # The root was emitted before. All nodes of a path are within the tree.
+    drafted = verdict.path[:, 1:]
+    mode = "promise_in_bounds"
+    return jnp.take_along_axis(tree.sources, drafted, axis=1, mode=mode)
 
 
 def _drafting_states(tree: DraftTree, verdict, inputs, feedback) -> Feedback:

@@ -21,9 +21,10 @@ class Hints(NamedTuple):
 
     Attributes:
       recent: `[b, m]` the last tokens up to the root, -1 before the first.
-      suggest: `(recent [b, w, m], depth) -> (tokens [b, w], log_probs [b, w])`: a
-        likely next token of each of `w` paths, of which the last `depth` tokens were
-        drafted; -inf for none.
+      suggest: `(recent [b, w, m], depth) -> (tokens [b, w], log_probs [b, w], sources
+        [b, w])`: a likely next token of each of `w` paths, of which the last `depth`
+        tokens were drafted; -inf for none. The sources say who suggests it
+        (`drafters.sources`); None where nobody asks.
     """
 
     recent: jax.Array

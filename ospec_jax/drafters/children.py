@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ospec_jax.config import ChildrenKind
 from ospec_jax.drafters.base import Hints
+from ospec_jax.drafters.sources import DRAFT
 from ospec_jax.kernels import native
 from ospec_jax.models.layers import Numerics
 from ospec_jax.sampling import (
@@ -36,12 +37,14 @@ class Children(NamedTuple):
       probs: `[b, w, q]` distributions that they were drawn from; None for `topk`.
       choices: `[b, w]` the draft's most probable tokens, whatever was suggested; None
         unless they are asked for.
+      sources: `[b, w, c]` who proposed each; None where nothing was suggested.
     """
 
     tokens: Int[Array, "b w c"]
     log_probs: Float[Array, "b w c"]
     probs: Float[Array, "b w q"] | None
     choices: Int[Array, "b w"] | None = None
+    sources: Int[Array, "b w c"] | None = None
 
 
 def draw(
@@ -138,7 +141,7 @@ def consider(
 
     tokens = children.tokens
     log_probs = children.log_probs
-    hint, rate = hints.suggest(recent, depth)
+    hint, rate, source = hints.suggest(recent, depth)
     hint = hint[..., None]
     rate = rate[..., None]
 
@@ -148,11 +151,16 @@ def consider(
     is_drafted = tokens == hint
     is_taken = (rate > log_probs[..., -1:]) & ~jnp.any(is_drafted, -1, keepdims=True)
     is_last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
-    tokens = jnp.where(is_taken & is_last, hint, tokens)
-    log_probs = jnp.where(is_taken & is_last, rate, log_probs)
+    is_hint = is_taken & is_last
+    tokens = jnp.where(is_hint, hint, tokens)
+    log_probs = jnp.where(is_hint, rate, log_probs)
     log_probs = jnp.where(is_drafted, jnp.maximum(log_probs, rate), log_probs)
+    # What the draft would have proposed by itself remains its own.
+    sources = None
+    if source is not None:
+        sources = jnp.where(is_hint, source[..., None], DRAFT)
 
-    return children._replace(tokens=tokens, log_probs=log_probs)
+    return children._replace(tokens=tokens, log_probs=log_probs, sources=sources)
 
 
 def extend_path(

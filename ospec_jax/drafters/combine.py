@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, Hints
 from ospec_jax.drafters.children import UNKNOWN
 from ospec_jax.drafters.hints import hinted_chain
+from ospec_jax.drafters.sources import DRAFT
 from ospec_jax.types import (
     Draft,
     DraftContext,
@@ -108,6 +110,7 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
                 seen_tokens=None,
                 seen_parents=None,
                 drafted_depth=None,
+                sources=None if chain.sources is None else _sources_of(other),
             )
             if not is_learned:
                 other = other.replace(states=None, has_state=None)
@@ -168,6 +171,11 @@ def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:
     return drafter._replace(propose=propose, head_inputs=None, retrace=None)
 
 
+def _sources_of(tree: DraftTree) -> Int[Array, "b n"]:
+    """Who proposed each node, where nothing else is said the draft."""
+    return jnp.full_like(tree.tokens, DRAFT) if tree.sources is None else tree.sources
+
+
 def merge_chains(first: DraftTree, second: DraftTree) -> DraftTree:
     """One tree `[b, 2 k + 1]` of two chains `[b, k + 1]` of the same root and depth.
 
@@ -203,6 +211,7 @@ def merge_chains(first: DraftTree, second: DraftTree) -> DraftTree:
         depths=join(first.depths, second.depths),
         is_valid=join(first.is_valid, second.is_valid & ~is_shared),
         log_probs=join(first.log_probs, second.log_probs),
+        sources=join(_sources_of(first), _sources_of(second)),
         ancestor_mask=topology.ancestor_mask(parents, num_steps),
         max_depth=num_steps,
         max_children=2,

@@ -24,6 +24,7 @@ from ospec_jax.drafters.children import (
     draw,
     extend_path,
 )
+from ospec_jax.drafters.sources import DRAFT, TARGET
 from ospec_jax.drafters.stopping import Progress, StopFn, is_stopped, rules_of
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import Numerics
@@ -69,6 +70,7 @@ class Pool:
       has_state: `[b, p]` which nodes these are.
       choices: `[b, p]` the most probable tokens behind them, -1 elsewhere; None unless
         they are asked for.
+      sources: `[b, p]` who proposed each; None where nothing was suggested.
       draft_probs: `[b, n, q]` what a chain's children were drawn from; None for `topk`.
     """
 
@@ -79,6 +81,7 @@ class Pool:
     states: Float[Array, "b p d"]
     has_state: Bool[Array, "b p"]
     choices: Int[Array, "b p"] | None
+    sources: Int[Array, "b p"] | None
     draft_probs: Float[Array, "b n q"] | None
 
 
@@ -220,6 +223,7 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
     drawn_from = []
     states = []
     choices = []
+    sources = [jnp.full((b, 1), TARGET)]
     # Level 0 is the root, whose logits verification left in the context.
     hidden = roots.context.hidden[:, None]
     logits = roots.context.logits[:, None]
@@ -259,6 +263,8 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
         states.append(hidden)
         tokens.append(children.tokens[:, above, rank])
         log_probs.append(children.log_probs[:, above, rank])
+        if children.sources is not None:
+            sources.append(children.sources[:, above, rank])
         # A child is run with its parent's state.
         hidden = hidden[:, above]
         if recent is not None:
@@ -291,6 +297,7 @@ def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
         states=jnp.concatenate(states, axis=1),
         has_state=spread(depths < tree.num_steps),
         choices=own,
+        sources=jnp.concatenate(sources, axis=1) if sources[1:] else None,
         children=tree.children,
         max_depth=tree.num_steps,
         max_children=most,
@@ -449,6 +456,9 @@ def _empty_pool(tree: TreeConfig, root_state, children: Children) -> Pool:
     choices = None
     if children.choices is not None:
         choices = jnp.full((b, num_pool), UNKNOWN, jnp.int32)
+    sources = None
+    if children.sources is not None:
+        sources = jnp.full((b, num_pool), DRAFT)
 
     return Pool(
         tokens=jnp.zeros((b, num_pool), jnp.int32),
@@ -458,6 +468,7 @@ def _empty_pool(tree: TreeConfig, root_state, children: Children) -> Pool:
         states=jnp.zeros((b, num_pool, root_state.shape[-1])),
         has_state=jnp.zeros((b, num_pool), bool),
         choices=choices,
+        sources=sources,
         draft_probs=draft_probs,
     )
 
@@ -469,6 +480,9 @@ def _with_children(pool: Pool, first, children: Children, scores, parents) -> Po
         # Children of one node lie side by side, nodes in the order of the frontier.
         flat = new.reshape(new.shape[0], -1).astype(buffer.dtype)
         return jax.lax.dynamic_update_slice(buffer, flat, (0, first))
+
+    if pool.sources is not None:
+        pool = pool.replace(sources=put(pool.sources, children.sources))
 
     return pool.replace(
         tokens=put(pool.tokens, children.tokens),
@@ -562,6 +576,9 @@ def _assemble(plan: _Plan, growth: _Growth) -> DraftTree:
     if pool.choices is not None:
         assert growth.choice is not None, "both are asked for, or none"
         choices = join(growth.choice, take(pool.choices))
+    sources = None
+    if pool.sources is not None:
+        sources = join(column(TARGET, jnp.int32), take(pool.sources))
     parents = join(column(topology.NO_PARENT, jnp.int32), parents.astype(jnp.int32))
     if tree.is_chain:
         static = topology.static_ancestor_mask(topology.static_parents(tree))
@@ -581,6 +598,7 @@ def _assemble(plan: _Plan, growth: _Growth) -> DraftTree:
         states=join(roots.context.hidden[:, None], take(pool.states)),
         has_state=join(column(True, bool), take(pool.has_state)),
         choices=choices,
+        sources=sources,
         seen_scores=pool.scores if tree.sizes else None,
         seen_tokens=pool.tokens if tree.sizes else None,
         seen_parents=pool.parents if tree.sizes else None,

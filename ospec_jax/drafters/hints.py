@@ -9,6 +9,7 @@ from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, Family, Hints, stateless
 from ospec_jax.drafters.children import extend_path
+from ospec_jax.drafters.sources import TARGET
 from ospec_jax.drafters.stopping import Progress, StopFn, is_stopped, rules_of
 from ospec_jax.models.layers import Numerics
 from ospec_jax.types import (
@@ -26,16 +27,20 @@ from ospec_jax.types import (
 def either(first: Hints, second: Hints | None) -> Hints:
     """Suggests what the more confident of two sources suggests.
 
-    Both must be able to read the `recent` tokens of `first`.
+    Both must be able to read the `recent` tokens of `first`, and say who suggests.
     """
     if second is None:
         return first
 
     def suggest(recent, depth):
-        token, rate = first.suggest(recent, depth)
-        other, other_rate = second.suggest(recent, depth)
+        token, rate, source = first.suggest(recent, depth)
+        other, other_rate, other_source = second.suggest(recent, depth)
         is_first = rate >= other_rate
-        return jnp.where(is_first, token, other), jnp.maximum(rate, other_rate)
+        return (
+            jnp.where(is_first, token, other),
+            jnp.maximum(rate, other_rate),
+            jnp.where(is_first, source, other_source),
+        )
 
     return Hints(first.recent, suggest)
 
@@ -53,7 +58,8 @@ def likelier(first: Suggested, second: Suggested | None) -> Suggested:
 
 
 def _suggest_nothing(recent, depth):
-    return recent[..., -1], jnp.full(recent.shape[:2], -jnp.inf)
+    token = recent[..., -1]
+    return token, jnp.full(token.shape, -jnp.inf), None
 
 
 def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
@@ -88,18 +94,21 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
 
         tokens = [root]
         rates = [jnp.zeros(root.shape)]
+        sources = [jnp.full((*root.shape, 1), TARGET)]
         is_valid = [jnp.ones(root.shape, bool)]
         path = jnp.zeros(root.shape)
         stopped = jnp.zeros(root.shape, bool)
 
         for depth in range(tree.num_steps):
-            token, rate = known.suggest(recent, depth)
+            token, rate, source = known.suggest(recent, depth)
             recent = extend_path(recent, token)
             # A path without a suggestion has probability 0 from there on, and is no
             # longer valid.
             path = path + rate[:, 0]
             tokens.append(token[:, 0])
             rates.append(rate[:, 0])
+            if source is not None:
+                sources.append(source)
             is_valid.append((path > -jnp.inf) & ~stopped)
             # The token that stopped the chain is kept: a rule decides about the next
             # one.
@@ -120,6 +129,7 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
             is_valid=jnp.stack(is_valid, axis=1),
             log_probs=jnp.stack(rates, axis=1),
             ancestor_mask=spread(mask),
+            sources=jnp.concatenate(sources, axis=1) if sources[1:] else None,
             max_depth=tree.num_steps,
             is_chain=True,
         )

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.base import Drafter, Family, Hints
 from ospec_jax.drafters.hints import either, likelier, suggested_chain
+from ospec_jax.drafters.sources import MEMORY
 from ospec_jax.models import cache as kv
 from ospec_jax.types import (
     Draft,
@@ -206,13 +207,16 @@ def match_memory(
 
 def suggest(
     memory: NgramMemory, history, num_known, recent, scopes=None
-) -> tuple[Int[Array, "b w"], Float[Array, "b w"]]:
+) -> tuple[Int[Array, "b w"], Float[Array, "b w"], Int[Array, "b w"]]:
     """The likelier of both sources' tokens with its log-rate, -inf for none.
 
     Args:
       history: `[b, s]`, with `num_known` `[b, w]` and `recent` `[b, w, m]`; see
         `match_context`.
       scopes: `[b]`; see `match_memory`.
+
+    Returns:
+      The token, its log-rate, and which of the two it is from (`drafters.sources`).
     """
     rates = memory.hits / memory.trials
     rate_of = lambda level: jnp.where(
@@ -226,7 +230,10 @@ def suggest(
     best = jnp.maximum(near_rate, far_rate)
 
     # Without any suggestion the rate is 0, and its logarithm -inf.
-    return jnp.where(is_near, near, far), jnp.log(best)
+    token = jnp.where(is_near, near, far)
+    # `NGRAMS` or `MEMORY`, which is the next number: to take one off is half of the
+    # operations of choosing between the two.
+    return token, jnp.log(best), MEMORY - is_near
 
 
 def remember(
@@ -439,14 +446,15 @@ def with_ngrams(
         index = num_known[..., None] + jnp.arange(-memory.max_match, 0)
         recent = jax.vmap(lambda row, at: row[jnp.maximum(at, 0)])(history, index)
         recent = jnp.where(index >= 0, recent, _NO_TOKEN)
-        own = suggest(memory, history, num_known, recent, cache["scopes"])
+        args = history, num_known, recent, cache["scopes"]
+        tokens, log_rates, _ = suggest(memory, *args)
         inner, context, found = drafter.retrace(
             draft,
             shared,
             cache["drafter"],
             context,
             pairs,
-            likelier(Suggested(*own), suggested),
+            likelier(Suggested(tokens, log_rates), suggested),
         )
 
         return moved_on(cache, inner, history, pairs.scopes), context, found
@@ -480,7 +488,7 @@ def with_ngrams(
             return None
 
         hints = hints_of(draft, cache, position)
-        _, log_rate = hints.suggest(hints.recent[:, None], 0)
+        _, log_rate, _ = hints.suggest(hints.recent[:, None], 0)
         return log_rate[:, 0] >= np.log(_SURE_RATE)
 
     def propose(

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ospec_jax.drafters.base import Hints
+from ospec_jax.drafters.sources import PREDICTION
 from ospec_jax.types import Prediction, Suggested
 from ospec_jax.typing import typed
 
@@ -222,9 +223,11 @@ def prediction_hints(prediction: Prediction | None) -> Hints | None:
     if prediction is None:
         return None
 
-    return Hints(
-        prediction.recent, lambda recent, depth: suggest(prediction, recent, depth)
-    )
+    def suggest_after(recent, depth):
+        token, rate = suggest(prediction, recent, depth)
+        return token, rate, jnp.full_like(token, PREDICTION)
+
+    return Hints(prediction.recent, suggest_after)
 
 
 def as_prediction(

@@ -235,6 +235,7 @@ def first_nodes(tree: DraftTree, num_nodes: int) -> DraftTree:
         states=cut(tree.states),
         has_state=cut(tree.has_state),
         choices=cut(tree.choices),
+        sources=cut(tree.sources),
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, Family, Hints
+from ospec_jax.drafters.sources import DRAFT, SOURCES
 from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.models.layers import Numerics
 from ospec_jax.types import (
@@ -111,6 +112,8 @@ def _check_shapes(drafted: DraftTree, tree: TreeConfig, num_rows: int, name: str
     wanted = {"tokens": jnp.integer, "parents": jnp.integer, "is_valid": jnp.bool_}
     if drafted.children != "topk":
         wanted |= {"log_probs": jnp.floating, "draft_probs": jnp.floating}
+    if drafted.sources is not None:
+        wanted |= {"sources": jnp.integer}
 
     for field, kind in wanted.items():
         values = getattr(drafted, field)
@@ -155,12 +158,18 @@ def _rebuilt(
     is_token = (drafted.tokens >= 0) & (drafted.tokens < num_tokens)
     is_valid = drafted.is_valid & is_token & (depths <= tree.num_steps)
 
+    # They are names for people: one that there is not would be nobody's.
+    sources = drafted.sources
+    if sources is not None:
+        sources = jnp.clip(sources, DRAFT, len(SOURCES) - 1).astype(jnp.int32)
+
     return drafted.replace(
         tokens=jnp.where(is_root, root[:, None], drafted.tokens).astype(jnp.int32),
         parents=parents,
         depths=depths,
         ancestor_mask=mask,
         is_valid=is_valid | is_root,
+        sources=sources,
         max_depth=tree.num_steps,
         max_children=1 if tree.is_chain else shape[1] - 1,
         is_chain=tree.is_chain,

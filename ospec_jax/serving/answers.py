@@ -329,15 +329,17 @@ class Teller:
         texts = self._source.texts
         shown = []
         for piece in pieces:
-            shown += [
-                {
+            for token in piece.tokens:
+                entry = {
                     "text": texts.text_of(token.id),
                     "bytes": list(texts.bytes_of(token.id)),
                     "drafted": token.is_drafted,
+                    "source": token.source,
                     "step": told.num_steps,
                 }
-                for token in piece.tokens
-            ]
+                if token.is_drafted and piece.drafter is not None:
+                    entry["drafter"] = piece.drafter
+                shown.append(entry)
             told.num_steps += bool(piece.tokens)
 
         return shown

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from ospec_jax.config import SamplingConfig
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.drafters.sources import Source
 
 
 class OverloadedError(Exception):
@@ -65,15 +66,20 @@ class Token(NamedTuple):
     """One token of an answer.
 
     Attributes:
-      is_drafted: A draft had proposed it; else the target chose it.
+      source: Who proposed it; `target` if nobody but the target did.
       log_prob: The target's own, before temperature and cuts; None if not asked for.
       alternatives: The most probable tokens with their log-probabilities.
     """
 
     id: int
-    is_drafted: bool = False
+    source: Source = "target"
     log_prob: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def is_drafted(self) -> bool:
+        """Whether it had been proposed; else the target chose it."""
+        return self.source != "target"
 
 
 class Piece(NamedTuple):
@@ -84,11 +90,14 @@ class Piece(NamedTuple):
       text: May be empty: of a character some bytes may be missing, and what may be the
         beginning of a stop string is held back.
       tokens: That the pass emitted and the answer keeps.
+      drafter: Number of the pool's member that drafted; None without a pool, and where
+        none did.
     """
 
     choice: int
     text: str
     tokens: tuple[Token, ...]
+    drafter: int | None = None
 
 
 class Usage(NamedTuple):

@@ -83,11 +83,17 @@ class Job:
         """Gives it up: its rows are free at the next step, and it hears no more."""
         self._on_cancel(self)
 
-    def tell_tokens(self, choice: Choice, emitted: Emitted) -> None:
-        """Tells what one pass added to an answer."""
+    def tell_tokens(
+        self, choice: Choice, emitted: Emitted, drafter: int | None = None
+    ) -> None:
+        """Tells what one pass added to an answer.
+
+        Args:
+          drafter: See `Piece`.
+        """
         self._first_token = self._first_token or time.monotonic()
         text = choice.stream.add(emitted.token_ids)
-        self.tell(Piece(choice.number, text, _tokens_of(emitted)))
+        self.tell(Piece(choice.number, text, _tokens_of(emitted), drafter))
 
     def tell_end(
         self,
@@ -143,7 +149,7 @@ def _tokens_of(emitted: Emitted) -> tuple[Token, ...]:
         Token(*facts)
         for facts in zip(
             emitted.token_ids,
-            emitted.is_drafted,
+            emitted.sources,
             emitted.log_probs or [None] * count,
             emitted.alternatives or [()] * count,
             strict=True,

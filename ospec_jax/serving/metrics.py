@@ -24,6 +24,7 @@ from prometheus_client.metrics_core import (
 )
 
 from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.drafters.sources import SOURCES
 from ospec_jax.serving.asks import ChoiceEnd, Ended, Event, Failed, Piece
 from ospec_jax.serving.schema import Wanted
 
@@ -96,6 +97,16 @@ class Metrics:
             (*_LABELS, "reason"),
             registry=self.registry,
         )
+        self.accepted_by_source = Counter(
+            "ospec_accepted_tokens",
+            "Drafted tokens that were accepted, by who proposed them",
+            ("source",),
+            registry=self.registry,
+        )
+        # A rate of what has not come yet is 0, and not unknown.
+        for source in SOURCES:
+            if source != "target":
+                self.accepted_by_source.labels(source)
         self.not_learned = Counter(
             "ospec_requests_not_learned",
             "Requests from which nothing was to be learned",
@@ -229,8 +240,10 @@ class Watch:
 
         metrics = self._metrics
         metrics.generation_tokens.inc(count)
-        num_drafted = sum(token.is_drafted for token in piece.tokens)
-        metrics.recent.count_pass(count, num_drafted)
+        accepted = [token.source for token in piece.tokens if token.is_drafted]
+        metrics.recent.count_pass(count, len(accepted))
+        for source in accepted:
+            metrics.accepted_by_source.labels(source).inc()
         before = self._last.get(piece.choice)
         if before is None and not self._last:
             metrics.first_token.observe(now - self._asked)

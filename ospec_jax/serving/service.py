@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ospec_jax.config import ConfigError, InputError
+from ospec_jax.control.base import SUGGESTIONS
 from ospec_jax.data.prompts import encode_prediction
 from ospec_jax.data.templates import encode
 from ospec_jax.decoding.engine import CAPACITIES, KINDS
@@ -88,6 +89,8 @@ class Service:
         self._encoding = threading.Lock()
         self.tokenizer = copy.deepcopy(session.target.tokenizer)
         self._session = session
+        actions = session.engine.actions
+        self._is_pool = any(action.drafter > 0 for action in actions)
         extra = session.engine.num_extra_slots
         largest = min(session.target.config.max_position, CAPACITIES[-1] - extra)
         self.max_model_len = min(largest, config.max_model_len or largest)
@@ -473,7 +476,9 @@ class Service:
         found = self._running.get(id(request))
         if found is not None:
             job, choice = found
-            job.tell_tokens(choice, emitted)
+            drafter = emitted.drafter
+            is_member = self._is_pool and drafter not in (None, SUGGESTIONS)
+            job.tell_tokens(choice, emitted, drafter if is_member else None)
 
     def _finish(self, job: Job, choice: Choice, completion: Completion) -> None:
         """Ends an answer; it is learned from when there is time."""

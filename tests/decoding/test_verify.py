@@ -81,7 +81,8 @@ def sampling_params(rows, temperature=1.0):
 def suggest(recent, depth):
     """Tokens that the reduced draft vocabulary lacks; none after token 2."""
     last = recent[..., -1]
-    return jnp.where(last == 3, 0, 3), jnp.where(last == 2, -jnp.inf, jnp.log(0.6))
+    rate = jnp.where(last == 2, -jnp.inf, jnp.log(0.6))
+    return jnp.where(last == 3, 0, 3), rate, None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "hints", "stop_fn"))

@@ -13,6 +13,7 @@ from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.combine import fallback, inner_tree, merge_chains
 from ospec_jax.drafters.hints import hinted_chain
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.sources import DRAFT, MEMORY, NGRAMS
 from ospec_jax.types import DraftTree, Roots
 
 
@@ -76,6 +77,16 @@ def test_the_branch_that_the_target_follows_is_accepted():
     assert int(verdict.next_token[0]) == 4
 
 
+def test_what_both_chains_have_is_the_draft_s():
+    second = chain([9, 1, 6, 7]).replace(sources=jnp.full((1, 4), MEMORY))
+    tree = merge_chains(chain([9, 1, 2, 3]), second)
+    kept = np.asarray(tree.is_valid[0])
+    found = zip(tree.tokens[0].tolist(), tree.sources[0].tolist(), strict=True)
+    named = [pair for pair, is_kept in zip(found, kept, strict=True) if is_kept]
+    of_draft = [(token, DRAFT) for token in (1, 2, 3)]
+    assert sorted(named[1:]) == [*of_draft, (6, MEMORY), (7, MEMORY)]
+
+
 @pytest.mark.parametrize(("rate", "asked"), [(0.9, False), (0.3, True)])
 def test_the_other_drafter_runs_only_where_suggestions_are_unlikely(rate, asked):
     tree = TreeConfig(num_steps=2)
@@ -87,8 +98,10 @@ def test_the_other_drafter_runs_only_where_suggestions_are_unlikely(rate, asked)
         )[1]
     )
     suggest = lambda recent, depth: (
-        recent[..., -1] + 10, jnp.full(recent.shape[:2], jnp.log(rate)),
-    )  # fmt: skip
+        recent[..., -1] + 10,
+        jnp.full(recent.shape[:2], jnp.log(rate)),
+        jnp.full(recent.shape[:2], NGRAMS),
+    )
     root = jnp.full((1,), 9, jnp.int32)
     hints = Hints(root[:, None], suggest)
     args = None, None, (), Roots(root, root, None, None, None), hints
@@ -96,6 +109,8 @@ def test_the_other_drafter_runs_only_where_suggestions_are_unlikely(rate, asked)
     jax.effects_barrier()
     assert bool(calls) == asked
     assert drafted.tokens[0].tolist() == ([9, 1, 2] if asked else [9, 19, 29])
+    proposer = DRAFT if asked else NGRAMS
+    assert drafted.sources[0, 1:].tolist() == [proposer] * 2
 
 
 def test_only_chains_are_mixed():

@@ -20,6 +20,7 @@ from ospec_jax.drafters.ngram import (
     suggest,
     with_ngrams,
 )
+from ospec_jax.drafters.sources import MEMORY, NGRAMS
 from ospec_jax.testing import tiny_draft_config, tiny_model_config
 from ospec_jax.types import Roots
 
@@ -133,12 +134,17 @@ def test_the_likelier_source_is_believed():
     for _ in range(8):
         memory = learn(memory, padded([5, 1, 2, 30]), 0, 4)
     history = jnp.asarray([[2, 40, 0, 0]], jnp.int32)  # one token matches: a weak hint
-    token, log_rate = suggest(memory, history, jnp.full((1, 1), 2), after(5, 1, 2))
+    args = history, jnp.full((1, 1), 2)
+    token, log_rate, source = suggest(memory, *args, after(5, 1, 2))
     assert int(token[0, 0]) == 30
+    assert int(source[0, 0]) == MEMORY
     rates = memory.hits / memory.trials
     np.testing.assert_allclose(log_rate[0, 0], jnp.log(rates[-1]), rtol=1e-6)
-    _, log_rate = suggest(memory, history, jnp.full((1, 1), 2), after(6, 7))
+    _, log_rate, _ = suggest(memory, *args, after(6, 7))
     assert float(log_rate[0, 0]) == -np.inf
+    token, _, source = suggest(memory, *args, after(6, 2))
+    assert int(token[0, 0]) == 40
+    assert int(source[0, 0]) == NGRAMS
 
 
 @pytest.mark.parametrize(("lowest", "num_nodes"), [(0.0, 4), (0.3, 3), (0.6, 2)])
@@ -146,7 +152,8 @@ def test_chains_end_at_improbable_paths(lowest, num_nodes):
     """Each suggestion has a rate of one half; the fourth token has none."""
     drafter = hinted_chain(TreeConfig(num_steps=4, min_path_probability=lowest))
     rate = lambda recent: jnp.where(recent[..., -1] < 4, jnp.log(0.5), -jnp.inf)
-    hints = Hints(after(1)[0], lambda recent, _: (recent[..., -1] + 1, rate(recent)))
+    suggest_next = lambda recent, _: (recent[..., -1] + 1, rate(recent), None)
+    hints = Hints(after(1)[0], suggest_next)
     root = jnp.ones(1, jnp.int32)
     roots = Roots(root, root, None, None, None)
     tree, _ = drafter.propose(None, None, (), roots, hints)

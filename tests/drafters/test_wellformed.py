@@ -83,6 +83,9 @@ SLIPS = {
     "no such tokens": lambda tree, roots: tree.replace(tokens=tree.tokens - 7),
     "far too large": lambda tree, roots: tree.replace(tokens=tree.tokens + 9),
     "wild parents": wild_parents,
+    "proposed by nobody": lambda tree, roots: tree.replace(
+        sources=tree.tokens * 100 - 700
+    ),
 }
 
 
@@ -129,6 +132,7 @@ def test_a_slip_changes_no_output(target, plain, tree, slip):
         (lambda tree: tree.replace(tokens=tree.tokens[0]), "tokens .* of shape"),
         (lambda tree: tree.replace(is_valid=tree.tokens), "is_valid .* is int32"),
         (lambda tree: tree.replace(children="sampled"), "draft_probs .* is missing"),
+        (lambda tree: tree.replace(sources=tree.tokens[0]), "sources .* of shape"),
         (lambda tree: tree.tokens, "returned tuple; return"),
     ],
 )

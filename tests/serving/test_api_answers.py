@@ -112,9 +112,20 @@ def test_pieces_at_once_go_together(texts):
     assert said == [(0, {"content": "ab"}), (1, {"content": "x"})]
 
 
+def test_a_pool_s_member_is_told_of_what_it_proposed(texts):
+    told = teller(texts, speculative={"show": True})
+    two = (Token(5, "draft"), Token(6))
+    pieces = [Piece(0, "a", two, drafter=1), Piece(0, "b", two)]
+    (chunk,) = told.add(pieces)
+    found = chunk["choices"][0]["speculative"]["tokens"]
+    assert [token["source"] for token in found] == ["draft", "target"] * 2
+    assert [token["drafted"] for token in found] == [True, False] * 2
+    assert [token.get("drafter") for token in found] == [1, None, None, None]
+
+
 @pytest.mark.parametrize("value", [None, float("-inf"), float("nan"), -1e30])
 def test_log_probs_that_json_does_not_know(texts, value):
-    token = Token(1, False, value, ((2, float("-inf")),))
+    token = Token(1, "target", value, ((2, float("-inf")),))
     told = teller(texts, logprobs=True)
     (chunk,) = told.add([Piece(0, "a", (token,))])
     (entry,) = chunk["choices"][0]["logprobs"]["content"]

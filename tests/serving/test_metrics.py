@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import FakeService
 
 from ospec_jax.decoding.stats import DecodingStats
+from ospec_jax.drafters.sources import SOURCES
 from ospec_jax.serving.asks import ChoiceEnd, Ended, Failed, Piece, Token, Usage
 from ospec_jax.serving.history import History
 from ospec_jax.serving.metrics import Metrics, Recent
@@ -56,7 +57,7 @@ def value(metrics, name, **labels):
 def serve(metrics):
     """A whole answer of six tokens in two passes."""
     watch = begin(metrics, max_tokens=20)
-    three = (Token(1, True), Token(2, True), Token(3))
+    three = (Token(1, "draft"), Token(2, "ngrams"), Token(3))
     watch.hear(Piece(0, "abc", three), 10.5)
     watch.hear(Piece(0, "def", three), 10.8)
     watch.hear(ChoiceEnd(0, "", "stop"), 10.8)
@@ -82,6 +83,10 @@ def test_tokens_and_speculation_are_counted(metrics):
     }
     found = {name: value(metrics, f"vllm:{name}") for name in expected}
     assert found == expected
+    of_source = lambda source: value(
+        metrics, "ospec_accepted_tokens_total", source=source
+    )
+    assert [of_source(s) for s in SOURCES] == [None, 4, 4, 0, 0]
     name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     assert value(metrics, name, position="0") == 6
     assert value(metrics, name, position="1") == 4
@@ -163,6 +168,7 @@ def test_no_label_has_no_bound(metrics):
     begin(metrics, tenant="secret").close()
     text = metrics.render().decode()
     known = {"model_name", "engine", "le", "position", "finished_reason", "reason"}
+    known |= {"source"}
     assert set(re.findall(r'(\w+)="', text)) <= known | {"family", "version", "phase"}
     assert "secret" not in text
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from served import ANSWER, FakeService, refused, serving
+from served import ANSWER, PROPOSERS, FakeService, refused, serving
 
 from ospec_jax.serving.settings import HttpConfig
 
@@ -238,6 +238,9 @@ def test_who_proposed_each_token(client):
     assert bytes(b for token in tokens for b in token["bytes"]).decode() == ANSWER
     assert [token["drafted"] for token in tokens[:3]] == [True, True, False]
     assert [token["step"] for token in tokens[:4]] == [0, 0, 0, 1]
+    first, second = PROPOSERS[:2]
+    told = [token["source"] for token in tokens[:6]]
+    assert told == [first, first, "target", second, second, "target"]
     whole = chat(client, extra_body=extra).choices[0].speculative["tokens"]
     assert whole == tokens
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from drafted import random_head
 
-from ospec_jax import LearnerConfig, Session
+from ospec_jax import LearnerConfig, Session, load_draft
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.learners import deltas
+from ospec_jax.loading import pool_draft
 from ospec_jax.online import scopes
 from ospec_jax.serving.asks import Ask, ChoiceEnd, Ended, Failed, OverloadedError, Piece
 from ospec_jax.serving.service import Service
@@ -202,6 +203,22 @@ def test_an_answer_is_told_piece_by_piece_and_counted(service):
     num_drafted = sum(token.is_drafted for token in tokens)
     assert num_drafted == ended.stats.num_accepted_tokens
     assert 0 <= ended.queue_seconds <= ended.first_token_seconds <= ended.seconds
+
+
+def test_a_pool_s_service_tells_which_member_drafted(target, plain):
+    members = [load_draft(name, target) for name in ("self:exit-1", "ngram")]
+    pool = pool_draft(members, target)
+    session = Session(target, pool, controller="fixed:1", num_predicted_tokens=0)
+    service = Service(session, ServiceConfig("tiny", 240))
+    service.start()
+    try:
+        *pieces, _, _ = Heard(service, ask_of(PROMPTS[0])).all()
+    finally:
+        service.stop()
+
+    assert "".join(piece.text for piece in pieces) == plain[PROMPTS[0]]
+    # The first token comes with the prompt.
+    assert [piece.drafter for piece in pieces] == [None, *[1] * (len(pieces) - 1)]
 
 
 def test_choices_differ_and_a_seed_repeats_them(service):

@@ -4,6 +4,12 @@
 const MOST_SAMPLES = 900;
 const ROWS_OF_TABLE = 15;
 const RETRY_MS = 2000;
+const PROPOSERS = {
+  draft: "the draft",
+  ngrams: "n-grams of the chat",
+  memory: "n-grams of earlier requests",
+  prediction: "a prediction",
+};
 const LETTERS = { promotion: "P", rollback: "R", load: "L" };
 
 const byId = (id) => document.getElementById(id);
@@ -281,7 +287,7 @@ class Answer {
     this.waiting = [];
     this.decoder = new TextDecoder();
     this.step = -1;
-    this.numDrafted = 0;
+    this.numDrafted = {};
     this.numTokens = 0;
   }
 
@@ -292,7 +298,9 @@ class Answer {
       const own = this.decoder.decode(bytes, { stream: true });
       this.waiting.push({ ...token, own });
       this.numTokens += 1;
-      this.numDrafted += token.drafted ? 1 : 0;
+      if (token.drafted) {
+        this.numDrafted[token.source] = (this.numDrafted[token.source] ?? 0) + 1;
+      }
     }
     this.settle(false);
   }
@@ -316,15 +324,22 @@ class Answer {
 
   show(text, token) {
     if (!text) return;
-    const span = element("span", text, token?.drafted ? "drafted" : "target");
+    const span = element("span", text, token?.drafted ? `drafted ${token.source}` : "target");
     if (token && token.step !== this.step) {
       span.classList.add("first");
       this.step = token.step;
     }
-    if (token) span.title = `step ${token.step + 1}, by the ${token.drafted ? "draft" : "target"}`;
+    if (token) span.title = titleOf(token);
     this.place.append(span);
     this.shown += text.length;
   }
+}
+
+function titleOf(token) {
+  const step = `step ${token.step + 1}`;
+  if (!token.drafted) return `${step}, by the target`;
+  const member = token.drafter === undefined ? "" : ` (drafter ${token.drafter})`;
+  return `${step}, proposed by ${PROPOSERS[token.source]}${member}`;
 }
 
 function bodyOf(messages) {
@@ -362,12 +377,19 @@ async function askServer(messages, signal) {
   return response;
 }
 
+function acceptedInWords(counts) {
+  const found = Object.keys(PROPOSERS).filter((source) => counts[source]);
+  const total = found.reduce((sum, source) => sum + counts[source], 0);
+  const each = found.map((source) => `${counts[source]} by ${PROPOSERS[source]}`);
+  return `${total} proposed tokens accepted${total ? ` (${each.join(", ")})` : ""}`;
+}
+
 function noteOf(answer, end) {
   const found = end?.metrics;
   const parts = [];
   if (end?.usage) parts.push(`${end.usage.completion_tokens} tokens`);
   if (answer.numTokens) {
-    parts.push(`${answer.step + 1} steps`, `${answer.numDrafted} of the draft’s tokens accepted`);
+    parts.push(`${answer.step + 1} steps`, acceptedInWords(answer.numDrafted));
   }
   if (found?.tokens_per_second) parts.push(`${number(found.tokens_per_second)} tokens/s`);
   if (end?.system_fingerprint) parts.push(`draft ${end.system_fingerprint.split("-").at(-1)}`);
