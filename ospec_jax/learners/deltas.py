@@ -71,16 +71,16 @@ def claim(deltas: Deltas, scope: Int[Array, ""]) -> Deltas:
       scope: Its number, above 0.
     """
     is_own = deltas.owners == scope
+    is_known = jnp.any(is_own)
     # A free place is older than any other.
     ages = jnp.where(deltas.owners == 0, jnp.iinfo(jnp.int32).max, deltas.ages)
-    oldest = jnp.argmax(ages)
-    place = jnp.where(jnp.any(is_own), jnp.argmax(is_own), oldest)
-    is_new = ~jnp.any(is_own)
-    is_place = jnp.arange(deltas.owners.shape[0]) == place
-    emptied = _emptied(deltas, is_place & is_new)
-
-    owners = jnp.where(is_place, scope, deltas.owners)
-    is_older = (owners > 0) & ~is_place
+    place = jnp.where(is_known, jnp.argmax(is_own), jnp.argmax(ages))
+    # The place alone is written: the table is large.
+    emptied = jax.tree.map(
+        lambda x: x.at[place].set(jnp.where(is_known, x[place], 0)), deltas
+    )
+    owners = deltas.owners.at[place].set(scope)
+    is_older = (owners > 0) & (owners != scope)
 
     return emptied.replace(owners=owners, ages=jnp.where(is_older, deltas.ages + 1, 0))
 
@@ -99,17 +99,11 @@ def forget(deltas: Deltas, is_gone: Bool[Array, " c"]) -> Deltas:
       is_gone: Which, by their numbers.
     """
     is_dropped = is_gone[deltas.owners] & (deltas.owners > 0)
-    emptied = _emptied(deltas, is_dropped)
-    return emptied.replace(owners=jnp.where(is_dropped, 0, deltas.owners))
-
-
-def _emptied(deltas: Deltas, which: Bool[Array, " n"]) -> Deltas:
-    """Places as they are before anything is learned there."""
 
     def clear(x):
-        return jnp.where(which.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
+        return jnp.where(is_dropped.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
 
-    return jax.tree.map(clear, deltas).replace(owners=deltas.owners)
+    return jax.tree.map(clear, deltas)
 
 
 @typed
@@ -157,7 +151,11 @@ def learn(deltas: Deltas, scope: Int[Array, ""], samples: HeadSamples) -> Deltas
 def _num_gained(samples: HeadSamples, logits) -> Float[Array, ""]:
     """How many more tokens are right with these logits than with the samples'."""
     is_inside, labels = find_inside(samples)
-    num_right = lambda x: jnp.sum(is_inside & (jnp.argmax(x, axis=-1) == labels))
+
+    def num_right(logits):
+        own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+        return jnp.sum(is_inside & (own >= jnp.max(logits, axis=-1)))
+
     gained = num_right(logits) - num_right(samples.logits)
     return gained.astype(jnp.float32)
 

@@ -24,7 +24,7 @@ HEAD = "lm_head"
 
 
 class _Programs(NamedTuple):
-    """Jitted `rule.claim`, and `_Parts.learn`, which overwrites the differences."""
+    """Jitted `rule.claim` and `_Parts.learn`, which overwrite the differences."""
 
     claim: Callable
     learn: Callable
@@ -54,7 +54,8 @@ class _Parts:
 @share
 def _compiled(parts: _Parts) -> _Programs:
     return _Programs(
-        claim=jax.jit(rule.claim), learn=jax.jit(parts.learn, donate_argnums=0)
+        claim=jax.jit(rule.claim, donate_argnums=0),
+        learn=jax.jit(parts.learn, donate_argnums=0),
     )
 
 
@@ -91,8 +92,6 @@ def with_deltas(
     def learn(deltas: Deltas, served: Draft, completion: Completion) -> Deltas:
         scope = jnp.int32(completion.request.scope)
         sampling = as_drawn(completion.request.sampling)
-        # A copy, of which the parts make the new ones: a step that is under way may
-        # still read the old.
         deltas = programs.claim(deltas, scope)
         for args in parts_of(served.params, served.token_ids, completion):
             deltas = programs.learn(deltas, scope, sampling, *args)
@@ -109,11 +108,12 @@ def with_deltas(
         return traffic.replace(deltas=learn(traffic.deltas, served, completion))
 
     def warm_up(state, traffic: Traffic, draft, served, completion, speed=None):
-        # Somebody's, of whom nothing is kept.
+        # Somebody's, of whom nothing is kept: in a copy, which is overwritten.
         request = dataclasses.replace(completion.request, scope=np.iinfo(np.int32).max)
         own = dataclasses.replace(completion, request=request)
         assert traffic.deltas is not None
-        jax.block_until_ready(learn(traffic.deltas, served, own))
+        copy = jax.tree.map(jnp.copy, traffic.deltas)
+        jax.block_until_ready(learn(copy, served, own))
         return trainer.warm_up(state, traffic, draft, served, completion, speed)
 
     recording = trainer.recording

@@ -126,8 +126,9 @@ class Trainer(NamedTuple):
 
     In all of it `draft` is what is served, in float32, as it is learned and stored;
     `served` is the same draft in the precision that decodes. A trainer's state is a
-    pytree whose class extends `TrainerState`. `observe` may overwrite the traffic it is
-    given, and `update` the state and the served draft: go on with what they return.
+    pytree whose class extends `TrainerState`. `observe` and `remember` may overwrite
+    the traffic they are given, and `update` the state and the served draft: go on with
+    what they return.
 
     Attributes:
       recording: What the engine must record of verified tokens.
