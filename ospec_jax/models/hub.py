@@ -101,9 +101,9 @@ class Target:
     mesh: jax.sharding.Mesh | None = None
     end_ids: tuple[int, ...] = ()
 
-    @property
+    @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer, ascending."""
+        """Tokens that end an answer, ascending; looked for in the vocabulary once."""
         return tuple(sorted({*stop_token_ids(self.tokenizer), *self.end_ids}))
 
     def __repr__(self) -> str:
