@@ -111,3 +111,9 @@ def test_the_tests_stand_where_the_modules_do():
     here = Path(__file__).parent
     rooms = {path.name for path in here.iterdir() if any(path.glob("test_*.py"))}
     assert rooms <= set(FLOOR_OF)
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """They are imported by their names alone, and a second one is not collected."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

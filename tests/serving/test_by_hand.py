@@ -43,7 +43,6 @@ def session_of(target, draft):
         target,
         draft,
         learner=learner,
-        batch_size=2,
         num_predicted_tokens=0,
         promote="manual",
     )

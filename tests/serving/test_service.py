@@ -592,9 +592,7 @@ def test_scopes_that_share_nothing_have_drafts_of_their_own(
 ):
     monkeypatch.setattr(deltas, "_NUM_SEEN", 8)
     learner = LearnerConfig("head", delta_rank=4, memory_slots=0)
-    session = Session(
-        target, draft, learner=learner, batch_size=2, num_predicted_tokens=0
-    )
+    session = Session(target, draft, learner=learner, num_predicted_tokens=0)
     service = Service(session, ServiceConfig("tiny", 240))
     service.start()
     try:
