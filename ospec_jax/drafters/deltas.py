@@ -32,12 +32,7 @@ def add_rows(
     deltas: RowDeltas, inputs: Float[Array, "b t e"], logits: Float[Array, "b t q"]
 ) -> Float[Array, "b t q"]:
     """Logits with each row's difference."""
-    # A product over one token may round differently from one over several: a token's
-    # logits shall be the same whatever is run beside it.
-    num_tokens = inputs.shape[1]
-    if num_tokens == 1:
-        inputs = jnp.concatenate([inputs, inputs], axis=1)
-    along = jnp.einsum("bte,bre->btr", inputs, deltas.directions)
-    shifts = jnp.einsum("btr,brq->btq", along, deltas.shifts)
-
-    return logits + shifts[:, :num_tokens]
+    # Sums, not products of matrices: those may round differently over one token than
+    # over several, and a token's logits shall be the same whatever is run beside it.
+    along = jnp.sum(inputs[:, :, None] * deltas.directions[:, None], axis=-1)
+    return logits + jnp.sum(along[..., None] * deltas.shifts[:, None], axis=2)
