@@ -271,24 +271,33 @@ def run(part: Part, place: Path, timeout: float) -> dict[str, Any]:
     return result
 
 
+def faults_of(parts: dict[str, Part], results: dict[str, dict[str, Any]]) -> list[str]:
+    """What is wrong, by part."""
+    found = []
+    for name, result in results.items():
+        if "failed" in result:
+            found.append(f"{name}: {result['failed']}")
+        else:
+            wrong = parts[name].faults(result["found"])
+            found += [f"{name}: {fault}" for fault in wrong]
+
+    return found
+
+
 def report(parts: dict[str, Part], results: dict[str, dict[str, Any]]) -> str:
     """What was found, the faults first."""
-    faults = []
     sections = []
-
     for name, result in results.items():
-        part = parts[name]
-        lines = [f"## {part.question}", ""]
+        lines = [f"## {parts[name].question}", ""]
         if "failed" in result:
-            faults.append(f"- {name}: {result['failed']}")
             lines.append(f"It failed: {result['failed']}")
         else:
-            wrong = part.faults(result["found"])
-            faults += [f"- {name}: {fault}" for fault in wrong]
-            lines += [*part.tell(result["found"]), "", f"{result['seconds']:.0f} s."]
+            told = parts[name].tell(result["found"])
+            lines += [*told, "", f"{result['seconds']:.0f} s."]
         sections.append("\n".join(lines))
 
     count = f"{len(results)} of {len(parts)} parts were run."
+    faults = [f"- {fault}" for fault in faults_of(parts, results)]
     summary = "\n".join(faults) or "Nothing was found to be wrong."
     return "\n\n".join(["# First hour", count, summary, *sections]) + "\n"
 
@@ -316,15 +325,7 @@ def main(settings: Settings) -> int:
             print(f"  failed: {results[name]['failed']}", flush=True)
         (settings.out / "report.md").write_text(report(parts, results))
 
-    faults = [
-        fault
-        for name, result in results.items()
-        for fault in (
-            [result["failed"]]
-            if "failed" in result
-            else parts[name].faults(result["found"])
-        )
-    ]
+    faults = faults_of(parts, results)
     print(f"{len(faults)} faults; {settings.out / 'report.md'} has it all")
     return int(bool(faults))
 

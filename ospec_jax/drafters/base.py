@@ -65,6 +65,8 @@ class Drafter(NamedTuple):
         context, Retraced)`: as `extend`, and beside it what would have been drafted in
         the place of each of the pairs' `tokens`. `context` is that of the state before
         the first pair. None for a drafter that would have to draft to know.
+      adds_deltas: Its logits have the differences of the rows' scopes, where the draft
+        that it is given holds them; see `drafters.deltas`.
     """
 
     init_params: Callable

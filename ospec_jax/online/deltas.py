@@ -15,12 +15,10 @@ from ospec_jax.drafters.base import Drafter
 from ospec_jax.learners import deltas as rule
 from ospec_jax.models.layers import Numerics, linear
 from ospec_jax.models.sharing import share
-from ospec_jax.online.samples import as_drawn, parts_of, samples_of
+from ospec_jax.online.samples import HEAD, as_drawn, parts_of, samples_of
 from ospec_jax.online.scopes import NOBODY
 from ospec_jax.online.trainer import Traffic, Trainer
 from ospec_jax.types import Deltas, Draft
-
-HEAD = "lm_head"
 
 
 class _Programs(NamedTuple):
@@ -92,8 +90,11 @@ def with_deltas(
     def learn(deltas: Deltas, served: Draft, completion: Completion) -> Deltas:
         scope = jnp.int32(completion.request.scope)
         sampling = as_drawn(completion.request.sampling)
-        deltas = programs.claim(deltas, scope)
-        for args in parts_of(served.params, served.token_ids, completion):
+        parts = list(parts_of(served.params, served.token_ids, completion))
+        # Who teaches nothing takes nobody's place.
+        if parts:
+            deltas = programs.claim(deltas, scope)
+        for args in parts:
             deltas = programs.learn(deltas, scope, sampling, *args)
 
         return deltas

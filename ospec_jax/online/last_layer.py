@@ -34,6 +34,7 @@ from ospec_jax.models.sharing import share
 from ospec_jax.online import pace
 from ospec_jax.online.samples import (
     CHUNK,
+    HEAD,
     as_drawn,
     num_chunks_of,
     parts_of,
@@ -50,7 +51,6 @@ from ospec_jax.online.trainer import (
 from ospec_jax.types import Draft
 from ospec_jax.typing import struct
 
-HEAD = "lm_head"
 _FIRST_SPAN = 16
 """Rounds of a regime's first span (see `pace`): an answer's are small ones."""
 

@@ -13,6 +13,8 @@ from ospec_jax.config import SamplingConfig
 from ospec_jax.decoding.request import Completion
 from ospec_jax.learners.projection import HeadSamples, HeadSampling
 
+HEAD = "lm_head"
+"""The output projection, among a draft's parameters."""
 CHUNK = 64
 """Positions of an answer that a part has."""
 

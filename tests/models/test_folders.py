@@ -60,6 +60,8 @@ def test_the_models_own_ends_end_an_answer(folder, name, ids, expected):
     target = load(folder)
     # Beside <|endoftext|> and <|im_end|>, which the tokenizer knows.
     assert target.stop_ids == expected
+    # The vocabulary is gone through once, not at every request.
+    assert target.stop_ids is target.stop_ids
     assert Session(target).engine.stop_ids == expected
 
 

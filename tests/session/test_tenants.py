@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from drafted import random_head
 
-from ospec_jax import LearnerConfig, Session
+from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.learners import deltas
 from ospec_jax.online.scopes import MAX_SCOPES
@@ -298,3 +298,39 @@ def test_differences_are_refused_where_nobody_adds_them(target, draft):
         session_of(target, "ngram", learner=OWN)
     with pytest.raises(ConfigError, match="use --learner head, preference or memory"):
         session_of(target, draft, learner=LEARNER.replace(delta_rank=4))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tree": TreeConfig.auto((0, 1, 3))},
+        {"tree": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=8)},
+        {"controller": "marginal"},
+    ],
+    ids=["auto", "dynamic", "marginal"],
+)
+def test_own_drafts_change_no_answer_whatever_is_drafted(
+    target, draft, plain, few_inputs, changes
+):
+    """Also where the draft rests in plain steps, and catches up from its backlog."""
+    learner = LearnerConfig("head", delta_rank=4)
+    session = session_of(target, draft, learner=learner, **changes)
+    session.warm_up()
+    for turn in range(4):
+        _, tokens = ask(session, "ada", "bob", "", is_shared=turn % 2 == 0)
+        assert tokens == [plain] * 3
+    assert np.asarray(session.served_draft.deltas.owners).any()
+
+
+def test_who_teaches_nothing_takes_nobodys_place(target, draft, few_inputs):
+    session = taught(target, draft, num_answers=1)
+    owners = np.asarray(session.state.traffic.deltas.owners)
+    live = Live(session, (256,))
+    sampling = SamplingConfig(frequency_penalty=0.5)
+    ((prompt, request),) = session.requests(as_prompts([SECRET]), 24, sampling)
+    live.join(dataclasses.replace(request, scope=session.enroll("bob").number))
+    done = []
+    while not done:
+        done = live.turn()
+    session.take_in(prompt, done[0], "", True, False)
+    assert np.array_equal(owners, session.state.traffic.deltas.owners)
