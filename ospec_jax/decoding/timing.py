@@ -23,9 +23,13 @@ def time_steps(
     remaining = state.num_remaining + 0
     is_finished = state.is_finished | False
 
-    # One step is under way before the clock starts, as in the engine's loop: each of
-    # the timed ones is dispatched before the one before it is read.
+    # As in the engine's loop each step is sent before the one before it is read. The
+    # clock starts when one has been read and the next is under way, and stops at such a
+    # moment, too: between them are as many steps as were read.
     state, unread = step(state)
+    state, ahead = step(state)
+    fetch(unread)
+    unread = ahead
     start = time.perf_counter()
 
     for _ in range(num_steps):
@@ -33,8 +37,8 @@ def time_steps(
         fetch(unread)
         unread = output
 
-    fetch(unread)
     seconds = (time.perf_counter() - start) / num_steps
+    fetch(unread)
 
     # Every round begins at the same length, so that all time the same work. Tokens and
     # caches are those of the last step, which does not matter for their time.

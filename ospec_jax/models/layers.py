@@ -45,9 +45,12 @@ class Numerics:
       is_native: int8 layers, products and attention are those of `ospec_jax.kernels`.
       num_groups: Groups in which rows of fused products lie; see `sharding`.
       num_row_groups: Groups of rows of a batch that lie on different devices.
+      has_dear_launches: Every operation on an array is a program of its own that the
+        device is handed, as on NVIDIA's: few large ones are better than many small.
       is_scanned: Trace one layer and run it over stacked weights and caches, so that
-        compiling takes no longer for more layers (for accelerators: XLA:CPU would copy
-        each layer's weights at every step). See `llama.stack_layers`.
+        compiling takes no longer for more layers. XLA:CPU and XLA:GPU copy each layer's
+        weights at every step, which on an H100 takes longer than reading them. See
+        `llama.stack_layers`.
       attention: Who computes it; see `models.attention`.
     """
 
@@ -56,6 +59,7 @@ class Numerics:
     is_native: bool = False
     num_groups: int = 1
     num_row_groups: int = 1
+    has_dear_launches: bool = False
     is_scanned: bool = False
     attention: AttentionKind = "xla"
 
@@ -76,9 +80,10 @@ class Numerics:
         """Whether one scatter writes the cache entries of all rows.
 
         It stays local where rows are split over devices: a slice for each row would be
-        written by all of them, and caches would move. Everywhere else it is slower.
+        written by all of them, and caches would move. Else it is slower, but where each
+        slice would be a launch.
         """
-        return self.num_row_groups > 1
+        return self.num_row_groups > 1 or self.has_dear_launches
 
     @property
     def pads_lone_rows(self) -> bool:
@@ -102,6 +107,7 @@ class Numerics:
             is_native=self.is_native,
             num_groups=self.num_groups,
             num_row_groups=self.num_row_groups,
+            has_dear_launches=self.has_dear_launches,
         )
 
 

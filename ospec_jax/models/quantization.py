@@ -107,8 +107,13 @@ def calibrated_numerics(cache_folder: Path, precision: Precision | None) -> Nume
     Args:
       precision: None chooses the fastest.
     """
-    if jax.default_backend() != "cpu":
-        return Numerics(precision or "bfloat16", is_row_invariant=False)
+    platform_name = jax.default_backend()
+    if platform_name != "cpu":
+        return Numerics(
+            precision or "bfloat16",
+            is_row_invariant=False,
+            has_dear_launches=platform_name == "gpu",
+        )
 
     is_native = native.is_available(cache_folder)
     of = lambda precision: Numerics(precision, is_native=is_native)

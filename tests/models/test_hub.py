@@ -130,6 +130,16 @@ def test_a_damaged_calibration_is_measured_again(tmp_path, monkeypatch, damage):
     assert quantization.calibrated_numerics(nowhere, None).precision == "int8"
 
 
+@pytest.mark.parametrize(("platform", "is_one"), [("gpu", True), ("tpu", False)])
+def test_caches_of_rows_are_written_as_the_device_likes(
+    monkeypatch, tmp_path, platform, is_one
+):
+    monkeypatch.setattr(quantization.jax, "default_backend", lambda: platform)
+    numerics = quantization.calibrated_numerics(tmp_path, None)
+    assert numerics.precision == "bfloat16"
+    assert numerics.has_batched_writes == is_one
+
+
 def test_damaged_ranges_are_measured_again(tmp_path):
     file = tmp_path / "ranges.npz"
     names = ("a", "b")
