@@ -2,6 +2,7 @@
 """The host's side: an oracle for the plain path, stops, capacities, one read a step."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -135,6 +136,61 @@ def test_stop_strings_cut_the_answer(plain, expected):
 @pytest.mark.parametrize("lag", [0, 1, 3])
 def test_lag_changes_nothing(plain, expected, lag):
     assert answers(plain, batch_size=2, lag=lag) == expected
+
+
+class _Timeline:
+    """A device that runs what it is sent in order, and a host that takes time, too.
+
+    Attributes:
+      idle: Seconds in which the device had nothing to do between two passes.
+    """
+
+    STEP = 1.0
+    SENDING = 0.2
+    READING = 0.2
+
+    def __init__(self):
+        self.now = self.end = self.idle = 0.0
+        self._ends = []
+
+    def send(self, *args, original):
+        """A pass: sent once the host has prepared it, run behind all before it."""
+        found = original(*args)
+        self.now += self.SENDING
+        begin = max(self.now, self.end)
+        self.idle += begin - self.end if self.end else 0.0
+        self.end = begin + self.STEP
+        self._ends.append(self.end)
+        return found
+
+    def read(self, output, original):
+        """The oldest pass, for which the host waits."""
+        self.now = max(self.now, self._ends.pop(0)) + self.READING
+        return original(output)
+
+
+@pytest.mark.parametrize(
+    ("lag", "idle"),
+    [
+        # Reading and sending lie between two steps.
+        (0, _Timeline.SENDING + _Timeline.READING),
+        (1, 0.0),
+        (3, 0.0),
+    ],
+)
+def test_the_device_does_not_wait_for_the_host(plain, monkeypatch, lag, idle):
+    line = _Timeline()
+    step, fetch = plain.step, batches.fetch
+    monkeypatch.setattr(plain, "step", functools.partial(line.send, original=step))
+    monkeypatch.setattr(batches, "fetch", functools.partial(line.read, original=fetch))
+    # The prompt is a pass, too.
+    read_on = plain.read_on
+    monkeypatch.setattr(
+        plain, "read_on", functools.partial(line.send, original=read_on)
+    )
+    list(plain.serve([requests(41)[0]], lag=lag))
+    # The first step is sent behind the prompt, which nobody reads before.
+    assert line.idle == pytest.approx(39 * idle)
 
 
 def test_one_read_a_step(plain, monkeypatch):
