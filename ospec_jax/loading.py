@@ -25,6 +25,7 @@ from ospec_jax.drafters.starts import start_warm
 from ospec_jax.formats.importing import is_public_folder, load_folder
 from ospec_jax.models.hub import Target, check_name, load_target
 from ospec_jax.models.llama import without_padding
+from ospec_jax.models.repositories import from_hub, is_hub_id
 from ospec_jax.models.tokenizer import tokenizer_hash
 from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.storage.checkpoint import Meta
@@ -116,7 +117,8 @@ def load_draft(
     Args:
       name_or_folder: A family without parameters (`ngram`, `suffix`, `prediction`),
         `shipped` or `shipped:NAME`, the folder of a checkpoint or of a public EAGLE-3
-        or Hydra head, `model:TARGET`, `self:int4`, `self:exit-N`, or
+        or Hydra head, the hub id of one (`owner/name`, or `owner/name@revision`),
+        `model:TARGET`, `self:int4`, `self:exit-N`, or
         `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`;
         or several of these behind one, `pool:shipped+ngram+shipped:hydra`.
         Or the record of a family, one of the user's own, too: then a new draft of it.
@@ -169,7 +171,11 @@ def load_draft(
     folder = draft_folder(name_or_folder)
     if is_public_folder(folder):
         with naming(folder):
-            return LoadedDraft(*load_folder(folder, target))
+            draft, meta = load_folder(folder, target)
+
+        # The folder of a download is named by a commit.
+        card = meta.card | {"imported_from": Path(name_or_folder).name}
+        return LoadedDraft(draft, dataclasses.replace(meta, card=card))
 
     # A checkpoint that was learned beside a language model does not hold that model.
     restored = restore(name_or_folder, target, family)
@@ -224,7 +230,7 @@ def check_draft(name_or_folder: Any, family: Family | None = None) -> None:
         _exit_layers(name)
     elif kind == "model":
         check_name(name)
-    else:
+    elif not _is_on_hub(name_or_folder):
         folder = draft_folder(name_or_folder)
         if not is_public_folder(folder):
             checkpoint.check_present(folder)
@@ -273,11 +279,18 @@ def shipped_drafts() -> dict[str, Path]:
 def draft_folder(name_or_folder: str | Path) -> Path:
     """Where a trained draft lies; `shipped` is short for `shipped:eagle3`.
 
+    What is on the hub is downloaded, if it is not here.
+
     Raises:
       ConfigError: No such draft is shipped.
+      FileNotFoundError: It cannot be had from the hub.
     """
     kind, _, name = str(name_or_folder).partition(":")
     if kind != "shipped":
+        # All of it: it may be a checkpoint as well as a public head.
+        if _is_on_hub(name_or_folder):
+            return from_hub(str(name_or_folder))
+
         return Path(name_or_folder)
 
     shipped = shipped_drafts()
@@ -286,6 +299,12 @@ def draft_folder(name_or_folder: str | Path) -> Path:
         raise ConfigError(f"no draft {name_or_folder!r} is shipped; there are {names}")
 
     return shipped[name or "eagle3"]
+
+
+def _is_on_hub(name_or_folder: str | Path) -> bool:
+    """Whether a draft is named as the hub names what it holds, and is not here."""
+    name = str(name_or_folder)
+    return is_hub_id(name) and not Path(name).exists()
 
 
 def restore(

@@ -406,7 +406,8 @@ def import_draft(
 
     Args:
       src: Folder with config.json and *.safetensors; or, where torch is installed,
-        *.bin (EAGLE-3) or hydra_lm_head.pt.
+        *.bin (EAGLE-3) or hydra_lm_head.pt. Or the hub id of one, owner/name or
+        owner/name@revision.
       out: Folder of the checkpoint.
       target: What the head was trained for; Hydra heads and DFlash drafts cannot be
         read without it.
@@ -423,6 +424,7 @@ def import_draft(
     check_outputs(folders=[out])
     check_is_free(out)
 
+    src = draft_folder(src)
     loaded = load_target(target, as_precision(precision)) if target else None
     draft, meta = load_folder(src, loaded, taps or None)
     if loaded is not None and check:

@@ -32,6 +32,7 @@ from ospec_jax.models.gguf_file import GGUFFile
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.llama import stack_layers
 from ospec_jax.models.quantization import calibrated_numerics
+from ospec_jax.models.repositories import from_hub, is_hub_id
 from ospec_jax.models.smoothing import measure_ranges
 from ospec_jax.models.tokenizer import (
     end_ids_from_folder,
@@ -48,6 +49,7 @@ _RANGE_TOKENS = 96
 _DOWNLOAD_SECONDS = 1800.0
 """Patience with another process that fetches the same."""
 _PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
+_TARGET_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,13 +380,14 @@ def check_name(name_or_path: str) -> None:
       FileNotFoundError: It is no file, folder, hub id or known name.
     """
     path = Path(name_or_path).expanduser()
-    is_hub_id = name_or_path.count("/") == 1 and path.suffix != ".gguf"
+    is_on_hub = is_hub_id(name_or_path) and path.suffix != ".gguf"
     if not name_or_path or not (
-        path.exists() or name_or_path in KNOWN_MODELS or is_hub_id
+        path.exists() or name_or_path in KNOWN_MODELS or is_on_hub
     ):
         raise FileNotFoundError(
             f"no target {name_or_path!r}: it is neither a file or folder here, nor a "
-            f"hub id (owner/name), nor one of {', '.join(KNOWN_MODELS)}"
+            f"hub id (owner/name, or owner/name@revision), nor one of "
+            f"{', '.join(KNOWN_MODELS)}"
         )
 
 
@@ -413,21 +416,7 @@ def resolve(name_or_path: str) -> Path:
     if name_or_path in KNOWN_MODELS:
         return _packaged(name_or_path, KNOWN_MODELS[name_or_path])
 
-    return _from_hub(name_or_path)
-
-
-def _from_hub(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    _LOG.info(f"looking for {repo_id} on the hub, to fetch what is not here")
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{repo_id!r} could not be fetched from the hub ({error}); check the name "
-            f"and the connection, or pass a local folder"
-        ) from error
+    return from_hub(name_or_path, _TARGET_FILES)
 
 
 def _packaged(name: str, model: PackagedModel) -> Path:
