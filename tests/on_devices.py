@@ -12,6 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_files import (
+    gguf_tensors,
+    hf_tensors,
+    model_config,
+    write_folder,
+    write_gguf,
+)
+from reference import random_params
 
 from ospec_jax import sharding
 from ospec_jax.config import ConfigError, SamplingConfig, TreeConfig
@@ -22,7 +30,8 @@ from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import LoadedDraft, load_draft
-from ospec_jax.models.hub import scan_target, split_target
+from ospec_jax.models import hub
+from ospec_jax.models.hub import load_target, scan_target, split_target
 from ospec_jax.session import Session
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta
@@ -292,3 +301,37 @@ def test_files_hold_no_groups(session_target, loaded, tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, restored.draft.params, loaded.draft.params
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("folder", "int8"), ("gguf", "bfloat16")]
+)
+def test_layers_go_to_their_devices_one_by_one(tmp_path, monkeypatch, kind, precision):
+    """A target that is loaded onto a mesh is what is split after it was loaded."""
+    config = model_config(num_heads=8, num_kv_heads=4, num_layers=3)
+    params = random_params(config)
+    if kind == "folder":
+        path = write_folder(tmp_path / "model", config, hf_tensors(config, params))
+    else:
+        path = str(tmp_path / "model.gguf")
+        write_gguf(path, config, gguf_tensors(config, params))
+
+    whole = load_target(path, precision)
+    expected = split_target(whole, sharding.make_mesh("data=2,model=4"))
+    parts = []
+    split = hub._split
+
+    def watched(params, *args, **kwargs):
+        parts.append(set(params))
+        return split(params, *args, **kwargs)
+
+    monkeypatch.setattr(hub, "_split", watched)
+    found = load_target(path, precision, "data=2,model=4")
+    layers = [{f"layers_{i}"} for i in range(3)]
+    assert [part for part in parts if part in layers] == layers
+    assert len(parts) == 5
+    assert found.numerics == expected.numerics
+    assert found.mesh == expected.mesh
+    same(found.params, expected.params, rtol=0)
+    places = lambda target: jax.tree.map(lambda x: x.sharding, target.params)
+    assert places(found) == places(expected)

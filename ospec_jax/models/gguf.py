@@ -12,6 +12,7 @@ from ospec_jax.models.weights import (
     QK_NORMS,
     QKV_BIASES,
     LayerWeights,
+    Place,
     assemble,
     check_all_read,
 )
@@ -137,8 +138,12 @@ def load_params(
     config: ModelConfig,
     precision: Precision,
     ranges: list[LayerRanges] | None = None,
+    place: Place = lambda params: params,
 ) -> dict:
     """Reads the target's parameters, dequantising and casting tensor by tensor.
+
+    Args:
+      ranges: See `weights.assemble`, as for `place`.
 
     Raises:
       WeightsError: A tensor is missing, surplus, not finite or of the wrong shape.
@@ -175,7 +180,7 @@ def load_params(
         }
         return tensor(names[name])
 
-    params = assemble(config, precision, top, layer, ranges)
+    params = assemble(config, precision, top, layer, ranges, place)
     check_all_read(str(file.path), file.tensor_names, read)
 
     return params

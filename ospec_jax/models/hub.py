@@ -214,9 +214,7 @@ def load_target(
         precision = _PRECISIONS[int(sharding.agreed(_PRECISIONS.index(found)))]
 
     with naming(path):
-        target = _load(name_or_path, path, precision, mesh, is_scanned)
-
-    return target if mesh is None else split_target(target, mesh)
+        return _load(name_or_path, path, precision, mesh, is_scanned)
 
 
 def _load(
@@ -226,7 +224,7 @@ def _load(
     mesh: jax.sharding.Mesh | None,
     is_scanned: bool,
 ) -> Target:
-    """`load_target` without the splitting."""
+    """`load_target` of what has been found."""
     numerics = calibrated_numerics(cache_folder(), precision)
     if path.is_dir():
         config = weights.read_hf_config(path)
@@ -243,14 +241,19 @@ def _load(
     sharding.check_model(mesh, config, str(name_or_path))
     is_moved = mesh is not None or is_scanned
 
-    # What is split or stacked next is first put together where there is room for it.
+    # A layer goes to its devices as soon as it is put together, on the host. What is
+    # stacked next is put together there as a whole.
+    place: weights.Place = lambda params: params
+    if mesh is not None and not is_scanned:
+        place = functools.partial(_split, config=config, mesh=mesh)
+
     with _on_host() if is_moved else contextlib.nullcontext():
         # int8 weights are smoothed by the ranges of activations, which are measured on
         # the model as it is without.
         ranges = None
         if precision == "int8":
             ranges = _activation_ranges(path, config, numerics, read_tokenizer, read)
-        params = read(ranges)
+        params = read(ranges, place)
 
     tokenizer = read_tokenizer()
     _check_tokenizer(path, tokenizer, config)
@@ -267,8 +270,9 @@ def _load(
     if is_scanned:
         with _on_host():
             target = scan_target(target)
+        return target if mesh is None else split_target(target, mesh)
 
-    return target
+    return target if mesh is None else _split_already(target, target.params, mesh)
 
 
 def _check_tokenizer(path: Path, tokenizer: Any, config: ModelConfig) -> None:
@@ -313,18 +317,27 @@ def split_target(target: Target, mesh: jax.sharding.Mesh) -> Target:
       ConfigError: The mesh does not divide the model.
     """
     sharding.check_model(mesh, target.config, target.name)
-    groups = sharding.num_groups(mesh)
-    params = sharding.regroup(target.params, target.config, groups)
+    params = _split(target.params, target.config, mesh)
+
+    return _split_already(target, params, mesh)
+
+
+def _split(params: Params, config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
+    """Some of a target's parameters, on the devices of a mesh."""
+    grouped = sharding.regroup(params, config, sharding.num_groups(mesh))
+    return sharding.put_params(grouped, mesh)
+
+
+def _split_already(target: Target, params: Params, mesh: jax.sharding.Mesh) -> Target:
+    """A target with parameters that lie on a mesh."""
     numerics = dataclasses.replace(
         target.numerics,
         is_row_invariant=False,
         is_native=False,
-        num_groups=groups,
+        num_groups=sharding.num_groups(mesh),
         num_row_groups=sharding.num_row_groups(mesh),
     )
-    return dataclasses.replace(
-        target, params=sharding.put_params(params, mesh), numerics=numerics, mesh=mesh
-    )
+    return dataclasses.replace(target, params=params, numerics=numerics, mesh=mesh)
 
 
 def _on_host():

@@ -4,7 +4,10 @@
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax.config import (
@@ -20,6 +23,21 @@ from ospec_jax.models.smoothing import LayerRanges, smooth
 
 LayerWeights = dict[str, np.ndarray]
 """One layer's tensors by Hugging Face's short names, `[out, in]` for matrices."""
+_BLOCK = 1 << 24
+"""Numbers of a table that are cast at once."""
+
+
+class Rows(Protocol):
+    """A tensor of which some rows can be read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: Any, /) -> Any: ...
+
+
+Place = Callable[[dict], dict]
+"""Puts some of the parameters where they belong, and gives them back."""
 
 
 FAMILIES = {
@@ -76,9 +94,10 @@ class WeightsError(InputError):
 def assemble(
     config: ModelConfig,
     precision: Precision,
-    top: Callable[[str], np.ndarray],
+    top: Callable[[str], Rows],
     layer: Callable[[int], LayerWeights],
     ranges: list[LayerRanges] | None = None,
+    place: Place = lambda params: params,
 ) -> dict:
     """Builds `Llama`'s parameters, fusing q, k, v and gate, up.
 
@@ -86,19 +105,15 @@ def assemble(
       top: Gives `embed_tokens`, `norm` or (when untied) `lm_head`.
       layer: Gives one layer's tensors; only one layer is held in float32 at a time.
       ranges: Of each layer's activations, to smooth before quantising.
+      place: Puts parameters where they belong. It gets a layer at a time, so that no
+        more than that need be anywhere else.
 
     Raises:
       WeightsError: A tensor's shape contradicts the configuration.
     """
     c = config
-    params: dict = {}
-    _put(
-        params,
-        "embed_tokens_kernel",
-        top("embed_tokens"),
-        (c.vocab_size, c.hidden_size),
-        precision,
-    )
+    shape = c.vocab_size, c.hidden_size
+    params = place(_table("embed_tokens_kernel", top("embed_tokens"), shape, precision))
 
     # Layer by layer, since in float32 they would take several times the memory of the
     # loaded model.
@@ -109,20 +124,16 @@ def assemble(
         # point.
         if ranges is not None:
             tensors = smooth(tensors, ranges[i])
-        params[f"layers_{i}"] = _assemble_layer(c, precision, tensors)
+        params |= place({f"layers_{i}": _assemble_layer(c, precision, tensors)})
 
-    params["norm"] = {}
-    _put(params["norm"], "scale", top("norm"), (c.hidden_size,), precision)
+    norm = np.asarray(top("norm")[:], np.float32)
+    _check_tensor("scale", norm, (c.hidden_size,), "the model")
+    last = {"norm": cast_leaf("scale", norm, precision)}
     if not c.tie_embeddings:
-        _put(
-            params,
-            "lm_head_kernel",
-            top("lm_head"),
-            (c.vocab_size, c.hidden_size),
-            precision,
-        )
+        last |= _table("lm_head_kernel", top("lm_head"), shape, precision)
 
-    return params
+    # What nobody has placed is on the default device.
+    return jax.tree.map(jnp.asarray, params | place(last))
 
 
 def _check_layer(c: ModelConfig, tensors: LayerWeights, i: int) -> None:
@@ -178,17 +189,39 @@ def _assemble_layer(
     }
 
 
-def _put(target, name, value, shape, precision):
-    _check_tensor(name, value, shape, "the model")
-    target.update(cast_leaf(name, value, precision))
+def _table(name: str, rows: Rows, shape: tuple[int, int], precision: Precision) -> dict:
+    """A table of the vocabulary, cast some rows at a time: in float32 it may be larger
+    than all else that is in memory."""
+    _check_shape(name, rows, shape, "the model")
+    table: dict[str, np.ndarray] = {}
+    step = max(1, _BLOCK // shape[1])
+
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        block = np.asarray(rows[start:stop], np.float32)
+        _check_finite(name, block, "the model")
+        for part, values in cast_leaf(name, block, precision).items():
+            if part not in table:
+                table[part] = np.empty((shape[0], *values.shape[1:]), values.dtype)
+            table[part][start:stop] = values
+
+    return table
 
 
 def _check_tensor(name, value, shape, where):
-    if value.shape != shape:
+    _check_shape(name, value, shape, where)
+    _check_finite(name, value, where)
+
+
+def _check_shape(name, value, shape, where):
+    if tuple(value.shape) != shape:
         raise WeightsError(
-            f"{name} of {where} has shape {value.shape}, but the configuration says "
-            f"{shape}: the weights belong to another model"
+            f"{name} of {where} has shape {tuple(value.shape)}, but the configuration "
+            f"says {shape}: the weights belong to another model"
         )
+
+
+def _check_finite(name, value, where):
     if not np.isfinite(value).all():
         raise WeightsError(
             f"{name} of {where} holds infinities or NaNs, so that every answer would "
@@ -325,8 +358,12 @@ def load_hf_params(
     config: ModelConfig,
     precision: Precision,
     ranges: list[LayerRanges] | None = None,
+    place: Place = lambda params: params,
 ) -> dict:
     """Reads `*.safetensors` shards (bfloat16, float16 or float32) tensor by tensor.
+
+    Args:
+      ranges: See `assemble`, as for `place`.
 
     Raises:
       FileNotFoundError: There are no weights.
@@ -335,9 +372,9 @@ def load_hf_params(
     """
     tensors = SafetensorsFolder(folder)
 
-    def top(name: str) -> np.ndarray:
+    def top(name: str) -> Rows:
         prefix = "" if name == "lm_head" else "model."
-        return tensors.read(f"{prefix}{name}.weight")
+        return tensors.rows(f"{prefix}{name}.weight")
 
     def layer(i: int) -> LayerWeights:
         parts = {
@@ -357,13 +394,13 @@ def load_hf_params(
             name: tensors.read(f"model.layers.{i}.{n}") for name, n in names.items()
         }
 
-    params = assemble(config, precision, top, layer, ranges)
+    params = assemble(config, precision, top, layer, ranges, place)
 
     # Tensors that nobody asked for tell of another model.
     check_all_read(str(folder), tensors.names, tensors.read_names)
     if config.tie_embeddings and "lm_head.weight" in tensors.names:
         head = tensors.read("lm_head.weight")
-        if not np.array_equal(head, top("embed_tokens")):
+        if not np.array_equal(head, tensors.read("model.embed_tokens.weight")):
             raise WeightsError(
                 f"{folder} has a head of its own, lm_head.weight, but its config.json "
                 f"says that it is the embedding; set tie_word_embeddings to false if "
@@ -371,6 +408,20 @@ def load_hf_params(
             )
 
     return params
+
+
+class _Stored:
+    """A tensor of a safetensors file."""
+
+    def __init__(self, tensor: Any):
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._tensor.get_shape())
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self._tensor[rows]
 
 
 class SafetensorsFolder:
@@ -420,11 +471,19 @@ class SafetensorsFolder:
         Raises:
           WeightsError: There is none, or it is quantised.
         """
+        return np.asarray(self.rows(name)[:], np.float32)
+
+    def rows(self, name: str) -> Rows:
+        """A tensor whose rows are read when they are asked for, as they are stored.
+
+        Raises:
+          WeightsError: There is none, or it is quantised.
+        """
         if name not in self._handles:
             raise WeightsError(f"{self.folder} has no tensor {name!r}")
 
-        handle = self._handles[name]
-        kind = handle.get_slice(name).get_dtype()
+        tensor = self._handles[name].get_slice(name)
+        kind = tensor.get_dtype()
         if kind not in _FLOATS:
             raise WeightsError(
                 f"{name} of {self.folder} is stored as {kind}, which has scales that "
@@ -433,7 +492,7 @@ class SafetensorsFolder:
             )
 
         self.read_names.add(name)
-        return np.asarray(handle.get_tensor(name), np.float32)
+        return _Stored(tensor)
 
 
 def weight_files(folder: Path) -> list[Path]:

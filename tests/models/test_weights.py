@@ -19,7 +19,7 @@ from model_files import (
 from reference import random_params
 
 from ospec_jax.config import ConfigError, RopeScaling
-from ospec_jax.models import hub
+from ospec_jax.models import hub, weights
 from ospec_jax.models.hub import load_target
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.models.weights import WeightsError
@@ -55,6 +55,24 @@ def test_folder(tmp_path, source, dtype):
     )
     ids = target.tokenizer.encode("hello")
     assert target.tokenizer.decode(ids) == "hello"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_tables_are_cast_some_rows_at_a_time(tmp_path, monkeypatch, precision):
+    """Seven rows a time, and fewer the last time."""
+    config = model_config()
+    params = random_params(config)
+    name = write_folder(tmp_path / "tiny", config, hf_tensors(config, params))
+    expected = load_target(name, precision)
+    assert config.vocab_size % 7
+    monkeypatch.setattr(weights, "_BLOCK", 7 * config.hidden_size)
+    assert_same(load_target(name, precision).params, expected.params)
+    broken = hf_tensors(config, params)
+    broken["lm_head.weight"] = np.array(broken["lm_head.weight"])
+    broken["lm_head.weight"][-1, -1] = np.nan
+    write_folder(tmp_path / "tiny", config, broken)
+    with pytest.raises(WeightsError, match=r"lm_head_kernel.*infinities or NaNs"):
+        load_target(name, precision)
 
 
 def test_bfloat16(tmp_path, source):
