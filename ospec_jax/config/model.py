@@ -30,7 +30,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a target of the Llama, Qwen2 or Qwen3 family.
+    """Architecture of a target of the Llama, Mistral, Qwen2 or Qwen3 family.
 
     Attributes:
       has_qkv_bias: Queries, keys and values have a bias (Qwen2).

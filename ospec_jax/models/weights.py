@@ -42,6 +42,7 @@ Place = Callable[[dict], dict]
 
 FAMILIES = {
     "llama": {},
+    "mistral": {},
     "qwen2": {"has_qkv_bias": True},
     "qwen3": {"has_qk_norm": True},
 }
@@ -72,6 +73,7 @@ _READ = (
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
+    "sliding_window",
     "tie_word_embeddings",
     "vocab_size",
 )
@@ -307,6 +309,17 @@ def _refuse_variants(fields: Fields) -> None:
             f"{fields.where} has layers of the type {min(other)!r}; only "
             f"'full_attention' is supported"
         )
+
+    # Mistral's models have no switch for it: a number is a window.
+    if fields.text("model_type") == "mistral":
+        window = fields.whole("sliding_window", None)
+        num_positions = fields.whole("max_position_embeddings", 2048)
+        if window is not None and window < num_positions:
+            raise ConfigError(
+                f"{fields.where} has layers that see the last {window} tokens "
+                f"(sliding_window), which is not supported; set it to null, and "
+                f"max_position_embeddings to {window}, to use it within its window"
+            )
 
     quantized = fields.section("quantization_config")
     if quantized.values:
