@@ -68,7 +68,7 @@ def with_costs(state, by_depth, by_size=0.0):
     return dataclasses.replace(state, seconds=tuple(seconds.ravel().tolist()))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_absurd_costs_never_change_output_and_compile_nothing(
     target, draft, batch_size
 ):

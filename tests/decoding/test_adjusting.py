@@ -64,7 +64,11 @@ def open_target(precision):
     return tiny_target(VOCAB, precision, num_layers=2)
 
 
-@pytest.fixture(scope="module", params=["float32", "int8"])
+# Adjusting does not look at how logits were computed.
+@pytest.fixture(
+    scope="module",
+    params=["float32", pytest.param("int8", marks=pytest.mark.thorough)],
+)
 def target(request):
     return open_target(request.param)
 

@@ -73,6 +73,11 @@ def converse(live, sampling, num_turns=3):
     return answers, reused
 
 
+@pytest.mark.parametrize(
+    "any_target",
+    ["float32", pytest.param("int8", marks=pytest.mark.thorough)],
+    indirect=True,
+)
 def test_turns_are_answered_as_if_nothing_were_kept(any_target):
     live, session = live_of(any_target)
     fresh, _ = live_of(any_target, kept_bytes=0)
