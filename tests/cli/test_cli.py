@@ -53,6 +53,19 @@ BENCH_KEYS = {
 }  # fmt: skip
 
 
+def run_here(*args):
+    """Exit code of `ospec` with these arguments, in this process."""
+    before = sys.argv, warnings.showwarning
+    sys.argv = ["ospec", *map(str, args)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv, warnings.showwarning = before
+    return 0
+
+
 class CommandLine:
     """Runs `ospec` in this process, on a tiny model and a draft distilled for it."""
 
@@ -78,15 +91,7 @@ class CommandLine:
 
     def run(self, *args):
         """Exit code of `ospec` with these arguments alone."""
-        before = sys.argv, warnings.showwarning
-        sys.argv = ["ospec", *map(str, args)]
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return stop.code
-        finally:
-            sys.argv, warnings.showwarning = before
-        return 0
+        return run_here(*args)
 
     def json(self, command, *args):
         file = self.folder / "result.json"

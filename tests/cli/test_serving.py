@@ -6,10 +6,8 @@ import signal
 import subprocess
 
 import pytest
-import test_cli
 from server_process import OSPEC, server, write_model
-
-ospec = test_cli.ospec
+from test_cli import run_here
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,7 @@ def test_a_server_is_loaded_ends_at_a_signal_and_says_what_it_did(folder, tmp_pa
     assert f"6 answers, {found['total_output_tokens']} tokens" in lines[-1]
 
 
-def test_what_cannot_be_served_is_said_in_a_line(folder, tmp_path, ospec, capsys):
+def test_what_cannot_be_served_is_said_in_a_line(folder, tmp_path, capsys):
     """By a process of its own; the other messages are had without one."""
     common = ["serve", "--target", folder, "--draft", "ngram"]
     done = run(*common, "--host", "0.0.0.0")
@@ -57,15 +55,15 @@ def test_what_cannot_be_served_is_said_in_a_line(folder, tmp_path, ospec, capsys
         (["--promote", "manual"], "give --admin-key-file"),
         (["--promote", "manual", "--learn", "off"], "nothing learns"),
     ):
-        assert ospec.run(*common, *flags) == 2
+        assert run_here(*common, *flags) == 2
         assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_load_without_a_server_says_so(tmp_path, ospec, capsys):
+def test_a_load_without_a_server_says_so(tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "Hi."}))
     nobody = "http://127.0.0.1:9"
-    assert ospec.run("load", "--url", nobody, "--prompts", prompts) == 2
+    assert run_here("load", "--url", nobody, "--prompts", prompts) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert f"no server answers at {nobody}" in told
 

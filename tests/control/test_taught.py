@@ -156,6 +156,9 @@ def law_of(target, ids, length):
     }
 
 
+# Greedy output, above, and steered draws (`test_steered.py`) hold it in `make test`;
+# the rule of a policy by itself is enumerated in `decoding/test_laws.py`.
+@pytest.mark.thorough
 def test_answers_follow_the_target_while_policies_learn(folders):
     """After nearly every answer they are others, by what earlier ones had accepted."""
     target = tiny_target(16)

@@ -120,7 +120,14 @@ def plain(target):
 
 @pytest.mark.crossed
 @pytest.mark.parametrize("draft_vocab_size", [12, 0])
-@pytest.mark.parametrize("name", list(TREES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Its nodes are listed, as those of `opt` are.
+        pytest.param(name, marks=pytest.mark.thorough) if name == "sequoia" else name
+        for name in TREES
+    ],
+)
 @pytest.mark.usefixtures("own_programs")
 def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
     engine, draft = engine_for(target, TREES[name], draft_vocab_size)
@@ -149,7 +156,10 @@ def test_every_trained_family_drafts_exactly(target, plain, name, family):
 
 
 @pytest.mark.crossed
-@pytest.mark.parametrize("family", ["eagle3", "hydra", "dflash", "peagle"])
+@pytest.mark.parametrize(
+    "family",
+    ["eagle3", "hydra", "dflash", pytest.param("peagle", marks=pytest.mark.thorough)],
+)
 @pytest.mark.parametrize("name", ["chain-5", "dynamic", "static-drawn"])
 def test_a_sliding_window_drafts_exactly(target, plain, name, family):
     """Rows of a batch, too, whose windows begin at other slots than each other's."""
