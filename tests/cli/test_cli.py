@@ -678,6 +678,8 @@ def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
     assert [len(losses) for losses in third["hindsight"].values()] == [6]
 
 
+# Batches and contenders are those of `bench/test_parts.py` and `bench/test_drafts.py`.
+@pytest.mark.thorough
 def test_bench_of_batches(ospec):
     rows = ospec.json(
         "bench", "--draft", ospec.draft, "--prompts", ospec.prompts,
@@ -726,6 +728,7 @@ def test_bench_asks_spec_bench(ospec, tmp_path):
     assert plot.exists()
 
 
+@pytest.mark.thorough
 def test_bench_compares_drafts(ospec, tmp_path):
     table = tmp_path / "table.md"
     rows = ospec.json(

@@ -813,6 +813,8 @@ def test_collapsed_acceptance_warns(target, draft, plain, monkeypatch):
         list(session.generate(PROMPTS, NEW_TOKENS))
 
 
+# `decoding/test_exactness.py` holds by how many tokens.
+@pytest.mark.thorough
 def test_predicted_answers_come_faster(target, draft, plain):
     """Somewhat: random bytes are no text, so little of it is the answer's own."""
     texts = [r.text for r in Session(target).generate(PROMPTS[:2], NEW_TOKENS)]
