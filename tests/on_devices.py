@@ -86,7 +86,9 @@ def expected(precision, **changes):
 @pytest.mark.parametrize(
     ("mesh", "tree", "batch_size", "precision", "changes", "is_scanned"),
     [
-        ("data=8", "plain", 8, "float32", {}, False),
+        pytest.param(
+            *("data=8", "plain", 8, "float32", {}, False), marks=pytest.mark.thorough
+        ),
         ("data=2,model=4", "chain", 4, "int8", {}, False),
         ("data=4,model=2", "dynamic", 4, "float32", {}, True),
         pytest.param(

@@ -40,11 +40,15 @@ SMALLER = {
     },
 }
 """What is asked here, in place of what the notebook asks."""
-QUICK = {"01_quickstart", "05_regret"}
+QUICK = {"05_regret"}
 
 
 def marks_of(source):
-    """Who needs real weights is slow, and two of them suffice for `make test`."""
+    """Who needs real weights is slow, and one of them suffices for `make test`.
+
+    What the first one does with real weights is in the README's Python, too, which
+    `test_docs.py` runs.
+    """
     if source.stem in REAL_WEIGHTS:
         yield pytest.mark.slow
     if source.stem not in QUICK:

@@ -53,11 +53,24 @@ BENCH_KEYS = {
 }  # fmt: skip
 
 
+def run_here(*args):
+    """Exit code of `ospec` with these arguments, in this process."""
+    before = sys.argv, warnings.showwarning
+    sys.argv = ["ospec", *map(str, args)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv, warnings.showwarning = before
+    return 0
+
+
 class CommandLine:
     """Runs `ospec` in this process, on a tiny model and a draft distilled for it."""
 
     def __init__(self, folder):
-        config = model_config(tie_embeddings=False, num_layers=3)
+        config = model_config(tie_embeddings=False, num_layers=2)
         tensors = hf_tensors(config, random_params(config))
         self.folder = folder
         self.target = write_folder(folder / "model", config, tensors)
@@ -78,15 +91,7 @@ class CommandLine:
 
     def run(self, *args):
         """Exit code of `ospec` with these arguments alone."""
-        before = sys.argv, warnings.showwarning
-        sys.argv = ["ospec", *map(str, args)]
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return stop.code
-        finally:
-            sys.argv, warnings.showwarning = before
-        return 0
+        return run_here(*args)
 
     def json(self, command, *args):
         file = self.folder / "result.json"
@@ -94,7 +99,7 @@ class CommandLine:
         return json.loads(file.read_text())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # of other modules, too
 def ospec(tmp_path_factory):
     run = CommandLine(tmp_path_factory.mktemp("cli"))
     assert run(
@@ -156,7 +161,9 @@ def test_generate_chooses_tokens_as_asked(ospec, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("draft", ["none", "ngram", None])
+@pytest.mark.parametrize(
+    "draft", ["none", pytest.param("ngram", marks=pytest.mark.thorough), None]
+)
 def test_generate_verifies_a_prediction(ospec, tmp_path, draft):
     args = ("--prompt", "Hello there", "--draft")
     plain = ospec.json("generate", *args, "none")
@@ -173,7 +180,15 @@ def test_generate_verifies_a_prediction(ospec, tmp_path, draft):
     assert sum(bins) == metrics["num_spec_steps"]
 
 
-@pytest.mark.parametrize("tree", ["chain", "static:2,1", "dynamic:2,4"])
+# Trees that decode exactly are `decoding/test_exactness.py`'s.
+@pytest.mark.parametrize(
+    "tree",
+    [
+        pytest.param("chain", marks=pytest.mark.thorough),
+        pytest.param("static:2,1", marks=pytest.mark.thorough),
+        "dynamic:2,4",
+    ],
+)
 def test_generate_answers_a_file(ospec, tree):
     args = ("--prompts", ospec.prompts, "--batch-size", 2)
     plain = ospec.json("generate", *args, "--draft", "none")
@@ -379,8 +394,14 @@ def test_generate_writes_each_answer_as_a_line(ospec, tmp_path, capsys):
     assert read_lines(file) == rows
 
 
+# Others end a server and a training; see `test_serving.py`, `test_outputs.py`.
 @pytest.mark.parametrize(
-    ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)]
+    ("name", "code"),
+    [
+        pytest.param("SIGINT", 130, marks=pytest.mark.thorough),
+        ("SIGTERM", 143),
+        pytest.param("SIGHUP", 129, marks=pytest.mark.thorough),
+    ],
 )
 def test_signals_save_and_tell_whether_work_is_left(
     ospec, tmp_path, monkeypatch, name, code
@@ -473,17 +494,32 @@ def get_config():
 """
 
 
+ON_TREES = ("--trees", "2,2,4", "--clock", "flat", "--num-training")
 # They are taught by the flat clock.
-@pytest.mark.filterwarnings("ignore:the policies of .* were taught by another clock")
-def test_policies_are_taught_and_decode(ospec, tmp_path, capsys, monkeypatch):
-    folder, out = tmp_path / "recording", tmp_path / "policies"
-    file, config = tmp_path / "rules.json", tmp_path / "tiny.py"
+of_another_clock = pytest.mark.filterwarnings(
+    "ignore:the policies of .* were taught by another clock"
+)
+
+
+@pytest.fixture(scope="module")
+def recording(ospec, tmp_path_factory):
+    """A folder of recorded trees, and how policies are taught on them."""
+    folder = tmp_path_factory.mktemp("recording")
+    config = tmp_path_factory.mktemp("config") / "tiny.py"
     config.write_text(TINY_LTD)
     args = ("--draft", ospec.draft, "--batch-size", 2, "--trees", "2,2,4")
     prompts = ospec.write_prompts("few", ospec.rows[:4])
     assert ospec("record", "--prompts", prompts, "--out", folder, *args) == 0
-    common = ("--trees", "2,2,4", "--clock", "flat", "--num-training")
-    teach = ("train-control", folder, "--out", out, "--config", config, *common)
+    return folder, ("train-control", folder, "--config", config, *ON_TREES)
+
+
+@of_another_clock
+def test_policies_are_taught_and_decode(
+    ospec, recording, tmp_path, capsys, monkeypatch
+):
+    folder, teach = recording
+    out, file = tmp_path / "policies", tmp_path / "rules.json"
+    to = ("--out", out)
 
     # Interrupted while the second policy is taught, it goes on where it was.
     run = Teacher.run
@@ -496,14 +532,14 @@ def test_policies_are_taught_and_decode(ospec, tmp_path, capsys, monkeypatch):
         lambda: next(count) == 3 and signal.raise_signal(2) or should_stop(),
     )
     monkeypatch.setattr(Teacher, "run", stopping)
-    assert ospec.run(*teach, 3) == 130
+    assert ospec.run(*teach, 3, *to) == 130
     monkeypatch.setattr(Teacher, "run", run)
     assert load_policies(out)[1].progress["stage"] == 1
-    assert ospec.run(*teach, 3) == 2
+    assert ospec.run(*teach, 3, *to) == 2
     assert "holds an earlier run" in capsys.readouterr().err
-    assert ospec.run(*teach, 2, "--resume") == 2
+    assert ospec.run(*teach, 2, *to, "--resume") == 2
     assert "had another answers" in capsys.readouterr().err
-    assert ospec.run(*teach, 3, "--resume") == 0
+    assert ospec.run(*teach, 3, *to, "--resume") == 0
     policies, meta = load_policies(out)
     assert meta.progress is None
     assert [row["stage"] for row in meta.history][::2] == [
@@ -511,13 +547,8 @@ def test_policies_are_taught_and_decode(ospec, tmp_path, capsys, monkeypatch):
         "depth by itself",
         "size in turn",
     ]
-    straight = tmp_path / "straight"
-    again = ("train-control", folder, "--out", straight, "--config", config, *common)
-    assert ospec.run(*again, 3) == 0
-    same = lambda a, b: np.testing.assert_array_equal(a, b)
-    jax.tree.map(same, load_policies(straight)[0], policies)
 
-    judge = ("rules", folder, *common)
+    judge = ("rules", folder, *ON_TREES)
     assert ospec.run(*judge, 3, "--policies", out, "--json", file) == 0
     rows = {row["name"]: row for row in json.loads(file.read_text())}
     assert rows[f"LTD, {out}"]["num_cycles"] > 0
@@ -544,7 +575,7 @@ def test_policies_are_taught_and_decode(ospec, tmp_path, capsys, monkeypatch):
     assert ospec("bench", "--controller", f"ltd:{out}") == 2
     assert f"use --controllers ltd:{out}" in capsys.readouterr().err
 
-    contenders = ["2", "auto", "marginal", f"ltd:{out}"]
+    contenders = ["2", f"ltd:{out}"]
     args = ("--num-prompts", 1, "--max-new-tokens", 6, "--draft", ospec.draft)
     compared = ("bench", "--controllers", ",".join(contenders), *args)
     assert ospec(*compared, "--json", file) == 0
@@ -553,6 +584,41 @@ def test_policies_are_taught_and_decode(ospec, tmp_path, capsys, monkeypatch):
     assert {row["num_mismatched_outputs"] for row in rows} == {0}
     assert ospec("bench", "--controllers", "2,often", *args) == 2
     assert "unknown controller 'often'" in capsys.readouterr().err
+
+
+# That a course goes on bit by bit is held without a command by `replay/test_ltd.py`.
+@pytest.mark.thorough
+def test_an_interrupted_teaching_ends_as_a_straight_one(
+    ospec, recording, tmp_path, monkeypatch
+):
+    _, teach = recording
+    run = Teacher.run
+    count = itertools.count()
+    stopping = lambda self, course, show, save, should_stop: run(
+        self,
+        course,
+        show,
+        save,
+        lambda: next(count) == 3 and signal.raise_signal(2) or should_stop(),
+    )
+    monkeypatch.setattr(Teacher, "run", stopping)
+    assert ospec.run(*teach, 3, "--out", tmp_path / "part") == 130
+    monkeypatch.setattr(Teacher, "run", run)
+    assert ospec.run(*teach, 3, "--out", tmp_path / "part", "--resume") == 0
+    assert ospec.run(*teach, 3, "--out", tmp_path / "straight") == 0
+    found = [load_policies(tmp_path / name)[0] for name in ("part", "straight")]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.thorough
+def test_controllers_that_measure_are_compared(ospec, tmp_path):
+    file = tmp_path / "rows.json"
+    args = ("--num-prompts", 1, "--max-new-tokens", 6, "--draft", ospec.draft)
+    compared = ("bench", "--controllers", "2,auto,marginal", *args)
+    assert ospec(*compared, "--json", file) == 0
+    rows = json.loads(file.read_text())
+    assert [row["mode"] for row in rows[1:]] == ["2", "auto", "marginal"]
+    assert {row["num_mismatched_outputs"] for row in rows} == {0}
 
 
 def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
@@ -612,6 +678,8 @@ def test_streams_are_recorded_and_replayed(ospec, tmp_path, capsys):
     assert [len(losses) for losses in third["hindsight"].values()] == [6]
 
 
+# Batches and contenders are those of `bench/test_parts.py` and `bench/test_drafts.py`.
+@pytest.mark.thorough
 def test_bench_of_batches(ospec):
     rows = ospec.json(
         "bench", "--draft", ospec.draft, "--prompts", ospec.prompts,
@@ -660,6 +728,7 @@ def test_bench_asks_spec_bench(ospec, tmp_path):
     assert plot.exists()
 
 
+@pytest.mark.thorough
 def test_bench_compares_drafts(ospec, tmp_path):
     table = tmp_path / "table.md"
     rows = ospec.json(

@@ -220,6 +220,9 @@ def test_a_signal_within_an_answer_drops_it(ospec, tmp_path, monkeypatch, comman
         assert json.loads(file.read_text()) == whole
 
 
+# Signals while recording are in the next test, and while training in
+# `distill/test_distill.py`.
+@pytest.mark.thorough
 def test_distilling_stops_where_a_signal_comes(ospec, tmp_path, monkeypatch):
     out, ship = tmp_path / "out", tmp_path / "ship"
     args = ("--prompts", ospec.prompts, "--out", out, "--num-updates", 3)

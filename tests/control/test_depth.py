@@ -152,7 +152,7 @@ def switching(actions):
     return rule._replace(choose=lambda state, rows: next(cycle))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 3])
 @pytest.mark.usefixtures("own_programs")
 def test_greedy_output_does_not_depend_on_depths(target, draft, plain, batch_size):
     session = Session(

@@ -185,7 +185,9 @@ def open_auto(target, draft, **given):
 
 @pytest.mark.crossed
 @pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("name", ["auto", "joint", "marginal"])
+@pytest.mark.parametrize(
+    "name", ["auto", "joint", pytest.param("marginal", marks=pytest.mark.thorough)]
+)
 def test_output_depends_on_no_table_and_no_clock(target, draft, name, batch_size):
     plain = answers(Session(target))
     given = draft

@@ -68,7 +68,7 @@ def with_costs(state, by_depth, by_size=0.0):
     return dataclasses.replace(state, seconds=tuple(seconds.ravel().tolist()))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_absurd_costs_never_change_output_and_compile_nothing(
     target, draft, batch_size
 ):
@@ -106,10 +106,16 @@ def test_absurd_costs_never_change_output_and_compile_nothing(
     assert step._cache_size() == num_programs
 
 
-@pytest.mark.crossed
-@pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("tree", [TREE, None], ids=["dynamic", "chain"])
-@pytest.mark.parametrize("penalty", [0.0, 0.3], ids=["sampled", "full"])
+# The next test draws from dynamic trees without penalties.
+@pytest.mark.parametrize(
+    ("penalty", "tree", "batch_size"),
+    [
+        pytest.param(
+            *case, marks=[] if case == (0.3, None, 2) else [pytest.mark.thorough]
+        )
+        for case in itertools.product((0.0, 0.3), (TREE, None), (1, 2))
+    ],
+)
 def test_drawn_answers_are_steered_too(target, draft, tree, penalty, batch_size):
     """Where one token alone may be drawn, it is the one that plain decoding takes."""
     only_one = SamplingConfig(1.0, top_k=1, presence_penalty=penalty)

@@ -98,9 +98,16 @@ def with_policies(session, found):
     session.chooser.state = dataclasses.replace(state, policies=found)
 
 
-@pytest.mark.crossed
-@pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("name", ["tree", "chain"])
+# The tests of what steps report and of checkpoints decode trees, one request at a time.
+@pytest.mark.parametrize(
+    ("name", "batch_size"),
+    [
+        ("chain", 2),
+        pytest.param("chain", 1, marks=pytest.mark.thorough),
+        pytest.param("tree", 1, marks=pytest.mark.thorough),
+        pytest.param("tree", 2, marks=pytest.mark.thorough),
+    ],
+)
 def test_output_never_depends_on_policies_and_one_program_serves_all(
     target, draft, folders, batch_size, name
 ):
@@ -156,6 +163,9 @@ def law_of(target, ids, length):
     }
 
 
+# Greedy output, above, and steered draws (`test_steered.py`) hold it in `make test`;
+# the rule of a policy by itself is enumerated in `decoding/test_laws.py`.
+@pytest.mark.thorough
 def test_answers_follow_the_target_while_policies_learn(folders):
     """After nearly every answer they are others, by what earlier ones had accepted."""
     target = tiny_target(16)

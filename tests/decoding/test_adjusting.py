@@ -2,6 +2,7 @@
 """Penalties and biases: as plain decoding has them, whatever is drafted."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +59,18 @@ SETTINGS = [
 HOT = [dataclasses.replace(one, temperature=0.9, min_p=0.05) for one in SETTINGS]
 
 
-@pytest.fixture(scope="module", params=["float32", "int8"])
+@functools.cache
+def open_target(precision):
+    return tiny_target(VOCAB, precision, num_layers=2)
+
+
+# Adjusting does not look at how logits were computed.
+@pytest.fixture(
+    scope="module",
+    params=["float32", pytest.param("int8", marks=pytest.mark.thorough)],
+)
 def target(request):
-    return tiny_target(VOCAB, request.param, num_layers=2)
+    return open_target(request.param)
 
 
 def engine_for(target, tree, ngrams=False):
@@ -74,6 +84,17 @@ def engine_for(target, tree, ngrams=False):
         draft = draft.replace(memory=init_memory(64))
     step = StepConfig(target.config, target.numerics, tree, config.taps)
     return Engine(step, target.params, drafter), draft
+
+
+@functools.cache
+def shared_engine(precision, name):
+    """For tests that count no programs: what one of them compiled serves the others."""
+    tree = PLAIN if name == "plain" else TREES[name]
+    return engine_for(open_target(precision), tree, ngrams=name in NGRAMS)
+
+
+def engine_of(target, name):
+    return shared_engine(target.numerics.precision, name)
 
 
 def requests(settings, **changes):
@@ -96,13 +117,13 @@ def tokens(completions):
 
 @pytest.fixture(scope="module")
 def plain(target):
-    return tokens(answers(*engine_for(target, PLAIN), requests(SETTINGS)))
+    return tokens(answers(*engine_of(target, "plain"), requests(SETTINGS)))
 
 
 @pytest.fixture(scope="module")
 def unadjusted(target):
     neutral = [SamplingConfig()] * len(PROMPTS)
-    return tokens(answers(*engine_for(target, PLAIN), requests(neutral)))
+    return tokens(answers(*engine_of(target, "plain"), requests(neutral)))
 
 
 def adjusted(logits, how, prompt_ids, answer):
@@ -227,7 +248,7 @@ def test_adjustments_change_what_is_answered(plain, unadjusted):
 @pytest.mark.parametrize("name", list(TREES))
 def test_greedy_answers_are_plain_decodings(target, plain, name):
     """Rows of all settings beside each other, and each of them alone."""
-    engine, draft = engine_for(target, TREES[name], ngrams=name in NGRAMS)
+    engine, draft = engine_of(target, name)
     for batch_size in (1, 4):
         done = answers(engine, draft, requests(SETTINGS), batch_size)
         assert tokens(done) == plain
@@ -239,7 +260,7 @@ def test_greedy_answers_are_plain_decodings(target, plain, name):
 @pytest.mark.parametrize("target", ["float32"], indirect=True)
 @pytest.mark.parametrize("name", list(TREES))
 def test_sampled_answers_depend_on_no_neighbour(target, plain, unadjusted, name):
-    engine, draft = engine_for(target, TREES[name], ngrams=name in NGRAMS)
+    engine, draft = engine_of(target, name)
     alone = tokens(answers(engine, draft, requests(HOT)))
     assert tokens(answers(engine, draft, requests(HOT), 4)) == alone
 
@@ -310,10 +331,12 @@ def reported(target, tree, asked, batch_size=1, has_log_probs=False):
     return answers(engine, draft, asked, batch_size)
 
 
-@pytest.mark.parametrize("name", ["chain", "dynamic"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("chain", marks=pytest.mark.thorough), "dynamic"]
+)
 def test_alternatives_are_the_targets_most_probable_tokens(name):
     """Before any adjustment, at a temperature and without one."""
-    target = tiny_target(VOCAB, num_layers=2)
+    target = open_target("float32")
     settings = [SETTINGS[0], HOT[1], SETTINGS[2], HOT[3]]
     asked = [
         dataclasses.replace(request, num_log_probs=number)
@@ -360,8 +383,7 @@ def test_a_session_that_reports_to_all_reports_to_all_beside_one_that_asks():
 
 
 def test_a_stream_has_the_alternatives_of_its_tokens():
-    target = tiny_target(VOCAB, num_layers=2)
-    engine, draft = engine_for(target, TREES["chain"])
+    engine, draft = shared_engine("float32", "chain")
     asked = [Request("0", (1, 2, 3), 30, num_log_probs=3)]
     heard = []
     serve = engine.serve(
@@ -379,11 +401,13 @@ def test_other_numbers_of_alternatives_are_refused(number):
         Request("0", (1,), num_log_probs=number)
 
 
-@pytest.mark.parametrize("name", ["chain", "dynamic", "traversal"])
+@pytest.mark.parametrize(
+    "name",
+    ["chain", pytest.param("dynamic", marks=pytest.mark.thorough), "traversal"],
+)
 def test_a_row_that_does_not_speculate_takes_one_token_a_step(name):
-    target = tiny_target(VOCAB, num_layers=2)
-    engine, draft = engine_for(target, TREES[name], ngrams=name in NGRAMS)
-    plain_engine, _ = engine_for(target, PLAIN)
+    engine, draft = shared_engine("float32", name)
+    plain_engine, _ = shared_engine("float32", "plain")
     slow = [1, 2]
     asked = [
         dataclasses.replace(request, can_speculate=number not in slow)
@@ -449,7 +473,7 @@ def next_law(target, how, prompt_ids, answer):
 )
 def test_draws_follow_the_law_that_was_asked_for(name):
     """Answers of one prompt, each drafted, beside greedy neighbours."""
-    target = tiny_target(VOCAB, num_layers=2)
+    target = open_target("float32")
     how = SamplingConfig(
         temperature=1.1,
         top_k=3,
@@ -469,7 +493,7 @@ def test_draws_follow_the_law_that_was_asked_for(name):
             ):
                 law[first, second, third] = chance * other * last
 
-    engine, draft = engine_for(target, TREES[name])
+    engine, draft = shared_engine("float32", name)
     num_runs = 800
     asked = [Request(str(i), prompt_ids, 4, how) for i in range(num_runs)]
     asked[7::50] = [Request("other", (1, 2, 3), 4)] * len(asked[7::50])

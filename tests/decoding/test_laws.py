@@ -313,11 +313,13 @@ ASKED = {
     [
         (CHAIN, "topk", "recursive", 4),
         (CHAIN, "sampled", "recursive", 3),
-        (CHAIN, "sampled", "traversal", 3),
+        pytest.param(CHAIN, "sampled", "traversal", 3, marks=pytest.mark.thorough),
         (PAIRS, "without_replacement", "recursive", 3),
-        (PAIRS, "topk_sampled", "recursive", 3),
+        pytest.param(PAIRS, "topk_sampled", "recursive", 3, marks=pytest.mark.thorough),
         (PAIRS, "sampled", "traversal", 3),
-        (PAIRS, "without_replacement", "traversal", 3),
+        pytest.param(
+            *(PAIRS, "without_replacement", "traversal", 3), marks=pytest.mark.thorough
+        ),
         (PAIRS, "hub", "hub", 3),
     ],
     ids=name_of,

@@ -88,7 +88,10 @@ def test_what_is_drafted_after_a_rest_is_what_would_have_been(target, monkeypatc
     assert sum(map(sum, drafted)) > 0
 
 
-@pytest.mark.parametrize("family", ["eagle3", "hydra", "exit", "model"])
+@pytest.mark.parametrize(
+    "family",
+    ["eagle3", pytest.param("hydra", marks=pytest.mark.thorough), "exit", "model"],
+)
 def test_caches_are_those_of_a_draft_that_kept_up(target, family):
     session = session_of(target, draft_of(family, target), [])
     engine = session.engine

@@ -199,15 +199,17 @@ def test_a_window_is_trained_behind_all_that_it_sees(
     assert meta.card["config"]["num_context"] == 90
 
 
-# EAGLE-1 is built as EAGLE-3 is, which the other tests train.
+# EAGLE-1 is built as EAGLE-3 is, which the other tests train. Hydra and P-EAGLE are
+# trained by command (`cli/test_cli.py`), all of them without a run in
+# `learners/test_gradient.py`.
 @pytest.mark.parametrize(
     "family",
     [
         pytest.param("eagle1", marks=pytest.mark.thorough),
-        "hydra",
+        pytest.param("hydra", marks=pytest.mark.thorough),
         "exit",
         "dflash",
-        "peagle",
+        pytest.param("peagle", marks=pytest.mark.thorough),
     ],
 )
 def test_every_family_is_trained(target, folder, prompts, family, tmp_path):

@@ -56,7 +56,9 @@ def proposed(drafter, config, draft, shared, tree_rows=1, temperature=0.0):
     return jax.jit(drafter.propose)(draft, shared, cache, roots)[0]
 
 
-@pytest.mark.parametrize("family", ["dflash", "peagle"])
+@pytest.mark.parametrize(
+    "family", ["dflash", pytest.param("peagle", marks=pytest.mark.thorough)]
+)
 def test_chains_are_drawn_from_what_they_say(shared, family):
     """The law of each token given those before it, bias included."""
     tree = TreeConfig("chain", 2, children="sampled")

@@ -50,10 +50,10 @@ def answers(target, draft, **given):
 @pytest.mark.parametrize(
     ("tree", "precision", "batch_size"),
     [
-        (CHAIN, "float32", 1),
+        pytest.param(CHAIN, "float32", 1, marks=pytest.mark.thorough),
         (CHAIN, "int8", 4),
         (TREE, "float32", 4),
-        (TREE, "int8", 1),
+        pytest.param(TREE, "int8", 1, marks=pytest.mark.thorough),
     ],
     ids=["chain", "chain, int8, batch", "tree, batch", "tree, int8"],
 )
@@ -114,7 +114,8 @@ def proposed(tree, seed=0):
         sampling,
     )
     cache = init_cache(1, 2, 1, 64, 4, jnp.float32)
-    return grow(step, tree, cache, roots, numerics=Numerics())[0]
+    run = lambda roots, cache: grow(step, tree, cache, roots, numerics=Numerics())[0]
+    return jax.jit(run)(roots, cache)
 
 
 def test_the_first_nodes_are_a_smaller_tree():

@@ -32,6 +32,17 @@ TREES = {
 }
 
 
+# EAGLE-1 attends as EAGLE-3 does, and has a window in `test_trained.py`, too. P-EAGLE
+# has layers as EAGLE-3 has, and drafts in one pass as DFlash does.
+ALL = [
+    "eagle3",
+    pytest.param("eagle1", marks=pytest.mark.thorough),
+    "hydra",
+    "dflash",
+    pytest.param("peagle", marks=pytest.mark.thorough),
+]
+
+
 @pytest.fixture(scope="module")
 def shared():
     return shared_tables(random_params(MODEL))
@@ -131,7 +142,7 @@ def assert_same(first, second):
 
 
 @pytest.mark.crossed
-@pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra", "dflash", "peagle"])
+@pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("name", list(TREES))
 def test_nothing_before_the_window_matters(shared, family, name):
     """Nor for a single bit: the last W pairs alone decide, at their positions."""
@@ -153,7 +164,7 @@ def test_nothing_before_the_window_matters(shared, family, name):
 
 
 @pytest.mark.crossed
-@pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra", "dflash", "peagle"])
+@pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("name", list(TREES))
 def test_a_window_as_long_as_the_text_changes_nothing(shared, family, name):
     drafter, config, draft = made(family, TREES[name])
@@ -166,7 +177,7 @@ def test_a_window_as_long_as_the_text_changes_nothing(shared, family, name):
     assert not np.array_equal(tree.log_probs, drafted(drafter, *args)[1].log_probs)
 
 
-@pytest.mark.parametrize("family", ["eagle3", "eagle1", "hydra", "dflash", "peagle"])
+@pytest.mark.parametrize("family", ALL)
 def test_training_does_not_look_beyond_the_window(shared, family):
     """What is trained is decided by the window behind it; more context is not read."""
     drafter, config, draft = made(family, TREES["chain"], sliding_window=WINDOW)

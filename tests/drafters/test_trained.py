@@ -106,7 +106,16 @@ class Rig:
         return self.propose(self.draft, shared, cache, roots)
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+# Windows of some families suffice: `test_sliding_window.py` has all of them.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.thorough)
+        if name in ("hydra-window", "peagle-window")
+        else name
+        for name in VARIANTS
+    ],
+)
 def family(request):
     return request.param
 

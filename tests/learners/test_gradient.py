@@ -113,11 +113,11 @@ def test_predicted_states_come_closer_to_the_targets(segments, shared):
     drafter, draft = make_draft("eagle1")
     assert make_draft("hydra")[0].unroll_outputs is None
 
+    run = jax.jit(drafter.unroll_outputs, static_argnames=("num_context", "num_steps"))
+
     def gap(params):
         args = draft.token_ids, shared, segments.feedback, segments.start
-        states = drafter.unroll_outputs(
-            params, *args, num_context=CONTEXT, num_steps=STEPS
-        )[1]
+        states = run(params, *args, num_context=CONTEXT, num_steps=STEPS)[1]
         hidden = segments.feedback.hidden[:, CONTEXT + 1 :]
         found = feature_loss(states, hidden, segments.weight[:, CONTEXT + 1 :])
         return float(found), states, hidden

@@ -244,7 +244,9 @@ def test_products_are_fused_with_nothing(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param("float32", marks=pytest.mark.thorough), "int8"]
+)
 def test_real_weights(precision):
     from ospec_jax.models.hub import load_target
 

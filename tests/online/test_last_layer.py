@@ -316,6 +316,11 @@ def test_recorded_states_are_those_that_the_draft_predicted_from(
         assert hits == stats.num_accepted_tokens
 
 
+@pytest.mark.parametrize(
+    "any_target",
+    ["float32", pytest.param("int8", marks=pytest.mark.thorough)],
+    indirect=True,
+)
 def test_it_learns_while_serving_and_never_changes_the_output(any_target, tmp_path):
     target = any_target
     plain = answers(Session(target))

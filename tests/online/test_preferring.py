@@ -139,7 +139,9 @@ def test_one_answer_of_so_many_takes_a_softmax_step(target):
     assert taken == ["_prefer", "_prefer", "_learn"] * 2
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(
+    "temperature", [1.0, pytest.param(0.6, marks=pytest.mark.thorough)]
+)
 def test_sampled_and_adjusted_answers_teach_nothing(target, temperature):
     session = Session(target, loaded(target), learner=PREFERENCE, ngrams=False)
     before = kernel_of(session)

@@ -82,8 +82,9 @@ def histograms(answers):
 @pytest.mark.parametrize(
     ("family", "promoted"),
     [
-        ("eagle3", "always"),
-        ("hydra", "guarded"),
+        ("eagle3", "guarded"),
+        pytest.param("eagle3", "always", marks=pytest.mark.thorough),
+        pytest.param("hydra", "guarded", marks=pytest.mark.thorough),
         ("dflash", "always"),
         # Drafts in one pass as dflash does, with layers as eagle3 has.
         pytest.param("peagle", "always", marks=pytest.mark.thorough),

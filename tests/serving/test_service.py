@@ -206,7 +206,7 @@ def test_an_answer_is_told_piece_by_piece_and_counted(service):
 
 
 def test_a_pool_s_service_tells_which_member_drafted(target, plain):
-    members = [load_draft(name, target) for name in ("self:exit-1", "ngram")]
+    members = [load_draft(name, target) for name in ("suffix", "ngram")]
     pool = pool_draft(members, target)
     session = Session(target, pool, controller="fixed:1", num_predicted_tokens=0)
     service = Service(session, ServiceConfig("tiny", 240))

@@ -73,6 +73,11 @@ def converse(live, sampling, num_turns=3):
     return answers, reused
 
 
+@pytest.mark.parametrize(
+    "any_target",
+    ["float32", pytest.param("int8", marks=pytest.mark.thorough)],
+    indirect=True,
+)
 def test_turns_are_answered_as_if_nothing_were_kept(any_target):
     live, session = live_of(any_target)
     fresh, _ = live_of(any_target, kept_bytes=0)
@@ -89,6 +94,11 @@ def test_turns_are_answered_as_if_nothing_were_kept(any_target):
         assert live.kept_status() == {"num_rows": 0, "num_bytes": 0}
 
 
+@pytest.mark.parametrize(
+    "any_target",
+    ["float32", pytest.param("int8", marks=pytest.mark.thorough)],
+    indirect=True,
+)
 def test_what_is_kept_has_the_bits_of_a_prompt_that_was_run(any_target):
     learner = LearnerConfig("gradient", update_every_prompts=100)
     live, session = live_of(any_target, learner=learner)

@@ -34,9 +34,15 @@ def plain(target):
     return [r.token_ids for r in Session(target).generate(PROMPTS, 30)]
 
 
-@pytest.mark.crossed
-@pytest.mark.parametrize("learner", [None, "head"])
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    ("batch_size", "learner"),
+    [
+        (3, "head"),
+        pytest.param(1, None, marks=pytest.mark.thorough),
+        pytest.param(1, "head", marks=pytest.mark.thorough),
+        pytest.param(3, None, marks=pytest.mark.thorough),
+    ],
+)
 def test_whoever_comes_when_is_answered_as_alone(
     target, draft, plain, batch_size, learner
 ):
@@ -69,7 +75,9 @@ def test_whoever_comes_when_is_answered_as_alone(
         assert session.version > 0
 
 
-@pytest.mark.parametrize("judge_every", [1, 4])
+@pytest.mark.parametrize(
+    "judge_every", [pytest.param(1, marks=pytest.mark.thorough), 4]
+)
 def test_a_pool_is_judged_while_rows_come_and_go(target, plain, judge_every):
     session = Session(
         target,

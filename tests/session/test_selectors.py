@@ -103,7 +103,9 @@ def test_with_one_draft_the_depth_is_chosen(target):
     "tree",
     [
         TreeConfig("dynamic", 2, topk=2, num_draft_tokens=4),
-        TreeConfig("static", 2, branching=(3, 1)),
+        pytest.param(
+            TreeConfig("static", 2, branching=(3, 1)), marks=pytest.mark.thorough
+        ),
     ],
     ids=["dynamic", "static"],
 )
@@ -141,7 +143,7 @@ def law_of_answers(target, ids, length):
     [
         ("normalhedge:sample", "topk", 2),
         ("leader", "sampled", 1),
-        ("exp3", "topk", 1),
+        pytest.param("exp3", "topk", 1, marks=pytest.mark.thorough),
     ],
 )
 def test_sampled_answers_keep_their_law(target, pool, name, children, judge_every):
