@@ -8,6 +8,7 @@ from typing import Any
 from ospec_jax.config import ConfigError
 from ospec_jax.control.bandits import bandit, epsilon_greedy, exp3, thompson, ucb
 from ospec_jax.control.base import Action, Controller, fixed
+from ospec_jax.control.contexts import KEYS, by_key
 from ospec_jax.control.depth import most_tokens_a_second
 from ospec_jax.control.normal_hedge import ada_normal_hedge, normal_hedge
 from ospec_jax.control.selection import check_choice, select
@@ -41,6 +42,9 @@ OPTIONS = {
     "raw": "deep tokens are judged as first ones are, as published; not for bandits",
     "sample": "drafters are drawn from the weights; not for bandits",
     "request": "everything is forgotten at the end of an answer",
+    "scope": "each key and tenant of a server has weights of its own; not for bandits",
+    "domain": "likewise each domain that prompts name; not for bandits",
+    "opening": "likewise each beginning of prompts, of 32 tokens; not for bandits",
 }
 """What may follow a name, behind colons."""
 
@@ -88,7 +92,14 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
     if first in BANDITS:
         return bandit(actions, BANDITS[first], loss=loss, begins_anew=begins_anew)
 
-    return select(
+    kinds = [option for option in options if option in KEYS]
+    if len(set(kinds)) > 1 or (kinds and begins_anew):
+        raise ConfigError(
+            f"{name!r} tells requests apart in more than one way, or forgets what it "
+            f"learned of them; leave one of {', '.join((*KEYS, 'request'))}"
+        )
+
+    selection = select(
         actions,
         JUDGING[first](),
         loss=loss,
@@ -97,6 +108,7 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
         corrects="raw" not in options,
         begins_anew=begins_anew,
     )
+    return by_key(selection, KEYS[kinds[0]]) if kinds else selection
 
 
 def _always(options: list[str], actions: tuple[Action, ...]) -> Controller:

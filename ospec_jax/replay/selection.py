@@ -15,7 +15,7 @@ import numpy as np
 
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError, TreeConfig
-from ospec_jax.control.base import Action, Chooser, Outcome
+from ospec_jax.control.base import Action, Chooser, Context, Outcome, Row
 from ospec_jax.control.lengths import Pending
 from ospec_jax.control.selectors import build_selector
 from ospec_jax.replay.pool_record import PoolAnswer, PoolMeta
@@ -68,6 +68,26 @@ def costs_of(meta: PoolMeta, costs: Sequence[float]) -> np.ndarray:
     return np.asarray(costs) / min(costs)
 
 
+def check_context(name: str, answers: Sequence[PoolAnswer]) -> None:
+    """Refuses to tell requests apart by what was not recorded of them.
+
+    Raises:
+      ConfigError: They would all have the shared weights.
+    """
+    options = name.split(":")[1:]
+    if "scope" in options:
+        raise ConfigError(
+            f"{name!r} goes by whose requests are, which recordings do not say; use "
+            f"domain or opening"
+        )
+    for option in ("domain", "opening"):
+        if option in options and not any(getattr(one, option) for one in answers):
+            raise ConfigError(
+                f"{name!r} goes by a prompt's {option}, and no recorded answer has "
+                f"one; record prompts that do, into another folder"
+            )
+
+
 def replay(
     meta: PoolMeta,
     answers: Sequence[PoolAnswer],
@@ -80,6 +100,7 @@ def replay(
       name: See `control.selectors`.
       costs: Of a step of each drafter, in any unit; by default all cost the same.
     """
+    check_context(name, answers)
     relative = costs_of(meta, costs)
     tree = TreeConfig(num_steps=meta.num_steps)
     actions = tuple(Action(tree, i) for i in range(len(meta.drafters)))
@@ -124,10 +145,12 @@ def _walk(chooser: Chooser, answer: PoolAnswer, depth: int) -> list[int]:
     numbers = []
     place = 0
     num_places = len(answer.accepted)
+    context = Context(0, answer.domain, answer.opening)
 
     while place < num_places:
         # The host is one step ahead of what it has read.
-        action = chooser.choose(())
+        left = num_places - place
+        action = chooser.choose((Row(False, place + 1, left, context),))
         if unread is not None:
             chooser.observe(*unread)
         numbers.append(action.drafter)
@@ -142,7 +165,8 @@ def _walk(chooser: Chooser, answer: PoolAnswer, depth: int) -> list[int]:
         judged = answer.hits[emitted, action.drafter][:depth].astype(float)
         expected = () if is_end else (tuple(judged.tolist()),)
         windows = pending.add(hits, hits)
-        unread = action, Outcome(heard, windows, int(is_end), expected)
+        outcome = Outcome(heard, windows, int(is_end), expected)
+        unread = action, outcome._replace(parts=((context, outcome),))
 
     if unread is not None:
         chooser.observe(*unread)

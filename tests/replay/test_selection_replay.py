@@ -63,7 +63,17 @@ def recording(target, pool, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["fixed:0", "fixed:1", "normalhedge", "ucb"])
+REPLAYED = (
+    "fixed:0",
+    "fixed:1",
+    "normalhedge",
+    "ucb",
+    "normalhedge:domain",
+    "share:opening",
+)
+
+
+@pytest.mark.parametrize("name", REPLAYED)
 def test_replays_come_to_what_decoding_does(target, pool, recording, name):
     session = Session(
         target,
@@ -81,6 +91,38 @@ def test_replays_come_to_what_decoding_does(target, pool, recording, name):
         weights = session.chooser.state.weights
         np.testing.assert_allclose(found.weights[-1], weights)
         assert found.num_switches == session.chooser.state.num_switches
+    if ":" in name and not name.startswith("fixed"):
+        state = session.chooser.state
+        assert len(state.keys) == len(dict.fromkeys(state.keys)) == session_keys(name)
+        np.testing.assert_allclose(found.weights[-1], state.shared.weights)
+
+
+def session_keys(name):
+    """Domains of the prompts, or their openings."""
+    if name.endswith("domain"):
+        return len({prompt.domain for prompt in PROMPTS})
+    return len(PROMPTS)
+
+
+def test_requests_are_told_apart_by_what_was_recorded_of_them(recording):
+    meta, answers = read_pool(recording)
+    assert len({answer.opening for answer in answers}) == len(answers)
+    with pytest.raises(ConfigError, match="whose requests are"):
+        replay(meta, answers, "normalhedge:scope")
+    old = [dataclasses.replace(one, opening="") for one in answers]
+    with pytest.raises(ConfigError, match="no recorded answer has"):
+        replay(meta, old, "normalhedge:opening")
+
+
+def test_domains_that_take_turns_are_served_by_weights_of_their_own():
+    meta, answers = made_up()
+    turns = [
+        one for pair in zip(answers[:20], answers[20:], strict=True) for one in pair
+    ]
+    steps = lambda name: replay(meta, turns, name).steps.sum()
+    assert steps("normalhedge:domain") < 0.9 * steps("normalhedge")
+    best_each = compare(meta, turns, [])[-1].steps.sum()
+    assert steps("normalhedge:domain") < 1.02 * best_each
 
 
 def test_a_recording_goes_on_and_is_of_one_kind(target, pool, recording, tmp_path):
