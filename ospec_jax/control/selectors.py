@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from ospec_jax.config import ConfigError
-from ospec_jax.control.bandits import bandit, epsilon_greedy, exp3, thompson, ucb
+from ospec_jax.control.bandits import (
+    agreement,
+    bandit,
+    epsilon_greedy,
+    exp3,
+    meta_sd,
+    thompson,
+    ucb,
+)
 from ospec_jax.control.base import Action, Controller, fixed
 from ospec_jax.control.contexts import KEYS, by_key
 from ospec_jax.control.depth import most_tokens_a_second
@@ -23,9 +31,11 @@ JUDGING: dict[str, Callable] = {
 }
 """Rules for weights, which learn of every drafter at every emitted token."""
 
+META_SD = "metasd"
 BANDITS = {
     "ucb": ucb,
     "exp3": exp3,
+    META_SD: meta_sd,
     "thompson": thompson,
     "epsilon": epsilon_greedy,
 }
@@ -90,7 +100,15 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
 
     begins_anew = "request" in options
     if first in BANDITS:
-        return bandit(actions, BANDITS[first], loss=loss, begins_anew=begins_anew)
+        if first == META_SD and loss == "time":
+            raise ConfigError(
+                f"{name!r}: {META_SD} rewards agreement with the target, which is no "
+                f"number of tokens a second; leave 'time' out, or use ucb:time"
+            )
+        own = {"reward": agreement} if first == META_SD else {}
+        return bandit(
+            actions, BANDITS[first], loss=loss, begins_anew=begins_anew, **own
+        )
 
     kinds = [option for option in options if option in KEYS]
     if len(set(kinds)) > 1 or (kinds and begins_anew):
