@@ -12,6 +12,7 @@ from ospec_jax.control.bandits import (
     epsilon_greedy,
     exp3,
     meta_sd,
+    share_accepted,
     thompson,
     ucb,
 )
@@ -105,9 +106,12 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
                 f"{name!r}: {META_SD} rewards agreement with the target, which is no "
                 f"number of tokens a second; leave 'time' out, or use ucb:time"
             )
-        own = {"reward": agreement} if first == META_SD else {}
         return bandit(
-            actions, BANDITS[first], loss=loss, begins_anew=begins_anew, **own
+            actions,
+            BANDITS[first],
+            reward=agreement if first == META_SD else share_accepted,
+            loss=loss,
+            begins_anew=begins_anew,
         )
 
     kinds = [option for option in options if option in KEYS]

@@ -119,12 +119,14 @@ def regret_by_size(
         for seed in seeds:
             order = np.random.default_rng(seed).permutation(len(answers))
             pool = with_copies(meta, [answers[i] for i in order], size, noise, seed)
-            fixed = [int(replay(*pool, f"fixed:{i}").steps.sum()) for i in range(size)]
-            pools.append((pool, min(fixed)))
+            # Copies only lose, so the best member is the best of all.
+            best = int(replay(pool[0], pool[1], "fixed:0").steps.sum())
+            pools.append((pool, best))
 
         for name in names:
-            steps = [int(replay(*pool, name).steps.sum()) for pool, _ in pools]
-            best = [steps for _, steps in pools]
+            found = [replay(pool[0], pool[1], name) for pool, _ in pools]
+            steps = [int(one.steps.sum()) for one in found]
+            best = [own for _, own in pools]
             rows.append(
                 {
                     "name": name,
