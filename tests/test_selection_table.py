@@ -42,7 +42,7 @@ def test_the_tables_are_written(files, monkeypatch, capsys):
     asked = []
 
     def record(prompts, out, **how):
-        asked.append((prompts.stem, how["draft"]))
+        asked.append(how["draft"])
         record_pool(target, pool, read_prompts(prompts), out, max_new_tokens=16)
 
     monkeypatch.setitem(TOOL["main"].__globals__, "record", record)
@@ -51,7 +51,7 @@ def test_the_tables_are_written(files, monkeypatch, capsys):
     given += ["--train", str(files / "train.jsonl"), "--out", str(out)]
     given += ["--select", "ucb,share,normalhedge:domain", "--shuffles", "2"]
     TOOL["main"]([*given, "--draft", "pool:ngram+suffix", "--sizes", "2,3"])
-    assert [name for name, _ in asked] == ["test", "train", "reworded"]
+    assert asked == ["pool:ngram+suffix"]
 
     for kind in ("mixtures", "reworded"):
         text = (out / f"{kind}.md").read_text()
@@ -63,9 +63,11 @@ def test_the_tables_are_written(files, monkeypatch, capsys):
     assert (out / "sizes.png").stat().st_size
     assert str(out / "sizes.md") in capsys.readouterr().out
 
-    # Without a draft the recording is taken as it is.
-    TOOL["main"]([*given, "--sizes", "2"])
-    assert len(asked) == 3
+    # Without a draft the recording is taken as it is, or as experts' that are made up.
+    TOOL["main"]([*given, "--sizes", "2", "--made-up", "0.3"])
+    row = json.loads((out / "mixtures.json").read_text())[0]
+    assert row["name"] == "made up, at home in sums"
+    assert len(asked) == 1
     given[2] = str(files / "train.jsonl")
     with pytest.raises(ConfigError, match="that the router is trained on"):
         TOOL["main"]([*given, "--sizes", "2"])

@@ -13,6 +13,7 @@ which mislead a router; `sizes.md` and `sizes.png`, regret by the number of draf
 """
 
 import argparse
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -21,7 +22,8 @@ from ospec_jax import atomic
 from ospec_jax.cli.streams import record
 from ospec_jax.data.prompts import Prompt, read_prompts, write_prompts
 from ospec_jax.replay import copies, mixtures
-from ospec_jax.replay.pool_record import in_order, read_pool
+from ospec_jax.replay.copies import as_experts
+from ospec_jax.replay.pool_record import PoolAnswer, PoolMeta, in_order, read_pool
 from ospec_jax.replay.router import reworded, routes_of
 
 RULES = (
@@ -54,6 +56,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-speculative-tokens", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--select", default=",".join(RULES))
+    parser.add_argument(
+        "--made-up",
+        type=float,
+        default=0.0,
+        help="in place of the pool's members, experts that lose tokens with this "
+        "chance outside their domain",
+    )
     parser.add_argument("--shuffles", type=int, default=5)
     parser.add_argument("--sizes", default="2,4,8,16")
     return parser.parse_args(arguments)
@@ -65,20 +74,27 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     prompts, training = read_prompts(args.prompts), read_prompts(args.train)
     changed = reworded(prompts, training)
-    strange = args.out / "reworded.jsonl"
-    write_prompts(strange, changed)
-
     if args.draft:
-        for file in (args.prompts, args.train, strange):
-            record(
-                prompts=file,
-                out=args.recording,
-                target=args.target,
-                draft=args.draft,
-                precision=args.precision,
-                max_new_tokens=args.max_new_tokens,
-                num_speculative_tokens=args.num_speculative_tokens,
-            )
+        # In one go, and under names of their own: both files may have the same.
+        parts = {"test": prompts, "train": training, "reworded": changed}
+        asked = args.out / "asked.jsonl"
+        write_prompts(
+            asked,
+            [
+                dataclasses.replace(prompt, id=f"{part}-{prompt.id}")
+                for part, rows in parts.items()
+                for prompt in rows
+            ],
+        )
+        record(
+            prompts=asked,
+            out=args.recording,
+            target=args.target,
+            draft=args.draft,
+            precision=args.precision,
+            max_new_tokens=args.max_new_tokens,
+            num_speculative_tokens=args.num_speculative_tokens,
+        )
 
     names = [name for name in args.select.split(",") if name]
     for kind, asked in (("mixtures", prompts), ("reworded", changed)):
@@ -94,8 +110,7 @@ def write_mixtures(
     names: list[str],
 ) -> None:
     """Writes one of the tables by streams."""
-    meta, recorded = read_pool(args.recording)
-    known = {answer.content for answer in recorded}
+    meta, recorded = _read(args)
     answers = in_order(recorded, prompts, args.recording)
     trained_on = in_order(recorded, training, args.recording)
     routes = routes_of(meta, prompts, trained_on, training)
@@ -103,7 +118,7 @@ def write_mixtures(
 
     experts = ", ".join(f"{name} for {key}" for key, name in routes.drafters.items())
     text = (
-        f"{len(answers)} of {len(known)} recorded answers, K = {meta.num_steps}, "
+        f"{len(answers)} of {len(recorded)} recorded answers, K = {meta.num_steps}, "
         f"{args.shuffles} orders. The router takes {routes.right:.1%} of the prompts "
         f"for what their domain says; it has {experts}.\n\n"
         f"{mixtures.markdown_table(rows)}\n"
@@ -111,11 +126,19 @@ def write_mixtures(
     _write(args.out / f"{kind}.md", text, rows)
 
 
+def _read(args: argparse.Namespace) -> tuple[PoolMeta, list[PoolAnswer]]:
+    """The recording, as it is or with made-up experts."""
+    meta, recorded = read_pool(args.recording)
+    return (
+        as_experts(meta, recorded, args.made_up) if args.made_up else (meta, recorded)
+    )
+
+
 def write_sizes(
     args: argparse.Namespace, prompts: list[Prompt], names: list[str]
 ) -> None:
     """Writes the table and the plot of regret by the number of drafters."""
-    meta, recorded = read_pool(args.recording)
+    meta, recorded = _read(args)
     answers = in_order(recorded, prompts, args.recording)
     sizes = [int(size) for size in args.sizes.split(",")]
     rows = copies.regret_by_size(meta, answers, names, sizes, range(args.shuffles))

@@ -27,9 +27,9 @@ MAX_KEYS = 64
 OPENING = 32
 """Tokens by which openings are told apart. Chosen, not measured: a chat template's
 default system prompt is shorter, that of most services longer."""
-WORTH = 32
-"""Windows that what a key begins with is worth at most. Replayed on a mixture of five
-domains with 8, 32 and 128: see docs/selection.md."""
+WORTH = 8
+"""Windows that what a key begins with is worth at most. Replayed with 0 to 512: where
+drafters differ much the fewer the better, where they hardly do 32 and more."""
 
 KeyOf = Callable[[Context], str]
 

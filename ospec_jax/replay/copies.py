@@ -97,6 +97,48 @@ def _losing(
     return hits * ~is_lost, np.minimum(accepted, to_next)
 
 
+def as_experts(
+    meta: PoolMeta,
+    answers: Sequence[PoolAnswer],
+    noise: float = NOISE,
+    seed: int = 0,
+) -> tuple[PoolMeta, list[PoolAnswer]]:
+    """The recording of made-up experts: the best member, at home in one domain each.
+
+    Elsewhere an expert loses tokens as copies do. What a rule could come to where
+    drafters are experts is seen by it, not how good trained ones would be.
+
+    Args:
+      noise: Chance that an expert loses each token outside its domain.
+      seed: Of what is lost.
+    """
+    width = len(meta.drafters)
+    steps = [replay(meta, answers, f"fixed:{i}").steps.sum() for i in range(width)]
+    best = int(np.argmin(steps))
+    domains = sorted({one.domain for one in answers})
+
+    found = []
+    for place, answer in enumerate(answers):
+        own = answer.hits[:, best], answer.accepted[:, best]
+        columns = []
+        for number, domain in enumerate(domains):
+            rng = np.random.default_rng((seed, place, number))
+            is_lost = rng.uniform(size=len(own[0])) < noise
+            is_home = domain == answer.domain
+            columns.append(own if is_home else _losing(*own, is_lost))
+        hits, accepted = zip(*columns, strict=True)
+        found.append(
+            dataclasses.replace(
+                answer,
+                hits=np.stack(hits, axis=1),
+                accepted=np.stack(accepted, axis=1),
+            )
+        )
+
+    names = tuple(f"made up, at home in {domain}" for domain in domains)
+    return dataclasses.replace(meta, drafters=names), found
+
+
 def regret_by_size(
     meta: PoolMeta,
     answers: Sequence[PoolAnswer],

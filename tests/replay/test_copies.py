@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies that lose tokens fill a pool up, and the best drafter stays the best."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from ospec_jax.config import ConfigError
 from ospec_jax.replay.copies import (
+    as_experts,
     markdown_table,
     plot,
     regret_by_size,
@@ -91,6 +94,20 @@ def test_regret_is_against_the_best_which_stays_the_best(tmp_path):
     assert plot(rows, tmp_path / "sizes.png").stat().st_size
     assert spread_of([1.0, 3.0], digits=1) == "2.0 ± 1.4"
     assert spread_of([1.0], digits=1) == "1.0"
+
+
+def test_made_up_experts_are_at_home_in_one_domain():
+    answers = [
+        dataclasses.replace(one, domain="xy"[i % 2]) for i, one in enumerate(made_up())
+    ]
+    meta, found = as_experts(META, answers)
+    assert meta.drafters == ("made up, at home in x", "made up, at home in y")
+    for i, (one, before) in enumerate(zip(found, answers, strict=True)):
+        home = i % 2
+        np.testing.assert_array_equal(one.hits[:, home], before.hits[:, 1])
+        np.testing.assert_array_equal(one.accepted[:, home], before.accepted[:, 1])
+        assert one.hits[:, 1 - home].sum() < 0.9 * before.hits[:, 1].sum()
+        np.testing.assert_array_equal(one.accepted, chains_of(one.hits))
 
 
 @pytest.mark.parametrize(
