@@ -114,10 +114,10 @@ class DraftingFlags:
         joint: what steps take changes as others use the machine.
       select: Which member of a pool drafts, for --draft pool:A+B: normalhedge,
         adanormalhedge, hedge, share, leader, which judge every member by every token;
-        ucb, exp3, thompson, epsilon, which hear of the one that drafted; fixed:N.
-        Behind colons may follow length (the default loss), time, request (begin anew
-        with every answer), sample, product, raw, acceptance. By default the first
-        drafts.
+        ucb, exp3, metasd, thompson, epsilon, which hear of the one that drafted;
+        fixed:N. Behind colons may follow length (the default loss), time, request
+        (begin anew with every answer), sample, product, raw, acceptance; scope, domain,
+        opening (weights of their own for each of these). By default the first drafts.
       judge_every: Steps after which the members of a pool are judged together, for
         --select, by default 8; until then only the one that drafts runs.
       tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the

@@ -11,7 +11,6 @@ from ospec_jax.cli.arguments import (
     PrecisionName,
     as_precision,
     learner_config,
-    write_json,
 )
 from ospec_jax.cli.outputs import check_outputs, hold
 from ospec_jax.config import ConfigError, whole_number
@@ -181,6 +180,9 @@ def replay(
     chunk_size: int = 40,
     select: str | None = None,
     costs: str = "",
+    router: Path | None = None,
+    copies: str = "",
+    shuffles: int = 0,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     plot: Path | None = None,
     telemetry: Path | None = None,
@@ -212,19 +214,28 @@ def replay(
       regret: Also measure losses, and the regret against drafts trained on each chunk
         in hindsight.
       chunk_size: Answers of such a chunk.
-      select: Comma-separated rules, as for `ospec generate --select`.
+      select: Comma-separated rules, as for `ospec generate --select`. Behind those that
+        judge may follow :once, too: the draft is chosen when an answer begins, and
+        stays.
       costs: What a step of each draft takes, comma-separated, in any unit, for rules
         that weigh time; by default the same.
+      router: Also a classifier that is trained on these recorded prompts, and chooses
+        for those of --prompts by their words; both name their domains.
+      copies: Numbers of drafts, like 2,4,8,16: instead, regret in pools of so many,
+        filled up with copies of the recorded ones that lose tokens by chance.
+      shuffles: Orders of the prompts: instead, every domain's stream alone and all of
+        them mixed, with the spread over so many orders; with --copies, over these.
       json_file: Results; also where finished runs are found.
       plot: Draw acceptance along the stream into this PNG.
       telemetry: Folder of telemetry files, one a run.
     """
+    from ospec_jax.cli.selections import Wanted, replay_selection
     from ospec_jax.replay import results
     from ospec_jax.replay.pool_record import is_pool_recording
     from ospec_jax.replay.record import read_meta
     from ospec_jax.replay.replayer import Replayer
 
-    check_outputs([json_file], [telemetry], figures=[plot], inputs=[prompts])
+    check_outputs([json_file], [telemetry], figures=[plot], inputs=[prompts, router])
     if select is not None or is_pool_recording(folder):
         others = learners != "static,gradient", regret, telemetry, optimizer
         if any(others) or learning_rate is not None or update_interval is not None:
@@ -232,10 +243,15 @@ def replay(
                 "a selection is replayed without learners; leave their flags and "
                 "--telemetry out"
             )
-        _replay_selection(folder, select, costs, prompts, json_file, plot)
+        wanted = Wanted(
+            select, costs, prompts, router, copies, shuffles, json_file, plot
+        )
+        replay_selection(folder, wanted)
         return
-    if costs:
-        raise ConfigError("--costs go with --select, on the recording of a pool")
+    if costs or router is not None or copies or shuffles:
+        raise ConfigError(
+            "--costs, --router, --copies and --shuffles go with the recording of a pool"
+        )
 
     hold(telemetry, files=[json_file])
     configs = {
@@ -304,33 +320,6 @@ def replay(
         say(f"plot: {results.plot_replays(rows, plot)}")
     if is_cut_short or not all(row["is_finished"] for row in rows):
         interrupt.raise_if_set()
-
-
-def _replay_selection(folder, select, costs, prompts, json_file, plot) -> None:
-    """Compares selections on the recording of a pool."""
-    from ospec_jax.replay import selection
-    from ospec_jax.replay.pool_record import in_order, read_pool
-
-    meta, answers = read_pool(folder)
-    if prompts is not None:
-        answers = in_order(answers, read_prompts(prompts), folder)
-
-    names = [name for name in (select or "normalhedge,ucb,exp3").split(",") if name]
-    try:
-        own = [float(cost) for cost in costs.split(",") if cost]
-    except ValueError as error:
-        raise ConfigError(
-            f"costs are {costs!r}; use numbers, separated by commas"
-        ) from error
-
-    found = selection.compare(meta, answers, names, own)
-    best = next(one for one in found if one.name.startswith(selection.BEST))
-    rows = [selection.to_row(one, best, answers, meta) for one in found]
-    print(selection.markdown_table(rows))
-    if json_file is not None:
-        write_json(json_file, rows, is_list=True)
-    if plot is not None:
-        say(f"plot: {selection.plot(rows, list(meta.drafters), plot)}")
 
 
 def _replayed(name: str, **flags) -> LearnerConfig:

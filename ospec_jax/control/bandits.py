@@ -100,6 +100,24 @@ def thompson(state: BanditState, rng: np.random.Generator) -> np.ndarray:
     return _one(np.argmax(drawn), len(counts))
 
 
+def meta_sd(
+    state: BanditState, rng: np.random.Generator, beta: float = 1.0
+) -> np.ndarray:
+    """MetaSD-UCB (arXiv 2604.05417): UCB1 on how well draft and target agree.
+
+    Its reward is `agreement`, not the share that was accepted.
+
+    Args:
+      beta: Times UCB1's bonus. The paper's own was in no text at hand; this is UCB1's.
+    """
+    counts = np.asarray(state.counts)
+    if not counts.all():
+        return _one(counts.argmin(), len(counts))
+
+    bonus = np.sqrt(2 * np.log(state.num_heard + 1.0) / counts)
+    return _one(np.argmax(state.rewards / counts + beta * bonus), len(counts))
+
+
 def epsilon_greedy(
     state: BanditState, rng: np.random.Generator, epsilon: float = 0.1
 ) -> np.ndarray:
@@ -116,10 +134,34 @@ def _one(index: Any, count: int) -> np.ndarray:
     return (np.arange(count) == index).astype(float)
 
 
+Reward = Callable[[np.ndarray, float], np.ndarray]
+"""What drafts of a depth are worth in [0, 1], by how much of them was accepted."""
+
+
+def share_accepted(accepted: np.ndarray, depth: float) -> np.ndarray:
+    """BanditSpec's reward: the accepted share of each draft, `[rows]`.
+
+    MetaSD calls it block efficiency.
+    """
+    return accepted / max(depth, 1.0)
+
+
+def agreement(accepted: np.ndarray, depth: float) -> np.ndarray:
+    """The share of right tokens among those that each draft got to, `[rows]`.
+
+    It stands for MetaSD's reward, the mean of `1 - TV(p, q)` over a draft's tokens: of
+    each token that the draft got to, its acceptance is one draw with that chance. What
+    lies behind the first wrong token is not looked at here; the paper's reward is.
+    """
+    reached = np.minimum(accepted + 1.0, max(depth, 1.0))
+    return accepted / reached
+
+
 def bandit(
     actions: tuple[Action, ...],
     law: Law,
     *,
+    reward: Reward = share_accepted,
     loss: Loss = "length",
     begins_anew: bool = False,
     seed: int = 0,
@@ -127,7 +169,8 @@ def bandit(
     """Builds the controller.
 
     Args:
-      law: `ucb`, `exp3`, `thompson`, `epsilon_greedy`.
+      law: `ucb`, `exp3`, `meta_sd`, `thompson`, `epsilon_greedy`.
+      reward: What a draft is worth, for the loss `length`.
       loss: `length` or `time`.
       begins_anew: Forget everything at the end of an answer, as BanditSpec does.
       seed: Of the draws. They have nothing to do with those of answers.
@@ -152,10 +195,11 @@ def bandit(
         return actions[rng.choice(num_actions, p=chances_of(state))]
 
     def reward_of(state: BanditState, number: int, outcome: Outcome) -> float:
-        accepted = float(np.mean(outcome.num_accepted))
         if loss == "length":
-            return accepted / max(depths[number], 1.0)
+            counts = np.asarray(outcome.num_accepted, float)
+            return float(np.mean(reward(counts, depths[number])))
 
+        accepted = float(np.mean(outcome.num_accepted))
         costs = relative_costs(state.costs)
         return (1 + accepted) / costs[number] / np.max((depths + 1) / costs)
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from ospec_jax.config import ConfigError, TreeConfig, from_dict
@@ -42,6 +42,20 @@ class Action:
         return f"{self.tree.kind} of depth {self.tree.num_steps} by {who}"
 
 
+class Context(NamedTuple):
+    """What a request says of itself before it is answered.
+
+    Attributes:
+      scope: Whose it is; see `Request.scope`.
+      domain: Of its prompt; empty if it names none.
+      opening: Names how its prompt begins; see `control.contexts.opening_of`.
+    """
+
+    scope: int = 0
+    domain: str = ""
+    opening: str = ""
+
+
 class Row(NamedTuple):
     """What is known of a running request when its next step is chosen.
 
@@ -49,11 +63,13 @@ class Row(NamedTuple):
       is_sure: A long chain of suggestions is likely to be right next.
       num_tokens: Of its prompt and of the answer, as far as the host has read it.
       num_remaining: Tokens that may still come.
+      context: Of its request.
     """
 
     is_sure: bool
     num_tokens: int
     num_remaining: int
+    context: Context = Context()
 
 
 class Outcome(NamedTuple):
@@ -72,6 +88,8 @@ class Outcome(NamedTuple):
         `num_accepted`; None of steps that were not steered.
       seconds: That the step took; None where nobody looks at the clock, or something
         else was done meanwhile.
+      parts: The same for each row that there is something to hear of, with its
+        context; without `evidence` and `seconds`, which are of the whole step.
     """
 
     num_accepted: tuple[int, ...]
@@ -80,6 +98,7 @@ class Outcome(NamedTuple):
     expected: tuple[tuple[float, ...], ...] = ()
     evidence: Any = None
     seconds: float | None = None
+    parts: "tuple[tuple[Context, Outcome], ...]" = ()
 
 
 class Learning(NamedTuple):
@@ -137,6 +156,9 @@ class Controller(NamedTuple):
       kind_of: `(state, action, outcome) -> (number, seconds)`: which of `kinds` a step
         was like, and what it was to take by the costs that were told last; None where
         that cannot be said. By default steps are of their action's kind.
+      forget: `(state, scopes) -> state`: without what is kept of some scopes alone, by
+        their numbers, which may be given to others; of None, without all that is kept
+        of any kind of request. None where nothing is.
       pack: `state -> dict` for JSON; by default its fields.
       unpack: `dict -> state`: back again.
     """
@@ -155,6 +177,7 @@ class Controller(NamedTuple):
     timed: tuple[tuple[Action, Any], ...] = ()
     learning: Learning | None = None
     kind_of: Callable[[Any, Action, Outcome], tuple[int, float] | None] | None = None
+    forget: Callable[[Any, Collection[int] | None], Any] | None = None
     pack: Callable[[Any], dict] | None = None
     unpack: Callable[[dict], Any] | None = None
 
@@ -194,7 +217,7 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
         # Its chain is not one of the inner rule's trees, and says nothing about them.
         # What was emitted still is evidence on drafters, if anybody asks.
         if action == long:
-            rest = outcome._replace(num_accepted=(), expected=(), evidence=None)
+            rest = _without_accepted(outcome)
             is_asked = inner.is_judging or inner.hears_ends
             return inner.observe(state, action, rest) if is_asked else state
 
@@ -202,6 +225,15 @@ def follow_predictions(inner: Controller, long: Action) -> Controller:
 
     # The inner rule weighs its own actions: it is not asked when the longer one comes.
     return inner._replace(choose=choose, observe=observe)
+
+
+def _without_accepted(outcome: Outcome) -> Outcome:
+    """What is left to hear of a step whose draft was nobody's."""
+    nothing: dict = {"num_accepted": (), "expected": (), "evidence": None}
+    parts = tuple(
+        (context, part._replace(**nothing)) for context, part in outcome.parts
+    )
+    return outcome._replace(**nothing, parts=parts)
 
 
 @dataclasses.dataclass
@@ -359,6 +391,15 @@ class Chooser:
             return self._probe
 
         return self.controller.steer(self.state, rows)
+
+    def forget(self, scopes: Collection[int] | None) -> bool:
+        """Drops what is kept of some scopes alone, or of all; whether there was any."""
+        if self.controller.forget is None:
+            return False
+
+        before = self.state
+        self.state = self.controller.forget(before, scopes)
+        return self.state != before
 
     def report(self) -> dict[str, Any] | None:
         """What it thinks, for telemetry; None for nothing to tell."""

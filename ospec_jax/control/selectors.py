@@ -6,8 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from ospec_jax.config import ConfigError
-from ospec_jax.control.bandits import bandit, epsilon_greedy, exp3, thompson, ucb
+from ospec_jax.control.bandits import (
+    agreement,
+    bandit,
+    epsilon_greedy,
+    exp3,
+    meta_sd,
+    share_accepted,
+    thompson,
+    ucb,
+)
 from ospec_jax.control.base import Action, Controller, fixed
+from ospec_jax.control.contexts import KEYS, by_key
 from ospec_jax.control.depth import most_tokens_a_second
 from ospec_jax.control.normal_hedge import ada_normal_hedge, normal_hedge
 from ospec_jax.control.selection import check_choice, select
@@ -22,9 +32,11 @@ JUDGING: dict[str, Callable] = {
 }
 """Rules for weights, which learn of every drafter at every emitted token."""
 
+META_SD = "metasd"
 BANDITS = {
     "ucb": ucb,
     "exp3": exp3,
+    META_SD: meta_sd,
     "thompson": thompson,
     "epsilon": epsilon_greedy,
 }
@@ -41,6 +53,9 @@ OPTIONS = {
     "raw": "deep tokens are judged as first ones are, as published; not for bandits",
     "sample": "drafters are drawn from the weights; not for bandits",
     "request": "everything is forgotten at the end of an answer",
+    "scope": "each key and tenant of a server has weights of its own; not for bandits",
+    "domain": "likewise each domain that prompts name; not for bandits",
+    "opening": "likewise each beginning of prompts, of 32 tokens; not for bandits",
 }
 """What may follow a name, behind colons."""
 
@@ -86,9 +101,27 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
 
     begins_anew = "request" in options
     if first in BANDITS:
-        return bandit(actions, BANDITS[first], loss=loss, begins_anew=begins_anew)
+        if first == META_SD and loss == "time":
+            raise ConfigError(
+                f"{name!r}: {META_SD} rewards agreement with the target, which is no "
+                f"number of tokens a second; leave 'time' out, or use ucb:time"
+            )
+        return bandit(
+            actions,
+            BANDITS[first],
+            reward=agreement if first == META_SD else share_accepted,
+            loss=loss,
+            begins_anew=begins_anew,
+        )
 
-    return select(
+    kinds = [option for option in options if option in KEYS]
+    if len(set(kinds)) > 1 or (kinds and begins_anew):
+        raise ConfigError(
+            f"{name!r} tells requests apart in more than one way, or forgets what it "
+            f"learned of them; leave one of {', '.join((*KEYS, 'request'))}"
+        )
+
+    selection = select(
         actions,
         JUDGING[first](),
         loss=loss,
@@ -97,6 +130,7 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
         corrects="raw" not in options,
         begins_anew=begins_anew,
     )
+    return by_key(selection, KEYS[kinds[0]]) if kinds else selection
 
 
 def _always(options: list[str], actions: tuple[Action, ...]) -> Controller:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ospec_jax.config import ConfigError, StepKind
 from ospec_jax.control.base import Action, Outcome, Row
-from ospec_jax.control.lengths import join
+from ospec_jax.control.lengths import Windows, join
 from ospec_jax.decoding.kept import Found, KeptRows, RowCaches
 from ospec_jax.decoding.request import Completion, Emitted, Request, Slot
 from ospec_jax.decoding.stats import DecodingStats
@@ -640,7 +640,13 @@ class Batch:
             expected = _expected(sent, going)
             evidence = _evidence(sent, going)
             ended = len(rows) - len(going)
-            outcome = Outcome(accepted, found, ended, expected, evidence, sent.seconds)
+            parts = tuple(
+                (slot.context, _part(sent, row, own))
+                for (row, slot), own in zip(rows, windows, strict=True)
+            )
+            outcome = Outcome(
+                accepted, found, ended, expected, evidence, sent.seconds, parts
+            )
             self._on_step(sent.action, outcome)
 
     def _read(self, sent: _Sent, row: int, slot: Slot) -> bool:
@@ -697,6 +703,15 @@ def _has_same_prompt(running: Slot, new: Slot) -> bool:
         and one.prompt_ids == other.prompt_ids
         and not one.is_practice
     )
+
+
+def _part(sent: _Sent, row: int, windows: Windows | None) -> Outcome:
+    """What a step came to in one row; see `Batch._report`."""
+    if sent.output.is_finished[row]:
+        return Outcome((), windows, num_ended=1)
+
+    accepted = int(sent.output.num_accepted[row])
+    return Outcome((accepted,), windows, expected=_expected(sent, [row]))
 
 
 def _evidence(sent: _Sent, rows: list[int]) -> np.ndarray | None:

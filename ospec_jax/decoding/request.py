@@ -2,6 +2,7 @@
 """A request on its way: what is asked, what has come, what was answered."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,7 +19,8 @@ from ospec_jax.config import (
     StepKind,
     whole_number,
 )
-from ospec_jax.control.base import Action, Row
+from ospec_jax.control.base import Action, Context, Row
+from ospec_jax.control.contexts import opening_of
 from ospec_jax.control.lengths import Pending, Windows
 from ospec_jax.decoding.predicted import Followed
 from ospec_jax.decoding.stats import DecodingStats
@@ -105,6 +107,7 @@ class Request:
       can_speculate: Draft for it; without, each step emits one token.
       scope: Whose it is: what was kept of one scope's text serves no other; 0 for
         nobody in particular.
+      domain: Of the prompt, for who selects among drafts by it; empty for none.
       is_left_out: Nothing is learned from its answer, as its user wishes: no controller
         hears of it, either.
       is_practice: Nobody asked for it: a draft is to learn from it. Its numbers are
@@ -125,6 +128,7 @@ class Request:
     num_log_probs: int | None = None
     can_speculate: bool = True
     scope: int = 0
+    domain: str = ""
     is_left_out: bool = False
     is_practice: bool = False
 
@@ -261,11 +265,17 @@ class Slot:
         """Tokens that the host knows to be still wanted."""
         return self.request.max_new_tokens - len(self.token_ids)
 
+    @functools.cached_property
+    def context(self) -> Context:
+        """What its request says of itself."""
+        request = self.request
+        return Context(request.scope, request.domain, opening_of(request.prompt_ids))
+
     def as_row(self) -> Row:
         """What a controller may know of it."""
         num_tokens = len(self.request.prompt_ids) + len(self.token_ids)
         is_sure = self.is_sure and self.request.can_speculate
-        return Row(is_sure, num_tokens, self.num_remaining)
+        return Row(is_sure, num_tokens, self.num_remaining, self.context)
 
     def judge(self, output: StepOutput, row: int) -> Windows | None:
         """What one pass completes of the evidence on a pool's drafters.

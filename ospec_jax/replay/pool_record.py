@@ -19,6 +19,7 @@ import numpy as np
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError, TreeConfig, from_dict, naming
 from ospec_jax.config.fields import parse_json, read_json
+from ospec_jax.control.contexts import opening_of
 from ospec_jax.data.known import content_hash
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.data.templates import encode
@@ -66,6 +67,8 @@ class PoolAnswer:
         guess; of the answer's `t + 1` tokens all but the first, which the pass over
         the prompt gives.
       accepted: `[t, n]` tokens of a chain that begins there that are accepted.
+      opening: Names how the prompt begins (`control.contexts`); empty in recordings
+        from before there were such names.
     """
 
     id: str
@@ -73,6 +76,7 @@ class PoolAnswer:
     content: str
     hits: np.ndarray
     accepted: np.ndarray
+    opening: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -229,7 +233,14 @@ def _answers(file: Path, num_drafters: int) -> Iterator[PoolAnswer]:
                     f"{where} has {len(hits)} hits and {len(accepted)} chains; it is "
                     f"damaged: take the line out"
                 )
-            yield PoolAnswer(row["id"], row["domain"], row["content"], hits, accepted)
+            yield PoolAnswer(
+                row["id"],
+                row["domain"],
+                row["content"],
+                hits,
+                accepted,
+                str(row.get("opening", "")),
+            )
 
 
 def _check_same(folder: Path, found: PoolMeta, wanted: PoolMeta) -> None:
@@ -322,6 +333,7 @@ class _Recorder:
             content,
             np.asarray(hits, np.int8).reshape(-1, width),
             _accepted(tokens, [chain[0] for chain in fetch(chains)], width),
+            opening_of(ids),
         )
 
 

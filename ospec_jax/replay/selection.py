@@ -15,12 +15,15 @@ import numpy as np
 
 from ospec_jax import atomic
 from ospec_jax.config import ConfigError, TreeConfig
-from ospec_jax.control.base import Action, Chooser, Outcome
+from ospec_jax.control.base import Action, Chooser, Context, Outcome, Row
 from ospec_jax.control.lengths import Pending
-from ospec_jax.control.selectors import build_selector
+from ospec_jax.control.selectors import BANDITS, JUDGING, build_selector
 from ospec_jax.replay.pool_record import PoolAnswer, PoolMeta
 
 _MAX_LINES = 40
+ONCE = "once"
+"""Among a selector's options: the drafter is chosen at the beginning of each answer,
+and stays. What the selector learns from is the same."""
 BEST = "best fixed in hindsight"
 BEST_EACH = "best fixed for each answer"
 
@@ -68,6 +71,43 @@ def costs_of(meta: PoolMeta, costs: Sequence[float]) -> np.ndarray:
     return np.asarray(costs) / min(costs)
 
 
+def chosen_once(name: str) -> tuple[str, bool]:
+    """A selector's name without `ONCE`, and whether that stood in it.
+
+    Raises:
+      ConfigError: It is a bandit's.
+    """
+    first, *options = name.split(":")
+    rest = [option for option in options if option != ONCE]
+    if first in BANDITS and len(rest) < len(options):
+        raise ConfigError(
+            f"{name!r}: what a bandit learns depends on when it chooses; leave "
+            f"{ONCE!r} out, or use one of {', '.join(JUDGING)}"
+        )
+
+    return ":".join([first, *rest]), len(rest) < len(options)
+
+
+def check_context(name: str, answers: Sequence[PoolAnswer]) -> None:
+    """Refuses to tell requests apart by what was not recorded of them.
+
+    Raises:
+      ConfigError: They would all have the shared weights.
+    """
+    options = name.split(":")[1:]
+    if "scope" in options:
+        raise ConfigError(
+            f"{name!r} goes by whose requests are, which recordings do not say; use "
+            f"domain or opening"
+        )
+    for option in ("domain", "opening"):
+        if option in options and not any(getattr(one, option) for one in answers):
+            raise ConfigError(
+                f"{name!r} goes by a prompt's {option}, and no recorded answer has "
+                f"one; record prompts that do, into another folder"
+            )
+
+
 def replay(
     meta: PoolMeta,
     answers: Sequence[PoolAnswer],
@@ -77,20 +117,22 @@ def replay(
     """Lets a selector choose along recorded answers.
 
     Args:
-      name: See `control.selectors`.
+      name: See `control.selectors`; with `ONCE` behind it, too.
       costs: Of a step of each drafter, in any unit; by default all cost the same.
     """
+    check_context(name, answers)
     relative = costs_of(meta, costs)
     tree = TreeConfig(num_steps=meta.num_steps)
     actions = tuple(Action(tree, i) for i in range(len(meta.drafters)))
-    chooser = Chooser.start(build_selector(name, actions), 1)
+    rule, is_chosen_once = chosen_once(name)
+    chooser = Chooser.start(build_selector(rule, actions), 1)
     if chooser.controller.set_costs is not None:
         chooser.state = chooser.controller.set_costs(chooser.state, relative.tolist())
 
     rows: list[dict[str, Any]] = []
     taken: list[int] = []
     for answer in answers:
-        numbers = _walk(chooser, answer, meta.num_steps)
+        numbers = _walk(chooser, answer, meta.num_steps, is_chosen_once)
         taken += numbers
         counts = np.bincount(numbers, minlength=len(actions))
         report = chooser.report() or {}
@@ -117,17 +159,23 @@ def replay(
     )
 
 
-def _walk(chooser: Chooser, answer: PoolAnswer, depth: int) -> list[int]:
+def _walk(
+    chooser: Chooser, answer: PoolAnswer, depth: int, is_chosen_once: bool
+) -> list[int]:
     """Serves one answer; returns who drafted at each step."""
     pending = Pending()
     unread: tuple[Action, Outcome] | None = None
-    numbers = []
+    numbers: list[int] = []
+    action = chooser.controller.actions[0]
     place = 0
     num_places = len(answer.accepted)
+    context = Context(0, answer.domain, answer.opening)
 
     while place < num_places:
         # The host is one step ahead of what it has read.
-        action = chooser.choose(())
+        left = num_places - place
+        if not (numbers and is_chosen_once):
+            action = chooser.choose((Row(False, place + 1, left, context),))
         if unread is not None:
             chooser.observe(*unread)
         numbers.append(action.drafter)
@@ -142,7 +190,8 @@ def _walk(chooser: Chooser, answer: PoolAnswer, depth: int) -> list[int]:
         judged = answer.hits[emitted, action.drafter][:depth].astype(float)
         expected = () if is_end else (tuple(judged.tolist()),)
         windows = pending.add(hits, hits)
-        unread = action, Outcome(heard, windows, int(is_end), expected)
+        outcome = Outcome(heard, windows, int(is_end), expected)
+        unread = action, outcome._replace(parts=((context, outcome),))
 
     if unread is not None:
         chooser.observe(*unread)
@@ -155,22 +204,31 @@ def hindsight(fixed: Sequence[Selected]) -> list[Selected]:
     best = min(fixed, key=lambda one: one.seconds.sum())
     whole = dataclasses.replace(best, name=f"{BEST} ({best.name})")
     seconds = np.stack([one.seconds for one in fixed])
-    winner = seconds.argmin(axis=0)
-    index = np.arange(seconds.shape[1])
-    of_winner = lambda key: np.stack([getattr(one, key) for one in fixed])[
-        winner, index
-    ]
 
-    return [
-        whole,
-        Selected(
-            BEST_EACH,
-            of_winner("steps"),
-            of_winner("tokens"),
-            of_winner("seconds"),
-            of_winner("shares"),
-        ),
-    ]
+    return [whole, picked(BEST_EACH, fixed, seconds.argmin(axis=0))]
+
+
+def picked(
+    name: str, fixed: Sequence[Selected], numbers: Sequence[int] | np.ndarray
+) -> Selected:
+    """Who is drafted by another fixed drafter in each answer.
+
+    Args:
+      fixed: What each drafter came to.
+      numbers: `[a]` of the drafter of each answer.
+    """
+    answers = np.arange(len(numbers))
+    taken = np.asarray(numbers, int)
+    column = lambda key: np.stack([getattr(one, key) for one in fixed])[taken, answers]
+
+    return Selected(
+        name,
+        column("steps"),
+        column("tokens"),
+        column("seconds"),
+        column("shares"),
+        num_switches=int(np.count_nonzero(np.diff(taken))),
+    )
 
 
 def compare(

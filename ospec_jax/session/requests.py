@@ -59,6 +59,7 @@ def tokenized(
                 seed=prompt.seed,
                 choice=prompt.choice,
                 num_log_probs=num_log_probs,
+                domain=prompt.domain,
             ),
         )
 

@@ -870,6 +870,8 @@ class Session:
         with self._lock:
             if self.practice is not None:
                 self.practice.forget(numbers)
+            if self.chooser.forget(numbers):
+                self._saved = None
             for number in numbers:
                 if self.kept is not None:
                     self.kept.forget(number)
@@ -914,6 +916,8 @@ class Session:
                 return gone
 
             self._move_on(scopes=Scopes())
+            if self.chooser.forget(None):
+                self._saved = None
             if self.kept is not None:
                 self.kept.forget()
             if self.practice is not None:

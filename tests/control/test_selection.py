@@ -10,7 +10,7 @@ import pytest
 from ospec_jax import TreeConfig
 from ospec_jax.cli.arguments import Decoding
 from ospec_jax.config import ConfigError
-from ospec_jax.control.bandits import BanditState, exp3, ucb
+from ospec_jax.control.bandits import BanditState, agreement, exp3, meta_sd, ucb
 from ospec_jax.control.base import (
     SUGGESTIONS,
     Action,
@@ -223,6 +223,21 @@ def test_ucb_by_hand():
     assert ucb(unheard, None).tolist() == [0.0, 1.0]
 
 
+def test_meta_sd_by_hand():
+    state = BanditState(("a", "b"), 1, (16.0, 4.0), (12.0, 1.0), (0.0, 0.0))
+    index = [m + np.sqrt(2 * np.log(21) / n) for m, n in ((12 / 16, 16), (1 / 4, 4))]
+    assert meta_sd(state, None).argmax() == np.argmax(index) == 1
+    assert meta_sd(state, None, beta=0.0).argmax() == 0
+    unheard = dataclasses.replace(state, counts=(4.0, 0.0))
+    assert meta_sd(unheard, None).tolist() == [0.0, 1.0]
+    # Of a draft of three tokens whose second is wrong the third is not looked at.
+    counts = np.asarray([0.0, 1.0, 2.0, 3.0])
+    np.testing.assert_allclose(agreement(counts, 3.0), (0, 1 / 2, 2 / 3, 1))
+    rule = build_selector("metasd", actions_of(2))
+    told = rule.observe(rule.init(2), rule.actions[0], Outcome((1, 3)))
+    assert told.rewards == (0.75, 0.0)
+
+
 def test_exp3_by_hand():
     """A loss is divided by the chance that the step was drawn with."""
     rule = build_selector("exp3", actions_of(2))
@@ -267,6 +282,7 @@ def test_each_drafter_may_be_asked_always():
         ("ucb:sample", actions_of(2), "cannot read the selection"),
         ("hedge:time:length", actions_of(2), "gives 2 losses"),
         ("hedge:acceptance:product", actions_of(2), "there is no product"),
+        ("metasd:time", actions_of(2), "leave 'time' out, or use ucb:time"),
         ("fixed:2", actions_of(2), "fixed:0 to fixed:1"),
         ("fixed:0", actions_of(1), "nothing to select"),
         ("nohedge", actions_of(2), "unknown controller 'nohedge'.*normalhedge"),

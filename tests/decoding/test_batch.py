@@ -126,7 +126,10 @@ def test_controllers_know_rows_unless_two_share_their_numbers(engine):
     batch.admit(request(0), DRAFT)
     batch.admit(request(1, sampling=hot, seed=5), DRAFT)
     list(batch.collect())
-    assert batch.rows == (Row(False, 4, 11), Row(False, 4, 11))
+    contexts = [row.context for row in batch.rows]
+    assert batch.rows == tuple(Row(False, 4, 11, context) for context in contexts)
+    assert {context.domain for context in contexts} == {""}
+    assert all(context.opening for context in contexts)
     batch.admit(request(2, sampling=hot, seed=5), DRAFT)
     assert batch.rows == ()
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from ospec_jax import Session, TreeConfig, load_draft
 from ospec_jax.cli import streams as cli
 from ospec_jax.config import ConfigError
-from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.data.prompts import parse_prompt, write_prompts
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, pool_draft
 from ospec_jax.replay.pool_record import (
@@ -63,7 +64,17 @@ def recording(target, pool, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["fixed:0", "fixed:1", "normalhedge", "ucb"])
+REPLAYED = (
+    "fixed:0",
+    "fixed:1",
+    "normalhedge",
+    "ucb",
+    "normalhedge:domain",
+    "share:opening",
+)
+
+
+@pytest.mark.parametrize("name", REPLAYED)
 def test_replays_come_to_what_decoding_does(target, pool, recording, name):
     session = Session(
         target,
@@ -81,6 +92,38 @@ def test_replays_come_to_what_decoding_does(target, pool, recording, name):
         weights = session.chooser.state.weights
         np.testing.assert_allclose(found.weights[-1], weights)
         assert found.num_switches == session.chooser.state.num_switches
+    if ":" in name and not name.startswith("fixed"):
+        state = session.chooser.state
+        assert len(state.keys) == len(dict.fromkeys(state.keys)) == session_keys(name)
+        np.testing.assert_allclose(found.weights[-1], state.shared.weights)
+
+
+def session_keys(name):
+    """Domains of the prompts, or their openings."""
+    if name.endswith("domain"):
+        return len({prompt.domain for prompt in PROMPTS})
+    return len(PROMPTS)
+
+
+def test_requests_are_told_apart_by_what_was_recorded_of_them(recording):
+    meta, answers = read_pool(recording)
+    assert len({answer.opening for answer in answers}) == len(answers)
+    with pytest.raises(ConfigError, match="whose requests are"):
+        replay(meta, answers, "normalhedge:scope")
+    old = [dataclasses.replace(one, opening="") for one in answers]
+    with pytest.raises(ConfigError, match="no recorded answer has"):
+        replay(meta, old, "normalhedge:opening")
+
+
+def test_domains_that_take_turns_are_served_by_weights_of_their_own():
+    meta, answers = made_up()
+    turns = [
+        one for pair in zip(answers[:20], answers[20:], strict=True) for one in pair
+    ]
+    steps = lambda name: replay(meta, turns, name).steps.sum()
+    assert steps("normalhedge:domain") < 0.9 * steps("normalhedge")
+    best_each = compare(meta, turns, [])[-1].steps.sum()
+    assert steps("normalhedge:domain") < 1.02 * best_each
 
 
 def test_a_recording_goes_on_and_is_of_one_kind(target, pool, recording, tmp_path):
@@ -188,3 +231,65 @@ def test_the_command_compares_and_refuses(recording, tmp_path, capsys):
         cli.replay(tmp_path, select="hedge")
     with pytest.raises(ConfigError, match="is for recording a pool"):
         cli.record(file, tmp_path, num_speculative_tokens=2)
+
+
+def test_one_choice_an_answer_misses_what_changes_within():
+    """Each drafter is best in one half of every answer."""
+    meta, answers = made_up()
+    halves = [
+        dataclasses.replace(
+            early,
+            hits=np.concatenate([early.hits, late.hits]),
+            accepted=np.concatenate([early.accepted, late.accepted]),
+        )
+        for early, late in zip(answers[:20], answers[20:], strict=True)
+    ]
+    found = replay(meta, halves, "share")
+    once = replay(meta, halves, "share:once")
+    assert set(np.count_nonzero(once.shares, axis=1)) == {1}
+    assert once.num_switches <= len(halves) - 1
+    assert found.steps.sum() < 0.9 * once.steps.sum()
+    # It learns from the same tokens, so it ends with much the same weights.
+    np.testing.assert_allclose(found.weights[-1], once.weights[-1], atol=0.05)
+    with pytest.raises(ConfigError, match="leave 'once' out"):
+        replay(meta, halves, "exp3:once")
+
+
+def test_the_command_makes_tables_of_mixtures_and_of_sizes(recording, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    prompts, training = tmp_path / "prompts.jsonl", tmp_path / "training.jsonl"
+    write_prompts(prompts, PROMPTS[1:2])
+    write_prompts(training, [PROMPTS[0], PROMPTS[2]])
+    how = dict(select="share,metasd", json_file=file)
+
+    cli.replay(recording, prompts=prompts, router=training, **how)
+    table = capsys.readouterr().out
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert names[4:] == ["router", "share", "metasd"]
+
+    cli.replay(recording, shuffles=2, **how)
+    assert "mixed, shuffled" in capsys.readouterr().out.splitlines()[0]
+    assert len(json.loads(file.read_text())[0]["streams"]["sums"]) == 2
+
+    cli.replay(recording, copies="2,4", plot=tmp_path / "sizes.png", **how)
+    assert capsys.readouterr().out.splitlines()[0] == "| selector | N = 2 | N = 4 |"
+    assert (tmp_path / "sizes.png").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"router": "x"}, "give those as --prompts"),
+        ({"copies": "2,x"}, "use numbers of drafters"),
+        ({"copies": "1"}, "leaves nothing to select"),
+        ({"copies": "2", "router": "x", "prompts": "x"}, "have no --router"),
+        ({"shuffles": 2, "costs": "1,2"}, "leave --costs out"),
+        ({"shuffles": 2, "plot": "x.png"}, "leave --plot out"),
+        ({"shuffles": -1}, "--shuffles"),
+    ],
+)
+def test_tables_that_cannot_be_made_are_refused(recording, flags, message):
+    paths = ("router", "prompts", "plot")
+    how = {key: Path(value) if key in paths else value for key, value in flags.items()}
+    with pytest.raises(ConfigError, match=message):
+        cli.replay(recording, select="share", **how)

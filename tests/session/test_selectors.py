@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 LIMIT = 3.3
 """Standard deviations; chance alone leaves them once in 1,000 times."""
 NAMES = (*JUDGING, *BANDITS, "normalhedge:sample", "fixed:1", "ucb:request")
+KEYED = ("normalhedge:opening", "share:scope:sample", "leader:domain")
 
 
 def head(target, family, seed=0):
@@ -66,7 +67,7 @@ def serve(session, asked, batch_size=1, ordinals=None):
     return {done.request.id: done.token_ids for done in serving}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *KEYED])
 def test_greedy_tokens_are_plain_decodings(target, pool, name):
     plain = serve(Session(target), requests())
     for batch_size in (1, 2):
@@ -74,6 +75,35 @@ def test_greedy_tokens_are_plain_decodings(target, pool, name):
         assert serve(session, requests(), batch_size) == plain
         if name in JUDGING:
             assert session.chooser.state.num_windows >= 10
+        if name in KEYED:
+            assert session.chooser.state.shared.num_windows >= 10
+
+
+def test_what_is_kept_of_requests_of_one_kind_goes_with_their_scope(
+    target, pool, tmp_path
+):
+    how = dict(learner=LearnerConfig(name="memory", memory_slots=64))
+    session = session_of(target, pool, "normalhedge:scope", batch_size=2, **how)
+    numbers = [session.enroll(name).number for name in ("ada", "bob")]
+    asked = [
+        dataclasses.replace(one, id=f"{number}-{one.id}", scope=number)
+        for number in numbers
+        for one in requests(12, count=2)
+    ]
+    serve(session, asked, 2)
+    keys = [f"scope {number}" for number in numbers]
+    assert sorted(session.chooser.state.keys) == sorted(keys)
+    own = sum(one.num_windows for one in session.chooser.state.own)
+    assert own == session.chooser.state.shared.num_windows > 0
+
+    session.save(tmp_path)
+    other = session_of(target, pool, "normalhedge:scope", batch_size=2, **how)
+    other.resume(tmp_path)
+    assert other.chooser.state == session.chooser.state
+    other.forget_traffic("ada")
+    assert other.chooser.state.keys == (keys[1],)
+    other.forget_traffic()
+    assert other.chooser.state.keys == ()
 
 
 @pytest.mark.parametrize("dear", [0.0, 9.0], ids=["cheap", "dear"])
