@@ -5,14 +5,12 @@ The other way to select, which HedgeSpec (arXiv 2510.20064) compares with: a cla
 is trained on prompts of known domains, and each domain has the drafter that did best on
 its recorded answers. It costs nothing while decoding, and knows nothing of how drafts
 fare there. The paper's is a BERT; this is a logistic regression on the prompts' words,
-weighed by TF-IDF: NumPy is enough for it.
+weighed by TF-IDF.
 """
 
 import dataclasses
-import re
-from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,35 +21,15 @@ from ospec_jax.replay.pool_record import PoolAnswer, PoolMeta
 from ospec_jax.replay.selection import Selected, picked, replay
 
 ROUTER = "router"
-_NUM_STEPS = 500
-_RATE = 2.0
-"""Of gradient descent. Rows have length 1, so the mean loss curves by less than 1."""
-_DECAY = 1e-3
 
 
-class Router(NamedTuple):
-    """A classifier of prompts.
-
-    Attributes:
-      words: The column of each known word.
-      idf: `[v]` how much each word tells, by how few prompts have it.
-      weights: `[v + 1, c]` of the classes, a constant at the end.
-      classes: Names of domains.
-    """
-
-    words: dict[str, int]
-    idf: np.ndarray
-    weights: np.ndarray
-    classes: tuple[str, ...]
-
-
-def fit_router(texts: Sequence[str], labels: Sequence[str]) -> Router:
-    """Trains a classifier: the same texts give the same one.
+def fit_router(texts: Sequence[str], labels: Sequence[str]) -> Any:
+    """Trains a classifier, a pipeline of scikit-learn's: the same texts give the same.
 
     Raises:
-      ConfigError: There are fewer than two classes.
+      ConfigError: There are fewer than two classes, or scikit-learn is not installed.
     """
-    classes = tuple(sorted(set(labels)))
+    classes = sorted(set(labels))
     if len(classes) < 2:
         raise ConfigError(
             f"a router tells domains apart, and its prompts have "
@@ -59,50 +37,24 @@ def fit_router(texts: Sequence[str], labels: Sequence[str]) -> Router:
             f"with a `domain` each"
         )
 
-    counted = [Counter(_words_in(text)) for text in texts]
-    found = Counter(word for counts in counted for word in counts)
-    words = {word: number for number, word in enumerate(sorted(found))}
-    shared = np.asarray([found[word] for word in words])
-    # Smoothed, as if one more text had every word.
-    idf = np.log((1.0 + len(texts)) / (1.0 + shared)) + 1.0
-    rows = _rows(counted, words, idf)
-    wanted = np.asarray(labels)[:, None] == np.asarray(classes)
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+    except ImportError as error:
+        raise ConfigError(
+            "the router is a classifier of scikit-learn's, which is not installed; "
+            "install it with pip install 'ospec-jax[router]'"
+        ) from error
 
-    weights = np.zeros((len(words) + 1, len(classes)))
-    for _ in range(_NUM_STEPS):
-        error = _softmax(rows @ weights) - wanted
-        weights -= _RATE * (rows.T @ error / len(texts) + _DECAY * weights)
-
-    return Router(words, idf, weights, classes)
+    # Marks are words, too: code and questions differ by them.
+    words = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]")
+    return make_pipeline(words, LogisticRegression(max_iter=1000)).fit(texts, labels)
 
 
-def route(router: Router, texts: Sequence[str]) -> list[str]:
+def route(router: Any, texts: Sequence[str]) -> list[str]:
     """The class of each text."""
-    counted = [Counter(_words_in(text)) for text in texts]
-    scores = _rows(counted, router.words, router.idf) @ router.weights
-    return [router.classes[number] for number in scores.argmax(axis=1)]
-
-
-def _words_in(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def _rows(counted, words: dict[str, int], idf: np.ndarray) -> np.ndarray:
-    rows = np.zeros((len(counted), len(words) + 1))
-    for row, counts in zip(rows, counted, strict=True):
-        for word, count in counts.items():
-            if word in words:
-                row[words[word]] = count * idf[words[word]]
-
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    rows /= np.maximum(lengths, 1e-12)
-    rows[:, -1] = 1.0
-    return rows
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
+    return router.predict(texts).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,15 +107,16 @@ def routes_of(
 
     router = fit_router([p.text for p in training], [p.domain for p in training])
     numbers = range(len(meta.drafters))
+    domains = router.classes_.tolist()
     best = {}
-    for domain in router.classes:
+    for domain in domains:
         own = [one for one in trained_on if one.domain == domain]
         tried = [replay(meta, own, f"fixed:{i}", costs).seconds.sum() for i in numbers]
         best[domain] = int(np.argmin(tried))
 
     taken_for = route(router, [prompt.text for prompt in prompts])
     pairs = list(zip(prompts, taken_for, strict=True))
-    hits = [p.domain == domain for p, domain in pairs if p.domain in router.classes]
+    hits = [p.domain == domain for p, domain in pairs if p.domain in domains]
 
     return Routes(
         {content_hash(prompt): best[domain] for prompt, domain in pairs},
