@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import tyro
 
 from ospec_jax._platform import device_name
-from ospec_jax.config import ModelConfig, Precision, TreeConfig
+from ospec_jax.config import ConfigError, ModelConfig, Precision, TreeConfig
 from ospec_jax.decoding.batch import fetch
 from ospec_jax.decoding.step import StepConfig, build_step, empty_state
 from ospec_jax.decoding.timing import seconds_of_steps
@@ -95,6 +95,11 @@ def copied_bytes_a_second() -> float:
 
 def shape_of(settings: Settings) -> ModelConfig:
     """The target's."""
+    if settings.target not in ARCHITECTURES:
+        raise ConfigError(
+            f"no shape {settings.target!r} is known; use {', '.join(ARCHITECTURES)}"
+        )
+
     model = ARCHITECTURES[settings.target]
     return with_layers(model, settings.num_layers or model.num_layers)
 
@@ -123,7 +128,11 @@ def measure(
       say_row: Called with each as soon as it is known.
     """
     model = shape_of(settings)
-    assert settings.draft in TRAINED, f"{settings.draft} is none of {TRAINED}"
+    if settings.draft not in TRAINED:
+        raise ConfigError(
+            f"the draft is {settings.draft!r}; use one of {', '.join(TRAINED)}"
+        )
+
     deepest = max(1, *settings.depths)
     size = settings.draft_vocab_size
     head = default_draft_config(model, size, settings.draft, deepest)
