@@ -27,8 +27,10 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries,
   a.kv_heads = keys.dimensions()[1];
   a.s = keys.dimensions()[3];
   a.row_stride = a.heads * a.e;
+  thread_local ospec::Buffer scores;
   ospec::find_slots(a);
-  ospec::run_phases(pool, ospec::is_large(a), {ospec::attend(a)});
+  ospec::divide(a, pool.num_threads(), scores);
+  ospec::run_phases(pool, ospec::is_large(a), ospec::attend(a));
   return ffi::Error::Success();
 }
 

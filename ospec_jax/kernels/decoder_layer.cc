@@ -50,6 +50,8 @@ void prepare_head(const Heads& a, int64_t b, int64_t h) {
   const int64_t start = std::clamp<int64_t>(a.starts[b], 0, a.s - a.t);
   float* keys = a.keys + (b * a.kv_heads + h) * a.e * a.s + start;
   float* values = a.values + ((b * a.kv_heads + h) * a.s + start) * a.e;
+  // The channels of a key lie far from each other.
+  for (int64_t i = 0; i < a.e; ++i) _mm_prefetch(keys + i * a.s, _MM_HINT_T0);
   for (int64_t t = 0; t < a.t; ++t) {
     const int64_t row = b * a.t + t;
     float* first = a.qkv + row * (a.heads + 2 * a.kv_heads) * a.e;
@@ -76,7 +78,7 @@ void prepare_head(const Heads& a, int64_t b, int64_t h) {
 // Memory that a call needs beside its arguments and results.
 struct LayerScratch {
   ospec::ProductScratch products[5];
-  ospec::Buffer residual, qkv, attended, hidden, both;
+  ospec::Buffer residual, qkv, scores, attended, hidden, both;
 };
 
 ospec::Product product(ospec::ProductScratch& scratch, int64_t m, S8 kernel, F32 scale,
@@ -150,6 +152,7 @@ ffi::Error DecoderLayer(ffi::ThreadPool pool, float eps, bool has_tiles,
   attention.s = heads.s;
   attention.row_stride = qkv_kernel.dimensions()[0];
   ospec::find_slots(attention);
+  ospec::divide(attention, pool.num_threads(), scratch.scores);
 
   const float* rows = x.typed_data();
   float* residual = has_normed_residual ? scratch.residual.of<float>(m * d) : nullptr;
@@ -194,17 +197,17 @@ ffi::Error DecoderLayer(ffi::ThreadPool pool, float eps, bool has_tiles,
   auto prepare = [&heads](int64_t i) {
     prepare_head(heads, i / heads.kv_heads, i % heads.kv_heads);
   };
-  ospec::Phase attend = ospec::attend(attention);
-  if (attend.num_chunks == num_heads) {
+  const std::vector<ospec::Phase> attend = ospec::attend(attention);
+  if (attend[0].num_chunks == num_heads) {
     // One chunk a head: nothing needs to wait between the two.
     auto run = [prepare, attend](int64_t i) {
       prepare(i);
-      attend.run(i);
+      attend[0].run(i);
     };
     phases.push_back({num_heads, run});
   } else {
     phases.push_back({num_heads, prepare});
-    phases.push_back(attend);
+    phases.insert(phases.end(), attend.begin(), attend.end());
   }
   phases.push_back(ospec::quantize(o, attended_row));
   phases.push_back(ospec::multiply(o));

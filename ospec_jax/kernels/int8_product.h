@@ -31,15 +31,14 @@ namespace ospec {
 // Each source file that includes this has its own copy.
 namespace {
 
-constexpr int64_t kChannels = 4;  // kernel rows that are read side by side
-// Rows of x in one block. The sums stay in registers, so blocks of many rows have few
-// channels: 4 rows by 4 channels, or 8 by 2. Compilers spill more than 16 sums.
-constexpr int64_t kMaxRows = 8;
-constexpr int64_t kMaxWideRows = 4;
-constexpr int64_t kAlign = 64;    // bytes in a vector
-// The kernel is fetched ahead into the second cache. By the first one's own size and
-// lines in flight, a core gets no more than three quarters of what memory delivers.
-constexpr int64_t kPrefetchBytes = 8192;
+constexpr int64_t kChannels = 16;  // kernel rows whose sums are written together
+constexpr int64_t kMaxRows = 8;    // rows of x in one block, whose sums stay in registers
+constexpr int64_t kAlign = 64;     // bytes in a vector
+// The kernel is fetched ahead into the second cache, and from there into the first one.
+// By the first one's own size and lines in flight, a core gets no more than three
+// quarters of what memory delivers.
+constexpr int64_t kPrefetchBytes = 6144;
+constexpr int64_t kNearBytes = 576;
 // Bytes of the kernel that a thread claims at a time. They stay in the first cache while
 // one block of rows after the other passes over them; a single block needs no such care.
 constexpr int64_t kChunkBytes = 16 * 1024;
@@ -64,17 +63,6 @@ struct Product {
   float* row_scale;        // [m]
   int32_t* row_sum;        // [m]
 };
-
-// Sums the lanes of four vectors: {sum a, sum b, sum c, sum d}.
-inline __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
-  __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  __m512i all =
-      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-  __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all),
-                                  _mm512_extracti64x4_epi64(all, 1));
-  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
 
 float largest_magnitude(const float* x, int64_t k) {
   __m512 largest = _mm512_setzero_ps();
@@ -118,8 +106,9 @@ int32_t round_row(const float* x, int64_t k, int64_t padded_k, float scale, int8
 // The channel is read strictly in its order in memory, and the next one behind it, which
 // is what hardware prefetchers follow.
 template <int R, bool kFirst>
-[[gnu::always_inline]] inline void add_in_order(const Product& p, const int8_t* x,
-                                                const int8_t* weights, __m512i* sums) {
+[[gnu::always_inline]] inline void add_products(const Product& p, const int8_t* x,
+                                                const int8_t* weights,
+                                                __m512i (&sums)[kMaxRows]) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const int64_t whole = p.k / kAlign * kAlign;
   __m512i acc[R];
@@ -133,7 +122,10 @@ template <int R, bool kFirst>
   };
   each<R>([&](auto r) { acc[r] = _mm512_setzero_si512(); });
   for (int64_t i = 0; i < whole; i += kAlign) {
-    if (kFirst) _mm_prefetch(weights + i + kPrefetchBytes, _MM_HINT_T1);
+    if (kFirst) {
+      _mm_prefetch(weights + i + kPrefetchBytes, _MM_HINT_T1);
+      _mm_prefetch(weights + i + kNearBytes, _MM_HINT_T0);
+    }
     add(i, _mm512_loadu_si512(weights + i));
   }
   if (whole < p.k) {
@@ -141,73 +133,94 @@ template <int R, bool kFirst>
     add(whole, _mm512_maskz_loadu_epi8(is_real, weights + whole));
   }
   each<R>([&](auto r) { sums[r] = acc[r]; });
+  each<kMaxRows - R>([&](auto r) { sums[R + r] = _mm512_setzero_si512(); });
 }
 
-// Likewise with C channels side by side, so that R vectors are loaded once for all.
-template <int R, int C, bool kFirst>
-[[gnu::always_inline]] inline void add_side_by_side(const Product& p, const int8_t* x,
-                                                    const int8_t* kernel, __m512i* sums) {
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i acc[C][R];
-  each<R * C>([&](auto i) { acc[i / R][i % R] = _mm512_setzero_si512(); });
-  for (int64_t i = 0; i < p.k; i += kAlign) {
-    const int64_t left = p.k - i;
-    const __mmask64 is_real = ~__mmask64{0} >> (left < kAlign ? kAlign - left : 0);
-    __m512i w[C];
-    each<C>([&](auto c) {
-      if (kFirst) _mm_prefetch(kernel + C * i + kAlign * c + kPrefetchBytes, _MM_HINT_T1);
-      w[c] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(is_real, kernel + c * p.k + i), flip);
-    });
-    each<R>([&](auto r) {
-      __m512i values = _mm512_load_si512(x + r * p.padded_k + i);
-      each<C>([&](auto c) { acc[c][r] = _mm512_dpbusd_epi32(acc[c][r], w[c], values); });
-    });
-  }
-  each<R * C>([&](auto i) { sums[i] = acc[i / R][i % R]; });
+// Sums the lanes of eight vectors a, ..., h to {a, b, c, d, e, f, g, h} twice: each half
+// of the result holds one half of every sum, in the order abcd, abcd, efgh, efgh.
+[[gnu::always_inline]] inline __m512i sum_lanes(const __m512i (&v)[kMaxRows]) {
+  auto pair = [](__m512i x, __m512i y) __attribute__((always_inline)) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+  };
+  auto four = [&](__m512i a, __m512i b, __m512i c,
+                  __m512i d) __attribute__((always_inline)) {
+    const __m512i ab = pair(a, b), cd = pair(c, d);
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd),
+                            _mm512_unpackhi_epi64(ab, cd));
+  };
+  const __m512i first = four(v[0], v[1], v[2], v[3]);
+  const __m512i second = four(v[4], v[5], v[6], v[7]);
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(first, second, 0x44),
+                          _mm512_shuffle_i32x4(first, second, 0xee));
 }
 
-// R rows from `row` on times C channels from `channel` on. The first block of rows
-// fetches the kernel ahead; the others find it in the cache.
-template <int R, int C, bool kFirst>
-inline void block(const Product& p, int64_t row, int64_t channel) {
-  const int8_t* x = p.x + row * p.padded_k;
-  const int8_t* kernel = p.kernel + channel * p.k;
-  __m512i acc[C][R];
-  if constexpr (R <= kMaxWideRows)
-    each<C>([&](auto c) { add_in_order<R, kFirst>(p, x, kernel + c * p.k, acc[c]); });
-  else
-    add_side_by_side<R, C, kFirst>(p, x, kernel, acc[0]);
-  const __mmask8 is_written = (1 << C) - 1;
-  __m128 scale = _mm_maskz_loadu_ps(is_written, p.scale + channel);
-  each<R>([&](auto r) {
-    __m128i total = sum_lanes(acc[0][r], acc[1 % C][r], acc[2 % C][r], acc[3 % C][r]);
-    total = _mm_sub_epi32(total, _mm_set1_epi32(128 * p.row_sum[row + r]));
-    __m128 y = _mm_mul_ps(_mm_cvtepi32_ps(total), _mm_set1_ps(p.row_scale[row + r]));
-    y = _mm_mul_ps(y, scale);
-    int64_t place = (row + r) * p.n + channel;
-    if (p.residual) y = _mm_add_ps(_mm_maskz_loadu_ps(is_written, p.residual + place), y);
-    _mm_mask_storeu_ps(p.y + place, is_written, y);
-  });
-}
-
+// Sums of R rows with two channels: eight of the first, eight of the second.
 template <int R, bool kFirst>
-inline void four_channels(const Product& p, int64_t row, int64_t channel) {
-  constexpr int C = R <= kMaxWideRows ? kChannels : kChannels / 2;
-  for (int c = 0; c < kChannels; c += C) block<R, C, kFirst>(p, row, channel + c);
+[[gnu::always_inline]] inline __m512i two_channels(const Product& p, const int8_t* x,
+                                                   const int8_t* weights) {
+  __m512i sums[kMaxRows];
+  add_products<R, kFirst>(p, x, weights, sums);
+  const __m512i first = sum_lanes(sums);
+  add_products<R, kFirst>(p, x, weights + p.k, sums);
+  const __m512i second = sum_lanes(sums);
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(first, second, 0x88),
+                          _mm512_shuffle_i32x4(first, second, 0xdd));
+}
+
+// Writes a row's sums with 16 channels, scaled.
+[[gnu::always_inline]] inline void write_row(const Product& p, __m512i sums, int64_t row,
+                                             int64_t channel) {
+  const int64_t place = row * p.n + channel;
+  __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(p.row_scale[row]));
+  y = _mm512_mul_ps(y, _mm512_loadu_ps(p.scale + channel));
+  if (p.residual) y = _mm512_add_ps(_mm512_loadu_ps(p.residual + place), y);
+  _mm512_storeu_ps(p.y + place, y);
+}
+
+// R rows from `row` on times 16 channels from `channel` on. The first block of rows
+// fetches the kernel ahead; the others find it in the cache.
+template <int R, bool kFirst>
+void block(const Product& p, int64_t row, int64_t channel) {
+  constexpr int kPairs = kChannels / 2;
+  const int8_t* x = p.x + row * p.padded_k;
+  const int8_t* weights = p.kernel + channel * p.k;
+  alignas(kAlign) int32_t pairs[kPairs][2 * kMaxRows];
+  for (int i = 0; i < kPairs; ++i)
+    _mm512_store_si512(pairs[i], two_channels<R, kFirst>(p, x, weights + 2 * i * p.k));
+
+  // From rows within channels to channels within rows, four rows at a time: four channels
+  // of each of them in a vector, then all 16 of one.
+  each<(R + 3) / 4>([&](auto quarter) {
+    const __m512i places = _mm512_add_epi32(
+        _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27),
+        _mm512_set1_epi32(4 * quarter));
+    auto four = [&](int i) __attribute__((always_inline)) {
+      return _mm512_permutex2var_epi32(_mm512_load_si512(pairs[2 * i]), places,
+                                       _mm512_load_si512(pairs[2 * i + 1]));
+    };
+    const __m512i a = four(0), b = four(1), c = four(2), d = four(3);
+    const __m512i ab = _mm512_shuffle_i32x4(a, b, 0x44);
+    const __m512i cd = _mm512_shuffle_i32x4(c, d, 0x44);
+    const __m512i ab2 = _mm512_shuffle_i32x4(a, b, 0xee);
+    const __m512i cd2 = _mm512_shuffle_i32x4(c, d, 0xee);
+    const __m512i rows[4] = {
+        _mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd),
+        _mm512_shuffle_i32x4(ab2, cd2, 0x88), _mm512_shuffle_i32x4(ab2, cd2, 0xdd)};
+    each<4>([&](auto i) {
+      constexpr int r = 4 * decltype(quarter)::value + decltype(i)::value;
+      if constexpr (r < R) {
+        const __m512i added = _mm512_set1_epi32(128 * p.row_sum[row + r]);
+        write_row(p, _mm512_sub_epi32(rows[i], added), row + r, channel);
+      }
+    });
+  });
 }
 
 template <bool kFirst>
 void block_of(int64_t rows, const Product& p, int64_t row, int64_t channel) {
-  switch (rows) {
-    case 1: return four_channels<1, kFirst>(p, row, channel);
-    case 2: return four_channels<2, kFirst>(p, row, channel);
-    case 3: return four_channels<3, kFirst>(p, row, channel);
-    case 4: return four_channels<4, kFirst>(p, row, channel);
-    case 5: return four_channels<5, kFirst>(p, row, channel);
-    case 6: return four_channels<6, kFirst>(p, row, channel);
-    case 7: return four_channels<7, kFirst>(p, row, channel);
-    default: return four_channels<8, kFirst>(p, row, channel);
-  }
+  each<kMaxRows>([&](auto r) {
+    if (rows == r + 1) block<r + 1, kFirst>(p, row, channel);
+  });
 }
 
 // The kernel's rows that are no whole block.

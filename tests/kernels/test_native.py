@@ -38,7 +38,8 @@ def exact(x, params):
     return y * scale.astype(np.float64) * params["scale"]
 
 
-SHAPES = [(1, 1, 1), (2, 4, 64), (3, 7, 65), (5, 33, 127), (8, 576, 576), (17, 40, 200)]
+SHAPES = [(1, 1, 1), (1, 40, 64), (2, 4, 64), (2, 16, 70), (3, 7, 65), (4, 48, 130)]
+SHAPES += [(5, 33, 127), (6, 20, 66), (7, 64, 64), (8, 576, 576), (17, 40, 200)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -216,6 +217,15 @@ def test_queries_do_not_depend_on_their_neighbours():
             queries[:, i : i + 1], keys, values, bias[:, i : i + 1]
         )
         np.testing.assert_array_equal(alone, together[:, i : i + 1])
+
+
+@pytest.mark.parametrize("t", [1, 4])
+def test_how_work_is_divided_changes_no_bit(t):
+    """Threads share a head where three of them leave one of two threads idle."""
+    queries, keys, values, bias = random_attention(b=1, t=t, heads=12, kv_heads=4, s=256)
+    together = np.asarray(native.attention(queries, keys, values, bias))
+    three = native.attention(queries[:, :, :9], keys[:, :3], values[:, :3], bias)
+    np.testing.assert_array_equal(three, together[..., : three.shape[-1]])
 
 
 def test_only_whole_vectors_of_float32_are_attended_to():
