@@ -13,10 +13,16 @@ import ctypes
 import gc
 import importlib.metadata
 import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _VALUE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+_LARGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+_MADV_COLLAPSE = 25
 _KNOWN_TO = ("0.10.", "0.11.", "0.12.")
 """Versions of jaxlib that know the flag and need it: all that the package allows."""
 
@@ -65,6 +71,39 @@ def release_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def use_large_pages(arrays: Iterable[Any]) -> int:
+    """Asks Linux for pages of 2 MB under arrays that a CPU reads again and again.
+
+    With pages of 4 KB a core looks up a page every 64 lines of memory, and prefetching
+    ends at each. Contents and addresses stay as they are.
+
+    Args:
+      arrays: On this machine's CPU, ready or not.
+
+    Returns:
+      The bytes that lie on such pages now; 0 where the system has none to give.
+    """
+    if not sys.platform.startswith("linux"):
+        return 0
+
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    num_bytes = 0
+
+    for array in arrays:
+        address = array.unsafe_buffer_pointer()
+        begin = -(-address // _LARGE_PAGE) * _LARGE_PAGE
+        size = (address + array.nbytes) // _LARGE_PAGE * _LARGE_PAGE - begin
+        if size <= 0:
+            continue
+        madvise(begin, size, _MADV_HUGEPAGE)
+        # An older kernel refuses this, and moves the pages by and by.
+        if madvise(begin, size, _MADV_COLLAPSE) == 0:
+            num_bytes += size
+
+    return num_bytes
 
 
 set_flags()

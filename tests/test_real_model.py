@@ -135,9 +135,7 @@ def log_probs(target, texts):
     @jax.jit
     def score(params, tokens):
         start = jnp.zeros(1, jnp.int32)
-        cache = kv.init_cache(
-            c.num_layers, 1, c.num_kv_heads, TEXT_LENGTH, c.head_dim, jnp.float32
-        )
+        cache = llama.init_cache(c, target.numerics, 1, TEXT_LENGTH)
         bias = kv.causal_bias(start, TEXT_LENGTH, TEXT_LENGTH)
         positions = jnp.arange(TEXT_LENGTH)[None]
         hidden = run(params, tokens, positions, bias, cache, start)[0]

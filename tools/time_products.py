@@ -52,7 +52,7 @@ class Settings:
 
 def layers_of(target: Target, num_layers: int) -> list[dict]:
     """The four projections of each of the first layers, in their order."""
-    layers = [target.params[f"layers_{i}"] for i in range(num_layers)]
+    layers = [llama.layer_params(target.params, i) for i in range(num_layers)]
     return [
         {
             "qkv": layer["self_attn"]["qkv_proj"],
@@ -95,14 +95,7 @@ def layers_pass(target: Target, num_layers: int, capacity: int) -> Callable:
         hidden, _, cache = forward(params, tokens, positions, bias, cache, starts)
         return hidden, cache
 
-    cache = kv.init_cache(
-        config.num_layers,
-        1,
-        config.num_kv_heads,
-        capacity,
-        config.head_dim,
-        target.numerics.cache_dtype,
-    )
+    cache = llama.init_cache(config, target.numerics, 1, capacity)
     held = [cache]
 
     def call(tokens):

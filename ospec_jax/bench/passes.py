@@ -134,14 +134,7 @@ def _target_pass(target: Target, capacity: int) -> tuple[Callable, kv.KVCache]:
         hidden, _, _ = forward(params, tokens, positions, bias, cache, starts)
         return llama.target_logits(params, hidden, target.numerics)
 
-    cache = kv.init_cache(
-        config.num_layers,
-        1,
-        config.num_kv_heads,
-        capacity,
-        config.head_dim,
-        target.numerics.cache_dtype,
-    )
+    cache = llama.init_cache(config, target.numerics, 1, capacity)
     return run, cache
 
 

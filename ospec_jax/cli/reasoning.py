@@ -108,7 +108,9 @@ def reason(
     rule = StepRule(max_tokens=max_step_tokens)
 
     large = load_target(target, as_precision(precision))
-    small = load_target(draft_model, as_precision(precision))
+    # A layer that learns is a tree of its own.
+    is_scanned = None if learner == "none" else False
+    small = load_target(draft_model, as_precision(precision), is_scanned=is_scanned)
     token_draft = "ngram" if ngrams else None
     alone = Session(large, token_draft)
     session = Session(large, token_draft, batch_size=num_ahead + 1)

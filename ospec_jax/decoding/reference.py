@@ -28,15 +28,7 @@ def teacher_forced_logits(
     # The caches that decoding is compiled for, so that products have the shapes it
     # uses.
     capacity = next(size for size in CAPACITIES if size > len(token_ids) + 1)
-    cache = kv.init_cache(
-        c.num_layers,
-        1,
-        c.num_kv_heads,
-        capacity,
-        c.head_dim,
-        numerics.cache_dtype,
-        numerics.is_scanned,
-    )
+    cache = llama.init_cache(c, numerics, 1, capacity)
 
     @jax.jit
     def run(params, tokens, start, cache):

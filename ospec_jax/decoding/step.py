@@ -1071,15 +1071,7 @@ def empty_state(
         deltas = no_rows(b, config.delta_rank, width, num_tokens)
 
     return DecodeState(
-        cache=kv.init_cache(
-            c.num_layers,
-            b,
-            c.num_kv_heads,
-            capacity,
-            c.head_dim,
-            config.numerics.cache_dtype,
-            config.numerics.is_scanned,
-        ),
+        cache=llama.init_cache(c, config.numerics, b, capacity),
         draft_cache=draft_cache,
         draft_context=draft_context,
         lengths=ints(),

@@ -57,7 +57,7 @@ from ospec_jax.models.layers import (
     rope_frequencies,
     rotate,
 )
-from ospec_jax.models.llama import embedding_table
+from ospec_jax.models.llama import embedding_table, layer_params
 from ospec_jax.types import (
     Draft,
     DraftContext,
@@ -544,7 +544,7 @@ def _warm_start(params, target) -> dict:
 
     for number in range(num_layers):
         layer = decoder_layer(target, first + number)
-        attention = target.params[f"layers_{first + number}"]["self_attn"]
+        attention = layer_params(target.params, first + number)["self_attn"]
         qkv = layer.pop("qkv_proj")["kernel"]
         layer["q_proj"] = {"kernel": qkv[:num_queries]}
         layer["kv_proj"] = {"kernel": qkv[num_queries:]}

@@ -122,7 +122,7 @@ def early_exit(
         roots: Roots,
         hints: Hints | None = None,
     ) -> tuple[DraftTree, tuple]:
-        params = first_layers(shared.params, config.num_layers, numerics)
+        params = first_layers(shared.params, shared, config.model, numerics)
 
         def apply(*args, method) -> Any:
             return module.apply({"params": draft.params}, *args, method=method)

@@ -45,9 +45,7 @@ def self_draft(
         roots: Roots,
         hints: Hints | None = None,
     ) -> tuple[DraftTree, tuple]:
-        params = first_layers(
-            draft.params or shared.params, config.num_layers, numerics
-        )
+        params = first_layers(draft.params or shared.params, shared, config, numerics)
 
         def step(entries, nodes: Nodes):
             out, _, entries = model(
@@ -73,12 +71,21 @@ def self_draft(
     return stateless(propose, num_scratch(tree) + 1, reads_target=True)
 
 
-def first_layers(params, num_layers: int, numerics: Numerics):
-    """The parameters of a target's first layers; others may be among them."""
-    if not numerics.is_scanned:
+def first_layers(params, shared: SharedTables, config: ModelConfig, numerics: Numerics):
+    """The parameters of a target's first layers; others may be among them.
+
+    Args:
+      config: Of these layers alone.
+    """
+    assert shared.cache is not None, "the drafter reads the target"
+    keys = shared.cache.keys
+    # A native call runs the first of more layers where they lie.
+    if not numerics.is_scanned or llama.is_one_call(
+        config, numerics, keys, params["layers"]
+    ):
         return params
 
-    first = jax.tree.map(lambda stacked: stacked[:num_layers], params["layers"])
+    first = jax.tree.map(lambda stacked: stacked[: config.num_layers], params["layers"])
     return {**params, "layers": first}
 
 

@@ -54,15 +54,7 @@ def small_lm(
         return llama.target_logits(draft.params, hidden, numerics)[..., :num_ids]
 
     def init_cache(batch_size, capacity):
-        return kv.init_cache(
-            config.num_layers,
-            batch_size,
-            config.num_kv_heads,
-            capacity + _SPARE_SLOTS,
-            config.head_dim,
-            numerics.cache_dtype,
-            numerics.is_scanned,
-        )
+        return llama.init_cache(config, numerics, batch_size, capacity + _SPARE_SLOTS)
 
     def init_context(batch_size):
         return DraftContext(

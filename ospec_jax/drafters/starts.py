@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from ospec_jax.drafters.base import Family, dequantized
 from ospec_jax.models.hub import Target
-from ospec_jax.models.llama import head_table
+from ospec_jax.models.llama import head_table, layer_params
 
 
 def start_warm(family: Family, params: dict, target: Target, token_ids) -> dict:
@@ -45,7 +45,7 @@ def last_layer(target: Target) -> dict:
 
 def decoder_layer(target: Target, number: int) -> dict:
     """One of the target's decoder layers, kernels in float32."""
-    layer = target.params[f"layers_{number}"]
+    layer = layer_params(target.params, number)
     wide = lambda table: {"kernel": dequantized(table)}
     return {
         "input_layernorm": layer["input_layernorm"],

@@ -32,11 +32,11 @@ from ospec_jax import atomic
 from ospec_jax.kernels import checks
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("int8_linear.cc", "attention.cc", "decoder_layer.cc", "most_probable.cc")
+_SOURCES = ("int8_linear.cc", "attention.cc", "decoder_layers.cc", "most_probable.cc")
 _HANDLERS = {
     "ospec_int8_linear": "OspecInt8Linear",
     "ospec_attention": "OspecAttention",
-    "ospec_decoder_layer": "OspecDecoderLayer",
+    "ospec_decoder_layers": "OspecDecoderLayers",
     "ospec_most_probable": "OspecMostProbable",
 }
 _REGISTERED: set[str] = set()
@@ -126,7 +126,7 @@ def most_probable(logits, count: int):
     return tuple(x.reshape(*logits.shape[:-1], count) for x in (log_probs, places))
 
 
-def decoder_layer(
+def decoder_layers(
     x,
     angles,
     bias,
@@ -137,11 +137,12 @@ def decoder_layer(
     eps: float,
     has_tiles: bool = True,
     *,
+    taps: tuple[int, ...] = (),
     beside=None,
     head=None,
     has_normed_residual: bool = False,
 ):
-    """One pre-norm block of the Llama family, or of a draft like it, in int8.
+    """Pre-norm blocks of the Llama family, or one of a draft like it, in int8.
 
     Norms, rotary embedding and SwiGLU add and multiply in an order of their own: their
     last bits differ from XLA's, but depend on nothing beside a row.
@@ -150,27 +151,38 @@ def decoder_layer(
       x: `[b, t, d]`, all in float32.
       angles: Cosines and sines, `[b, t, 1, e]`.
       bias: `[b, t, s]`.
-      keys: `[b, h, e, s]`; written in place where nobody else reads them.
-      values: `[b, h, s, e]`, likewise.
+      keys: `[layers, b, h, e, s]`; written in place where nobody else reads them.
+      values: `[layers, b, h, s, e]`, likewise.
       starts: `[b]`, first slot that each row's tokens are written to.
-      weights: What `layer_weights` found.
+      weights: What `layer_weights` found of stacked layers, `[layers, ...]`. There may
+        be more of them than keys: the first ones are run.
       eps: Of the norms.
-      beside: `(rows [b, t, d'], gain [d'])`, which attention reads in front of `x`,
-        each normed by itself; None for `x` alone.
+      taps: Layers whose input is wanted; each of `0, ..., layers - 1` at most once.
+      beside: `(rows [b, t, d'], gain [1, d'])`, which attention reads in front of `x`,
+        each normed by itself; for a single layer. None for `x` alone.
       head: `(gain [d], kernel [v, d], scale [v])` of the norm and the projection behind
-        the block; an empty gain stands for no norm, None for no head.
-      has_normed_residual: The residual stream begins with the normed `x`.
+        the blocks; an empty gain stands for no norm, None for no head.
+      has_normed_residual: The residual stream of a single layer begins with the normed
+        `x`.
 
     Returns:
-      The new `x`, `keys` and `values`, and `[b, t, v]` logits; v = 0 without a head.
+      The new `x`, `keys` and `values`; the inputs of the `taps`, `[taps, b, t, d]`; and
+      `[b, t, v]` logits, where v = 0 without a head.
     """
-    b, t = x.shape[:2]
+    b, t, d = x.shape
     nothing = jnp.zeros(0, jnp.float32)
     beside = beside or (nothing, nothing)
-    head = head or (nothing, jnp.zeros((0, 0), jnp.int8), nothing)
-    shapes = (x.shape, keys.shape, values.shape, (b, t, head[1].shape[0]))
+    gain, kernel, scale = head or (nothing, jnp.zeros((0, 0), jnp.int8), nothing)
+    gain = gain if gain.shape == nothing.shape else gain[None]
+    shapes = (
+        x.shape,
+        keys.shape,
+        values.shape,
+        (len(taps), b, t, d),
+        (b, t, kernel.shape[0]),
+    )
     call = jax.ffi.ffi_call(
-        "ospec_decoder_layer",
+        "ospec_decoder_layers",
         [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         input_output_aliases={4: 1, 5: 2},
         vmap_method="sequential",
@@ -187,18 +199,52 @@ def decoder_layer(
         starts.astype(jnp.int32),
         *weights,
         *beside,
-        *head,
+        gain,
+        kernel[None],
+        scale[None],
         eps=np.float32(eps),
         has_tiles=np.bool_(has_tiles),
         has_normed_residual=np.bool_(has_normed_residual),
+        taps=np.asarray(taps, np.int64),
     )
 
 
-def layer_weights(params, input_norm: str = "input_layernorm") -> tuple | None:
-    """What `decoder_layer` reads of a layer's parameters; None if they are not int8.
+def decoder_layer(x, angles, bias, keys, values, starts, weights, *args, **kwargs):
+    """`decoder_layers` of a single one, whose arrays are not stacked.
 
     Args:
-      params: A target's layer, or a draft's, whose attention lies among the others.
+      keys: `[b, h, e, s]`.
+      values: `[b, h, s, e]`.
+      weights: What `layer_weights` found of a layer.
+      args: Further ones of `decoder_layers`, as are `kwargs`.
+
+    Returns:
+      The new `x`, `keys` and `values`, and logits.
+    """
+    stacked = lambda array: array if array.shape == (0,) else array[None]
+    if kwargs.get("beside"):
+        rows, gain = kwargs["beside"]
+        kwargs["beside"] = rows, gain[None]
+    out, keys, values, _, logits = decoder_layers(
+        x,
+        angles,
+        bias,
+        keys[None],
+        values[None],
+        starts,
+        tuple(map(stacked, weights)),
+        *args,
+        **kwargs,
+    )
+    return out, keys[0], values[0], logits
+
+
+def layer_weights(params, input_norm: str = "input_layernorm") -> tuple | None:
+    """What is read of a layer's parameters; None if they are not int8.
+
+    Args:
+      params: A target's layer, or all of them stacked, or a draft's layer, whose
+        attention lies among the others.
       input_norm: Of `x`.
     """
     attention = params.get("self_attn", params)

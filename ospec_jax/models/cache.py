@@ -75,6 +75,7 @@ def write_rows(
     axis: int = -2,
     is_batched: bool = False,
     layer=None,
+    batch_axis: int = 0,
 ):
     """Writes entries into the slots of `axis` from `starts` on.
 
@@ -86,9 +87,11 @@ def write_rows(
       buffer: `[b, ...]`, with `s` slots along `axis`; `[layers, b, ...]` with `layer`.
       new: `[b, ...]`, with `t` entries along `axis`.
       is_batched: In one scatter all the same; see `Numerics.has_batched_writes`.
-      layer: Which of the stacked layers of `buffer` to write, if it has such.
+      layer: Which of the stacked layers of `buffer` to write; None for all there are.
+      batch_axis: Of `buffer` and `new` without a `layer`; 1 if both are stacked.
     """
-    batch_axis = 0 if layer is None else 1
+    if layer is not None:
+        batch_axis = 1
     zero = jnp.zeros((), starts.dtype)
 
     def put(buffer, entries, row, start):
@@ -105,15 +108,21 @@ def write_rows(
             buffer, entries.astype(buffer.dtype), indices, allow_negative_indices=False
         )
 
+    # The axis of the rows of what is written.
+    new_axis = 0 if layer is not None else batch_axis
     if is_batched or len(starts) > _MOST_SLICES:
         one = lambda row, entries, start: put(
-            jnp.expand_dims(row, batch_axis), entries[None], zero, start
+            jnp.expand_dims(row, batch_axis),
+            jnp.expand_dims(entries, new_axis),
+            zero,
+            start,
         ).squeeze(batch_axis)
-        return jax.vmap(one, (batch_axis, 0, 0), batch_axis)(buffer, new, starts)
+        return jax.vmap(one, (batch_axis, new_axis, 0), batch_axis)(buffer, new, starts)
 
     for row in range(len(starts)):
         number = jnp.full((), row, starts.dtype)
-        buffer = put(buffer, new[row : row + 1], number, starts[row])
+        entries = jax.lax.slice_in_dim(new, row, row + 1, axis=new_axis)
+        buffer = put(buffer, entries, number, starts[row])
 
     return buffer
 
@@ -140,10 +149,10 @@ def append(
     )
 
 
-def gather_slots(buffer, slots: Int[Array, "b m"], axis: int = -2):
+def gather_slots(buffer, slots: Int[Array, "b m"], axis: int = -2, batch_axis: int = 0):
     """Reads the given slots, along `axis`, of each row of `buffer`, `[b, ...]`."""
     take = lambda row, index: jnp.take(row, index, axis=axis, mode="clip")
-    return jax.vmap(take)(buffer, slots)
+    return jax.vmap(take, (batch_axis, 0), batch_axis)(buffer, slots)
 
 
 @typed
@@ -161,16 +170,16 @@ def keep_path(
     """
     # All are read before any is written: a kept node may lie where an earlier one goes.
     slots = starts[:, None] + path
+    rows = cache.batch_axis
     move = lambda buffer, axis: write_rows(
-        buffer, gather_slots(buffer, slots, axis), starts, axis, is_batched
+        buffer,
+        gather_slots(buffer, slots, axis, rows),
+        starts,
+        axis,
+        is_batched,
+        batch_axis=rows,
     )
     each = lambda axis: lambda buffer: move(buffer, axis)
-    # Stacked caches are moved layer by layer, each as an unstacked one.
-    if cache.batch_axis:
-        return KVCache(
-            keys=jax.vmap(each(-1))(cache.keys), values=jax.vmap(each(-2))(cache.values)
-        )
-
     return KVCache(
         keys=jax.tree.map(each(-1), cache.keys),
         values=jax.tree.map(each(-2), cache.values),

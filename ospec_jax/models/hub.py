@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.text import Text
 
 from ospec_jax import atomic, sharding
+from ospec_jax._platform import use_large_pages
 from ospec_jax.config import ConfigError, ModelConfig, Precision, naming
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.models import gguf, programs, weights
 from ospec_jax.models.gguf_file import GGUFFile
 from ospec_jax.models.layers import Numerics
-from ospec_jax.models.llama import stack_layers
+from ospec_jax.models.llama import can_stack, stack_layers
 from ospec_jax.models.quantization import calibrated_numerics
 from ospec_jax.models.repositories import from_hub, is_hub_id
 from ospec_jax.models.smoothing import measure_ranges
@@ -168,7 +169,7 @@ def load_target(
     name_or_path: str | Path,
     precision: Precision | Literal["auto"] | None = None,
     mesh: jax.sharding.Mesh | str | None = None,
-    is_scanned: bool = False,
+    is_scanned: bool | None = None,
     keeps_programs: bool = True,
 ) -> Target:
     """Loads a target model and its tokenizer.
@@ -181,7 +182,8 @@ def load_target(
         answers are close to those in float32, but not the same.
       mesh: Devices to split the model over, or their number by axis, `data=2,model=4`;
         see `sharding.make_mesh`. Sessions of this target use it, too.
-      is_scanned: Stack the layers; see `layers.Numerics`.
+      is_scanned: Stack the layers; see `layers.Numerics`. None does so where all of
+        them are one native call.
       keeps_programs: Keep compiled programs between runs, for the whole process; see
         `enable_compilation_cache`. False leaves jax's configuration alone.
 
@@ -222,7 +224,7 @@ def _load(
     path: Path,
     precision: Precision,
     mesh: jax.sharding.Mesh | None,
-    is_scanned: bool,
+    is_scanned: bool | None,
 ) -> Target:
     """`load_target` of what has been found."""
     numerics = calibrated_numerics(cache_folder(), precision)
@@ -254,6 +256,12 @@ def _load(
         if precision == "int8":
             ranges = _activation_ranges(path, config, numerics, read_tokenizer, read)
         params = read(ranges, place)
+
+    # A native call of all layers reads stacked weights where they lie.
+    if is_scanned is None and mesh is None and can_stack(config, numerics, params):
+        numerics = dataclasses.replace(numerics, is_scanned=True)
+        params = stack_layers(params)
+        use_large_pages(jax.tree.leaves(params))
 
     tokenizer = read_tokenizer()
     _check_tokenizer(path, tokenizer, config)
@@ -302,8 +310,11 @@ def _as_name(name_or_path: Any) -> str:
 
 def scan_target(target: Target) -> Target:
     """A target whose layers are stacked, to be compiled as one."""
+    if target.numerics.is_scanned:
+        return target
+
     numerics = dataclasses.replace(target.numerics, is_scanned=True)
-    params = stack_layers(target.params)
+    params = stack_layers(dict(target.params))
     return dataclasses.replace(target, params=params, numerics=numerics)
 
 

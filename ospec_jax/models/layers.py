@@ -49,8 +49,8 @@ class Numerics:
         device is handed, as on NVIDIA's: few large ones are better than many small.
       is_scanned: Trace one layer and run it over stacked weights and caches, so that
         compiling takes no longer for more layers. XLA:CPU and XLA:GPU copy each layer's
-        weights at every step, which on an H100 takes longer than reading them. See
-        `llama.stack_layers`.
+        weights at every step, which on an H100 takes longer than reading them. Native
+        layers are one call then, and nothing is copied. See `llama.stack_layers`.
       attention: Who computes it; see `models.attention`.
     """
 

@@ -76,13 +76,17 @@ class SelfAttention(nn.Module):
 def is_one_call(
     config: ModelConfig | DraftConfig, numerics: Numerics, keys, layer_params
 ) -> bool:
-    """Whether a layer with these keys and parameters is `native.decoder_layer`.
+    """Whether a layer with these keys and parameters, or all, are one native call.
 
     All passes of a model must agree: the two differ in last bits. So this must not
     depend on the number of rows; caches of an engine have whole vectors of slots.
+
+    Args:
+      keys: `[b, h, e, s]`; `[layers, b, h, e, s]` of stacked layers.
+      layer_params: A layer's, or those of all of them stacked.
     """
     is_plain = numerics.is_native and numerics.num_groups == 1
-    if not is_plain or numerics.is_scanned or not layer_params:
+    if not is_plain or not layer_params:
         return False
 
     queries = jax.ShapeDtypeStruct((config.head_dim,), jnp.float32)
@@ -104,8 +108,8 @@ class DecoderLayer(nn.Module):
         c = self.config
         own = self.variables.get("params", {})
         # Ranges are measured inside of the modules, see `smoothing`.
-        is_measured = self.is_mutable_collection("ranges")
-        if not is_measured and is_one_call(c, self.numerics, keys, own):
+        is_alone = layer is None and not self.is_mutable_collection("ranges")
+        if is_alone and is_one_call(c, self.numerics, keys, own):
             weights = native.layer_weights(own)
             return native.decoder_layer(
                 x, angles, bias, keys, values, starts, weights, c.rms_norm_eps
@@ -169,7 +173,9 @@ class Llama(nn.Module):
         # Positions lie below the cache's capacity, so a table of that size serves.
         num_positions = cache.capacity if self.numerics.is_row_invariant else None
         angles = rope_angles(positions, frequencies, num_positions, is_native)
-        run = self._scan_layers if self.numerics.is_scanned else self._run_layers
+        run = self._run_layers
+        if self.numerics.is_scanned:
+            run = self._run_natively if is_native else self._scan_layers
         x, taps, cache = run(x, angles, bias, cache, starts)
         if not self.is_truncated:
             x = RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
@@ -188,12 +194,15 @@ class Llama(nn.Module):
         return x[:, :num_tokens], features[:, :num_tokens], cache
 
     def _has_native_layers(self, cache: kv.KVCache) -> bool:
-        """Whether every layer is one call, for this cache."""
-        if cache.batch_axis or self.is_mutable_collection("ranges"):
+        """Whether every layer is one call, or all of them are, for this cache."""
+        if self.is_mutable_collection("ranges"):
             return False
 
         c = self.config
         params = self.variables.get("params", {})
+        if self.numerics.is_scanned:
+            return is_one_call(c, self.numerics, cache.keys, params.get("layers", {}))
+
         layers = [params.get(f"layers_{i}", {}) for i in range(c.num_layers)]
         pairs = zip(cache.keys, layers, strict=True)
         return all(is_one_call(c, self.numerics, keys, own) for keys, own in pairs)
@@ -216,6 +225,26 @@ class Llama(nn.Module):
         cache = kv.KVCache(keys=tuple(keys), values=tuple(values))
 
         return x, [taps.get(i, x) for i in self.taps], cache
+
+    def _run_natively(self, x, angles, bias, cache: kv.KVCache, starts):
+        """All layers in one call; of more that are stacked the first ones."""
+        weights = native.layer_weights(self.variables["params"]["layers"])
+        # In rising order, each once: so its inputs are told from those of others.
+        inner = sorted({i for i in self.taps if i < self.config.num_layers})
+        x, keys, values, inputs, _ = native.decoder_layers(
+            x,
+            angles,
+            bias,
+            cache.keys,
+            cache.values,
+            starts,
+            weights,
+            self.config.rms_norm_eps,
+            taps=tuple(inner),
+        )
+        taps = [inputs[inner.index(i)] if i in inner else x for i in self.taps]
+
+        return x, taps, kv.KVCache(keys=keys, values=values)
 
     def _scan_layers(self, x, angles, bias, cache: kv.KVCache, starts):
         """One layer over stacked weights.
@@ -318,14 +347,57 @@ def init_params(config: ModelConfig, key) -> Params:
     return model.init(key, tokens, tokens, bias, cache, tokens[:, 0])["params"]
 
 
+def init_cache(
+    config: ModelConfig, numerics: Numerics, batch_size: int, capacity: int
+) -> kv.KVCache:
+    """An empty cache of a model's layers."""
+    return kv.init_cache(
+        config.num_layers,
+        batch_size,
+        config.num_kv_heads,
+        capacity,
+        config.head_dim,
+        numerics.cache_dtype,
+        numerics.is_scanned,
+    )
+
+
 def stack_layers(params: Params) -> Params:
     """Parameters for `Numerics.is_scanned`: all layers' in one tree, `layers`.
 
-    Each of its arrays is `[layers, ...]`.
+    Each of its arrays is `[layers, ...]`. The layers are taken out of `params`, so that
+    no more than one kind of arrays is held twice where nobody else holds them.
     """
-    rest = {k: v for k, v in params.items() if not k.startswith("layers_")}
-    layers = [params[f"layers_{i}"] for i in range(len(params) - len(rest))]
-    return rest | {"layers": jax.tree.map(lambda *each: jnp.stack(each), *layers)}
+    names = [name for name in params if name.startswith("layers_")]
+    layers = [params.pop(f"layers_{i}") for i in range(len(names))]
+    structure = jax.tree.structure(layers[0])
+    kinds = [list(kind) for kind in zip(*map(jax.tree.leaves, layers), strict=True)]
+    layers.clear()
+    stacked = []
+    for kind in kinds:
+        stacked.append(jnp.stack(kind))
+        kind.clear()
+
+    return params | {"layers": jax.tree.unflatten(structure, stacked)}
+
+
+def can_stack(config: ModelConfig, numerics: Numerics, params: Params) -> bool:
+    """Whether all layers of a model, as they were read, are one native call."""
+    # Of some cache with whole vectors of slots, as an engine's are.
+    shape = 1, config.num_kv_heads, config.head_dim, 256
+    keys = jax.ShapeDtypeStruct(shape, numerics.cache_dtype)
+    return all(
+        is_one_call(config, numerics, keys, params[f"layers_{i}"])
+        for i in range(config.num_layers)
+    )
+
+
+def layer_params(params: Params, number: int) -> Params:
+    """A layer's parameters, whether the layers are stacked or not."""
+    if "layers" not in params:
+        return params[f"layers_{number}"]
+
+    return jax.tree.map(lambda stacked: stacked[number], params["layers"])
 
 
 def embedding_table(params) -> dict:

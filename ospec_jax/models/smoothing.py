@@ -16,7 +16,7 @@ import numpy as np
 from ospec_jax.config import ModelConfig
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import Numerics
-from ospec_jax.models.llama import Llama
+from ospec_jax.models.llama import Llama, init_cache
 
 LayerRanges = dict[str, np.ndarray]
 """Largest magnitudes by input channel of `qkv_proj`, `gate_up_proj`, `down_proj`."""
@@ -31,14 +31,7 @@ def measure_ranges(
     b, t = texts.shape
     model = Llama(config, numerics)
     starts = jnp.zeros((b,), jnp.int32)
-    cache = kv.init_cache(
-        config.num_layers,
-        b,
-        config.num_kv_heads,
-        t,
-        config.head_dim,
-        numerics.cache_dtype,
-    )
+    cache = init_cache(config, numerics, b, t)
     # All texts have the same length: nothing is padded, and nothing else is cached.
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
 

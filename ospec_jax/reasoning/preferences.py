@@ -219,7 +219,7 @@ def preference_learner(
     if target.mesh is not None or target.numerics.is_scanned:
         raise ConfigError(
             f"{target.name} is split over devices or has stacked layers, and then does "
-            f"not learn steps; load it without a mesh and without is_scanned"
+            f"not learn steps; load it without a mesh and with is_scanned=False"
         )
 
     # The layers below are run as they decode; there is one at least.
@@ -330,9 +330,7 @@ def _build_log_probs(config: ModelConfig, numerics: Numerics, first: int) -> Cal
     def log_probs(params: Params, deltas: Params, batch: _Batch):
         b, t = batch.tokens.shape
         starts = jnp.zeros((b,), jnp.int32)
-        cache = kv.init_cache(
-            first, b, config.num_kv_heads, t, config.head_dim, numerics.cache_dtype
-        )
+        cache = llama.init_cache(below, numerics, b, t)
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         bias = kv.causal_bias(starts, t, t)
         x, _, _ = run_below(params, batch.tokens, positions, bias, cache, starts)

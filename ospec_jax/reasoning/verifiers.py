@@ -196,15 +196,7 @@ def _pooled(target: Target) -> Callable[[Sequence[tuple[int, ...]]], np.ndarray]
     def run(params, tokens, lengths):
         b, t = tokens.shape
         starts = jnp.zeros((b,), jnp.int32)
-        cache = kv.init_cache(
-            config.num_layers,
-            b,
-            config.num_kv_heads,
-            t,
-            config.head_dim,
-            target.numerics.cache_dtype,
-            target.numerics.is_scanned,
-        )
+        cache = llama.init_cache(config, target.numerics, b, t)
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         bias = kv.causal_bias(starts, t, t)
         hidden, _, _ = model(params, tokens, positions, bias, cache, starts)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer in one call: what the modules compute, and row by row the same bits."""
 
+import dataclasses
 import functools
 
 import jax
@@ -139,7 +140,6 @@ def test_layers_of_other_kinds_are_left_to_the_modules():
     assert is_one_call(NATIVE)
     assert not is_one_call(Numerics("int8"))
     assert not is_one_call(Numerics("int8", is_native=True, num_groups=2))
-    assert not is_one_call(Numerics("int8", is_native=True, is_scanned=True))
     assert not is_one_call(NATIVE, keys=args[3][..., :40])
     mixed = {**params, "mlp": {**params["mlp"]}}
     mixed["mlp"]["down_proj"] = {"kernel": jnp.zeros((64, 128))}
@@ -160,3 +160,45 @@ def test_a_lone_token_is_computed_once(monkeypatch):
     bias = kv.causal_bias(starts, 1, CAPACITY)
     llama.build(config, NATIVE)(params, tokens, tokens, bias, cache, starts)
     assert shapes == [(1, 1, 64)] * 2
+
+
+@pytest.mark.parametrize("num_layers", [3, 2])
+def test_stacked_layers_are_layers_one_after_the_other(num_layers):
+    """With taps of some of them; of three layers two may be run."""
+    sizes = dict(head_dim=16, hidden_size=64, intermediate_size=128, has_qkv_bias=True)
+    params = cast_params(
+        random_params(tiny_model_config(num_layers=3, **sizes)), "int8"
+    )
+    config = tiny_model_config(num_layers=num_layers, **sizes)
+    taps = (2, 0, num_layers)
+    starts = jnp.asarray([5, 9], jnp.int32)
+    tokens = jnp.asarray([[3, 1, 4], [1, 5, 9]], jnp.int32)
+    positions = starts[:, None] + jnp.arange(3)
+    bias = kv.causal_bias(starts, 3, CAPACITY)
+
+    def run(numerics, params):
+        cache = llama.init_cache(config, numerics, 2, CAPACITY)
+        model = llama.build(config, numerics, taps)
+        return jax.jit(model)(params, tokens, positions, bias, cache, starts)
+
+    hidden, features, cache = run(NATIVE, params)
+    stacked = dataclasses.replace(NATIVE, is_scanned=True)
+    found = run(stacked, llama.stack_layers(dict(params)))
+    np.testing.assert_array_equal(found[0], hidden)
+    np.testing.assert_array_equal(found[1], features)
+    assert features.shape == (2, 3, 3 * config.hidden_size)
+    for own, all_layers in (
+        (cache.keys, found[2].keys),
+        (cache.values, found[2].values),
+    ):
+        np.testing.assert_array_equal(jnp.stack(own), all_layers)
+
+
+def test_stacking_takes_the_layers_out():
+    """Else all of them would be held twice until the last one is stacked."""
+    params = dict(cast_params(random_params(tiny_model_config(num_layers=2)), "int8"))
+    second = params["layers_1"]["mlp"]["down_proj"]["kernel"]
+    stacked = llama.stack_layers(params)
+    assert not [name for name in params if name.startswith("layers")]
+    found = llama.layer_params(stacked, 1)["mlp"]["down_proj"]["kernel"]
+    np.testing.assert_array_equal(found, second)

@@ -16,7 +16,7 @@ from ospec_jax.kernels import native
 from ospec_jax.models import cache as kv
 from ospec_jax.models.hub import cache_folder
 from ospec_jax.models.layers import Numerics
-from ospec_jax.models.llama import Llama, target_logits
+from ospec_jax.models.llama import Llama, init_cache, target_logits
 from ospec_jax.models.quantization import cast_params
 from ospec_jax.testing import tiny_model_config
 
@@ -62,10 +62,7 @@ class Passes:
 
     def empty_cache(self, batch_size=1, capacity=256):
         c = self.config
-        return kv.init_cache(
-            c.num_layers, batch_size, c.num_kv_heads, capacity, c.head_dim,
-            self.numerics.cache_dtype,
-        )  # fmt: skip
+        return init_cache(c, self.numerics, batch_size, capacity)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(self, params, tokens, positions, bias, cache, starts):

@@ -25,10 +25,7 @@ PROMPTS = [(1, 2, 3), tuple(np.arange(70) % VOCAB), (5, 4)]
 def one_pass(target, taps, rows=2):
     config, numerics = target.config, target.numerics
     run = jax.jit(llama.build(config, numerics, taps))
-    cache = kv.init_cache(
-        config.num_layers, rows, config.num_kv_heads, CAPACITY, config.head_dim,
-        numerics.cache_dtype, numerics.is_scanned,
-    )  # fmt: skip
+    cache = llama.init_cache(config, numerics, rows, CAPACITY)
     tokens = jnp.asarray([[3, 1, 4, 1], [5, 9, 2, 6]])
     starts = jnp.asarray([0, 7])
     positions = starts[:, None] + jnp.arange(4)
