@@ -31,8 +31,8 @@ rests. Chosen, not measured."""
 
 def fetch(output: Any) -> Any:
     """The only place where the host waits for the device while decoding."""
-    # Where the device's memory is the host's, arrays are read where they lie: that takes
-    # a sixth of the time of `device_get`, which is made for copies.
+    # Where the device's memory is the host's, arrays are read where they lie: that
+    # takes a sixth of the time of `device_get`, which is made for copies.
     if jax.default_backend() == "cpu":
         return jax.tree.map(np.asarray, output)
 

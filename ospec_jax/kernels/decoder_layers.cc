@@ -112,12 +112,119 @@ const float* part(F32 x, int64_t layer = 0) {
   return count ? x.typed_data() + layer * (count / x.dimensions()[0]) : nullptr;
 }
 
+// What all layers have, stacked.
+struct Weights {
+  F32 input_gain;
+  Kernels qkv;
+  F32 qkv_bias, q_gain, k_gain;
+  Kernels o;
+  F32 post_gain;
+  Kernels gate_up, down;
+};
+
 // What the phases of one layer read; they are run later.
 struct Layer {
   Heads heads;
   ospec::Attention attention;
   ospec::Product qkv, o, gate_up, down;
 };
+
+// Rows between the parts of a layer, which the next one writes anew.
+struct Rows {
+  float* residual;  // [m, d], the normed input where the residual stream begins with it
+  float* attended;  // [m, width]
+  float* hidden;    // [m, d]
+  float* both;      // [m, 2 * f], gates and what they let through
+};
+
+// Another row in front of a layer's own; `rows` is null where there is none.
+struct Beside {
+  const float* rows;
+  const float* gain;
+  int64_t width;
+};
+
+// Appends the phases of layer `i`, which reads `rows` and writes `written`, both [m, d].
+// `layer` holds its heads and attention but for what is the layer's own.
+void append_layer(const Weights& weights, int64_t i, LayerScratch& scratch, Layer& layer,
+                  const Rows& place, const Beside& beside, const float* rows,
+                  float* written, bool has_tiles, std::vector<ospec::Phase>& phases) {
+  Heads& heads = layer.heads;
+  const int64_t d = weights.o.n(), f = weights.down.k(), width = weights.o.k();
+  const int64_t m = heads.batch * heads.t;
+  const int64_t layer_size = heads.batch * heads.kv_heads * heads.e * heads.s;
+  const float eps = heads.eps;
+  heads.bias = part(weights.qkv_bias, i);
+  heads.q_gain = part(weights.q_gain, i);
+  heads.k_gain = part(weights.k_gain, i);
+  heads.keys += i * layer_size;
+  heads.values += i * layer_size;
+  layer.attention.keys = heads.keys;
+  layer.attention.values = heads.values;
+
+  auto multiplied = [&](int number, const Kernels& kernels, const float* added, float* y) {
+    return product(scratch.products[number], m, kernels, i, added, y, has_tiles);
+  };
+  float* residual = place.residual;
+  layer.qkv = multiplied(0, weights.qkv, nullptr, heads.qkv);
+  layer.o = multiplied(1, weights.o, residual ? residual : rows, place.hidden);
+  layer.gate_up = multiplied(2, weights.gate_up, nullptr, place.both);
+  layer.down = multiplied(3, weights.down, place.hidden, written);
+
+  // What attention reads: the row beside x's own, where there is one. Both are normed.
+  auto own_row = ospec::normed_rows(rows, part(weights.input_gain, i), eps, d);
+  auto joined_row = [=](int64_t row, float* free) -> const float* {
+    const float* own = own_row(row, free + beside.width);
+    if (residual) std::copy(own, own + d, residual + row * d);
+    if (!beside.rows) return own;
+    const float* first = beside.rows + row * beside.width;
+    ospec::rms_norm(first, beside.gain, eps, beside.width, free);
+    return free;
+  };
+  auto attended_row = [=](int64_t row, float*) -> const float* {
+    return place.attended + row * width;
+  };
+  auto gated_row = [=](int64_t row, float* free) -> const float* {
+    const float* gate = place.both + row * 2 * f;
+    ospec::swiglu(gate, gate + f, f, free);
+    return free;
+  };
+
+  phases.push_back(ospec::quantize(layer.qkv, joined_row));
+  phases.push_back(ospec::multiply(layer.qkv));
+  const int64_t num_heads = heads.batch * heads.kv_heads;
+  auto prepare = [&heads](int64_t head) {
+    prepare_head(heads, head / heads.kv_heads, head % heads.kv_heads);
+  };
+  const std::vector<ospec::Phase> attend = ospec::attend(layer.attention);
+  if (attend[0].num_chunks == num_heads) {
+    // One chunk a head: nothing needs to wait between the two.
+    auto run = [prepare, attend](int64_t head) {
+      prepare(head);
+      attend[0].run(head);
+    };
+    phases.push_back({num_heads, run});
+  } else {
+    phases.push_back({num_heads, prepare});
+    phases.insert(phases.end(), attend.begin(), attend.end());
+  }
+  phases.push_back(ospec::quantize(layer.o, attended_row));
+  phases.push_back(ospec::multiply(layer.o));
+  const float* post_gain = part(weights.post_gain, i);
+  phases.push_back(
+      ospec::quantize(layer.gate_up, ospec::normed_rows(place.hidden, post_gain, eps, d)));
+  phases.push_back(ospec::multiply(layer.gate_up));
+  phases.push_back(ospec::quantize(layer.down, gated_row));
+  phases.push_back(ospec::multiply(layer.down));
+}
+
+// The results share the arguments' memory unless somebody else still reads these.
+float* in_place(F32 old, ffi::ResultBuffer<ffi::F32>& result) {
+  float* place = result->typed_data();
+  if (place != old.typed_data())
+    std::copy_n(old.typed_data(), old.element_count(), place);
+  return place;
+}
 
 ffi::Error DecoderLayers(ffi::ThreadPool pool, float eps, bool has_tiles,
                          bool has_normed_residual, ffi::Span<const int64_t> taps, F32 x,
@@ -133,25 +240,30 @@ ffi::Error DecoderLayers(ffi::ThreadPool pool, float eps, bool has_tiles,
                          ffi::ResultBuffer<ffi::F32> tapped,
                          ffi::ResultBuffer<ffi::F32> logits) {
   thread_local LayerScratch scratch;
-  const Kernels qkv_kernels{qkv_kernel, qkv_scale}, o_kernels{o_kernel, o_scale};
-  const Kernels gate_up_kernels{gate_up_kernel, gate_up_scale};
-  const Kernels down_kernels{down_kernel, down_scale}, head_kernels{head_kernel, head_scale};
+  const Weights weights{
+      input_gain, {qkv_kernel, qkv_scale},         qkv_bias, q_gain, k_gain,
+      {o_kernel, o_scale}, post_gain, {gate_up_kernel, gate_up_scale},
+      {down_kernel, down_scale}};
   const int64_t batch = x.dimensions()[0], t = x.dimensions()[1], d = x.dimensions()[2];
-  const int64_t m = batch * t, f = down_kernels.k(), width = o_kernels.k();
+  const int64_t m = batch * t, width = weights.o.k();
   // There may be weights of more layers than are run.
   const int64_t num_layers = keys.dimensions()[0];
-  const int64_t layer_size = keys.element_count() / num_layers;
-  float* attended = scratch.attended.of<float>(m * width);
-  float* hidden = scratch.hidden.of<float>(m * d);
-  float* both = scratch.both.of<float>(m * 2 * f);
-  float* stream = scratch.stream.of<float>(m * d);
-  float* residual = has_normed_residual ? scratch.residual.of<float>(m * d) : nullptr;
+  Rows place;
+  place.residual = has_normed_residual ? scratch.residual.of<float>(m * d) : nullptr;
+  place.attended = scratch.attended.of<float>(m * width);
+  place.hidden = scratch.hidden.of<float>(m * d);
+  place.both = scratch.both.of<float>(m * weights.gate_up.n());
+  const Beside in_front{part(beside), part(beside_gain),
+                        beside.element_count() ? beside.dimensions()[2] : 0};
 
-  Heads heads;
-  heads.qkv = scratch.qkv.of<float>(m * qkv_kernels.n());
+  Layer first;
+  Heads& heads = first.heads;
+  heads.qkv = scratch.qkv.of<float>(m * weights.qkv.n());
   heads.cos = cos.typed_data();
   heads.sin = sin.typed_data();
   heads.starts = starts.typed_data();
+  heads.keys = in_place(keys, new_keys);
+  heads.values = in_place(values, new_values);
   heads.batch = batch;
   heads.t = t;
   heads.kv_heads = keys.dimensions()[2];
@@ -159,110 +271,44 @@ ffi::Error DecoderLayers(ffi::ThreadPool pool, float eps, bool has_tiles,
   heads.s = keys.dimensions()[4];
   heads.heads = width / heads.e;
   heads.eps = eps;
-  // The results share the arguments' memory unless somebody else still reads these.
-  float *all_keys = new_keys->typed_data(), *all_values = new_values->typed_data();
-  if (all_keys != keys.typed_data())
-    std::copy_n(keys.typed_data(), keys.element_count(), all_keys);
-  if (all_values != values.typed_data())
-    std::copy_n(values.typed_data(), values.element_count(), all_values);
 
-  ospec::Attention attention;
+  ospec::Attention& attention = first.attention;
   attention.queries = heads.qkv;
   attention.bias = bias.typed_data();
-  attention.out = attended;
+  attention.out = place.attended;
   attention.batch = batch;
   attention.t = t;
   attention.heads = heads.heads;
   attention.kv_heads = heads.kv_heads;
   attention.e = heads.e;
   attention.s = heads.s;
-  attention.row_stride = qkv_kernels.n();
+  attention.row_stride = weights.qkv.n();
   ospec::find_slots(attention);
   ospec::divide(attention, pool.num_threads(), scratch.scores);
 
-  std::vector<Layer> layers(num_layers);
+  std::vector<Layer> layers(num_layers, first);
   std::vector<ospec::Phase> phases;
   const float* rows = x.typed_data();
   for (int64_t i = 0; i < num_layers; ++i) {
-    Layer& layer = layers[i];
-    layer.heads = heads;
-    layer.heads.bias = part(qkv_bias, i);
-    layer.heads.q_gain = part(q_gain, i);
-    layer.heads.k_gain = part(k_gain, i);
-    layer.heads.keys = all_keys + i * layer_size;
-    layer.heads.values = all_values + i * layer_size;
-    layer.attention = attention;
-    layer.attention.keys = layer.heads.keys;
-    layer.attention.values = layer.heads.values;
-
-    // A tap is the state that enters a layer; the one before writes it there.
-    float* written = i + 1 == num_layers ? out->typed_data() : stream;
+    // A layer may write where it read: its input was needed before.
+    float* written =
+        i + 1 == num_layers ? out->typed_data() : scratch.stream.of<float>(m * d);
     for (size_t j = 0; j < taps.size(); ++j) {
+      // A tap is the state that enters a layer; the one before writes it there.
       float* tap = tapped->typed_data() + j * m * d;
-      if (taps[j] == 0 && i == 0) std::copy_n(x.typed_data(), m * d, tap);
       if (taps[j] == i + 1) written = tap;
+      if (taps[j] == 0 && i == 0) std::copy_n(rows, m * d, tap);
     }
-    auto& s = scratch.products;
-    layer.qkv = product(s[0], m, qkv_kernels, i, nullptr, heads.qkv, has_tiles);
-    layer.o = product(s[1], m, o_kernels, i, residual ? residual : rows, hidden, has_tiles);
-    layer.gate_up = product(s[2], m, gate_up_kernels, i, nullptr, both, has_tiles);
-    layer.down = product(s[3], m, down_kernels, i, hidden, written, has_tiles);
-
-    // What attention reads: another row in front of x's own, where there is one. Then
-    // both are normed.
-    const float* first = part(beside);
-    const float* first_gain = part(beside_gain, i);
-    const int64_t first_width = first ? beside.dimensions()[2] : 0;
-    auto own_row = ospec::normed_rows(rows, part(input_gain, i), eps, d);
-    auto joined_row = [=](int64_t row, float* place) -> const float* {
-      const float* own = own_row(row, place + first_width);
-      if (residual) std::copy(own, own + d, residual + row * d);
-      if (!first) return own;
-      ospec::rms_norm(first + row * first_width, first_gain, eps, first_width, place);
-      return place;
-    };
-    auto attended_row = [=](int64_t row, float*) -> const float* {
-      return attended + row * width;
-    };
-    auto gated_row = [=](int64_t row, float* place) -> const float* {
-      const float* gate = both + row * 2 * f;
-      ospec::swiglu(gate, gate + f, f, place);
-      return place;
-    };
-
-    phases.push_back(ospec::quantize(layer.qkv, joined_row));
-    phases.push_back(ospec::multiply(layer.qkv));
-    const int64_t num_heads = batch * heads.kv_heads;
-    auto prepare = [&heads = layer.heads](int64_t head) {
-      prepare_head(heads, head / heads.kv_heads, head % heads.kv_heads);
-    };
-    const std::vector<ospec::Phase> attend = ospec::attend(layer.attention);
-    if (attend[0].num_chunks == num_heads) {
-      // One chunk a head: nothing needs to wait between the two.
-      auto run = [prepare, attend](int64_t head) {
-        prepare(head);
-        attend[0].run(head);
-      };
-      phases.push_back({num_heads, run});
-    } else {
-      phases.push_back({num_heads, prepare});
-      phases.insert(phases.end(), attend.begin(), attend.end());
-    }
-    phases.push_back(ospec::quantize(layer.o, attended_row));
-    phases.push_back(ospec::multiply(layer.o));
-    phases.push_back(ospec::quantize(
-        layer.gate_up, ospec::normed_rows(hidden, part(post_gain, i), eps, d)));
-    phases.push_back(ospec::multiply(layer.gate_up));
-    phases.push_back(ospec::quantize(layer.down, gated_row));
-    phases.push_back(ospec::multiply(layer.down));
+    append_layer(weights, i, scratch, layers[i], place, in_front, rows, written, has_tiles,
+                 phases);
     rows = written;
   }
 
   bool is_parallel = ospec::is_large(layers[0].gate_up) || ospec::is_large(attention);
   ospec::Product head;
   if (head_kernel.element_count()) {
-    head = product(scratch.products[4], m, head_kernels, 0, nullptr, logits->typed_data(),
-                   has_tiles);
+    head = product(scratch.products[4], m, {head_kernel, head_scale}, 0, nullptr,
+                   logits->typed_data(), has_tiles);
     phases.push_back(
         ospec::quantize(head, ospec::normed_rows(rows, part(final_gain), eps, d)));
     phases.push_back(ospec::multiply(head));
