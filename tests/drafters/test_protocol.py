@@ -53,8 +53,8 @@ def architecture(name, target_config):
 
 # Whose caches `test_trained.py` compares with fresh ones, by variant, and whose greedy
 # output `decoding/test_exactness.py` compares, by tree.
-HELD_CACHES = ("eagle1", "hydra", "peagle")
-HELD_OUTPUT = ("eagle1", "peagle", "exit", "ngram", "suffix")
+HELD_CACHES = ("eagle1", "eagle3", "hydra", "dflash", "peagle", "model", "self")
+HELD_OUTPUT = ("eagle1", "dflash", "peagle", "exit", "ngram", "suffix", "self", "model")
 
 
 def families_but(held):

@@ -166,6 +166,7 @@ def test_drafts_without_a_projection_of_their_own_are_refused(target):
         Session(target, loaded(target, draft_vocab_size=0), learner=PREFERENCE)
 
 
+@pytest.mark.thorough
 def test_a_fallback_learns_from_what_it_drafted_itself(target):
     plain = answers(Session(target))
     draft = dataclasses.replace(loaded(target), mix="fallback", suggestions="suffix")

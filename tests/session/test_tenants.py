@@ -75,7 +75,9 @@ def accepted(session, *scopes, **values):
     return ask(session, *scopes, **values)[0]
 
 
-@pytest.mark.parametrize("name", ["ngram", "suffix"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("ngram", marks=pytest.mark.thorough), "suffix"]
+)
 def test_a_planted_secret_is_suggested_to_nobody_else(target, plain, name):
     (fresh,) = accepted(session_of(target, name), "bob")
     session = session_of(target, name)
