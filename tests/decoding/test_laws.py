@@ -271,7 +271,10 @@ CASES = [
     (PAIRS, "without_replacement", "recursive", 4),
     (PAIRS, "topk_sampled", "recursive", 4),
     (PAIRS, "sampled", "traversal", 3),
-    (PAIRS, "without_replacement", "traversal", 4),
+    # The uneven tree has all that this one has.
+    pytest.param(
+        *(PAIRS, "without_replacement", "traversal", 4), marks=pytest.mark.thorough
+    ),
     (PAIRS, "hub", "hub", 4),
     (UNEVEN, "without_replacement", "recursive", 4),
     (UNEVEN, "without_replacement", "traversal", 4),
