@@ -247,6 +247,36 @@ def same(left, right, **tolerance):
     jax.tree.map(close, left, right)
 
 
+def test_learning_goes_on_elsewhere_as_where_it_began(session_target, loaded, tmp_path):
+    """From one device to a mesh and back; both learn the same on the way."""
+    alone, _ = learned(session_target, loaded)
+    before = alone.version
+    alone.save(tmp_path / "one")
+    split = split_target(session_target, sharding.make_mesh(LEARNING))
+    session = open_session(split, loaded)
+    assert session.resume(tmp_path / "one") == alone.answered
+
+    more = ["more", "of", "the", "same"]
+    answers = [
+        {r.prompt.id: r.token_ids for r in one.generate(more, 20)}
+        for one in (alone, session)
+    ]
+    assert answers[0] == answers[1]
+    assert session.version == alone.version > before > 0
+    moments = jax.tree.leaves(session.state.trainer.learner.params)
+    assert any(not x.sharding.is_fully_replicated for x in moments)
+
+    session.save(tmp_path / "mesh")
+    restored = load_draft(tmp_path / "mesh", session_target)
+    kernel = lambda draft: draft.params["qkv_proj"]["kernel"]
+    assert len(kernel(restored.draft).sharding.device_set) == 1
+    same(restored.draft.params, alone.draft.params, atol=1e-5)
+    change = jnp.abs(kernel(restored.draft) - kernel(loaded.draft)).max()
+    assert change > 1e-3, "nothing was learned"
+
+
+# With what `test_sharding.py` holds of two processes, the test above says as much.
+@pytest.mark.thorough
 def test_learning_and_its_checkpoints(session_target, loaded, tmp_path):
     alone, tokens = learned(session_target, loaded)
     mesh = sharding.make_mesh(LEARNING)

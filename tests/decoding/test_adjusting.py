@@ -513,7 +513,7 @@ def test_draws_follow_the_law_that_was_asked_for(name):
     counts = dict.fromkeys(law, 0)
     num_seen = 0
     num_accepted = 0
-    for done in engine.serve(asked, lambda: draft, 8):
+    for done in engine.serve(asked, lambda: draft, 50):
         if done.request.id != "other":
             counts[tuple(done.token_ids[:3])] += 1
             num_seen += 1

@@ -190,7 +190,10 @@ CASES = [
     (dataclasses.replace(DYNAMIC, min_path_probability=SHY["dynamic"]), "topk"),
 ]
 # What others of these cases hold between them is for `make test-all`.
-BETWEEN = ("chain-3-without_replacement", "dynamic-1-topk", "shy-chain-3-topk")
+BETWEEN = (
+    *("chain-3-without_replacement", "dynamic-1-topk", "shy-chain-3-topk"),
+    *("static-2-sampled", "shy-chain-3-sampled"),
+)
 IDS = [
     f"{'shy-' if c.min_path_probability else ''}{c.kind}-{c.num_steps}-{children}"
     for c, children in CASES
@@ -241,7 +244,7 @@ BY_PATHS = {
     "name",
     [
         pytest.param(name, marks=pytest.mark.thorough)
-        if name in ("block-shy", "uneven", "traversal")
+        if name in ("block-shy", "uneven", "traversal", "traversal-distinct")
         else name
         for name in BY_PATHS
     ],
@@ -407,7 +410,10 @@ def by_entropy(progress):
 
 @pytest.mark.crossed
 @pytest.mark.parametrize("stop_fn", [by_chance, by_entropy])
-@pytest.mark.parametrize("name", ["sampled", "block", "dynamic"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("sampled", marks=pytest.mark.thorough), "block", "dynamic"],
+)
 def test_a_depth_rule_that_looks_leaves_the_law_as_it_is(name, stop_fn):
     """At drawn tokens, too: those that are there are all verified."""
     if (name, stop_fn) == ("dynamic", by_entropy):

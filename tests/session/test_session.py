@@ -437,10 +437,13 @@ def test_a_save_that_changes_nothing_writes_nothing(target, draft, tmp_path):
     assert checkpoint.steps(tmp_path / "elsewhere") == [3]
 
 
-# Two are the learner `gradient` with another optimizer, and one is an ensemble, whose
+# Two are the learner `gradient` with another optimizer, and two are ensembles, whose
 # states round trips and resumed trainers hold: `learners/test_conformance.py`,
 # `online/test_trainers.py`. Those of the last layer resume in `online/`.
-HELD = ("momentum", "optimistic", "shared_ensemble", "head", "preference")
+HELD = (
+    *("momentum", "optimistic", "ensemble", "shared_ensemble"),
+    *("head", "preference"),
+)
 
 
 @pytest.mark.parametrize(

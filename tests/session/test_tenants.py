@@ -306,8 +306,12 @@ def test_differences_are_refused_where_nobody_adds_them(target, draft):
     "changes",
     [
         {"tree": TreeConfig.auto((0, 1, 3))},
-        {"tree": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=8)},
-        {"controller": "marginal"},
+        pytest.param(
+            {"tree": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=8)},
+            marks=pytest.mark.thorough,
+        ),
+        # Its steps are those of a tree that `control/test_steered.py` drafts with.
+        pytest.param({"controller": "marginal"}, marks=pytest.mark.thorough),
     ],
     ids=["auto", "dynamic", "marginal"],
 )
