@@ -194,6 +194,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.thorough
 def test_batches_learn(target):
     plain = answers(Session(target))
     session = Session(target, loaded(target), learner=PREFERENCE, batch_size=3)

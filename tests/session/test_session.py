@@ -600,6 +600,7 @@ def test_a_target_is_loaded_as_its_own_draft(target, plain, tmp_path, name):
         load_draft(tmp_path, target)
 
 
+@pytest.mark.thorough
 def test_two_drafts_are_loaded_by_name(target, draft, plain, tmp_path):
     checkpoint.save(tmp_path, 0, draft.meta, draft.draft)
     fallback = load_draft(f"fallback:suffix,{tmp_path}", target)
