@@ -36,7 +36,8 @@ lint: $(VENV)/.installed-dev
 
 # How programs are compiled depends on a test's mark, and on whether a run leaves out
 # those that are compiled as users' are: see tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
+# The second run, and processes that tests start, read what Python keeps of the first.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not (slow or optimized or gpu or thorough or long)"

@@ -119,7 +119,8 @@ def _mark_thorough(items, is_thorough: bool):
 
     What a test leaves to `thorough` itself covers nothing.
 
-    Of a cover that looks at bits the first case is compiled as it is for users.
+    Of a cover that looks at bits the first case is compiled as it is for users, unless
+    the mark says that other tests suffice for that.
     """
     cases = collections.defaultdict(list)
     for item in items:
@@ -138,7 +139,11 @@ def _mark_thorough(items, is_thorough: bool):
             item.add_marker("quick")
 
     for item in items:
-        if item.get_closest_marker("bits") and not item.get_closest_marker("quick"):
+        bits = item.get_closest_marker("bits")
+        is_left_to_others = bits and bits.kwargs.get("others_suffice")
+        if is_left_to_others and not is_thorough:
+            item.add_marker("quick")
+        if bits and not item.get_closest_marker("quick"):
             item.add_marker("optimized")
 
 

@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from on_devices import LEARNER, SIZES, draft_config, learned, same
+from on_devices import SIZES, draft_config, learned, open_session, same
 
 from ospec_jax import sharding
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.layers import split_groups
-from ospec_jax.session import Session
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_model_config, tiny_target
@@ -75,7 +74,7 @@ def test_two_processes_decode_learn_and_save_together(tmp_path):
     assert found == [expected, expected]
     restored = load_draft(tmp_path / "learned", target)
     same(restored.draft.params, session.draft.params, atol=1e-5)
-    resumed = Session(target, loaded, learner=LEARNER, batch_size=4)
+    resumed = open_session(target, loaded)
     resumed.resume(tmp_path / "learned")
     same(resumed.state.trainer, session.state.trainer, atol=1e-5)
 

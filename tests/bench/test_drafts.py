@@ -122,8 +122,8 @@ def test_drawn_answers_are_not_compared_token_by_token():
     """They follow the same law, but are other draws."""
     target = tiny_target()
     config = dataclasses.replace(PLAIN, sampling=SamplingConfig(1.0))
-    text = "self:exit-1@static:2,2@hub"
-    draft = load_draft("self:exit-1", target)
+    text = "ngram@chain"
+    draft = load_draft("ngram", target)
     contenders = {text: Contender(draft, parse_contender(text, parse)[1])}
     run = run_bench(target, None, PROMPTS[:2], config, contenders=contenders)
     rows = [row for row in domain_rows(run) if row["domain"] == "all"]

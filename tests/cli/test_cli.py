@@ -23,16 +23,19 @@ from ospec_jax import LearnerConfig, cli
 from ospec_jax.bench.runs import MODES
 from ospec_jax.cli import answer, arguments, make
 from ospec_jax.cli.recipes import with_recipe
-from ospec_jax.config import ConfigError
+from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.control.ltd import LtdConfig
 from ospec_jax.data.prompts import read_prompts
 from ospec_jax.distill import kinds, self_config
 from ospec_jax.distill.self_config import SelfPromptConfig
+from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.replay.ltd import Teacher
 from ospec_jax.replay.store import FeedbackStore
 from ospec_jax.storage import checkpoint
+from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.storage.policies import load_policies
+from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -233,6 +236,18 @@ def test_imports_name_what_is_wrong(ospec, tmp_path, capsys):
 
 
 def test_only_heads_with_a_public_format_are_exported(ospec, tmp_path, capsys):
+    target = tiny_target()
+    config = tiny_draft_config(target.config, family="hydra")
+    head = tiny_draft(build_drafter("hydra", config, TreeConfig()), config)
+    meta = Meta.create(target, config, "hydra")
+    checkpoint.save(tmp_path / "draft", 0, meta, head)
+    assert ospec.run("export", tmp_path / "draft", "--out", tmp_path / "public") == 2
+    assert "of the family 'hydra'" in capsys.readouterr().err
+
+
+# Families are trained in `distill/test_distill.py`.
+@pytest.mark.thorough
+def test_another_family_is_distilled(ospec, tmp_path):
     assert ospec(
         "distill", "--prompts", ospec.prompts, "--out", tmp_path, "--family", "hydra",
         "--data", ospec.folder / "run" / "data", "--num-updates", 1, "--batch-size", 2,
@@ -241,12 +256,12 @@ def test_only_heads_with_a_public_format_are_exported(ospec, tmp_path, capsys):
     draft = tmp_path / "draft"
     assert checkpoint.load(draft).meta.family == "hydra"
     assert (draft / "training.png").exists()
-    assert ospec.run("export", draft, "--out", tmp_path / "public") == 2
-    assert "of the family 'hydra'" in capsys.readouterr().err
     assert len(ospec.json("generate", "--prompt", "Hi", "--draft", draft)) > 0
 
 
-def test_experts_are_kept_as_differences(ospec, tmp_path, capsys):
+def test_experts_that_cannot_be_kept_as_differences_are_refused(
+    ospec, tmp_path, capsys
+):
     args = (
         "distill", "--prompts", ospec.prompts, "--data", ospec.folder / "run" / "data",
         "--num-updates", 1, "--batch-size", 1, "--collect-batch-size", 2,
@@ -261,8 +276,19 @@ def test_experts_are_kept_as_differences(ospec, tmp_path, capsys):
     assert "no prompt is of the domains 'nowhere'" in " ".join(
         capsys.readouterr().err.split()
     )
-    narrow = ("--sliding-window", 40)
-    assert ospec(*args, "--from", ospec.draft, *narrow) == 0
+
+
+# Differences are those of `storage/test_low_rank.py`, a window that a start draft is
+# given that of `distill/test_distill.py`.
+@pytest.mark.thorough
+def test_an_expert_with_a_window_drafts(ospec, tmp_path):
+    args = (
+        "distill", "--prompts", ospec.prompts, "--data", ospec.folder / "run" / "data",
+        "--num-updates", 1, "--batch-size", 1, "--collect-batch-size", 2,
+        "--out", tmp_path / "run", "--ship", tmp_path / "expert", "--delta", 2,
+        "--sliding-window", 40, "--from", ospec.draft,
+    )  # fmt: skip
+    assert ospec(*args) == 0
     meta = checkpoint.load(tmp_path / "expert").meta
     assert meta.draft is not None
     assert meta.draft.sliding_window == 40
@@ -274,7 +300,7 @@ def test_experts_are_kept_as_differences(ospec, tmp_path, capsys):
     assert ospec.run("export", tmp_path / "expert", "--out", tmp_path / "public") == 0
 
 
-def test_a_parallel_draft_begins_with_an_eagle3_one(ospec, tmp_path, capsys):
+def test_a_parallel_draft_is_no_difference(ospec, tmp_path, capsys):
     args = (
         "distill", "--prompts", ospec.prompts, "--data", ospec.folder / "run" / "data",
         "--num-updates", 1, "--batch-size", 1, "--collect-batch-size", 2,
@@ -283,6 +309,18 @@ def test_a_parallel_draft_begins_with_an_eagle3_one(ospec, tmp_path, capsys):
     )  # fmt: skip
     assert ospec(*args, "--ship", tmp_path / "expert", "--delta", 2) == 2
     assert "leave out --delta" in " ".join(capsys.readouterr().err.split())
+
+
+# How it begins is held by `drafters/test_onepass.py`, how it is trained by
+# `distill/test_distill.py`.
+@pytest.mark.thorough
+def test_a_parallel_draft_is_trained_from_an_eagle3_one(ospec, tmp_path):
+    args = (
+        "distill", "--prompts", ospec.prompts, "--data", ospec.folder / "run" / "data",
+        "--num-updates", 1, "--batch-size", 1, "--collect-batch-size", 2,
+        "--num-steps", 4, "--out", tmp_path, "--family", "peagle",
+        "--from", ospec.draft,
+    )  # fmt: skip
     assert ospec(*args) == 0
     meta = checkpoint.load(tmp_path / "draft").meta
     assert (meta.family, meta.draft.depth, meta.draft.num_layers) == ("peagle", 4, 1)
@@ -325,7 +363,7 @@ def read_lines(file):
 
 @pytest.mark.filterwarnings("default")
 def test_a_killed_run_loses_no_answer_and_repeats_none(ospec, tmp_path, monkeypatch):
-    args = ("--draft", ospec.draft, "--learner", "gradient", "--update-interval", 30)
+    args = ("--draft", ospec.draft, "--learner", "memory")
     args += ("--prompts", ospec.prompts, "--save-every", 2, "--checkpoint")
     straight = ospec.json("learn", *args, tmp_path / "straight")
 
@@ -562,12 +600,8 @@ def test_policies_are_taught_and_decode(
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
     learns = ("--learn-control", 0.1)
-    assert ospec(*asked, "--controller", f"ltd:{out}", *learns) == 0
-    assert capsys.readouterr().out == answers[0]
     assert ospec(*asked, "--controller", "auto", *learns) == 2
     assert "of --controller ltd:DIR on, not 'auto'" in capsys.readouterr().err
-    assert ospec(*asked, "--controller", "auto", "--follow-clock") == 0
-    assert capsys.readouterr().out == answers[0]
     assert ospec("bench", "--controllers", f"ltd:{out}", *learns) == 2
     assert "are for serving, and bench compares" in capsys.readouterr().err
     assert ospec(*asked, "--controller", "ltx") == 2
@@ -575,7 +609,7 @@ def test_policies_are_taught_and_decode(
     assert ospec("bench", "--controller", f"ltd:{out}") == 2
     assert f"use --controllers ltd:{out}" in capsys.readouterr().err
 
-    contenders = ["2", f"ltd:{out}"]
+    contenders = [f"ltd:{out}"]
     args = ("--num-prompts", 1, "--max-new-tokens", 6, "--draft", ospec.draft)
     compared = ("bench", "--controllers", ",".join(contenders), *args)
     assert ospec(*compared, "--json", file) == 0
@@ -584,6 +618,28 @@ def test_policies_are_taught_and_decode(
     assert {row["num_mismatched_outputs"] for row in rows} == {0}
     assert ospec("bench", "--controllers", "2,often", *args) == 2
     assert "unknown controller 'often'" in capsys.readouterr().err
+
+
+# That no output depends on either is held by `control/test_taught.py` and
+# `control/test_drift.py`.
+@pytest.mark.thorough
+@of_another_clock
+def test_policies_learn_on_and_others_follow_the_clock(
+    ospec, recording, tmp_path, capsys
+):
+    _, teach = recording
+    assert ospec.run(*teach, 3, "--out", tmp_path) == 0
+    asked = ("generate", "--prompt", "Why?", "--draft", ospec.draft, "--controller")
+    answers = []
+    for how in (
+        ("fixed",),
+        (f"ltd:{tmp_path}", "--learn-control", 0.1),
+        ("auto", "--follow-clock"),
+    ):
+        capsys.readouterr()
+        assert ospec(*asked, *how) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == answers[2]
 
 
 # That a course goes on bit by bit is held without a command by `replay/test_ltd.py`.

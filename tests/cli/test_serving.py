@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ospec serve`, `load` and `chat` as processes: they begin, answer, end and go on."""
 
+import io
 import json
 import signal
 import subprocess
@@ -26,7 +27,7 @@ def test_a_server_is_loaded_ends_at_a_signal_and_says_what_it_did(folder, tmp_pa
     rows = [{"prompt": f"Count to {i}.", "domain": "counting"} for i in range(6)]
     prompts.write_text("\n".join(map(json.dumps, rows)))
     figures = tmp_path / "figures.json"
-    with server(folder, "--batch-size", 1) as (process, address, lines):
+    with server(folder, "--batch-size", 1, draft="none") as (process, address, lines):
         flags = ["--url", address, "--prompts", prompts, "--clients", "3"]
         done = run("load", *flags, "--json", figures, "--max-new-tokens", "8")
         assert done.returncode == 0, done.stderr
@@ -68,13 +69,16 @@ def test_a_load_without_a_server_says_so(tmp_path, capsys):
     assert f"no server answers at {nobody}" in told
 
 
-def test_a_chat_remembers_what_was_said(folder):
+def test_a_chat_remembers_what_was_said(folder, monkeypatch, capsys):
+    """The first by a process of its own, with a terminal's input and output."""
     flags = ["--target", folder, "--draft", "none", "--max-new-tokens", "6"]
     done = run("chat", *flags, stdin="Hi.\nAnd?\n\n")
     assert done.returncode == 0, done.stderr
     first, second = (line for line in done.stderr.splitlines() if "a pass" in line)
     assert first
     assert second
-    alone = run("chat", *flags, stdin="And?\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("And?\n"))
+    assert run_here("chat", *flags) == 0
+    alone = capsys.readouterr().out
     # Behind the first turn the second one is answered otherwise.
-    assert done.stdout.splitlines()[1:] != alone.stdout.splitlines()
+    assert done.stdout.splitlines()[1:] != alone.splitlines()

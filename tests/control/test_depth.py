@@ -208,6 +208,7 @@ def test_costs_are_measured_once_and_kept(target, draft, tmp_path):
     assert from_dict(DepthState, saved) == session.chooser.state
 
 
+@pytest.mark.thorough
 def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, draft, tmp_path):
     few = TreeConfig.auto(DEPTHS[:2])
 

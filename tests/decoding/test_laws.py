@@ -270,8 +270,12 @@ CASES = [
     (PAIRS, "sampled", "recursive", 3),
     (PAIRS, "without_replacement", "recursive", 4),
     (PAIRS, "topk_sampled", "recursive", 4),
-    (PAIRS, "sampled", "traversal", 3),
-    (PAIRS, "without_replacement", "traversal", 4),
+    # As it is asked for by penalties, this one stands below.
+    pytest.param(*(PAIRS, "sampled", "traversal", 3), marks=pytest.mark.thorough),
+    # The uneven tree has all that this one has.
+    pytest.param(
+        *(PAIRS, "without_replacement", "traversal", 4), marks=pytest.mark.thorough
+    ),
     (PAIRS, "hub", "hub", 4),
     (UNEVEN, "without_replacement", "recursive", 4),
     (UNEVEN, "without_replacement", "traversal", 4),

@@ -151,6 +151,7 @@ def test_a_kept_row_is_whole(target):
     assert history[: len(ids) - 2].tolist() == list(ids[1:-1])
 
 
+@pytest.mark.thorough
 def test_sampled_answers_depend_on_no_rest(target, monkeypatch):
     draft = draft_of("eagle3", target)
     how = SamplingConfig(temperature=1.0, seed=3)

@@ -190,7 +190,10 @@ CASES = [
     (dataclasses.replace(DYNAMIC, min_path_probability=SHY["dynamic"]), "topk"),
 ]
 # What others of these cases hold between them is for `make test-all`.
-BETWEEN = ("chain-3-without_replacement", "dynamic-1-topk", "shy-chain-3-topk")
+BETWEEN = (
+    *("chain-3-without_replacement", "dynamic-1-topk", "shy-chain-3-topk"),
+    *("static-2-sampled", "shy-chain-3-sampled"),
+)
 IDS = [
     f"{'shy-' if c.min_path_probability else ''}{c.kind}-{c.num_steps}-{children}"
     for c, children in CASES
@@ -241,7 +244,7 @@ BY_PATHS = {
     "name",
     [
         pytest.param(name, marks=pytest.mark.thorough)
-        if name in ("block-shy", "uneven")
+        if name in ("block-shy", "uneven", "traversal", "traversal-distinct")
         else name
         for name in BY_PATHS
     ],
@@ -256,7 +259,7 @@ def test_every_rule_emits_the_targets_law(name):
 @pytest.mark.parametrize(
     ("config", "children", "kind", "gain"),
     [
-        (CHAIN, "sampled", "far", 1.03),
+        pytest.param(CHAIN, "sampled", "far", 1.03, marks=pytest.mark.thorough),
         pytest.param(WIDE, "sampled", "reduced", 1.02, marks=pytest.mark.thorough),
         (WIDE, "without_replacement", "far", 1.02),
     ],
@@ -268,6 +271,7 @@ def test_whole_paths_are_accepted_more_often(config, children, kind, gain):
     assert by_path > gain * by_token
 
 
+@pytest.mark.thorough
 def test_hub_pairs_beat_independent_draws():
     by_pair = emitted_counts(with_children(PAIRS, "hub"), "far")[2]
     assert by_pair > 1.02 * emitted_counts(with_children(PAIRS, "sampled"), "far")[2]
@@ -306,7 +310,11 @@ def test_rules_are_refused_where_they_are_not_exact(values, message):
         TreeConfig(**values)
 
 
-@pytest.mark.parametrize("config", [CHAIN, WIDE, DYNAMIC], ids=lambda c: c.kind)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(CHAIN, marks=pytest.mark.thorough), WIDE, DYNAMIC],
+    ids=lambda c: c.kind,
+)
 def test_suggestions_leave_the_law_as_it_is(config):
     counts, law, _ = emitted_counts(config, "reduced", hints=suggest)
     assert np.all(counts[law == 0] == 0), "a token of probability zero came out"
@@ -358,9 +366,8 @@ def emitted_by_steps(children, target, logits):
     return jnp.bincount(sequences, length=VOCAB**4), jnp.mean(is_plain)
 
 
-@pytest.mark.parametrize(
-    "children", [pytest.param("topk", marks=pytest.mark.thorough), "sampled"]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("children", ["topk", "sampled"])
 def test_depths_that_follow_the_past_leave_the_law_as_it_is(children):
     target = target_table()
     logits = jnp.asarray(draft_logits("far", target)[0], jnp.float32)
@@ -403,7 +410,10 @@ def by_entropy(progress):
 
 @pytest.mark.crossed
 @pytest.mark.parametrize("stop_fn", [by_chance, by_entropy])
-@pytest.mark.parametrize("name", ["sampled", "block", "dynamic"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("sampled", marks=pytest.mark.thorough), "block", "dynamic"],
+)
 def test_a_depth_rule_that_looks_leaves_the_law_as_it_is(name, stop_fn):
     """At drawn tokens, too: those that are there are all verified."""
     if (name, stop_fn) == ("dynamic", by_entropy):

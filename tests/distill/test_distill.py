@@ -145,6 +145,7 @@ def test_a_draft_that_is_not_finite_ends_training(
         assert not finite.find_not_finite(draft)
 
 
+@pytest.mark.thorough
 def test_training_goes_on_from_a_draft(target, folder, trained, tmp_path):
     out, history = trained
     start = checkpoint.load(out, target)
@@ -173,6 +174,9 @@ def test_a_domain_is_learned_alone(target, folder, trained, tmp_path, monkeypatc
     assert {"b"} in seen  # the batches', beside one for each held-out answer
     assert max(map(len, seen)) == 1
     assert [row["step"] for row in history] == [0, 2]
+    result = checkpoint.load(tmp_path, target)
+    np.testing.assert_array_equal(result.draft.token_ids, start.draft.token_ids)
+    assert result.meta.card["started_from"]["num_updates"] == CONFIG.num_updates
     before, after = (row["mean_acceptance_length"] for row in history)
     assert before == trained[1][-1]["mean_acceptance_length"]
     assert set(after) == set(before)
@@ -208,7 +212,7 @@ def test_a_window_is_trained_behind_all_that_it_sees(
         pytest.param("eagle1", marks=pytest.mark.thorough),
         pytest.param("hydra", marks=pytest.mark.thorough),
         "exit",
-        "dflash",
+        pytest.param("dflash", marks=pytest.mark.thorough),
         pytest.param("peagle", marks=pytest.mark.thorough),
     ],
 )

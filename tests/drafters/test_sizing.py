@@ -51,7 +51,7 @@ def answers(target, draft, **given):
     ("tree", "precision", "batch_size"),
     [
         pytest.param(CHAIN, "float32", 1, marks=pytest.mark.thorough),
-        (CHAIN, "int8", 4),
+        pytest.param(CHAIN, "int8", 4, marks=pytest.mark.thorough),
         (TREE, "float32", 4),
         pytest.param(TREE, "int8", 1, marks=pytest.mark.thorough),
     ],
@@ -181,6 +181,7 @@ def policies(shape, seed=0):
     )
 
 
+@pytest.mark.thorough
 def test_a_policy_for_the_size_on_record_is_the_policy_in_decoding(tmp_path):
     """The same steps emit the same tokens, which are those of plain decoding."""
     target = tiny_target()

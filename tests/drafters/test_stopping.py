@@ -95,7 +95,7 @@ def answers(target, draft, stop_fn=None, tree=TREE):
     "name",
     [
         pytest.param(name, marks=pytest.mark.thorough)
-        if name in ("probability", "mass")
+        if name in ("probability", "mass", "gain")
         else name
         for name in RULES
     ],
@@ -125,6 +125,7 @@ def test_a_rule_on_record_is_the_rule_in_decoding(target, draft, trace, name):
     assert len(set(depths)) > 1
 
 
+@pytest.mark.thorough
 def test_a_stale_cost_table_never_changes_output(target, draft):
     plain = answers(target, None, tree=TreeConfig(num_steps=0))
     steps = []

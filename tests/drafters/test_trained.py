@@ -111,7 +111,7 @@ class Rig:
     scope="module",
     params=[
         pytest.param(name, marks=pytest.mark.thorough)
-        if name in ("hydra-window", "peagle-window")
+        if name.endswith("-window") and name != "eagle3-window"
         else name
         for name in VARIANTS
     ],

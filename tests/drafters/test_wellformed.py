@@ -176,14 +176,9 @@ def test_the_packages_own_are_taken_at_their_word():
     assert "wellformed" in theirs.propose.__module__
 
 
-@pytest.mark.parametrize(
-    "slip",
-    [
-        "wild parents",
-        pytest.param("no such tokens", marks=pytest.mark.thorough),
-        pytest.param("far too large", marks=pytest.mark.thorough),
-    ],
-)
+# A tree is mended before anything looks at how it is verified.
+@pytest.mark.thorough
+@pytest.mark.parametrize("slip", ["wild parents", "no such tokens", "far too large"])
 def test_sampled_output_follows_the_target_through_a_spoilt_tree(target, slip):
     """Second tokens of many answers, against plain decoding's."""
     count = functools.partial(np.bincount, minlength=NUM_TOKENS)

@@ -156,7 +156,7 @@ CASES += [
 # `make test` sees each family with one of the two.
 BEYOND = {
     ("eagle1", "ensemble"),
-    ("hydra", "gradient"),
+    ("hydra", "ensemble"),
     ("dflash", "ensemble"),
     ("peagle", "gradient"),
 }

@@ -238,9 +238,10 @@ def test_a_round_waits_for_a_fresh_batch_to_end_with(form):
     if form == "independent":
         return
     learner = built(form, round_length=4)
+    update = jax.jit(lambda state, batch: learner.update(state, batch, None, None))
     state, counts = learner.init({"w": jnp.zeros(2)}), []
     for i in range(16):
         batch = points([[2.0, i % 3]], is_fresh=[i % 4 < 2])  # two epochs of two
-        state, _ = learner.update(state, batch, None, None)
+        state, _ = update(state, batch)
         counts.append(int(state.opt_state.meta.count))
     assert counts == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]

@@ -33,7 +33,9 @@ def test_programs_of_ones_own_leave_the_others_where_they_are():
     assert build(1) is first
 
 
-@pytest.mark.parametrize("name", ["head", "gradient"])
+@pytest.mark.parametrize(
+    "name", ["head", pytest.param("gradient", marks=pytest.mark.thorough)]
+)
 @pytest.mark.usefixtures("own_programs")
 def test_a_second_session_of_the_same_learner_compiles_no_update(name):
     target = tiny_target()

@@ -143,7 +143,11 @@ def test_learning_has_a_price_before_it_is_measured(target, draft, own):
 # A learner of the last layer alone, as `head` is.
 @pytest.mark.parametrize(
     "name",
-    ["gradient", "head", pytest.param("preference", marks=pytest.mark.thorough)],
+    [
+        pytest.param("gradient", marks=pytest.mark.thorough),
+        "head",
+        pytest.param("preference", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_session_slows_down_resumes_bitwise_and_wakes(target, draft, tmp_path, name):
     """Learning that costs most of the time, from one prompt; then others come."""

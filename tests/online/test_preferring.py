@@ -166,6 +166,7 @@ def test_drafts_without_a_projection_of_their_own_are_refused(target):
         Session(target, loaded(target, draft_vocab_size=0), learner=PREFERENCE)
 
 
+@pytest.mark.thorough
 def test_a_fallback_learns_from_what_it_drafted_itself(target):
     plain = answers(Session(target))
     draft = dataclasses.replace(loaded(target), mix="fallback", suggestions="suffix")
@@ -193,6 +194,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.thorough
 def test_batches_learn(target):
     plain = answers(Session(target))
     session = Session(target, loaded(target), learner=PREFERENCE, batch_size=3)

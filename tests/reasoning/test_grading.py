@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 
+from ospec_jax.reasoning import grading
 from ospec_jax.reasoning.grading import (
     Share,
     is_right_number,
@@ -49,7 +50,8 @@ def test_numbers_are_compared_as_numbers():
         ("```python\nx = bytearray(2**33)\n```", False),
     ],
 )
-def test_code_is_right_if_it_passes_the_tests(code, is_right):
+def test_code_is_right_if_it_passes_the_tests(code, is_right, monkeypatch):
+    monkeypatch.setattr(grading, "_SECONDS", 1)
     assert passes_tests(code, TESTS) == is_right
 
 

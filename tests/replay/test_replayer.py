@@ -85,7 +85,7 @@ def histograms(answers):
         ("eagle3", "guarded"),
         pytest.param("eagle3", "always", marks=pytest.mark.thorough),
         pytest.param("hydra", "guarded", marks=pytest.mark.thorough),
-        ("dflash", "always"),
+        pytest.param("dflash", "always", marks=pytest.mark.thorough),
         # Drafts in one pass as dflash does, with layers as eagle3 has.
         pytest.param("peagle", "always", marks=pytest.mark.thorough),
     ],
@@ -117,7 +117,9 @@ def test_replay_equals_the_engine(target, folder, family, promoted, monkeypatch)
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["head", "preference"])
+@pytest.mark.parametrize(
+    "name", ["head", pytest.param("preference", marks=pytest.mark.thorough)]
+)
 def test_replaying_the_last_layers_learner_equals_the_engine(
     target, folder, draft, name
 ):

@@ -9,6 +9,7 @@ from test_service import PROMPTS, Heard, ask_of
 
 from ospec_jax import LearnerConfig, Session
 from ospec_jax.config import ConfigError
+from ospec_jax.serving import service as service_module
 from ospec_jax.serving.metrics import Metrics
 from ospec_jax.serving.service import Service
 from ospec_jax.serving.settings import ServiceConfig
@@ -49,8 +50,9 @@ def session_of(target, draft):
 
 
 @pytest.fixture
-def place(target, draft, tmp_path):
-    """A service by hand, and its session."""
+def place(target, draft, tmp_path, monkeypatch):
+    """A service by hand, and its session; it compiles for greedy answers alone."""
+    monkeypatch.setattr(service_module, "KINDS", ("greedy",))
     session = session_of(target, draft)
     service = Service(session, ServiceConfig("tiny", 240, checkpoint=tmp_path))
     service.start()

@@ -16,6 +16,7 @@ from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.learners import deltas
 from ospec_jax.loading import pool_draft
 from ospec_jax.online import scopes
+from ospec_jax.serving import service as service_module
 from ospec_jax.serving.asks import Ask, ChoiceEnd, Ended, Failed, OverloadedError, Piece
 from ospec_jax.serving.service import Service
 from ospec_jax.serving.settings import ServiceConfig
@@ -47,6 +48,12 @@ def plain(target):
 def session_of(target, draft):
     learner = LearnerConfig("head")
     return Session(target, draft, learner=learner, batch_size=2, num_predicted_tokens=0)
+
+
+@pytest.fixture
+def asked_greedily(monkeypatch):
+    """A service of this test compiles for nothing but greedy answers."""
+    monkeypatch.setattr(service_module, "KINDS", ("greedy",))
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +212,7 @@ def test_an_answer_is_told_piece_by_piece_and_counted(service):
     assert 0 <= ended.queue_seconds <= ended.first_token_seconds <= ended.seconds
 
 
+@pytest.mark.usefixtures("asked_greedily")
 def test_a_pool_s_service_tells_which_member_drafted(target, plain):
     members = [load_draft(name, target) for name in ("suffix", "ngram")]
     pool = pool_draft(members, target)
@@ -478,6 +486,7 @@ def test_drafts_are_loaded_by_name_from_their_folder_alone(
         service.stop()
 
 
+@pytest.mark.usefixtures("asked_greedily")
 def test_what_is_forgotten_is_gone(target, draft):
     learner = LearnerConfig("gradient", update_every_prompts=50)
     session = Session(target, draft, learner=learner, num_predicted_tokens=0)
@@ -497,6 +506,7 @@ def test_what_is_forgotten_is_gone(target, draft):
         service.stop()
 
 
+@pytest.mark.usefixtures("asked_greedily")
 def test_what_an_administrator_changed_is_saved_though_nobody_asked_since(
     target, draft, tmp_path
 ):
@@ -522,6 +532,7 @@ def test_what_an_administrator_changed_is_saved_though_nobody_asked_since(
     assert not np.any(resumed.state.traffic.ring.segments.weight)
 
 
+@pytest.mark.usefixtures("asked_greedily")
 def test_a_scope_is_forgotten_by_name_in_older_checkpoints_too(
     target, draft, plain, tmp_path
 ):
@@ -587,6 +598,7 @@ def test_who_is_forgotten_while_answered_is_not_learned_from(target, draft):
         service.stop()
 
 
+@pytest.mark.usefixtures("asked_greedily")
 def test_scopes_that_share_nothing_have_drafts_of_their_own(
     target, draft, plain, monkeypatch
 ):
@@ -648,6 +660,7 @@ def wait_for(is_there):
     raise AssertionError("it never came")
 
 
+@pytest.mark.usefixtures("asked_greedily")
 def test_an_idle_service_practises_and_makes_way(target, draft, plain, monkeypatch):
     service = practising(target, draft, monkeypatch)
     service.start()
@@ -689,6 +702,7 @@ def test_an_idle_service_practises_and_makes_way(target, draft, plain, monkeypat
         service.stop()
 
 
+@pytest.mark.usefixtures("asked_greedily")
 def test_a_paused_service_writes_nothing(target, draft, monkeypatch):
     service = practising(target, draft, monkeypatch)
     service.start()
@@ -702,6 +716,7 @@ def test_a_paused_service_writes_nothing(target, draft, monkeypatch):
         service.stop()
 
 
+@pytest.mark.usefixtures("asked_greedily")
 def test_nothing_is_written_of_who_was_forgotten(target, draft, plain, monkeypatch):
     service = practising(target, draft, monkeypatch)
     service.start()

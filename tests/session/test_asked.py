@@ -38,11 +38,9 @@ def test_a_session_with_a_draft_answers_as_one_without(target, draft):
     """Learning in between, and with the prompts' n-grams as suggestions."""
     expected = tokens(Session(target), ASKED)
     assert expected != tokens(Session(target), SamplingConfig(logit_bias=ENDLESS))
-    drafting = Session(target, draft, batch_size=4)
+    drafting = Session(target, draft, learner="head", batch_size=4)
     assert sorted(tokens(drafting, ASKED)) == sorted(expected)
     assert drafting.stats.num_accepted_tokens > 0
-    learning = Session(target, draft, learner="head")
-    assert tokens(learning, ASKED) == expected
 
 
 @pytest.mark.parametrize("number", [0, 3])

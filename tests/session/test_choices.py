@@ -27,11 +27,11 @@ def target():
     return tiny_target()
 
 
-def live_of(target, batch_size=4, kept_bytes=0, **options):
+def live_of(target, batch_size=4, kept_bytes=0, capacities=(256, 512), **options):
     # It looks back no farther than at the last 24 tokens.
     draft = random_head(target, sliding_window=24)
     session = Session(target, draft, batch_size=batch_size, **options)
-    return Live(session, (256, 512), kept_bytes=kept_bytes)
+    return Live(session, capacities, kept_bytes=kept_bytes)
 
 
 def text(seed, length=NUM_PROMPT):
@@ -102,7 +102,9 @@ def test_a_prompt_is_read_once_and_answers_stay_the_same(
         assert len({tuple(ids[:20]) for ids in tokens_of(found).values()}) == 4
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize(
+    "precision", ["float32", pytest.param("int8", marks=pytest.mark.thorough)]
+)
 def test_what_is_taken_over_has_the_bits_of_what_is_run(precision):
     target = tiny_target(precision=precision)
     requests = choices_of(text(1), 3, SAMPLED, seed=3)
@@ -194,7 +196,7 @@ def test_a_short_prompt_is_run_by_each(target, monkeypatch):
 
 @pytest.mark.parametrize("kept_bytes", [0, 64 * MIB])
 def test_nothing_is_compiled_for_it(target, kept_bytes):
-    live = live_of(target, batch_size=2, kept_bytes=kept_bytes)
+    live = live_of(target, 2, kept_bytes, capacities=(512,))
     live.warm_up(["greedy"])
     compiles = CompileCounter()
     for length in (NUM_PROMPT, 300):

@@ -235,7 +235,9 @@ def test_learning_the_projection_keeps_rows_and_anything_else_drops_them(target)
     assert answer(live, (*ids, 7)).num_reused == 0
 
 
-@pytest.mark.parametrize("name", ["gradient", "head"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gradient", marks=pytest.mark.thorough), "head"]
+)
 def test_the_same_is_learned_from_what_was_not_run(target, name):
     learner = LearnerConfig(name)
     if name == "gradient":

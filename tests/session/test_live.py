@@ -75,9 +75,8 @@ def test_whoever_comes_when_is_answered_as_alone(
         assert session.version > 0
 
 
-@pytest.mark.parametrize(
-    "judge_every", [pytest.param(1, marks=pytest.mark.thorough), 4]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("judge_every", [1, 4])
 def test_a_pool_is_judged_while_rows_come_and_go(target, plain, judge_every):
     session = Session(
         target,
@@ -141,7 +140,9 @@ def test_steps_that_nobody_weighs_are_not_timed(target):
     [
         ("ngram", {"tree": TreeConfig.auto((0, 2))}),
         ("pool:ngram+suffix", {"controller": "normalhedge"}),
-        ("pool:ngram+suffix", {"controller": "ucb"}),
+        pytest.param(
+            *("pool:ngram+suffix", {"controller": "ucb"}), marks=pytest.mark.thorough
+        ),
     ],
 )
 def test_nothing_is_learned_of_who_is_left_out(target, plain, draft, options):

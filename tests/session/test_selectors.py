@@ -171,7 +171,7 @@ def law_of_answers(target, ids, length):
 @pytest.mark.parametrize(
     ("name", "children", "judge_every"),
     [
-        ("normalhedge:sample", "topk", 2),
+        pytest.param("normalhedge:sample", "topk", 2, marks=pytest.mark.thorough),
         ("leader", "sampled", 1),
         pytest.param("exp3", "topk", 1, marks=pytest.mark.thorough),
     ],

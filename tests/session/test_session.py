@@ -83,7 +83,10 @@ def leaves_of(params):
     return b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("own", [{}, {"update_every_prompts": 3}])
+@pytest.mark.parametrize(
+    "own",
+    [{}, pytest.param({"update_every_prompts": 3}, marks=pytest.mark.thorough)],
+)
 def test_what_is_promoted_was_scored_on_what_nobody_trained_on(target, draft, own):
     """Bitwise: not what the learner has become since."""
     session = guarded(target, draft, 0.9, batch_size=4, replay_share=0.5, **own)
@@ -200,7 +203,7 @@ def test_what_stays_unclear_makes_way_for_the_newest_iterate(target, draft):
     "name",
     [
         "gradient",
-        "ensemble",
+        pytest.param("ensemble", marks=pytest.mark.thorough),
         pytest.param("optimistic", marks=pytest.mark.thorough),
         pytest.param("osd", marks=pytest.mark.thorough),
     ],
@@ -307,7 +310,7 @@ def older_traffic(traffic):
         {"promotion": "guarded"},
         {"pace": "pays"},
         {"name": "head"},
-        {"name": "head", "pace": "pays"},
+        pytest.param({"name": "head", "pace": "pays"}, marks=pytest.mark.thorough),
         {"name": "memory"},
     ],
 )
@@ -350,16 +353,10 @@ def test_learning_raises_acceptance_on_repeated_traffic(target, draft):
 
 
 # How each family's training follows its drafting is held by `drafters/test_trained.py`
-# and `learners/test_gradient.py`; eagle3 is learned by the other tests.
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param("eagle1", marks=pytest.mark.thorough),
-        pytest.param("hydra", marks=pytest.mark.thorough),
-        "dflash",
-        pytest.param("peagle", marks=pytest.mark.thorough),
-    ],
-)
+# and `learners/test_gradient.py`, that it learns by `learners/test_conformance.py`;
+# eagle3 is learned by the other tests.
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["eagle1", "hydra", "dflash", "peagle"])
 def test_every_trained_family_learns_while_serving(target, plain, family, tmp_path):
     config = tiny_draft_config(target.config, 200, family)
     drafter = build_drafter(family, config, Tree(num_steps=1))
@@ -440,15 +437,19 @@ def test_a_save_that_changes_nothing_writes_nothing(target, draft, tmp_path):
     assert checkpoint.steps(tmp_path / "elsewhere") == [3]
 
 
-# Two are the learner `gradient` with another optimizer, whose states round trips and
-# resumed trainers hold: `learners/test_conformance.py`, `online/test_trainers.py`.
-OPTIMIZERS = ("momentum", "optimistic")
+# Two are the learner `gradient` with another optimizer, and two are ensembles, whose
+# states round trips and resumed trainers hold: `learners/test_conformance.py`,
+# `online/test_trainers.py`. Those of the last layer resume in `online/`.
+HELD = (
+    *("momentum", "optimistic", "ensemble", "shared_ensemble"),
+    *("head", "preference"),
+)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.thorough) if name in OPTIMIZERS else name
+        pytest.param(name, marks=pytest.mark.thorough) if name in HELD else name
         for name in sorted({*LEARNER_NAMES} - {"memory", "auto"})
     ],
 )
@@ -538,7 +539,9 @@ def test_experts_are_not_judged_by_what_they_were_trained_on(target, draft):
     assert windows._learning.update._cache_size() == 1
 
 
-@pytest.mark.parametrize("family", ["ngram", "suffix"])
+@pytest.mark.parametrize(
+    "family", ["ngram", pytest.param("suffix", marks=pytest.mark.thorough)]
+)
 def test_an_ngram_draft_learns_and_resumes_without_parameters(
     target, plain, tmp_path, family
 ):
@@ -581,7 +584,12 @@ def test_a_model_drafts_and_its_memory_resumes(model_folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["self:int4", "self:exit-1", "mixed:ngram,self:exit-1"]
+    "name",
+    [
+        "self:int4",
+        pytest.param("self:exit-1", marks=pytest.mark.thorough),
+        "mixed:ngram,self:exit-1",
+    ],
 )
 def test_a_target_is_loaded_as_its_own_draft(target, plain, tmp_path, name):
     draft = load_draft(name, target)
@@ -592,6 +600,7 @@ def test_a_target_is_loaded_as_its_own_draft(target, plain, tmp_path, name):
         load_draft(tmp_path, target)
 
 
+@pytest.mark.thorough
 def test_two_drafts_are_loaded_by_name(target, draft, plain, tmp_path):
     checkpoint.save(tmp_path, 0, draft.meta, draft.draft)
     fallback = load_draft(f"fallback:suffix,{tmp_path}", target)

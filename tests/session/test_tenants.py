@@ -75,7 +75,9 @@ def accepted(session, *scopes, **values):
     return ask(session, *scopes, **values)[0]
 
 
-@pytest.mark.parametrize("name", ["ngram", "suffix"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("ngram", marks=pytest.mark.thorough), "suffix"]
+)
 def test_a_planted_secret_is_suggested_to_nobody_else(target, plain, name):
     (fresh,) = accepted(session_of(target, name), "bob")
     session = session_of(target, name)
@@ -304,8 +306,12 @@ def test_differences_are_refused_where_nobody_adds_them(target, draft):
     "changes",
     [
         {"tree": TreeConfig.auto((0, 1, 3))},
-        {"tree": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=8)},
-        {"controller": "marginal"},
+        pytest.param(
+            {"tree": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=8)},
+            marks=pytest.mark.thorough,
+        ),
+        # Its steps are those of a tree that `control/test_steered.py` drafts with.
+        pytest.param({"controller": "marginal"}, marks=pytest.mark.thorough),
     ],
     ids=["auto", "dynamic", "marginal"],
 )

@@ -292,6 +292,7 @@ checkpoint.save(sys.argv[1], 1, checkpoint.Meta.create(target, config), draft)
 """  # noqa: E501
 
 
+@pytest.mark.thorough
 def test_checkpoint_of_four_devices_restores_on_one(target, made, tmp_path):
     flags = "--xla_force_host_platform_device_count=4"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"

@@ -87,7 +87,10 @@ def save_pair(made, tmp_path, storage="float32"):
     return base, expert
 
 
-@pytest.mark.parametrize(("storage", "tolerance"), [("float32", 1e-4), ("int8", 0.3)])
+@pytest.mark.parametrize(
+    ("storage", "tolerance"),
+    [pytest.param("float32", 1e-4, marks=pytest.mark.thorough), ("int8", 0.3)],
+)
 def test_an_expert_loads_as_a_draft(made, target, tmp_path, storage, tolerance):
     _, expert = save_pair(made, tmp_path, storage)
     loaded = load_draft(expert, target)
