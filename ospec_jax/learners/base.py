@@ -126,6 +126,8 @@ class Learner(NamedTuple):
         them learn without it.
       restart: `(state, params) -> state`: begins anew at `params`, keeping what a
         learner shall not forget (a static draft, say); None begins as `init` does.
+      given: An update whose gradients are found part by part, so that others need not
+        wait for all of it; None where there is no such thing.
     """
 
     init: Callable
@@ -133,6 +135,7 @@ class Learner(NamedTuple):
     evaluate: Callable
     begin: Callable = unchanged
     restart: Callable | None = None
+    given: Any = None
 
 
 def new_state(params: Params, opt_state: Any) -> LearnerState:

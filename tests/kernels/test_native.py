@@ -222,7 +222,9 @@ def test_queries_do_not_depend_on_their_neighbours():
 @pytest.mark.parametrize("t", [1, 4])
 def test_how_work_is_divided_changes_no_bit(t):
     """Threads share a head where three of them leave one of two threads idle."""
-    queries, keys, values, bias = random_attention(b=1, t=t, heads=12, kv_heads=4, s=256)
+    queries, keys, values, bias = random_attention(
+        b=1, t=t, heads=12, kv_heads=4, s=256
+    )
     together = np.asarray(native.attention(queries, keys, values, bias))
     three = native.attention(queries[:, :, :9], keys[:, :3], values[:, :3], bias)
     np.testing.assert_array_equal(three, together[..., : three.shape[-1]])
