@@ -31,8 +31,8 @@ from ospec_jax.learners.base import (
 )
 from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
-from ospec_jax.learners.parts import Given
 from ospec_jax.learners.optimizers import is_parameter_free, make_optimizer
+from ospec_jax.learners.parts import Given
 from ospec_jax.typing import Params, struct
 
 
