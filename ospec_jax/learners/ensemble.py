@@ -222,7 +222,9 @@ def ensemble(
         teach = lambda args: taught(*args)
         experts = old.experts, old.inner, sizes
         learned, infos = jax.lax.map(teach, (experts, grads, infos))
-        return moved(state, learned, infos, found[-1][1])
+        # It has no gradient to follow.
+        static = found[-1][1]._replace(grad_norm=jnp.float32(0.0))
+        return moved(state, learned, infos, static)
 
     def point(state: LearnerState, number: int):
         # The static draft comes last: of it the info alone is wanted.

@@ -39,19 +39,25 @@ def gradient(objective: Objective, optimizer: optax.GradientTransformation) -> L
 
     def update(state: LearnerState, segments, shared, token_ids):
         data = (segments, shared, token_ids)
-        found = jax.grad(objective.loss, has_aux=True)(state.params, *data)
-        return moved(state, *found, *data)
+        grads, info = jax.grad(objective.loss, has_aux=True)(state.params, *data)
+        info = info._replace(grad_norm=optax.global_norm(grads))
+        return moved(state, grads, info)
 
     def moved(state: LearnerState, grads, info, *_):
         def move(state: LearnerState):
             params, opt_state = stepped(
-                optimizer, grads, state.opt_state, state.params, info.loss
+                optimizer,
+                grads,
+                state.opt_state,
+                state.params,
+                info.loss,
+                grad_norm=info.grad_norm,
             )
             return state.replace(params=params, opt_state=opt_state)
 
         new = moved_if(info.weight > 0, state, move)
         extra = {"step_norm": distance(new.params, state.params)}
-        return new, info._replace(grad_norm=optax.global_norm(grads), extra=extra)
+        return new, info._replace(extra=extra)
 
     given = given_gradient(objective.parts, moved, is_by_number=True)
     return Learner(init=init, update=update, evaluate=objective.score, given=given)

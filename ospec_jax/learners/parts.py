@@ -60,7 +60,8 @@ class Given(NamedTuple):
       num_points: Parameters at which the gradient is wanted.
       point: `(state, number) -> params`, one of them.
       update: `(state, found, segments, shared, token_ids) -> (state, LearnerInfo)`, as
-        `Learner.update`, given a tuple of the gradient and its info for each point.
+        `Learner.update`, given a tuple of the gradient and its info for each point; the
+        info knows the gradient's norm.
       is_by_number: Each number of the state moves by itself, so that a part of the
         state takes a part of the time.
     """

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ospec_jax.learners.base import Learner, LearnerInfo, LearnerState, Segments
 from ospec_jax.learners.losses import LossSums
@@ -28,10 +29,10 @@ from ospec_jax.models import finite
 from ospec_jax.models.sharing import share
 from ospec_jax.types import SharedTables
 
-PAIRS = 8
+PAIRS = 16
 """Trained pairs of a slice. What else a slice does takes as long as some 20 of them,
 with the shipped draft: fewer make an update dearer, and hardly shorter to wait for."""
-_NUM_PROBS = 2**20
+_NUM_PROBS = 2**21
 """Probabilities of the target that a slice computes, to choose candidates."""
 _NUM_MOVED = 2**23
 """Numbers of a learner's state that a slice moves on."""
@@ -145,8 +146,8 @@ def _build(given: Given) -> _Programs:
         number = num_tokens_of(shared, token_ids)
         return widened(so_far.grads, params, candidates, number)
 
-    def info(sums: LossSums, has_candidates: bool) -> LearnerInfo:
-        found = parts.info(sums)
+    def info(sums: LossSums, grads, has_candidates: bool) -> LearnerInfo:
+        found = parts.info(sums)._replace(grad_norm=optax.global_norm(grads))
         return found.of_candidates() if has_candidates else found
 
     return _Programs(
@@ -212,7 +213,7 @@ def update_in_slices(
             yield
 
         grads = programs.widen(so_far, params, shared, token_ids, candidates)
-        info = programs.info(so_far.sums, candidates is not None)
+        info = programs.info(so_far.sums, grads, candidates is not None)
         found.append(_waited((grads, info)))
         yield
 
@@ -364,18 +365,21 @@ def _moving(learner: Learner, spans: tuple) -> Callable:
     def run(out, state, found, *data):
         new = jax.tree.leaves(learner.given.update(state, found, *data)[0])
         written = []
-        rows = []
         for old, (number, span) in zip(out, spans, strict=True):
             if span is None:
                 written.append(new[number])
-                rows.append(new[number])
                 continue
             first, last = span
-            part = new[number][first:last]
             old = jnp.zeros_like(new[number]) if old is None else old
-            written.append(old.at[first:last].set(part))
-            rows.append(part)
+            written.append(old.at[first:last].set(new[number][first:last]))
 
-        return tuple(written), finite.is_finite(rows)
+        # Looked at as they are written: with two readers, all rows of what they read
+        # would be computed.
+        written = jax.lax.optimization_barrier(tuple(written))
+        rows = [
+            array if span is None else array[slice(*span)]
+            for array, (_, span) in zip(written, spans, strict=True)
+        ]
+        return written, finite.is_finite(rows)
 
     return jax.jit(run, donate_argnums=0)

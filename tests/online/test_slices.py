@@ -109,6 +109,7 @@ class Case:
 def small_slices(monkeypatch):
     # So that arrays of a tiny draft are split, too.
     monkeypatch.setattr(slices, "_NUM_MOVED", 1000)
+    monkeypatch.setattr(slices, "PAIRS", 8)
 
 
 def assert_close(left, right, rtol=2e-4, atol=2e-6):
