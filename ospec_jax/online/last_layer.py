@@ -408,9 +408,10 @@ class LastLayer:
         """
         if num_chunks_of(completion, self._is_greedy_only) > 1:
             learner = jax.tree.map(jnp.copy, state.learner)
-            state = state.replace(learner=learner)
+            state = state.replace(learner=jax.block_until_ready(learner))
+            yield
             served = self.own(served)
-            jax.block_until_ready((learner, served.params[HEAD]))
+            jax.block_until_ready(served.params[HEAD])
             yield
 
         return (yield from self._round(state, draft, served, completion))

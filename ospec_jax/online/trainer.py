@@ -176,7 +176,7 @@ class Trainer(NamedTuple):
         traffic
     )
     own: Callable[[Draft], Draft] = lambda draft: draft
-    update_in_slices: Callable[..., Generator] | None = None
+    update_in_slices: Callable[..., Generator[None, None, Any]] | None = None
     rehearse_slices: Callable[..., None] = lambda *_: None
 
 

@@ -328,6 +328,8 @@ class Windows:
         learner = self._learning.begin(state.learner)
         run(self._learn_in_slices(learner, draft, batch))
         run(self._serve_in_slices(draft))
+        # What counts updates is a program, too.
+        jax.block_until_ready(state.version + 1)
         if state.pace is not None:
             run(self._progress(state, draft, batch, self._in_slices))
 

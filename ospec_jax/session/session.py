@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -80,7 +80,7 @@ class _Update:
       seconds: That they took so far.
     """
 
-    slices: Generator
+    slices: Generator[None, None, Any]
     seconds: float = 0.0
 
 

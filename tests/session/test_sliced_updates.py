@@ -106,7 +106,8 @@ def test_one_that_is_dropped_has_never_been(target, draft, learner):
     begin(session)
     state = learned(session)
     session.drop_update()
-    assert not session.is_updating and session.version == 0
+    assert not session.is_updating
+    assert session.version == 0
     assert session.go_on() == 0.0
     assert_same(learned(session), state)
     # What it was given is whole, and can be learned from.
@@ -187,7 +188,8 @@ def test_it_waits_to_be_promoted_like_any_other(target, draft, learner):
     begin(session)
     served = host(session.state.waiting.params)
     session.promote()
-    assert session.is_updating and session.num_waiting == 0
+    assert session.is_updating
+    assert session.num_waiting == 0
     session.finish_update()
     assert session.num_waiting == 1
     # What was promoted is served on, and no later update wrote into it.
