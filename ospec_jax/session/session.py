@@ -941,8 +941,8 @@ class Session:
     def drop_update(self) -> None:
         """Gives up the update under way: it has never been.
 
-        What it was to learn from is kept, and an update is due again with the next
-        answer.
+        Windows that it was to learn from are kept, and an update is due again with the
+        next answer. Learners of single answers keep none: that answer is passed over.
         """
         update = self._update
         self._update = None
