@@ -126,6 +126,8 @@ class Learner(NamedTuple):
         them learn without it.
       restart: `(state, params) -> state`: begins anew at `params`, keeping what a
         learner shall not forget (a static draft, say); None begins as `init` does.
+      given: An update whose gradients are found part by part, so that others need not
+        wait for all of it; None where there is no such thing.
     """
 
     init: Callable
@@ -133,6 +135,7 @@ class Learner(NamedTuple):
     evaluate: Callable
     begin: Callable = unchanged
     restart: Callable | None = None
+    given: Any = None
 
 
 def new_state(params: Params, opt_state: Any) -> LearnerState:
@@ -159,27 +162,39 @@ def chosen(is_first: Array, first: Any, second: Any) -> Any:
 
 
 def stepped(
-    optimizer: optax.GradientTransformation, grads, opt_state, params, loss, size=1.0
+    optimizer: optax.GradientTransformation,
+    grads,
+    opt_state,
+    params,
+    loss,
+    size=1.0,
+    grad_norm=None,
 ) -> tuple[Params, Any]:
     """One step of an optax optimizer; returns parameters and its state.
 
     Args:
       loss: At `params`; some optimizers ask for it.
       size: Factor of the step.
+      grad_norm: Global norm of the gradient, where it is known.
     """
-    updates, opt_state = directed(optimizer, grads, opt_state, params, loss)
+    updates, opt_state = directed(optimizer, grads, opt_state, params, loss, grad_norm)
     # The optimizer runs at step 1 where several step sizes share it; see `ensemble`.
     updates = jax.tree.map(lambda update: size * update, updates)
     return optax.apply_updates(params, updates), opt_state
 
 
 def directed(
-    optimizer: optax.GradientTransformation, grads, opt_state, params, loss
+    optimizer: optax.GradientTransformation,
+    grads,
+    opt_state,
+    params,
+    loss,
+    grad_norm=None,
 ) -> tuple[Params, Any]:
     """What an optax optimizer would add to the parameters, and its state."""
     # Some optimizers (momo, say) ask for the loss; the others are not told.
     run = optax.with_extra_args_support(optimizer).update
-    return run(grads, opt_state, params, value=loss)
+    return run(grads, opt_state, params, value=loss, grad_norm=grad_norm)
 
 
 def difference(left: Params, right: Params) -> Params:

@@ -521,7 +521,9 @@ def _with_checks(learner: Learner, name: str) -> Learner:
             f"(LearnerState, LearnerInfo)"
         )
 
-    return learner._replace(init=init, update=update)
+    # A rule that replaced the update of another one has the other's slices, which do
+    # something else.
+    return learner._replace(init=init, update=update, given=None)
 
 
 def _name_of(rule: Rule) -> str:

@@ -32,6 +32,7 @@ from ospec_jax.learners.base import (
 from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
 from ospec_jax.learners.optimizers import is_parameter_free, make_optimizer
+from ospec_jax.learners.parts import Given
 from ospec_jax.typing import Params, struct
 
 
@@ -204,22 +205,45 @@ def ensemble(
 
         return state.replace(opt_state=opt_state)
 
-    def update(state: LearnerState, segments, shared, token_ids):
+    def update(state: LearnerState, *data):
         def learn(expert):
-            params, inner, size = expert
-            grads, info = jax.grad(objective.loss, has_aux=True)(
-                params, segments, shared, token_ids
-            )
-            move = lambda: stepped(optimizer, grads, inner, params, info.loss, size)
-            # Each expert decides for itself: with positions that depend on the draft,
-            # one of them may have nothing to learn where another has.
-            moved = jax.lax.cond(info.weight > 0, move, lambda: (params, inner))
-            return moved, info._replace(grad_norm=optax.global_norm(grads))
+            found = jax.grad(objective.loss, has_aux=True)(expert[0], *data)
+            return taught(expert, *found)
 
         old = state.opt_state
         # One expert after the other: the activations of one are held at a time.
-        (experts, inner), infos = jax.lax.map(learn, (old.experts, old.inner, sizes))
-        static = objective.loss(old.anchor, segments, shared, token_ids)[1]
+        learned, infos = jax.lax.map(learn, (old.experts, old.inner, sizes))
+        static = objective.loss(old.anchor, *data)[1]
+        return moved(state, learned, infos, static)
+
+    def given_update(state: LearnerState, found, *_):
+        old = state.opt_state
+        grads, infos = jax.tree.map(lambda *x: jnp.stack(x), *found[:-1])
+        teach = lambda args: taught(*args)
+        experts = old.experts, old.inner, sizes
+        learned, infos = jax.lax.map(teach, (experts, grads, infos))
+        # It has no gradient to follow.
+        static = found[-1][1]._replace(grad_norm=jnp.float32(0.0))
+        return moved(state, learned, infos, static)
+
+    def point(state: LearnerState, number: int):
+        # The static draft comes last: of it the info alone is wanted.
+        old = state.opt_state
+        if number == len(steps):
+            return old.anchor
+        return jax.tree.map(lambda x: x[number], old.experts)
+
+    def taught(expert, grads, info):
+        params, inner, size = expert
+        move = lambda: stepped(optimizer, grads, inner, params, info.loss, size)
+        # Each expert decides for itself: with positions that depend on the draft, one
+        # of them may have nothing to learn where another has.
+        learned = jax.lax.cond(info.weight > 0, move, lambda: (params, inner))
+        return learned, info._replace(grad_norm=optax.global_norm(grads))
+
+    def moved(state: LearnerState, learned, infos, static):
+        old = state.opt_state
+        experts, inner = learned
         infos = jax.tree.map(lambda a, b: jnp.append(a[None], b, 0), static, infos)
 
         def move(state: LearnerState):
@@ -244,7 +268,11 @@ def ensemble(
 
         return new, _summary(infos, losses, old.weights, new, state)
 
-    return Learner(init, update, objective.score, begin, restart)
+    given = None
+    if objective.parts is not None:
+        given = Given(objective.parts, len(steps) + 1, point, given_update, False)
+
+    return Learner(init, update, objective.score, begin, restart, given)
 
 
 def _summary(

@@ -16,6 +16,7 @@ from ospec_jax.learners.base import (
 )
 from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
+from ospec_jax.learners.parts import given_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +38,26 @@ def gradient(objective: Objective, optimizer: optax.GradientTransformation) -> L
         return new_state(params, optimizer.init(params))
 
     def update(state: LearnerState, segments, shared, token_ids):
-        grads, info = jax.grad(objective.loss, has_aux=True)(
-            state.params, segments, shared, token_ids
-        )
+        data = (segments, shared, token_ids)
+        grads, info = jax.grad(objective.loss, has_aux=True)(state.params, *data)
+        info = info._replace(grad_norm=optax.global_norm(grads))
+        return moved(state, grads, info)
 
+    def moved(state: LearnerState, grads, info, *_):
         def move(state: LearnerState):
             params, opt_state = stepped(
-                optimizer, grads, state.opt_state, state.params, info.loss
+                optimizer,
+                grads,
+                state.opt_state,
+                state.params,
+                info.loss,
+                grad_norm=info.grad_norm,
             )
             return state.replace(params=params, opt_state=opt_state)
 
         new = moved_if(info.weight > 0, state, move)
         extra = {"step_norm": distance(new.params, state.params)}
-        return new, info._replace(grad_norm=optax.global_norm(grads), extra=extra)
+        return new, info._replace(extra=extra)
 
-    return Learner(init=init, update=update, evaluate=objective.score)
+    given = given_gradient(objective.parts, moved, is_by_number=True)
+    return Learner(init=init, update=update, evaluate=objective.score, given=given)

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ospec_jax.config import ConfigError
@@ -133,6 +134,28 @@ def named_loss(name: str, forward_share: float = 0.9) -> Loss:
     return LOSSES[name]
 
 
+class LossSums(NamedTuple):
+    """What a loss is made of, `[d]` each, by depth; those of a batch's parts add up.
+
+    Attributes:
+      lost: The loss at every counted row, times its weight.
+      counted: The rows' weight in the loss.
+      fresh_lost: As `lost`, of the windows that no update has trained on.
+      fresh_counted: Likewise `counted`.
+      agreed: Weight of the rows where the draft's best token was the target's.
+      missed: The chance of rejection at temperature 1, times the rows' weight.
+      seen: The rows' weight in what is reported.
+    """
+
+    lost: Float[Array, " d"]
+    counted: Float[Array, " d"]
+    fresh_lost: Float[Array, " d"]
+    fresh_counted: Float[Array, " d"]
+    agreed: Float[Array, " d"]
+    missed: Float[Array, " d"]
+    seen: Float[Array, " d"]
+
+
 def unrolled_loss(
     logits: list[Float[Array, "b l q"]],
     probs: Float[Array, "b t q"],
@@ -156,19 +179,28 @@ def unrolled_loss(
       counted: The rows' weight in the loss, if another one.
       is_fresh: Windows of which `fresh_loss` tells; None for all.
     """
+    sums = loss_sums(logits, probs, weight, loss, positions, counted, is_fresh)
+    total = loss_of(sums, decay)
+    return total, jax.lax.stop_gradient(info_of(sums, decay))
+
+
+def loss_sums(
+    logits: list[Float[Array, "b l q"]],
+    probs: Float[Array, "b t q"],
+    weight: Float[Array, "b t"],
+    loss: Loss = FORWARD_KL,
+    positions: Positions = "all",
+    counted: Float[Array, "b t"] | None = None,
+    is_fresh: Bool[Array, " b"] | None = None,
+) -> LossSums:
+    """What `unrolled_loss` is made of; arguments are the same."""
     length = logits[0].shape[1]
     counted = weight if counted is None else counted
-    total = jnp.float32(0.0)
-    scale = 0.0
-    signal = jnp.float32(0.0)
 
     # By row: the chance that a path has survived so far, whether it ran over verified
     # rows alone, and whether the draft's best tokens were right so far.
     survival = on_path = agreed_so_far = jnp.ones_like(weight[:, :length])
-    fresh_total = jnp.float32(0.0)
-    fresh_signal = jnp.float32(0.0)
-    agreement = []
-    acceptance = []
+    by_depth = []
 
     # A draft of depth d at row i predicts the token after target row i + d, so every
     # depth is a shifted slice of the same recorded rows.
@@ -190,34 +222,62 @@ def unrolled_loss(
         if positions == "rejected":
             used = used * agreed_so_far * (1.0 - is_same)
             agreed_so_far = agreed_so_far * is_same
-        total += decay**depth * _mean(rejection, used)
-        signal += decay**depth * jnp.sum(used)
 
         # The same sums over the windows that no update has trained on: an honest loss.
         fresh = used if is_fresh is None else used * is_fresh[:, None]
-        fresh_total += decay**depth * _mean(rejection, fresh)
-        fresh_signal += decay**depth * jnp.sum(fresh)
-        scale += decay**depth
         # What is reported counts every verified row, whatever the loss emphasises.
-        agreement.append(_mean(is_same, w))
-        acceptance.append(1.0 - _mean(total_variation(p, depth_logits), w))
+        found = LossSums(
+            lost=jnp.sum(rejection * used),
+            counted=jnp.sum(used),
+            fresh_lost=jnp.sum(rejection * fresh),
+            fresh_counted=jnp.sum(fresh),
+            agreed=jnp.sum(is_same * w),
+            missed=jnp.sum(total_variation(p, depth_logits) * w),
+            seen=jnp.sum(w),
+        )
+        by_depth.append(found)
 
-    info = LearnerInfo(
-        loss=total / scale,
-        agreement=jnp.stack(agreement),
-        acceptance=jnp.stack(acceptance),
+    return jax.tree.map(lambda *sums: jnp.stack(sums), *by_depth)
+
+
+def loss_of(
+    sums: LossSums, decay: float, counted: Float[Array, " d"] | None = None
+) -> Float[Array, ""]:
+    """The loss of a batch, or what a part adds to that of all.
+
+    Args:
+      counted: Of the whole batch, where the sums are those of a part.
+    """
+    counted = sums.counted if counted is None else counted
+    return _over_depths(_ratio(sums.lost, counted), decay)
+
+
+def info_of(sums: LossSums, decay: float) -> LearnerInfo:
+    """What is reported of a batch, but for the norm of the gradient."""
+    emphasis = _emphasis(decay, len(sums.lost))
+    return LearnerInfo(
+        loss=loss_of(sums, decay),
+        agreement=_ratio(sums.agreed, sums.seen),
+        acceptance=1.0 - _ratio(sums.missed, sums.seen),
         grad_norm=jnp.float32(0.0),
-        weight=signal,
-        fresh_loss=fresh_total / scale,
-        fresh_weight=fresh_signal,
+        weight=jnp.sum(emphasis * sums.counted),
+        fresh_loss=_over_depths(_ratio(sums.fresh_lost, sums.fresh_counted), decay),
+        fresh_weight=jnp.sum(emphasis * sums.fresh_counted),
     )
 
-    return total / scale, jax.lax.stop_gradient(info)
+
+def _over_depths(values: Float[Array, " d"], decay: float) -> Float[Array, ""]:
+    emphasis = _emphasis(decay, len(values))
+    return jnp.sum(emphasis * values) / np.sum(emphasis)
 
 
-def _mean(values: Float[Array, "b l"], weight: Float[Array, "b l"]) -> Float[Array, ""]:
+def _emphasis(decay: float, num_depths: int) -> np.ndarray:
+    return (decay ** np.arange(num_depths)).astype(np.float32)
+
+
+def _ratio(total: Float[Array, " d"], weight: Float[Array, " d"]) -> Float[Array, " d"]:
     # A depth without any counted row gives 0, not 0 / 0.
-    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
+    return total / jnp.maximum(weight, 1e-6)
 
 
 @typed

@@ -18,9 +18,13 @@ from ospec_jax.learners.losses import (
     Positions,
     accepted_lengths,
     feature_loss,
+    info_of,
+    loss_of,
+    loss_sums,
     target_probs,
     unrolled_loss,
 )
+from ospec_jax.learners.parts import Parts, rows_of
 
 
 class Objective(NamedTuple):
@@ -30,10 +34,12 @@ class Objective(NamedTuple):
       loss: `(params, segments, shared, token_ids) -> (loss, LearnerInfo)`, to be
         differentiated by its first argument.
       score: Likewise `-> (LearnerInfo, accepted [b])`; all positions count the same.
+      parts: The same loss, a few pairs at a time; None where it cannot be had so.
     """
 
     loss: Callable
     score: Callable
+    parts: Parts | None = None
 
 
 def build_objective(
@@ -156,7 +162,62 @@ def build_objective(
         scored = logits, probs, segments.weight[:, rows]
         return unrolled_loss(*scored, loss, decay)[1], accepted_lengths(*scored)
 
-    return Objective(loss=loss_fn, score=score)
+    def probs_of(segments: Segments, shared, entries, where: slice):
+        """The target's probabilities of some tokens, by their ids; None are all."""
+        feedback = segments.feedback
+        assert feedback.hidden is not None, "features are recorded"
+        assert feedback.logsumexp is not None, "features are recorded"
+        head = dequantized(rows_of(shared.head, entries))
+        hidden = feedback.hidden[:, where].astype(jnp.float32)
+        return target_probs(head, hidden, feedback.logsumexp[:, where])
+
+    def mass_of(segments: Segments, shared, entries):
+        probs = probs_of(segments, shared, entries, rows)
+        return jnp.einsum("btq,bt->q", probs, segments.weight[:, rows])
+
+    def sums_of(params, segments, counted, shared, token_ids, candidates, span):
+        first, last = span
+        # A draft of the span's last pair is as many tokens long as all others are.
+        end = num_context + last + num_steps
+        window = jax.tree.map(lambda x: x[:, :end], segments.feedback)
+        logits = unroll(
+            params,
+            token_ids,
+            shared,
+            window,
+            segments.start,
+            num_context=num_context + first,
+            num_steps=num_steps,
+            candidates=candidates,
+        )
+        entries = candidates
+        if token_ids is not None:
+            entries = token_ids if candidates is None else token_ids[candidates]
+        here = slice(num_context + first + 1, end)
+        return loss_sums(
+            logits,
+            probs_of(segments, shared, entries, here),
+            segments.weight[:, here],
+            loss,
+            positions,
+            counted[:, first : last + num_steps - 1],
+            segments.is_fresh,
+        )
+
+    parts = Parts(
+        num_context=num_context,
+        num_steps=num_steps,
+        num_candidates=num_candidates,
+        # Which rows count follows from the draft's own choices.
+        is_counted_first=positions == "rejected",
+        emphasis=emphasis,
+        mass=mass_of,
+        sums=sums_of,
+        loss=lambda sums, counted: loss_of(sums, decay, counted),
+        info=lambda sums: info_of(sums, decay),
+    )
+    has_features = unroll_features is not None and feature_weight
+    return Objective(loss=loss_fn, score=score, parts=None if has_features else parts)
 
 
 def _batch_key(segments: Segments):

@@ -34,6 +34,7 @@ from ospec_jax.learners.base import (
 )
 from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
+from ospec_jax.learners.parts import given_gradient
 from ospec_jax.typing import Params, struct
 
 
@@ -118,9 +119,11 @@ def optimistic(
         return new_state(params, opt_state)
 
     def update(state: LearnerState, segments, shared, token_ids):
-        grads, info = jax.grad(objective.loss, has_aux=True)(
-            state.params, segments, shared, token_ids
-        )
+        data = (segments, shared, token_ids)
+        found = jax.grad(objective.loss, has_aux=True)(state.params, *data)
+        return moved(state, *found, *data)
+
+    def moved(state: LearnerState, grads, info, *_):
         hint_error = distance(grads, state.opt_state.hint) ** 2
 
         # The four lines of the rule, in the order learn, expect, play; the gradient
@@ -151,7 +154,8 @@ def optimistic(
 
         return new, info._replace(grad_norm=optax.global_norm(grads), extra=extra)
 
-    return Learner(init=init, update=update, evaluate=objective.score)
+    given = given_gradient(objective.parts, moved, is_by_number=True)
+    return Learner(init=init, update=update, evaluate=objective.score, given=given)
 
 
 def projected(params: Params, anchor: Params, radius: float) -> Params:

@@ -4,6 +4,8 @@
 import inspect
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from ospec_jax.config import ConfigError
@@ -35,9 +37,23 @@ def make_optimizer(
       ConfigError: optax has none of that name, or it needs more than a learning rate.
     """
     # One odd batch of traffic must not throw the draft far off.
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), _bare(name, learning_rate, options)
-    )
+    return optax.chain(_clipped(1.0), _bare(name, learning_rate, options))
+
+
+def _clipped(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, which may be told the norm.
+
+    Whoever moves a part of the parameters would else compute it of all of them, part by
+    part.
+    """
+
+    def update(updates, state, params=None, *, grad_norm=None, **_):
+        norm = optax.global_norm(updates) if grad_norm is None else grad_norm
+        is_short = norm < max_norm
+        clip = lambda x: jnp.where(is_short, x, (x / norm.astype(x.dtype)) * max_norm)
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def is_parameter_free(name: str) -> bool:

@@ -27,6 +27,7 @@ from ospec_jax.learners.base import (
 )
 from ospec_jax.learners.method import OptimizedMethod
 from ospec_jax.learners.objective import Objective
+from ospec_jax.learners.parts import given_gradient
 from ospec_jax.typing import Params, struct
 
 
@@ -126,10 +127,11 @@ def osd(
         )
 
     def update(state: LearnerState, segments, shared, token_ids):
-        grads, info = jax.grad(objective.loss, has_aux=True)(
-            state.params, segments, shared, token_ids
-        )
+        data = (segments, shared, token_ids)
+        found = jax.grad(objective.loss, has_aux=True)(state.params, *data)
+        return moved(state, *found, *data)
 
+    def moved(state: LearnerState, grads, info, segments, *_):
         def move(state: LearnerState):
             # The loss is a mean over wrong positions, so weighting it by their number
             # makes sums that can be divided by all of them.
@@ -155,4 +157,5 @@ def osd(
         }
         return new, info._replace(grad_norm=optax.global_norm(grads), extra=extra)
 
-    return Learner(init=init, update=update, evaluate=objective.score)
+    given = given_gradient(objective.parts, moved)
+    return Learner(init=init, update=update, evaluate=objective.score, given=given)

@@ -44,6 +44,7 @@ from ospec_jax.learners.base import (
 )
 from ospec_jax.learners.ensemble import ExpertsMethod
 from ospec_jax.learners.objective import Objective
+from ospec_jax.learners.parts import given_gradient
 from ospec_jax.typing import Params, struct
 
 
@@ -221,10 +222,12 @@ def shared_ensemble(
 
         return shifts
 
-    def update(state: LearnerState, segments, shared, token_ids):
+    def update(state: LearnerState, *data):
+        found = jax.grad(objective.loss, has_aux=True)(state.params, *data)
+        return moved_by(state, *found, *data)
+
+    def moved_by(state: LearnerState, grads, info, *data):
         old = state.opt_state
-        data = (segments, shared, token_ids)
-        grads, info = jax.grad(objective.loss, has_aux=True)(state.params, *data)
 
         # A round ends with its last update, or with the next fresh batch if that one is
         # not.
@@ -289,7 +292,8 @@ def shared_ensemble(
 
         return new.replace(params=played, opt_state=opt_state), info
 
-    return Learner(init, update, objective.score, restart=restart)
+    given = given_gradient(objective.parts, moved_by)
+    return Learner(init, update, objective.score, restart=restart, given=given)
 
 
 def _each(factors: Float[Array, " m"], stacked: Array) -> Array:

@@ -40,6 +40,7 @@ from ospec_jax.online.samples import (
     parts_of,
     samples_of,
 )
+from ospec_jax.online.slices import Slices, run
 from ospec_jax.online.trainer import (
     Speed,
     Traffic,
@@ -101,6 +102,8 @@ def last_layer_trainer(
         is_due=last_layer.is_due,
         answers_until_due=last_layer.answers_until_due,
         update=last_layer.update,
+        update_in_slices=last_layer.update_in_slices,
+        rehearse_slices=last_layer.rehearse_slices,
         label=f"{config.name!r} with head_rate {config.head_rate}",
         remedy="a lower head_rate",
         own=last_layer.own,
@@ -388,6 +391,50 @@ class LastLayer:
         The draft of before shares the learned projection's memory, which is
         overwritten, too: go on with the one that is returned.
         """
+        return run(self._round(state, draft, served, completion))
+
+    def update_in_slices(
+        self,
+        state: LastLayerState,
+        traffic: Traffic,
+        draft: Draft,
+        served: Draft,
+        completion: Completion,
+    ) -> Slices[tuple[LastLayerState, Draft, Draft, UpdateReport]]:
+        """The same, a part of the answer in each slice.
+
+        Of an answer with several parts they are learned in copies, which take the
+        place of what there was when all are. One part is a slice by itself.
+        """
+        if num_chunks_of(completion, self._is_greedy_only) > 1:
+            learner = jax.tree.map(jnp.copy, state.learner)
+            state = state.replace(learner=jax.block_until_ready(learner))
+            yield
+            served = self.own(served)
+            jax.block_until_ready(served.params[HEAD])
+            yield
+
+        return (yield from self._round(state, draft, served, completion))
+
+    def rehearse_slices(
+        self,
+        state: LastLayerState,
+        traffic: Traffic,
+        draft: Draft,
+        served: Draft,
+        completion: Completion,
+    ) -> None:
+        """See `Trainer`: parts have the programs of the update at once."""
+        copies = jax.tree.map(jnp.copy, state.learner), self.own(served)
+        jax.block_until_ready(copies)
+
+    def _round(
+        self,
+        state: LastLayerState,
+        draft: Draft,
+        served: Draft,
+        completion: Completion,
+    ) -> Slices[tuple[LastLayerState, Draft, Draft, UpdateReport]]:
         start = time.perf_counter()
         stride = state.stride
         is_greedy_only = self._is_greedy_only
@@ -409,6 +456,10 @@ class LastLayer:
         # An answer is learned from in parts of one shape, so one program serves all
         # lengths.
         for args in self._parts(params, served, completion):
+            if infos:
+                # The part before is done, and somebody may have waited for that.
+                jax.block_until_ready(learner)
+                yield
             learner, head, info = learn(learner, head, sampling, *args)
             infos.append(info)
 

@@ -7,7 +7,7 @@ clock: what a budget in seconds buys is measured once, when everything is compil
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -153,6 +153,12 @@ class Trainer(NamedTuple):
         serves its own scope alone; before it is observed, if it is shared.
       own: `draft -> draft`, of a served one or one in float32: the same, of which no
         update overwrites anything.
+      update_in_slices: As `update`, but a generator that runs one slice each time it is
+        asked on, and returns what `update` does, up to the order of float32 sums. It
+        overwrites nothing that it is given: one that is closed half-way has never been.
+        None where it cannot be had so, or is short anyway.
+      rehearse_slices: `(state, traffic, draft, served, completion) -> None`: compiles
+        what slices need, and learns nothing.
     """
 
     recording: Recording
@@ -170,6 +176,8 @@ class Trainer(NamedTuple):
         traffic
     )
     own: Callable[[Draft], Draft] = lambda draft: draft
+    update_in_slices: Callable[..., Generator[None, None, Any]] | None = None
+    rehearse_slices: Callable[..., None] = lambda *_: None
 
 
 class Learned(NamedTuple):
@@ -237,29 +245,47 @@ def learn_from(
       is_shared: Learn also what serves others than the answer's own scope.
       decoding: The draft that decodes, where what is learned waits to be served.
     """
-    traffic = trainer.remember(now.traffic, decoding or now.served, completion)
-    if not is_shared:
-        served = attach_traffic(now.served, traffic)
-        jax.block_until_ready(served)
-        return now._replace(traffic=traffic, served=served, report=None)
-
     # First what was seen, then what is learned from it, if that is due.
-    state, traffic = trainer.observe(now.state, traffic, now.draft, completion)
-    draft = now.draft
-    served = now.served
-    report = None
-    if trainer.is_due(state):
-        state, draft, served, report = trainer.update(
-            state, traffic, draft, served, completion
-        )
-    served = attach_traffic(served, traffic)
+    now = observe(trainer, now, completion, is_shared, decoding)
+    if is_shared and trainer.is_due(now.state):
+        return taught(trainer, now, trainer.update(*now[:4], completion))
+
+    return now
+
+
+def observe(
+    trainer: Trainer,
+    now: Learned,
+    completion: Completion,
+    is_shared: bool = True,
+    decoding: Draft | None = None,
+) -> Learned:
+    """Keeps of an answer what may be learned from it; arguments as of `learn_from`."""
+    traffic = trainer.remember(now.traffic, decoding or now.served, completion)
+    state = now.state
+    if is_shared:
+        state, traffic = trainer.observe(state, traffic, now.draft, completion)
+    served = attach_traffic(now.served, traffic)
 
     # Wait here: learning would run during the next decoding, and be counted as that.
     jax.block_until_ready((state, traffic, served))
-    if report is not None and report.decision == "stopped":
-        warnings.warn(describe_stop(trainer, state), stacklevel=5)
+    return Learned(state, traffic, now.draft, served)
 
-    return Learned(state, traffic, draft, served, report)
+
+def taught(trainer: Trainer, now: Learned, updated: tuple) -> Learned:
+    """Where it stands after an update; waits until that is done.
+
+    Args:
+      now: Before it.
+      updated: What the trainer's `update` returned.
+    """
+    state, draft, served, report = updated
+    served = attach_traffic(served, now.traffic)
+    jax.block_until_ready((state, served))
+    if report.decision == "stopped":
+        warnings.warn(describe_stop(trainer, state), stacklevel=6)
+
+    return Learned(state, now.traffic, draft, served, report)
 
 
 def describe_stop(trainer: Trainer, state: TrainerState) -> str:

@@ -30,6 +30,7 @@ from ospec_jax.online.ring import (
 )
 from ospec_jax.online.rounds import WindowsState
 from ospec_jax.online.scopes import nobody
+from ospec_jax.online.slices import Slices, run, update_in_slices
 from ospec_jax.online.trainer import (
     Speed,
     Traffic,
@@ -74,6 +75,8 @@ def windows_trainer(
         is_due=functools.partial(rounds.is_due, config),
         answers_until_due=functools.partial(rounds.answers_until_due, config),
         update=windows.update,
+        update_in_slices=windows.slicing,
+        rehearse_slices=windows.rehearse_slices,
         label=windows.label,
         remedy=windows.remedy,
     )
@@ -123,12 +126,14 @@ class _Batching(NamedTuple):
       make_batch: See `batches.make_batch`.
       of_request: See `batches.of_request`.
       gain_of: See `promotion.gain_of`; the weight is that of each position.
+      window_of: `(batch, number) -> batch`, of a single window.
     """
 
     add_window: Callable
     make_batch: Callable
     of_request: Callable
     gain_of: Callable
+    window_of: Callable
 
 
 @share
@@ -138,6 +143,10 @@ def _compiled_batching(
     def gain_of(candidate, served, weight):
         weight = jnp.sum(weight, axis=1)
         return promotion.gain_of(candidate, served, weight, config.num_steps)
+
+    def window_of(batch: Segments, number):
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1)
+        return jax.tree.map(take, batch)
 
     pinned = lambda function, place: sharding.pinned(function, mesh, place)
     everywhere = sharding.replicated
@@ -149,7 +158,33 @@ def _compiled_batching(
         make_batch=jax.jit(pinned(functools.partial(batches.make_batch, config), rows)),
         of_request=jax.jit(pinned(functools.partial(batches.of_request, config), rows)),
         gain_of=jax.jit(pinned(gain_of, everywhere)),
+        window_of=jax.jit(window_of),
     )
+
+
+class _Way(NamedTuple):
+    """How a round's work is done: at once, or in slices.
+
+    Attributes:
+      learn: `(learner state, draft, batch)` to its state, info, and whether it is
+        finite.
+      accepted: `(params, draft, batch) -> [b]`; see `Windows._accepted`.
+      serve: See `Trainer`.
+    """
+
+    learn: Callable[..., Slices]
+    accepted: Callable[..., Slices]
+    serve: Callable[[Draft], Slices[Draft]]
+
+
+def _as_slices(function: Callable) -> Callable[..., Slices]:
+    """Without any slice: all that there is to do comes at once."""
+
+    def whole(*args) -> Slices:
+        return function(*args)
+        yield
+
+    return whole
 
 
 class Windows:
@@ -275,6 +310,29 @@ class Windows:
 
         return self._set_costs(state, seconds, speed)
 
+    def rehearse_slices(
+        self,
+        state: WindowsState,
+        traffic: Traffic,
+        draft: Draft,
+        served: Draft,
+        completion: Completion,
+    ) -> None:
+        """See `Trainer`."""
+        zero = jnp.int32(0)
+        batch = self._batching.make_batch(
+            traffic.ring, zero, zero, np.int32(0), np.bool_(True)
+        )
+        # What weighs nothing takes no slice.
+        batch = batch.replace(weight=jnp.ones_like(batch.weight))
+        learner = self._learning.begin(state.learner)
+        run(self._learn_in_slices(learner, draft, batch))
+        run(self._serve_in_slices(draft))
+        # What counts updates is a program, too.
+        jax.block_until_ready(state.version + 1)
+        if state.pace is not None:
+            run(self._progress(state, draft, batch, self._in_slices))
+
     def _set_costs(self, state: WindowsState, seconds: float, speed: Speed):
         """Fixes what an update costs, and the interval that a budget buys."""
         if int(state.num_prompts) == 0:  # what is on its way keeps its price
@@ -384,13 +442,44 @@ class Windows:
         If the iterate is not finite after it, learning has stopped: what was served
         goes on being served, and there is nothing else left to learn from.
         """
+        return run(self._round(state, traffic, draft, served, self._at_once))
+
+    @property
+    def slicing(self) -> Callable[..., Slices] | None:
+        """See `Trainer.update_in_slices`; None where the rule gives no parts."""
+        # Windows of a mesh are split over its devices.
+        if self.learner.given is None or self.mesh is not None:
+            return None
+
+        return self.update_in_slices
+
+    def update_in_slices(
+        self,
+        state: WindowsState,
+        traffic: Traffic,
+        draft: Draft,
+        served: Draft,
+        completion: Completion,
+    ) -> Slices[tuple[WindowsState, Draft, Draft, UpdateReport]]:
+        """The same round, slice by slice; nothing that it is given is overwritten."""
+        return self._round(state, traffic, draft, served, self._in_slices)
+
+    def _round(
+        self,
+        state: WindowsState,
+        traffic: Traffic,
+        draft: Draft,
+        served: Draft,
+        way: "_Way",
+    ) -> Slices[tuple[WindowsState, Draft, Draft, UpdateReport]]:
         start = time.perf_counter()
         before = state
         was_served = draft
         # The verdict on the old candidate comes first: a rollback changes what is
         # trained.
         state, draft, decision = self._decided(state, draft)
-        state, info, num_passes, is_finite = self._train(state, traffic, draft)
+        trained = yield from self._train(state, traffic, draft, way)
+        state, info, num_passes, is_finite = trained
         # All updates are under way before anybody waits for them.
         if not bool(is_finite):
             state = self._stopped(before, state.learner, was_served)
@@ -407,11 +496,63 @@ class Windows:
         seconds = time.perf_counter() - start
         report = UpdateReport(info, decision, seconds, before.stride)
         if decision == "promote":
-            served = self.serve(draft)
+            served = yield from way.serve(draft)
 
         return state, draft, served, report
 
-    def _train(self, state: WindowsState, traffic: Traffic, draft: Draft):
+    @property
+    def _at_once(self) -> "_Way":
+        """As few and as long pieces of work as there can be."""
+        return _Way(
+            learn=_as_slices(self._learn),
+            accepted=_as_slices(self._accepted),
+            serve=_as_slices(self.serve),
+        )
+
+    @property
+    def _in_slices(self) -> "_Way":
+        return _Way(
+            learn=self._learn_in_slices,
+            accepted=self._accepted_in_slices,
+            serve=self._serve_in_slices,
+        )
+
+    def _learn_in_slices(
+        self, learner: LearnerState, draft: Draft, batch: Segments
+    ) -> Slices[tuple]:
+        args = (batch, self.shared, draft.token_ids)
+        return tuple((yield from update_in_slices(self.learner, learner, *args)))
+
+    def _accepted_in_slices(self, params, draft: Draft, batch: Segments) -> Slices:
+        found = []
+        for number in range(batch.start.shape[0]):
+            window = self._batching.window_of(batch, np.int32(number))
+            found.append(self._accepted(params, draft, window))
+            jax.block_until_ready(found[-1])
+            yield
+
+        return jnp.concatenate(found)
+
+    def _serve_in_slices(self, draft: Draft) -> Slices[Draft]:
+        """Casts the largest part of the parameters by itself."""
+        params = draft.params
+        if not isinstance(params, dict):
+            return self.serve(draft)
+
+        size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+        largest = max(params, key=lambda name: size(params[name]))
+        rest = {name: x for name, x in params.items() if name != largest}
+        served = self.serve(draft.replace(params={largest: params[largest]}))
+        jax.block_until_ready(served.params)
+        yield
+        others = self.serve(draft.replace(params=rest)).params
+        jax.block_until_ready(others)
+        cast = {**served.params, **others}
+        return served.replace(params={name: cast[name] for name in params})
+
+    def _train(
+        self, state: WindowsState, traffic: Traffic, draft: Draft, way: "_Way"
+    ) -> Slices[tuple]:
         """All updates of a round.
 
         Returns:
@@ -438,9 +579,11 @@ class Windows:
                 )
                 # Before the iterate has trained on them: so the comparison is fair.
                 if epoch == 0 and is_compared:
-                    state = state.replace(pace=self._progress(state, draft, batch))
+                    compared = yield from self._progress(state, draft, batch, way)
+                    state = state.replace(pace=compared)
                     num_passes += 1
-                learner, info, is_good = self._learn(state.learner, draft, batch)
+                learned = yield from way.learn(state.learner, draft, batch)
+                learner, info, is_good = learned
                 num_passes += 1
                 # Not read yet: the device would have to be waited for each time.
                 is_finite = is_good & is_finite
@@ -511,12 +654,14 @@ class Windows:
         """`[b]` tokens that a step would get accepted, by window."""
         return self._learning.evaluate(params, batch, self.shared, draft.token_ids)[1]
 
-    def _progress(self, state: WindowsState, draft: Draft, batch: Segments):
+    def _progress(
+        self, state: WindowsState, draft: Draft, batch: Segments, way: "_Way"
+    ) -> Slices[pace.PaceState]:
         """Compares the iterate with that of the span's beginning, on fresh windows."""
         assert state.pace is not None
-        score = lambda params: self._accepted(params, draft, batch)
-        newest = score(state.learner.params)
-        oldest = score(state.pace.snapshot)
+        score = lambda params: way.accepted(params, draft, batch)
+        newest = yield from score(state.learner.params)
+        oldest = yield from score(state.pace.snapshot)
         assert batch.is_fresh is not None
         weight = jnp.sum(batch.weight, axis=1) * batch.is_fresh
 

@@ -131,14 +131,36 @@ class Learning:
         counts = self._counts
         with self._safely():
             result = self._session.take_in(
-                prompt, completion, text, can_teach, is_shared
+                prompt, completion, text, can_teach, is_shared, in_slices=True
             )
             counts.seconds += result.learning_seconds
 
-        counts.num_updates += max(self._learned_version - self._newest, 0)
+        self._count_updates()
         counts.num_taught += can_teach
         counts.num_answers += 1
         self._note()
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether an update is under way, of which slices are left."""
+        return self._session.is_updating
+
+    def go_on(self) -> None:
+        """Runs a slice of the update under way."""
+        with self._safely():
+            self._counts.seconds += self._session.go_on()
+
+        if not self.is_updating:
+            self._count_updates()
+            self._note(is_changed=True)
+
+    def _finish(self) -> None:
+        """Runs all slices that are left, before something else is done to the draft."""
+        while self.is_updating:
+            self.go_on()
+
+    def _count_updates(self) -> None:
+        self._counts.num_updates += max(self._learned_version - self._newest, 0)
 
     def next_exercise(self) -> Request | None:
         """What the target may write for itself, while nobody asks; None for nothing."""
@@ -153,10 +175,12 @@ class Learning:
         exercise = None
         can_teach = self._paused_for is None
         with self._safely():
-            exercise = self._session.take_practice(completion, can_teach)
+            exercise = self._session.take_practice(
+                completion, can_teach, in_slices=True
+            )
 
         if can_teach and exercise is not None:
-            self._counts.num_updates += max(self._learned_version - self._newest, 0)
+            self._count_updates()
             self._counts.num_answers += 1
         self._note()
 
@@ -284,7 +308,8 @@ class Learning:
         return {"saved": place and place.name, "version": self.version}
 
     def pause(self, reason: str = "paused") -> dict[str, Any]:
-        """Learns nothing more."""
+        """Learns nothing more; an update that is under way is finished."""
+        self._finish()
         self._paused_for = reason
         return {"paused_for": reason, "version": self.version}
 
@@ -303,6 +328,7 @@ class Learning:
         if self._paused_for == "pinned":
             raise ConfigError("the draft is pinned; unpin it before you promote")
 
+        self._finish()
         # What is served now, to go back to, and what will be: it must be there still
         # when much has been learned behind it.
         self._keep_version()

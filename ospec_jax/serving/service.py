@@ -384,7 +384,7 @@ class Service:
                     self._live.leave(choice.request)
 
         # Whoever asks for something means what all answers so far have come to.
-        while commands and self._lessons:
+        while commands and self._has_lessons:
             self._learn()
         for function, future in commands:
             try:
@@ -431,14 +431,16 @@ class Service:
         """Waits until there is something to do."""
         due = self._learning.seconds_until_due
         with self._changed:
-            if self._waiting or self._commands or self._cancelled or self._lessons:
+            if self._waiting or self._commands or self._cancelled:
+                return
+            if self._has_lessons:
                 return
             if self._stops_at is None:
                 self._changed.wait(timeout=max(due, 0.01))
 
     def _practise(self) -> bool:
         """Begins what the target is to write for itself, if it may and there is any."""
-        if self._lessons or self._stops_at is not None:
+        if self._has_lessons or self._stops_at is not None:
             return False
 
         self._exercise = self._learning.next_exercise()
@@ -492,9 +494,20 @@ class Service:
         totals.num_tokens += len(completion.token_ids)
         totals.stats = totals.stats + completion.stats
 
+    @property
+    def _has_lessons(self) -> bool:
+        """Whether there is anything left to learn."""
+        return bool(self._lessons) or self._learning.is_updating
+
     def _learn(self) -> None:
-        """Learns from the answer that has waited for longest, if there is one."""
-        if self._lessons:
+        """Goes on with the update under way by a slice.
+
+        If there is none, takes in the answer that has waited for longest, which may
+        begin one.
+        """
+        if self._learning.is_updating:
+            self._learning.go_on()
+        elif self._lessons:
             job, completion, text = self._lessons.popleft()
             self._learning.take_in(
                 job.ask.prompt, completion, text, job.can_teach, job.ask.is_shared
@@ -551,7 +564,7 @@ class Service:
             future.set_exception(error)
 
         if self._failure is None:
-            while self._lessons:
+            while self._has_lessons:
                 self._learn()
             self._learning.try_to_save()
 

@@ -281,6 +281,7 @@ class Live:
             # Those that are timed come last.
             drawn = [_as_if(answer, law) for answer in timed for law in _LAWS]
             self._session.warm_up_learning([*drawn, *timed], self.sizes[0])
+            self._session.rehearse_slices(timed[-1])
 
         self._ended = []
         release_memory()

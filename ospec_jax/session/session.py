@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -54,7 +54,8 @@ from ospec_jax.online.trainer import (
     attach_traffic,
     forget,
     go_on_from,
-    learn_from,
+    observe,
+    taught,
 )
 from ospec_jax.session import arguments, build, how_much, resume, warm_up
 from ospec_jax.session.practice import Exercise, Practice, PracticeConfig
@@ -68,6 +69,19 @@ _LOG = logging.getLogger(__name__)
 _COLLAPSE_STEPS = 200
 _MAX_REPORTS = 256
 """One has some 75 kB, and a session may serve for years."""
+
+
+@dataclasses.dataclass
+class _Update:
+    """An update of the draft that is under way.
+
+    Attributes:
+      slices: See `Trainer.update_in_slices`.
+      seconds: That they took so far.
+    """
+
+    slices: Generator[None, None, Any]
+    seconds: float = 0.0
 
 
 class Session:
@@ -238,6 +252,7 @@ class Session:
         self.on_update: Callable[[UpdateReport, Draft, Draft], None] | None = None
         self.kept: KeptRows | None = None
         self._saved: resume.Saved | None = None
+        self._update: _Update | None = None
         # One that a thread may take again: `on_text` may ask for another answer.
         self._lock = threading.RLock()
         self._adopt(self._first_state(draft))
@@ -262,6 +277,7 @@ class Session:
 
     def _adopt(self, state: SessionState) -> None:
         """Goes on from a state, whatever was before."""
+        self.drop_update()
         state = state.serving(self.is_promoted_by_hand)
         self._state = state
         self._served = None
@@ -419,6 +435,14 @@ class Session:
         if self._state.waiting is not None:
             # A promotion shall find its programs.
             jax.block_until_ready(self._promoted())
+
+    def rehearse_slices(self, completion: Completion) -> None:
+        """Compiles what updates in slices need, behind `warm_up_learning`."""
+        if self.trainer is None or self.trainer.update_in_slices is None:
+            return
+
+        _LOG.info("compiling slices of updates")
+        self.trainer.rehearse_slices(*self._learned()[:4], completion)
 
     def measure_costs(
         self,
@@ -626,6 +650,7 @@ class Session:
         text: str,
         can_teach: bool = True,
         is_shared: bool = True,
+        in_slices: bool = False,
     ) -> Result:
         """Counts an answer, and learns from it.
 
@@ -633,12 +658,13 @@ class Session:
           can_teach: Learn from it, if its request allows that, too.
           is_shared: Learn what serves all from it; else it is only remembered for its
             own scope.
+          in_slices: Only begin an update of the draft that is due; see `go_on`.
         """
         # Of the draft that served this answer: learning may change it next.
         version = self.version
         learning_seconds = 0.0
         if can_teach:
-            learning_seconds = self._learn_from(completion, is_shared)
+            learning_seconds = self._learn_from(completion, is_shared, in_slices)
             learning_seconds += self.chooser.learn()
             if self.practice is not None and completion.request.can_teach:
                 self.practice.note(prompt, completion, text, is_shared)
@@ -715,18 +741,22 @@ class Session:
         return self.practice is not None and self.practice.is_writing(request)
 
     def take_practice(
-        self, completion: Completion, can_teach: bool = True
+        self,
+        completion: Completion,
+        can_teach: bool = True,
+        in_slices: bool = False,
     ) -> Exercise | None:
         """Goes on with an exercise, and learns from it once it is complete.
 
         Args:
           completion: Of the request that `practice` asked for.
           can_teach: Learn from it.
+          in_slices: See `take_in`.
         """
         assert self.practice is not None, "it asked for the request"
         exercise = self.practice.take(completion)
         if can_teach and exercise is not None:
-            self._learn_from(exercise.completion, exercise.is_shared)
+            self._learn_from(exercise.completion, exercise.is_shared, in_slices)
 
         return exercise
 
@@ -783,49 +813,141 @@ class Session:
         """Text of tokens, without special ones."""
         return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def _learn_from(self, completion: Completion, is_shared: bool) -> float:
+    def _learn_from(
+        self, completion: Completion, is_shared: bool, in_slices: bool = False
+    ) -> float:
         """Remembers the answer and updates the draft when it is time."""
         if self.trainer is None or not completion.request.can_teach:
             return 0.0
 
+        # Whatever comes now is learned behind what came before.
+        self.finish_update()
         # A step that is under way has to end first, and its time is not learning's.
         jax.block_until_ready(completion.feedback)
         start = time.perf_counter()
         before = self._state
-        assert before.learned is not None
-        assert before.traffic is not None
-        assert self._served is not None
         scope = completion.request.scope
-        served = self._served if self._waiting is None else self._waiting
-        now = learn_from(
+        now = observe(
             self.trainer,
-            Learned(before.trainer, before.traffic, before.learned, served),
+            self._learned(),
             dataclasses.replace(completion, owner=before.scopes.owner_of(scope)),
             is_shared,
             self._served,
         )
+        self._follow(now)
+        # What is kept of a scope alone is nobody else's: then nothing was taught.
+        assert self.learner is not None
+        if is_shared and self.learner.recording != "nothing":
+            self._move_on(scopes=before.scopes.having_taught(scope))
+        seconds = time.perf_counter() - start
+        if not is_shared or not self.trainer.is_due(now.state):
+            return seconds
+
+        owned = dataclasses.replace(completion, owner=before.scopes.owner_of(scope))
+        slices = self.trainer.update_in_slices if in_slices else None
+        if slices is not None:
+            self._update = _Update(slices(*now[:4], owned))
+            return seconds
+
+        start = time.perf_counter()
+        learned = taught(self.trainer, now, self.trainer.update(*now[:4], owned))
+        self._follow(learned)
+        seconds += time.perf_counter() - start
+        self._report(learned, now)
+
+        return seconds
+
+    def _learned(self) -> Learned:
+        """Where learning stands."""
+        state = self._state
+        assert state.learned is not None
+        assert state.traffic is not None
+        assert self._served is not None
+        served = self._served if self._waiting is None else self._waiting
+        return Learned(state.trainer, state.traffic, state.learned, served)
+
+    def _follow(self, now: Learned) -> None:
+        """Goes on from where learning stands by now."""
         if self._waiting is None:
             self._served = now.served
             self._move_on(draft=now.draft)
         else:
             # The served draft stays, but for its n-grams.
+            assert self._served is not None
             self._waiting = now.served
             self._served = attach_traffic(self._served, now.traffic)
             self._move_on(waiting=now.draft)
-        scopes = before.scopes
-        # What is kept of a scope alone is nobody else's: then nothing was taught.
-        assert self.learner is not None
-        if is_shared and self.learner.recording != "nothing":
-            scopes = scopes.having_taught(scope)
-        self._move_on(trainer=now.state, traffic=now.traffic, scopes=scopes)
-        seconds = time.perf_counter() - start
-        if now.report is not None:
-            self.reports.append(now.report)
-            del self.reports[:-_MAX_REPORTS]
-            if self.on_update is not None:
-                self.on_update(now.report, before.learned, now.draft)
+        self._move_on(trainer=now.state, traffic=now.traffic)
 
-        return seconds
+    def _report(self, now: Learned, before: Learned) -> None:
+        """Tells of an update."""
+        assert now.report is not None
+        self.reports.append(now.report)
+        del self.reports[:-_MAX_REPORTS]
+        if self.on_update is not None:
+            self.on_update(now.report, before.draft, now.draft)
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether an update in slices is under way."""
+        return self._update is not None
+
+    def go_on(self) -> float:
+        """Runs a slice of the update under way; returns the seconds that it took.
+
+        With the last slice what was learned is served, or waits to be. Until then
+        nothing of it is there: neither for what is decoded nor for a checkpoint.
+        """
+        with self._lock:
+            update = self._update
+            if update is None:
+                return 0.0
+
+            start = time.perf_counter()
+            updated = None
+            try:
+                next(update.slices)
+            except StopIteration as end:
+                updated = end.value
+            except BaseException:
+                self.drop_update()
+                raise
+
+            if updated is None:
+                seconds = time.perf_counter() - start
+                update.seconds += seconds
+                return seconds
+
+            assert self.trainer is not None
+            self._update = None
+            # Requests joined and left meanwhile, which nothing was learned from.
+            before = self._learned()
+            now = taught(self.trainer, before, updated)
+            self._follow(now)
+            # What was saved is not what there is now, though nothing was answered.
+            self._saved = None
+            seconds = time.perf_counter() - start
+            update.seconds += seconds
+            assert now.report is not None
+            report = dataclasses.replace(now.report, seconds=update.seconds)
+            self._report(now._replace(report=report), before)
+            return seconds
+
+    def finish_update(self) -> None:
+        """Runs all slices that are left of the update under way, if there is one."""
+        while self._update is not None:
+            self.go_on()
+
+    def drop_update(self) -> None:
+        """Gives up the update under way: it has never been.
+
+        Windows that it was to learn from are kept, and an update is due again with the
+        next answer. Learners of single answers keep none: that answer is passed over.
+        """
+        update = self._update
+        self._update = None
+        if update is not None:
+            update.slices.close()
 
     def _warn_of_collapse(self, newest: DecodingStats) -> None:
         # Judged in spans, so that a collapse late in a long service shows as well.
@@ -875,6 +997,9 @@ class Session:
             for number in numbers:
                 if self.kept is not None:
                     self.kept.forget(number)
+            if numbers:
+                # It may learn from their text.
+                self.drop_update()
             if self._state.traffic is None or self._served is None:
                 return
             traffic = forget(self._state.traffic, as_mask(numbers))
@@ -916,6 +1041,7 @@ class Session:
                 return gone
 
             self._move_on(scopes=Scopes())
+            self.drop_update()
             if self.chooser.forget(None):
                 self._saved = None
             if self.kept is not None:

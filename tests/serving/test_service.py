@@ -111,9 +111,9 @@ def test_nobody_who_is_answered_waits_for_learning(target, draft, monkeypatch):
     take_in = session.take_in
     seen = []
 
-    def watch(*args):
+    def watch(*args, **named):
         seen.append(service.status()["queue"]["num_running"])
-        return take_in(*args)
+        return take_in(*args, **named)
 
     monkeypatch.setattr(session, "take_in", watch)
     service = Service(session, ServiceConfig("tiny", 240))
@@ -157,11 +157,11 @@ def test_a_number_goes_to_a_new_scope_when_its_answers_are_learned_from(
     take_in = session.take_in
     seen = []
 
-    def watch(prompt, completion, *args):
+    def watch(prompt, completion, *args, **named):
         number = completion.request.scope
         name = next(one.name for one in session.scopes.known if one.number == number)
         seen.append((session.text_of(completion), name))
-        return take_in(prompt, completion, *args)
+        return take_in(prompt, completion, *args, **named)
 
     monkeypatch.setattr(session, "take_in", watch)
     service = Service(session, ServiceConfig("tiny", 240))
