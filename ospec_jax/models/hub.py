@@ -322,7 +322,9 @@ def split_target(target: Target, mesh: jax.sharding.Mesh) -> Target:
     """A target whose parameters are split over the devices of a mesh.
 
     Its rows are no longer bitwise independent of each other: what makes them so on a
-    CPU works on whole rows, and would gather them.
+    CPU works on whole rows, and would gather them. Layers that were stacked to be one
+    native call stay stacked, and are copied at every step: load the target onto the
+    mesh at once, or with `is_scanned=False`.
 
     Raises:
       ConfigError: The mesh does not divide the model.
