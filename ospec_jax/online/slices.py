@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """An update in slices, with whatever else there is to do between two of them.
 
-A slice takes about as long as two plain steps, so that requests which are being
-answered wait no longer for learning than for that. What comes of all slices is what the
-update does at once, up to the order in which float32 numbers are added. Nothing that
-there was before is overwritten: an update that is given up has never been.
+A slice takes as long as a few plain steps, so that requests which are being answered
+wait no longer for learning than for that; `docs/serving.md` has what was measured. What
+comes of all slices is what the update does at once, up to the order in which float32
+numbers are added. Nothing that there was before is overwritten: an update that is given
+up has never been.
 """
 
 from collections.abc import Callable, Generator

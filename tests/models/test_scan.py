@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer over stacked weights computes what separate layers do."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.drafters.self_draft import self_draft
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
 from ospec_jax.models.hub import scan_target
@@ -69,6 +72,11 @@ def answers(target, tree, draft_with, batch_size):
         how = target.numerics
         drafter = build_drafter("model", target.config, tree, how)
         draft = Draft(target.params)
+    elif draft_with == "own layer":
+        # The target's first one, where all of them are stacked.
+        first = dataclasses.replace(target.config, num_layers=1)
+        drafter = self_draft(first, tree, target.numerics)
+        draft = Draft({})
     engine = Engine(step, target.params, drafter, recording="features")
     requests = [
         Request(str(i), tuple(map(int, ids)), 20 + i) for i, ids in enumerate(PROMPTS)
@@ -92,4 +100,27 @@ def target():
 )
 def test_tokens_are_equal(target, tree, draft_with, batch_size):
     expected = answers(target, TreeConfig(num_steps=0), None, 1)
+    assert answers(scan_target(target), tree, draft_with, batch_size) == expected
+
+
+@pytest.mark.bits
+@pytest.mark.crossed
+@pytest.mark.parametrize(
+    ("tree", "draft_with", "batch_size"),
+    [
+        (TREE, "eagle3", 2),
+        (TREE, "eagle3", 3),
+        (TreeConfig(num_steps=3), "model", 2),
+        (TreeConfig(num_steps=3), "own layer", 2),
+    ],
+)
+def test_tokens_of_one_native_call_are_those_of_a_call_a_layer(
+    tree, draft_with, batch_size
+):
+    """As int8 targets are loaded on a CPU, in batches whose rows come and go."""
+    target = tiny_target(VOCAB, "int8", head_dim=16, num_layers=3)
+    if not llama.can_stack(target.config, target.numerics, target.params):
+        pytest.skip("layers cannot be built here: no C++ compiler, or no CPU")
+    expected = answers(target, TreeConfig(num_steps=0), None, 1)
+    assert len(set(map(tuple, expected))) == len(PROMPTS)
     assert answers(scan_target(target), tree, draft_with, batch_size) == expected
