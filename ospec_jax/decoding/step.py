@@ -913,7 +913,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         bias = kv.causal_bias(starts, chunk, state.cache.capacity)
         positions = starts[:, None] + jnp.arange(chunk)
         hidden, taps, cache = target(
-            target_params, tokens, positions, bias, state.cache, starts
+            target_params, tokens, positions, bias, state.cache, starts, num_valid
         )
 
         # Logits of one token: of the others nobody reads any, and the head is large.

@@ -41,6 +41,7 @@ struct Heads {
   float* keys;         // [b, kv_heads, e, s]
   float* values;       // [b, kv_heads, s, e]
   int64_t batch, t, heads, kv_heads, e, s;
+  int64_t all_t;       // with padding, which is not computed
   float eps;
 };
 
@@ -48,7 +49,7 @@ struct Heads {
 void prepare_head(const Heads& a, int64_t b, int64_t h) {
   const int64_t group = a.heads / a.kv_heads;
   // As XLA does, so that all tokens find a slot.
-  const int64_t start = std::clamp<int64_t>(a.starts[b], 0, a.s - a.t);
+  const int64_t start = std::clamp<int64_t>(a.starts[b], 0, a.s - a.all_t);
   float* keys = a.keys + (b * a.kv_heads + h) * a.e * a.s + start;
   float* values = a.values + ((b * a.kv_heads + h) * a.s + start) * a.e;
   // The channels of a key lie far from each other.
@@ -229,7 +230,8 @@ float* in_place(F32 old, ffi::ResultBuffer<ffi::F32>& result) {
 ffi::Error DecoderLayers(ffi::ThreadPool pool, float eps, bool has_tiles,
                          bool has_normed_residual, ffi::Span<const int64_t> taps, F32 x,
                          F32 cos, F32 sin, F32 bias, F32 keys, F32 values,
-                         ffi::Buffer<ffi::S32> starts, F32 input_gain, S8 qkv_kernel,
+                         ffi::Buffer<ffi::S32> starts,
+                         ffi::Buffer<ffi::S32> num_valid, F32 input_gain, S8 qkv_kernel,
                          F32 qkv_scale, F32 qkv_bias, F32 q_gain, F32 k_gain,
                          S8 o_kernel, F32 o_scale, F32 post_gain, S8 gate_up_kernel,
                          F32 gate_up_scale, S8 down_kernel, F32 down_scale, F32 beside,
@@ -244,8 +246,16 @@ ffi::Error DecoderLayers(ffi::ThreadPool pool, float eps, bool has_tiles,
       input_gain, {qkv_kernel, qkv_scale},         qkv_bias, q_gain, k_gain,
       {o_kernel, o_scale}, post_gain, {gate_up_kernel, gate_up_scale},
       {down_kernel, down_scale}};
-  const int64_t batch = x.dimensions()[0], t = x.dimensions()[1], d = x.dimensions()[2];
-  const int64_t m = batch * t, width = weights.o.k();
+  const int64_t batch = x.dimensions()[0], width = weights.o.k();
+  const int64_t all_t = x.dimensions()[1], d = x.dimensions()[2];
+  // Padding behind a lone request's tokens is left out: rows of nothing but zeros.
+  const bool has_padding = batch == 1 && num_valid.element_count();
+  const int64_t t =
+      has_padding ? std::clamp<int64_t>(num_valid.typed_data()[0], 1, all_t) : all_t;
+  const int64_t m = batch * t, all_m = batch * all_t;
+  auto clear_padding = [&](float* rows, int64_t width) {
+    std::fill(rows + m * width, rows + all_m * width, 0.0f);
+  };
   // There may be weights of more layers than are run.
   const int64_t num_layers = keys.dimensions()[0];
   Rows place;
@@ -266,6 +276,7 @@ ffi::Error DecoderLayers(ffi::ThreadPool pool, float eps, bool has_tiles,
   heads.values = in_place(values, new_values);
   heads.batch = batch;
   heads.t = t;
+  heads.all_t = all_t;
   heads.kv_heads = keys.dimensions()[2];
   heads.e = keys.dimensions()[3];
   heads.s = keys.dimensions()[4];
@@ -295,7 +306,7 @@ ffi::Error DecoderLayers(ffi::ThreadPool pool, float eps, bool has_tiles,
         i + 1 == num_layers ? out->typed_data() : scratch.stream.of<float>(m * d);
     for (size_t j = 0; j < taps.size(); ++j) {
       // A tap is the state that enters a layer; the one before writes it there.
-      float* tap = tapped->typed_data() + j * m * d;
+      float* tap = tapped->typed_data() + j * all_m * d;
       if (taps[j] == i + 1) written = tap;
       if (taps[j] == 0 && i == 0) std::copy_n(rows, m * d, tap);
     }
@@ -303,6 +314,10 @@ ffi::Error DecoderLayers(ffi::ThreadPool pool, float eps, bool has_tiles,
                  phases);
     rows = written;
   }
+  clear_padding(out->typed_data(), d);
+  for (size_t j = 0; j < taps.size(); ++j)
+    clear_padding(tapped->typed_data() + j * all_m * d, d);
+  clear_padding(logits->typed_data(), logits->dimensions()[2]);
 
   bool is_parallel = ospec::is_large(layers[0].gate_up) || ospec::is_large(attention);
   ospec::Product head;
@@ -334,6 +349,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(OspecDecoderLayers, DecoderLayers,
                                   .Arg<F32>()  // keys
                                   .Arg<F32>()  // values
                                   .Arg<ffi::Buffer<ffi::S32>>()  // starts
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // num_valid
                                   .Arg<F32>()  // input_gain
                                   .Arg<S8>()   // qkv_kernel
                                   .Arg<F32>()  // qkv_scale

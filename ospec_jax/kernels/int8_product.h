@@ -45,6 +45,13 @@ constexpr int64_t kChunkBytes = 16 * 1024;
 constexpr int64_t kSingleChunkBytes = 64 * 1024;
 constexpr int64_t kMinParallel = 1500000;   // multiplications worth waking a thread for
 
+// Of many rows, blocks share channels that are packed once for all of them: so nothing is
+// to be summed over lanes, and loads are few. Sums of a block stay in registers.
+constexpr int64_t kMinPanelRows = 14;
+constexpr int64_t kPanelRows = 13;     // rows in one block
+constexpr int kPanelVectors = 2;       // vectors of `kChannels` in a panel
+constexpr int64_t kPanelsAhead = 2;    // as the next ones are others' to take
+
 constexpr int64_t kTile = 16;        // rows and channels of a tile
 constexpr int64_t kMaxTiles = 4;     // tiles of rows in one block
 constexpr int64_t kMinTileRows = 3;  // fewer are as fast by vectors
@@ -221,6 +228,121 @@ void block_of(int64_t rows, const Product& p, int64_t row, int64_t channel) {
   each<kMaxRows>([&](auto r) {
     if (rows == r + 1) block<r + 1, kFirst>(p, row, channel);
   });
+}
+
+// Turns 16 vectors of 16 numbers: each in its vector's place within the numbers' own.
+[[gnu::always_inline]] inline void transpose(__m512i (&v)[kChannels]) {
+  __m512i w[kChannels];
+  each<kChannels / 2>([&](auto i) {
+    w[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    w[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  });
+  each<kChannels / 4>([&](auto i) {
+    each<2>([&](auto half) {
+      const __m512i a = w[4 * i + half], b = w[4 * i + 2 + half];
+      v[4 * i + 2 * half] = _mm512_unpacklo_epi64(a, b);
+      v[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(a, b);
+    });
+  });
+  // Four numbers of four vectors lie together now, in quarters.
+  each<4>([&](auto i) {
+    const __m512i ab = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x44);
+    const __m512i ab2 = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xee);
+    const __m512i cd = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x44);
+    const __m512i cd2 = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xee);
+    w[i] = _mm512_shuffle_i32x4(ab, cd, 0x88);
+    w[4 + i] = _mm512_shuffle_i32x4(ab, cd, 0xdd);
+    w[8 + i] = _mm512_shuffle_i32x4(ab2, cd2, 0x88);
+    w[12 + i] = _mm512_shuffle_i32x4(ab2, cd2, 0xdd);
+  });
+  each<kChannels>([&](auto i) { v[i] = w[i]; });
+}
+
+// Packs 16 channels as `[padded_k / 4, 16, 4]` unsigned bytes, `stride` bytes from four
+// columns to the next four.
+void pack_channels(const Product& p, int64_t channel, int64_t stride, int8_t* packed) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int8_t* weights = p.kernel + channel * p.k;
+  for (int64_t i = 0; i < p.k; i += kAlign) {
+    const int64_t num_missing = std::max<int64_t>(kAlign - (p.k - i), 0);
+    const __mmask64 is_real = ~__mmask64{0} >> num_missing;
+    __m512i v[kChannels];
+    each<kChannels>(
+        [&](auto c) { v[c] = _mm512_maskz_loadu_epi8(is_real, weights + c * p.k + i); });
+    transpose(v);
+    int8_t* out = packed + i / 4 * stride;
+    each<kChannels>([&](auto c) {
+      _mm512_store_si512(out + c * stride, _mm512_xor_si512(v[c], flip));
+    });
+  }
+}
+
+// R rows from `row` on times C vectors of channels, packed, from `channel` on. Fetches
+// what lies `ahead`, `step` bytes with every four columns.
+//
+// Unless everything is inlined by force some compilers keep the sums in memory.
+template <int R, int C>
+[[gnu::noinline]] void panel_block(const Product& p, const int8_t* packed, int64_t row,
+                                   int64_t channel, const int8_t* ahead, int64_t step) {
+#define INLINED __attribute__((always_inline))
+  const int8_t* x = p.x + row * p.padded_k;
+  __m512i acc[R * C];
+  each<R * C>([&](auto i) INLINED { acc[i] = _mm512_setzero_si512(); });
+  for (int64_t i = 0; i < p.padded_k; i += 4) {
+    __m512i w[C];
+    _mm_prefetch(ahead, _MM_HINT_T1);
+    ahead += step;
+    each<C>([&](auto c) INLINED {
+      w[c] = _mm512_load_si512(packed + (i / 4 * C + c) * kAlign);
+    });
+    each<R>([&](auto r) INLINED {
+      int32_t four;
+      __builtin_memcpy(&four, x + r * p.padded_k + i, 4);
+      const __m512i columns = _mm512_set1_epi32(four);
+      each<C>([&](auto c) INLINED {
+        constexpr int j = decltype(r)::value * C + decltype(c)::value;
+        acc[j] = _mm512_dpbusd_epi32(acc[j], w[c], columns);
+        asm("" : "+v"(acc[j]));
+      });
+    });
+  }
+  each<R>([&](auto r) INLINED {
+    const __m512i added = _mm512_set1_epi32(128 * p.row_sum[row + r]);
+    each<C>([&](auto c) INLINED {
+      constexpr int j = decltype(r)::value * C + decltype(c)::value;
+      write_row(p, _mm512_sub_epi32(acc[j], added), row + r, channel + c * kChannels);
+    });
+  });
+#undef INLINED
+}
+
+// All rows times C vectors of channels.
+template <int C>
+void panel(const Product& p, int64_t channel) {
+  thread_local Buffer buffer;
+  int8_t* packed = buffer.of<int8_t>(C * kChannels * p.padded_k);
+  for (int64_t c = 0; c < C; ++c)
+    pack_channels(p, channel + c * kChannels, C * kAlign, packed + c * kAlign);
+  const int64_t num_blocks = (p.m + kPanelRows - 1) / kPanelRows;
+  // Each block fetches its share of a later panel.
+  const int64_t bytes = C * kChannels * p.k;
+  const int8_t* later = p.kernel + channel * p.k + kPanelsAhead * bytes;
+  const int64_t step = 4 * C * kChannels / num_blocks;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const int64_t row = p.m * i / num_blocks, count = p.m * (i + 1) / num_blocks - row;
+    each<kPanelRows>([&](auto r) {
+      if (count != r + 1) return;
+      panel_block<r + 1, C>(p, packed, row, channel, later + i * bytes / num_blocks, step);
+    });
+  }
+}
+
+// Channels from `begin` on by panels; returns where it stopped for want of whole vectors.
+int64_t panelled_channels(const Product& p, int64_t begin, int64_t end) {
+  constexpr int64_t kWide = kPanelVectors * kChannels;
+  for (; begin + kWide <= end; begin += kWide) panel<kPanelVectors>(p, begin);
+  for (; begin + kChannels <= end; begin += kChannels) panel<1>(p, begin);
+  return begin;
 }
 
 // The kernel's rows that are no whole block.
@@ -415,7 +537,10 @@ int64_t tiled_channels(const Product& p, int64_t begin, int64_t end) { return be
 #endif
 
 void channels(const Product& p, int64_t begin, int64_t end) {
-  if (p.has_tiles) begin = tiled_channels(p, begin, end);
+  if (p.has_tiles)
+    begin = tiled_channels(p, begin, end);
+  else if (p.m >= kMinPanelRows)
+    begin = panelled_channels(p, begin, end);
   int64_t num_blocks = (p.m + kMaxRows - 1) / kMaxRows;
   int64_t whole = begin + (end - begin) / kChannels * kChannels;
   for (int64_t i = 0; i < num_blocks; ++i) {
@@ -482,7 +607,8 @@ inline auto normed_rows(const float* rows, const float* gain, float eps, int64_t
 Phase multiply(const Product& p) {
   const int64_t most = p.has_tiles ? kTile * kMaxTiles : kMaxRows;
   const int64_t bytes = p.m > most ? kChunkBytes : kSingleChunkBytes;
-  const int64_t unit = p.has_tiles ? kTile : kChannels;
+  const bool has_panels = !p.has_tiles && p.m >= kMinPanelRows;
+  const int64_t unit = has_panels ? kPanelVectors * kChannels : kChannels;
   const int64_t per_chunk = std::max<int64_t>(1, bytes / p.k / unit) * unit;
   auto run = [&p, per_chunk](int64_t chunk) {
     channels(p, chunk * per_chunk, std::min((chunk + 1) * per_chunk, p.n));

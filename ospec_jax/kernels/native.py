@@ -141,6 +141,7 @@ def decoder_layers(
     beside=None,
     head=None,
     has_normed_residual: bool = False,
+    num_valid=None,
 ):
     """Pre-norm blocks of the Llama family, or one of a draft like it, in int8.
 
@@ -164,6 +165,9 @@ def decoder_layers(
         the blocks; an empty gain stands for no norm, None for no head.
       has_normed_residual: The residual stream of a single layer begins with the normed
         `x`.
+      num_valid: `[1]`, tokens of a lone request that are no padding, at least one. What
+        lies behind them is not computed: its results are zeros, and its slots are not
+        written. None, and of several requests any, stands for all.
 
     Returns:
       The new `x`, `keys` and `values`; the inputs of the `taps`, `[taps, b, t, d]`; and
@@ -197,6 +201,7 @@ def decoder_layers(
         keys,
         values,
         starts.astype(jnp.int32),
+        jnp.zeros(0, jnp.int32) if num_valid is None else num_valid.astype(jnp.int32),
         *weights,
         *beside,
         gain,

@@ -104,7 +104,9 @@ class DecoderLayer(nn.Module):
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, x, angles, bias, keys, values, starts, layer=None):
+    def __call__(
+        self, x, angles, bias, keys, values, starts, layer=None, num_valid=None
+    ):
         c = self.config
         own = self.variables.get("params", {})
         # Ranges are measured inside of the modules, see `smoothing`.
@@ -112,7 +114,15 @@ class DecoderLayer(nn.Module):
         if is_alone and is_one_call(c, self.numerics, keys, own):
             weights = native.layer_weights(own)
             return native.decoder_layer(
-                x, angles, bias, keys, values, starts, weights, c.rms_norm_eps
+                x,
+                angles,
+                bias,
+                keys,
+                values,
+                starts,
+                weights,
+                c.rms_norm_eps,
+                num_valid=num_valid,
             )[:3]
 
         norm = lambda name: RMSNorm(c.rms_norm_eps, self.numerics, name=name)
@@ -148,6 +158,7 @@ class Llama(nn.Module):
         bias: Float[Array, "b t s"],
         cache: kv.KVCache,
         starts: Int[Array, " b"],
+        num_valid: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t f"], kv.KVCache]:
         """Returns final (normed) hidden states, tapped features and the new cache.
 
@@ -155,6 +166,8 @@ class Llama(nn.Module):
           positions: For the rotary embedding; in a tree, by depth.
           bias: What each token attends to, its own slot included.
           starts: First slot that each row's tokens are written to.
+          num_valid: Tokens of each row that are no padding; None for all. What stands
+            for padding is left open, but that it is finite.
         """
         c = self.config
         num_tokens = tokens.shape[1]
@@ -176,7 +189,7 @@ class Llama(nn.Module):
         run = self._run_layers
         if self.numerics.is_scanned:
             run = self._run_natively if is_native else self._scan_layers
-        x, taps, cache = run(x, angles, bias, cache, starts)
+        x, taps, cache = run(x, angles, bias, cache, starts, num_valid)
         if not self.is_truncated:
             x = RMSNorm(c.rms_norm_eps, self.numerics, name="norm")(x)
 
@@ -207,7 +220,7 @@ class Llama(nn.Module):
         pairs = zip(cache.keys, layers, strict=True)
         return all(is_one_call(c, self.numerics, keys, own) for keys, own in pairs)
 
-    def _run_layers(self, x, angles, bias, cache: kv.KVCache, starts):
+    def _run_layers(self, x, angles, bias, cache: kv.KVCache, starts, num_valid):
         """Each layer with its own weights and cache."""
         keys = []
         values = []
@@ -218,7 +231,15 @@ class Llama(nn.Module):
                 # A tap is the state that enters a layer.
                 taps[i] = x
             layer = DecoderLayer(self.config, self.numerics, name=f"layers_{i}")
-            x, k, v = layer(x, angles, bias, cache.keys[i], cache.values[i], starts)
+            x, k, v = layer(
+                x,
+                angles,
+                bias,
+                cache.keys[i],
+                cache.values[i],
+                starts,
+                num_valid=num_valid,
+            )
             keys.append(k)
             values.append(v)
 
@@ -226,7 +247,7 @@ class Llama(nn.Module):
 
         return x, [taps.get(i, x) for i in self.taps], cache
 
-    def _run_natively(self, x, angles, bias, cache: kv.KVCache, starts):
+    def _run_natively(self, x, angles, bias, cache: kv.KVCache, starts, num_valid):
         """All layers in one call; of more that are stacked the first ones."""
         weights = native.layer_weights(self.variables["params"]["layers"])
         # In rising order, each once: so its inputs are told from those of others.
@@ -241,12 +262,13 @@ class Llama(nn.Module):
             weights,
             self.config.rms_norm_eps,
             taps=tuple(inner),
+            num_valid=num_valid,
         )
         taps = [inputs[inner.index(i)] if i in inner else x for i in self.taps]
 
         return x, taps, kv.KVCache(keys=keys, values=values)
 
-    def _scan_layers(self, x, angles, bias, cache: kv.KVCache, starts):
+    def _scan_layers(self, x, angles, bias, cache: kv.KVCache, starts, num_valid):
         """One layer over stacked weights.
 
         Caches and taps are carried, where they are written in place; as a scan's

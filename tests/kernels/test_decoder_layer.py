@@ -52,6 +52,13 @@ def random_layer(num_tokens, starts=(7, 20), **changes):
     return config, params, args
 
 
+def _random_head(config):
+    """An int8 output projection of 40 tokens, and its scale."""
+    rng = np.random.default_rng(2)
+    kernel = rng.integers(-127, 128, (40, config.hidden_size), dtype=np.int8)
+    return jnp.asarray(kernel), jnp.asarray(rng.random(40), jnp.float32)
+
+
 def run_modules(config, numerics, params, args):
     layer = llama.DecoderLayer(config, numerics)
     return jax.jit(layer.apply)({"params": params}, *args)
@@ -73,7 +80,9 @@ def test_equals_the_modules(kind, num_tokens, monkeypatch):
     calls = []
     real = native.decoder_layer
     monkeypatch.setattr(
-        native, "decoder_layer", lambda *a: (calls.append(a), real(*a))[1]
+        native,
+        "decoder_layer",
+        lambda *a, **b: (calls.append(a), real(*a, **b))[1],
     )
     config, params, args = layer
     expected = run_modules(config, Numerics("int8"), params, args)
@@ -97,6 +106,63 @@ def test_writes_nothing_but_the_new_slots():
     np.testing.assert_array_equal(changed, is_new)
     changed = np.any(np.asarray(values) != np.asarray(args[4]), axis=(1, 3))
     np.testing.assert_array_equal(changed, is_new)
+
+
+@pytest.mark.parametrize("num_valid", [1, 5, 8])
+def test_padding_is_left_out(num_valid):
+    """Behind a lone request's tokens: no bit differs from those of a call without."""
+    config, params, args = random_layer(8, starts=(7,))
+    x, angles, bias, keys, values, starts = args
+    weights = native.layer_weights(params)
+    head = jnp.ones(config.hidden_size), *_random_head(config)
+    call = functools.partial(native.decoder_layer, head=head)
+    count = jnp.asarray([num_valid])
+    found = call(*args, weights, 1e-5, num_valid=count)
+    cut = lambda a: a[:, :num_valid]
+    own = cut(x), tuple(map(cut, angles)), cut(bias), keys, values, starts
+    expected = call(*own, weights, 1e-5)
+    for i in (0, 3):  # states and logits
+        np.testing.assert_array_equal(cut(found[i]), expected[i])
+        assert not np.any(found[i][:, num_valid:])
+    for i in (1, 2):  # keys and values
+        np.testing.assert_array_equal(found[i], expected[i])
+
+
+def test_padding_of_several_requests_is_computed():
+    _, params, args = random_layer(3)
+    weights = native.layer_weights(params)
+    count = jnp.asarray([1, 2])
+    found = native.decoder_layer(*args, weights, 1e-5, num_valid=count)
+    expected = native.decoder_layer(*args, weights, 1e-5)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_padding_of_stacked_layers_has_no_inputs_either():
+    """Zeros stand for what was not computed, in every tap."""
+    sizes = dict(head_dim=16, hidden_size=64, intermediate_size=128)
+    config = tiny_model_config(num_layers=2, **sizes)
+    params = llama.stack_layers(cast_params(random_params(config), "int8"))
+    numerics = dataclasses.replace(NATIVE, is_scanned=True)
+    model = llama.build(config, numerics, taps=(0, 1, 2))
+    starts = jnp.zeros(1, jnp.int32)
+    positions = jnp.arange(6)[None]
+
+    def run(num_tokens, num_valid=None):
+        cache = llama.init_cache(config, numerics, 1, CAPACITY)
+        bias = kv.causal_bias(starts, num_tokens, CAPACITY)
+        own = positions[:, :num_tokens]
+        return model(params, own + 3, own, bias, cache, starts, num_valid)
+
+    found = run(6, jnp.asarray([4]))
+    expected = run(4)
+    width = config.hidden_size
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        np.testing.assert_array_equal(one[:, :4], other)
+    assert not np.any(found[0][:, 4:])
+    assert not np.any(found[1][:, 4:, width:])
+    np.testing.assert_array_equal(found[2].keys, expected[2].keys)
+    np.testing.assert_array_equal(found[2].values, expected[2].values)
 
 
 def test_its_arguments_stay_when_others_read_them():
@@ -151,7 +217,9 @@ def test_a_lone_token_is_computed_once(monkeypatch):
     shapes = []
     real = native.decoder_layer
     monkeypatch.setattr(
-        native, "decoder_layer", lambda *a: (shapes.append(a[0].shape), real(*a))[1]
+        native,
+        "decoder_layer",
+        lambda *a, **b: (shapes.append(a[0].shape), real(*a, **b))[1],
     )
     config = tiny_model_config(num_layers=2, head_dim=16, hidden_size=64)
     params = cast_params(random_params(config), "int8")

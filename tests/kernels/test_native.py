@@ -40,6 +40,8 @@ def exact(x, params):
 
 SHAPES = [(1, 1, 1), (1, 40, 64), (2, 4, 64), (2, 16, 70), (3, 7, 65), (4, 48, 130)]
 SHAPES += [(5, 33, 127), (6, 20, 66), (7, 64, 64), (8, 576, 576), (17, 40, 200)]
+# So many rows share packed channels: 32 of them, 16, and what is left.
+SHAPES += [(14, 48, 64), (37, 85, 130), (70, 31, 1001)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
