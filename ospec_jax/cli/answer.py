@@ -10,6 +10,7 @@ import tyro
 
 from ospec_jax import atomic
 from ospec_jax.cli.arguments import (
+    Decoding,
     Given,
     LearnBudget,
     Learner,
@@ -22,6 +23,7 @@ from ospec_jax.cli.arguments import (
 from ospec_jax.cli.outputs import check_outputs, hold, run_then
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import (
+    Prompt,
     add_predictions,
     parse_prompt,
     read_prediction,
@@ -31,7 +33,7 @@ from ospec_jax.reports.answers import AnswerLog, check_unused
 from ospec_jax.reports.progress import Interrupt, live, progress_bar, say
 from ospec_jax.reports.summary import describe_use, summarize_learning
 from ospec_jax.reports.telemetry import Telemetry
-from ospec_jax.session import Session
+from ospec_jax.session import Result, Session
 from ospec_jax.storage import checkpoint
 
 
@@ -60,21 +62,7 @@ def generate(
     # Whatever is wrong with the arguments is said before a model is loaded.
     check_outputs([json_file, jsonl], inputs=[prompts, prediction])
     check_unused(jsonl)
-    if prompts is not None and prompt is None:
-        rows = read_prompts(prompts)
-    elif prompt is not None and prompts is None:
-        rows = [parse_prompt({"prompt": prompt}, "prompt-0")]
-    else:
-        raise ConfigError("give either --prompt or --prompts")
-
-    if prediction is not None:
-        if prompts is not None:
-            raise ConfigError(
-                "--prediction goes with --prompt; give the rows of --prompts a key "
-                "`prediction`"
-            )
-        rows = add_predictions(rows, [read_prediction(prediction)])
-
+    rows = _asked(prompt, prompts, prediction)
     # A prediction is verified as a draft: without another one it is the draft.
     if decoding.draft == "none" and any(row.prediction for row in rows):
         decoding = dataclasses.replace(decoding, draft="prediction")
@@ -120,6 +108,32 @@ def generate(
 
     if len(log.rows) < len(rows):
         interrupt.raise_if_set()
+
+
+def _asked(
+    prompt: str | None, prompts: Path | None, prediction: Path | None
+) -> list[Prompt]:
+    """What is to be answered.
+
+    Raises:
+      ConfigError: Flags contradict each other, or a file has another form.
+    """
+    if prompts is not None and prompt is None:
+        rows = read_prompts(prompts)
+    elif prompt is not None and prompts is None:
+        rows = [parse_prompt({"prompt": prompt}, "prompt-0")]
+    else:
+        raise ConfigError("give either --prompt or --prompts")
+
+    if prediction is None:
+        return rows
+    if prompts is not None:
+        raise ConfigError(
+            "--prediction goes with --prompt; give the rows of --prompts a key "
+            "`prediction`"
+        )
+
+    return add_predictions(rows, [read_prediction(prediction)])
 
 
 def learn(
@@ -201,81 +215,125 @@ def learn(
     target, draft = decoding.load()
     session = decoding.open(target, draft, config)
     if resume and checkpoint_dir is not None:
-        answered = session.resume(checkpoint_dir)
-        # By content, so a stream may have grown or been moved since.
-        rows = session.unanswered(rows)
-        say(
-            f"{len(answered)} prompts were answered before, {len(rows)} are left; "
-            f"draft version {session.version}"
-        )
+        rows = _gone_on(session, checkpoint_dir, rows)
 
     # The logs are cut to what the checkpoint counts before anything is added.
     log = _open_log(session, checkpoint_dir, save_feedback, jsonl, json_file)
     num_answered = len(session.answered) if resume else None
     writer = telemetry and Telemetry(telemetry, tensorboard, num_answered)
-    has_predictions = any(row.prediction for row in rows)
     # Compiled before the clock starts.
     if rows:
+        has_predictions = any(row.prediction for row in rows)
         session.warm_up(sampling=decoding.sampling, has_predictions=has_predictions)
 
     session.on_update = writer.update if writer else None
-    results = []
-    start = time.perf_counter()
+    run = _Learning(
+        session, rows, decoding, log, writer, checkpoint_dir, save_every, save_feedback
+    )
+    with Interrupt() as interrupt:
+        # The answers' lines are complete before a checkpoint counts them.
+        last = [log.close, run.save, lambda: run.write(json_file), run.summarize]
+        if writer:
+            last.append(writer.close)
+        run_then(interrupt, lambda: run.answer_all(interrupt), last)
 
-    def answer_all() -> None:
+    if len(run.results) < len(rows):
+        interrupt.raise_if_set()
+
+
+@dataclasses.dataclass
+class _Learning:
+    """A run of `learn`: what it answers, and where that goes.
+
+    Attributes:
+      folder: Of checkpoints, if any are kept.
+      save_every: Prompts between two of them.
+      save_feedback: Whether they hold recent traffic.
+      start: When it began, by `time.perf_counter`.
+      results: Answers so far.
+    """
+
+    session: Session
+    rows: list[Prompt]
+    decoding: Decoding
+    log: AnswerLog
+    writer: Telemetry | None
+    folder: Path | None
+    save_every: int
+    save_feedback: bool
+    start: float = dataclasses.field(default_factory=time.perf_counter)
+    results: list[Result] = dataclasses.field(default_factory=list)
+
+    def answer_all(self, interrupt: Interrupt) -> None:
+        """Answers the prompts, and saves now and then."""
         with progress_bar() as bar:
-            task = bar.add_task("learn", total=len(rows))
-            answers = session.generate(
-                rows,
-                decoding.max_new_tokens,
-                decoding.sampling,
-                is_raw=decoding.raw,
+            task = bar.add_task("learn", total=len(self.rows))
+            answers = self.session.generate(
+                self.rows,
+                self.decoding.max_new_tokens,
+                self.decoding.sampling,
+                is_raw=self.decoding.raw,
                 should_stop=interrupt.is_over,
             )
             for result in answers:
-                results.append(result)
+                self.results.append(result)
                 # The line first, then the checkpoint that counts it: a kill in between
                 # repeats an answer, and never loses one.
-                log.add(result.to_json())
-                bar.update(task, advance=1, description=live(result, results))
-                if writer:
-                    writer.answer(
-                        result.prompt.id,
-                        result.prompt.domain,
-                        len(result.token_ids),
-                        result.stats,
-                        result.version,
-                        result.learning_seconds,
-                        session.chooser.report(),
-                    )
-                if checkpoint_dir is not None and len(results) % save_every == 0:
+                self.log.add(result.to_json())
+                bar.update(task, advance=1, description=live(result, self.results))
+                self._tell(result)
+                is_due = len(self.results) % self.save_every == 0
+                if self.folder is not None and is_due:
                     # A save that has begun is finished.
                     with interrupt.held():
-                        session.save(checkpoint_dir, save_feedback)
+                        self.session.save(self.folder, self.save_feedback)
                 if interrupt:
                     break
 
-    def save() -> None:
-        if checkpoint_dir is not None:
-            path = session.save(checkpoint_dir, save_feedback)
+    def _tell(self, result: Result) -> None:
+        """Writes an answer's line of telemetry."""
+        if not self.writer:
+            return
+
+        self.writer.answer(
+            result.prompt.id,
+            result.prompt.domain,
+            len(result.token_ids),
+            result.stats,
+            result.version,
+            result.learning_seconds,
+            self.session.chooser.report(),
+        )
+
+    def save(self) -> None:
+        """Saves the draft as it is at the end."""
+        if self.folder is not None:
+            path = self.session.save(self.folder, self.save_feedback)
             say(f"saved {path}")
-            say(describe_use(checkpoint_dir))
+            say(describe_use(self.folder))
 
-    def write_answers() -> None:
-        if log.rows or not rows:
-            write_json(json_file, log.rows, is_list=True)
+    def write(self, file: Path | None) -> None:
+        """Writes the answers, those of earlier parts of the run among them."""
+        if self.log.rows or not self.rows:
+            write_json(file, self.log.rows, is_list=True)
 
-    def summarize() -> None:
-        if results:
-            say(summarize_learning(results, time.perf_counter() - start))
+    def summarize(self) -> None:
+        """Says how fast it was."""
+        if self.results:
+            say(summarize_learning(self.results, time.perf_counter() - self.start))
 
-    with Interrupt() as interrupt:
-        # The answers' lines are complete before a checkpoint counts them.
-        last = [log.close, save, write_answers, summarize]
-        run_then(interrupt, answer_all, last + ([writer.close] if writer else []))
 
-    if len(results) < len(rows):
-        interrupt.raise_if_set()
+def _gone_on(session: Session, folder: Path, rows: list[Prompt]) -> list[Prompt]:
+    """Goes on from a checkpoint; returns the prompts that are left."""
+    answered = session.resume(folder)
+    # By content, so a stream may have grown or been moved since.
+    rows = session.unanswered(rows)
+    say(
+        f"{len(answered)} prompts were answered before, {len(rows)} are left; "
+        f"draft version {session.version}"
+    )
+
+    return rows
 
 
 def _is_resumed(

@@ -181,33 +181,20 @@ def _teach(trace, first: int, ticks, num_nodes: int, settings, out: Path, resume
     from ospec_jax.replay.cycles import build_cycles
     from ospec_jax.replay.ltd import Teacher, grounds_of
     from ospec_jax.replay.rules import fixed, run_rule
-    from ospec_jax.storage import checkpoint
-    from ospec_jax.storage.policies import load_course, load_policies, save_policies
+    from ospec_jax.storage.policies import save_policies
 
     cycles_of = lambda answers: build_cycles(
         trace.select(answers), ticks, num_nodes=num_nodes
     )
-    num_validation = max(1, round(settings.validation * first))
-    if num_validation >= first:
-        raise ConfigError(
-            f"{first} answers to teach on leave none beside the {num_validation} that "
-            f"policies are chosen on; record more, or raise --num-training"
-        )
-
+    num_validation = _num_validation(settings, first)
     taught = first - num_validation
     grounds = grounds_of(cycles_of(range(taught)), cycles_of(range(taught, first)))
     teacher = Teacher(settings, grounds)
     meta = _meta(trace, first, ticks, settings)
-    if resume and checkpoint.steps(out):
-        _, found = load_policies(out)
-        _check_same(out, found, meta)
-        if found.progress is None:
-            say(f"the policies of {out} are taught already")
-            return
-        arrays = load_course(out, teacher.like(found.progress))
-        course = teacher.resume(arrays, found.progress, found.history)
-    else:
-        course = teacher.start()
+    course = _begun(teacher, meta, out, resume)
+    if course is None:
+        say(f"the policies of {out} are taught already")
+        return
 
     def save(course) -> None:
         is_over = course.stage == len(settings.stages)
@@ -245,6 +232,35 @@ def _teach(trace, first: int, ticks, num_nodes: int, settings, out: Path, resume
         f"policies were chosen on, {best.tokens_per_second:.1f} with the best fixed "
         f"choice; see `ospec rules --policies {out}`"
     )
+
+
+def _num_validation(settings, first: int) -> int:
+    """Answers that policies are chosen on, of those to teach on."""
+    count = max(1, round(settings.validation * first))
+    if count >= first:
+        raise ConfigError(
+            f"{first} answers to teach on leave none beside the {count} that policies "
+            f"are chosen on; record more, or raise --num-training"
+        )
+
+    return count
+
+
+def _begun(teacher, meta, out: Path, resume: bool):
+    """The course that goes on from what a folder holds, or begins; None at its end."""
+    from ospec_jax.storage import checkpoint
+    from ospec_jax.storage.policies import load_course, load_policies
+
+    if not resume or not checkpoint.steps(out):
+        return teacher.start()
+
+    _, found = load_policies(out)
+    _check_same(out, found, meta)
+    if found.progress is None:
+        return None
+
+    arrays = load_course(out, teacher.like(found.progress))
+    return teacher.resume(arrays, found.progress, found.history)
 
 
 def _meta(trace, first: int, ticks, settings):

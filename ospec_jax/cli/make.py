@@ -15,6 +15,7 @@ from ospec_jax.cli.outputs import check_outputs, hold
 from ospec_jax.config import (
     AttentionKind,
     ConfigError,
+    DraftConfig,
     ModelConfig,
     Precision,
     SamplingConfig,
@@ -43,6 +44,7 @@ _PUBLIC_DRAFT_VOCAB_SIZE = 32000
 
 if TYPE_CHECKING:
     from ospec_jax.decoding import lowering
+    from ospec_jax.distill.train import DistillConfig
 
     TrainedFamily = str
 else:
@@ -209,27 +211,15 @@ def distill(
       recipe: A Python file with `get_config() -> dict` of other defaults for these
         flags; those that are given win.
     """
-    from ospec_jax.distill.adopting import adopted
-    from ospec_jax.distill.evaluate import history_table
-    from ospec_jax.distill.self_config import SelfPromptConfig
-    from ospec_jax.distill.train import DistillConfig, score, train
-    from ospec_jax.distill.vocabulary import check_wider, widen
+    from ospec_jax.distill.train import DistillConfig
+    from ospec_jax.distill.vocabulary import widen
     from ospec_jax.replay.record import record
     from ospec_jax.replay.store import FeedbackStore
 
     # Its defaults are in place before arguments are read: see `recipes`.
     _ = recipe
-    check_outputs(folders=[out, data, ship])
-    hold(out, data or out / "data", ship)
-    if ship is not None and max(checkpoint.steps(ship), default=0) > num_updates:
-        raise ConfigError(f"{ship} holds a longer trained draft; choose another folder")
-
-    if prompts is None and not self_prompts:
-        raise ConfigError(
-            "there is nothing to answer: give --prompts FILE.jsonl, or --self-prompts "
-            "NUMBER for the target to write prompts itself"
-        )
-    whole_number("--self-prompts", self_prompts, least=0)
+    _check_places(out, data, ship, num_updates)
+    _check_asked(prompts, self_prompts)
     whole_number("--collect-batch-size", collect_batch_size, least=1)
     _check_delta(delta, start, draft_vocab_size, ship)
     rows = read_prompts(prompts) if prompts is not None else []
@@ -245,18 +235,7 @@ def distill(
         num_steps,
         exit_layer,
     )
-    initial = _trained(start, loaded)
-    if initial is not None:
-        own = initial.family
-        initial = adopted(initial, family, loaded, num_steps)
-        if delta and initial.family != own:
-            raise ConfigError(
-                f"--delta keeps the difference to a draft of the same family, but "
-                f"--family {family} makes another one of {start!r}; leave out --delta"
-            )
-        if draft_vocab_size is not None:
-            check_wider(initial, draft_vocab_size)
-
+    initial = _starting(start, loaded, family, num_steps, draft_vocab_size, delta)
     if sliding_window is not None:
         draft_config = dataclasses.replace(draft_config, sliding_window=sliding_window)
         initial = initial and with_sliding_window(initial, sliding_window)
@@ -267,14 +246,9 @@ def distill(
 
     taps = draft_config.taps if kind.reads_taps else eagle3_taps(loaded.config)
     folder = data or out / "data"
-    sampling = SamplingConfig(temperature=temperature, seed=seed)
     with Interrupt() as interrupt:
         if self_prompts:
-            file = out / "self_prompts.jsonl"
-            own = SelfPromptConfig(seed=seed)
-            rows += _write_self_prompts(
-                loaded, file, self_prompts, own, collect_batch_size
-            )
+            rows += _self_written(loaded, out, self_prompts, collect_batch_size, seed)
             rows = _of_domains(rows, domains)
             interrupt.raise_if_set()
 
@@ -284,7 +258,7 @@ def distill(
             folder,
             taps,
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=SamplingConfig(temperature=temperature, seed=seed),
             batch_size=collect_batch_size,
             capacity=capacity,
             shard_size=100,
@@ -309,18 +283,104 @@ def distill(
             seed=seed,
             domains=domains,
         )
-        trained = out / "draft"
-        history = train(loaded, folder, trained, config, draft_config, initial, family)
-        say(f"saved {trained}, and its course as {trained / 'training.png'}")
-        if history:
-            console.print(history_table(history[-8:]))
-
+        newest = _train(loaded, folder, out, config, draft_config, initial, family)
         interrupt.raise_if_set()
         if ship is not None:
             base = initial.draft if delta and initial is not None else None
-            _ship(ship, checkpoint.load(trained, loaded), base, start, delta)
-            found = score(loaded, folder, load_draft(ship, loaded), config)
-            say(f"saved {ship}; as it is stored there: {found}")
+            _ship(ship, checkpoint.load(newest, loaded), base, start, delta)
+            _say_score(loaded, folder, ship, config)
+
+
+def _check_places(
+    out: Path, data: Path | None, ship: Path | None, num_updates: int
+) -> None:
+    """Takes the folders for this run; a longer trained draft is not written over."""
+    check_outputs(folders=[out, data, ship])
+    hold(out, data or out / "data", ship)
+    if ship is not None and max(checkpoint.steps(ship), default=0) > num_updates:
+        raise ConfigError(f"{ship} holds a longer trained draft; choose another folder")
+
+
+def _check_asked(prompts: Path | None, self_prompts: int) -> None:
+    """Refuses to train on nothing."""
+    if prompts is None and not self_prompts:
+        raise ConfigError(
+            "there is nothing to answer: give --prompts FILE.jsonl, or --self-prompts "
+            "NUMBER for the target to write prompts itself"
+        )
+
+    whole_number("--self-prompts", self_prompts, least=0)
+
+
+def _self_written(
+    loaded: Target, out: Path, num: int, batch_size: int, seed: int
+) -> list[Prompt]:
+    """So many prompts that the target writes itself, kept in a file of the run's."""
+    from ospec_jax.distill.self_config import SelfPromptConfig
+
+    config = SelfPromptConfig(seed=seed)
+    file = out / "self_prompts.jsonl"
+    return _write_self_prompts(loaded, file, num, config, batch_size)
+
+
+def _starting(
+    start: str,
+    loaded: Target,
+    family: str,
+    num_steps: int,
+    draft_vocab_size: int | None,
+    delta: int,
+) -> LoadedDraft | None:
+    """The draft that training starts from, as one of the family, if any."""
+    from ospec_jax.distill.adopting import adopted
+    from ospec_jax.distill.vocabulary import check_wider
+
+    given = _trained(start, loaded)
+    if given is None:
+        return None
+
+    initial = adopted(given, family, loaded, num_steps)
+    if delta and initial.family != given.family:
+        raise ConfigError(
+            f"--delta keeps the difference to a draft of the same family, but "
+            f"--family {family} makes another one of {start!r}; leave out --delta"
+        )
+    if draft_vocab_size is not None:
+        check_wider(initial, draft_vocab_size)
+
+    return initial
+
+
+def _train(
+    loaded: Target,
+    folder: Path,
+    out: Path,
+    config: "DistillConfig",
+    draft_config: DraftConfig,
+    initial: LoadedDraft | None,
+    family: str,
+) -> Path:
+    """Trains on what a folder holds, and tells how it went; returns where it lies."""
+    from ospec_jax.distill.evaluate import history_table
+    from ospec_jax.distill.train import train
+
+    trained = out / "draft"
+    history = train(loaded, folder, trained, config, draft_config, initial, family)
+    say(f"saved {trained}, and its course as {trained / 'training.png'}")
+    if history:
+        console.print(history_table(history[-8:]))
+
+    return trained
+
+
+def _say_score(
+    loaded: Target, folder: Path, ship: Path, config: "DistillConfig"
+) -> None:
+    """Tells what the draft is worth that was saved alone, as it is stored."""
+    from ospec_jax.distill.train import score
+
+    found = score(loaded, folder, load_draft(ship, loaded), config)
+    say(f"saved {ship}; as it is stored there: {found}")
 
 
 def _check_delta(

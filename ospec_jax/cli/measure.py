@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from ospec_jax.bench.live import run_live, run_with_progress
-from ospec_jax.bench.runs import Contender
+from ospec_jax.bench.peers import Peer
+from ospec_jax.bench.runs import BenchRun, Contender
 from ospec_jax.cli.arguments import (
     Decoding,
     Given,
@@ -35,6 +36,7 @@ from ospec_jax.data.conversations import (
     shuffled,
 )
 from ospec_jax.data.prompts import Prompt, demo_prompts, read_prompts
+from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import load_target
 from ospec_jax.reports.progress import Interrupt, say
 
@@ -91,8 +93,6 @@ def bench(
       plot: Draw the modes' speed, by domain and by prompt length, too, into this PNG.
       stream_plot: Draw acceptance over the stream into this PNG.
     """
-    from ospec_jax.bench.peers import open_peer
-    from ospec_jax.bench.report import markdown_report, plot_modes, plot_stream
     from ospec_jax.bench.runs import MODES, BenchConfig
 
     check_outputs(
@@ -100,32 +100,9 @@ def bench(
         figures=[plot, stream_plot],
         inputs=[prompts, spec_bench],
     )
-    if drafts and decoding.batch_size > 1:
-        raise ConfigError("drafts are compared with a batch size of 1")
+    _check_compared(decoding, drafts, controllers)
     if drafts and (peers or plot or stream_plot):
         raise ConfigError("--drafts goes without --peers, --plot and --stream-plot")
-
-    if drafts and decoding.select:
-        raise ConfigError(
-            "--drafts compares single drafts, of which --select has nothing to choose; "
-            "leave one of the two out"
-        )
-
-    if decoding.is_within_step:
-        raise ConfigError(
-            f"--controller {decoding.controller} is compared as one of several: use "
-            f"--controllers {decoding.controller}"
-        )
-    if decoding.learn_control or decoding.follow_clock:
-        raise ConfigError(
-            "--learn-control and --follow-clock are for serving, and bench compares "
-            "rules as they are; leave them out"
-        )
-    if controllers and (drafts or decoding.select):
-        raise ConfigError(
-            "--controllers compares how much one draft drafts; leave out --drafts and "
-            "--select"
-        )
 
     alone = "autoregressive" if drafts or controllers else ",".join(MODES)
     modes = modes or alone
@@ -149,30 +126,95 @@ def bench(
         select=decoding.select,
         learn_idle=learn_idle,
     )
-    names = [name for name in peers.split(",") if name]
-    if names and decoding.stop:
-        raise ConfigError("other decoders know no --stop; leave it out")
-
-    is_model = decoding.draft.startswith("model:")
-    assistant = decoding.draft.removeprefix("model:") if is_model else None
-    others = [open_peer(name, decoding.target, assistant) for name in names]
+    others = _open_peers(peers, decoding)
     if drafts:
         _compare(drafts, decoding, rows, config, json_file, markdown)
         return
 
     compared = _parse_controllers(controllers, decoding)
     target, draft = decoding.load()
-    contenders = {}
-    for name, (controller, tree) in compared.items():
-        if draft is None:
-            raise ConfigError("--controllers needs a draft; name one with --draft")
-        contenders[name] = Contender(draft, tree, decoding.ngrams, controller)
-
+    contenders = _contenders(compared, draft, decoding.ngrams)
     interrupt = Interrupt()
     run, table = run_with_progress(
         target, draft, rows, config, interrupt, others, contenders
     )
-    with contextlib.ExitStack() as ends:  # each is tried, also if another one fails
+    _write(run, table, json_file, markdown, plot, stream_plot)
+    if not run.is_complete:
+        interrupt.raise_if_set()
+
+
+def _check_compared(
+    decoding: Decoding, drafts: tuple[str, ...], controllers: str
+) -> None:
+    """Refuses comparisons that would compare nothing, or not what was asked for."""
+    if drafts and decoding.batch_size > 1:
+        raise ConfigError("drafts are compared with a batch size of 1")
+    if drafts and decoding.select:
+        raise ConfigError(
+            "--drafts compares single drafts, of which --select has nothing to choose; "
+            "leave one of the two out"
+        )
+
+    if decoding.is_within_step:
+        raise ConfigError(
+            f"--controller {decoding.controller} is compared as one of several: use "
+            f"--controllers {decoding.controller}"
+        )
+    if decoding.learn_control or decoding.follow_clock:
+        raise ConfigError(
+            "--learn-control and --follow-clock are for serving, and bench compares "
+            "rules as they are; leave them out"
+        )
+    if controllers and (drafts or decoding.select):
+        raise ConfigError(
+            "--controllers compares how much one draft drafts; leave out --drafts and "
+            "--select"
+        )
+
+
+def _open_peers(text: str, decoding: Decoding) -> list[Peer]:
+    """Other decoders of the same weights, by the names that `--peers` lists.
+
+    Raises:
+      ConfigError: One of them is unknown, or could not stop as is asked for.
+    """
+    from ospec_jax.bench.peers import open_peer
+
+    names = [name for name in text.split(",") if name]
+    if names and decoding.stop:
+        raise ConfigError("other decoders know no --stop; leave it out")
+
+    is_model = decoding.draft.startswith("model:")
+    assistant = decoding.draft.removeprefix("model:") if is_model else None
+    return [open_peer(name, decoding.target, assistant) for name in names]
+
+
+def _contenders(
+    compared: dict[str, tuple], draft: LoadedDraft | None, ngrams: bool
+) -> dict[str, Contender]:
+    """Modes of the same draft, each with its own controller."""
+    if compared and draft is None:
+        raise ConfigError("--controllers needs a draft; name one with --draft")
+
+    return {
+        name: Contender(draft, tree, ngrams, controller)
+        for name, (controller, tree) in compared.items()
+        if draft is not None
+    }
+
+
+def _write(
+    run: BenchRun,
+    table: list,
+    json_file: Path | None,
+    markdown: Path | None,
+    plot: Path | None,
+    stream_plot: Path | None,
+) -> None:
+    """Writes and draws what was asked for; each is tried, also if another one fails."""
+    from ospec_jax.bench.report import markdown_report, plot_modes, plot_stream
+
+    with contextlib.ExitStack() as ends:
         ends.callback(write_json, json_file, table, is_list=True)
         if markdown is not None:
             ends.callback(write_text, markdown, markdown_report(table))
@@ -181,8 +223,6 @@ def bench(
         if stream_plot is not None:
             draw = lambda: plot_stream(run, stream_plot)
             ends.callback(lambda: say(f"plot: {draw()}"))
-    if not run.is_complete:
-        interrupt.raise_if_set()
 
 
 def _parse_controllers(text: str, decoding: Decoding) -> dict[str, tuple]:

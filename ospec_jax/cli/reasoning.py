@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Group
@@ -20,7 +20,7 @@ from ospec_jax.data.prompts import (
     read_prompts,
 )
 from ospec_jax.data.templates import encode
-from ospec_jax.models.hub import load_target
+from ospec_jax.models.hub import Target, load_target
 from ospec_jax.reasoning.grading import (
     Share,
     is_right_number,
@@ -31,6 +31,11 @@ from ospec_jax.reports.progress import Interrupt, progress_bar, say
 from ospec_jax.reports.tables import print_table, records_table
 from ospec_jax.session.session import Session
 from ospec_jax.storage.checkpoint import steps
+
+if TYPE_CHECKING:
+    from ospec_jax.reasoning.lookahead import Reasoner
+    from ospec_jax.reasoning.preferences import PreferenceLearner
+    from ospec_jax.reasoning.steps import StepRule
 
 Row = dict[str, Any]
 
@@ -85,12 +90,9 @@ def reason(
       json_file: Write a row for each prompt. With --checkpoint, rows that the file has
         of prompts answered before are kept.
     """
-    from ospec_jax.reasoning.lookahead import Reasoner
-    from ospec_jax.reasoning.preferences import PreferenceConfig, preference_learner
     from ospec_jax.reasoning.steps import StepRule
     from ospec_jax.reasoning.stream import OnlineReasoner
-    from ospec_jax.reasoning.verifiers import build_verifier, check_verifier
-    from ospec_jax.reasoning.writing import Writer
+    from ospec_jax.reasoning.verifiers import check_verifier
 
     check_outputs([json_file], folders=[checkpoint], inputs=[prompts])
     check_verifier(verifier)
@@ -113,23 +115,8 @@ def reason(
     small = load_target(draft_model, as_precision(precision), is_scanned=is_scanned)
     token_draft = "ngram" if ngrams else None
     alone = Session(large, token_draft)
-    session = Session(large, token_draft, batch_size=num_ahead + 1)
-    drafting = Session(small, token_draft)
-    reasoner = Reasoner(
-        Writer(drafting, rule),
-        Writer(session, rule),
-        build_verifier(verifier, session),
-        num_ahead,
-    )
-    rule_of = None
-    if learner != "none":
-        config = PreferenceConfig(
-            loss=learner,
-            learning_rate=learning_rate,
-            num_epochs=3 if learner == "dpo" else 1,
-        )
-        rule_of = preference_learner(small, config)
-
+    reasoner = _build_reasoner(large, small, token_draft, verifier, rule, num_ahead)
+    rule_of = _build_learner(small, learner, learning_rate)
     online = OnlineReasoner(reasoner, rule_of, chunk_size)
     if checkpoint is not None:
         hold(checkpoint)
@@ -165,6 +152,47 @@ def reason(
         print_table(_table(found))
     if len(found) - num_earlier < len(rows):
         interrupt.raise_if_set()
+
+
+def _build_reasoner(
+    large: Target,
+    small: Target,
+    token_draft: str | None,
+    verifier: str,
+    rule: "StepRule",
+    num_ahead: int,
+) -> "Reasoner":
+    """What answers by steps: the small model writes them, the large one verifies."""
+    from ospec_jax.reasoning.lookahead import Reasoner
+    from ospec_jax.reasoning.verifiers import build_verifier
+    from ospec_jax.reasoning.writing import Writer
+
+    session = Session(large, token_draft, batch_size=num_ahead + 1)
+    drafting = Session(small, token_draft)
+
+    return Reasoner(
+        Writer(drafting, rule),
+        Writer(session, rule),
+        build_verifier(verifier, session),
+        num_ahead,
+    )
+
+
+def _build_learner(
+    small: Target, learner: Literal["none", "dpo", "sft"], learning_rate: float
+) -> "PreferenceLearner | None":
+    """What the drafting model learns by, if it learns."""
+    from ospec_jax.reasoning.preferences import PreferenceConfig, preference_learner
+
+    if learner == "none":
+        return None
+
+    config = PreferenceConfig(
+        loss=learner,
+        learning_rate=learning_rate,
+        num_epochs=3 if learner == "dpo" else 1,
+    )
+    return preference_learner(small, config)
 
 
 def _earlier_rows(file: Path | None, answered: list[str]) -> list[Row]:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ospec stream`, `record`, `replay`, `telemetry`: learners on drifting streams."""
 
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from rich.progress import Progress
 
 from ospec_jax.cli.arguments import (
     PrecisionName,
@@ -22,6 +24,12 @@ from ospec_jax.models.hub import load_target
 from ospec_jax.reports.progress import Interrupt, Interrupted, progress_bar, say
 from ospec_jax.reports.tables import print_table
 from ospec_jax.storage import low_rank
+
+if TYPE_CHECKING:
+    from ospec_jax.replay.record import RecordingMeta
+    from ospec_jax.replay.replayer import Replayer
+    from ospec_jax.replay.results import Results
+    from ospec_jax.reports.telemetry import Telemetry
 
 StreamKind = Literal["single", "shifts", "gradual", "alternating", "fast"]
 
@@ -254,21 +262,12 @@ def replay(
         )
 
     hold(telemetry, files=[json_file])
-    configs = {
-        name: None
-        if name == "static"
-        else _replayed(
-            name,
-            update_interval=update_interval,
-            learning_rate=learning_rate,
-            optimizer=optimizer,
-        )
-        # A name that is given twice runs once, in the place of the first.
-        for name in dict.fromkeys(n for n in learners.split(",") if n)
+    flags = {
+        "update_interval": update_interval,
+        "learning_rate": learning_rate,
+        "optimizer": optimizer,
     }
-    if not configs or not all(s.strip().isdecimal() for s in seeds.split(",")):
-        raise ConfigError(f"use learners and whole seeds, not {learners!r}, {seeds!r}")
-
+    configs = _configs_of(learners, seeds, flags)
     asked = read_prompts(prompts) if prompts else []
     kept = results.Results.open(json_file)
     meta = read_meta(folder)
@@ -276,33 +275,21 @@ def replay(
     replayer = Replayer(
         loaded, load_draft(draft, loaded), folder, num_speculative_tokens, asked, regret
     )
-
-    # What a result depends on: the stream, the recording, the draft's weights.
-    entries = [replayer.store.entries[i] for i in replayer.order]
-    key = results.stream_key([e.id for e in entries], [e.content for e in entries])
-    kind = meta.fingerprint, meta.precision, str(meta.max_new_tokens)
-    content = " ".join([*kind, low_rank.fingerprint(replayer.draft.draft)])
+    key, content = _keys_of(replayer, meta)
     rows = []
     is_cut_short = False
 
     with Interrupt() as interrupt, progress_bar() as bar:
+        runs = _Runs(replayer, kept, bar, interrupt, telemetry)
         for name, config in configs.items():
-            is_random = _draws(config)
             # Learners that draw nothing give the same for every seed.
-            for seed in [int(s) for s in seeds.split(",")][: None if is_random else 1]:
+            some = seeds.split(",")[: None if _draws(config) else 1]
+            for seed in map(int, some):
                 config = config and config.replace(seed=seed)
                 settings = results.settings_of(
                     name, config, draft, num_speculative_tokens, key, content
                 )
-                # Finished runs are taken from the file, so that the same command goes
-                # on.
-                row = kept.find(settings, regret)
-                if row is None and not interrupt:
-                    label = f"{Path(name).stem}-{seed}"
-                    row = _run(
-                        replayer, config, settings, bar, interrupt, telemetry, label
-                    )
-                    kept.put(row)
+                row = runs.row_of(config, settings, f"{Path(name).stem}-{seed}")
                 rows += [row] if row else []
                 is_cut_short |= row is None
         hindsight = None
@@ -312,14 +299,51 @@ def replay(
         is_cut_short |= regret and hindsight is None
 
     results.add_regret(rows, hindsight)
+    _show(rows, plot)
+    if is_cut_short or not all(row["is_finished"] for row in rows):
+        interrupt.raise_if_set()
+
+
+def _configs_of(
+    learners: str, seeds: str, flags: dict[str, Any]
+) -> dict[str, LearnerConfig | None]:
+    """Settings of the learners to compare, by their names; None is the static draft.
+
+    Raises:
+      ConfigError: There is none, or the seeds are not whole numbers.
+    """
+    # A name that is given twice runs once, in the place of the first.
+    names = dict.fromkeys(name for name in learners.split(",") if name)
+    configs = {
+        name: None if name == "static" else _replayed(name, **flags) for name in names
+    }
+    if not configs or not all(s.strip().isdecimal() for s in seeds.split(",")):
+        raise ConfigError(f"use learners and whole seeds, not {learners!r}, {seeds!r}")
+
+    return configs
+
+
+def _keys_of(replayer: "Replayer", meta: "RecordingMeta") -> tuple[str, str]:
+    """What results depend on: the stream; the recording and the draft's weights."""
+    from ospec_jax.replay import results
+
+    entries = [replayer.store.entries[i] for i in replayer.order]
+    key = results.stream_key([e.id for e in entries], [e.content for e in entries])
+    kind = meta.fingerprint, meta.precision, str(meta.max_new_tokens)
+
+    return key, " ".join([*kind, low_rank.fingerprint(replayer.draft.draft)])
+
+
+def _show(rows: list[dict], plot: Path | None) -> None:
+    """Prints the table, and draws the plot if there is to be one."""
+    from ospec_jax.replay import results
+
     if sys.stdout.isatty():
         print_table(results.terminal_table(rows))
     else:
         print(results.markdown_table(rows))
     if plot is not None and rows:
         say(f"plot: {results.plot_replays(rows, plot)}")
-    if is_cut_short or not all(row["is_finished"] for row in rows):
-        interrupt.raise_if_set()
 
 
 def _replayed(name: str, **flags) -> LearnerConfig:
@@ -347,45 +371,79 @@ def _draws(config: LearnerConfig | None) -> bool:
     return config.batches.replay_share > 0
 
 
-def _run(replayer, config, settings, bar, interrupt, telemetry, label) -> dict:
-    """Replays one learner behind the bar."""
-    from ospec_jax.replay import results
-    from ospec_jax.reports.telemetry import Telemetry
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+    """What learners are replayed with.
 
-    task = bar.add_task(f"{label}: compiling", total=len(replayer.order))
-    answers = []
-    writer = None
-    if telemetry is not None:
-        file = telemetry / f"{label}.jsonl"
-        file.unlink(missing_ok=True)  # an interrupted run begins anew
-        writer = Telemetry(file)
+    Attributes:
+      kept: Finished runs, so that the same command goes on.
+      telemetry: Folder of their files, if any.
+    """
 
-    def show(answer):
-        answers.append(answer)
-        recent = answers[-results.WINDOW :]
-        drafts, accepted = (
-            sum(getattr(a.stats, name) for a in recent)
-            for name in ("num_drafts", "num_accepted_tokens")
-        )
-        length = 1 + accepted / max(drafts, 1)
-        text = f"{label}: acceptance length {length:.2f}"
-        bar.update(task, advance=1, description=text)
+    replayer: "Replayer"
+    kept: "Results"
+    bar: Progress
+    interrupt: Interrupt
+    telemetry: Path | None
+
+    def row_of(
+        self, config: LearnerConfig | None, settings: dict, label: str
+    ) -> dict | None:
+        """A learner's results: from the file, or of a run; None behind a signal."""
+        row = self.kept.find(settings, self.replayer.has_losses)
+        if row is None and not self.interrupt:
+            row = self._run(config, settings, label)
+            self.kept.put(row)
+
+        return row
+
+    def _run(self, config: LearnerConfig | None, settings: dict, label: str) -> dict:
+        """Replays one learner behind the bar."""
+        from ospec_jax.replay import results
+
+        num_answers = len(self.replayer.order)
+        task = self.bar.add_task(f"{label}: compiling", total=num_answers)
+        answers = []
+        writer = self._open_writer(label)
+
+        def show(answer):
+            answers.append(answer)
+            length = _recent_length(answers[-results.WINDOW :])
+            text = f"{label}: acceptance length {length:.2f}"
+            self.bar.update(task, advance=1, description=text)
+            if writer is not None:
+                writer.answer(
+                    answer.id,
+                    answer.domain,
+                    answer.num_tokens,
+                    answer.stats,
+                    answer.version,
+                    answer.learning_seconds,
+                )
+
+        on_update = writer.update if writer else None
+        run = self.replayer.run(config, show, on_update, lambda: bool(self.interrupt))
         if writer is not None:
-            writer.answer(
-                answer.id,
-                answer.domain,
-                answer.num_tokens,
-                answer.stats,
-                answer.version,
-                answer.learning_seconds,
-            )
+            writer.close()
 
-    on_update = writer.update if writer else None
-    run = replayer.run(config, show, on_update, lambda: bool(interrupt))
-    if writer is not None:
-        writer.close()
+        return results.to_row(run, settings, len(run.answers) == num_answers)
 
-    return results.to_row(run, settings, len(run.answers) == len(replayer.order))
+    def _open_writer(self, label: str) -> "Telemetry | None":
+        from ospec_jax.reports.telemetry import Telemetry
+
+        if self.telemetry is None:
+            return None
+
+        file = self.telemetry / f"{label}.jsonl"
+        file.unlink(missing_ok=True)  # an interrupted run begins anew
+        return Telemetry(file)
+
+
+def _recent_length(answers: list) -> float:
+    """Mean acceptance length of some answers."""
+    drafts = sum(answer.stats.num_drafts for answer in answers)
+    accepted = sum(answer.stats.num_accepted_tokens for answer in answers)
+    return 1 + accepted / max(drafts, 1)
 
 
 def _hindsight(
