@@ -62,28 +62,10 @@ def collect(
     folder.mkdir(parents=True, exist_ok=True)
     known = find_known(prompts, *recorded(folder))
     known.warn(folder)
-    config = StepConfig(
-        model=target.config,
-        numerics=target.numerics,
-        tree=TreeConfig(num_steps=0),
-        taps=taps,
-        stop_ids=target.stop_ids,
-    )
-    engine = Engine(config, target.params, recording="features")
-    largest = capacity or CAPACITIES[-1]
-    assert largest in CAPACITIES
-    room = min(largest - engine.num_extra_slots, target.config.max_position)
+    engine = _recording_engine(target, taps)
+    room = _room(target, engine, capacity)
     limit = room - max_new_tokens
-    if limit < 1 and not capacity:
-        raise ConfigError(
-            f"max_new_tokens {max_new_tokens} leave no room for prompts in the {room} "
-            f"tokens of {target.name}; lower max_new_tokens"
-        )
-    if limit < 1:
-        raise ConfigError(
-            f"max_new_tokens {max_new_tokens} leave no room for prompts in a capacity "
-            f"of {capacity} tokens; raise --capacity"
-        )
+    _check_room(limit, room, max_new_tokens, capacity, target)
 
     requests = []
     prompt_of = {}
@@ -96,13 +78,8 @@ def collect(
             requests.append(Request(prompt.id, ids, max_new_tokens, sampling))
             prompt_of[prompt.id] = prompt
 
-    others = recorded_taps(folder) - {tuple(taps)}
-    if requests and others:
-        raise ConfigError(
-            f"{folder} holds features of layers {others.pop()}, not {tuple(taps)}: "
-            f"they were recorded for another draft; record into a new folder"
-        )
-
+    if requests:
+        _check_taps(folder, taps)
     if num_long:
         warnings.warn(
             f"{num_long} of {len(prompts)} prompts have more than {limit} tokens and "
@@ -130,6 +107,55 @@ def collect(
         interrupt.raise_if_set()
 
     return count
+
+
+def _recording_engine(target: Target, taps: tuple[int, ...]) -> Engine:
+    """Decodes plainly, and records what these layers read."""
+    config = StepConfig(
+        model=target.config,
+        numerics=target.numerics,
+        tree=TreeConfig(num_steps=0),
+        taps=taps,
+        stop_ids=target.stop_ids,
+    )
+    return Engine(config, target.params, recording="features")
+
+
+def _room(target: Target, engine: Engine, capacity: int) -> int:
+    """Tokens of the longest request."""
+    largest = capacity or CAPACITIES[-1]
+    assert largest in CAPACITIES
+    return min(largest - engine.num_extra_slots, target.config.max_position)
+
+
+def _check_room(
+    limit: int, room: int, max_new_tokens: int, capacity: int, target: Target
+) -> None:
+    """Refuses answers beside which no prompt would fit.
+
+    Args:
+      limit: Tokens that are left for a prompt.
+    """
+    if limit < 1 and not capacity:
+        raise ConfigError(
+            f"max_new_tokens {max_new_tokens} leave no room for prompts in the {room} "
+            f"tokens of {target.name}; lower max_new_tokens"
+        )
+    if limit < 1:
+        raise ConfigError(
+            f"max_new_tokens {max_new_tokens} leave no room for prompts in a capacity "
+            f"of {capacity} tokens; raise --capacity"
+        )
+
+
+def _check_taps(folder: Path, taps: tuple[int, ...]) -> None:
+    """Refuses to add to features of other layers."""
+    others = recorded_taps(folder) - {tuple(taps)}
+    if others:
+        raise ConfigError(
+            f"{folder} holds features of layers {others.pop()}, not {tuple(taps)}: "
+            f"they were recorded for another draft; record into a new folder"
+        )
 
 
 def _remedy(room: int, target: Target) -> str:

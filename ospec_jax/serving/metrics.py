@@ -62,8 +62,14 @@ class Metrics:
         self.recent = Recent()
         self._labels = (model, _ENGINE)
         self._num_positions = 0
-        lengths = tuple(_one_two_five(max_model_len))
+        self._count_drafting()
+        self._count_requests()
+        self._time_requests()
+        self._measure_lengths(tuple(_one_two_five(max_model_len)))
+        self.registry.register(_Status(self._labels, status))
 
+    def _count_drafting(self) -> None:
+        """Counters of what was drafted and accepted."""
         self.num_drafts = self._counter("spec_decode_num_drafts", "Passes that verify")
         self.num_draft_tokens = self._counter(
             "spec_decode_num_draft_tokens", "Tokens drafted"
@@ -77,6 +83,19 @@ class Metrics:
             (*_LABELS, "position"),
             registry=self.registry,
         )
+        self.accepted_by_source = Counter(
+            "ospec_accepted_tokens",
+            "Drafted tokens that were accepted, by who proposed them",
+            ("source",),
+            registry=self.registry,
+        )
+        # A rate of what has not come yet is 0, and not unknown.
+        for source in SOURCES:
+            if source != "target":
+                self.accepted_by_source.labels(source)
+
+    def _count_requests(self) -> None:
+        """Counters of requests and their tokens."""
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
         self.cache_queries = self._counter(
             "prefix_cache_queries", "Tokens of prompts that were looked for in caches"
@@ -97,16 +116,6 @@ class Metrics:
             (*_LABELS, "reason"),
             registry=self.registry,
         )
-        self.accepted_by_source = Counter(
-            "ospec_accepted_tokens",
-            "Drafted tokens that were accepted, by who proposed them",
-            ("source",),
-            registry=self.registry,
-        )
-        # A rate of what has not come yet is 0, and not unknown.
-        for source in SOURCES:
-            if source != "target":
-                self.accepted_by_source.labels(source)
         self.not_learned = Counter(
             "ospec_requests_not_learned",
             "Requests from which nothing was to be learned",
@@ -114,6 +123,8 @@ class Metrics:
             registry=self.registry,
         )
 
+    def _time_requests(self) -> None:
+        """Histograms of seconds."""
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From being asked to a token", _FIRST_TOKEN
         )
@@ -142,6 +153,9 @@ class Metrics:
         self.inference = self._histogram(
             "request_inference_time_seconds", "Without the queue", _REQUEST
         )
+
+    def _measure_lengths(self, lengths: tuple[float, ...]) -> None:
+        """Histograms of tokens, in these buckets, and of what was asked for."""
         self.prompt_length = self._histogram(
             "request_prompt_tokens", "Tokens of a prompt", lengths
         )
@@ -154,8 +168,6 @@ class Metrics:
         self.asked_tokens = self._histogram(
             "request_params_max_tokens", "New tokens asked for", lengths
         )
-
-        self.registry.register(_Status(self._labels, status))
 
     def _counter(self, name: str, text: str):
         counter = Counter(f"vllm:{name}", text, _LABELS, registry=self.registry)
@@ -390,12 +402,36 @@ def _value_at(status: dict[str, Any], path: str) -> float | None:
 
 def _own(status: dict[str, Any]) -> Iterator[Metric]:
     """`ospec_*`."""
-    draft = status.get("draft") or {}
     learning = status.get("learning") or {}
-    totals = status.get("totals") or {}
+    yield from _of_draft(status.get("draft") or {})
+    for name, (path, text) in _COUNTERS.items():
+        value = _value_at(status, path)
+        if value is not None:
+            yield CounterMetricFamily(name, text, value=value)
 
-    if draft.get("version") is not None:
-        version = draft["version"]
+    yield from _of_learning(learning)
+    kept = _value_at(status, "kept.num_bytes")
+    if kept is not None:
+        yield GaugeMetricFamily(
+            "ospec_kept_bytes", "Caches of answered requests", value=kept
+        )
+
+    yield from _of_own_drafts(learning.get("own_drafts"))
+    yield from _of_promotions(learning.get("promotions"))
+    # Named as it is read: it does not fall, but for a restart.
+    compiles = _value_at(status, "totals.num_compiles_after_warm_up")
+    if compiles is not None:
+        yield CounterMetricFamily(
+            "ospec_compiles_after_warmup",
+            "Programs compiled after the start; each delays what runs",
+            value=compiles,
+        )
+
+
+def _of_draft(draft: dict[str, Any]) -> Iterator[Metric]:
+    """Which draft is served, and what waits to be."""
+    version = draft.get("version")
+    if version is not None:
         yield GaugeMetricFamily(
             "ospec_draft_version", "Version of the served draft", value=version
         )
@@ -413,11 +449,9 @@ def _own(status: dict[str, Any]) -> Iterator[Metric]:
             value=waiting["num_updates"],
         )
 
-    for name, (path, text) in _COUNTERS.items():
-        value = _value_at(status, path)
-        if value is not None:
-            yield CounterMetricFamily(name, text, value=value)
 
+def _of_learning(learning: dict[str, Any]) -> Iterator[Metric]:
+    """How long was learned, and whether anything is."""
     if learning.get("seconds") is not None:
         seconds = CounterMetricFamily(
             "ospec_learner_seconds", "Time spent learning", labels=("phase",)
@@ -432,40 +466,33 @@ def _own(status: dict[str, Any]) -> Iterator[Metric]:
     paused.add_metric((str(reason or "none"),), float(reason is not None))
     yield paused
 
-    kept = status.get("kept") or {}
-    if kept.get("num_bytes") is not None:
-        yield GaugeMetricFamily(
-            "ospec_kept_bytes", "Caches of answered requests", value=kept["num_bytes"]
-        )
 
-    own = learning.get("own_drafts")
-    if own is not None:
-        yield GaugeMetricFamily(
-            "ospec_own_drafts", "Scopes that have a draft of their own", own["num"]
-        )
-        yield GaugeMetricFamily(
-            "ospec_own_drafts_drafting",
-            "Of these, scopes whose own draft has been right more often of late",
-            own["num_drafting"],
-        )
+def _of_own_drafts(own: dict[str, Any] | None) -> Iterator[Metric]:
+    """How many scopes have drafts of their own."""
+    if own is None:
+        return
 
-    outcomes = learning.get("promotions")
-    if isinstance(outcomes, dict):
-        promotions = CounterMetricFamily(
-            "ospec_promotions", "Candidates by what became of them", labels=("outcome",)
-        )
-        for outcome, count in outcomes.items():
-            promotions.add_metric((str(outcome),), count)
-        yield promotions
+    yield GaugeMetricFamily(
+        "ospec_own_drafts", "Scopes that have a draft of their own", own["num"]
+    )
+    yield GaugeMetricFamily(
+        "ospec_own_drafts_drafting",
+        "Of these, scopes whose own draft has been right more often of late",
+        own["num_drafting"],
+    )
 
-    # Named as it is read: it does not fall, but for a restart.
-    compiles = totals.get("num_compiles_after_warm_up")
-    if compiles is not None:
-        yield CounterMetricFamily(
-            "ospec_compiles_after_warmup",
-            "Programs compiled after the start; each delays what runs",
-            value=compiles,
-        )
+
+def _of_promotions(outcomes: Any) -> Iterator[Metric]:
+    """What became of candidates, where they are judged."""
+    if not isinstance(outcomes, dict):
+        return
+
+    promotions = CounterMetricFamily(
+        "ospec_promotions", "Candidates by what became of them", labels=("outcome",)
+    )
+    for outcome, count in outcomes.items():
+        promotions.add_metric((str(outcome),), count)
+    yield promotions
 
 
 def _share(queue: dict[str, Any]) -> float | None:
