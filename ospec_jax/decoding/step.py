@@ -8,7 +8,7 @@ tests and the baseline of the benchmarks.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +158,6 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
       drafter: None decodes plainly; its tree must have depth 0 then.
     """
     target = _target(config)
-    is_batched = config.numerics.has_batched_writes
 
     def speculative_step(
         target_params: Params,
@@ -185,108 +184,42 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         )
         if config.is_full:
             tree = _without_drafts(tree, state)
-        number = None
-        if config.tree.sizes:
-            number = _size_of(config, tree, state, steering)
-            scored = _score_first(config, target, target_params, tree, state, number)
-            size = jnp.asarray(config.tree.sizes, jnp.int32)[number]
-            is_verified = jnp.arange(tree.tokens.shape[1]) <= size
-            tree = tree.replace(is_valid=tree.is_valid & is_verified)
-        else:
-            scored = _score(config, target, target_params, tree, state)
+        tree, scored = _score_tree(config, target, target_params, tree, state, steering)
         verdict = _verify(config, tree, scored, key_verify)
         # A finished row's cache is rewritten behind its length, where nobody reads it.
         kept = _keep_accepted(config, scored.cache, state, verdict)
         state = state.replace(cache=kept)
-        emitted, num_emitted, is_finished = _emit(config, tree, verdict, state)
-        evidence = None
-        if number is not None and steering is not None and config.evidence_fn:
-            found = Verified(
-                tree, config.tree, size, emitted, num_emitted, state.lengths
-            )
-            evidence = config.evidence_fn(found)
+        emitted = _emit(config, tree, verdict, state)
+        evidence = _evidence_of(config, tree, scored, emitted, state, steering)
 
         # From here on values lie along the accepted path, `[b, m, ...]`; entries beyond
-        # the accepted ones repeat the last node, and `num_emitted` cuts them off.
-        gather = jax.vmap(lambda values, path: values[path])
-        taps = gather(scored.taps, verdict.path)
-        inputs = gather(tree.tokens, verdict.path)
-        if _has_features(state):
-            recorded = Feedback(
-                tokens=inputs,
-                taps=taps,
-                hidden=gather(scored.hidden, verdict.path),
-                logsumexp=gather(scored.logsumexp, verdict.path),
-            )
-        # Only the draft's own states are recorded: they come with the tree, not with
-        # the target's pass.
-        elif state.feedback is not None:
-            recorded = _drafting_states(tree, verdict, inputs, state.feedback)
-
-        if state.feedback is not None:
-            state = state.replace(
-                feedback=record(state.feedback, recorded, state.lengths, is_batched)
-            )
-
-        # The i-th accepted node and the token emitted after it are a pair; the last of
-        # them is the accepted leaf with the recovered or bonus token.
-        judged = None
-        pairs = Pairs(inputs, emitted, taps, state.lengths, num_emitted)
-        if config.is_resting:
-            assert state.backlog is not None
-            backlog = _put_off(state.backlog, pairs, is_batched)
-            state = state.replace(backlog=backlog)
-        elif drafter is not None:
-            if state.unjudged is not None:
-                on_way = gather(scored.hidden, verdict.path)
-                unjudged = _wait(state.unjudged, pairs, on_way, is_batched)
-                state = state.replace(unjudged=unjudged)
-            on_path = None
-            if scored.probs is not None:
-                on_path = gather(scored.probs, verdict.path)
-            draft_cache, context, judged = _catch_up(
-                config, drafter, draft, shared, state, pairs, on_path, number
-            )
-            state = _extended(drafter, state, draft_cache, context)
-
-        log_probs = None
-        alternatives = None
-        if config.reports_log_probs:
-            chosen = jax.vmap(lambda row, path, token: row[path, token])
-            of_node = scored.logits - scored.logsumexp[..., None]
-            log_probs = chosen(of_node, verdict.path, emitted)
-        if config.is_full:
-            assert state.extras is not None
-            alternatives = _alternatives(
-                config,
-                gather(scored.logits, verdict.path),
-                gather(scored.logsumexp, verdict.path),
-            )
-            extras = adjusting.count_emitted(state.extras, emitted, num_emitted)
-            state = state.replace(extras=extras)
+        # the accepted ones repeat the last node, and `num_valid` cuts them off. The
+        # i-th accepted node and the token emitted after it are a pair; the last of them
+        # is the accepted leaf with the recovered or bonus token.
+        taps = _gather(scored.taps, verdict.path)
+        inputs = _gather(tree.tokens, verdict.path)
+        pairs = Pairs(inputs, emitted.tokens, taps, state.lengths, emitted.num)
+        state = _record_path(config, tree, scored, verdict, pairs, state)
+        side = None if drafter is None else _DraftSide(drafter, draft, shared)
+        state, judged = _hand_on(config, side, state, scored, verdict, pairs)
+        log_probs = _log_probs_on(config, scored, verdict, emitted)
+        alternatives, state = _report_fully(config, scored, verdict, emitted, state)
 
         # Finished rows ran along, because the shape is fixed: they count for nothing.
         was_active = ~state.is_finished
         output = StepOutput(
-            tokens=emitted,
-            num_emitted=num_emitted,
-            num_accepted=jnp.minimum(verdict.num_accepted, num_emitted),
+            tokens=emitted.tokens,
+            num_emitted=emitted.num,
+            num_accepted=jnp.minimum(verdict.num_accepted, emitted.num),
             num_drafted=jnp.where(was_active, jnp.sum(tree.is_valid, axis=1) - 1, 0),
-            is_finished=is_finished,
+            is_finished=emitted.is_finished,
             log_probs=log_probs,
             judged=judged,
             alternatives=alternatives,
             evidence=evidence,
             sources=_sources_on(tree, verdict),
         )
-        # The newest token is emitted but not cached: it is the next step's root.
-        newest = take_row(emitted, jnp.maximum(num_emitted - 1, 0))
-        state = state.replace(
-            lengths=state.lengths + num_emitted,
-            last_token=jnp.where(was_active, newest, state.last_token),
-            num_remaining=state.num_remaining - num_emitted,
-            is_finished=is_finished,
-        )
+        state = _moved_on(state, emitted, was_active)
 
         # A draft that is behind knows nothing of the newest tokens.
         return _look_ahead(None if config.is_resting else drafter, draft, state, output)
@@ -294,21 +227,164 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
     return speculative_step
 
 
-def _catch_up(config, drafter, draft, shared, state, pairs: Pairs, probs, number=None):
+class _DraftSide(NamedTuple):
+    """What a step runs the draft with.
+
+    Attributes:
+      draft: With the rows' differences.
+      shared: What it reads of the target.
+    """
+
+    drafter: Drafter
+    draft: Draft | None
+    shared: SharedTables
+
+
+class _Emitted(NamedTuple):
+    """What a step adds to the answers.
+
+    Attributes:
+      tokens: `[b, m]`, of which the first `num`, `[b]`, count.
+      is_finished: `[b]` behind them.
+    """
+
+    tokens: Any
+    num: Any
+    is_finished: Any
+
+
+def _gather(values, path):
+    """Values of nodes, `[b, n, ...]`, along each row's path, `[b, m, ...]`."""
+    return jax.vmap(lambda values, path: values[path])(values, path)
+
+
+def _evidence_of(config, tree: DraftTree, scored, emitted: _Emitted, state, steering):
+    """What steered steps report of a tree that was verified in part; None of others."""
+    if scored.size is None or steering is None or not config.evidence_fn:
+        return None
+
+    return config.evidence_fn(
+        Verified(
+            tree,
+            config.tree,
+            scored.size,
+            emitted.tokens,
+            emitted.num,
+            state.lengths,
+        )
+    )
+
+
+def _record_path(
+    config, tree: DraftTree, scored, verdict: Verdict, pairs: Pairs, state: DecodeState
+) -> DecodeState:
+    """Records what a learner reads of the accepted path, if any learns."""
+    if state.feedback is None:
+        return state
+
+    if _has_features(state):
+        recorded = Feedback(
+            tokens=pairs.inputs,
+            taps=pairs.taps,
+            hidden=_gather(scored.hidden, verdict.path),
+            logsumexp=_gather(scored.logsumexp, verdict.path),
+        )
+    # Only the draft's own states are recorded: they come with the tree, not with the
+    # target's pass.
+    else:
+        recorded = _drafting_states(tree, verdict, pairs.inputs, state.feedback)
+
+    is_batched = config.numerics.has_batched_writes
+    feedback = record(state.feedback, recorded, state.lengths, is_batched)
+
+    return state.replace(feedback=feedback)
+
+
+def _hand_on(
+    config, side: _DraftSide | None, state: DecodeState, scored, verdict, pairs: Pairs
+) -> tuple[DecodeState, Any]:
+    """Runs the draft over what was emitted, or puts it off.
+
+    Returns:
+      The state, and what each member of a pool would have drafted, if it is judged now.
+    """
+    is_batched = config.numerics.has_batched_writes
+    if config.is_resting:
+        assert state.backlog is not None
+        backlog = _put_off(state.backlog, pairs, is_batched)
+        return state.replace(backlog=backlog), None
+
+    if side is None:
+        return state, None
+
+    if state.unjudged is not None:
+        on_way = _gather(scored.hidden, verdict.path)
+        unjudged = _wait(state.unjudged, pairs, on_way, is_batched)
+        state = state.replace(unjudged=unjudged)
+
+    on_path = None
+    if scored.probs is not None:
+        on_path = _gather(scored.probs, verdict.path)
+    draft_cache, context, judged = _catch_up(
+        config, side, state, pairs, on_path, scored.number
+    )
+
+    return _extended(side.drafter, state, draft_cache, context), judged
+
+
+def _log_probs_on(config, scored, verdict: Verdict, emitted: _Emitted):
+    """Log-probabilities of the emitted tokens, `[b, m]`; None where nobody asks."""
+    if not config.reports_log_probs:
+        return None
+
+    chosen = jax.vmap(lambda row, path, token: row[path, token])
+    of_node = scored.logits - scored.logsumexp[..., None]
+    return chosen(of_node, verdict.path, emitted.tokens)
+
+
+def _report_fully(config, scored, verdict: Verdict, emitted: _Emitted, state):
+    """What `full` steps report beside the tokens, and the state that counted these."""
+    if not config.is_full:
+        return None, state
+
+    assert state.extras is not None
+    alternatives = _alternatives(
+        config,
+        _gather(scored.logits, verdict.path),
+        _gather(scored.logsumexp, verdict.path),
+    )
+    extras = adjusting.count_emitted(state.extras, emitted.tokens, emitted.num)
+
+    return alternatives, state.replace(extras=extras)
+
+
+def _moved_on(state: DecodeState, emitted: _Emitted, was_active) -> DecodeState:
+    """The state behind the emitted tokens."""
+    # The newest token is emitted but not cached: it is the next step's root.
+    newest = take_row(emitted.tokens, jnp.maximum(emitted.num - 1, 0))
+    return state.replace(
+        lengths=state.lengths + emitted.num,
+        last_token=jnp.where(was_active, newest, state.last_token),
+        num_remaining=state.num_remaining - emitted.num,
+        is_finished=emitted.is_finished,
+    )
+
+
+def _catch_up(config, side: _DraftSide, state, pairs: Pairs, probs, number=None):
     """Runs the draft over the emitted tokens; what each member would have drafted.
 
     Args:
       probs: `[b, m, v]` that the tokens were drawn from; None for greedy ones.
       number: Of the size that was verified, where it was chosen.
     """
+    drafter, draft, shared = side
     if config.judged is None or config.num_unjudged:
         if number is None:
             return *drafter.extend(draft, shared, state.draft_cache, pairs), None
 
-        return *_extend_first(
-            config, drafter, draft, shared, state, pairs, number
-        ), None
+        return *_extend_first(config, side, state, pairs, number), None
 
+    assert drafter.retrace is not None
     cache, context, found = drafter.retrace(
         draft,
         shared,
@@ -420,17 +496,7 @@ def build_judging(config: StepConfig, drafter: Drafter) -> Callable:
             prediction_suggested(waiting.prediction, pairs.tokens),
         )
         context = _where_any(waiting.count, context, waiting.context)
-        probs = None
-        if config.kind != "greedy":
-            logits = llama.target_logits(target_params, waiting.hidden, config.numerics)
-            counts = None
-            if config.is_full:
-                assert state.extras is not None
-                counts = adjusting.count_between(
-                    state.extras, waiting.tokens, waiting.count
-                )
-            probs = _target_probs(config, logits, state, counts)
-
+        probs = _probs_of_waiting(config, target_params, state)
         judged = judge_all(
             found,
             judged_tree,
@@ -451,6 +517,22 @@ def build_judging(config: StepConfig, drafter: Drafter) -> Callable:
         return state, judged
 
     return judge_waiting
+
+
+def _probs_of_waiting(config, target_params, state: DecodeState):
+    """What the tokens that wait were drawn from, `[b, w, v]`; None of greedy ones."""
+    if config.kind == "greedy":
+        return None
+
+    waiting = state.unjudged
+    assert waiting is not None
+    logits = llama.target_logits(target_params, waiting.hidden, config.numerics)
+    counts = None
+    if config.is_full:
+        assert state.extras is not None
+        counts = adjusting.count_between(state.extras, waiting.tokens, waiting.count)
+
+    return _target_probs(config, logits, state, counts)
 
 
 def _extended(drafter: Drafter, state: DecodeState, draft_cache, context):
@@ -548,6 +630,8 @@ class _Scored:
       probs: `[b, n, v]` what tokens are drawn from; None for greedy steps.
       logsumexp: `[b, n]`, where somebody records or reports it.
       logits: `[b, n, v]`, where somebody reports them.
+      number: `[]` of the size that was scored, of a tree that has several.
+      size: `[]` that size: nodes beside the root.
     """
 
     hidden: Any
@@ -557,6 +641,8 @@ class _Scored:
     probs: Any = None
     logsumexp: Any = None
     logits: Any = None
+    number: Any = None
+    size: Any = None
 
 
 def _has_features(state: DecodeState) -> bool:
@@ -567,6 +653,22 @@ def _has_features(state: DecodeState) -> bool:
 def _has_choices(feedback: Feedback | None) -> bool:
     """Whether it is recorded what the draft took for most probable."""
     return feedback is not None and feedback.choices is not None
+
+
+def _score_tree(
+    config: StepConfig, target, target_params, tree: DraftTree, state, steering
+) -> tuple[DraftTree, _Scored]:
+    """Scores all nodes, or as many as a rule says: the others are then not valid."""
+    if not config.tree.sizes:
+        return tree, _score(config, target, target_params, tree, state)
+
+    number = _size_of(config, tree, state, steering)
+    scored = _score_first(config, target, target_params, tree, state, number)
+    size = jnp.asarray(config.tree.sizes, jnp.int32)[number]
+    is_verified = jnp.arange(tree.tokens.shape[1]) <= size
+    tree = tree.replace(is_valid=tree.is_valid & is_verified)
+
+    return tree, scored.replace(number=number, size=size)
 
 
 def _score(
@@ -637,15 +739,10 @@ def _score_first(
 
 
 def _extend_first(
-    config: StepConfig,
-    drafter: Drafter,
-    draft: Draft,
-    shared: SharedTables,
-    state: DecodeState,
-    pairs: Pairs,
-    number,
+    config: StepConfig, side: _DraftSide, state: DecodeState, pairs: Pairs, number
 ):
     """Runs the draft over the first pairs alone: of fewer nodes fewer are emitted."""
+    drafter, draft, shared = side
 
     def extend(count: int, cache):
         first = pairs.replace(
@@ -781,7 +878,7 @@ def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:
     return kv.keep_path(cache, state.lengths, verdict.path, is_batched)
 
 
-def _emit(config, tree, verdict: Verdict, state):
+def _emit(config, tree, verdict: Verdict, state) -> _Emitted:
     """Accepted tokens and the next one, cut at stop tokens and at the limit."""
     # `[b, m]`: accepted tokens, then the next one up to the end. Node 0 is the root,
     # which was emitted by the step before.
@@ -806,7 +903,9 @@ def _emit(config, tree, verdict: Verdict, state):
     num_emitted = jnp.where(state.is_finished, 0, num_emitted).astype(jnp.int32)
     is_spent = state.num_remaining - num_emitted <= 0
 
-    return emitted, num_emitted, state.is_finished | has_stopped | is_spent
+    is_finished = state.is_finished | has_stopped | is_spent
+
+    return _Emitted(emitted, num_emitted, is_finished)
 
 
 def _sources_on(tree: DraftTree, verdict: Verdict) -> Any:
@@ -836,17 +935,16 @@ def _drafting_states(tree: DraftTree, verdict, inputs, feedback) -> Feedback:
             choices=choices,
         )
 
-    gather = jax.vmap(lambda values, path: values[path])
     # Behind the accepted nodes the path repeats its last one, whose state would be
     # booked under the positions of tokens that are yet to come.
     is_on_path = jnp.arange(length) <= verdict.num_accepted[:, None]
     if _has_choices(feedback):
-        choices = gather(tree.choices, verdict.path)
+        choices = _gather(tree.choices, verdict.path)
 
     return Feedback(
         tokens=inputs,
-        states=gather(tree.states, verdict.path),
-        has_state=gather(tree.has_state, verdict.path) & is_on_path,
+        states=_gather(tree.states, verdict.path),
+        has_state=_gather(tree.has_state, verdict.path) & is_on_path,
         choices=choices,
     )
 
@@ -891,7 +989,6 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
     request's, by default nobody's.
     """
     target = _target(config)
-    is_batched = config.numerics.has_batched_writes
 
     def prefill(
         target_params,
@@ -909,11 +1006,8 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             state = state.replace(deltas=rows_of(draft.deltas, scopes))
         draft = _with_rows(draft, state)
         starts = state.lengths
-        chunk = tokens.shape[1]
-        bias = kv.causal_bias(starts, chunk, state.cache.capacity)
-        positions = starts[:, None] + jnp.arange(chunk)
-        hidden, taps, cache = target(
-            target_params, tokens, positions, bias, state.cache, starts, num_valid
+        hidden, taps, cache = _run_chunk(
+            target, target_params, tokens, num_valid, state
         )
 
         # Logits of one token: of the others nobody reads any, and the head is large.
@@ -926,18 +1020,11 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         first = _first_token(config, logits[:, 0], state, starts + num_valid - 1)
         following = jnp.where(is_last, first, following)
 
-        # Feedback of a prompt is context for training on the answer; only its last
-        # token has a distribution that a draft is held against.
         state = state.replace(cache=cache)
-        is_end = jnp.arange(chunk) == num_valid - 1
+        is_end = jnp.arange(tokens.shape[1]) == num_valid - 1
         logsumexp = jax.nn.logsumexp(logits[:, 0], axis=-1)
-        if state.feedback is not None:
-            scored = Feedback(tokens=tokens)
-            if state.feedback.taps is not None:
-                at_end = jnp.where(is_end & is_last, logsumexp[:, None], 0.0)
-                scored = Feedback(tokens, taps, hidden, at_end)
-            recorded = record(state.feedback, scored, starts, is_batched)
-            state = state.replace(feedback=recorded)
+        scored = _Scored(hidden, taps, cache, logsumexp=logsumexp)
+        state = _record_chunk(config, tokens, scored, is_end, is_last, state)
 
         # Padding is paired with junk, but `num_valid` says how far the pairs are real.
         if drafter is not None:
@@ -945,13 +1032,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             pairs = Pairs(
                 tokens, successors, taps, starts, num_valid, num_ahead, scopes
             )
-            draft_cache, context = drafter.extend(
-                draft, shared, state.draft_cache, pairs
-            )
-            state = _extended(drafter, state, draft_cache, context)
-            if state.unjudged is not None:
-                unjudged = state.unjudged.replace(context=state.draft_context)
-                state = state.replace(unjudged=unjudged)
+            state = _read_chunk(_DraftSide(drafter, draft, shared), pairs, state)
 
         # Before the last chunk nothing is emitted, and so nothing can be finished.
         num_emitted = jnp.where(is_last, 1, 0) * jnp.ones_like(starts)
@@ -964,6 +1045,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             log_probs = take_row(logits[:, 0], first)[:, None] - logsumexp[:, None]
         if config.is_full:
             alternatives = _alternatives(config, logits, logsumexp[:, None])
+            assert state.extras is not None
             extras = adjusting.count_emitted(state.extras, first[:, None], num_emitted)
             state = state.replace(extras=extras)
 
@@ -987,6 +1069,56 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         return _look_ahead(drafter, draft, state, output)
 
     return prefill
+
+
+def _run_chunk(target, target_params, tokens, num_valid, state: DecodeState):
+    """The target's pass over a chunk of one prompt."""
+    starts = state.lengths
+    chunk = tokens.shape[1]
+    bias = kv.causal_bias(starts, chunk, state.cache.capacity)
+    positions = starts[:, None] + jnp.arange(chunk)
+
+    return target(
+        target_params, tokens, positions, bias, state.cache, starts, num_valid
+    )
+
+
+def _record_chunk(
+    config, tokens, scored: _Scored, is_end, is_last, state: DecodeState
+) -> DecodeState:
+    """Records what a learner reads of a prompt, if any learns.
+
+    It is context for training on the answer; only the prompt's last token has a
+    distribution that a draft is held against.
+
+    Args:
+      scored: With the last token's logsumexp alone, `[1]`.
+      is_end: `[1, t]` at the chunk's last token; `is_last`, if the chunk is.
+    """
+    if state.feedback is None:
+        return state
+
+    found = Feedback(tokens=tokens)
+    if state.feedback.taps is not None:
+        at_end = jnp.where(is_end & is_last, scored.logsumexp[:, None], 0.0)
+        found = Feedback(tokens, scored.taps, scored.hidden, at_end)
+
+    is_batched = config.numerics.has_batched_writes
+    feedback = record(state.feedback, found, state.lengths, is_batched)
+
+    return state.replace(feedback=feedback)
+
+
+def _read_chunk(side: _DraftSide, pairs: Pairs, state: DecodeState) -> DecodeState:
+    """Runs the draft over a chunk; whoever is judged starts from where it ends."""
+    drafter, draft, shared = side
+    draft_cache, context = drafter.extend(draft, shared, state.draft_cache, pairs)
+    state = _extended(drafter, state, draft_cache, context)
+    if state.unjudged is None:
+        return state
+
+    unjudged = state.unjudged.replace(context=state.draft_context)
+    return state.replace(unjudged=unjudged)
 
 
 def _first_token(config, logits, state, positions):
@@ -1014,64 +1146,34 @@ def empty_state(
     has_prediction: bool = False,
 ) -> DecodeState:
     """A state whose rows are all finished, with caches of `capacity` slots."""
-    c = config.model
     b = batch_size
-    draft_cache = draft_context = None
+    draft_cache = None
+    draft_context = None
     if drafter is not None:
         draft_cache = drafter.init_cache(b, capacity)
         draft_context = drafter.init_context(b)
 
-    feedback = None
-    # Nothing is allocated for what no learner reads: features are several hidden states
-    # a slot.
-    zeros = lambda *shape, dtype=jnp.float16: jnp.zeros((b, capacity, *shape), dtype)
-    if recording == "features":
-        feedback = Feedback(
-            tokens=zeros(dtype=jnp.int32),
-            taps=zeros(len(config.taps) * c.hidden_size),
-            hidden=zeros(c.hidden_size),
-            logsumexp=zeros(dtype=jnp.float32),
-        )
-    elif recording in RECORDS_STATES and draft_context is not None:
-        feedback = Feedback(
-            tokens=zeros(dtype=jnp.int32),
-            states=zeros(draft_context.hidden.shape[-1]),
-            has_state=zeros(dtype=bool),
-            choices=zeros(dtype=jnp.int32) if recording == "choices" else None,
-        )
-
+    feedback = _empty_feedback(config, b, capacity, recording, draft_context)
     ints = lambda: jnp.zeros((b,), jnp.int32)
     prediction = lambda: init_prediction(b, capacity) if has_prediction else None
-
-    def waiting(count: int) -> dict[str, Any]:
-        """Room for so many pairs of each row."""
-        return {
-            "inputs": jnp.zeros((b, count), jnp.int32),
-            "tokens": jnp.zeros((b, count), jnp.int32),
-            "taps": jnp.zeros((b, count, len(config.taps) * c.hidden_size)),
-            "count": ints(),
-        }
-
     unjudged = None
     if config.num_unjudged:
         assert drafter is not None, "somebody is judged"
         unjudged = Unjudged(
-            **waiting(config.num_unjudged),
-            hidden=jnp.zeros((b, config.num_unjudged, c.hidden_size)),
+            **_empty_pairs(config, b, config.num_unjudged),
+            hidden=jnp.zeros((b, config.num_unjudged, config.model.hidden_size)),
             context=drafter.init_context(b),
             prediction=prediction(),
         )
 
-    backlog = Backlog(**waiting(config.num_behind)) if config.num_behind else None
-    deltas = None
-    if config.delta_rank:
-        assert draft_context is not None, "somebody drafts"
-        width = draft_context.hidden.shape[-1]
-        num_tokens = draft_context.logits.shape[-1]
-        deltas = no_rows(b, config.delta_rank, width, num_tokens)
+    backlog = None
+    if config.num_behind:
+        backlog = Backlog(**_empty_pairs(config, b, config.num_behind))
+
+    deltas = _empty_deltas(config, b, draft_context)
 
     return DecodeState(
-        cache=llama.init_cache(c, config.numerics, b, capacity),
+        cache=llama.init_cache(config.model, config.numerics, b, capacity),
         draft_cache=draft_cache,
         draft_context=draft_context,
         lengths=ints(),
@@ -1091,3 +1193,58 @@ def empty_state(
         backlog=backlog,
         deltas=deltas,
     )
+
+
+def _empty_feedback(
+    config: StepConfig, batch_size: int, capacity: int, recording: Recording, context
+) -> Feedback | None:
+    """Slots for what a learner reads.
+
+    Nothing is allocated for what none does: features are several hidden states a slot.
+
+    Args:
+      context: The draft's, whose states may be recorded; None where nobody drafts.
+    """
+    zeros = lambda *shape, dtype=jnp.float16: jnp.zeros(
+        (batch_size, capacity, *shape), dtype
+    )
+    width = config.model.hidden_size
+    if recording == "features":
+        return Feedback(
+            tokens=zeros(dtype=jnp.int32),
+            taps=zeros(len(config.taps) * width),
+            hidden=zeros(width),
+            logsumexp=zeros(dtype=jnp.float32),
+        )
+
+    if recording in RECORDS_STATES and context is not None:
+        return Feedback(
+            tokens=zeros(dtype=jnp.int32),
+            states=zeros(context.hidden.shape[-1]),
+            has_state=zeros(dtype=bool),
+            choices=zeros(dtype=jnp.int32) if recording == "choices" else None,
+        )
+
+    return None
+
+
+def _empty_pairs(config: StepConfig, batch_size: int, count: int) -> dict[str, Any]:
+    """Room for so many waiting pairs of each row."""
+    width = len(config.taps) * config.model.hidden_size
+    return {
+        "inputs": jnp.zeros((batch_size, count), jnp.int32),
+        "tokens": jnp.zeros((batch_size, count), jnp.int32),
+        "taps": jnp.zeros((batch_size, count, width)),
+        "count": jnp.zeros((batch_size,), jnp.int32),
+    }
+
+
+def _empty_deltas(config: StepConfig, batch_size: int, context) -> Any:
+    """No differences by row, of the rank of the draft's; None where it has none."""
+    if not config.delta_rank:
+        return None
+
+    assert context is not None, "somebody drafts"
+    width = context.hidden.shape[-1]
+    num_tokens = context.logits.shape[-1]
+    return no_rows(batch_size, config.delta_rank, width, num_tokens)

@@ -13,6 +13,8 @@ that the rule for single tokens would reject may so be saved by those below it
 arXiv 2403.10444, which no rule for a chain surpasses).
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -31,83 +33,110 @@ def traversal(uniforms, tree: DraftTree, rank, target_probs):
     Returns:
       The last accepted node, and weights `[v]` of the token after it.
     """
-    # A state is (node, p `[n, v]`, q `[n, q]`, rates `[n]`, nodes not yet visited
-    # `[n]`, whether a node was accepted); p, q and rates are those of the formulas
-    # above, and change at a node whenever one of its children is removed.
     num_nodes = tree.tokens.shape[0]
 
-    def enter(state, child):
-        """Goes down; a child that nothing can have drawn is passed over."""
-        node, probs, draft, rate, is_left, _ = state
-        token = tree.tokens[child]
-        q = draft_prob(tree, draft[node], token)
-        ratio = rate[node] * probs[node, token] / jnp.where(q > 0, q, 1.0)
-        rate = rate.at[child].set(jnp.minimum(1.0, ratio))
-        is_left = is_left.at[child].set(False)
-
-        return (
-            jnp.where(q > 0, child, node),
-            probs,
-            draft,
-            rate,
-            is_left,
-            jnp.bool_(False),
-        )
-
-    def leave(state):
-        """Accepts a leaf, or removes it and goes up."""
-        node, probs, draft, rate, is_left, _ = state
-        above = jnp.maximum(tree.parents[node], 0)
-        # The root is accepted for certain once all below it are removed.
-        is_accepted = (uniforms[node] < rate[node]) | (node == 0)
-        q = draft[above]
-
-        # The parent's residual. The node's own rate and p are not needed any more.
-        rest = jnp.maximum(
-            rate[above] * probs[above] - on_target(tree, q, probs.shape[-1]), 0.0
-        )
-        mass = jnp.sum(rest)
-        # Rounding may leave nothing where p equals q.
-        rest = jnp.where(mass > 0, rest / jnp.where(mass > 0, mass, 1.0), probs[above])
-        total = mass + 1.0 - rate[above]
-        new_rate = jnp.where(total > 0, mass / jnp.where(total > 0, total, 1.0), 0.0)
-        if tree.children == "without_replacement":
-            # The removed child was drawn from q; the next sibling was drawn from what
-            # is left.
-            others = jnp.where(is_token(tree, q, tree.tokens[node]), 0.0, q)
-            q = others / jnp.maximum(jnp.sum(others), 1e-30)
-
-        # Nothing changes for a node that was accepted: it ends the walk.
-        put = lambda x, new: x.at[above].set(jnp.where(is_accepted, x[above], new))
-
-        return (
-            jnp.where(is_accepted, node, above),
-            put(probs, rest),
-            put(draft, q),
-            put(rate, new_rate),
-            is_left,
-            is_accepted,
-        )
-
-    def visit(state):
-        node = state[0]
-        is_left = state[4]
-
+    def visit(walk: _Walk) -> _Walk:
         # Children are visited in the order in which they were drawn.
-        is_child = (tree.parents == node) & is_left
+        is_child = (tree.parents == walk.node) & walk.is_left
         child = jnp.argmin(jnp.where(is_child, rank, num_nodes))
         return jax.lax.cond(
-            jnp.any(is_child), enter, lambda state, _: leave(state), state, child
+            jnp.any(is_child),
+            lambda walk, child: _enter(tree, walk, child),
+            lambda walk, _: _leave(tree, uniforms, walk),
+            walk,
+            child,
         )
 
-    start = (
-        jnp.int32(0),
-        target_probs,
-        tree.draft_probs,
-        jnp.ones((num_nodes,)),
-        tree.is_valid.at[0].set(False),
-        jnp.bool_(False),
+    start = _Walk(
+        node=jnp.int32(0),
+        probs=target_probs,
+        draft=tree.draft_probs,
+        rates=jnp.ones((num_nodes,)),
+        is_left=tree.is_valid.at[0].set(False),
+        is_accepted=jnp.bool_(False),
     )
-    node, probs, *_ = jax.lax.while_loop(lambda state: ~state[5], visit, start)
+    end = jax.lax.while_loop(lambda walk: ~walk.is_accepted, visit, start)
 
-    return node.astype(jnp.int32), probs[node]
+    return end.node.astype(jnp.int32), end.probs[end.node]
+
+
+class _Walk(NamedTuple):
+    """Where a visit of a row's tree stands.
+
+    Attributes:
+      node: Where it is.
+      probs: `[n, v]`, p of the formulas above; `draft` `[n, q]` is q, and `rates` `[n]`
+        the rates. They change at a node whenever one of its children is removed.
+      is_left: `[n]` nodes that are not visited yet.
+      is_accepted: Whether `node` was: the walk ends.
+    """
+
+    node: Any
+    probs: Any
+    draft: Any
+    rates: Any
+    is_left: Any
+    is_accepted: Any
+
+
+def _enter(tree: DraftTree, walk: _Walk, child) -> _Walk:
+    """Goes down; a child that nothing can have drawn is passed over."""
+    node = walk.node
+    token = tree.tokens[child]
+    q = draft_prob(tree, walk.draft[node], token)
+    ratio = walk.rates[node] * walk.probs[node, token] / jnp.where(q > 0, q, 1.0)
+    rates = walk.rates.at[child].set(jnp.minimum(1.0, ratio))
+    is_left = walk.is_left.at[child].set(False)
+
+    return walk._replace(
+        node=jnp.where(q > 0, child, node),
+        rates=rates,
+        is_left=is_left,
+        is_accepted=jnp.bool_(False),
+    )
+
+
+def _leave(tree: DraftTree, uniforms, walk: _Walk) -> _Walk:
+    """Accepts a leaf, or removes it and goes up."""
+    node = walk.node
+    above = jnp.maximum(tree.parents[node], 0)
+    # The root is accepted for certain once all below it are removed.
+    is_accepted = (uniforms[node] < walk.rates[node]) | (node == 0)
+    q = walk.draft[above]
+    rest, rate = _residual(tree, walk, above, q)
+
+    if tree.children == "without_replacement":
+        # The removed child was drawn from q; the next sibling was drawn from what is
+        # left.
+        others = jnp.where(is_token(tree, q, tree.tokens[node]), 0.0, q)
+        q = others / jnp.maximum(jnp.sum(others), 1e-30)
+
+    # Nothing changes for a node that was accepted: it ends the walk.
+    put = lambda x, new: x.at[above].set(jnp.where(is_accepted, x[above], new))
+
+    return walk._replace(
+        node=jnp.where(is_accepted, node, above),
+        probs=put(walk.probs, rest),
+        draft=put(walk.draft, q),
+        rates=put(walk.rates, rate),
+        is_accepted=is_accepted,
+    )
+
+
+def _residual(tree: DraftTree, walk: _Walk, above, q) -> tuple[Any, Any]:
+    """What a node goes on with without its last child: its p, and its rate.
+
+    The child's own are not needed any more.
+    """
+    probs = walk.probs
+    rates = walk.rates
+    rest = jnp.maximum(
+        rates[above] * probs[above] - on_target(tree, q, probs.shape[-1]), 0.0
+    )
+    mass = jnp.sum(rest)
+    # Rounding may leave nothing where p equals q.
+    rest = jnp.where(mass > 0, rest / jnp.where(mass > 0, mass, 1.0), probs[above])
+    total = mass + 1.0 - rates[above]
+    rate = jnp.where(total > 0, mass / jnp.where(total > 0, total, 1.0), 0.0)
+
+    return rest, rate
