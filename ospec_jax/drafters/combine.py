@@ -70,24 +70,6 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
     """Drafts suggestions where the first is likely, else what `drafter` drafts."""
     # The neural drafter keeps its cache up to date either way: `extend` is its own.
     suggested = hinted_chain(inner_tree(tree))
-    is_learned = drafter.head_inputs is not None
-
-    def with_states(chain: DraftTree, context, has_choices: bool) -> DraftTree:
-        """Suggestions have no state to learn a projection from, but their root may."""
-        if not is_learned:
-            return chain
-
-        b, n = chain.tokens.shape
-        states = jnp.zeros((b, n, context.hidden.shape[-1]))
-        is_root = jnp.broadcast_to(np.arange(n) == 0, (b, n))
-        # A drafter that reads the target's cache has run over the root only to draft.
-        # What the draft would have said at the root is not looked for.
-        choices = jnp.full((b, n), UNKNOWN, jnp.int32) if has_choices else None
-        return chain.replace(
-            states=states.at[:, 0].set(context.hidden),
-            has_state=is_root & (not drafter.reads_target),
-            choices=choices,
-        )
 
     def propose(
         draft: Draft,
@@ -97,23 +79,13 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
         hints: Hints | None = None,
     ) -> tuple[DraftTree, Any]:
         chain, _ = suggested.propose(draft, shared, (), roots, hints)
-        chain = with_states(chain, roots.context, roots.has_choices)
+        chain = _with_states(chain, drafter, roots)
         is_likely = chain.log_probs[:, 1] >= np.log(_LIKELY)
 
         def draft_others():
             # Without hints: they had their chance as a chain of their own.
             other, new_cache = drafter.propose(draft, shared, cache, roots)
-            # The draft vocabulary matters for drawn children only.
-            other = other.replace(
-                token_ids=None,
-                seen_scores=None,
-                seen_tokens=None,
-                seen_parents=None,
-                drafted_depth=None,
-                sources=None if chain.sources is None else _sources_of(other),
-            )
-            if not is_learned:
-                other = other.replace(states=None, has_state=None)
+            other = _like(chain, other)
 
             # Rows choose for themselves once the neural drafter has to run for any of
             # them.
@@ -149,6 +121,43 @@ def fallback(drafter: Drafter, tree: TreeConfig) -> Drafter:
     return drafter._replace(
         propose=propose, retrace=retrace if drafter.retrace is not None else None
     )
+
+
+def _with_states(chain: DraftTree, drafter: Drafter, roots: Roots) -> DraftTree:
+    """Suggestions have no state to learn a projection from, but their root may."""
+    if drafter.head_inputs is None:
+        return chain
+
+    hidden = roots.context.hidden
+    b, n = chain.tokens.shape
+    states = jnp.zeros((b, n, hidden.shape[-1]))
+    is_root = jnp.broadcast_to(np.arange(n) == 0, (b, n))
+    # What the draft would have said at the root is not looked for.
+    choices = jnp.full((b, n), UNKNOWN, jnp.int32) if roots.has_choices else None
+
+    return chain.replace(
+        states=states.at[:, 0].set(hidden),
+        # A drafter that reads the target's cache has run over the root only to draft.
+        has_state=is_root & (not drafter.reads_target),
+        choices=choices,
+    )
+
+
+def _like(chain: DraftTree, other: DraftTree) -> DraftTree:
+    """The other draft, without what a chain of suggestions has not."""
+    # The draft vocabulary matters for drawn children only.
+    other = other.replace(
+        token_ids=None,
+        seen_scores=None,
+        seen_tokens=None,
+        seen_parents=None,
+        drafted_depth=None,
+        sources=None if chain.sources is None else _sources_of(other),
+    )
+    if chain.states is None:
+        return other.replace(states=None, has_state=None)
+
+    return other
 
 
 def parallel(drafter: Drafter, tree: TreeConfig) -> Drafter:

@@ -271,29 +271,6 @@ def dflash(
     def apply(draft, method, *args) -> Any:
         return module.apply({"params": draft.params}, *args, method=method)
 
-    def init_params(key):
-        key, key_mask, key_bigram = jax.random.split(key, 3)
-        width = config.hidden_size
-        head = None if config.has_own_head else {"kernel": jnp.zeros((2, width))}
-        args = (
-            jnp.zeros((1, 1, len(config.taps) * config.target_hidden_size)),
-            jnp.zeros((1, 1, 2, width)),
-            head,
-        )
-        params: Any = trainer.init(key, *args, method=BlockDrafter.init_all)["params"]
-        mask = jax.random.normal(key_mask, (width,)) * width**-0.5
-        params = params | {"mask_embedding": mask}
-        if config.bigram_rank:
-            # No bias at first: one of its two factors is zero.
-            rank = config.bigram_rank
-            shape = (config.vocab_size, rank)
-            rows = jax.random.normal(key_bigram, shape) * rank**-0.5
-            columns = jnp.zeros((config.num_draft_ids, rank))
-            params["bigram_in"] = {"kernel": rows}
-            params["bigram_out"] = {"kernel": columns}
-
-        return params
-
     def init_cache(batch_size, capacity):
         return kv.init_cache(
             config.num_layers,
@@ -392,16 +369,7 @@ def dflash(
         b, num_blocks = anchors.shape
         capacity = cache.capacity
         own = pairs.starts[:, None] + jnp.arange(num_blocks)
-        positions = (own[:, :, None] + jnp.arange(size)).reshape(b, -1)
-        # What stands before a block's anchor is seen, as when it is drafted.
-        is_before = jnp.arange(capacity) < own[:, :, None]
-        bias = jnp.where(jnp.repeat(is_before, size, axis=1), 0.0, kv.MASKED)
-        bias = kv.within_window(bias, positions, config.sliding_window)
-        block = jnp.arange(num_blocks * size) // size
-        within = jnp.where(block == block[:, None], 0.0, kv.MASKED)
-        bias = jnp.concatenate(
-            [bias, jnp.broadcast_to(within, (b, *within.shape))], axis=-1
-        )
+        positions, bias = _places_of_blocks(own, size, capacity, config.sliding_window)
         args = (
             block_of(draft, shared, anchors),
             positions,
@@ -461,7 +429,7 @@ def dflash(
         ]
 
     return Drafter(
-        init_params=init_params,
+        init_params=lambda key: _init_params(config, trainer, key),
         init_cache=init_cache,
         init_context=init_context,
         extend=extend,
@@ -472,12 +440,57 @@ def dflash(
     )
 
 
+def _init_params(config: DFlashConfig, trainer: BlockDrafter, key) -> Params:
+    """Parameters that know nothing."""
+    key, key_mask, key_bigram = jax.random.split(key, 3)
+    width = config.hidden_size
+    head = None if config.has_own_head else {"kernel": jnp.zeros((2, width))}
+    args = (
+        jnp.zeros((1, 1, len(config.taps) * config.target_hidden_size)),
+        jnp.zeros((1, 1, 2, width)),
+        head,
+    )
+    params: Any = trainer.init(key, *args, method=BlockDrafter.init_all)["params"]
+    mask = jax.random.normal(key_mask, (width,)) * width**-0.5
+    params = params | {"mask_embedding": mask}
+    if config.bigram_rank:
+        # No bias at first: one of its two factors is zero.
+        rank = config.bigram_rank
+        shape = (config.vocab_size, rank)
+        rows = jax.random.normal(key_bigram, shape) * rank**-0.5
+        columns = jnp.zeros((config.num_draft_ids, rank))
+        params["bigram_in"] = {"kernel": rows}
+        params["bigram_out"] = {"kernel": columns}
+
+    return params
+
+
 def _blocks(params, anchors, size: int):
     """Embeddings `[b, t, n, d]` of blocks: anchors `[b, t, d]`, then masks."""
     b, t, d = anchors.shape
     mask = params["mask_embedding"].astype(anchors.dtype)
     masks = jnp.broadcast_to(mask, (b, t, size - 1, d))
     return jnp.concatenate([anchors[:, :, None], masks], axis=2)
+
+
+def _places_of_blocks(own, size: int, capacity: int, sliding_window: int):
+    """Positions of several blocks, `[b, t * n]`, and what each place attends to.
+
+    Args:
+      own: `[b, t]` positions of their anchors.
+      capacity: Slots of the cache, behind which the blocks are written.
+    """
+    b, num_blocks = own.shape
+    positions = (own[:, :, None] + jnp.arange(size)).reshape(b, -1)
+    # What stands before a block's anchor is seen, as when it is drafted.
+    is_before = jnp.arange(capacity) < own[:, :, None]
+    bias = jnp.where(jnp.repeat(is_before, size, axis=1), 0.0, kv.MASKED)
+    bias = kv.within_window(bias, positions, sliding_window)
+    block = jnp.arange(num_blocks * size) // size
+    within = jnp.where(block == block[:, None], 0.0, kv.MASKED)
+    within = jnp.broadcast_to(within, (b, *within.shape))
+
+    return positions, jnp.concatenate([bias, within], axis=-1)
 
 
 def _bias(params, before, numerics: Numerics, candidates=None):

@@ -330,23 +330,6 @@ def _eagle(
     def apply(draft, method, *args) -> Any:
         return module.apply({"params": draft.params}, *args, method=method)
 
-    def init_params(key):
-        # A table of two rows stands for the target's head: no parameter depends on it.
-        own = config.has_own_embedding
-        width = config.hidden_size if own else config.target_hidden_size
-        zeros = lambda width: jnp.zeros((1, 1, width))
-        args = (
-            zeros(len(config.taps) * config.target_hidden_size),
-            zeros(width),
-            None if config.has_own_head else {"kernel": jnp.zeros((2, width))},
-        )
-        params: Any = trainer.init(key, *args, method=EagleHead.init_all)["params"]
-        if own:
-            table = jax.random.normal(key, (config.vocab_size, width)) * width**-0.5
-            params = params | {"embed_tokens": {"kernel": table}}
-
-        return params
-
     def init_cache(batch_size, capacity):
         return kv.init_cache(
             1,
@@ -529,7 +512,7 @@ def _eagle(
         return unrolled
 
     return Drafter(
-        init_params=init_params,
+        init_params=lambda key: _init_params(config, trainer, key),
         init_cache=init_cache,
         init_context=init_context,
         extend=extend,
@@ -543,6 +526,25 @@ def _eagle(
         predict=predict,
         retrace=retrace,
     )
+
+
+def _init_params(config: DraftConfig, trainer: EagleHead, key) -> Params:
+    """Parameters that know nothing."""
+    # A table of two rows stands for the target's head: no parameter depends on it.
+    own = config.has_own_embedding
+    width = config.hidden_size if own else config.target_hidden_size
+    zeros = lambda width: jnp.zeros((1, 1, width))
+    args = (
+        zeros(len(config.taps) * config.target_hidden_size),
+        zeros(width),
+        None if config.has_own_head else {"kernel": jnp.zeros((2, width))},
+    )
+    params: Any = trainer.init(key, *args, method=EagleHead.init_all)["params"]
+    if own:
+        table = jax.random.normal(key, (config.vocab_size, width)) * width**-0.5
+        params = params | {"embed_tokens": {"kernel": table}}
+
+    return params
 
 
 def check_window(config: DraftConfig, num_steps: int) -> None:

@@ -109,12 +109,6 @@ def early_exit(
     trainer = ExitHead(config, numerics.for_training())
     layers = llama.build(config.model, numerics, is_truncated=True)
 
-    def init_params(key):
-        states = jnp.zeros((1, 1, config.hidden_size))
-        frozen = {"kernel": jnp.zeros((2, config.hidden_size))}
-        head = None if config.has_own_head else frozen
-        return trainer.init(key, states, head, method=ExitHead.init_all)["params"]
-
     def propose(
         draft: Draft,
         shared: SharedTables,
@@ -211,13 +205,21 @@ def early_exit(
         propose,
         num_scratch(tree) + 1,  # the root has a slot, too
         reads_target=True,
-        init_params=init_params,
+        init_params=lambda key: _init_params(config, trainer, key),
         unroll=lambda *args, **kwargs: unroll_outputs(*args, **kwargs)[0],
         unroll_outputs=unroll_outputs,
         state_width=config.hidden_size,
         head_inputs=head_inputs if config.has_own_head else None,
         retrace=retrace,
     )
+
+
+def _init_params(config: ExitConfig, trainer: ExitHead, key) -> Params:
+    """Parameters that know nothing."""
+    states = jnp.zeros((1, 1, config.hidden_size))
+    frozen = {"kernel": jnp.zeros((2, config.hidden_size))}
+    head = None if config.has_own_head else frozen
+    return trainer.init(key, states, head, method=ExitHead.init_all)["params"]
 
 
 def _default_config(

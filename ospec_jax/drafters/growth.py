@@ -212,98 +212,147 @@ def grow(
 
 def _grow_static(plan: _Plan, cache) -> tuple[DraftTree, Any]:
     """Fills a fixed tree, whose nodes may have unequal numbers of children."""
-    tree = plan.tree
     roots = plan.roots
-    parents = topology.static_parents(tree)
-    depths = topology.static_depths(parents)
-    mask = topology.static_ancestor_mask(parents)
+    layout = _Layout.of(plan.tree)
     b = roots.token.shape[0]
-    tokens = [roots.token[:, None]]
-    log_probs = [jnp.zeros((b, 1))]
-    drawn_from = []
-    states = []
-    choices = []
-    sources = [jnp.full((b, 1), TARGET)]
+    grown = _Grown([roots.token[:, None]], [jnp.zeros((b, 1))], [], [], [], [])
+    grown.sources.append(jnp.full((b, 1), TARGET))
     # Level 0 is the root, whose logits verification left in the context.
     hidden = roots.context.hidden[:, None]
     logits = roots.context.logits[:, None]
     recent = plan.recent
-    first = 0
-    most = 1
 
-    for depth in range(tree.num_steps):
-        # All of a level's sizes are known while tracing: `above` are its children's
-        # parents within the level, `rank` which of their parent's children each of them
-        # is.
-        width = int(np.sum(depths == depth))
-        above = parents[depths == depth + 1] - first
-        rank = np.arange(len(above)) - np.searchsorted(above, above)
-        branches = int(rank.max()) + 1
-        most = max(most, branches)
-
+    for depth in range(plan.tree.num_steps):
+        above, rank = layout.below(depth)
         if depth:
-            level = slice(first, first + width)
-            # Node n lies in scratch slot n - 1: the root is part of the context.
-            visible = jnp.broadcast_to(mask[level, 1:], (b, width, len(parents) - 1))
-            nodes = Nodes(
-                tokens=tokens[-1],
-                hidden=hidden,
-                positions=jnp.repeat(plan.starts[:, None] + depth - 1, width, axis=1),
-                bias=kv.tree_bias(plan.starts, visible, cache.capacity),
-                starts=plan.starts + first - 1,
-                depth=depth,
-            )
+            tokens = grown.tokens[-1]
+            nodes = _level(plan, layout, depth, tokens, hidden, cache.capacity)
             hidden, logits, cache = plan.step(cache, nodes)
 
         # As many children for all nodes of a level as the widest one has; `above` and
         # `rank` pick those that the tree holds.
-        children = plan.children(depth, logits, recent, branches)
-        drawn_from.append(children.probs)
-        choices.append(children.choices)
-        states.append(hidden)
-        tokens.append(children.tokens[:, above, rank])
-        log_probs.append(children.log_probs[:, above, rank])
+        children = plan.children(depth, logits, recent, int(rank.max()) + 1)
+        grown.drawn_from.append(children.probs)
+        grown.choices.append(children.choices)
+        grown.states.append(hidden)
+        grown.tokens.append(children.tokens[:, above, rank])
+        grown.log_probs.append(children.log_probs[:, above, rank])
         if children.sources is not None:
-            sources.append(children.sources[:, above, rank])
+            grown.sources.append(children.sources[:, above, rank])
         # A child is run with its parent's state.
         hidden = hidden[:, above]
         if recent is not None:
-            recent = extend_path(recent[:, above], tokens[-1])
-        first += width
+            recent = extend_path(recent[:, above], grown.tokens[-1])
 
     # Leaves were not run over: they have no state, and nothing was drawn below them.
     # Their places are filled, so that node numbers index all arrays.
-    leaves = tokens[-1].shape[1]
-    states.append(jnp.zeros((b, leaves, hidden.shape[-1])))
+    leaves = grown.tokens[-1].shape[1]
+    grown.states.append(jnp.zeros((b, leaves, hidden.shape[-1])))
+
+    return _as_tree(plan, layout, grown), cache
+
+
+class _Layout(NamedTuple):
+    """A static tree's nodes, all of which are known while tracing."""
+
+    parents: np.ndarray
+    depths: np.ndarray
+    mask: np.ndarray
+
+    @classmethod
+    def of(cls, tree: TreeConfig) -> "_Layout":
+        """The layout of a static tree."""
+        parents = topology.static_parents(tree)
+        depths = topology.static_depths(parents)
+        return cls(parents, depths, topology.static_ancestor_mask(parents))
+
+    def level(self, depth: int) -> slice:
+        """Where a level's nodes are: they stand in the order of their depths."""
+        first = int(np.sum(self.depths < depth))
+        return slice(first, first + int(np.sum(self.depths == depth)))
+
+    def below(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the parents of a level's children, and which child each one is."""
+        above = self.parents[self.depths == depth + 1] - self.level(depth).start
+        return above, np.arange(len(above)) - np.searchsorted(above, above)
+
+    @property
+    def max_children(self) -> int:
+        """The most that any node has."""
+        counts = np.bincount(self.parents[1:], minlength=1)
+        return max(1, int(counts.max()))
+
+
+class _Grown(NamedTuple):
+    """What a static tree consists of, level by level, from the root on.
+
+    Attributes:
+      drawn_from: `[b, w, q]` what the children of a level were drawn from.
+      states: `[b, w, d]`; `choices`, `[b, w]`, what was most probable behind nodes.
+    """
+
+    tokens: list
+    log_probs: list
+    drawn_from: list
+    states: list
+    choices: list
+    sources: list
+
+
+def _level(
+    plan: _Plan, layout: _Layout, depth: int, tokens, hidden, capacity: int
+) -> Nodes:
+    """A level's nodes, as the drafter runs over them."""
+    level = layout.level(depth)
+    b, width = tokens.shape
+    # Node n lies in scratch slot n - 1: the root is part of the context.
+    visible = jnp.broadcast_to(
+        layout.mask[level, 1:], (b, width, len(layout.parents) - 1)
+    )
+
+    return Nodes(
+        tokens=tokens,
+        hidden=hidden,
+        positions=jnp.repeat(plan.starts[:, None] + depth - 1, width, axis=1),
+        bias=kv.tree_bias(plan.starts, visible, capacity),
+        starts=plan.starts + level.start - 1,
+        depth=depth,
+    )
+
+
+def _as_tree(plan: _Plan, layout: _Layout, grown: _Grown) -> DraftTree:
+    """The tree that levels make."""
+    tree = plan.tree
+    b, leaves = grown.tokens[-1].shape
     own = None
-    if roots.has_choices:
+    if plan.roots.has_choices:
         unknown = jnp.full((b, leaves), UNKNOWN, jnp.int32)
-        own = jnp.concatenate([*choices, unknown], axis=1)
+        own = jnp.concatenate([*grown.choices, unknown], axis=1)
     draft_probs = None
     if tree.children != "topk":
-        unused = jnp.zeros((b, leaves, drawn_from[0].shape[-1]))
-        draft_probs = jnp.concatenate([*drawn_from, unused], axis=1)
+        unused = jnp.zeros((b, leaves, grown.drawn_from[0].shape[-1]))
+        draft_probs = jnp.concatenate([*grown.drawn_from, unused], axis=1)
 
+    sources = grown.sources
     spread = lambda x: jnp.broadcast_to(x, (b, *x.shape))
-    drafted = DraftTree(
-        tokens=jnp.concatenate(tokens, axis=1),
-        parents=spread(parents),
-        depths=spread(depths),
-        is_valid=spread(np.ones(len(parents), bool)),
-        log_probs=jnp.concatenate(log_probs, axis=1),
-        ancestor_mask=spread(mask),
+
+    return DraftTree(
+        tokens=jnp.concatenate(grown.tokens, axis=1),
+        parents=spread(layout.parents),
+        depths=spread(layout.depths),
+        is_valid=spread(np.ones(len(layout.parents), bool)),
+        log_probs=jnp.concatenate(grown.log_probs, axis=1),
+        ancestor_mask=spread(layout.mask),
         draft_probs=draft_probs,
         token_ids=plan.token_ids,
-        states=jnp.concatenate(states, axis=1),
-        has_state=spread(depths < tree.num_steps),
+        states=jnp.concatenate(grown.states, axis=1),
+        has_state=spread(layout.depths < tree.num_steps),
         choices=own,
         sources=jnp.concatenate(sources, axis=1) if sources[1:] else None,
         children=tree.children,
         max_depth=tree.num_steps,
-        max_children=most,
+        max_children=layout.max_children,
     )
-
-    return drafted, cache
 
 
 def _grow_uniform(plan: _Plan, cache) -> tuple[DraftTree, Any]:

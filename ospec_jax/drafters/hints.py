@@ -76,9 +76,6 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
             f"suggestions alone draft chains, not a {tree.kind} tree; use --tree chain"
         )
 
-    parents = topology.static_parents(tree)
-    depths = topology.static_depths(parents)
-    mask = topology.static_ancestor_mask(parents)
     rules = rules_of(tree, stop_fn)
 
     def propose(
@@ -88,53 +85,11 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
         roots: Roots,
         hints: Hints | None = None,
     ) -> tuple[DraftTree, Any]:
-        root = roots.token
-        known = Hints(root[:, None], _suggest_nothing) if hints is None else hints
-        recent = known.recent[:, None]
+        known = hints
+        if known is None:
+            known = Hints(roots.token[:, None], _suggest_nothing)
 
-        tokens = [root]
-        rates = [jnp.zeros(root.shape)]
-        sources = [jnp.full((*root.shape, 1), TARGET)]
-        is_valid = [jnp.ones(root.shape, bool)]
-        path = jnp.zeros(root.shape)
-        stopped = jnp.zeros(root.shape, bool)
-
-        for depth in range(tree.num_steps):
-            token, rate, source = known.suggest(recent, depth)
-            recent = extend_path(recent, token)
-            # A path without a suggestion has probability 0 from there on, and is no
-            # longer valid.
-            path = path + rate[:, 0]
-            tokens.append(token[:, 0])
-            rates.append(rate[:, 0])
-            if source is not None:
-                sources.append(source)
-            is_valid.append((path > -jnp.inf) & ~stopped)
-            # The token that stopped the chain is kept: a rule decides about the next
-            # one.
-            if rules:
-                progress = Progress(
-                    depth + 1,
-                    path[:, None],
-                    is_active=roots.is_active,
-                    steering=roots.steering,
-                )
-                stopped |= is_stopped(rules, progress)
-
-        spread = lambda x: jnp.broadcast_to(x, (root.shape[0], *x.shape))
-        drafted = DraftTree(
-            tokens=jnp.stack(tokens, axis=1),
-            parents=spread(parents),
-            depths=spread(depths),
-            is_valid=jnp.stack(is_valid, axis=1),
-            log_probs=jnp.stack(rates, axis=1),
-            ancestor_mask=spread(mask),
-            sources=jnp.concatenate(sources, axis=1) if sources[1:] else None,
-            max_depth=tree.num_steps,
-            is_chain=True,
-        )
-
-        return drafted, cache
+        return _chain_of(known, tree, rules, roots), cache
 
     def retrace(
         draft: Draft,
@@ -151,6 +106,56 @@ def hinted_chain(tree: TreeConfig, stop_fn: StopFn | None = None) -> Drafter:
         return cache, context, Retraced(suggested, None, None)
 
     return stateless(propose, retrace=retrace)
+
+
+def _chain_of(
+    known: Hints, tree: TreeConfig, rules: tuple[StopFn, ...], roots: Roots
+) -> DraftTree:
+    """The chain of what is suggested behind each root, until a rule ends it."""
+    root = roots.token
+    recent = known.recent[:, None]
+    tokens = [root]
+    rates = [jnp.zeros(root.shape)]
+    sources = [jnp.full((*root.shape, 1), TARGET)]
+    is_valid = [jnp.ones(root.shape, bool)]
+    path = jnp.zeros(root.shape)
+    stopped = jnp.zeros(root.shape, bool)
+
+    for depth in range(tree.num_steps):
+        token, rate, source = known.suggest(recent, depth)
+        recent = extend_path(recent, token)
+        # A path without a suggestion has probability 0 from there on, and is no longer
+        # valid.
+        path = path + rate[:, 0]
+        tokens.append(token[:, 0])
+        rates.append(rate[:, 0])
+        if source is not None:
+            sources.append(source)
+        is_valid.append((path > -jnp.inf) & ~stopped)
+        # The token that stopped the chain is kept: a rule decides about the next one.
+        if rules:
+            progress = Progress(
+                depth + 1,
+                path[:, None],
+                is_active=roots.is_active,
+                steering=roots.steering,
+            )
+            stopped |= is_stopped(rules, progress)
+
+    parents = topology.static_parents(tree)
+    spread = lambda x: jnp.broadcast_to(x, (root.shape[0], *x.shape))
+
+    return DraftTree(
+        tokens=jnp.stack(tokens, axis=1),
+        parents=spread(parents),
+        depths=spread(topology.static_depths(parents)),
+        is_valid=jnp.stack(is_valid, axis=1),
+        log_probs=jnp.stack(rates, axis=1),
+        ancestor_mask=spread(topology.static_ancestor_mask(parents)),
+        sources=jnp.concatenate(sources, axis=1) if sources[1:] else None,
+        max_depth=tree.num_steps,
+        is_chain=True,
+    )
 
 
 def suggested_chain(

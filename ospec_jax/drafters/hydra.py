@@ -234,12 +234,6 @@ def hydra(
     def apply(draft, method, *args) -> Any:
         return module.apply({"params": draft.params}, *args, method=method)
 
-    def init_params(key):
-        zeros = lambda count: jnp.zeros((1, count, width))
-        head = None if config.has_own_head else {"kernel": jnp.zeros((2, width))}
-        args = zeros(1), zeros(config.depth), head
-        return trainer.init(key, *args, method=HydraHeads.init_all)["params"]
-
     def init_cache(batch_size, capacity):
         heads, size = (1, 1)  # without a prefix layer only the capacity matters
         if config.has_prefix:
@@ -270,13 +264,11 @@ def hydra(
         bias = kv.causal_bias(starts, tokens.shape[1], cache.capacity)
         args = (taps, positions, bias, cache, starts)
         states, cache = apply(draft, HydraHeads.read, *args)
-        # Only the newest pair's state is drafted from. The row is laid out for the
-        # deepest head at once, because a tree's states have one shape.
+        # Only the newest pair's state is drafted from.
         newest = jnp.maximum(pairs.num_valid - 1, 0)
         follower = take_row(tokens, newest)
         known = embed(follower[:, None], shared.embedding)[:, 0]
-        unread = jnp.zeros((tokens.shape[0], (config.depth - 1) * width))
-        hidden = jnp.concatenate([take_row(states, newest), known, unread], axis=-1)
+        hidden = _laid_out(config, states, newest, known)
         # Twice the last row: its logits are one product of at least two rows.
         twice = jnp.stack([hidden, hidden], axis=1)
         logits = logits_of(draft, shared, 0, twice)
@@ -399,7 +391,7 @@ def hydra(
         return logits
 
     return Drafter(
-        init_params=init_params,
+        init_params=lambda key: _init_params(config, trainer, key),
         init_cache=init_cache,
         init_context=init_context,
         extend=extend,
@@ -408,6 +400,28 @@ def hydra(
         num_scratch=num_scratch(tree),
         retrace=retrace,
     )
+
+
+def _laid_out(config: HydraConfig, states, newest, known):
+    """A row of what heads read, `[b, (k + 1) d]`: a state, and the token behind it.
+
+    It is laid out for the deepest head at once, because a tree's states have one shape.
+
+    Args:
+      states: `[b, t, d]`, of which the `newest` is read.
+      known: `[b, d]` embedding of that token.
+    """
+    unread = jnp.zeros((states.shape[0], (config.depth - 1) * config.hidden_size))
+    return jnp.concatenate([take_row(states, newest), known, unread], axis=-1)
+
+
+def _init_params(config: HydraConfig, trainer: HydraHeads, key) -> Params:
+    """Parameters that know nothing."""
+    width = config.hidden_size
+    zeros = lambda count: jnp.zeros((1, count, width))
+    head = None if config.has_own_head else {"kernel": jnp.zeros((2, width))}
+    args = zeros(1), zeros(config.depth), head
+    return trainer.init(key, *args, method=HydraHeads.init_all)["params"]
 
 
 def _default_config(

@@ -408,15 +408,7 @@ def with_ngrams(
         draft: Draft, shared: SharedTables, cache: dict, pairs: Pairs
     ) -> tuple[dict, DraftContext]:
         inner, context = drafter.extend(draft, shared, cache["drafter"], pairs)
-        return moved_on(cache, inner, written(cache, pairs), pairs.scopes), context
-
-    def moved_on(cache: dict, inner, history, scopes=None) -> dict:
-        # The first pass over a prompt says whose it is; later ones need not.
-        return {
-            "drafter": inner,
-            "history": history,
-            "scopes": cache["scopes"] if scopes is None else scopes,
-        }
+        return _moved_on(cache, inner, written(cache, pairs), pairs.scopes), context
 
     def written(cache: dict, pairs: Pairs) -> Int[Array, "b s"]:
         return kv.write_rows(
@@ -435,61 +427,18 @@ def with_ngrams(
         suggested: Suggested | None = None,
     ) -> tuple[dict, DraftContext, Retraced]:
         assert drafter.retrace is not None
-        memory = draft.memory
-        if memory is None:
-            raise ConfigError("drafting with n-grams needs a draft with a memory")
-
-        # Slot `p - 1` holds the token at position p: before token i of the pairs so
-        # many are known, and nothing behind them is looked at.
         history = written(cache, pairs)
-        num_known = pairs.starts[:, None] + jnp.arange(pairs.tokens.shape[1])
-        index = num_known[..., None] + jnp.arange(-memory.max_match, 0)
-        recent = jax.vmap(lambda row, at: row[jnp.maximum(at, 0)])(history, index)
-        recent = jnp.where(index >= 0, recent, _NO_TOKEN)
-        args = history, num_known, recent, cache["scopes"]
-        tokens, log_rates, _ = suggest(memory, *args)
+        own = _suggested_at(_memory_of(draft), history, pairs, cache["scopes"])
         inner, context, found = drafter.retrace(
             draft,
             shared,
             cache["drafter"],
             context,
             pairs,
-            likelier(Suggested(tokens, log_rates), suggested),
+            likelier(own, suggested),
         )
 
-        return moved_on(cache, inner, history, pairs.scopes), context, found
-
-    def hints_of(draft: Draft, cache: dict, position: Int[Array, " b"]) -> Hints:
-        memory = draft.memory
-        history = cache["history"]
-        if memory is None:
-            raise ConfigError("drafting with n-grams needs a draft with a memory")
-
-        # The root is at `position`, which slot `position - 1` holds; it is the last of
-        # `recent`.
-        index = position[:, None] + jnp.arange(-memory.max_match, 0)
-        recent = jnp.take_along_axis(history, jnp.maximum(index, 0), axis=1)
-        recent = jnp.where(index >= 0, recent, _NO_TOKEN)
-
-        def suggest_after(recent, depth):
-            # Drafted tokens are not in the history: matches end before the root's
-            # follower, wherever the path has got to.
-            num_known = jnp.broadcast_to(position[:, None], recent.shape[:2])
-            return suggest(memory, history, num_known, recent, cache["scopes"])
-
-        return Hints(recent, suggest_after)
-
-    def is_sure(
-        draft: Draft, cache: dict, position: Int[Array, " b"]
-    ) -> Bool[Array, " b"] | None:
-        memory = draft.memory
-        # Shorter matches have no rates that pay for a longer chain.
-        if memory is None or memory.max_match < _SURE_MATCH:
-            return None
-
-        hints = hints_of(draft, cache, position)
-        _, log_rate, _ = hints.suggest(hints.recent[:, None], 0)
-        return log_rate[:, 0] >= np.log(_SURE_RATE)
+        return _moved_on(cache, inner, history, pairs.scopes), context, found
 
     def propose(
         draft: Draft,
@@ -498,17 +447,80 @@ def with_ngrams(
         roots: Roots,
         hints: Hints | None = None,
     ) -> tuple[DraftTree, dict]:
-        hints = either(hints_of(draft, cache, roots.position), hints)
+        hints = either(_hints_of(draft, cache, roots.position), hints)
         proposed, inner = drafter.propose(draft, shared, cache["drafter"], roots, hints)
-        return proposed, moved_on(cache, inner, cache["history"])
+        return proposed, _moved_on(cache, inner, cache["history"])
 
     return drafter._replace(
         init_cache=init_cache,
         extend=extend,
         propose=propose,
-        is_sure=is_sure,
+        is_sure=_is_sure,
         retrace=retrace if drafter.retrace is not None else None,
     )
+
+
+def _moved_on(cache: dict, inner, history, scopes=None) -> dict:
+    """The cache behind newer tokens."""
+    # The first pass over a prompt says whose it is; later ones need not.
+    return {
+        "drafter": inner,
+        "history": history,
+        "scopes": cache["scopes"] if scopes is None else scopes,
+    }
+
+
+def _memory_of(draft: Draft) -> NgramMemory:
+    if draft.memory is None:
+        raise ConfigError("drafting with n-grams needs a draft with a memory")
+
+    return draft.memory
+
+
+def _suggested_at(memory: NgramMemory, history, pairs: Pairs, scopes) -> Suggested:
+    """What was suggested in the place of each token of the pairs."""
+    # Slot `p - 1` holds the token at position p: before token i of the pairs so many
+    # are known, and nothing behind them is looked at.
+    num_known = pairs.starts[:, None] + jnp.arange(pairs.tokens.shape[1])
+    index = num_known[..., None] + jnp.arange(-memory.max_match, 0)
+    recent = jax.vmap(lambda row, at: row[jnp.maximum(at, 0)])(history, index)
+    recent = jnp.where(index >= 0, recent, _NO_TOKEN)
+    tokens, log_rates, _ = suggest(memory, history, num_known, recent, scopes)
+
+    return Suggested(tokens, log_rates)
+
+
+def _hints_of(draft: Draft, cache: dict, position: Int[Array, " b"]) -> Hints:
+    """What the root's n-grams suggest."""
+    memory = _memory_of(draft)
+    history = cache["history"]
+    # The root is at `position`, which slot `position - 1` holds; it is the last of
+    # `recent`.
+    index = position[:, None] + jnp.arange(-memory.max_match, 0)
+    recent = jnp.take_along_axis(history, jnp.maximum(index, 0), axis=1)
+    recent = jnp.where(index >= 0, recent, _NO_TOKEN)
+
+    def suggest_after(recent, depth):
+        # Drafted tokens are not in the history: matches end before the root's
+        # follower, wherever the path has got to.
+        num_known = jnp.broadcast_to(position[:, None], recent.shape[:2])
+        return suggest(memory, history, num_known, recent, cache["scopes"])
+
+    return Hints(recent, suggest_after)
+
+
+def _is_sure(
+    draft: Draft, cache: dict, position: Int[Array, " b"]
+) -> Bool[Array, " b"] | None:
+    """Whether a long n-gram says what follows the root; None where none is kept."""
+    memory = draft.memory
+    # Shorter matches have no rates that pay for a longer chain.
+    if memory is None or memory.max_match < _SURE_MATCH:
+        return None
+
+    hints = _hints_of(draft, cache, position)
+    _, log_rate, _ = hints.suggest(hints.recent[:, None], 0)
+    return log_rate[:, 0] >= np.log(_SURE_RATE)
 
 
 NGRAM = Family(

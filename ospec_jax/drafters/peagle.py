@@ -280,26 +280,6 @@ def peagle(
     def apply(draft, method, *args) -> Any:
         return module.apply({"params": draft.params}, *args, method=method)
 
-    def init_params(key):
-        own = config.has_own_embedding
-        width = config.hidden_size if own else config.target_hidden_size
-        num_features = len(config.taps) * config.target_hidden_size
-        zeros = lambda width: jnp.zeros((1, 1, width))
-        head = None if config.has_own_head else {"kernel": jnp.zeros((2, width))}
-        args = zeros(num_features), zeros(width), head
-        params: Any = trainer.init(key, *args, method=ParallelHead.init_all)["params"]
-        key_table, key_taps, key_token = jax.random.split(key, 3)
-        normal = lambda key, *shape: jax.random.normal(key, shape) * width**-0.5
-        params = params | {
-            "mask_taps": normal(key_taps, num_features),
-            "mask_embedding": normal(key_token, width),
-        }
-        if own:
-            table = normal(key_table, config.vocab_size, width)
-            params = params | {"embed_tokens": {"kernel": table}}
-
-        return params
-
     def init_cache(batch_size, capacity):
         return kv.init_cache(
             config.num_layers,
@@ -450,7 +430,7 @@ def peagle(
         return unrolled
 
     return Drafter(
-        init_params=init_params,
+        init_params=lambda key: _init_params(config, trainer, key),
         init_cache=init_cache,
         init_context=init_context,
         extend=extend,
@@ -462,6 +442,28 @@ def peagle(
         predict=predict,
         retrace=retrace,
     )
+
+
+def _init_params(config: PEagleConfig, trainer: ParallelHead, key) -> Params:
+    """Parameters that know nothing."""
+    own = config.has_own_embedding
+    width = config.hidden_size if own else config.target_hidden_size
+    num_features = len(config.taps) * config.target_hidden_size
+    zeros = lambda width: jnp.zeros((1, 1, width))
+    head = None if config.has_own_head else {"kernel": jnp.zeros((2, width))}
+    args = zeros(num_features), zeros(width), head
+    params: Any = trainer.init(key, *args, method=ParallelHead.init_all)["params"]
+    key_table, key_taps, key_token = jax.random.split(key, 3)
+    normal = lambda key, *shape: jax.random.normal(key, shape) * width**-0.5
+    params = params | {
+        "mask_taps": normal(key_taps, num_features),
+        "mask_embedding": normal(key_token, width),
+    }
+    if own:
+        table = normal(key_table, config.vocab_size, width)
+        params = params | {"embed_tokens": {"kernel": table}}
+
+    return params
 
 
 def of_eagle3(

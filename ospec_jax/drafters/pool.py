@@ -138,9 +138,6 @@ def pool(
     chosen = drafters[0]
     columns = columns or (None,) * len(drafters)
 
-    def drafts_of(draft: Draft) -> list[Draft]:
-        return [one.replace(memory=draft.memory) for one in draft.params.items]
-
     def init_cache(batch_size: int, capacity: int) -> Members:
         return Members(tuple(one.init_cache(batch_size, capacity) for one in drafters))
 
@@ -155,7 +152,7 @@ def pool(
         # one it had belongs to an earlier token.
         contexts = list(init_context(pairs.inputs.shape[0]).items)
         num_extended = len(drafters) if extends == "all" else 1
-        drafts = drafts_of(draft)
+        drafts = _drafts_of(draft)
 
         for i, one in enumerate(drafters[:num_extended]):
             own = pairs.replace(taps=_taps_of(pairs.taps, columns, i))
@@ -181,7 +178,7 @@ def pool(
         found = []
         blank = init_context(pairs.inputs.shape[0]).items
 
-        for i, (one, own) in enumerate(zip(drafters, drafts_of(draft), strict=True)):
+        for i, (one, own) in enumerate(zip(drafters, _drafts_of(draft), strict=True)):
             assert one.retrace is not None
             read = pairs.replace(taps=_taps_of(pairs.taps, columns, i))
             args = own, shared, cache.items[i], context.items[i], read, suggested
@@ -206,7 +203,7 @@ def pool(
     ) -> tuple[DraftTree, Members]:
         # The engine makes logits late only for a drafter that has `predict`, which a
         # pool has not: of its members the one that proposes makes its own here.
-        own = drafts_of(draft)[0]
+        own = _drafts_of(draft)[0]
         context: DraftContext = roots.context.items[0]
         if chosen.predict is not None:
             logits = chosen.predict(own, shared, context.hidden)
@@ -217,27 +214,33 @@ def pool(
         )
         return tree, Members((first, *cache.items[1:]))
 
-    def unroll(*_, **__):
-        raise ConfigError("the members of a pool are not trained; train them before")
-
     return Drafter(
-        init_params=lambda key: Members(
-            tuple(
-                Draft(one.init_params(own))
-                for one, own in zip(
-                    drafters, jax.random.split(key, len(drafters)), strict=True
-                )
-            )
-        ),
+        init_params=lambda key: _init_members(drafters, key),
         init_cache=init_cache,
         init_context=init_context,
         extend=extend,
         propose=propose,
-        unroll=unroll,
+        unroll=_refuse_training,
         num_scratch=max(one.num_scratch for one in drafters),
         reads_target=any(one.reads_target for one in drafters),
         retrace=retrace if can_retrace else None,
     )
+
+
+def _init_members(drafters: tuple[Drafter, ...], key) -> Members:
+    """Drafts that know nothing, one for each drafter."""
+    keys = jax.random.split(key, len(drafters))
+    pairs = zip(drafters, keys, strict=True)
+    return Members(tuple(Draft(one.init_params(own)) for one, own in pairs))
+
+
+def _drafts_of(draft: Draft) -> list[Draft]:
+    """The members' drafts, with the memory that they share."""
+    return [one.replace(memory=draft.memory) for one in draft.params.items]
+
+
+def _refuse_training(*_, **__):
+    raise ConfigError("the members of a pool are not trained; train them before")
 
 
 def _taps_of(taps: jax.Array, columns: tuple, number: int) -> jax.Array:

@@ -125,19 +125,20 @@ def small_lm(
             offset=1,  # a token lies in the slot of its position, the root's included
         )
 
-    def unroll(*_, **__):
-        raise ConfigError("drafting models are not trained")
-
     return Drafter(
         init_params=lambda key: llama.init_params(config, key),
         init_cache=init_cache,
         init_context=init_context,
         extend=extend,
         propose=propose,
-        unroll=unroll,
+        unroll=_refuse_training,
         num_scratch=num_scratch(tree) + 1,  # the root has a slot, too
         retrace=retrace,
     )
+
+
+def _refuse_training(*_, **__):
+    raise ConfigError("drafting models are not trained")
 
 
 MODEL = Family(
