@@ -206,42 +206,15 @@ def bandit(
     def observe(state: BanditState, action: Action, outcome: Outcome) -> BanditState:
         # A step of suggestions alone says nothing about the drafters.
         if outcome.num_accepted and action in actions:
-            state = book(state, actions.index(action), outcome)
+            number = actions.index(action)
+            earned = reward_of(state, number, outcome)
+            state = _booked(state, number, earned, chances_of(state))
         if outcome.num_ended and begins_anew:
             state = dataclasses.replace(
                 state, counts=nothing, rewards=nothing, losses=nothing, chances=()
             )
 
         return state
-
-    def book(state: BanditState, number: int, outcome: Outcome) -> BanditState:
-        reward = reward_of(state, number, outcome)
-        before = chances_of(state)
-        drawn_with = np.asarray(state.chances or before)[number]
-        is_it = _one(number, num_actions)
-        lost = is_it * (1.0 - reward) / max(drawn_with, 1e-3)
-        added = lambda old, new: tuple((np.asarray(old) + new).tolist())
-        is_switch = number != state.last and state.last >= 0
-
-        return dataclasses.replace(
-            state,
-            counts=added(state.counts, is_it),
-            rewards=added(state.rewards, is_it * reward),
-            losses=added(state.losses, lost),
-            chances=tuple(before.tolist()),
-            num_steps=state.num_steps + 1,
-            last=number,
-            num_switches=state.num_switches + is_switch,
-        )
-
-    def report(state: BanditState) -> dict[str, Any]:
-        counts = np.maximum(state.counts, 1)
-        means = (np.asarray(state.rewards) / counts).tolist()
-        return {
-            "means": means,
-            "action": state.last,
-            "switches": state.num_switches,
-        }
 
     return Controller(
         actions=actions,
@@ -252,8 +225,45 @@ def bandit(
         has_costs=lambda state: bool(state.costs),
         resume=_resume,
         hears_ends=begins_anew,
-        report=report,
+        report=_report,
     )
+
+
+def _booked(
+    state: BanditState, number: int, reward: float, chances: np.ndarray
+) -> BanditState:
+    """Counts a step and its reward.
+
+    Args:
+      number: Of the action that was taken.
+      chances: That the actions have before this is known.
+    """
+    drawn_with = np.asarray(state.chances or chances)[number]
+    is_it = _one(number, len(chances))
+    lost = is_it * (1.0 - reward) / max(drawn_with, 1e-3)
+    added = lambda old, new: tuple((np.asarray(old) + new).tolist())
+    is_switch = number != state.last and state.last >= 0
+
+    return dataclasses.replace(
+        state,
+        counts=added(state.counts, is_it),
+        rewards=added(state.rewards, is_it * reward),
+        losses=added(state.losses, lost),
+        chances=tuple(chances.tolist()),
+        num_steps=state.num_steps + 1,
+        last=number,
+        num_switches=state.num_switches + is_switch,
+    )
+
+
+def _report(state: BanditState) -> dict[str, Any]:
+    counts = np.maximum(state.counts, 1)
+    means = (np.asarray(state.rewards) / counts).tolist()
+    return {
+        "means": means,
+        "action": state.last,
+        "switches": state.num_switches,
+    }
 
 
 def _resume(fresh: BanditState, saved: BanditState) -> BanditState:

@@ -90,9 +90,7 @@ def by_key(
         if all(one is found[0] for one in found):
             return selection.choose(found[0], rows)
 
-        weights = np.mean([one.weights for one in found], axis=0)
-        merged = dataclasses.replace(state.shared, weights=tuple(weights.tolist()))
-        return selection.choose(merged, rows)
+        return selection.choose(_with_mean_weights(state.shared, found), rows)
 
     def observe(state: KeyedState, action: Action, outcome: Outcome) -> KeyedState:
         own = dict(zip(state.keys, state.own, strict=True))
@@ -127,15 +125,10 @@ def by_key(
         )
 
     def forget(state: KeyedState, scopes: Collection[int] | None) -> KeyedState:
-        gone = {key_of(Context(scope=number)) for number in scopes or ()}
-        kept = [
-            pair
-            for pair in zip(state.keys, state.own, strict=True)
-            if scopes is not None and pair[0] not in gone
-        ]
-        return KeyedState(
-            state.shared, tuple(key for key, _ in kept), tuple(own for _, own in kept)
-        )
+        if scopes is None:
+            return KeyedState(state.shared)
+
+        return _without(state, {key_of(Context(scope=number)) for number in scopes})
 
     def report(state: KeyedState) -> dict[str, Any]:
         assert selection.report is not None
@@ -152,6 +145,23 @@ def by_key(
         forget=forget,
         pack=_pack,
         unpack=_unpack,
+    )
+
+
+def _with_mean_weights(
+    shared: SelectionState, found: Sequence[SelectionState]
+) -> SelectionState:
+    """The shared selection, with the weights on which those of several keys agree."""
+    weights = np.mean([one.weights for one in found], axis=0)
+    return dataclasses.replace(shared, weights=tuple(weights.tolist()))
+
+
+def _without(state: KeyedState, gone: Collection[str]) -> KeyedState:
+    """What is left when some keys are forgotten."""
+    pairs = zip(state.keys, state.own, strict=True)
+    kept = [(key, own) for key, own in pairs if key not in gone]
+    return KeyedState(
+        state.shared, tuple(key for key, _ in kept), tuple(own for _, own in kept)
     )
 
 

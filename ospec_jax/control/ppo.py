@@ -9,6 +9,7 @@ An environment is a pair of pure functions, as in gymnax. Many go on at once.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -297,57 +298,11 @@ def build_update(config: PpoConfig, env: Env) -> Callable:
     """Builds `(world, Learning) -> (Learning, Told)`: a rollout and what it says."""
     optimizer = build_optimizer(config)
     step = jax.vmap(env.step, in_axes=(None, 0, 0))
-    num_batches = config.rollout // config.minibatch
-
-    def value_of(networks: Networks, seen):
-        return run_layers(networks.critic, seen, config.activation)[..., 0]
-
-    def log_probs_of(networks: Networks, seen):
-        said = run_layers(networks.actor, seen, config.activation)
-        return jax.nn.log_softmax(said, axis=-1)
-
-    def roll_out(world, learning: Learning) -> tuple[Learning, Rollout]:
-        def body(carry, key):
-            envs, seen = carry
-            chances = log_probs_of(learning.networks, seen)
-            actions = jax.random.categorical(key, chances, axis=-1)
-            log_probs = jnp.take_along_axis(chances, actions[:, None], axis=-1)[:, 0]
-            values = value_of(learning.networks, seen)
-            envs, following, rewards, is_done = step(world, envs, actions)
-            found = Rollout(seen, actions, log_probs, values, rewards, is_done)
-            return (envs, following), found
-
-        key, key_rollout = jax.random.split(learning.key)
-        keys = jax.random.split(key_rollout, config.rollout // config.num_envs)
-        carry = learning.envs, learning.seen
-        (envs, seen), rollout = jax.lax.scan(body, carry, keys)
-
-        return learning.replace(envs=envs, seen=seen, key=key), rollout
-
-    def loss_of(networks: Networks, batch: Batch):
-        chances = log_probs_of(networks, batch.seen)
-        log_probs = jnp.take_along_axis(chances, batch.actions[:, None], axis=-1)[:, 0]
-        spread = jnp.std(batch.advantages, ddof=1) + 1e-8
-        advantages = (batch.advantages - jnp.mean(batch.advantages)) / spread
-        actor, clipped = policy_loss(
-            log_probs, batch.log_probs, advantages, config.clip
-        )
-        critic = value_loss(
-            value_of(networks, batch.seen),
-            batch.values,
-            batch.returns,
-            config.clip_value,
-        )
-        entropy = -jnp.mean(jnp.sum(jnp.exp(chances) * chances, axis=-1))
-        total = actor + config.value_weight * critic - config.entropy * entropy
-        moved = log_probs - batch.log_probs
-        kl = jnp.mean(jnp.exp(moved) - 1.0 - moved)
-
-        return total, (actor, critic, entropy, kl, clipped)
+    slopes_of = jax.grad(functools.partial(_loss_of, config), has_aux=True)
 
     def learn_batch(carry, batch: Batch):
         networks, state, is_over = carry
-        slopes, told = jax.grad(loss_of, has_aux=True)(networks, batch)
+        slopes, told = slopes_of(networks, batch)
         if config.target_kl:
             is_over = is_over | (told[3] > 1.5 * config.target_kl)
         changes, moved = optimizer.update(slopes, state)
@@ -362,28 +317,12 @@ def build_update(config: PpoConfig, env: Env) -> Callable:
         return (*stepped, is_over), told
 
     def update(world, learning: Learning) -> tuple[Learning, Told]:
-        learning, rollout = roll_out(world, learning)
-        last_value = value_of(learning.networks, learning.seen)
-        advantages = advantages_of(
-            rollout.rewards,
-            rollout.values,
-            rollout.is_done,
-            last_value,
-            config.discount,
-            config.gae_lambda,
-        )
-        batch = Batch(
-            seen=rollout.seen,
-            actions=rollout.actions,
-            log_probs=rollout.log_probs,
-            values=rollout.values,
-            advantages=advantages,
-            returns=advantages + rollout.values,
-        )
-        flat = jax.tree.map(lambda x: x.reshape(config.rollout, *x.shape[2:]), batch)
+        learning, rollout = _roll_out(config, step, world, learning)
+        flat = _steps_of(config, learning, rollout)
 
         def epoch(carry, key):
             order = jax.random.permutation(key, config.rollout)
+            num_batches = config.rollout // config.minibatch
             shuffled = jax.tree.map(
                 lambda x: x[order].reshape(num_batches, -1, *x.shape[1:]), flat
             )
@@ -406,3 +345,86 @@ def build_update(config: PpoConfig, env: Env) -> Callable:
         )
 
     return update
+
+
+def _value_of(config: PpoConfig, networks: Networks, seen):
+    """What the critic expects of what is seen."""
+    return run_layers(networks.critic, seen, config.activation)[..., 0]
+
+
+def _log_probs_of(config: PpoConfig, networks: Networks, seen):
+    """The actor's log-probabilities of all actions, `[..., a]`."""
+    said = run_layers(networks.actor, seen, config.activation)
+    return jax.nn.log_softmax(said, axis=-1)
+
+
+def _roll_out(
+    config: PpoConfig, step: Callable, world, learning: Learning
+) -> tuple[Learning, Rollout]:
+    """Steps of all environments, as the actor chooses."""
+    networks = learning.networks
+
+    def body(carry, key):
+        envs, seen = carry
+        chances = _log_probs_of(config, networks, seen)
+        actions = jax.random.categorical(key, chances, axis=-1)
+        log_probs = jnp.take_along_axis(chances, actions[:, None], axis=-1)[:, 0]
+        values = _value_of(config, networks, seen)
+        envs, following, rewards, is_done = step(world, envs, actions)
+        found = Rollout(seen, actions, log_probs, values, rewards, is_done)
+        return (envs, following), found
+
+    key, key_rollout = jax.random.split(learning.key)
+    keys = jax.random.split(key_rollout, config.rollout // config.num_envs)
+    carry = learning.envs, learning.seen
+    (envs, seen), rollout = jax.lax.scan(body, carry, keys)
+
+    return learning.replace(envs=envs, seen=seen, key=key), rollout
+
+
+def _steps_of(config: PpoConfig, learning: Learning, rollout: Rollout) -> Batch:
+    """A rollout's steps in one row, with what they turned out to be worth.
+
+    Args:
+      learning: Behind the rollout.
+    """
+    last_value = _value_of(config, learning.networks, learning.seen)
+    advantages = advantages_of(
+        rollout.rewards,
+        rollout.values,
+        rollout.is_done,
+        last_value,
+        config.discount,
+        config.gae_lambda,
+    )
+    batch = Batch(
+        seen=rollout.seen,
+        actions=rollout.actions,
+        log_probs=rollout.log_probs,
+        values=rollout.values,
+        advantages=advantages,
+        returns=advantages + rollout.values,
+    )
+
+    return jax.tree.map(lambda x: x.reshape(config.rollout, *x.shape[2:]), batch)
+
+
+def _loss_of(config: PpoConfig, networks: Networks, batch: Batch):
+    """The whole loss of a minibatch, and what `Told` has beside the reward."""
+    chances = _log_probs_of(config, networks, batch.seen)
+    log_probs = jnp.take_along_axis(chances, batch.actions[:, None], axis=-1)[:, 0]
+    spread = jnp.std(batch.advantages, ddof=1) + 1e-8
+    advantages = (batch.advantages - jnp.mean(batch.advantages)) / spread
+    actor, clipped = policy_loss(log_probs, batch.log_probs, advantages, config.clip)
+    critic = value_loss(
+        _value_of(config, networks, batch.seen),
+        batch.values,
+        batch.returns,
+        config.clip_value,
+    )
+    entropy = -jnp.mean(jnp.sum(jnp.exp(chances) * chances, axis=-1))
+    total = actor + config.value_weight * critic - config.entropy * entropy
+    moved = log_probs - batch.log_probs
+    kl = jnp.mean(jnp.exp(moved) - 1.0 - moved)
+
+    return total, (actor, critic, entropy, kl, clipped)

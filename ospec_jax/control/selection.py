@@ -101,24 +101,16 @@ def select(
     """
     check_choice(actions, loss)
     num_actions = len(actions)
-    drafters = [action.drafter for action in actions]
-    depths = [action.tree.num_steps for action in actions]
-    table = max(drafters) + 1, max(depths)
-    # Its arrays are laid out one behind the other: a checkpoint keeps flat tuples.
-    first, structure = jax.tree.flatten(rule.init(num_actions))
-    shapes = [np.shape(leaf) for leaf in first]
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    flat = lambda tree: tuple(
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).tolist()
-    )
+    measure = _Measure(actions, loss, estimator)
+    first = rule.init(num_actions)
 
     def begin(state: SelectionState) -> SelectionState:
         even = (1.0 / num_actions,) * num_actions
-        return dataclasses.replace(state, weights=even, learner=flat(first))
+        return dataclasses.replace(state, weights=even, learner=_flat(first))
 
     def init(num_rows: int) -> SelectionState:
         nothing = SelectionState(tuple(map(str, actions)), num_rows, (), ())
-        counts = (0.0,) * (table[0] * table[1])
+        counts = (0.0,) * (measure.table[0] * measure.table[1])
         return begin(
             dataclasses.replace(
                 nothing, values=(0.0,) * num_actions, hits=counts, expected=counts
@@ -135,103 +127,24 @@ def select(
         weights = np.asarray(state.weights)
         return actions[rng.choice(num_actions, p=weights / weights.sum())]
 
-    def value_of(state: SelectionState, windows: Windows) -> np.ndarray:
-        """What each window says that each action is worth, `[w, num_actions]`."""
-        if loss == "acceptance":
-            return windows.chances[:, 0, drafters]
-
-        lengths = expected_lengths(windows, estimator)[:, drafters, depths]
-        return lengths / relative_costs(state.costs) if loss == "time" else lengths
-
-    def most(state: SelectionState) -> float:
-        """The most that a window could say."""
-        if loss == "acceptance":
-            return 1.0
-
-        longest = np.asarray(depths) + 1.0
-        return float(
-            np.max(longest / relative_costs(state.costs) if loss == "time" else longest)
-        )
-
     def observe(
         state: SelectionState, action: Action, outcome: Outcome
     ) -> SelectionState:
         taken = actions.index(action) if action in actions else state.last
-        is_switch = taken != state.last and state.last >= 0
-        state = dataclasses.replace(
-            state,
-            num_steps=state.num_steps + 1,
-            last=taken,
-            num_switches=state.num_switches + is_switch,
-        )
+        state = _switched(state, taken)
         if corrects and action in actions:
-            state = book_depths(state, action.drafter, outcome)
+            state = _book_depths(state, measure.table, action.drafter, outcome)
         windows = outcome.windows
         if windows is not None and windows.count:
-            state = learn(state, taken, windows)
+            if corrects:
+                windows = _corrected(state, measure.table, windows)
+            values = measure.values(state, windows).astype(float)
+            state = _booked(state, values, taken)
+            state = _reweighted(state, rule, first, values / measure.most(state))
         if outcome.num_ended and begins_anew:
             state = begin(state)
 
         return state
-
-    def book_depths(state, drafter: int, outcome: Outcome) -> SelectionState:
-        hits = _KEPT * np.reshape(state.hits, table)
-        expected = _KEPT * np.reshape(state.expected, table)
-
-        pairs = zip(outcome.num_accepted, outcome.expected, strict=False)
-        for accepted, chances in pairs:
-            tried = np.arange(len(chances))
-            hits[drafter, tried] += tried < accepted
-            expected[drafter, tried] += chances
-
-        return dataclasses.replace(
-            state,
-            hits=tuple(hits.ravel().tolist()),
-            expected=tuple(expected.ravel().tolist()),
-        )
-
-    def corrected(state: SelectionState, windows: Windows) -> Windows:
-        hits = np.reshape(state.hits, table)
-        expected = np.reshape(state.expected, table)
-        kept = np.minimum((hits + _PRIOR) / (expected + _PRIOR), 1.0)
-        # The first token is judged as it is drafted.
-        kept[:, :1] = 1.0
-        return Windows(*(values * kept.T for values in windows))
-
-    def learn(state: SelectionState, taken: int, windows: Windows) -> SelectionState:
-        if corrects:
-            windows = corrected(state, windows)
-        values = value_of(state, windows).astype(float)
-        losses = np.clip(1.0 - values / most(state), 0.0, 1.0)
-        places = np.cumsum(sizes)[:-1]
-        parts = np.split(np.asarray(state.learner), places)
-        leaves = [part.reshape(s) for part, s in zip(parts, shapes, strict=True)]
-        learner = jax.tree.unflatten(structure, leaves)
-        weights = np.asarray(state.weights)
-
-        for row in losses:
-            learner, weights = rule.observe(learner, row, weights)
-
-        # Suggestions alone may have come first, which are none of the actions.
-        own = values[:, taken] if taken >= 0 else values.mean(axis=1)
-        total = np.asarray(state.values) + values.sum(axis=0)
-        return dataclasses.replace(
-            state,
-            weights=tuple(weights.tolist()),
-            learner=flat(learner),
-            num_windows=state.num_windows + windows.count,
-            values=tuple(total.tolist()),
-            own_value=state.own_value + float(own.sum()),
-        )
-
-    def report(state: SelectionState) -> dict[str, Any]:
-        return {
-            "weights": list(state.weights),
-            "action": state.last,
-            "switches": state.num_switches,
-            "windows": state.num_windows,
-            "regret": max(state.values) - state.own_value,
-        }
 
     return Controller(
         actions=actions,
@@ -243,8 +156,158 @@ def select(
         resume=resume,
         is_judging=True,
         hears_ends=begins_anew,
-        report=report,
+        report=_report,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """What evidence says that actions are worth."""
+
+    actions: tuple[Action, ...]
+    loss: Loss
+    estimator: Estimator
+
+    @property
+    def drafters(self) -> list[int]:
+        """The actions' drafters, by number."""
+        return [action.drafter for action in self.actions]
+
+    @property
+    def depths(self) -> list[int]:
+        """The actions' depths."""
+        return [action.tree.num_steps for action in self.actions]
+
+    @property
+    def table(self) -> tuple[int, int]:
+        """Shape of figures by drafter and depth."""
+        return max(self.drafters) + 1, max(self.depths)
+
+    def values(self, state: SelectionState, windows: Windows) -> np.ndarray:
+        """What each window says that each action is worth, `[w, num_actions]`."""
+        if self.loss == "acceptance":
+            return windows.chances[:, 0, self.drafters]
+
+        lengths = expected_lengths(windows, self.estimator)
+        return self._weighed(state, lengths[:, self.drafters, self.depths])
+
+    def most(self, state: SelectionState) -> float:
+        """The most that a window could say."""
+        if self.loss == "acceptance":
+            return 1.0
+
+        return float(np.max(self._weighed(state, np.asarray(self.depths) + 1.0)))
+
+    def _weighed(self, state: SelectionState, lengths: np.ndarray) -> np.ndarray:
+        """Lengths by action, in the units of the loss."""
+        if self.loss == "time":
+            return lengths / relative_costs(state.costs)
+
+        return lengths
+
+
+def _flat(tree: Any) -> tuple[float, ...]:
+    """Arrays' numbers one behind the other: a checkpoint keeps flat tuples."""
+    return tuple(
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).tolist()
+    )
+
+
+def _unflat(numbers: Sequence[float], like: Any) -> Any:
+    """The arrays of such numbers, in the shapes of others."""
+    leaves, structure = jax.tree.flatten(like)
+    shapes = [np.shape(leaf) for leaf in leaves]
+    places = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+    parts = np.split(np.asarray(numbers), places)
+    found = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    return jax.tree.unflatten(structure, found)
+
+
+def _switched(state: SelectionState, taken: int) -> SelectionState:
+    """Counts a step, and whether another action was taken than before."""
+    is_switch = taken != state.last and state.last >= 0
+    return dataclasses.replace(
+        state,
+        num_steps=state.num_steps + 1,
+        last=taken,
+        num_switches=state.num_switches + is_switch,
+    )
+
+
+def _book_depths(
+    state: SelectionState, table: tuple[int, int], drafter: int, outcome: Outcome
+) -> SelectionState:
+    """Counts what was accepted of a drafter's drafts, and what should have been."""
+    hits = _KEPT * np.reshape(state.hits, table)
+    expected = _KEPT * np.reshape(state.expected, table)
+
+    pairs = zip(outcome.num_accepted, outcome.expected, strict=False)
+    for accepted, chances in pairs:
+        tried = np.arange(len(chances))
+        hits[drafter, tried] += tried < accepted
+        expected[drafter, tried] += chances
+
+    return dataclasses.replace(
+        state,
+        hits=tuple(hits.ravel().tolist()),
+        expected=tuple(expected.ravel().tolist()),
+    )
+
+
+def _corrected(
+    state: SelectionState, table: tuple[int, int], windows: Windows
+) -> Windows:
+    """Evidence, judged down by what drafting has shown."""
+    hits = np.reshape(state.hits, table)
+    expected = np.reshape(state.expected, table)
+    kept = np.minimum((hits + _PRIOR) / (expected + _PRIOR), 1.0)
+    # The first token is judged as it is drafted.
+    kept[:, :1] = 1.0
+    return Windows(*(values * kept.T for values in windows))
+
+
+def _booked(state: SelectionState, values: np.ndarray, taken: int) -> SelectionState:
+    """Adds up what windows said that actions are worth, `[w, num_actions]`."""
+    # Suggestions alone may have come first, which are none of the actions.
+    own = values[:, taken] if taken >= 0 else values.mean(axis=1)
+    total = np.asarray(state.values) + values.sum(axis=0)
+    return dataclasses.replace(
+        state,
+        num_windows=state.num_windows + len(values),
+        values=tuple(total.tolist()),
+        own_value=state.own_value + float(own.sum()),
+    )
+
+
+def _reweighted(
+    state: SelectionState, rule: Meta, first: Any, shares: np.ndarray
+) -> SelectionState:
+    """Weights actions anew, a round of the rule for each window.
+
+    Args:
+      first: What the rule remembers at first.
+      shares: `[w, num_actions]` of what is possible at best.
+    """
+    learner = _unflat(state.learner, first)
+    weights = np.asarray(state.weights)
+
+    for row in np.clip(1.0 - shares, 0.0, 1.0):
+        learner, weights = rule.observe(learner, row, weights)
+
+    return dataclasses.replace(
+        state, weights=tuple(weights.tolist()), learner=_flat(learner)
+    )
+
+
+def _report(state: SelectionState) -> dict[str, Any]:
+    return {
+        "weights": list(state.weights),
+        "action": state.last,
+        "switches": state.num_switches,
+        "windows": state.num_windows,
+        "regret": max(state.values) - state.own_value,
+    }
 
 
 def check_choice(actions: tuple[Action, ...], loss: Loss) -> None:

@@ -149,39 +149,14 @@ def marginal_rule(
     def observe(
         state: MarginalState, action: Action, outcome: Outcome
     ) -> MarginalState:
-        accepted = np.asarray(outcome.num_accepted)
-        found = outcome.evidence
-        if found is None and action.tree.num_steps:
+        if outcome.evidence is None and action.tree.num_steps:
             return state
 
-        if found is None:
-            found = np.zeros((len(accepted), 2 + 2 * state.depth))
-        depth, size, mass, sure = Evidence.unpacked(found)
-        booked = learn(state.known, accepted, mass, sure, depth, kept)
-        fields = {name: tuple(x.tolist()) for name, x in vars(booked).items()}
-        depths = _counted(state.depth_counts, depth)
-        # Plain steps verify no node.
-        sizes = state.size_counts
-        if size:
-            sizes = _counted(sizes, state.sizes.index(size))
-
-        return dataclasses.replace(
-            state, **fields, depth_counts=depths, size_counts=sizes
-        )
+        return _booked(state, outcome, kept)
 
     def set_costs(state: MarginalState, seconds: Sequence[float]) -> MarginalState:
         table = table_of(tree, seconds)
         return dataclasses.replace(state, seconds=tuple(table.ravel().tolist()))
-
-    def resume(fresh: MarginalState, saved: MarginalState) -> MarginalState:
-        # Of other trees all is otherwise; batches of another size have other costs.
-        shape = lambda state: (state.depth, state.sizes, len(state.hits))
-        if shape(saved) != shape(fresh):
-            return fresh
-        if saved.num_rows != fresh.num_rows:
-            return dataclasses.replace(saved, num_rows=fresh.num_rows, seconds=())
-
-        return saved
 
     def kind_of(state: MarginalState, action: Action, outcome: Outcome):
         if not action.tree.num_steps:
@@ -207,12 +182,46 @@ def marginal_rule(
         observe=observe,
         set_costs=set_costs,
         has_costs=lambda state: bool(state.seconds),
-        resume=resume,
+        resume=_resume,
         steer=steer,
         kind_of=kind_of,
         timed=tuple(zip(timed_actions, told, strict=True)),
         report=_report,
     )
+
+
+def _booked(state: MarginalState, outcome: Outcome, kept: float) -> MarginalState:
+    """Counts a step, and what it says of the draft.
+
+    Args:
+      kept: Share of its weight that earlier evidence keeps.
+    """
+    accepted = np.asarray(outcome.num_accepted)
+    found = outcome.evidence
+    if found is None:
+        found = np.zeros((len(accepted), 2 + 2 * state.depth))
+    depth, size, mass, sure = Evidence.unpacked(found)
+    booked = learn(state.known, accepted, mass, sure, depth, kept)
+    fields = {name: tuple(x.tolist()) for name, x in vars(booked).items()}
+
+    depths = _counted(state.depth_counts, depth)
+    # Plain steps verify no node.
+    sizes = state.size_counts
+    if size:
+        sizes = _counted(sizes, state.sizes.index(size))
+
+    return dataclasses.replace(state, **fields, depth_counts=depths, size_counts=sizes)
+
+
+def _resume(fresh: MarginalState, saved: MarginalState) -> MarginalState:
+    # Of other trees all is otherwise; batches of another size have other costs.
+    shape = lambda state: (state.depth, state.sizes, len(state.hits))
+    if shape(saved) != shape(fresh):
+        return fresh
+    if saved.num_rows != fresh.num_rows:
+        return dataclasses.replace(saved, num_rows=fresh.num_rows, seconds=())
+
+    return saved
 
 
 def _told(state: MarginalState, depth: int = 0, size: int = -1) -> np.ndarray:

@@ -14,7 +14,7 @@ state, so what is resumed from a checkpoint chooses as if nothing had happened.
 import base64
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -108,9 +108,7 @@ def learning(
     check_fits(shape, tree)
     origin = _fingerprint(policies)
     optimizer = build_optimizer(config)
-    lessons = jax.jit(lambda rows, weight: lessons_of(shape, rows, weight))
-    update = jax.jit(build_update(config))
-    width = 2 + shape.depth + shape.num_places
+    teach = _teacher(shape, config)
 
     def init(num_rows: int) -> TaughtState:
         first = _placed(policies)
@@ -137,8 +135,58 @@ def learning(
             num_waiting=state.num_waiting + len(found),
         )
 
-    def learn(state: TaughtState) -> TaughtState:
-        rows = np.zeros((config.num_cycles, width), np.float32)
+    def set_costs(state: TaughtState, seconds: Sequence[float]) -> TaughtState:
+        # Nothing is ever decoded plainly: what a plain step takes makes no difference
+        # to the others.
+        table = table_of(tree, (min(seconds), *seconds))
+        return dataclasses.replace(state, seconds=tuple(table.ravel().tolist()))
+
+    def set_cost(state: TaughtState, seconds: float) -> TaughtState:
+        return dataclasses.replace(state, interval=_interval(state, seconds, budget))
+
+    placed = _placed(policies)
+    forced = [
+        told(placed, depth, tree.sizes.index(size)) for depth, size in kinds_of(tree)
+    ]
+
+    return Controller(
+        actions=(deep,),
+        init=init,
+        choose=lambda state, rows: deep,
+        observe=observe,
+        set_costs=set_costs,
+        has_costs=lambda state: bool(state.seconds),
+        resume=_resume,
+        steer=steer,
+        kind_of=lambda state, action, outcome: _kind_of(shape, tree, state, outcome),
+        timed=tuple((deep, one) for one in forced[1:]),
+        report=_report,
+        learning=Learning(
+            is_due=lambda state: 0 < state.interval <= state.num_waiting,
+            update=teach,
+            rehearse=lambda state: None if teach(state) else None,
+            set_cost=set_cost,
+            is_ready=lambda state: state.interval > 0,
+        ),
+        pack=_pack,
+        unpack=lambda saved: _unpack(saved, init(1), _width(shape)),
+    )
+
+
+def _width(shape: PolicyShape) -> int:
+    """Numbers of a packed cycle."""
+    return 2 + shape.depth + shape.num_places
+
+
+def _teacher(
+    shape: PolicyShape, config: LessonConfig
+) -> Callable[[TaughtState], TaughtState]:
+    """Builds an update of policies by what is kept of cycles, compiled once."""
+    lessons = jax.jit(lambda rows, weight: lessons_of(shape, rows, weight))
+    update = jax.jit(build_update(config))
+
+    def teach(state: TaughtState) -> TaughtState:
+        rows = np.zeros((config.num_cycles, _width(shape)), np.float32)
         weight = np.zeros(config.num_cycles, np.float32)
         count = len(state.cycles)
         if count:
@@ -161,96 +209,82 @@ def learning(
             rate=float(np.exp(rate)),
         )
 
-    def set_costs(state: TaughtState, seconds: Sequence[float]) -> TaughtState:
-        # Nothing is ever decoded plainly: what a plain step takes makes no difference
-        # to the others.
-        table = table_of(tree, (min(seconds), *seconds))
-        return dataclasses.replace(state, seconds=tuple(table.ravel().tolist()))
+    return teach
 
-    def set_cost(state: TaughtState, seconds: float) -> TaughtState:
-        # An update is due after so many cycles that it takes its share of their time.
-        # Of the cheapest ones: with dearer ones it takes less.
-        allowed = budget / (1.0 - budget) * min(state.seconds) / state.num_rows
-        interval = max(_LEAST_INTERVAL, int(np.ceil(seconds / allowed)))
-        return dataclasses.replace(state, interval=interval)
 
-    def resume(fresh: TaughtState, saved: TaughtState) -> TaughtState:
-        if saved.origin != fresh.origin:
-            return fresh
-        if saved.num_rows != fresh.num_rows:
-            changes: dict = {"num_rows": fresh.num_rows, "seconds": (), "interval": 0}
-            return dataclasses.replace(saved, **changes)
+def _interval(state: TaughtState, seconds: float, budget: float) -> int:
+    """Cycles between two updates of so many seconds.
 
-        return saved
+    An update is due after so many cycles that it takes its share of their time. Of the
+    cheapest ones: with dearer ones it takes less.
+    """
+    allowed = budget / (1.0 - budget) * min(state.seconds) / state.num_rows
+    return max(_LEAST_INTERVAL, int(np.ceil(seconds / allowed)))
 
-    def pack(state: TaughtState) -> dict:
-        arrays = jax.tree.leaves((state.policies, state.optimizer))
-        changes: dict = {
-            "policies": _text([np.asarray(x) for x in arrays]),
-            "optimizer": None,
-            "cycles": _text(list(state.cycles)),
-        }
-        flat = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-        return flat | changes | {"num_cycles": len(state.cycles)}
 
-    def unpack(saved: dict[str, Any]) -> TaughtState:
-        saved = dict(saved)
-        count = saved.pop("num_cycles")
-        like = init(1)
-        wanted, structure = jax.tree.flatten((like.policies, like.optimizer))
-        if saved["origin"] != origin:
-            return dataclasses.replace(like, origin=saved["origin"])
+def _kind_of(
+    shape: PolicyShape, tree: TreeConfig, state: TaughtState, outcome: Outcome
+) -> tuple[int, float] | None:
+    """Which of the timed steps one is like, by number, and what that one takes."""
+    if outcome.evidence is None:
+        return None
 
-        arrays = _arrays(saved["policies"], [(x.shape, x.dtype) for x in wanted])
-        taught, moved = jax.tree.unflatten(structure, map(jnp.asarray, arrays))
-        cycles = _arrays(saved["cycles"], [((width,), np.float32)] * count)
-        fields: dict[str, Any] = saved | {
-            "policies": taught,
-            "optimizer": moved,
-            "cycles": tuple(cycles),
-            "seconds": tuple(saved["seconds"]),
-        }
-        return TaughtState(**fields)
+    # As deep as the deepest row was drafted.
+    found = Cycle.unpacked(outcome.evidence, shape.depth)
+    is_there = np.any(found.scores > -np.inf, axis=0)
+    depth = int(np.max(np.where(is_there, shape.place_depths, 1)))
+    like = kind_like(tree, state.seconds, depth, int(found.size[0]))
+    # Plain steps are no kind here.
+    return None if like is None else (like[0] - 1, like[1])
 
-    def kind_of(state: TaughtState, action: Action, outcome: Outcome):
-        if outcome.evidence is None:
-            return None
 
-        # As deep as the deepest row was drafted.
-        found = Cycle.unpacked(outcome.evidence, shape.depth)
-        is_there = np.any(found.scores > -np.inf, axis=0)
-        depth = int(np.max(np.where(is_there, shape.place_depths, 1)))
-        like = kind_like(tree, state.seconds, depth, int(found.size[0]))
-        # Plain steps are no kind here.
-        return None if like is None else (like[0] - 1, like[1])
+def _resume(fresh: TaughtState, saved: TaughtState) -> TaughtState:
+    """Goes on with the same policies; batches of another size cost something else."""
+    if saved.origin != fresh.origin:
+        return fresh
+    if saved.num_rows != fresh.num_rows:
+        changes: dict = {"num_rows": fresh.num_rows, "seconds": (), "interval": 0}
+        return dataclasses.replace(saved, **changes)
 
-    placed = _placed(policies)
-    forced = [
-        told(placed, depth, tree.sizes.index(size)) for depth, size in kinds_of(tree)
-    ]
+    return saved
 
-    return Controller(
-        actions=(deep,),
-        init=init,
-        choose=lambda state, rows: deep,
-        observe=observe,
-        set_costs=set_costs,
-        has_costs=lambda state: bool(state.seconds),
-        resume=resume,
-        steer=steer,
-        kind_of=kind_of,
-        timed=tuple((deep, one) for one in forced[1:]),
-        report=_report,
-        learning=Learning(
-            is_due=lambda state: 0 < state.interval <= state.num_waiting,
-            update=learn,
-            rehearse=lambda state: None if learn(state) else None,
-            set_cost=set_cost,
-            is_ready=lambda state: state.interval > 0,
-        ),
-        pack=pack,
-        unpack=unpack,
-    )
+
+def _pack(state: TaughtState) -> dict:
+    """A state as JSON can hold it."""
+    arrays = jax.tree.leaves((state.policies, state.optimizer))
+    changes: dict = {
+        "policies": _text([np.asarray(x) for x in arrays]),
+        "optimizer": None,
+        "cycles": _text(list(state.cycles)),
+    }
+    flat = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return flat | changes | {"num_cycles": len(state.cycles)}
+
+
+def _unpack(saved: dict[str, Any], like: TaughtState, width: int) -> TaughtState:
+    """The state that `_pack` gave; of other policies, one that `_resume` refuses.
+
+    Args:
+      like: A state of the policies that these may be.
+      width: Numbers of a packed cycle.
+    """
+    saved = dict(saved)
+    count = saved.pop("num_cycles")
+    if saved["origin"] != like.origin:
+        return dataclasses.replace(like, origin=saved["origin"])
+
+    wanted, structure = jax.tree.flatten((like.policies, like.optimizer))
+    arrays = _arrays(saved["policies"], [(x.shape, x.dtype) for x in wanted])
+    taught, moved = jax.tree.unflatten(structure, map(jnp.asarray, arrays))
+    cycles = _arrays(saved["cycles"], [((width,), np.float32)] * count)
+    fields: dict[str, Any] = saved | {
+        "policies": taught,
+        "optimizer": moved,
+        "cycles": tuple(cycles),
+        "seconds": tuple(saved["seconds"]),
+    }
+
+    return TaughtState(**fields)
 
 
 def check_fits(shape: PolicyShape, tree: TreeConfig) -> None:
