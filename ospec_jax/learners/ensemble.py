@@ -8,6 +8,7 @@ ensemble falls back to. See `shared_ensemble` for one gradient for all.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -173,27 +174,15 @@ def ensemble(
         released commands, not where they stood.
     """
     sizes = jnp.asarray(steps)
+    teach = functools.partial(_teach, optimizer)
+    move_on = functools.partial(_move_on, meta)
 
     def restart(state: LearnerState, params):
         return init(params, state.opt_state.anchor)
 
     def init(params, anchor=None):
-        copies = lambda x: jnp.repeat(x[None], len(steps), axis=0)
-        count = 1 + len(steps)
-        # A static draft without weight keeps its place, so that shapes do not depend on
-        # it.
-        start = jnp.arange(count) >= (0 if has_static else 1)
-        experts = jax.tree.map(copies, params)
-        opt_state = EnsembleState(
-            anchor=jax.tree.map(jnp.copy, params if anchor is None else anchor),
-            experts=experts,
-            inner=jax.vmap(optimizer.init)(experts),
-            meta=init_meta(count),
-            weights=start / jnp.sum(start),
-            path_length=jnp.zeros(()),
-        )
-
-        return new_state(params, opt_state)
+        anchor = params if anchor is None else anchor
+        return _first_state(optimizer, len(steps), has_static, params, anchor)
 
     def begin(state: LearnerState):
         opt_state = state.opt_state
@@ -208,23 +197,22 @@ def ensemble(
     def update(state: LearnerState, *data):
         def learn(expert):
             found = jax.grad(objective.loss, has_aux=True)(expert[0], *data)
-            return taught(expert, *found)
+            return teach(expert, *found)
 
         old = state.opt_state
         # One expert after the other: the activations of one are held at a time.
         learned, infos = jax.lax.map(learn, (old.experts, old.inner, sizes))
         static = objective.loss(old.anchor, *data)[1]
-        return moved(state, learned, infos, static)
+        return move_on(state, learned, infos, static)
 
     def given_update(state: LearnerState, found, *_):
         old = state.opt_state
         grads, infos = jax.tree.map(lambda *x: jnp.stack(x), *found[:-1])
-        teach = lambda args: taught(*args)
         experts = old.experts, old.inner, sizes
-        learned, infos = jax.lax.map(teach, (experts, grads, infos))
+        learned, infos = jax.lax.map(lambda args: teach(*args), (experts, grads, infos))
         # It has no gradient to follow.
         static = found[-1][1]._replace(grad_norm=jnp.float32(0.0))
-        return moved(state, learned, infos, static)
+        return move_on(state, learned, infos, static)
 
     def point(state: LearnerState, number: int):
         # The static draft comes last: of it the info alone is wanted.
@@ -233,46 +221,82 @@ def ensemble(
             return old.anchor
         return jax.tree.map(lambda x: x[number], old.experts)
 
-    def taught(expert, grads, info):
-        params, inner, size = expert
-        move = lambda: stepped(optimizer, grads, inner, params, info.loss, size)
-        # Each expert decides for itself: with positions that depend on the draft, one
-        # of them may have nothing to learn where another has.
-        learned = jax.lax.cond(info.weight > 0, move, lambda: (params, inner))
-        return learned, info._replace(grad_norm=optax.global_norm(grads))
-
-    def moved(state: LearnerState, learned, infos, static):
-        old = state.opt_state
-        experts, inner = learned
-        infos = jax.tree.map(lambda a, b: jnp.append(a[None], b, 0), static, infos)
-
-        def move(state: LearnerState):
-            heard = meta.observe(old.meta, infos.fresh_loss, old.weights)
-            # What experts have trained on flatters those that follow it fastest.
-            seen, weights = chosen(is_heard, heard, (old.meta, old.weights))
-            played = averaged(weights, old.anchor, experts)
-            length = old.path_length + distance(played, state.params)
-            new = old.replace(
-                experts=experts,
-                inner=inner,
-                meta=seen,
-                weights=weights,
-                path_length=length,
-            )
-
-            return state.replace(params=played, opt_state=new)
-
-        is_heard = jnp.max(infos.fresh_weight) > 0
-        new = moved_if(jnp.max(infos.weight) > 0, state, move)
-        losses = jnp.where(is_heard, infos.fresh_loss, infos.loss)
-
-        return new, _summary(infos, losses, old.weights, new, state)
-
     given = None
     if objective.parts is not None:
         given = Given(objective.parts, len(steps) + 1, point, given_update, False)
 
     return Learner(init, update, objective.score, begin, restart, given)
+
+
+def _first_state(
+    optimizer: optax.GradientTransformation,
+    num_learning: int,
+    has_static: bool,
+    params,
+    anchor,
+) -> LearnerState:
+    """The state at the start, with so many experts at `params`."""
+    copies = lambda x: jnp.repeat(x[None], num_learning, axis=0)
+    count = 1 + num_learning
+    # A static draft without weight keeps its place, so that shapes do not depend on it.
+    start = jnp.arange(count) >= (0 if has_static else 1)
+    experts = jax.tree.map(copies, params)
+    opt_state = EnsembleState(
+        anchor=jax.tree.map(jnp.copy, anchor),
+        experts=experts,
+        inner=jax.vmap(optimizer.init)(experts),
+        meta=init_meta(count),
+        weights=start / jnp.sum(start),
+        path_length=jnp.zeros(()),
+    )
+
+    return new_state(params, opt_state)
+
+
+def _teach(optimizer: optax.GradientTransformation, expert, grads, info):
+    """Moves one expert, `(params, inner, size)`, by its own gradient."""
+    params, inner, size = expert
+    move = lambda: stepped(optimizer, grads, inner, params, info.loss, size)
+    # Each expert decides for itself: with positions that depend on the draft, one of
+    # them may have nothing to learn where another has.
+    learned = jax.lax.cond(info.weight > 0, move, lambda: (params, inner))
+    return learned, info._replace(grad_norm=optax.global_norm(grads))
+
+
+def _move_on(
+    meta: Meta, state: LearnerState, learned, infos, static
+) -> tuple[LearnerState, LearnerInfo]:
+    """Weighs the experts by how they did, and plays their new average.
+
+    Args:
+      learned: Their parameters and optimizers after the update.
+      infos: Of them; `static`, of the static draft.
+    """
+    old = state.opt_state
+    experts, inner = learned
+    infos = jax.tree.map(lambda a, b: jnp.append(a[None], b, 0), static, infos)
+
+    def move(state: LearnerState):
+        heard = meta.observe(old.meta, infos.fresh_loss, old.weights)
+        # What experts have trained on flatters those that follow it fastest.
+        seen, weights = chosen(is_heard, heard, (old.meta, old.weights))
+        played = averaged(weights, old.anchor, experts)
+        length = old.path_length + distance(played, state.params)
+        new = old.replace(
+            experts=experts,
+            inner=inner,
+            meta=seen,
+            weights=weights,
+            path_length=length,
+        )
+
+        return state.replace(params=played, opt_state=new)
+
+    is_heard = jnp.max(infos.fresh_weight) > 0
+    new = moved_if(jnp.max(infos.weight) > 0, state, move)
+    losses = jnp.where(is_heard, infos.fresh_loss, infos.loss)
+
+    return new, _summary(infos, losses, old.weights, new, state)
 
 
 def _summary(

@@ -4,6 +4,7 @@
 It is built once, from the drafter's `unroll`; an update rule sees only the functions.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,10 +78,160 @@ def build_objective(
       unroll_features: The drafter's, if it predicts the target's final states.
       feature_weight: Of the loss of those predictions, beside the tokens' loss.
     """
-    # Pair i predicts the token after i + 1.
-    rows = slice(num_context + 1, None)
+    on = _OnSegments(
+        unroll,
+        num_context,
+        num_steps,
+        loss,
+        decay,
+        num_candidates,
+        positions,
+        position_decay,
+        token_share,
+        unroll_features if feature_weight else None,
+        feature_weight,
+    )
+    parts = Parts(
+        num_context=num_context,
+        num_steps=num_steps,
+        num_candidates=num_candidates,
+        # Which rows count follows from the draft's own choices.
+        is_counted_first=positions == "rejected",
+        emphasis=on.emphasis,
+        mass=on.mass,
+        sums=on.sums,
+        loss=lambda sums, counted: loss_of(sums, decay, counted),
+        info=lambda sums: info_of(sums, decay),
+    )
+    has_features = on.unroll_features is not None
 
-    def targets(segments: Segments, shared, token_ids):
+    return Objective(on.loss, on.score, None if has_features else parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnSegments:
+    """The functions of an objective.
+
+    Attributes:
+      loss_of_token: One of `learners.losses`.
+      unroll_features: The drafter's, if its predictions of states count.
+
+    The others are arguments of `build_objective`.
+    """
+
+    unroll: Callable
+    num_context: int
+    num_steps: int
+    loss_of_token: Loss
+    decay: float
+    num_candidates: int
+    positions: Positions
+    position_decay: float
+    token_share: float
+    unroll_features: Callable | None
+    feature_weight: float
+
+    @property
+    def rows(self) -> slice:
+        """Of the trained pairs' targets: pair i predicts the token after i + 1."""
+        return slice(self.num_context + 1, None)
+
+    def loss(self, params, segments: Segments, shared, token_ids):
+        """The online loss, and what is told of it."""
+        probs, hidden = self._targets(segments, shared, token_ids)
+        weight = segments.weight[:, self.rows]
+        counted = self.emphasis(segments)
+        candidates = None
+        # Candidates are chosen by the target's mass over the whole batch, not by
+        # position: one small matrix of head rows then serves all of it.
+        if 0 < self.num_candidates < probs.shape[-1]:
+            mass = jnp.einsum("btq,bt->q", probs, weight)
+            candidates = jax.lax.top_k(mass, self.num_candidates)[1]
+            probs = probs[..., candidates]
+
+        unroll = self.unroll_features or self.unroll
+        found = self._forward(unroll, params, segments, shared, token_ids, candidates)
+        logits = found if self.unroll_features is None else found[0]
+        total, info = unrolled_loss(
+            logits,
+            probs,
+            weight,
+            self.loss_of_token,
+            self.decay,
+            self.positions,
+            counted,
+            segments.is_fresh,
+        )
+        # Figures about the whole draft vocabulary would be wrong for a part of it.
+        if candidates is not None:
+            info = info.of_candidates()
+        if self.unroll_features is None:
+            return total, info
+
+        of_states = feature_loss(found[1], hidden, counted, self.decay)
+        return total + of_states * self.feature_weight, info
+
+    def score(self, params, segments: Segments, shared, token_ids):
+        """What promotion compares."""
+        # With all tokens and even weights: drafts are compared by what they get
+        # accepted, not by the loss that one of them was trained on.
+        logits = self._forward(self.unroll, params, segments, shared, token_ids)
+        probs = self._targets(segments, shared, token_ids)[0]
+        scored = logits, probs, segments.weight[:, self.rows]
+        info = unrolled_loss(*scored, self.loss_of_token, self.decay)[1]
+
+        return info, accepted_lengths(*scored)
+
+    def emphasis(self, segments: Segments):
+        """What each trained pair counts, `[b, t]`."""
+        weight = segments.weight[:, self.rows]
+        if self.position_decay != 1.0:
+            weight = weight * self.position_decay ** jnp.arange(weight.shape[1])
+
+        if self.token_share < 1.0:
+            key = _batch_key(segments)
+            is_drawn = jax.random.bernoulli(key, self.token_share, weight.shape)
+            weight = weight * is_drawn
+
+        return weight
+
+    def mass(self, segments: Segments, shared, entries):
+        """The target's mass on tokens, over all trained pairs."""
+        probs = _probs_of(segments, shared, entries, self.rows)
+        return jnp.einsum("btq,bt->q", probs, segments.weight[:, self.rows])
+
+    def sums(self, params, segments, counted, shared, token_ids, candidates, span):
+        """Sums over a span of pairs that the loss is made of; see `learners.parts`."""
+        first, last = span
+        # A draft of the span's last pair is as many tokens long as all others are.
+        end = self.num_context + last + self.num_steps
+        window = jax.tree.map(lambda x: x[:, :end], segments.feedback)
+        logits = self.unroll(
+            params,
+            token_ids,
+            shared,
+            window,
+            segments.start,
+            num_context=self.num_context + first,
+            num_steps=self.num_steps,
+            candidates=candidates,
+        )
+        entries = candidates
+        if token_ids is not None:
+            entries = token_ids if candidates is None else token_ids[candidates]
+        here = slice(self.num_context + first + 1, end)
+
+        return loss_sums(
+            logits,
+            _probs_of(segments, shared, entries, here),
+            segments.weight[:, here],
+            self.loss_of_token,
+            self.positions,
+            counted[:, first : last + self.num_steps - 1],
+            segments.is_fresh,
+        )
+
+    def _targets(self, segments: Segments, shared, token_ids):
         """The target's probabilities and states after each trained pair."""
         feedback = segments.feedback
         assert feedback.hidden is not None, "features are recorded"
@@ -88,136 +239,32 @@ def build_objective(
         # Recorded states and the frozen head give the target's probabilities: the
         # target itself is not run again.
         head = dequantized(frozen_head(shared, token_ids))
-        hidden = feedback.hidden[:, rows].astype(jnp.float32)
+        hidden = feedback.hidden[:, self.rows].astype(jnp.float32)
 
-        return target_probs(head, hidden, feedback.logsumexp[:, rows]), hidden
+        return target_probs(head, hidden, feedback.logsumexp[:, self.rows]), hidden
 
-    def emphasis(segments: Segments):
-        weight = segments.weight[:, rows]
-        if position_decay != 1.0:
-            weight = weight * position_decay ** jnp.arange(weight.shape[1])
-
-        if token_share < 1.0:
-            is_drawn = jax.random.bernoulli(
-                _batch_key(segments), token_share, weight.shape
-            )
-            weight = weight * is_drawn
-
-        return weight
-
-    def forward(unroll, params, segments, shared, token_ids, candidates=None):
+    def _forward(self, unroll, params, segments, shared, token_ids, candidates=None):
         return unroll(
             params,
             token_ids,
             shared,
             segments.feedback,
             segments.start,
-            num_context=num_context,
-            num_steps=num_steps,
+            num_context=self.num_context,
+            num_steps=self.num_steps,
             candidates=candidates,
         )
 
-    def loss_fn(params, segments: Segments, shared, token_ids):
-        probs, hidden = targets(segments, shared, token_ids)
-        weight = segments.weight[:, rows]
-        counted = emphasis(segments)
-        candidates = None
-        # Candidates are chosen by the target's mass over the whole batch, not by
-        # position: one small matrix of head rows then serves all of it.
-        if 0 < num_candidates < probs.shape[-1]:
-            mass = jnp.einsum("btq,bt->q", probs, weight)
-            candidates = jax.lax.top_k(mass, num_candidates)[1]
-            probs = probs[..., candidates]
 
-        args = params, segments, shared, token_ids, candidates
+def _probs_of(segments: Segments, shared, entries, where: slice):
+    """The target's probabilities of some tokens, by their ids; None are all."""
+    feedback = segments.feedback
+    assert feedback.hidden is not None, "features are recorded"
+    assert feedback.logsumexp is not None, "features are recorded"
+    head = dequantized(rows_of(shared.head, entries))
+    hidden = feedback.hidden[:, where].astype(jnp.float32)
 
-        def of_tokens(logits):
-            total, info = unrolled_loss(
-                logits,
-                probs,
-                weight,
-                loss,
-                decay,
-                positions,
-                counted,
-                segments.is_fresh,
-            )
-            # Figures about the whole draft vocabulary would be wrong for a part of it.
-            return total, info if candidates is None else info.of_candidates()
-
-        if unroll_features is None or not feature_weight:
-            return of_tokens(forward(unroll, *args))
-
-        logits, features = forward(unroll_features, *args)
-        total, info = of_tokens(logits)
-        of_states = feature_loss(features, hidden, counted, decay)
-
-        return total + of_states * feature_weight, info
-
-    def score(params, segments: Segments, shared, token_ids):
-        # With all tokens and even weights: drafts are compared by what they get
-        # accepted, not by the loss that one of them was trained on.
-        logits = forward(unroll, params, segments, shared, token_ids)
-        probs = targets(segments, shared, token_ids)[0]
-        scored = logits, probs, segments.weight[:, rows]
-        return unrolled_loss(*scored, loss, decay)[1], accepted_lengths(*scored)
-
-    def probs_of(segments: Segments, shared, entries, where: slice):
-        """The target's probabilities of some tokens, by their ids; None are all."""
-        feedback = segments.feedback
-        assert feedback.hidden is not None, "features are recorded"
-        assert feedback.logsumexp is not None, "features are recorded"
-        head = dequantized(rows_of(shared.head, entries))
-        hidden = feedback.hidden[:, where].astype(jnp.float32)
-        return target_probs(head, hidden, feedback.logsumexp[:, where])
-
-    def mass_of(segments: Segments, shared, entries):
-        probs = probs_of(segments, shared, entries, rows)
-        return jnp.einsum("btq,bt->q", probs, segments.weight[:, rows])
-
-    def sums_of(params, segments, counted, shared, token_ids, candidates, span):
-        first, last = span
-        # A draft of the span's last pair is as many tokens long as all others are.
-        end = num_context + last + num_steps
-        window = jax.tree.map(lambda x: x[:, :end], segments.feedback)
-        logits = unroll(
-            params,
-            token_ids,
-            shared,
-            window,
-            segments.start,
-            num_context=num_context + first,
-            num_steps=num_steps,
-            candidates=candidates,
-        )
-        entries = candidates
-        if token_ids is not None:
-            entries = token_ids if candidates is None else token_ids[candidates]
-        here = slice(num_context + first + 1, end)
-        return loss_sums(
-            logits,
-            probs_of(segments, shared, entries, here),
-            segments.weight[:, here],
-            loss,
-            positions,
-            counted[:, first : last + num_steps - 1],
-            segments.is_fresh,
-        )
-
-    parts = Parts(
-        num_context=num_context,
-        num_steps=num_steps,
-        num_candidates=num_candidates,
-        # Which rows count follows from the draft's own choices.
-        is_counted_first=positions == "rejected",
-        emphasis=emphasis,
-        mass=mass_of,
-        sums=sums_of,
-        loss=lambda sums, counted: loss_of(sums, decay, counted),
-        info=lambda sums: info_of(sums, decay),
-    )
-    has_features = unroll_features is not None and feature_weight
-    return Objective(loss=loss_fn, score=score, parts=None if has_features else parts)
+    return target_probs(head, hidden, feedback.logsumexp[:, where])
 
 
 def _batch_key(segments: Segments):

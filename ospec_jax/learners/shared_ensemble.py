@@ -23,7 +23,8 @@ one: on the others experts cannot be judged.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,69 +159,15 @@ def shared_ensemble(
       num_scored: Windows of a batch, the newest, on which experts are judged.
       round_length: Updates of a round.
     """
-    sizes = jnp.asarray(steps)
-    middle = jnp.exp(jnp.mean(jnp.log(sizes)))
-    # As many pulls as a round has updates, done at once: (1 - pull) of the distance is
-    # left after each.
-    pulls = 1.0 - (1.0 - jnp.minimum(pull * sizes / middle, 1.0)) ** round_length
-    count = 1 + len(steps)
+    experts = _experts_of(steps, pull, radius, num_scored, round_length)
+    judge = functools.partial(_judge, objective, experts)
 
     def restart(state: LearnerState, params):
         return init(params, state.opt_state.anchor)
 
     def init(params, anchor=None):
-        anchor = params if anchor is None else anchor
-        each = lambda x: jnp.repeat(x[None], len(steps), axis=0)
-        opt_state = SharedEnsembleState(
-            anchor=jax.tree.map(jnp.copy, anchor),
-            shifts=jax.tree.map(each, difference(params, anchor)),
-            ahead=jax.tree.map(jnp.zeros_like, params),
-            inner=optimizer.init(params),
-            meta=init_meta(count),
-            losses=jnp.zeros(count),
-            weights=jnp.ones(count) / count,
-            path_length=jnp.zeros(()),
-            is_overdue=jnp.zeros((), bool),
-        )
-        return new_state(params, opt_state)
-
-    def judge(old: SharedEnsembleState, segments, shared, token_ids):
-        """`[m]` losses on the newest windows that are fresh, and what they weigh."""
-        # Windows of a batch come newest first.
-        newest = jax.tree.map(lambda x: x[:num_scored], segments)
-
-        def loss_of(expert):
-            # Number 0 is the static draft; others are where the round has led them.
-            number = jnp.maximum(expert - 1, 0)
-            is_moved = expert > 0
-            size = is_moved * sizes[number]
-            move = lambda a, s, d: a + is_moved * s[number] + size * d
-            point = jax.tree.map(move, old.anchor, old.shifts, old.ahead)
-            info = objective.loss(point, newest, shared, token_ids)[1]
-
-            return info.fresh_loss, info.fresh_weight
-
-        # One expert after the other: only one of them exists as parameters at a time.
-        losses, weights = jax.lax.map(loss_of, jnp.arange(count))
-        weight = jnp.min(weights)
-        return jnp.where(weight > 0, losses, old.losses), weight
-
-    def moved(old: SharedEnsembleState, shifts, ahead):
-        """Experts after a round whose directions add up to `ahead`."""
-
-        # The mean of the shifts under the old weights is where the ensemble played when
-        # the round began, the static draft's shift being 0.
-        def along(s, d):
-            played = jnp.tensordot(old.weights[1:], s, 1)
-            return s + _each(pulls, played[None] - s) + jnp.tensordot(sizes, d, 0)
-
-        shifts = jax.tree.map(along, shifts, ahead)
-        if radius:
-            norms = jax.vmap(optax.global_norm)(shifts)
-            shrink = jnp.minimum(1.0, radius / jnp.maximum(norms, 1e-12))
-            shifts = jax.tree.map(lambda s: _each(shrink, s), shifts)
-
-        return shifts
+        start = params if anchor is None else anchor
+        return _first_state(optimizer, len(steps), params, start)
 
     def update(state: LearnerState, *data):
         found = jax.grad(objective.loss, has_aux=True)(state.params, *data)
@@ -228,13 +175,8 @@ def shared_ensemble(
 
     def moved_by(state: LearnerState, grads, info, *data):
         old = state.opt_state
-
-        # A round ends with its last update, or with the next fresh batch if that one is
-        # not.
         has_signal = info.weight > 0
-        is_fresh = info.fresh_weight > 0
-        is_due = (state.num_updates + 1) % round_length == 0
-        is_due = (is_due & has_signal) | old.is_overdue
+        is_due, is_fresh = _is_due(experts, state, info, has_signal)
         is_last = is_due & is_fresh
         losses, scored = jax.lax.cond(
             is_last, lambda: judge(old, *data), lambda: (old.losses, jnp.zeros(()))
@@ -245,33 +187,11 @@ def shared_ensemble(
             lambda: (old.meta, old.weights),
         )
 
-        def next_round(_, carry):
-            """Moves the experts, and plays their new average."""
-            shifts, ahead, _ = carry
-            shifts = moved(old, shifts, ahead)
-            mean = lambda a, s: a + jnp.tensordot(weights[1:], s, 1)
-            played = jax.tree.map(mean, old.anchor, shifts)
-            return shifts, jax.tree.map(jnp.zeros_like, ahead), played
-
         def move(state: LearnerState):
-            direction, inner = directed(
-                optimizer, grads, old.inner, state.params, info.loss
-            )
-            # Moving the mean as its experts will move: each by its own step along the
-            # direction.
-            size = old.weights[1:] @ sizes
-            ahead = jax.tree.map(jnp.add, old.ahead, direction)
-            played = jax.tree.map(lambda p, d: p + size * d, state.params, direction)
-            new = old.replace(ahead=ahead, inner=inner)
-
-            return state.replace(params=played, opt_state=new)
+            return _moved(experts, optimizer, grads, info, state)
 
         new = moved_if(has_signal, state, move)
-        # A loop of one pass or none works in place, where a branch would copy.
-        carry = new.opt_state.shifts, new.opt_state.ahead, new.params
-        shifts, ahead, played = jax.lax.fori_loop(
-            0, is_last.astype(int), next_round, carry
-        )
+        shifts, ahead, played = _end_round(experts, is_last, old, weights, new)
         step_norm = distance(played, state.params)
         opt_state = new.opt_state.replace(
             shifts=shifts,
@@ -294,6 +214,171 @@ def shared_ensemble(
 
     given = given_gradient(objective.parts, moved_by)
     return Learner(init, update, objective.score, restart=restart, given=given)
+
+
+class _Experts(NamedTuple):
+    """The experts that learn, and their rounds.
+
+    Attributes:
+      sizes: `[m - 1]` their steps.
+      pulls: `[m - 1]` part of the way to the played parameters, of a whole round.
+      radius: Of a ball around the static draft; 0 for none.
+      num_scored: Windows on which they are judged.
+      round_length: Updates of a round.
+    """
+
+    sizes: Array
+    pulls: Array
+    radius: float
+    num_scored: int
+    round_length: int
+
+
+def _experts_of(
+    steps: tuple[float, ...],
+    pull: float,
+    radius: float,
+    num_scored: int,
+    round_length: int,
+) -> _Experts:
+    sizes = jnp.asarray(steps)
+    middle = jnp.exp(jnp.mean(jnp.log(sizes)))
+    # As many pulls as a round has updates, done at once: (1 - pull) of the distance is
+    # left after each.
+    pulls = 1.0 - (1.0 - jnp.minimum(pull * sizes / middle, 1.0)) ** round_length
+
+    return _Experts(sizes, pulls, radius, num_scored, round_length)
+
+
+def _first_state(
+    optimizer: optax.GradientTransformation, num_learning: int, params, anchor
+) -> LearnerState:
+    """The state at the start, with so many experts at `params`."""
+    count = 1 + num_learning
+    each = lambda x: jnp.repeat(x[None], num_learning, axis=0)
+    opt_state = SharedEnsembleState(
+        anchor=jax.tree.map(jnp.copy, anchor),
+        shifts=jax.tree.map(each, difference(params, anchor)),
+        ahead=jax.tree.map(jnp.zeros_like, params),
+        inner=optimizer.init(params),
+        meta=init_meta(count),
+        losses=jnp.zeros(count),
+        weights=jnp.ones(count) / count,
+        path_length=jnp.zeros(()),
+        is_overdue=jnp.zeros((), bool),
+    )
+
+    return new_state(params, opt_state)
+
+
+def _is_due(experts: _Experts, state: LearnerState, info, has_signal):
+    """Whether a round is to end, and whether experts can be judged on this batch.
+
+    It ends with its last update, or with the next fresh batch if that one is not.
+    """
+    is_fresh = info.fresh_weight > 0
+    is_due = (state.num_updates + 1) % experts.round_length == 0
+    is_due = (is_due & has_signal) | state.opt_state.is_overdue
+
+    return is_due, is_fresh
+
+
+def _judge(
+    objective: Objective,
+    experts: _Experts,
+    old: SharedEnsembleState,
+    segments,
+    shared,
+    token_ids,
+):
+    """`[m]` losses on the newest windows that are fresh, and what they weigh."""
+    # Windows of a batch come newest first.
+    newest = jax.tree.map(lambda x: x[: experts.num_scored], segments)
+
+    def loss_of(expert):
+        # Number 0 is the static draft; others are where the round has led them.
+        number = jnp.maximum(expert - 1, 0)
+        is_moved = expert > 0
+        size = is_moved * experts.sizes[number]
+        move = lambda a, s, d: a + is_moved * s[number] + size * d
+        point = jax.tree.map(move, old.anchor, old.shifts, old.ahead)
+        info = objective.loss(point, newest, shared, token_ids)[1]
+
+        return info.fresh_loss, info.fresh_weight
+
+    # One expert after the other: only one of them exists as parameters at a time.
+    losses, weights = jax.lax.map(loss_of, jnp.arange(1 + len(experts.sizes)))
+    weight = jnp.min(weights)
+    return jnp.where(weight > 0, losses, old.losses), weight
+
+
+def _moved(
+    experts: _Experts,
+    optimizer: optax.GradientTransformation,
+    grads,
+    info,
+    state: LearnerState,
+) -> LearnerState:
+    """The state after one direction, in which the played mean moves."""
+    old = state.opt_state
+    direction, inner = directed(optimizer, grads, old.inner, state.params, info.loss)
+    # Moving the mean as its experts will move: each by its own step along the
+    # direction.
+    size = old.weights[1:] @ experts.sizes
+    ahead = jax.tree.map(jnp.add, old.ahead, direction)
+    played = jax.tree.map(lambda p, d: p + size * d, state.params, direction)
+    new = old.replace(ahead=ahead, inner=inner)
+
+    return state.replace(params=played, opt_state=new)
+
+
+def _end_round(
+    experts: _Experts,
+    is_last,
+    old: SharedEnsembleState,
+    weights,
+    state: LearnerState,
+):
+    """Moves the experts and plays their new average, if the round is at its end.
+
+    Args:
+      old: As the round's last update began.
+      weights: `[m]` that the new average has.
+    """
+
+    def next_round(_, carry):
+        shifts, ahead, _ = carry
+        shifts = _shifts_after(experts, old.weights, shifts, ahead)
+        mean = lambda a, s: a + jnp.tensordot(weights[1:], s, 1)
+        played = jax.tree.map(mean, old.anchor, shifts)
+        return shifts, jax.tree.map(jnp.zeros_like, ahead), played
+
+    # A loop of one pass or none works in place, where a branch would copy.
+    carry = state.opt_state.shifts, state.opt_state.ahead, state.params
+    return jax.lax.fori_loop(0, is_last.astype(int), next_round, carry)
+
+
+def _shifts_after(experts: _Experts, weights, shifts, ahead):
+    """Experts after a round whose directions add up to `ahead`.
+
+    Args:
+      weights: `[m]` that the ensemble played with when the round began.
+    """
+
+    # The mean of the shifts under these weights is where it played then, the static
+    # draft's shift being 0.
+    def along(s, d):
+        played = jnp.tensordot(weights[1:], s, 1)
+        pulled = s + _each(experts.pulls, played[None] - s)
+        return pulled + jnp.tensordot(experts.sizes, d, 0)
+
+    shifts = jax.tree.map(along, shifts, ahead)
+    if experts.radius:
+        norms = jax.vmap(optax.global_norm)(shifts)
+        shrink = jnp.minimum(1.0, experts.radius / jnp.maximum(norms, 1e-12))
+        shifts = jax.tree.map(lambda s: _each(shrink, s), shifts)
+
+    return shifts
 
 
 def _each(factors: Float[Array, " m"], stacked: Array) -> Array:

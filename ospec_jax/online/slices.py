@@ -97,12 +97,8 @@ def _build(given: Given) -> _Programs:
         mass = jnp.concatenate(masses)[:num_tokens]
         return jax.lax.top_k(mass, parts.num_candidates)[1]
 
-    def window_of(batch, number):
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1)
-        return jax.tree.map(take, batch)
-
     def count(params, batch, emphasis, shared, token_ids, candidates, window, span):
-        segments, counted = window_of((batch, emphasis), window)
+        segments, counted = _window_of((batch, emphasis), window)
         sums = parts.sums(
             params, segments, counted, shared, token_ids, candidates, span
         )
@@ -125,7 +121,7 @@ def _build(given: Given) -> _Programs:
         window,
         span,
     ) -> Gathered:
-        segments, weight = window_of((batch, emphasis), window)
+        segments, weight = _window_of((batch, emphasis), window)
 
         def loss_of(narrow):
             read = narrow
@@ -141,12 +137,6 @@ def _build(given: Given) -> _Programs:
         grads, sums = jax.grad(loss_of, has_aux=True)(narrow)
         return jax.tree.map(jnp.add, so_far, Gathered(grads, sums))
 
-    def widen(so_far: Gathered, params, shared, token_ids, candidates):
-        if candidates is None:
-            return so_far.grads
-        number = num_tokens_of(shared, token_ids)
-        return widened(so_far.grads, params, candidates, number)
-
     def info(sums: LossSums, grads, has_candidates: bool) -> LearnerInfo:
         found = parts.info(sums)._replace(grad_norm=optax.global_norm(grads))
         return found.of_candidates() if has_candidates else found
@@ -158,10 +148,25 @@ def _build(given: Given) -> _Programs:
         count=jax.jit(count, static_argnames="span"),
         nothing=jax.jit(nothing),
         gather=jax.jit(gather, static_argnames="span", donate_argnums=0),
-        widen=jax.jit(widen),
+        widen=jax.jit(_widened),
         info=jax.jit(info, static_argnames="has_candidates"),
         point=jax.jit(given.point, static_argnums=1),
     )
+
+
+def _window_of(batch, number):
+    """One window of a batch, as a batch."""
+    take = lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1)
+    return jax.tree.map(take, batch)
+
+
+def _widened(so_far: Gathered, params, shared: SharedTables, token_ids, candidates):
+    """The gradient of all parameters, of what was gathered of some rows."""
+    if candidates is None:
+        return so_far.grads
+
+    number = num_tokens_of(shared, token_ids)
+    return widened(so_far.grads, params, candidates, number)
 
 
 def _narrowed(params, shared: SharedTables, token_ids, candidates):

@@ -241,14 +241,7 @@ def preference_learner(
 
     def loss_of(deltas, params, batch: _Batch, references):
         found = log_probs(params, deltas, batch)
-        is_real = (batch.sizes[::2] > 0).astype(jnp.float32)
-        if config.loss == "sft":
-            # Nats by token, as language models are trained.
-            chosen = found[::2] / jnp.maximum(batch.sizes[::2], 1)
-            count = jnp.maximum(jnp.sum(is_real), 1)
-            return -jnp.sum(chosen * is_real) / count, jnp.float32(0)
-
-        return preference_loss(found, references, is_real, config.beta)
+        return _loss_of(config, batch, found, references)
 
     @jax.jit
     def reference_of(params, deltas, batch: _Batch):
@@ -271,12 +264,10 @@ def preference_learner(
 
         # By the state's own count, so that a run that is resumed goes on as it would.
         rng = random.Random(f"{config.seed} {int(state.num_updates)}")
-        chosen = rng.sample(list(pairs), min(len(pairs), config.max_pairs))
-        size = config.batch_size
-        groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-        batches = [_as_batch(group, size, config.max_tokens) for group in groups]
+        num_pairs = min(len(pairs), config.max_pairs)
+        batches = _batches_of(config, rng.sample(list(pairs), num_pairs))
         origin = init() if config.reference == "original" else state
-        references = [np.zeros(2 * size, np.float32)] * len(batches)
+        references = [np.zeros(2 * config.batch_size, np.float32)] * len(batches)
         if config.loss == "dpo":
             references = [
                 reference_of(target.params, origin.deltas, batch) for batch in batches
@@ -293,31 +284,66 @@ def preference_learner(
                 found.append((float(loss), float(margin)))
             course.append(np.mean(found, axis=0))
 
-        leaves = jax.tree.leaves(new.deltas)
-        is_finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves)
-        info = PreferenceInfo(
-            num_pairs=len(chosen),
-            first_loss=float(course[0][0]),
-            last_loss=float(course[-1][0]),
-            margin=float(course[-1][1]),
-            is_finite=is_finite,
-        )
-        return (new if is_finite else state), info
+        info = _info_of(num_pairs, course, new)
+        return (new if info.is_finite else state), info
 
     def serve(state: PreferenceState) -> Params:
-        # Casting to int8 once more would change scales by a last bit.
-        if not int(state.num_updates):
-            return target.params
-
-        precision = target.numerics.precision
-        changed = {}
-        for name in names:
-            whole = _added(_as_floats(target.params[name]), state.deltas[name])
-            changed[name] = _cast_like(whole, target.params[name], precision)
-
-        return {**target.params, **changed}
+        return _served(target, names, state)
 
     return PreferenceLearner(init, update, serve, dataclasses.asdict(config))
+
+
+def _loss_of(config: PreferenceConfig, batch: _Batch, log_probs, references):
+    """A batch's loss and margin; see `preference_loss`."""
+    is_real = (batch.sizes[::2] > 0).astype(jnp.float32)
+    if config.loss == "sft":
+        # Nats by token, as language models are trained.
+        chosen = log_probs[::2] / jnp.maximum(batch.sizes[::2], 1)
+        count = jnp.maximum(jnp.sum(is_real), 1)
+        return -jnp.sum(chosen * is_real) / count, jnp.float32(0)
+
+    return preference_loss(log_probs, references, is_real, config.beta)
+
+
+def _batches_of(config: PreferenceConfig, pairs: list[PreferencePair]) -> list[_Batch]:
+    """Pairs in batches of one size, the last one filled up."""
+    size = config.batch_size
+    groups = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return [_as_batch(group, size, config.max_tokens) for group in groups]
+
+
+def _info_of(
+    num_pairs: int, course: list[np.ndarray], state: PreferenceState
+) -> PreferenceInfo:
+    """What a chunk came to.
+
+    Args:
+      course: Mean loss and margin of each epoch.
+      state: Behind the last one.
+    """
+    leaves = jax.tree.leaves(state.deltas)
+    return PreferenceInfo(
+        num_pairs=num_pairs,
+        first_loss=float(course[0][0]),
+        last_loss=float(course[-1][0]),
+        margin=float(course[-1][1]),
+        is_finite=all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves),
+    )
+
+
+def _served(target: Target, names: list[str], state: PreferenceState) -> Params:
+    """The model with its differences added to the layers of these names."""
+    # Casting to int8 once more would change scales by a last bit.
+    if not int(state.num_updates):
+        return target.params
+
+    precision = target.numerics.precision
+    changed = {}
+    for name in names:
+        whole = _added(_as_floats(target.params[name]), state.deltas[name])
+        changed[name] = _cast_like(whole, target.params[name], precision)
+
+    return {**target.params, **changed}
 
 
 def _build_log_probs(config: ModelConfig, numerics: Numerics, first: int) -> Callable:
