@@ -12,7 +12,6 @@ so.
 """
 
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -98,22 +97,11 @@ def run_bench(
         verify_seconds = measure_verification(sessions)
 
     others = {peer.name: PeerRun() for peer in peers}
-    take_turn = {
-        name: functools.partial(_answer, mode, config=config, should_drop=should_drop)
-        for name, mode in modes.items()
-    } | {
-        peer.name: functools.partial(
-            _answer_by_peer, peer, others[peer.name], plain.session, config=config
-        )
-        for peer in peers
-    }
-
     for peer in peers:
         if items:  # warms up
             first = [first_turn(items[0])]
             _answer_by_peer(peer, PeerRun(), plain.session, first, config)
 
-    turns = [*modes.values(), *others.values(), *hidden]
     run = BenchRun(
         config,
         [],
@@ -125,27 +113,11 @@ def run_bench(
         left_out=left_out,
         is_complete=False,
     )
-
     rounds = rounds_of(items, plain, opened, config, left_out)
+    turns = _Turns(run, peers, plain, hidden, should_drop, on_result)
 
     for number, (name, group) in enumerate(rounds):
-        if should_stop():
-            break
-        begun = [len(one.turn_seconds) for one in turns]
-        num_begun = len(run.prompts) + len(group)
-        turn = number % len(take_turn)
-        for mode_name in [*list(take_turn)[turn:], *list(take_turn)[:turn]]:
-            take_turn[mode_name](group)
-            if should_drop():
-                break
-            if on_result is not None:
-                taken = modes.get(mode_name) or others[mode_name]
-                on_result(num_begun, mode_name, taken)
-        if hidden and not should_drop():
-            _answer(plain, group, config, should_drop)
-        if should_drop():
-            for one, count in zip(turns, begun, strict=True):
-                one.keep(count, len(run.prompts))
+        if should_stop() or not turns.take(number, group):
             break
         run.prompts += group
         run.prompt_lengths += [
@@ -159,6 +131,62 @@ def run_bench(
     run.reference = [result.token_ids for result in plain.results]
 
     return run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turns:
+    """Who answers in turns.
+
+    Attributes:
+      plain: The mode of plain decoding; `hidden` has it where nobody asked for it.
+    """
+
+    run: BenchRun
+    peers: Sequence[Peer]
+    plain: ModeRun
+    hidden: list[ModeRun]
+    should_drop: Callable[[], bool]
+    on_result: Callable[[int, str, Turns], None] | None
+
+    def take(self, number: int, group: list[Prompt]) -> bool:
+        """Has a group of prompts answered by all; False if the round was dropped.
+
+        Args:
+          number: Of the round, which says who begins.
+        """
+        run = self.run
+        everybody = [*run.modes.values(), *run.peers.values(), *self.hidden]
+        begun = [len(one.turn_seconds) for one in everybody]
+        self._take_in_order(number, group)
+        if self.hidden and not self.should_drop():
+            _answer(self.plain, group, run.config, self.should_drop)
+        if not self.should_drop():
+            return True
+
+        for one, count in zip(everybody, begun, strict=True):
+            one.keep(count, len(run.prompts))
+        return False
+
+    def _take_in_order(self, number: int, group: list[Prompt]) -> None:
+        """The turns that are scored, in an order that rotates."""
+        run = self.run
+        by_name = {peer.name: peer for peer in self.peers}
+        names = [*run.modes, *by_name]
+        first = number % len(names)
+        num_begun = len(run.prompts) + len(group)
+
+        for name in [*names[first:], *names[:first]]:
+            if name in by_name:
+                taken = run.peers[name]
+                session = self.plain.session
+                _answer_by_peer(by_name[name], taken, session, group, run.config)
+            else:
+                taken = run.modes[name]
+                _answer(taken, group, run.config, self.should_drop)
+            if self.should_drop():
+                break
+            if self.on_result is not None:
+                self.on_result(num_begun, name, taken)
 
 
 def _check(

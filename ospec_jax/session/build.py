@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -19,8 +19,6 @@ from ospec_jax.drafters.base import Drafter
 from ospec_jax.drafters.ngram import ORDERS, init_memory
 from ospec_jax.drafters.pool import Members
 from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.drafters.sizing import EvidenceFn, SizeFn, all_drafted
-from ospec_jax.drafters.stopping import StopFn
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.last_layer import LastLayer
 from ospec_jax.loading import LoadedDraft
@@ -28,6 +26,7 @@ from ospec_jax.models.hub import Target
 from ospec_jax.models.sharing import caster
 from ospec_jax.online.registry import build_trainer
 from ospec_jax.online.trainer import Trainer
+from ospec_jax.session.how_much import HowMuch
 from ospec_jax.types import Draft
 
 NUM_BEHIND = 16
@@ -79,97 +78,150 @@ def _within_reach(tree: TreeConfig, draft: LoadedDraft | None) -> TreeConfig:
 def assembled(
     target: Target,
     draft: LoadedDraft | None,
-    tree: TreeConfig,
+    plan: HowMuch,
     learner: LearnerConfig | None,
     ngrams: bool,
     num_predicted_tokens: int,
     has_log_probs: bool,
-    controller: str | BuildController | None,
-    stop_fn: StopFn | None = None,
-    size_fn: SizeFn = all_drafted,
     judge_every: int = 1,
-    evidence_fn: EvidenceFn | None = None,
 ) -> Parts:
-    """Builds the engine, a drafter for each kind of step, and what learns."""
-    # Suggestions in place of drawn children would not be exact.
-    has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
-    drafter = None
-    trainer = None
+    """Builds the engine, a drafter for each kind of step, and what learns.
+
+    Args:
+      plan: Whose tree fits the draft; see `fitting_tree`.
+    """
+    tree = plan.tree
+    assert tree is not None, "it fits the draft"
+    drafting = _drafting_of(target, draft, plan, ngrams, num_predicted_tokens)
     orders = draft.memory_orders if draft else ORDERS
     serve = serving(target, draft, orders)
-    # Of several depths the deepest is the engine's own action; the others share its
-    # state.
-    plain = tree.of_depth(tree.num_steps) if tree.depths else tree
-    menu: Mapping[Action, Drafter | None] = {Action(plain): None}
-    long = None
-    if draft is not None:
-        # n-grams are then a drafter beside the other one, and lend it nothing.
-        if draft.mix:
-            has_ngrams = draft.needs_ngrams
-        build = functools.partial(
-            build_drafter,
-            draft.family,
-            numerics=target.numerics,
-            has_ngrams=has_ngrams,
-            mix=draft.mix,
-            stop_fn=stop_fn,
-        )
-        drafters, long = _menu_of(build, _by_number(draft), tree, num_predicted_tokens)
-        menu = drafters
-        drafter = drafters[Action(plain)]
-        if draft.pool is not None:
-            # All members run over prompts.
-            everyone = dataclasses.replace(draft.pool, extends="all")
-            drafter = build(everyone, plain)
-        if learner is not None:
-            learner = learner_for(learner, draft, drafter, target)
-            _check_choices(learner, tree)
-            # Remembered only where they are looked up.
-            orders = orders if has_ngrams else ()
-            trainer = trainer_for(learner, target, draft, drafter, serve, orders)
+    trainer = None
+    if draft is not None and learner is not None:
+        assert drafting.drafter is not None
+        learner = learner_for(learner, draft, drafting.drafter, target)
+        _check_choices(learner, tree)
+        # Remembered only where they are looked up.
+        orders = orders if drafting.has_ngrams else ()
+        trainer = trainer_for(learner, target, draft, drafting.drafter, serve, orders)
 
     # The long step of a held prediction is not the controller's to choose.
-    actions = tuple(action for action in menu if action != long)
-    rule = _rule_of(controller, actions)
+    actions = tuple(action for action in drafting.menu if action != drafting.long)
+    rule = _rule_of(plan.controller, actions)
     num_unjudged = 0
+    menu = drafting.menu
     if rule.is_judging:
         _check_judging(draft, tree, menu)
         if judge_every > 1:
-            assert draft is not None, "several drafts are judged"
-            # Between two judgings only the one that proposes is kept up to date.
-            architectures = _by_number(draft, extends="chosen")
-            menu, _ = _menu_of(build, architectures, tree, num_predicted_tokens)
+            menu = _between_judgings(draft, drafting, tree, num_predicted_tokens)
             longest = max(action.tree.num_steps for action in menu) + 1
-            num_unjudged = max(judge_every * (plain.num_steps + 1), longest)
-
-    can_rest = draft is not None and _may_rest(draft) and not rule.is_judging
-    depths = {action.tree.num_steps for action in menu}
-    num_behind = NUM_BEHIND if can_rest and 0 in depths and len(depths) > 1 else 0
+            num_unjudged = max(judge_every * (drafting.plain.num_steps + 1), longest)
 
     # The engine is specialised to what the trainer wants recorded.
     config = StepConfig(
         model=target.config,
         numerics=target.numerics,
-        tree=plain,
+        tree=drafting.plain,
         taps=draft.taps if draft else (),
         stop_ids=target.stop_ids,
         has_log_probs=has_log_probs,
         mesh=target.mesh,
-        judged=plain if rule.is_judging else None,
+        judged=drafting.plain if rule.is_judging else None,
         num_unjudged=num_unjudged,
-        num_behind=num_behind,
-        size_fn=size_fn,
-        evidence_fn=evidence_fn,
+        num_behind=0 if rule.is_judging else _num_behind(draft, menu),
+        size_fn=plan.size_fn,
+        evidence_fn=plan.evidence_fn,
         delta_rank=learner.delta_rank if learner is not None and trainer else 0,
     )
     recording = trainer.recording if trainer else "nothing"
-    engine = Engine(config, target.params, drafter, recording, menu)
-    if long is not None:
-        rule = follow_predictions(rule, long)
+    engine = Engine(config, target.params, drafting.drafter, recording, menu)
+    if drafting.long is not None:
+        rule = follow_predictions(rule, drafting.long)
     if trainer is None:
         return Parts(engine, rule, None, None, serve)
 
     return Parts(engine, rule, learner, trainer, trainer.serve)
+
+
+class _Drafting(NamedTuple):
+    """Who drafts in a session's steps.
+
+    Attributes:
+      plain: The tree of the engine's own action: of several depths the deepest; the
+        others share its state.
+      menu: The drafter of each action; None decodes plainly.
+      long: The action for held predictions, if any.
+      drafter: Runs over prompts; None without a draft.
+      has_ngrams: Whether n-grams are looked up.
+      build: Makes a drafter of an architecture and a tree; None without a draft.
+    """
+
+    plain: TreeConfig
+    menu: Mapping[Action, Drafter | None]
+    long: Action | None = None
+    drafter: Drafter | None = None
+    has_ngrams: bool = False
+    build: Callable[..., Drafter] | None = None
+
+
+def _drafting_of(
+    target: Target,
+    draft: LoadedDraft | None,
+    plan: HowMuch,
+    ngrams: bool,
+    num_predicted_tokens: int,
+) -> _Drafting:
+    """Builds the drafters."""
+    tree = plan.tree
+    assert tree is not None, "it fits the draft"
+    plain = tree.of_depth(tree.num_steps) if tree.depths else tree
+    if draft is None:
+        return _Drafting(plain, {Action(plain): None})
+
+    # Suggestions in place of drawn children would not be exact.
+    has_ngrams = ngrams and tree.children == "topk" and tree.num_steps > 0
+    # n-grams are then a drafter beside the other one, and lend it nothing.
+    if draft.mix:
+        has_ngrams = draft.needs_ngrams
+    build = functools.partial(
+        build_drafter,
+        draft.family,
+        numerics=target.numerics,
+        has_ngrams=has_ngrams,
+        mix=draft.mix,
+        stop_fn=plan.stop_fn,
+    )
+    menu, long = _menu_of(build, _by_number(draft), tree, num_predicted_tokens)
+    drafter = menu[Action(plain)]
+    if draft.pool is not None:
+        # All members run over prompts.
+        everyone = dataclasses.replace(draft.pool, extends="all")
+        drafter = build(everyone, plain)
+
+    return _Drafting(plain, menu, long, drafter, has_ngrams, build)
+
+
+def _between_judgings(
+    draft: LoadedDraft | None,
+    drafting: _Drafting,
+    tree: TreeConfig,
+    num_predicted_tokens: int,
+) -> Mapping[Action, Drafter | None]:
+    """The menu where only the one that proposes is kept up to date."""
+    assert draft is not None, "several drafts are judged"
+    assert drafting.build is not None, "several drafts are judged"
+    architectures = _by_number(draft, extends="chosen")
+    return _menu_of(drafting.build, architectures, tree, num_predicted_tokens)[0]
+
+
+def _num_behind(
+    draft: LoadedDraft | None, menu: Mapping[Action, Drafter | None]
+) -> int:
+    """Tokens that the draft may be behind by, while plain steps rest."""
+    depths = {action.tree.num_steps for action in menu}
+    if draft is None or not _may_rest(draft) or 0 not in depths or len(depths) == 1:
+        return 0
+
+    return NUM_BEHIND
 
 
 def _may_rest(draft: LoadedDraft) -> bool:

@@ -173,25 +173,7 @@ def resume(
     if bool(state.is_stopped):
         warnings.warn(f"{folder}: {describe_stop(trainer, state)}", stacklevel=3)
 
-    traffic = like.traffic
-    scopes = Scopes()
-
-    try:
-        # Older traffic than the learner's would not be what it counted.
-        # By its shapes, so that what an older version did not store comes back as such.
-        shapes = jax.eval_shape(lambda: traffic)
-        kept = checkpoint.load(
-            folder, feedback_like=shapes, mesh=mesh, step=found.step, family=family
-        )
-        scopes = Scopes.from_json(kept.scopes)
-        traffic = freely_placed(_with_owners(kept.feedback), mesh)
-    except CheckpointError:
-        warnings.warn(
-            f"step {found.step} of {folder} holds no feedback that can be read; "
-            f"learning goes on without past traffic",
-            stacklevel=3,
-        )
-
+    traffic, scopes = _past_traffic(folder, found.step, like.traffic, mesh, family)
     # The stored version counts on from earlier runs, the trainer's from the beginning
     # of this one.
     served_version = int(state.version) - found.meta.num_waiting
@@ -219,6 +201,32 @@ def resume(
         waiting=None if found.waiting is None else place(found.waiting),
         served_version=None if found.waiting is None else served_version,
     )
+
+
+def _past_traffic(
+    folder: str | Path,
+    step: int,
+    like: Traffic | None,
+    mesh: jax.sharding.Mesh | None,
+    family: Family | None,
+) -> tuple[Traffic | None, Scopes]:
+    """A step's traffic, and whose it is; `like` and nobody's where it holds none."""
+    try:
+        # Older traffic than the learner's would not be what it counted.
+        # By its shapes, so that what an older version did not store comes back as such.
+        shapes = jax.eval_shape(lambda: like)
+        kept = checkpoint.load(
+            folder, feedback_like=shapes, mesh=mesh, step=step, family=family
+        )
+        scopes = Scopes.from_json(kept.scopes)
+        return freely_placed(_with_owners(kept.feedback), mesh), scopes
+    except CheckpointError:
+        warnings.warn(
+            f"step {step} of {folder} holds no feedback that can be read; "
+            f"learning goes on without past traffic",
+            stacklevel=4,
+        )
+        return like, Scopes()
 
 
 def _served_architecture(

@@ -207,25 +207,17 @@ class Session:
         plan = how_much.resolve(
             tree, draft, controller, stop_fn, size_fn, learn_control, batch_size
         )
-        if learn_control and target.mesh is not None:
-            raise ConfigError(
-                f"learn_control is {learn_control}, and the target lies on a mesh, "
-                f"where policies do not learn yet; leave it out"
-            )
+        _check_learns_control(learn_control, target)
         tree = build.fitting_tree(plan.tree, draft)
         parts = build.assembled(
             target,
             draft,
-            tree,
+            plan._replace(tree=tree),
             learner,
             ngrams,
             num_predicted_tokens,
             has_log_probs,
-            plan.controller,
-            plan.stop_fn,
-            plan.size_fn,
             judge_every,
-            plan.evidence_fn,
         )
         self.target = target
         self.tree = tree
@@ -241,9 +233,7 @@ class Session:
         self.trainer = parts.trainer
         self.is_promoted_by_hand = is_by_hand
         self._serve = parts.serve
-        self.practice: Practice | None = None
-        if exercises is not None:
-            self.practice = self._new_practice(exercises)
+        self.practice = self._new_practice(exercises)
 
         # What does change: counters, reports, and the state.
         self.stats = DecodingStats(num_spec_tokens=tree.num_steps)
@@ -257,7 +247,10 @@ class Session:
         self._lock = threading.RLock()
         self._adopt(self._first_state(draft))
 
-    def _new_practice(self, config: PracticeConfig) -> Practice:
+    def _new_practice(self, config: PracticeConfig | None) -> Practice | None:
+        if config is None:
+            return None
+
         tokenizer = self.target.tokenizer
         special = {*tokenizer.all_special_ids, *self.target.stop_ids}
         stops = self.target.stop_ids
@@ -1191,6 +1184,19 @@ class Session:
             )
 
         return self.answered
+
+
+def _check_learns_control(share: float, target: Target) -> None:
+    """Refuses to teach policies where they do not learn.
+
+    Raises:
+      ConfigError: The target is split over devices.
+    """
+    if share and target.mesh is not None:
+        raise ConfigError(
+            f"learn_control is {share}, and the target lies on a mesh, where policies "
+            f"do not learn yet; leave it out"
+        )
 
 
 def _check_weighs_time(rule: Controller, name: object) -> None:
