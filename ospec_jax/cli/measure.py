@@ -193,13 +193,14 @@ def _contenders(
     compared: dict[str, tuple], draft: LoadedDraft | None, ngrams: bool
 ) -> dict[str, Contender]:
     """Modes of the same draft, each with its own controller."""
-    if compared and draft is None:
+    if not compared:
+        return {}
+    if draft is None:
         raise ConfigError("--controllers needs a draft; name one with --draft")
 
     return {
         name: Contender(draft, tree, ngrams, controller)
         for name, (controller, tree) in compared.items()
-        if draft is not None
     }
 
 
