@@ -5,17 +5,20 @@ VERSION = $(shell $(PYTHON) -c 'import sys; print("-%d.%d" % sys.version_info[:2
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),$(VERSION))
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all fast lint bench clean
+.PHONY: demo test test-all fast lint style types tiny tiny-all bench clean
 
-$(VENV)/.installed: pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $@
+# Modules are compiled as they are imported, which most of them never are.
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-compile -e ".[dev]"
+	touch $(VENV)/.installed $@
 
 demo: $(VENV)/.installed
 	$(BIN)/ospec demo
@@ -29,9 +32,13 @@ bench: $(VENV)/.installed
 	  --plot bench-output/speed.png
 	$(BIN)/ospec roofline | tee bench-output/roofline.md
 
-lint: $(VENV)/.installed-dev
+lint: style types
+
+style: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # How programs are compiled depends on a test's mark, and on whether a run leaves out
@@ -42,14 +49,21 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not (slow or optimized or gpu or thorough or long)"
 
-test: lint
-	$(PYTEST) -m "not (slow or optimized or gpu or thorough)"
+# Types are checked by one process, beside the first tests.
+test: style
+	+$(MAKE) --jobs=2 types tiny
 	$(PYTEST) -m "(slow or optimized) and not (gpu or thorough)"
 
+tiny: $(VENV)/.installed-dev
+	$(PYTEST) -m "not (slow or optimized or gpu or thorough)"
+
 # With every combination of what `make test` tries each value of once.
-test-all: lint
-	$(PYTEST) -m "not (slow or optimized or gpu)"
+test-all: style
+	+$(MAKE) --jobs=2 types tiny-all
 	$(PYTEST) -m "(slow or optimized) and not gpu"
+
+tiny-all: $(VENV)/.installed-dev
+	$(PYTEST) -m "not (slow or optimized or gpu)"
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info demo-output bench-output
