@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ospec_jax.config import ConfigError
+from ospec_jax.replay import mixtures
 from ospec_jax.replay.mixtures import (
     BLOCKS,
-    NUM_FIRST,
     SHUFFLED,
     compare_mixtures,
     markdown_table,
@@ -24,7 +24,7 @@ META = PoolMeta("t", "f", "float32", ("code", "math"), DEPTH, 21)
 RATES = {"code": (0.8, 0.3), "math": (0.3, 0.8)}
 
 
-def made_up(num_each=60, num_tokens=20):
+def made_up(num_each=30, num_tokens=20):
     rng = np.random.default_rng(0)
     answers = []
     for domain, rates in RATES.items():
@@ -53,7 +53,8 @@ def test_streams_hold_the_same_answers_in_other_orders():
         streams_of(found["math"], 0)
 
 
-def test_every_row_has_every_stream():
+def test_every_row_has_every_stream(monkeypatch):
+    monkeypatch.setattr(mixtures, "NUM_FIRST", 45)
     answers = made_up()
     right = {one.content: int(one.domain == "math") for one in answers}
     routes = Routes(right, 1.0, {})
@@ -63,7 +64,7 @@ def test_every_row_has_every_stream():
     assert done == [1, 2]
     by_name = {row["name"]: row for row in rows}
     assert list(by_name) == ["code", "math", BEST, BEST_EACH, "router", *names]
-    first = f"first {NUM_FIRST} of {SHUFFLED}"
+    first = f"first 45 of {SHUFFLED}"
     for row in rows:
         assert list(row["streams"]) == ["code", "math", BLOCKS, SHUFFLED, first]
         assert {len(values) for values in row["streams"].values()} == {2}
