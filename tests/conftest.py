@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src import compiler
 
 from ospec_jax.models.hub import enable_compilation_cache
 from ospec_jax.models.sharing import forget_programs, own_programs
@@ -15,6 +16,8 @@ from ospec_jax.session import live, session
 
 enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Nobody profiles these programs: they need not know which lines they came from.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # Most time of tiny models is compilation, and theirs need not make fast code. Where
 # single bits matter, and with real weights, programs are compiled as users' are.
@@ -36,6 +39,10 @@ _QUICK_VARIABLE = _QUICK.upper()
 # of many sessions takes some ten thousand.
 _MAPS = Path("/proc/self/maps")
 _MAX_MAPS_KEPT = 32_000
+
+# Programs that stay in memory by what they are compiled from.
+_PROGRAMS: dict = {}
+_MAX_PROGRAMS = 1_000
 
 # The longest come first, so that no worker is left alone with one. Tests that want the
 # same kind of programs stand together: a change of kind throws programs away.
@@ -187,8 +194,42 @@ def _no_memory_is_handed_back():
         yield
 
 
+def _compile_equal_programs_once():
+    """Lets functions share what is compiled, if they come to the same program.
+
+    They do where tests build what others have built. Each is traced by itself, and
+    counted as a program.
+    """
+    read, write = compiler._cache_read, compiler._cache_write
+
+    def keep(key, executable):
+        while len(_PROGRAMS) >= _MAX_PROGRAMS:
+            _PROGRAMS.pop(next(iter(_PROGRAMS)), None)
+        _PROGRAMS[key] = executable
+
+    def find(name, key, *args):
+        if (executable := _PROGRAMS.get(key)) is not None:
+            return executable, 0
+
+        executable, seconds = read(name, key, *args)
+        if executable is not None:
+            keep(key, executable)
+        return executable, seconds
+
+    def note(key, seconds, name, backend, executable, callbacks):
+        if not callbacks:
+            keep(key, executable)
+        write(key, seconds, name, backend, executable, callbacks)
+
+    compiler._cache_read, compiler._cache_write = find, note
+
+
+_compile_equal_programs_once()
+
+
 def _throw_programs_away():
     forget_programs()
+    _PROGRAMS.clear()
     jax.clear_caches()
     # Engines and their programs hold each other.
     gc.collect()
