@@ -330,9 +330,11 @@ void panel(const Product& p, int64_t channel) {
   const int64_t step = 4 * C * kChannels / num_blocks;
   for (int64_t i = 0; i < num_blocks; ++i) {
     const int64_t row = p.m * i / num_blocks, count = p.m * (i + 1) / num_blocks - row;
-    each<kPanelRows>([&](auto r) {
-      if (count != r + 1) return;
-      panel_block<r + 1, C>(p, packed, row, channel, later + i * bytes / num_blocks, step);
+    // Blocks of so many rows differ by one at most: none has less than half of the most.
+    each<kPanelRows - kMinPanelRows / 2 + 1>([&](auto r) {
+      constexpr int R = decltype(r)::value + kMinPanelRows / 2;
+      if (count != R) return;
+      panel_block<R, C>(p, packed, row, channel, later + i * bytes / num_blocks, step);
     });
   }
 }

@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -50,7 +51,6 @@ _FLAGS = (
     "-march=native",
     "-ffp-contract=off",
     "-fno-math-errno",
-    "-shared",
     "-fPIC",
     "-w",
 )
@@ -357,9 +357,19 @@ def _load(folder: Path) -> ctypes.CDLL:
 def _build(compiler: str, place: Path, name: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as building:
         built = Path(building) / "kernels.so"
-        sources = [str(_FOLDER / source) for source in _SOURCES]
         include = f"-I{jax.ffi.include_dir()}"
-        _run(compiler, *_FLAGS, include, *sources, "-o", str(built))
+
+        def compiled(source: str) -> str:
+            place = str(Path(building) / f"{source}.o")
+            code = str(_FOLDER / source)
+            _run(compiler, *_FLAGS, include, "-c", code, "-o", place)
+            return place
+
+        # A process for each of them: on two cores that takes half the time.
+        with ThreadPoolExecutor(len(_SOURCES)) as pool:
+            objects = list(pool.map(compiled, _SOURCES))
+
+        _run(compiler, "-shared", *objects, "-o", str(built))
         content = built.read_bytes()
         library = place / f"{name}-{_digest(content)}.so"
         if not atomic.keep(library, content):
