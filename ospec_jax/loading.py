@@ -179,6 +179,9 @@ def load_draft(
 
     # A checkpoint that was learned beside a language model does not hold that model.
     restored = restore(name_or_folder, target, family)
+    if restored.meta.members:
+        return _learned_pool(restored, target)
+
     known = checkpoint.family_of(restored.meta.family, family)
     if known.config is not None and not known.is_trained:
         name = f"{restored.meta.family}:{restored.meta.card.get('model', 'NAME')}"
@@ -476,7 +479,8 @@ def pool_draft(
 ) -> LoadedDraft:
     """Several drafts behind one, of which a controller chooses one each step.
 
-    They are served as they are: only n-grams are learned, one memory for all.
+    They are served as they are, but for those that learn (`LearnerConfig.members`);
+    n-grams are learned in one memory for all.
 
     Args:
       names: Of the members, for records; by default their families'.
@@ -510,6 +514,21 @@ def pool_draft(
     params = Members(tuple(member.draft for member in members))
 
     return LoadedDraft(Draft(params), meta, members=tuple(members), pool=config)
+
+
+def _learned_pool(restored: checkpoint.Checkpoint, target: Target) -> LoadedDraft:
+    """A pool some members of which have learned; the others are loaded by name."""
+    names = str(restored.meta.card.get("model", "")).split("+")
+    members = [load_draft(name, target) for name in names]
+    learned = freely_placed(restored.draft, target.mesh).params
+    for number, draft in learned.items():
+        members[number] = dataclasses.replace(members[number], draft=draft)
+
+    pool = pool_draft(members, target, names)
+    # So that they are stored again, whoever learns next.
+    meta = dataclasses.replace(pool.meta, members=restored.meta.members)
+
+    return dataclasses.replace(pool, meta=meta)
 
 
 def with_sliding_window(draft: LoadedDraft, sliding_window: int) -> LoadedDraft:

@@ -30,9 +30,10 @@ from ospec_jax.data.templates import encode
 from ospec_jax.drafters.eagle import eagle3_taps
 from ospec_jax.loading import LoadedDraft, load_draft, with_sliding_window
 from ospec_jax.models.hub import Target, load_target
+from ospec_jax.online.redrafting import steps
 from ospec_jax.replay.record import record
 from ospec_jax.replay.replayer import Replayer
-from ospec_jax.replay.score import steps, whole_answer
+from ospec_jax.replay.score import whole_answer
 from ospec_jax.replay.store import FeedbackStore
 from ospec_jax.reports.progress import say
 

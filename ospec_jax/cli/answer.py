@@ -15,6 +15,7 @@ from ospec_jax.cli.arguments import (
     LearnBudget,
     Learner,
     LearningRate,
+    LearnMembers,
     Optimizer,
     Shared,
     learner_config,
@@ -146,6 +147,7 @@ def learn(
     update_interval: int | None = None,
     pace: Literal["always", "pays"] | None = None,
     promotion: Literal["always", "guarded"] | None = None,
+    learn_members: LearnMembers = None,
     checkpoint_dir: Annotated[Path | None, tyro.conf.arg(name="checkpoint")] = None,
     resume: bool = False,
     save_every: int = 50,
@@ -208,6 +210,7 @@ def learn(
         update_interval=update_interval,
         pace=pace,
         promotion=promotion,
+        members=learn_members,
     )
     if checkpoint_dir is None:
         say("nothing of what is learned is kept: give --checkpoint FOLDER to save it")

@@ -67,6 +67,14 @@ LearnBudget = Annotated[
     float | None,
     tyro.conf.arg(help="Share of wall-clock time for learning, by default 0.02."),
 ]
+LearnMembers = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="Of --draft pool:A+B+..., which members learn: all that can; chosen, of "
+        "each answer the one that drafted most of it; or their numbers from 0 on, like "
+        "1,3. By default none does, and n-grams alone are learned."
+    ),
+]
 PrecisionName = Literal["auto", "float32", "bfloat16", "int8"]
 
 

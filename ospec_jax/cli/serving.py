@@ -18,6 +18,7 @@ from ospec_jax.cli.arguments import (
     Given,
     LearnBudget,
     Learner,
+    LearnMembers,
     Served,
     Shared,
     learner_config,
@@ -47,6 +48,7 @@ def serve(
     kept_mib: int = 512,
     learner: Learner = "auto",
     learn_budget: LearnBudget = None,
+    learn_members: LearnMembers = None,
     learn_idle: int = 0,
     delta_rank: int | None = None,
     promotion: Literal["always", "guarded"] | None = None,
@@ -134,11 +136,19 @@ def serve(
     rule = None
     if learn != "off" and decoding.draft != "none":
         rule = learner_config(
-            learner, budget=learn_budget, promotion=promotion, delta_rank=delta_rank
+            learner,
+            budget=learn_budget,
+            promotion=promotion,
+            delta_rank=delta_rank,
+            members=learn_members,
         )
     elif delta_rank:
         raise ConfigError(
             f"--delta-rank {delta_rank}, and nothing learns; leave it out"
+        )
+    elif learn_members is not None:
+        raise ConfigError(
+            f"--learn-members {learn_members}, and nothing learns; leave it out"
         )
     if checkpoint_dir is not None and decoding.draft == "none":
         raise ConfigError("without a draft nothing is learned: leave --checkpoint out")

@@ -204,6 +204,7 @@ class Completion:
       followed: How far the request's prediction came true; None if it has none.
       alternatives: Of each token, the most probable ones; empty if not asked for.
       owner: Whose it is, for what keeps its text; None is nobody in particular.
+      num_steps_of: Passes that each member of a pool drafted for, by its number.
     """
 
     __repr__ = short_repr
@@ -222,6 +223,7 @@ class Completion:
     followed: Followed | None = None
     alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
     owner: Owner | None = None
+    num_steps_of: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -236,6 +238,7 @@ class Slot:
       num_reused: See `Completion`.
       draft_number: When it began, by which `kept.KeptRows` knows what it is good for.
       followed: How far the request's prediction came true; None if it has none.
+      num_steps_of: See `Completion`.
     """
 
     __repr__ = short_repr
@@ -255,6 +258,7 @@ class Slot:
     num_reused: int = 0
     draft_number: int = 0
     followed: Followed | None = None
+    num_steps_of: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.request.prediction_ids:
@@ -330,6 +334,8 @@ class Slot:
         if action is not None and count:
             depth = action.tree.num_steps
             self.stats.add_step(drafted, min(accepted, kept), depth)
+            number = action.drafter
+            self.num_steps_of[number] = self.num_steps_of.get(number, 0) + 1
         if self.followed is not None:
             self.followed.add(tokens[:kept], min(accepted, kept))
 
@@ -402,4 +408,5 @@ class Slot:
             num_reused=self.num_reused,
             followed=self.followed,
             alternatives=self.alternatives,
+            num_steps_of=self.num_steps_of,
         )

@@ -64,6 +64,12 @@ def bring_first(tree: Any, number: int) -> Any:
     return jax.tree.map(swap, tree, is_leaf=is_members)
 
 
+def with_members(draft: Draft, changed: dict[int, Draft]) -> Draft:
+    """A pool's draft, some members of which are others, by their numbers."""
+    items = tuple(changed.get(i, one) for i, one in enumerate(draft.params.items))
+    return draft.replace(params=Members(items))
+
+
 class Member(NamedTuple):
     """One drafter of a pool, as it is built.
 
@@ -116,6 +122,14 @@ class PoolConfig:
         """Target layers whose inputs any member reads, ascending."""
         return tuple(sorted({tap for member in self.members for tap in member.taps}))
 
+    @property
+    def columns(self) -> tuple[tuple[int, ...], ...]:
+        """Of each member, which of the pool's taps it reads."""
+        place = {tap: i for i, tap in enumerate(self.taps)}
+        return tuple(
+            tuple(place[tap] for tap in member.taps) for member in self.members
+        )
+
     def first(self, number: int) -> "PoolConfig":
         """The same pool, in which the member of this number proposes."""
         members = Members(self.members).swapped(number).items
@@ -155,7 +169,7 @@ def pool(
         drafts = _drafts_of(draft)
 
         for i, one in enumerate(drafters[:num_extended]):
-            own = pairs.replace(taps=_taps_of(pairs.taps, columns, i))
+            own = pairs.replace(taps=taps_of(pairs.taps, columns, i))
             caches[i], context = one.extend(drafts[i], shared, caches[i], own)
 
             # Where logits can be had later, none are computed for those who wait.
@@ -180,7 +194,7 @@ def pool(
 
         for i, (one, own) in enumerate(zip(drafters, _drafts_of(draft), strict=True)):
             assert one.retrace is not None
-            read = pairs.replace(taps=_taps_of(pairs.taps, columns, i))
+            read = pairs.replace(taps=taps_of(pairs.taps, columns, i))
             args = own, shared, cache.items[i], context.items[i], read, suggested
             now, following, retraced = one.retrace(*args)
             # As in `extend`: logits that can be had later are not kept.
@@ -240,11 +254,15 @@ def _drafts_of(draft: Draft) -> list[Draft]:
 
 
 def _refuse_training(*_, **__):
-    raise ConfigError("the members of a pool are not trained; train them before")
+    raise ConfigError("a pool is not trained as a whole; its members are, one by one")
 
 
-def _taps_of(taps: jax.Array, columns: tuple, number: int) -> jax.Array:
-    """The part of the pool's taps that one member reads."""
+def taps_of(taps: jax.Array, columns: tuple, number: int) -> jax.Array:
+    """The part of the pool's taps `[..., f]` that one member reads.
+
+    Args:
+      columns: See `pool`.
+    """
     own = columns[number]
     if own is None:
         return taps
@@ -273,12 +291,7 @@ def build_pool(
         _build_member(member, config.has_ngrams, tree, numerics, stop_fn)
         for member in config.members
     )
-    place = {tap: i for i, tap in enumerate(config.taps)}
-    columns = tuple(
-        tuple(place[tap] for tap in member.taps) for member in config.members
-    )
-
-    return pool(drafters, columns, config.extends)
+    return pool(drafters, config.columns, config.extends)
 
 
 def _build_member(

@@ -30,7 +30,12 @@ from ospec_jax.typing import Params
 Rule = Callable[[Objective], Learner]
 """An update rule that a user wrote."""
 
-_SHARED = {"memory_slots": 65536, "delta_rank": 0, "seed": 0}
+_SHARED: dict[str, Any] = {
+    "memory_slots": 65536,
+    "delta_rank": 0,
+    "seed": 0,
+    "members": "",
+}
 """What every learner reads."""
 _PARTS = {
     "effort": Effort,
@@ -99,6 +104,7 @@ class _Parts:
     memory_slots: int
     delta_rank: int
     seed: int
+    members: str
 
 
 class LearnerConfig(_Parts):
@@ -129,6 +135,9 @@ class LearnerConfig(_Parts):
       delta_rank: Of a difference to the draft that each scope has for itself, learned
         from its answers alone (`learners.deltas`); 0 for none.
       seed: Of the choice of older windows.
+      members: Of a pool, which members learn, each by itself (`online.members`): `all`
+        that can, of an answer the one that was `chosen` for most of its steps, or their
+        numbers, like `1,3`. None by default: of a pool n-grams alone are learned.
     """
 
     def __init__(self, name: str | None = None, rule: Rule | None = None, **settings):
@@ -225,6 +234,21 @@ class LearnerConfig(_Parts):
         known = _readable(_kind_of(name)) | _SHARED.keys()
         kept = {key: x for key, x in self.settings.items() if key in known}
         return LearnerConfig(name, **(kept | changes))
+
+    def decided(self, can_learn_head: bool) -> "LearnerConfig":
+        """What `auto` is; any other learner is itself.
+
+        Args:
+          can_learn_head: The draft's output projection can be learned alone.
+        """
+        if self.name != "auto":
+            return self
+
+        # Without `pace` a budget says nothing to `head`; with it, it asks for updates.
+        read_by_head = {*_names(LEARNERS["head"]), "pace"}
+        is_head = can_learn_head and read_by_head.issuperset(self.given)
+
+        return self.renamed("head" if is_head else "gradient")
 
     @classmethod
     def from_flat(
@@ -476,7 +500,18 @@ def _usual_values(key: str) -> list[Any]:
 
 def _check_shared(shared: dict[str, Any]) -> None:
     for key, value in shared.items():
-        shared[key] = whole_number(key, value, least=0)
+        if key != "members":
+            shared[key] = whole_number(key, value, least=0)
+
+    members = shared["members"]
+    is_text = isinstance(members, str)
+    numbers = members.split(",") if is_text and members else []
+    is_list = all(n.isdecimal() and n.isascii() for n in numbers)
+    if not is_text or not (is_list or members in ("all", "chosen")):
+        raise ConfigError(
+            f"members is {members!r:.60}; use 'all', 'chosen', or numbers of a pool's "
+            f"members with commas between them, like '1,3'"
+        )
 
 
 def _name_for_rule(name: str | None, rule: Rule) -> str:

@@ -70,11 +70,13 @@ class Traffic:
       ring: Recent windows to train on, or None.
       memory: n-grams, or None.
       deltas: What was learned of single scopes, or None.
+      members: Of a pool, what is kept for each member that learns.
     """
 
     ring: FeedbackRing | None = None
     memory: NgramMemory | None = None
     deltas: Deltas | None = None
+    members: "tuple[Traffic, ...]" = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ class UpdateReport:
         update was not finite: learning has ended, the served draft stays.
       stride: Occasions to learn, for each that is taken.
       step_length: How far the served parameters moved, if the learner knows.
+      members: Of a pool, the numbers of the members that were updated.
     """
 
     info: LearnerInfo | HeadInfo
@@ -94,6 +97,7 @@ class UpdateReport:
     seconds: float
     stride: int = 1
     step_length: float | None = None
+    members: tuple[int, ...] = ()
 
 
 class Speed(NamedTuple):
@@ -227,6 +231,9 @@ def forget(traffic: Traffic, is_gone) -> Traffic:
         traffic = traffic.replace(memory=ngram.forget(traffic.memory, is_gone))
     if traffic.deltas is not None:
         traffic = traffic.replace(deltas=deltas.forget(traffic.deltas, is_gone))
+    if traffic.members:
+        kept = tuple(forget(one, is_gone) for one in traffic.members)
+        traffic = traffic.replace(members=kept)
 
     return traffic
 

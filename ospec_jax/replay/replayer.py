@@ -31,6 +31,7 @@ from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.sharing import caster, share
+from ospec_jax.online.redrafting import build_score, drafting_states
 from ospec_jax.online.trainer import (
     Learned,
     Traffic,
@@ -41,13 +42,7 @@ from ospec_jax.online.trainer import (
     learn_from,
 )
 from ospec_jax.replay import record
-from ospec_jax.replay.score import (
-    answer_window,
-    build_score,
-    drafting_states,
-    walk,
-    whole_answer,
-)
+from ospec_jax.replay.score import answer_window, walk, whole_answer
 from ospec_jax.replay.store import Recording
 from ospec_jax.session.build import learner_for, trainer_for
 from ospec_jax.types import Draft, Feedback

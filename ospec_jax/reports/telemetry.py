@@ -37,6 +37,7 @@ _TOLD = (
     "candidate_acceptance",
     "num_samples",
 )
+_NO_CURVES = ("kind", "number", "id", "domain", "decision", "extra", "members")
 _DRAWN = (
     *_TOLD,
     "acceptance_per_position",
@@ -242,6 +243,8 @@ class Telemetry:
             if value is not None:
                 row[name] = _plain(value)
 
+        if report.members:
+            row["members"] = list(report.members)
         self._recall(row)
         row["num_promotions"] = self._counts["promotions"]
         row["num_rollbacks"] = self._counts["rollbacks"]
@@ -280,7 +283,7 @@ class Telemetry:
         add = getattr(self._writer, "add_scalar", None) or self._writer.scalar
 
         for name, value in (row | row.get("extra", {})).items():
-            if name not in ("kind", "number", "id", "domain", "decision", "extra"):
+            if name not in _NO_CURVES:
                 # A curve for each entry of a list.
                 for i, x in enumerate(np.ravel(value)):
                     part = f"/{i}" if np.ndim(value) else ""

@@ -20,13 +20,13 @@ from ospec_jax.drafters.ngram import ORDERS, init_memory
 from ospec_jax.drafters.pool import Members
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.config import LearnerConfig
-from ospec_jax.learners.last_layer import LastLayer
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.models.sharing import caster
 from ospec_jax.online.registry import build_trainer
 from ospec_jax.online.trainer import Trainer
 from ospec_jax.session.how_much import HowMuch
+from ospec_jax.session.members import learner_of_members, trainer_of_members
 from ospec_jax.types import Draft
 
 NUM_BEHIND = 16
@@ -102,7 +102,15 @@ def assembled(
         _check_choices(learner, tree)
         # Remembered only where they are looked up.
         orders = orders if drafting.has_ngrams else ()
-        trainer = trainer_for(learner, target, draft, drafting.drafter, serve, orders)
+        trainer = trainer_for(
+            learner,
+            target,
+            draft,
+            drafting.drafter,
+            serve,
+            orders,
+            num_steps=drafting.plain.num_steps,
+        )
 
     # The long step of a held prediction is not the controller's to choose.
     actions = tuple(action for action in drafting.menu if action != drafting.long)
@@ -339,8 +347,12 @@ def learner_for(
     """What can be learned of a draft that is not trained, and what `auto` is.
 
     Raises:
-      ConfigError: A rule of the user's would have nothing to train.
+      ConfigError: A rule of the user's would have nothing to train, or members of a
+        pool are to learn that cannot.
     """
+    if learner.members:
+        return learner_of_members(learner, draft, target)
+
     if draft.meta.draft is None:
         if learner.rule is not None:
             raise ConfigError(
@@ -350,15 +362,7 @@ def learner_for(
             )
         return learner.renamed("memory")
 
-    if learner.name != "auto":
-        return learner
-
-    can_learn_head = drafter.head_inputs is not None and target.mesh is None
-    # Without `pace` a budget says nothing to `head`; with it, it asks for updates.
-    read_by_head = {field.name for field in dataclasses.fields(LastLayer)} | {"pace"}
-    is_head = can_learn_head and read_by_head.issuperset(learner.given)
-
-    return learner.renamed("head" if is_head else "gradient")
+    return learner.decided(drafter.head_inputs is not None and target.mesh is None)
 
 
 def trainer_for(
@@ -369,6 +373,7 @@ def trainer_for(
     serve: Callable[[Draft], Draft],
     orders: tuple[int, ...] = (),
     tap_width: int = 0,
+    num_steps: int = 1,
 ) -> Trainer:
     """What learning runs.
 
@@ -376,7 +381,11 @@ def trainer_for(
       serve: Makes the draft that decodes of one in float32.
       orders: Lengths of the n-grams to remember, if any.
       tap_width: Of what is recorded, if it is more than the draft reads.
+      num_steps: Tokens of a chain, for members of a pool that did not draft it.
     """
+    if learner.members:
+        return trainer_of_members(learner, target, draft, serve, orders, num_steps)
+
     width = target.config.hidden_size
     return build_trainer(
         learner,

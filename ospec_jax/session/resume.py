@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ospec_jax.config import DraftConfig
 from ospec_jax.drafters.base import Family
+from ospec_jax.drafters.pool import with_members
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import freely_placed
 from ospec_jax.models.hub import Target
@@ -159,7 +160,8 @@ def resume(
     # Only shapes are traced: nothing is trained or allocated to read a checkpoint.
     def learner_like(meta: Meta, draft: Draft):
         check_settings(folder, meta, learner)
-        return jax.eval_shape(lambda: trainer.init(draft)[0])
+        _check_members(folder, meta, like.meta)
+        return jax.eval_shape(lambda: trainer.init(_whole(meta, draft, like))[0])
 
     mesh = target.mesh
     found = checkpoint.load(
@@ -169,7 +171,8 @@ def resume(
     # from saving.
     checkpoint.set_aside(folder, found.step)
     place = lambda tree: grouped(freely_placed(tree, mesh), found.meta.draft, mesh)
-    state = place(_completed(found.learner, trainer, found.draft))
+    whole = lambda draft: _whole(found.meta, place(draft), like)
+    state = place(_completed(found.learner, trainer, whole(found.draft)))
     if bool(state.is_stopped):
         warnings.warn(f"{folder}: {describe_stop(trainer, state)}", stacklevel=3)
 
@@ -189,8 +192,7 @@ def resume(
             draft=_served_architecture(folder, found.meta.draft, ours),
             draft_version=version,
         ),
-        # A checkpoint holds no language model that drafts: the session has its own.
-        draft=place(found.draft) if found.meta.draft is not None else like.draft,
+        draft=whole(found.draft),
         trainer=state,
         traffic=traffic,
         controller=found.meta.controller,
@@ -198,7 +200,7 @@ def resume(
         contents=("",) * num_nameless + found.meta.contents,
         num_admitted=found.meta.num_admitted,
         scopes=scopes,
-        waiting=None if found.waiting is None else place(found.waiting),
+        waiting=None if found.waiting is None else whole(found.waiting),
         served_version=None if found.waiting is None else served_version,
     )
 
@@ -227,6 +229,35 @@ def _past_traffic(
             stacklevel=4,
         )
         return like, Scopes()
+
+
+def _whole(meta: Meta, stored: Draft, like: SessionState) -> Draft:
+    """A stored draft with what no checkpoint holds, which the session has itself: a
+    language model that drafts, members of a pool that do not learn."""
+    if meta.draft is not None:
+        return stored
+
+    assert like.draft is not None, "a session that learns has a draft"
+    return with_members(like.draft, stored.params) if meta.members else like.draft
+
+
+def _check_members(folder: str | Path, meta: Meta, ours: Meta | None) -> None:
+    """Refuses a pool other members of which have learned.
+
+    Raises:
+      CheckpointError: It is such a one.
+    """
+    if ours is None or meta.members == ours.members:
+        return
+
+    shown = lambda one: ", ".join(
+        f"{number} ({record.get('family')})" for number, record in one.members.items()
+    )
+    raise CheckpointError(
+        f"{folder} was learned by the pool's members {shown(meta) or 'none'}, and here "
+        f"{shown(ours) or 'none'} learn, or of another architecture; give the same "
+        f"pool again: {meta.card.get('model')}"
+    )
 
 
 def _served_architecture(

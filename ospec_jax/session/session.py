@@ -58,6 +58,7 @@ from ospec_jax.online.trainer import (
     taught,
 )
 from ospec_jax.session import arguments, build, how_much, resume, warm_up
+from ospec_jax.session.members import with_records
 from ospec_jax.session.practice import Exercise, Practice, PracticeConfig
 from ospec_jax.session.requests import is_default_name, tokenized
 from ospec_jax.session.result import Result
@@ -261,7 +262,7 @@ class Session:
         if loaded is None:
             return SessionState()
 
-        meta = loaded.meta
+        meta = with_records(loaded, self.learner, self.target).meta
         draft = build.grouped(loaded.draft, meta.draft, self.target.mesh)
         if self.trainer is None:
             return SessionState(meta, draft)

@@ -97,6 +97,8 @@ class Meta:
         empty for one that stands alone. See `storage.low_rank`.
       base_hash: Its fingerprint.
       rank: Of the difference.
+      members: Of a pool, the members that are stored, since they learn: by number,
+        what each is, as `record_of` says it.
     """
 
     family: str
@@ -117,6 +119,26 @@ class Meta:
     base: str = ""
     base_hash: str = ""
     rank: int = 0
+    members: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether a checkpoint holds parameters of the draft."""
+        return self.draft is not None or bool(self.members)
+
+    def of_member(self, number: str) -> "Meta":
+        """The record of one of the members.
+
+        Raises:
+          InputError: It is damaged.
+        """
+        if not number.isdecimal():
+            raise ConfigError(f"the record names the member {number!r:.20}, no number")
+
+        fields = Fields(self.members, "the members' record").section(number)
+        family = family_of(fields.text("family"))
+        draft = _read_architecture(family, fields.section("draft").values)
+        return dataclasses.replace(self, family=family.name, draft=draft, members={})
 
     @classmethod
     def create(
@@ -193,6 +215,7 @@ class Checkpoint:
     """A restored checkpoint; `learner` and `feedback` may be None.
 
     Attributes:
+      draft: Of a pool, the `Draft` of each member that is stored, by its number.
       waiting: What was learned and not served, for who reads the learner's state.
       scopes: Whose the feedback is, as JSON; empty for nobody in particular.
     """
@@ -238,9 +261,9 @@ def save(
     _check_finite(draft, f"the draft to be saved as step {step} of {folder}")
     # Meta is text, so that it can be read without knowing any shape.
     items: dict[str, Any] = {"meta": {"json": json.dumps(dataclasses.asdict(meta))}}
-    if meta.draft is not None:
+    if meta.is_stored:
         items["draft"] = _stored(draft, meta)
-    if meta.draft is not None and waiting is not None:
+    if meta.is_stored and waiting is not None:
         items["waiting"] = _stored(waiting, meta)
 
     if learner is not None:
@@ -254,7 +277,14 @@ def save(
 
 
 def _stored(draft: Draft, meta: Meta) -> dict[str, Any]:
-    """A draft as a checkpoint has it."""
+    """A draft as a checkpoint has it; of a pool, the members that are stored."""
+    if meta.members:
+        members = draft.params.items
+        return {
+            number: _stored(members[int(number)], meta.of_member(number))
+            for number in meta.members
+        }
+
     stored: dict[str, Any] = {"params": cast_params(draft.params, meta.storage)}
     if draft.token_ids is not None:
         stored["token_ids"] = draft.token_ids
@@ -557,10 +587,10 @@ def _load_step(
         draft = Draft(params={})
         waiting = None
         read = lambda name: _read_draft(checkpointer, path, step, name, meta, own, mesh)
-        if meta.draft is not None:
+        if meta.is_stored:
             draft = read("draft")
         # Who takes the draft alone takes what is served.
-        if meta.draft is not None and meta.num_waiting and learner_like is not None:
+        if meta.is_stored and meta.num_waiting and learner_like is not None:
             waiting = read("waiting")
         rest = {}
         likes = {}
@@ -587,17 +617,31 @@ def _load_step(
 def _read_draft(
     checkpointer, path: Path, step: int, name: str, meta: Meta, own, mesh
 ) -> Draft:
-    """A draft, by the name of its item."""
-    assert meta.draft is not None, "it is stored"
+    """A draft, by the name of its item; of a pool, the members that are stored."""
     like = abstract_draft(meta, own)
     kept = checkpointer.checkpointables_metadata(step).metadata
     _check_stored(kept.get(name), like)
     with _reading_files(path, step):
         stored = _restore(checkpointer, step, {name: _on_devices(like, mesh)})[name]
 
+    where = f"step {step} of {path}"
+    if not meta.members:
+        return _read_back(stored, meta, where)
+
+    return Draft(
+        params={
+            int(number): _read_back(one, meta.of_member(number), where)
+            for number, one in stored.items()
+        }
+    )
+
+
+def _read_back(stored: Any, meta: Meta, where: str) -> Draft:
+    """What was stored of one draft, as it was."""
+    assert meta.draft is not None, "it is stored"
     token_ids = stored.get("token_ids")
     draft = Draft(params=_widen(stored["params"]), token_ids=token_ids)
-    _check_finite(draft, f"step {step} of {path}")
+    _check_finite(draft, where)
     _check_token_ids(token_ids, meta.draft)
 
     return draft
@@ -703,14 +747,11 @@ def read_meta(values: dict, own: Family | None = None) -> Meta:
     draft = fields.section("draft").values if values.get("draft") is not None else None
     family = family_of(fields.text("family"), own)
     if draft is not None:
-        if family.config is None or not issubclass(family.config, DraftConfig):
-            raise CheckpointError(
-                f"a draft with parameters is stored, but those of the family "
-                f"{family.name!r} have none"
-            )
-        draft = draft_config_from(family.config, draft)
+        draft = _read_architecture(family, draft)
 
     meta = from_dict(Meta, values | {"draft": draft})
+    for number in meta.members:
+        meta.of_member(number)
     if meta.base and meta.rank < 1:
         raise ConfigError(
             f"the checkpoint's record names the base {meta.base!r} of a difference of "
@@ -723,12 +764,36 @@ def read_meta(values: dict, own: Family | None = None) -> Meta:
     return meta
 
 
+def _read_architecture(family: Family, values: dict) -> DraftConfig:
+    """A draft's architecture, from its stored form."""
+    if family.config is None or not issubclass(family.config, DraftConfig):
+        raise CheckpointError(
+            f"a draft with parameters is stored, but those of the family "
+            f"{family.name!r} have none"
+        )
+
+    return draft_config_from(family.config, values)
+
+
+def record_of(meta: Meta) -> dict[str, Any]:
+    """What a pool's record says of a member that is stored; see `Meta.members`."""
+    assert meta.draft is not None, "it has parameters"
+    record = {"family": meta.family, "draft": dataclasses.asdict(meta.draft)}
+    # As it is read back, where there are no tuples.
+    return json.loads(json.dumps(record))
+
+
 def abstract_draft(meta: Meta, own: Family | None = None) -> dict:
-    """Shapes of the stored draft.
+    """Shapes of the stored draft, or of a pool's stored members by their numbers.
 
     Args:
       own: See `family_of`.
     """
+    if meta.members:
+        return {
+            number: abstract_draft(meta.of_member(number)) for number in meta.members
+        }
+
     config = meta.draft
     family = family_of(meta.family, own)
     assert config is not None, "only drafts with parameters are stored"
