@@ -474,6 +474,8 @@ class DecodeState:
       backlog: What the draft is behind by, or None where it never is.
       extras: What rows ask that only `full` passes can do; None where none does.
       deltas: What is added to the draft's logits, or None where nothing is.
+      prompt_states: `[b, d]` sum of the target's final states over the prompts, as far
+        as they were run; None where nobody asks.
     """
 
     cache: KVCache
@@ -491,6 +493,7 @@ class DecodeState:
     backlog: Backlog | None = None
     extras: Extras | None = None
     deltas: RowDeltas | None = None
+    prompt_states: Float[Array, "b d"] | None = None
 
 
 @struct
@@ -514,6 +517,7 @@ class StepOutput:
         wants it (`control.marginal.Evidence`, `control.lessons.Cycle`); else None.
       sources: `[b, k]` who proposed each accepted token, valid up to `num_accepted`;
         None as in `DraftTree`.
+      prompt_states: Of a prompt's pass, as in `DecodeState`; None of steps.
     """
 
     tokens: Int[Array, "b m"]
@@ -527,3 +531,4 @@ class StepOutput:
     alternatives: tuple[Int[Array, "b m a"], Float[Array, "b m a"]] | None = None
     evidence: Float[Array, "b e"] | None = None
     sources: Int[Array, "b k"] | None = None
+    prompt_states: Float[Array, "b d"] | None = None

@@ -39,6 +39,7 @@ RULES = (
     "share",
     "normalhedge:domain",
     "normalhedge:opening",
+    "normalhedge:similar",
 )
 """Bandits as published (`request`) and with a memory; HedgeSpec, and more."""
 

@@ -125,7 +125,8 @@ class DraftingFlags:
         ucb, exp3, metasd, thompson, epsilon, which hear of the one that drafted;
         fixed:N. Behind colons may follow length (the default loss), time, request
         (begin anew with every answer), sample, product, raw, acceptance; scope, domain,
-        opening (weights of their own for each of these). By default the first drafts.
+        opening (weights of their own for each of these), similar (each request begins
+        with a vote of similar ones). By default the first drafts.
       judge_every: Steps after which the members of a pool are judged together, for
         --select, by default 8; until then only the one that drafts runs.
       tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the

@@ -49,11 +49,14 @@ class Context(NamedTuple):
       scope: Whose it is; see `Request.scope`.
       domain: Of its prompt; empty if it names none.
       opening: Names how its prompt begins; see `control.contexts.opening_of`.
+      embedding: What the target makes of its prompt, for a controller that
+        `reads_prompts`; see `control.similar.embedding_of`. Empty until that is read.
     """
 
     scope: int = 0
     domain: str = ""
     opening: str = ""
+    embedding: str = ""
 
 
 class Row(NamedTuple):
@@ -146,6 +149,8 @@ class Controller(NamedTuple):
       is_judging: It wants to know how every drafter of a pool would have been accepted
         (`Outcome.windows`), which costs each step some time.
       hears_ends: It wants to know of steps that ended an answer, too.
+      reads_prompts: It wants to know what the target makes of each prompt
+        (`Context.embedding`), which is read with the answer's first token.
       report: `state -> dict` of numbers and lists of them: what it thinks, for
         telemetry; None for nothing to tell.
       steer: `(state, rows) -> arrays`: what rules within a step are told, of actions
@@ -172,6 +177,7 @@ class Controller(NamedTuple):
     resume: Callable[[Any, Any], Any] = lambda fresh, saved: saved
     is_judging: bool = False
     hears_ends: bool = False
+    reads_prompts: bool = False
     report: Callable[[Any], dict[str, Any]] | None = None
     steer: Callable[[Any, Sequence[Row]], Any] | None = None
     timed: tuple[tuple[Action, Any], ...] = ()

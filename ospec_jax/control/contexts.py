@@ -67,6 +67,7 @@ def by_key(
     key_of: KeyOf,
     max_keys: int = MAX_KEYS,
     worth: float = WORTH,
+    begin: "Callable[[KeyedState, str], SelectionState] | None" = None,
 ) -> Controller:
     """Makes a selection one that has weights of its own for each key.
 
@@ -77,14 +78,23 @@ def by_key(
       selection: From `control.selection.select`.
       key_of: One of `KEYS`, or another; an empty key stands for none.
       worth: Windows that what a key begins with is worth at most.
+      begin: What a key of which nothing is known begins with; by default the shared
+        selection, and `begun` from it once there is evidence.
     """
+
+    def found_for(state: KeyedState, key: str) -> SelectionState:
+        if begin is None or not key:
+            return state.shared
+
+        return begin(state, key)
 
     def init(num_rows: int) -> KeyedState:
         return KeyedState(selection.init(num_rows))
 
     def choose(state: KeyedState, rows: Sequence[Row]) -> Action:
         known = dict(zip(state.keys, state.own, strict=True))
-        found = [known.get(key_of(row.context), state.shared) for row in rows]
+        keys = [key_of(row.context) for row in rows]
+        found = [known.get(key) or found_for(state, key) for key in keys]
         if not found:
             return selection.choose(state.shared, rows)
         if all(one is found[0] for one in found):
@@ -100,7 +110,7 @@ def by_key(
             if not key or (key not in own and not has_evidence):
                 continue
 
-            before = own.pop(key, None) or _begun(state.shared, worth)
+            before = own.pop(key, None) or begun(found_for(state, key), worth)
             # Put in anew, so that it is the newest.
             own[key] = selection.observe(before, action, part)
 
@@ -128,7 +138,7 @@ def by_key(
         if scopes is None:
             return KeyedState(state.shared)
 
-        return _without(state, {key_of(Context(scope=number)) for number in scopes})
+        return without(state, {key_of(Context(scope=number)) for number in scopes})
 
     def report(state: KeyedState) -> dict[str, Any]:
         assert selection.report is not None
@@ -156,7 +166,7 @@ def _with_mean_weights(
     return dataclasses.replace(shared, weights=tuple(weights.tolist()))
 
 
-def _without(state: KeyedState, gone: Collection[str]) -> KeyedState:
+def without(state: KeyedState, gone: Collection[str]) -> KeyedState:
     """What is left when some keys are forgotten."""
     pairs = zip(state.keys, state.own, strict=True)
     kept = [(key, own) for key, own in pairs if key not in gone]
@@ -165,7 +175,7 @@ def _without(state: KeyedState, gone: Collection[str]) -> KeyedState:
     )
 
 
-def _begun(shared: SelectionState, worth: float) -> SelectionState:
+def begun(shared: SelectionState, worth: float) -> SelectionState:
     """The selection that a key begins with.
 
     What rules remember are sums over windows, so a share of them is what fewer windows

@@ -21,6 +21,7 @@ from ospec_jax.control.contexts import KEYS, by_key
 from ospec_jax.control.depth import most_tokens_a_second
 from ospec_jax.control.normal_hedge import ada_normal_hedge, normal_hedge
 from ospec_jax.control.selection import check_choice, select
+from ospec_jax.control.similar import by_similarity
 from ospec_jax.control.weighting import anytime_hedge, fixed_share, follow_leader
 
 JUDGING: dict[str, Callable] = {
@@ -56,9 +57,12 @@ OPTIONS = {
     "scope": "each key and tenant of a server has weights of its own; not for bandits",
     "domain": "likewise each domain that prompts name; not for bandits",
     "opening": "likewise each beginning of prompts, of 32 tokens; not for bandits",
+    "similar": "likewise each prompt, from a vote of similar ones; not for bandits",
 }
 """What may follow a name, behind colons."""
 
+_SIMILAR = "similar"
+_KINDS = (*KEYS, _SIMILAR)
 _OF_BANDITS = ("length", "time", "request")
 _LOSSES = ("length", "time", "acceptance")
 
@@ -114,11 +118,11 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
             begins_anew=begins_anew,
         )
 
-    kinds = [option for option in options if option in KEYS]
+    kinds = [option for option in options if option in _KINDS]
     if len(set(kinds)) > 1 or (kinds and begins_anew):
         raise ConfigError(
             f"{name!r} tells requests apart in more than one way, or forgets what it "
-            f"learned of them; leave one of {', '.join((*KEYS, 'request'))}"
+            f"learned of them; leave one of {', '.join((*_KINDS, 'request'))}"
         )
 
     selection = select(
@@ -130,6 +134,9 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
         corrects="raw" not in options,
         begins_anew=begins_anew,
     )
+    if _SIMILAR in kinds:
+        return by_similarity(selection)
+
     return by_key(selection, KEYS[kinds[0]]) if kinds else selection
 
 

@@ -22,6 +22,7 @@ from ospec_jax.config import (
 from ospec_jax.control.base import Action, Context, Row
 from ospec_jax.control.contexts import opening_of
 from ospec_jax.control.lengths import Pending, Windows
+from ospec_jax.control.similar import embedding_of
 from ospec_jax.decoding.predicted import Followed
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.drafters.sources import Source, names_of
@@ -239,6 +240,7 @@ class Slot:
       draft_number: When it began, by which `kept.KeptRows` knows what it is good for.
       followed: How far the request's prediction came true; None if it has none.
       num_steps_of: See `Completion`.
+      embedding: Of its prompt; see `control.base.Context`.
     """
 
     __repr__ = short_repr
@@ -259,6 +261,7 @@ class Slot:
     draft_number: int = 0
     followed: Followed | None = None
     num_steps_of: dict[int, int] = dataclasses.field(default_factory=dict)
+    embedding: str = ""
 
     def __post_init__(self):
         if self.request.prediction_ids:
@@ -270,10 +273,14 @@ class Slot:
         return self.request.max_new_tokens - len(self.token_ids)
 
     @functools.cached_property
+    def _opening(self) -> str:
+        return opening_of(self.request.prompt_ids)
+
+    @property
     def context(self) -> Context:
         """What its request says of itself."""
         request = self.request
-        return Context(request.scope, request.domain, opening_of(request.prompt_ids))
+        return Context(request.scope, request.domain, self._opening, self.embedding)
 
     def as_row(self) -> Row:
         """What a controller may know of it."""
@@ -312,6 +319,8 @@ class Slot:
           action: That the pass ran; None for a prompt.
         """
         count = int(output.num_emitted[row])
+        if action is None and output.prompt_states is not None:
+            self.embedding = embedding_of(output.prompt_states[row])
         # Of the newest pass alone: what an earlier one said is out of date.
         self.is_sure = output.is_sure is not None and bool(output.is_sure[row])
         tokens = output.tokens[row, :count].tolist()

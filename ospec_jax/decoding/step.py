@@ -92,6 +92,7 @@ class StepConfig:
         `drafters.sizing`.
       evidence_fn: What steered steps report of such a tree; None for nothing.
       delta_rank: Of the differences that the draft has by row; 0 for none.
+      reads_prompts: Report what the target makes of each prompt.
     """
 
     model: ModelConfig
@@ -109,6 +110,7 @@ class StepConfig:
     size_fn: SizeFn = all_drafted
     evidence_fn: EvidenceFn | None = None
     delta_rank: int = 0
+    reads_prompts: bool = False
 
     @property
     def max_emitted(self) -> int:
@@ -979,6 +981,17 @@ def record(
     )
 
 
+def _sum_prompt(hidden, num_valid, state: DecodeState) -> DecodeState:
+    """Adds a chunk's final states to those of the prompt, if anybody reads them."""
+    if state.prompt_states is None:
+        return state
+
+    # What stands behind the prompt's end is junk.
+    is_real = (jnp.arange(hidden.shape[1]) < num_valid)[:, None]
+    summed = jnp.sum(jnp.where(is_real, hidden, 0.0), axis=1)
+    return state.replace(prompt_states=state.prompt_states + summed)
+
+
 def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
     """Builds the pass over one chunk of one prompt.
 
@@ -1055,6 +1068,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             num_remaining=num_remaining,
             is_finished=is_finished,
         )
+        state = _sum_prompt(hidden, num_valid, state)
         zero = jnp.zeros_like(starts)
         output = StepOutput(
             tokens=first[:, None],
@@ -1064,6 +1078,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
             is_finished=is_finished,
             log_probs=log_probs,
             alternatives=alternatives,
+            prompt_states=state.prompt_states,
         )
 
         return _look_ahead(drafter, draft, state, output)
@@ -1172,6 +1187,10 @@ def empty_state(
 
     deltas = _empty_deltas(config, b, draft_context)
 
+    prompt_states = None
+    if config.reads_prompts:
+        prompt_states = jnp.zeros((b, config.model.hidden_size))
+
     return DecodeState(
         cache=llama.init_cache(config.model, config.numerics, b, capacity),
         draft_cache=draft_cache,
@@ -1192,6 +1211,7 @@ def empty_state(
         unjudged=unjudged,
         backlog=backlog,
         deltas=deltas,
+        prompt_states=prompt_states,
     )
 
 

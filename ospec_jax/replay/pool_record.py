@@ -20,6 +20,7 @@ from ospec_jax import atomic
 from ospec_jax.config import ConfigError, TreeConfig, from_dict, naming
 from ospec_jax.config.fields import parse_json, read_json
 from ospec_jax.control.contexts import opening_of
+from ospec_jax.control.similar import embedding_of
 from ospec_jax.data.known import content_hash
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.data.templates import encode
@@ -69,6 +70,7 @@ class PoolAnswer:
       accepted: `[t, n]` tokens of a chain that begins there that are accepted.
       opening: Names how the prompt begins (`control.contexts`); empty in recordings
         from before there were such names.
+      embedding: What the target makes of the prompt (`control.similar`); likewise.
     """
 
     id: str
@@ -77,6 +79,7 @@ class PoolAnswer:
     hits: np.ndarray
     accepted: np.ndarray
     opening: str = ""
+    embedding: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -240,6 +243,7 @@ def _answers(file: Path, num_drafters: int) -> Iterator[PoolAnswer]:
                 hits,
                 accepted,
                 str(row.get("opening", "")),
+                str(row.get("embedding", "")),
             )
 
 
@@ -284,6 +288,7 @@ class _Recorder:
             taps=pool.taps,
             stop_ids=target.stop_ids,
             judged=TreeConfig(num_steps=1),
+            reads_prompts=True,
         )
         self.num_steps = num_steps
         self._target = target
@@ -314,9 +319,12 @@ class _Recorder:
         tokens = []
         chains = []
         hits = []
+        embedding = ""
 
         while True:
             read = fetch(output)
+            if read.prompt_states is not None:
+                embedding = embedding_of(read.prompt_states[0])
             tokens += read.tokens[0, : read.num_emitted[0]].tolist()
             if read.judged is not None:
                 hits.append([one.chances[0, 0, 0] for one in read.judged.items])
@@ -334,6 +342,7 @@ class _Recorder:
             np.asarray(hits, np.int8).reshape(-1, width),
             _accepted(tokens, [chain[0] for chain in fetch(chains)], width),
             opening_of(ids),
+            embedding,
         )
 
 

@@ -106,6 +106,12 @@ def check_context(name: str, answers: Sequence[PoolAnswer]) -> None:
                 f"{name!r} goes by a prompt's {option}, and no recorded answer has "
                 f"one; record prompts that do, into another folder"
             )
+    if "similar" in options and not any(one.embedding for one in answers):
+        raise ConfigError(
+            f"{name!r} goes by what the target makes of prompts, and no recorded "
+            f"answer has it: the recording is of an older version; record the prompts "
+            f"anew, into another folder"
+        )
 
 
 def replay(
@@ -170,6 +176,7 @@ def _walk(
     place = 0
     num_places = len(answer.accepted)
     context = Context(0, answer.domain, answer.opening)
+    read = context._replace(embedding=answer.embedding)
 
     while place < num_places:
         # The host is one step ahead of what it has read.
@@ -179,6 +186,8 @@ def _walk(
         if unread is not None:
             chooser.observe(*unread)
         numbers.append(action.drafter)
+        # What the target makes of a prompt is read when a step has been chosen.
+        context = read
         accepted = int(answer.accepted[place, action.drafter])
         emitted = slice(place, min(place + accepted + 1, num_places))
         # At every depth of a chain there is one child.

@@ -139,6 +139,7 @@ def assembled(
         size_fn=plan.size_fn,
         evidence_fn=plan.evidence_fn,
         delta_rank=learner.delta_rank if learner is not None and trainer else 0,
+        reads_prompts=rule.reads_prompts,
     )
     recording = trainer.recording if trainer else "nothing"
     engine = Engine(config, target.params, drafting.drafter, recording, menu)

@@ -182,8 +182,8 @@ def test_long_steps_of_a_prediction_are_evidence_of_their_row():
     ("name", "message"),
     [
         ("ucb:domain", "cannot read the selection"),
-        ("hedge:domain:scope", "leave one of scope, domain, opening, request"),
-        ("hedge:domain:request", "leave one of scope, domain, opening, request"),
+        ("hedge:domain:scope", "leave one of scope, domain, opening, similar, request"),
+        ("hedge:similar:request", "leave one of scope, domain, opening, similar"),
     ],
 )
 def test_keys_that_mean_nothing_are_refused(name, message):

@@ -71,6 +71,7 @@ REPLAYED = (
     "ucb",
     "normalhedge:domain",
     "share:opening",
+    "share:similar",
 )
 
 
@@ -113,6 +114,13 @@ def test_requests_are_told_apart_by_what_was_recorded_of_them(recording):
     old = [dataclasses.replace(one, opening="") for one in answers]
     with pytest.raises(ConfigError, match="no recorded answer has"):
         replay(meta, old, "normalhedge:opening")
+
+    assert len({answer.embedding for answer in answers}) == len(answers)
+    old = [dataclasses.replace(one, embedding="") for one in answers]
+    with pytest.raises(ConfigError, match="of an older version; record the prompts"):
+        replay(meta, old, "normalhedge:similar")
+    # Nothing else asks for it.
+    replay(meta, old, "normalhedge:opening")
 
 
 def test_domains_that_take_turns_are_served_by_weights_of_their_own():

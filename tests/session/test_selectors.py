@@ -21,7 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 LIMIT = 3.3
 """Standard deviations; chance alone leaves them once in 1,000 times."""
 NAMES = (*JUDGING, *BANDITS, "normalhedge:sample", "fixed:1", "ucb:request")
-KEYED = ("normalhedge:opening", "share:scope:sample", "leader:domain")
+KEYED = (
+    "normalhedge:opening",
+    "share:scope:sample",
+    "leader:domain",
+    "normalhedge:similar",
+)
 
 
 def head(target, family, seed=0):
@@ -104,6 +109,50 @@ def test_what_is_kept_of_requests_of_one_kind_goes_with_their_scope(
     assert other.chooser.state.keys == (keys[1],)
     other.forget_traffic()
     assert other.chooser.state.keys == ()
+
+
+def test_requests_are_known_by_what_the_target_makes_of_their_prompts(tmp_path):
+    """The mean of its final states, over all chunks; of its scope, and kept."""
+    target = tiny_target()
+    pool = pool_draft([head(target, "eagle3"), load_draft("ngram", target)], target)
+    how = dict(learner=LearnerConfig(name="memory", memory_slots=64))
+    session = session_of(target, pool, "share:similar", **how)
+    numbers = [session.enroll(name).number for name in ("ada", "bob")]
+    long = np.random.default_rng(1).integers(3, 250, (4, 100)).tolist()
+    asked = [
+        Request(f"{i}", tuple(ids), 20, SamplingConfig(), scope=numbers[i % 2])
+        for i, ids in enumerate(long)
+    ]
+    answers = serve(session, asked)
+    # Of an answer that ends at once nothing is learned, so it has no vote.
+    heard = [one for one in asked if len(answers[one.id]) > 8]
+    assert {one.scope for one in heard} == set(numbers)
+    keys = session.chooser.state.keys
+    vectors = {}
+    for key in keys:
+        kind, scope, text = key.split(" ")
+        assert kind == "similar"
+        vectors[int(scope), text] = np.frombuffer(bytes.fromhex(text), "<f2")
+
+    for one in heard:
+        layers = (target.config.num_layers,)
+        states = forward(target.params, target.config, one.prompt_ids, layers)[1]
+        mean = states.mean(axis=0)
+        expected = mean / np.linalg.norm(mean)
+        own = [x for (scope, _), x in vectors.items() if scope == one.scope]
+        assert min(np.abs(vector - expected).max() for vector in own) < 2e-3
+
+    session.save(tmp_path)
+    other = session_of(target, pool, "share:similar", **how)
+    other.resume(tmp_path)
+    assert other.chooser.state == session.chooser.state
+    other.forget_traffic("ada")
+    left = tuple(k for k in keys if k.startswith(f"similar {numbers[1]} "))
+    assert other.chooser.state.keys == left != keys
+    # Nothing of it is computed where nobody asks.
+    plain = session_of(target, pool, "share:opening")
+    _, output = plain.engine.prefill(plain.served_draft, asked[0], 256)
+    assert output.prompt_states is None
 
 
 @pytest.mark.parametrize("dear", [0.0, 9.0], ids=["cheap", "dear"])
