@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax._src import compiler
 
 from ospec_jax.models.hub import enable_compilation_cache
 from ospec_jax.models.sharing import forget_programs, own_programs
@@ -39,10 +38,6 @@ _QUICK_VARIABLE = _QUICK.upper()
 # of many sessions takes some ten thousand.
 _MAPS = Path("/proc/self/maps")
 _MAX_MAPS_KEPT = 32_000
-
-# Programs that stay in memory by what they are compiled from.
-_PROGRAMS: dict = {}
-_MAX_PROGRAMS = 1_000
 
 # The longest come first, so that no worker is left alone with one. Tests that want the
 # same kind of programs stand together: a change of kind throws programs away.
@@ -194,47 +189,8 @@ def _no_memory_is_handed_back():
         yield
 
 
-def _compile_equal_programs_once():
-    """Lets functions share what is compiled, if they come to the same program.
-
-    They do where tests build what others have built. Each is traced by itself, and
-    counted as a program.
-    """
-    read, write = compiler._cache_read, compiler._cache_write
-
-    def keep(key, executable):
-        while len(_PROGRAMS) >= _MAX_PROGRAMS:
-            _PROGRAMS.pop(next(iter(_PROGRAMS)), None)
-        _PROGRAMS[key] = executable
-
-    # Programs that call back to the host are nobody else's. Of these older versions of
-    # jax tell who writes, and newer ones who reads.
-    def find(name, key, options, backend, devices, *callbacks):
-        args = name, key, options, backend, devices, *callbacks
-        if any(callbacks):
-            return read(*args)
-        if (executable := _PROGRAMS.get(key)) is not None:
-            return executable, 0
-
-        executable, seconds = read(*args)
-        if executable is not None:
-            keep(key, executable)
-        return executable, seconds
-
-    def note(key, seconds, name, backend, executable, *callbacks):
-        if not any(callbacks):
-            keep(key, executable)
-        write(key, seconds, name, backend, executable, *callbacks)
-
-    compiler._cache_read, compiler._cache_write = find, note
-
-
-_compile_equal_programs_once()
-
-
 def _throw_programs_away():
     forget_programs()
-    _PROGRAMS.clear()
     jax.clear_caches()
     # Engines and their programs hold each other.
     gc.collect()

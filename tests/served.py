@@ -256,3 +256,12 @@ def serving(service: Serves, config: HttpConfig | None = None) -> Iterator[str]:
 def refused() -> OverloadedError:
     """As when the queue is full."""
     return OverloadedError("64 answers wait, and 64 may; ask again later", 7)
+
+
+def wait_for(is_there):
+    """Waits until something is so, for a minute at most."""
+    for _ in range(1200):
+        if is_there():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came")

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from drafted import random_head
+from served import wait_for
 
 from ospec_jax import LearnerConfig, Session, load_draft
 from ospec_jax.config import ConfigError, SamplingConfig
@@ -650,14 +651,6 @@ def practising(target, draft, monkeypatch, **settings):
 
     monkeypatch.setattr(session.practice, "_prompt_of", prompt_of)
     return Service(session, ServiceConfig("tiny", 240, **settings))
-
-
-def wait_for(is_there):
-    for _ in range(1200):
-        if is_there():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it never came")
 
 
 @pytest.mark.usefixtures("asked_greedily")
