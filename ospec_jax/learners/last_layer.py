@@ -171,14 +171,14 @@ def _lead(state: HeadState, samples: HeadSamples) -> Float[Array, ""]:
     every = max(1, samples.labels.shape[0] // _NUM_PROBES)
     few = jax.tree.map(lambda x: x[::every], samples.replace(sampling=None))
     is_inside, labels = find_inside(few)
-    num_right = lambda logits: jnp.sum(
-        is_inside & (jnp.argmax(logits, axis=-1) == labels)
+    num_right = lambda logits, axis: jnp.sum(
+        is_inside & (jnp.argmax(logits, axis=axis) == labels)
     )
 
     def asked():
-        # By entries' rows: the projection is not turned round for it.
-        origin = jnp.einsum("nd,qd->nq", few.inputs, state.reference)
-        gained = num_right(few.logits) - num_right(origin)
+        # The large matrix comes first: XLA's product takes a third less time so.
+        origin = state.reference @ few.inputs.T
+        gained = num_right(few.logits, axis=1) - num_right(origin, axis=0)
         return _LEAD_FADING * before + gained
 
     is_due = state.num_updates % _PROBE_EVERY == 0
