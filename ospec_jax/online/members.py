@@ -239,7 +239,7 @@ class _Pool:
 
         def at_once(one: Learning, given: _Given) -> Slices[tuple]:
             return one.trainer.update(*given)
-            yield
+            yield  # never: it makes a generator of this, as the one below is
 
         return run(self._round(at_once, state, traffic, draft, served, completion))
 

@@ -7,17 +7,17 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from drafted import head, in_turns
 from reference import forward
 
 from ospec_jax import LearnerConfig, SamplingConfig, Session, TreeConfig, load_draft
 from ospec_jax.config import ConfigError
-from ospec_jax.control.base import Controller
 from ospec_jax.decoding.request import Request
 from ospec_jax.drafters.pool import PoolConfig
 from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.loading import LoadedDraft, mixed_draft, new_draft, pool_draft
-from ospec_jax.storage.checkpoint import CheckpointError, Meta
-from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.loading import mixed_draft, new_draft, pool_draft
+from ospec_jax.storage.checkpoint import CheckpointError
+from ospec_jax.testing import tiny_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -36,15 +36,6 @@ def plain(target):
     return answers(Session(target))
 
 
-def head(target, family, seed=0):
-    """A random draft of three quarters of the target's tokens."""
-    num_tokens = target.config.vocab_size * 3 // 4
-    config = tiny_draft_config(target.config, num_tokens, family)
-    drafter = build_drafter(family, config, TreeConfig(num_steps=1))
-    meta = Meta.create(target, config, family)
-    return LoadedDraft(tiny_draft(drafter, config, seed), meta)
-
-
 @pytest.fixture(scope="module")
 def members(target):
     """Drafters of several shapes, which read different states of the target."""
@@ -55,21 +46,6 @@ def members(target):
         head(target, "eagle3", seed=1),
         mixed_draft("fallback", "suffix,self:exit-2", target),
     ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    number: int = 0
-
-
-def in_turns(actions):
-    """Another action at every step."""
-    return Controller(
-        actions=actions,
-        init=lambda num_rows: Turn(),
-        choose=lambda state, rows: actions[state.number % len(actions)],
-        observe=lambda state, action, outcome: Turn(state.number + 1),
-    )
 
 
 def always(number):

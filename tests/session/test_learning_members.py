@@ -7,17 +7,16 @@ import json
 import jax
 import numpy as np
 import pytest
+from drafted import head, in_turns
 
 from ospec_jax import LearnerConfig, SamplingConfig, Session, load_draft
-from ospec_jax.config import ConfigError, TreeConfig
-from ospec_jax.control.base import Controller
+from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import parse_prompt
-from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.loading import LoadedDraft, pool_draft
+from ospec_jax.loading import pool_draft
 from ospec_jax.online.trainer import go_on_from, learn_from
 from ospec_jax.reports.telemetry import Telemetry, read_rows
-from ospec_jax.storage.checkpoint import CheckpointError, Meta, load, read_meta
-from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.storage.checkpoint import CheckpointError, load, read_meta
+from ospec_jax.testing import tiny_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -34,15 +33,6 @@ def target():
     return tiny_target(num_layers=4)
 
 
-def head(target, family, seed=0, **changes):
-    """A random draft of three quarters of the target's tokens."""
-    num_tokens = target.config.vocab_size * 3 // 4
-    config = tiny_draft_config(target.config, num_tokens, family, **changes)
-    drafter = build_drafter(family, config, TreeConfig(num_steps=1))
-    meta = Meta.create(target, config, family)
-    return LoadedDraft(tiny_draft(drafter, config, seed), meta)
-
-
 @pytest.fixture(scope="module")
 def members(target):
     """Two families that learn, and what does not; one reads fewer taps."""
@@ -52,21 +42,6 @@ def members(target):
         head(target, "hydra"),
         head(target, "eagle3", seed=1, taps=(2, 3)),
     ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    number: int = 0
-
-
-def in_turns(actions):
-    """Another member at every step."""
-    return Controller(
-        actions=actions,
-        init=lambda num_rows: Turn(),
-        choose=lambda state, rows: actions[state.number % len(actions)],
-        observe=lambda state, action, outcome: Turn(state.number + 1),
-    )
 
 
 def pooled(target, members, learner, controller="fixed:1", **how):

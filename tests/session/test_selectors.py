@@ -6,15 +6,14 @@ import itertools
 
 import numpy as np
 import pytest
+from drafted import head
 from reference import forward
 
 from ospec_jax import LearnerConfig, SamplingConfig, Session, TreeConfig, load_draft
 from ospec_jax.control.selectors import BANDITS, JUDGING
 from ospec_jax.decoding.request import Request
-from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.loading import LoadedDraft, pool_draft
-from ospec_jax.storage.checkpoint import Meta
-from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.loading import pool_draft
+from ospec_jax.testing import tiny_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -27,15 +26,6 @@ KEYED = (
     "leader:domain",
     "normalhedge:similar",
 )
-
-
-def head(target, family, seed=0):
-    """A random draft of three quarters of the target's tokens."""
-    num_tokens = target.config.vocab_size * 3 // 4
-    config = tiny_draft_config(target.config, num_tokens, family)
-    drafter = build_drafter(family, config, TreeConfig(num_steps=1))
-    meta = Meta.create(target, config, family)
-    return LoadedDraft(tiny_draft(drafter, config, seed), meta)
 
 
 @pytest.fixture(scope="module")
