@@ -24,6 +24,8 @@ from ospec_jax.reports.summary import running_length
 
 _TIMEOUT = 600.0
 """Seconds until a request that hears nothing is given up."""
+_LONGEST_LINE = 2**20
+"""Bytes of a chunk, at most."""
 _WINDOW = 20
 """Requests over which acceptance is drawn: a single one says little."""
 
@@ -94,23 +96,28 @@ def run_load(
 
 
 async def _run(prompts, config: LoadConfig, on_answer) -> tuple[list[Asked], float]:
+    # What the client takes of the processor is missing to a server on the same machine,
+    # and this library takes least.
     try:
-        import httpx2
+        import aiohttp
     except ImportError as error:
         raise ConfigError(
-            "loading a server needs httpx2: pip install 'ospec-jax[serve]'"
+            "loading a server needs aiohttp: pip install 'ospec-jax[serve]'"
         ) from error
 
     headers = {}
     if config.api_key is not None:
         headers["authorization"] = f"Bearer {config.api_key}"
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx2.AsyncClient(
-        base_url=config.url, headers=headers, timeout=_TIMEOUT, limits=limits
+    url = config.url.rstrip("/")
+    async with aiohttp.ClientSession(
+        headers=headers,
+        timeout=aiohttp.ClientTimeout(total=None, sock_read=_TIMEOUT),
+        connector=aiohttp.TCPConnector(limit=0),
+        read_bufsize=_LONGEST_LINE,
     ) as client:
         try:
-            model = await _model_of(client)
-        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            model = await _model_of(client, url)
+        except (aiohttp.ClientConnectionError, aiohttp.InvalidURL) as error:
             raise ConfigError(
                 f"no server answers at {config.url} ({error}); start one with `ospec "
                 f"serve`"
@@ -124,7 +131,7 @@ async def _run(prompts, config: LoadConfig, on_answer) -> tuple[list[Asked], flo
             results.append(asked)
             try:
                 await _ask(client, model, prompt, config, asked, start)
-            except (httpx2.HTTPError, ValueError, KeyError) as error:
+            except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
                 asked.error = f"{type(error).__name__}: {error}"[:200]
             on_answer(asked)
 
@@ -159,19 +166,18 @@ async def _open(prompts, config: LoadConfig, ask, start: float) -> None:
     await asyncio.gather(*tasks)
 
 
-async def _model_of(client) -> str:
+async def _model_of(client, url: str) -> str:
     """The first model that a server names.
 
     Raises:
       ConfigError: It names none, as where a key is wrong.
     """
-    response = await client.get("/v1/models")
-    if response.status_code != 200:
-        raise ConfigError(
-            f"the server answers {response.status_code}: {response.text[:200]}"
-        )
+    async with client.get(f"{url}/v1/models") as response:
+        if response.status != 200:
+            text = await response.text(errors="replace")
+            raise ConfigError(f"the server answers {response.status}: {text[:200]}")
 
-    return response.json()["data"][0]["id"]
+        return (await response.json())["data"][0]["id"]
 
 
 async def _ask(
@@ -188,17 +194,17 @@ async def _ask(
     }
     began = start + asked.start
     last = began
-    path = "/v1/chat/completions"
-    async with client.stream("POST", path, json=body) as response:
-        if response.status_code != 200:
-            text = (await response.aread()).decode(errors="replace")
-            asked.error = f"{response.status_code}: {text[:160]}"
+    url = f"{config.url.rstrip('/')}/v1/chat/completions"
+    async with client.post(url, json=body) as response:
+        if response.status != 200:
+            text = await response.text(errors="replace")
+            asked.error = f"{response.status}: {text[:160]}"
             return
 
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
+        async for line in response.content:
+            if not line.startswith(b"data: ") or line == b"data: [DONE]\n":
                 continue
-            chunk = json.loads(line.removeprefix("data: "))
+            chunk = json.loads(line.removeprefix(b"data: "))
             if "error" in chunk:
                 asked.error = str(chunk["error"].get("message"))[:200]
                 return
