@@ -24,6 +24,7 @@ from ospec_jax.config import (
 )
 from ospec_jax.control.base import Action
 from ospec_jax.control.policy import Policies
+from ospec_jax.control.registry import AUTO, CONTROLLERS, is_auto
 from ospec_jax.control.selectors import build_selector
 from ospec_jax.control.steered import DEEPEST
 from ospec_jax.decoding.judging import JUDGE_EVERY
@@ -110,11 +111,13 @@ class DraftingFlags:
       num_speculative_tokens: Depth of the draft, K, by default 3; 0 decodes plainly;
         auto is short for --controller auto.
       controller: What each step drafts: fixed, always the tree, which is the default;
-        auto, a chain of the depth that pays; joint, likewise, and of a pool's members
-        the one that pays; marginal, as much as pays, by what the step has drafted so
-        far: within a chain of 5, or up to --num-speculative-tokens and --tree; ltd:DIR,
-        as policies of `ospec train-control` say, within the trees that they were taught
-        on, or --tree dynamic:TOPK,NUM_TOKENS.
+        auto, a chain of the depth that pays; auto:scope, auto:domain and auto:opening,
+        the same by what is known of each tenant, domain or beginning of prompts; joint,
+        like auto, and of a pool's members the one that pays; marginal, as much as pays,
+        by what the step has drafted so far: within a chain of 5, or up to
+        --num-speculative-tokens and --tree; ltd:DIR, as policies of `ospec
+        train-control` say, within the trees that they were taught on, or --tree
+        dynamic:TOPK,NUM_TOKENS.
       learn_control: Share of decoding's time in which the policies of --controller
         ltd:DIR go on learning, from every verified step, like 0.01; by default they
         stay as they are.
@@ -220,11 +223,11 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
           ConfigError: The flags contradict each other.
         """
         asked = self.num_speculative_tokens
-        known = (None, "fixed", "auto", MARGINAL, JOINT)
-        if self.controller not in known and not self.policies:
+        known = (*CONTROLLERS, JOINT)
+        if self.controller not in (None, *known) and not self.policies:
             raise ConfigError(
-                f"unknown controller {self.controller!r}; use fixed, auto, "
-                f"{MARGINAL}, {JOINT} or ltd:DIR"
+                f"unknown controller {self.controller!r}; use {', '.join(known)} or "
+                f"ltd:DIR"
             )
         if self.policies and asked is None:
             return self.policies.shape.depth
@@ -238,12 +241,12 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
                 "--controller fixed contradicts --num-speculative-tokens auto; give a "
                 "number, or leave one of the two out"
             )
-        if self.controller == "auto" and asked not in (None, "auto"):
+        if is_auto(self.controller) and asked not in (None, "auto"):
             raise ConfigError(
-                f"--controller auto contradicts --num-speculative-tokens {asked}; "
-                f"leave one of the two out"
+                f"--controller {self.controller} contradicts --num-speculative-tokens "
+                f"{asked}; leave one of the two out"
             )
-        if self.controller == "auto" or (self.controller == JOINT and asked is None):
+        if is_auto(self.controller) or (self.controller == JOINT and asked is None):
             return "auto"
 
         if asked is None:
@@ -257,9 +260,14 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         return self.controller == MARGINAL or self.policies is not None
 
     @property
+    def _is_keyed(self) -> bool:
+        """Whether it chooses depths by the kind of request."""
+        return is_auto(self.controller) and self.controller != AUTO
+
+    @property
     def session_controller(self) -> str | None:
         """The controller that a session is given; the tree says the rest."""
-        is_own = self.is_within_step or self.controller == JOINT
+        is_own = self.is_within_step or self._is_keyed or self.controller == JOINT
         return self.controller if is_own else self.select
 
     @functools.cached_property
@@ -344,7 +352,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
                 f"--select {self.select} chooses among the drafts of a pool, and "
                 f"--draft is {self.draft!r}; use --draft pool:A+B"
             )
-        if self.controller in ("fixed", JOINT):
+        if self.controller in ("fixed", JOINT) or self._is_keyed:
             raise ConfigError(
                 f"--select {self.select} contradicts --controller {self.controller}; "
                 f"leave one of the two out"

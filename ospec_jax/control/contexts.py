@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of their own for requests of one kind, which begin from those of all.
+"""States of their own for requests of one kind, which begin from that of all.
 
-Which drafter is best depends on what is asked, and requests say something about that
-before their first token: whose they are, of which domain, how they begin. Each such key
-has a selection of its own, that learns from its requests alone. Before it has heard of
-any it is the shared one, which learns from all; it then begins with what that has
-learned, worth no more than some windows, so that evidence of its own soon counts.
+Which drafter is best, and how deep it should draft, depends on what is asked, and
+requests say something about that before their first token: whose they are, of which
+domain, how they begin. Each such key has a state of its own, that learns from its
+requests alone. Before it has heard of any it is the shared one, which learns from all;
+it then begins with what that has learned, worth no more than a little evidence, so that
+evidence of its own soon counts.
 
 No paper's: HedgeSpec has one learner for all, and an offline classifier of prompts to
 compare with (`replay.router`), which must be trained beforehand and knows nothing else.
@@ -14,23 +15,18 @@ compare with (`replay.router`), which must be trained beforehand and knows nothi
 import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ospec_jax.config import from_dict
 from ospec_jax.control.base import Action, Context, Controller, Outcome, Row
-from ospec_jax.control.selection import SelectionState
 
 MAX_KEYS = 64
 """That are told apart; the one that was not heard of for longest goes."""
 OPENING = 32
 """Tokens by which openings are told apart. Chosen, not measured: a chat template's
 default system prompt is shorter, that of most services longer."""
-WORTH = 8
-"""Windows that what a key begins with is worth at most. Replayed with 0 to 512: where
-drafters differ much the fewer the better, where they hardly do 32 and more."""
-
 KeyOf = Callable[[Context], str]
 
 KEYS: dict[str, KeyOf] = {
@@ -57,76 +53,89 @@ class KeyedState:
       own: What was learned of each.
     """
 
-    shared: SelectionState
+    shared: Any
     keys: tuple[str, ...] = ()
-    own: tuple[SelectionState, ...] = ()
+    own: tuple[Any, ...] = ()
+
+
+class Parts(NamedTuple):
+    """What `by_key` must know of a controller's states.
+
+    Attributes:
+      kind: A frozen dataclass.
+      begun: `state -> state`: the one that a key begins with, by what is known of all.
+      together: `(shared, states) -> state`: one to choose by, for rows of several keys.
+      has_evidence: `outcome -> bool`: whether a step said something of a row.
+    """
+
+    kind: type
+    begun: Callable[[Any], Any]
+    together: Callable[[Any, Sequence[Any]], Any]
+    has_evidence: Callable[[Outcome], bool]
 
 
 def by_key(
-    selection: Controller,
+    rule: Controller,
+    parts: Parts,
     key_of: KeyOf,
     max_keys: int = MAX_KEYS,
-    worth: float = WORTH,
-    begin: "Callable[[KeyedState, str], SelectionState] | None" = None,
+    begin: Callable[[KeyedState, str], Any] | None = None,
 ) -> Controller:
-    """Makes a selection one that has weights of its own for each key.
-
-    Where rows of several keys are decoded together, their weights' mean decides: one
-    drafter drafts for all rows.
+    """Makes a controller one that has a state of its own for each key.
 
     Args:
-      selection: From `control.selection.select`.
+      rule: Such as those of `control.selection.select`, or of `control.depth`.
+      parts: Of its states.
       key_of: One of `KEYS`, or another; an empty key stands for none.
-      worth: Windows that what a key begins with is worth at most.
+      max_keys: The one that was not heard of for longest goes.
       begin: What a key of which nothing is known begins with; by default the shared
-        selection, and `begun` from it once there is evidence.
+        state, and `parts.begun` of that once there is evidence.
     """
 
-    def found_for(state: KeyedState, key: str) -> SelectionState:
+    def found_for(state: KeyedState, key: str) -> Any:
         if begin is None or not key:
             return state.shared
 
         return begin(state, key)
 
     def init(num_rows: int) -> KeyedState:
-        return KeyedState(selection.init(num_rows))
+        return KeyedState(rule.init(num_rows))
 
     def choose(state: KeyedState, rows: Sequence[Row]) -> Action:
         known = dict(zip(state.keys, state.own, strict=True))
         keys = [key_of(row.context) for row in rows]
         found = [known.get(key) or found_for(state, key) for key in keys]
         if not found:
-            return selection.choose(state.shared, rows)
+            return rule.choose(state.shared, rows)
         if all(one is found[0] for one in found):
-            return selection.choose(found[0], rows)
+            return rule.choose(found[0], rows)
 
-        return selection.choose(_with_mean_weights(state.shared, found), rows)
+        return rule.choose(parts.together(state.shared, found), rows)
 
     def observe(state: KeyedState, action: Action, outcome: Outcome) -> KeyedState:
         own = dict(zip(state.keys, state.own, strict=True))
         for context, part in outcome.parts:
             key = key_of(context)
-            has_evidence = part.windows is not None and part.windows.count > 0
-            if not key or (key not in own and not has_evidence):
+            if not key or (key not in own and not parts.has_evidence(part)):
                 continue
 
-            before = own.pop(key, None) or begun(found_for(state, key), worth)
+            before = own.pop(key, None) or parts.begun(found_for(state, key))
             # Put in anew, so that it is the newest.
-            own[key] = selection.observe(before, action, part)
+            own[key] = rule.observe(before, action, part)
 
         return KeyedState(
-            selection.observe(state.shared, action, outcome),
+            rule.observe(state.shared, action, outcome),
             tuple(own)[-max_keys:],
             tuple(own.values())[-max_keys:],
         )
 
     def set_costs(state: KeyedState, seconds: Sequence[float]) -> KeyedState:
-        assert selection.set_costs is not None
-        told = [selection.set_costs(one, seconds) for one in (state.shared, *state.own)]
+        assert rule.set_costs is not None
+        told = [rule.set_costs(one, seconds) for one in (state.shared, *state.own)]
         return KeyedState(told[0], state.keys, tuple(told[1:]))
 
     def resume(fresh: KeyedState, saved: KeyedState) -> KeyedState:
-        goes_on = lambda old: selection.resume(fresh.shared, old)
+        goes_on = lambda old: rule.resume(fresh.shared, old)
         if goes_on(saved.shared) is fresh.shared:
             return fresh
 
@@ -141,29 +150,28 @@ def by_key(
         return without(state, {key_of(Context(scope=number)) for number in scopes})
 
     def report(state: KeyedState) -> dict[str, Any]:
-        assert selection.report is not None
-        return selection.report(state.shared) | {"keys": len(state.keys)}
+        assert rule.report is not None
+        return rule.report(state.shared) | {"keys": len(state.keys)}
 
-    return selection._replace(
+    def unpack(saved: dict) -> KeyedState:
+        read = lambda values: from_dict(parts.kind, values)
+        shared = {name: saved[name] for name in saved if name not in ("keys", "own")}
+        return KeyedState(
+            read(shared), tuple(saved["keys"]), tuple(map(read, saved["own"]))
+        )
+
+    return rule._replace(
         init=init,
         choose=choose,
         observe=observe,
-        set_costs=set_costs if selection.set_costs is not None else None,
-        has_costs=lambda state: selection.has_costs(state.shared),
+        set_costs=set_costs if rule.set_costs is not None else None,
+        has_costs=lambda state: rule.has_costs(state.shared),
         resume=resume,
-        report=report,
+        report=report if rule.report is not None else None,
         forget=forget,
         pack=_pack,
-        unpack=_unpack,
+        unpack=unpack,
     )
-
-
-def _with_mean_weights(
-    shared: SelectionState, found: Sequence[SelectionState]
-) -> SelectionState:
-    """The shared selection, with the weights on which those of several keys agree."""
-    weights = np.mean([one.weights for one in found], axis=0)
-    return dataclasses.replace(shared, weights=tuple(weights.tolist()))
 
 
 def without(state: KeyedState, gone: Collection[str]) -> KeyedState:
@@ -175,25 +183,6 @@ def without(state: KeyedState, gone: Collection[str]) -> KeyedState:
     )
 
 
-def begun(shared: SelectionState, worth: float) -> SelectionState:
-    """The selection that a key begins with.
-
-    What rules remember are sums over windows, so a share of them is what fewer windows
-    would have left. NormalHedge's weights are the same for any share.
-    """
-    share = min(1.0, worth / max(shared.num_windows, 1))
-    return dataclasses.replace(
-        shared,
-        learner=tuple(share * number for number in shared.learner),
-        num_windows=0,
-        values=(0.0,) * len(shared.values),
-        own_value=0.0,
-        num_steps=0,
-        last=-1,
-        num_switches=0,
-    )
-
-
 def _pack(state: KeyedState) -> dict:
     # The shared state's fields stand on top: a checkpoint of another version of them
     # is known by their names.
@@ -202,11 +191,3 @@ def _pack(state: KeyedState) -> dict:
         "keys": list(state.keys),
         "own": [dataclasses.asdict(one) for one in state.own],
     }
-
-
-def _unpack(saved: dict) -> KeyedState:
-    shared = {name: saved[name] for name in saved if name not in ("keys", "own")}
-    read = lambda values: from_dict(SelectionState, values)
-    return KeyedState(
-        read(shared), tuple(saved["keys"]), tuple(map(read, saved["own"]))
-    )

@@ -20,12 +20,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from ospec_jax.control.base import Action, Controller, Outcome
+from ospec_jax.control.contexts import Parts
 
 _HOPE = 0.9
 """Chance of a first drafted token of which nothing is known."""
 _HOPE_TRIALS = (1.0, 4.0)
 """Trials that the hope weighs, for the first token and for later ones. Later tokens
 are hoped to be accepted as often as those before them."""
+_WORTH = 16.0
+"""First tokens tried that what a request's kind begins with is worth at most."""
+_MANY_TRIALS = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,3 +132,30 @@ def chances(state: DepthState) -> np.ndarray:
 def expected_emitted(chances: np.ndarray) -> np.ndarray:
     """Tokens that a step emits, by how many it drafts: `[d + 1]`, 1 without drafts."""
     return 1.0 + np.concatenate([[0.0], np.cumsum(np.cumprod(chances))])
+
+
+def _begun(shared: DepthState) -> DepthState:
+    """What a key's requests begin with: a share of what was tried on all."""
+    share = min(1.0, _WORTH / max(shared.trials[0], 1.0))
+    shrunk = lambda counts: tuple(share * count for count in counts)
+    return dataclasses.replace(
+        shared, hits=shrunk(shared.hits), trials=shrunk(shared.trials)
+    )
+
+
+def _together(shared: DepthState, found: Sequence[DepthState]) -> DepthState:
+    """One whose expected tokens are the mean of several: a step drafts for all rows."""
+    survival = np.mean([np.cumprod(chances(one)) for one in found], axis=0)
+    before = np.concatenate([[1.0], survival[:-1]])
+    # So many trials that nothing is left of hope.
+    trials = np.full(len(survival), _MANY_TRIALS)
+    hits = trials * survival / before
+    return dataclasses.replace(
+        shared, hits=tuple(hits.tolist()), trials=tuple(trials.tolist())
+    )
+
+
+PARTS_OF_DEPTHS = Parts(
+    DepthState, _begun, _together, lambda outcome: bool(outcome.num_accepted)
+)
+"""What `control.contexts.by_key` must know of this rule's states."""

@@ -1,27 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """Controllers by name."""
 
+import functools
 from collections.abc import Callable
 
 from ospec_jax.config import ConfigError
 from ospec_jax.control.base import Action, Controller, fixed
-from ospec_jax.control.depth import most_tokens_a_second
+from ospec_jax.control.contexts import KEYS, by_key
+from ospec_jax.control.depth import PARTS_OF_DEPTHS, most_tokens_a_second
 from ospec_jax.control.selectors import BANDITS, JUDGING, build_selector, is_selector
 from ospec_jax.control.steered import marginal_rule
 
 BuildController = Callable[[tuple[Action, ...]], Controller]
 
+AUTO = "auto"
+
+
+def _depths_by_key(kind: str, actions: tuple[Action, ...]) -> Controller:
+    return by_key(most_tokens_a_second(actions), PARTS_OF_DEPTHS, KEYS[kind])
+
+
 CONTROLLERS: dict[str, BuildController] = {
     "fixed": fixed,
-    "auto": most_tokens_a_second,
+    AUTO: most_tokens_a_second,
+    **{f"{AUTO}:{kind}": functools.partial(_depths_by_key, kind) for kind in KEYS},
     "marginal": marginal_rule,
 }
 """Rules for what to run next, each built for the actions to choose from.
+
+`auto:scope` learns the chances of drafted tokens for each key and tenant of a server by
+itself, `auto:domain` for each domain that prompts name, `auto:opening` for each
+beginning of prompts.
 
 These choose how deep to draft, and `marginal` how much within the step, by rules that a
 session gives it. Of a pool's drafters they take the first. Those that choose drafters
 are in `control.selectors`.
 """
+
+
+def is_auto(name: str | None) -> bool:
+    """Whether it names the rule for depths, for all requests alike or by their kind."""
+    return name is not None and name.partition(":")[0] == AUTO
 
 
 def find_controller(
@@ -63,11 +82,11 @@ def find_controller(
             f"number of speculative tokens, or the controller 'auto'"
         )
 
-    if name_or_rule == "auto" and len(actions) == 1 and actions[0].tree.num_steps:
+    if is_auto(name_or_rule) and len(actions) == 1 and actions[0].tree.num_steps:
         raise ConfigError(
-            f"the controller 'auto' has nothing to choose from: only trees of depth "
-            f"{actions[0].tree.num_steps} are drafted; use num_speculative_tokens auto "
-            f"(in Python `TreeConfig.auto()`)"
+            f"the controller {name_or_rule!r} has nothing to choose from: only trees "
+            f"of depth {actions[0].tree.num_steps} are drafted; use "
+            f"num_speculative_tokens auto (in Python `TreeConfig.auto()`)"
         )
 
     # The rule is built later, for all actions of a session; those by name look only at

@@ -15,6 +15,7 @@ that both can be chosen at once, by time.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from ospec_jax.config import ConfigError
 from ospec_jax.control.base import Action, Controller, Outcome
+from ospec_jax.control.contexts import Parts
 from ospec_jax.control.lengths import Estimator, Windows, expected_lengths
 from ospec_jax.control.weighting import Meta
 
@@ -30,6 +32,11 @@ _KEPT = float(np.exp(-1 / 500))
 """Of what drafting has shown of depths, at each step."""
 _PRIOR = 8.0
 """Tokens accepted as they were judged, with which each depth of a drafter begins."""
+
+WORTH = 8
+"""Windows that what a request's kind begins with is worth at most. Replayed with 0 to
+512: where drafters differ much the fewer the better, where they hardly do 32 and more.
+"""
 
 Loss = Literal["length", "time", "acceptance"]
 """Tokens that a draft yields; the same a second; whether its first token is right."""
@@ -362,3 +369,47 @@ def resume(fresh: Any, saved: Any) -> Any:
         return dataclasses.replace(saved, num_rows=fresh.num_rows, costs=fresh.costs)
 
     return saved
+
+
+def parts_of_selections(worth: float = WORTH) -> Parts:
+    """What `control.contexts.by_key` must know of selections.
+
+    Where rows of several keys are decoded together, their weights' mean decides: one
+    drafter drafts for all rows.
+
+    Args:
+      worth: Windows that what a key begins with is worth at most.
+    """
+    return Parts(
+        SelectionState,
+        functools.partial(begun, worth=worth),
+        _with_mean_weights,
+        lambda outcome: outcome.windows is not None and outcome.windows.count > 0,
+    )
+
+
+def begun(shared: SelectionState, worth: float) -> SelectionState:
+    """The selection that a key begins with.
+
+    What rules remember are sums over windows, so a share of them is what fewer windows
+    would have left. NormalHedge's weights are the same for any share.
+    """
+    share = min(1.0, worth / max(shared.num_windows, 1))
+    return dataclasses.replace(
+        shared,
+        learner=tuple(share * number for number in shared.learner),
+        num_windows=0,
+        values=(0.0,) * len(shared.values),
+        own_value=0.0,
+        num_steps=0,
+        last=-1,
+        num_switches=0,
+    )
+
+
+def _with_mean_weights(
+    shared: SelectionState, found: Sequence[SelectionState]
+) -> SelectionState:
+    """The shared selection, with the weights on which those of several keys agree."""
+    weights = np.mean([one.weights for one in found], axis=0)
+    return dataclasses.replace(shared, weights=tuple(weights.tolist()))

@@ -20,7 +20,7 @@ from ospec_jax.control.base import Action, Controller, fixed
 from ospec_jax.control.contexts import KEYS, by_key
 from ospec_jax.control.depth import most_tokens_a_second
 from ospec_jax.control.normal_hedge import ada_normal_hedge, normal_hedge
-from ospec_jax.control.selection import check_choice, select
+from ospec_jax.control.selection import check_choice, parts_of_selections, select
 from ospec_jax.control.similar import by_similarity
 from ospec_jax.control.weighting import anytime_hedge, fixed_share, follow_leader
 
@@ -137,7 +137,10 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
     if _SIMILAR in kinds:
         return by_similarity(selection)
 
-    return by_key(selection, KEYS[kinds[0]]) if kinds else selection
+    if kinds:
+        return by_key(selection, parts_of_selections(), KEYS[kinds[0]])
+
+    return selection
 
 
 def _always(options: list[str], actions: tuple[Action, ...]) -> Controller:

@@ -18,8 +18,13 @@ from collections.abc import Collection
 import numpy as np
 
 from ospec_jax.control.base import Context, Controller
-from ospec_jax.control.contexts import WORTH, KeyedState, begun, by_key, without
-from ospec_jax.control.selection import SelectionState
+from ospec_jax.control.contexts import KeyedState, by_key, without
+from ospec_jax.control.selection import (
+    WORTH,
+    SelectionState,
+    begun,
+    parts_of_selections,
+)
 
 MAX_KEPT = 256
 """Requests that may vote."""
@@ -111,7 +116,7 @@ def by_similarity(
         gone = tuple(f"similar {number} " for number in scopes)
         return without(state, {key for key in state.keys if key.startswith(gone)})
 
-    keyed = by_key(selection, _key_of, max_kept, worth, begin)
+    keyed = by_key(selection, parts_of_selections(worth), _key_of, max_kept, begin)
     return keyed._replace(forget=forget, reads_prompts=True)
 
 

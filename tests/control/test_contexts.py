@@ -19,7 +19,7 @@ from ospec_jax.control.base import (
 )
 from ospec_jax.control.contexts import KEYS, OPENING, by_key, opening_of
 from ospec_jax.control.lengths import Windows, join
-from ospec_jax.control.selection import select
+from ospec_jax.control.selection import parts_of_selections, select
 from ospec_jax.control.selectors import JUDGING, build_selector
 from ospec_jax.control.weighting import fixed_hedge
 
@@ -71,7 +71,9 @@ def test_each_domain_has_the_drafter_that_is_best_for_it(name):
 def test_a_key_begins_with_what_all_have_taught_and_soon_has_its_own():
     for worth, is_soon in [(8, True), (1000, False)]:
         rule = select(ACTIONS, fixed_hedge(0.5), corrects=False)
-        chooser = Chooser.start(by_key(rule, KEYS["domain"], worth=worth), 1)
+        chooser = Chooser.start(
+            by_key(rule, parts_of_selections(worth), KEYS["domain"]), 1
+        )
         for _ in range(200):
             hear(chooser, (CODE, 1))
         hear(chooser, (MATH, 1))
@@ -102,7 +104,8 @@ def test_evidence_goes_to_the_row_that_it_is_of():
 
 
 def test_the_key_that_was_heard_of_least_lately_goes():
-    rule = by_key(select(ACTIONS, fixed_hedge(0.5)), KEYS["domain"], max_keys=2)
+    selection = select(ACTIONS, fixed_hedge(0.5))
+    rule = by_key(selection, parts_of_selections(), KEYS["domain"], max_keys=2)
     chooser = Chooser.start(rule, 1)
     for context in (MATH, CODE, MATH, CHAT):
         hear(chooser, (context, 0))

@@ -13,13 +13,14 @@ from drafted import random_head
 from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.cli.notation import parse_tree
 from ospec_jax.config import ConfigError, from_dict
-from ospec_jax.control.base import Action, Chooser, Controller, Outcome
+from ospec_jax.control.base import Action, Chooser, Context, Controller, Outcome, Row
 from ospec_jax.control.depth import (
     DepthState,
     chances,
     expected_emitted,
     most_tokens_a_second,
 )
+from ospec_jax.control.registry import find_controller
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.step import StepConfig
@@ -70,6 +71,80 @@ def test_drafts_that_are_never_right_are_given_up_and_tried_again():
     # As soon as they are right, they are drafted again.
     again, _ = run(CHEAP, accepted=5, state=state, num_steps=200)
     assert set(again[-20:]) == {5}
+
+
+def by_domain(costs=CHEAP):
+    """A chooser of depths by domain, that knows what steps cost."""
+    rule = find_controller("auto:domain", chains(DEPTHS))(chains(DEPTHS))
+    chooser = Chooser.start(rule, 1)
+    chooser.set_costs(costs)
+    return chooser
+
+
+def rows_of(*domains):
+    return [Row(False, 8, 8, Context(domain=domain)) for domain in domains]
+
+
+def take(chooser, accepted, *domains):
+    """A step of rows of these domains, each with drafts right to its own depth."""
+    action = chooser.choose(rows_of(*domains))
+    depth = action.tree.num_steps
+    parts = tuple(
+        (Context(domain=domain), Outcome((min(depth, accepted[domain]),)))
+        for domain in domains
+    )
+    found = tuple(part.num_accepted[0] for _, part in parts)
+    chooser.observe(action, Outcome(found, parts=parts))
+    return depth
+
+
+def test_each_kind_of_request_has_the_depth_that_pays_for_it():
+    right = {"easy": 5, "hard": 0}
+    chooser = by_domain()
+    for _ in range(30):
+        easy = [take(chooser, right, "easy") for _ in range(10)]
+        hard = [take(chooser, right, "hard") for _ in range(10)]
+    assert set(easy) == {5}
+    assert np.mean(np.asarray(hard) == 0) > 0.5
+    # One that is new begins with what all have shown.
+    assert chooser.choose(rows_of("new")) == chooser.choose(())
+
+
+def test_rows_of_several_kinds_are_drafted_for_together():
+    """The depth that maximises the sum of what is expected of all of them."""
+    right = {"deep": 5, "one": 1}
+    chooser = by_domain(DEAR)
+    for _ in range(200):
+        take(chooser, right, "deep")
+        take(chooser, right, "one")
+    own = dict(zip(chooser.state.keys, chooser.state.own, strict=True))
+    for domains in (["deep", "one"], ["deep", "one", "one"], ["deep", "deep", "one"]):
+        emitted = sum(
+            expected_emitted(chances(own[f"domain {domain}"])) for domain in domains
+        )
+        best = np.argmax(emitted[list(DEPTHS)] / np.asarray(DEAR))
+        assert chooser.choose(rows_of(*domains)).tree.num_steps == DEPTHS[best]
+
+
+def test_depths_by_kind_are_kept_and_forgotten_with_their_scope():
+    rule = find_controller("auto:scope", chains(DEPTHS))(chains(DEPTHS))
+    chooser = Chooser.start(rule, 1)
+    chooser.set_costs(CHEAP)
+    for scope in (3, 4):
+        part = Outcome((2,))
+        whole = part._replace(parts=((Context(scope=scope), part),))
+        chooser.observe(chains(DEPTHS)[-1], whole)
+    other = Chooser.start(rule, 1)
+    other.resume(json.loads(json.dumps(chooser.to_json())))
+    assert other.state == chooser.state
+    assert other.has_costs
+    assert chooser.forget([3])
+    assert chooser.state.keys == ("scope 4",)
+    # Depths that are chosen for all alike are another rule.
+    plain = Chooser.start(most_tokens_a_second(chains(DEPTHS)), 1)
+    before = plain.state
+    plain.resume(chooser.to_json())
+    assert plain.state == before
 
 
 def test_what_costs_more_than_it_yields_is_not_drafted():
