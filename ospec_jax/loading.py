@@ -44,7 +44,7 @@ class LoadedDraft:
 
     Attributes:
       model: The language model that drafts, for the families `model` and `self`.
-      mix: `fallback` or `mixed`: how suggestions are drafted beside it, if they are.
+      mix: One of `combine.MIXES`: how suggestions are drafted beside it, if they are.
       suggestions: Where they come from: `ngram`, `suffix` or `prediction`.
       own_family: The record of a family that the package does not know.
       members: Of a pool, in the order of their numbers.
@@ -119,7 +119,8 @@ def load_draft(
         `shipped` or `shipped:NAME`, the folder of a checkpoint or of a public EAGLE-3
         or Hydra head, the hub id of one (`owner/name`, or `owner/name@revision`),
         `model:TARGET`, `self:int4`, `self:exit-N`, or
-        `fallback:` or `mixed:` with suggestions and a draft: `mixed:ngram,shipped`;
+        `fallback:`, `mixed:` or `longer:` with suggestions and a draft:
+        `mixed:ngram,shipped`;
         or several of these behind one, `pool:shipped+ngram+shipped:hydra`.
         Or the record of a family, one of the user's own, too: then a new draft of it.
       target: What it drafts for, or a name of it, which is loaded.
@@ -497,10 +498,10 @@ def pool_draft(
     for member in members:
         if member.members:
             raise ConfigError("a pool cannot be a member of another one; join them")
-        if member.mix == "mixed":
+        if member.mix not in ("", "fallback"):
             raise ConfigError(
-                "'mixed' drafts two chains at once, other members of a pool one; use "
-                "'fallback' there"
+                f"{member.mix!r} drafts another tree than the other members of a pool; "
+                f"use 'fallback' there"
             )
 
     config = PoolConfig(

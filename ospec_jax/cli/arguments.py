@@ -88,8 +88,9 @@ class ModelFlags:
       draft: none, shipped, shipped:NAME (`ospec drafters` lists them), ngram, suffix,
         prediction, model:TARGET (a smaller model), self:int4, self:exit-N, a checkpoint
         folder or that of a public EAGLE-3 or Hydra head, or two drafts:
-        fallback:ngram,DRAFT (n-grams where they are likely), mixed:ngram,DRAFT (both in
-        one tree). Several behind one, of which --select chooses: pool:A+B+...
+        fallback:ngram,DRAFT (n-grams where they are likely), longer:ngram,DRAFT (there
+        more of them), mixed:ngram,DRAFT (both in one tree). Several behind one, of
+        which --select chooses: pool:A+B+...
       precision: Of weights and products, which are those of the answer; auto measures
         which is fastest on this device, mostly int8 on a CPU.
       batch_size: Requests decoded together.

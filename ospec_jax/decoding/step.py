@@ -44,6 +44,7 @@ from ospec_jax.drafters.sizing import (
     all_drafted,
     choose_size,
     first_nodes,
+    run_one,
 )
 from ospec_jax.models import cache as kv
 from ospec_jax.models import llama
@@ -735,7 +736,7 @@ def _score_first(
         return scored.cache, jax.tree.map(pad, scored.replace(cache=None))
 
     passes = [functools.partial(score, size + 1) for size in config.tree.sizes]
-    cache, scored = _run_one(number, passes, state.cache)
+    cache, scored = run_one(number, passes, state.cache)
 
     return scored.replace(cache=cache)
 
@@ -760,29 +761,7 @@ def _extend_first(
     number = jnp.asarray([menu.index(count) for count in counts], jnp.int32)[number]
     passes = [functools.partial(extend, count) for count in menu]
 
-    return _run_one(number, passes, state.draft_cache)
-
-
-def _run_one(number, passes: list[Callable], cache: Any) -> tuple[Any, Any]:
-    """The result of one of several passes `cache -> (cache, rest)`, by number.
-
-    Each pass stands in a loop that turns once or not at all. `lax.switch` would be the
-    same, but XLA:CPU copies what comes out of its branches: here the whole cache. What
-    a loop carries is written in place.
-    """
-    _, like = jax.eval_shape(passes[-1], cache)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    carry = number, cache, nothing
-
-    for i, run in enumerate(passes):
-        carry = jax.lax.while_loop(
-            lambda carry, i=i: carry[0] == i,
-            # No pass has this number: the loop ends, and no other one begins.
-            lambda carry, run=run: (jnp.int32(-1), *run(carry[1])),
-            carry,
-        )
-
-    return carry[1], carry[2]
+    return run_one(number, passes, state.draft_cache)
 
 
 def _run_target(target, target_params, tree: DraftTree, state: DecodeState):

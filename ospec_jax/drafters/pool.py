@@ -299,7 +299,7 @@ def _build_member(
 ) -> Drafter:
     # Mixing and n-grams belong to the member, not to the pool: two members may differ
     # in them.
-    inner = inner_tree(tree) if member.mix else tree
+    inner = inner_tree(member.mix, tree) if member.mix else tree
     drafter = build_checked(member.family, member.config, inner, numerics, stop_fn)
     if member.mix:
         drafter = combine(member.mix, drafter, tree)

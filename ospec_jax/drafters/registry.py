@@ -140,7 +140,7 @@ def build_drafter(
     # From the inside out: the family's own drafter, suggestions beside it, then the
     # source that they come from. `propose` of a longer chain replaces all of the
     # family's drafting but none of its state, so that steps can change between both.
-    inner = inner_tree(tree) if mix else tree
+    inner = inner_tree(mix, tree) if mix else tree
     drafter = build_checked(family, config, inner, numerics, stop_fn)
     if mix:
         drafter = combine(mix, drafter, tree)

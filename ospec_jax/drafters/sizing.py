@@ -10,7 +10,7 @@ rows either way.
 Requests that are decoded together share a step, so one size is chosen for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -237,6 +237,30 @@ def first_nodes(tree: DraftTree, num_nodes: int) -> DraftTree:
         choices=cut(tree.choices),
         sources=cut(tree.sources),
     )
+
+
+def run_one(
+    number: Int[Array, ""], passes: Sequence[Callable], cache: Any
+) -> tuple[Any, Any]:
+    """The result of one of several passes `cache -> (cache, rest)`, by number.
+
+    Each pass stands in a loop that turns once or not at all. `lax.switch` would be the
+    same, but XLA:CPU copies what comes out of its branches: here the whole cache. What
+    a loop carries is written in place.
+    """
+    _, like = jax.eval_shape(passes[-1], cache)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    carry = number, cache, nothing
+
+    for i, run in enumerate(passes):
+        carry = jax.lax.while_loop(
+            lambda carry, i=i: carry[0] == i,
+            # No pass has this number: the loop ends, and no other one begins.
+            lambda carry, run=run: (jnp.int32(-1), *run(carry[1])),
+            carry,
+        )
+
+    return carry[1], carry[2]
 
 
 class Verified(NamedTuple):

@@ -16,6 +16,7 @@ from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.judging import check_judged
 from ospec_jax.decoding.step import StepConfig, shared_tables
 from ospec_jax.drafters.base import Drafter
+from ospec_jax.drafters.combine import mixed_tree
 from ospec_jax.drafters.ngram import ORDERS, init_memory
 from ospec_jax.drafters.pool import Members
 from ospec_jax.drafters.registry import build_drafter
@@ -54,10 +55,7 @@ class Parts:
 def fitting_tree(tree: TreeConfig | None, draft: LoadedDraft | None) -> TreeConfig:
     """How much to draft, as far as the draft can."""
     tree = _within_reach(tree or TreeConfig(num_steps=3 if draft else 0), draft)
-    if draft is not None and draft.mix == "mixed" and tree.is_chain:
-        return dataclasses.replace(tree, kind="parallel")
-
-    return tree
+    return mixed_tree(draft.mix, tree) if draft is not None else tree
 
 
 def _within_reach(tree: TreeConfig, draft: LoadedDraft | None) -> TreeConfig:

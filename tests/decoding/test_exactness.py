@@ -22,6 +22,7 @@ from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.decoding.step import StepConfig
+from ospec_jax.drafters.combine import MIXES, mixed_tree
 from ospec_jax.drafters.ngram import init_memory, with_ngrams
 from ospec_jax.drafters.registry import FAMILIES, build_drafter
 from ospec_jax.drafters.self_draft import in_four_bits
@@ -302,11 +303,9 @@ def test_predicted_answers_are_verified_exactly(target, plain, family, kinds):
 
 @others_suffice
 @pytest.mark.crossed
-@pytest.mark.parametrize("mix", ["fallback", "mixed"])
+@pytest.mark.parametrize("mix", MIXES)
 def test_two_drafters_draft_exactly(target, plain, mix):
-    tree = TreeConfig(num_steps=3)
-    if mix == "mixed":
-        tree = dataclasses.replace(tree, kind="parallel")
+    tree = mixed_tree(mix, TreeConfig(num_steps=3))
     config = tiny_draft_config(target.config)
     drafter = build_drafter("eagle3", config, tree, target.numerics, True, mix=mix)
     draft = tiny_draft(drafter, config).replace(memory=init_memory(64))
@@ -317,6 +316,9 @@ def test_two_drafters_draft_exactly(target, plain, mix):
     alone = answers(*engine_for(target, TreeConfig(num_steps=3)))
     accepted = lambda completions: sum(c.stats.num_accepted_tokens for c in completions)
     assert accepted(done) > 1.2 * accepted(alone)
+    # Sixteen tokens repeat for longer than any draft.
+    longest = max(c.stats.acceptance_histogram[4:] for c in done)
+    assert (sum(longest) > 0) == (mix == "longer")
 
 
 @pytest.mark.crossed

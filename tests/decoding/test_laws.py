@@ -21,9 +21,14 @@ from ospec_jax.decoding.rules.hub import hub
 from ospec_jax.decoding.rules.recursive import recursive
 from ospec_jax.decoding.rules.traversal import traversal
 from ospec_jax.drafters import stopping, topology
+from ospec_jax.drafters.base import Hints
+from ospec_jax.drafters.combine import longer, mixed_tree
+from ospec_jax.drafters.hints import hinted_chain
+from ospec_jax.drafters.ngram import init_memory, remember, with_ngrams
+from ospec_jax.drafters.sources import DRAFT
 from ospec_jax.drafters.topology import best_parents
 from ospec_jax.sampling import processed_probs
-from ospec_jax.types import DraftTree, SamplingParams
+from ospec_jax.types import Draft, DraftTree, Roots, SamplingParams
 
 ROOT, BITS = 0, 24  # a uniform float32 is a multiple of 2 ** -24
 CHAIN = TreeConfig("chain", 3)
@@ -134,17 +139,23 @@ def outcomes(ask, trees, chances, order, ancestors):
     return index, uniforms, chances
 
 
-def emitted_law(config, children, rule, kind, vocab_size, validity=None, how=None):
+def emitted_law(
+    config, children, rule, kind, vocab_size, validity=None, how=None, only=None
+):
     """Law of `depth + 1` tokens after the root: emitted, then the target's own.
 
     Args:
+      only: Tokens `[n]` of a tree that is certain, in place of all that can be drawn.
       validity: `(tokens [trees, n], q) -> is_valid [trees, n]`: nodes that are there,
         by what was drawn; by default all.
       how: Adjusts and cuts the target's law along every path.
     """
     target, draft = tables(kind, vocab_size)
     parents = topology.static_parents(config).tolist()
-    tokens, chances = all_trees(parents, children, draft)
+    if only is None:
+        tokens, chances = all_trees(parents, children, draft)
+    else:
+        tokens, chances = np.asarray(only, np.int32)[None], np.ones(1)
     np.testing.assert_allclose(chances.sum(), 1)
     ancestors = topology.static_ancestor_mask(parents)
     depths = topology.static_depths(parents)
@@ -435,3 +446,49 @@ def test_size_that_follows_a_look_at_drawn_tokens_is_biased(rule):
     validity = without_improbable(0.2)
     law, expected, _ = emitted_law(CHAIN, "sampled", rule, "far", 4, validity)
     assert np.abs(law - expected).sum() > 0.05
+
+
+def longer_chain(history):
+    """What `longer` drafts of a memory that was taught all that is unlikely."""
+    tree = mixed_tree("longer", TreeConfig(num_steps=2))
+    target, draft_probs = tables("far", 4)
+    unlikely, drafted = jnp.argmin(target, axis=1), jnp.argmax(draft_probs, axis=1)
+    wrong = [ROOT]
+    for _ in range(tree.num_steps):
+        wrong.append(int(unlikely[wrong[-1]]))
+    text = wrong * 8
+    memory = remember(init_memory(64), jnp.asarray(text, jnp.int32), 0, len(text))
+
+    inner = hinted_chain(TreeConfig(num_steps=2))
+    of_table = lambda recent, depth: (
+        drafted[recent[..., -1]].astype(jnp.int32),
+        jnp.full(recent.shape[:2], -0.1),
+        jnp.full(recent.shape[:2], DRAFT),
+    )
+    neural = inner._replace(
+        propose=lambda draft, shared, cache, roots, hints: inner.propose(
+            draft, shared, cache, roots, Hints(hints.recent, of_table)
+        )
+    )
+    drafter = with_ngrams(longer(neural, tree), tree)
+    # The first token of a text stands in no slot.
+    slots = jnp.asarray([[*text[:history], ROOT]], jnp.int32)
+    cache = drafter.init_cache(1, 64) | {"history": jnp.pad(slots, ((0, 0), (0, 16)))}
+    at = jnp.full((1,), slots.shape[1], jnp.int32)
+    roots = Roots(jnp.full((1,), ROOT, jnp.int32), at, None, None, None)
+    found, _ = drafter.propose(Draft({}, memory=memory), None, cache, roots)
+    return tree, found
+
+
+@pytest.mark.parametrize(("history", "num_drafted"), [(0, 2), (24, 5)])
+def test_a_longer_chain_of_a_spoilt_memory_keeps_the_law(history, num_drafted):
+    """Where nothing is likely, and where a long chain of what is wrong is."""
+    tree, drafted = longer_chain(history)
+    is_valid = np.asarray(drafted.is_valid)
+    assert is_valid.sum() == num_drafted + 1
+    law, expected, accepted = emitted_law(
+        tree, "topk", "recursive", "far", 4, lambda *_: is_valid,
+        only=np.asarray(drafted.tokens[0]),
+    )  # fmt: skip
+    np.testing.assert_allclose(law, expected, atol=2e-6)
+    assert accepted < 0.5

@@ -10,7 +10,7 @@ from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding.verify import verify_greedy
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Hints
-from ospec_jax.drafters.combine import fallback, inner_tree, merge_chains
+from ospec_jax.drafters.combine import combine, inner_tree, merge_chains, mixed_tree
 from ospec_jax.drafters.hints import hinted_chain
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.drafters.sources import DRAFT, MEMORY, NGRAMS
@@ -87,11 +87,12 @@ def test_what_both_chains_have_is_the_draft_s():
     assert sorted(named[1:]) == [*of_draft, (6, MEMORY), (7, MEMORY)]
 
 
+@pytest.mark.parametrize("mix", ["fallback", "longer"])
 @pytest.mark.parametrize(("rate", "asked"), [(0.9, False), (0.3, True)])
-def test_the_other_drafter_runs_only_where_suggestions_are_unlikely(rate, asked):
-    tree = TreeConfig(num_steps=2)
+def test_the_other_drafter_runs_only_where_suggestions_are_unlikely(rate, asked, mix):
+    tree = mixed_tree(mix, TreeConfig(num_steps=2))
     calls = []
-    neural = hinted_chain(tree)._replace(
+    neural = hinted_chain(inner_tree(mix, tree))._replace(
         propose=lambda *args: (
             jax.debug.callback(lambda: calls.append(1)),
             (chain([9, 1, 2]), ()),
@@ -105,12 +106,27 @@ def test_the_other_drafter_runs_only_where_suggestions_are_unlikely(rate, asked)
     root = jnp.full((1,), 9, jnp.int32)
     hints = Hints(root[:, None], suggest)
     args = None, None, (), Roots(root, root, None, None, None), hints
-    drafted, _ = jax.jit(lambda: fallback(neural, tree).propose(*args))()
+    drafted, _ = jax.jit(lambda: combine(mix, neural, tree).propose(*args))()
     jax.effects_barrier()
     assert bool(calls) == asked
-    assert drafted.tokens[0].tolist() == ([9, 1, 2] if asked else [9, 19, 29])
+    suggested = [9, 19, 29] if mix == "fallback" else [9, 19, 29, 39, 49, 59]
+    is_valid = np.asarray(drafted.is_valid[0])
+    expected = [9, 1, 2] if asked else suggested
+    assert drafted.tokens[0][is_valid].tolist() == expected
     proposer = DRAFT if asked else NGRAMS
-    assert drafted.sources[0, 1:].tolist() == [proposer] * 2
+    sources = drafted.sources[0][is_valid].tolist()
+    assert sources[1:] == [proposer] * (len(expected) - 1)
+
+
+def test_longer_chains_have_one_length_and_twice_its_rows():
+    tree = TreeConfig(num_steps=3, min_path_probability=0.1)
+    both = mixed_tree("longer", tree)
+    assert (both.num_steps, both.sizes) == (7, (3, 7))
+    assert inner_tree("longer", both) == tree
+    assert mixed_tree("longer", TreeConfig(num_steps=0)).num_nodes == 1
+    for other in (TreeConfig.auto(), TreeConfig(num_steps=2, sizes=(1, 2))):
+        with pytest.raises(ConfigError, match="give it one length"):
+            mixed_tree("longer", other)
 
 
 def test_only_chains_are_mixed():
@@ -119,7 +135,7 @@ def test_only_chains_are_mixed():
         TreeConfig("static", 1, branching=(2,)),
     ):
         with pytest.raises(ConfigError, match="mixed as chains"):
-            inner_tree(tree)
+            inner_tree("mixed", tree)
 
 
 def test_one_drafter_makes_no_parallel_tree():

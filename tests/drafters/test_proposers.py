@@ -267,6 +267,7 @@ CASES = {
     "exit": ("self:exit-1", CHAIN, LENT),
     "fallback": ("fallback:ngram,self:exit-1", CHAIN, LENT),
     "mixed": ("mixed:ngram,self:exit-1", CHAIN, LENT),
+    "longer": ("longer:ngram,self:exit-1", CHAIN, LENT),
 }
 
 

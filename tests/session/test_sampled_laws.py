@@ -44,8 +44,8 @@ def target():
     return tiny_target()
 
 
-def ngram_session(target, learner=MEMORY):
-    return Session(target, load_draft("ngram", target), learner=learner)
+def ngram_session(target, learner=MEMORY, draft="ngram"):
+    return Session(target, load_draft(draft, target), learner=learner)
 
 
 def tokens_of(session, prompts, num_tokens, **how):
@@ -53,7 +53,12 @@ def tokens_of(session, prompts, num_tokens, **how):
     return [result.token_ids for result in found]
 
 
-def test_an_answer_that_memory_drafted_follows_the_target(target):
+@pytest.mark.parametrize(
+    "draft",
+    # Longer chains are enumerated in `decoding/test_laws.py`.
+    ["ngram", pytest.param("longer:ngram,self:exit-1", marks=pytest.mark.thorough)],
+)
+def test_an_answer_that_memory_drafted_follows_the_target(target, draft):
     """The second of two copies is drafted from what the first one taught."""
     how = {"temperature": 1.0, "top_k": 3}
     ids = encode(parse_prompt({"prompt": PROMPT}, "copy"), target.tokenizer, True)
@@ -65,7 +70,7 @@ def test_an_answer_that_memory_drafted_follows_the_target(target):
             zip(itertools.product([token], second), chance * second_probs, strict=True)
         )
 
-    session = ngram_session(target)
+    session = ngram_session(target, draft=draft)
     session.warm_up()
     start = session.state
     traffic = jax.tree.map(np.asarray, start.traffic)
