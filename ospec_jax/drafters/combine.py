@@ -6,7 +6,7 @@ the neural one does not run; the plain baseline of any selection. `parallel` ver
 both chains as branches of one tree, from the root on; what they share is one branch.
 `longer` goes on from `with_ngrams`, by which suggestions replace single tokens of the
 neural draft: where they are likely a chain of them alone is verified, of twice as many
-rows, which cost less than the neural draft does (Ouroboros' longer drafts, arXiv
+rows, which cost about what the neural draft does (Ouroboros' longer drafts, arXiv
 2402.13720, chosen within the step instead of tried behind every draft).
 """
 

@@ -407,10 +407,11 @@ def test_drafts_without_such_a_projection_are_refused(target):
             Session(target, draft, learner=HEAD)
 
 
-def test_a_fallback_learns_from_what_it_drafted_itself(target):
+@pytest.mark.parametrize("mix", ["fallback", "longer"])
+def test_a_mixture_learns_from_what_it_drafted_itself(target, mix):
     """And from the state before a suggestion, but not from those that it never had."""
     plain = answers(Session(target))
-    draft = dataclasses.replace(loaded(target), mix="fallback", suggestions="suffix")
+    draft = dataclasses.replace(loaded(target), mix=mix, suggestions="suffix")
     session = Session(target, draft, learner=LearnerConfig(name="auto"))
     assert session.learner.name == "head"
     # Of suggested tokens there are states at the roots alone; the last prompts repeat.
