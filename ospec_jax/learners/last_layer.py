@@ -73,6 +73,9 @@ class LastLayer(Method):
       head_return: Part of the way back to where it began, that a row goes with a step
         which changes it, while the projection that learning began with was right more
         often of late; 0 for none.
+      head_every: Answers, of which one is learned from while what was learned is no
+        better than the projection that learning began with; 1 learns from all. The
+        first 16 answers are.
       head_candidates: Draft tokens whose rows of the projection one step may change.
       num_steps: Drafted tokens over which `pace` counts what learning gains.
     """
@@ -84,6 +87,7 @@ class LastLayer(Method):
     head_damping: float = 0.1
     head_patience: float = 4.0
     head_return: float = 0.1
+    head_every: int = 4
     head_candidates: int = 256
     num_steps: int = 3
 
@@ -91,7 +95,9 @@ class LastLayer(Method):
         check_finite(self)
         check(self, "head_rate head_damping head_patience", lambda x: x > 0, "above 0")
         check(self, "head_return", lambda x: 0 <= x <= 1, "from 0 to 1")
-        check(self, "head_candidates num_steps", lambda x: x >= 1, "1 or more")
+        check(
+            self, "head_candidates head_every num_steps", lambda x: x >= 1, "1 or more"
+        )
 
 
 def head_learner(

@@ -54,6 +54,11 @@ from ospec_jax.typing import struct
 
 _FIRST_SPAN = 16
 """Rounds of a regime's first span (see `pace`): an answer's are small ones."""
+_EAGER = 16
+"""Answers that are all learned from, before anybody looks whether that leads."""
+_LEAD = 3.0
+"""Tokens of lead from which on all answers are learned from. Where learning makes no
+difference the lead wavers by two."""
 
 
 @struct
@@ -366,7 +371,15 @@ class LastLayer:
         if bool(state.is_stopped):
             return False
 
-        return int(state.num_prompts) % state.stride == 0
+        return int(state.num_prompts) % self._stride(state) == 0
+
+    def _stride(self, state: LastLayerState) -> int:
+        """Answers, of which one is learned from: all where learning leads."""
+        lead = state.learner.lead
+        if lead is None or int(state.num_prompts) <= _EAGER or float(lead) > _LEAD:
+            return state.stride
+
+        return max(state.stride, self.config.head_every)
 
     def answers_until_due(
         self, state: LastLayerState, num_tokens: Sequence[int]
@@ -375,7 +388,7 @@ class LastLayer:
         if bool(state.is_stopped):
             return len(num_tokens)
 
-        stride = state.stride
+        stride = self._stride(state)
         return min(len(num_tokens), stride - int(state.num_prompts) % stride)
 
     def update(
@@ -436,7 +449,7 @@ class LastLayer:
         completion: Completion,
     ) -> Slices[tuple[LastLayerState, Draft, Draft, UpdateReport]]:
         start = time.perf_counter()
-        stride = state.stride
+        stride = self._stride(state)
         is_greedy_only = self._is_greedy_only
         num_updates = num_chunks = num_chunks_of(completion, is_greedy_only)
         # Before learning from the answer, which neither projection has seen then.

@@ -20,11 +20,13 @@ from ospec_jax.decoding.request import Completion
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.last_layer import HeadSamples, head_learner
 from ospec_jax.loading import LoadedDraft, load_draft
+from ospec_jax.models.layers import Numerics
+from ospec_jax.online.last_layer import LastLayer
 from ospec_jax.online.samples import as_drawn
 from ospec_jax.sampling import processed_probs
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
-from ospec_jax.types import SamplingParams
+from ospec_jax.types import Draft, SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
@@ -246,6 +248,29 @@ def test_preconditioning_learns_faster_than_plain_steps():
 
     plain = max(agreement(1e4, rate) for rate in (0.03, 0.1, 0.3, 1.0))
     assert agreement(0.1, 0.3) > plain + 0.05
+
+
+@pytest.mark.parametrize(
+    ("answers", "lead", "every", "is_due"),
+    [
+        (16, -9.0, 4, True),  # the first ones are all learned from
+        (17, 0.0, 4, False),
+        (20, 0.0, 4, True),
+        (17, 3.5, 4, True),  # where learning leads, nothing is missed
+        (17, 0.0, 1, True),
+    ],
+)
+def test_it_learns_seldom_while_that_gains_nothing(answers, lead, every, is_due):
+    config = LearnerConfig("head", head_every=every)
+    learner = LastLayer(config, lambda params, states: states, Numerics(), 40)
+    state, _ = learner.init(Draft({"lm_head": {"kernel": jnp.zeros((40, 12))}}))
+    known = state.learner.replace(lead=jnp.float32(lead))
+    state = state.replace(num_prompts=jnp.int32(answers), learner=known)
+    assert learner.is_due(state) == is_due
+    # What batches ask beforehand is the same thing.
+    before = state.replace(num_prompts=jnp.int32(answers - 1))
+    if answers > 17:
+        assert (learner.answers_until_due(before, [9] * 8) == 1) == is_due
 
 
 @pytest.fixture(scope="module")
