@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 
 from ospec_jax.config import DraftConfig, ModelConfig, Precision
 from ospec_jax.drafters.base import Family
@@ -25,11 +26,6 @@ CHAT_TEMPLATE = (
 )
 
 
-# What draws random weights runs once.
-_QUICK: Any = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 _DRAWING: dict = {}
 
 
@@ -77,8 +73,7 @@ def byte_tokenizer():
 
 def random_model_params(config: ModelConfig, seed: int = 0):
     """Float32 parameters whose logits are peaked enough to be interesting."""
-    draw = jax.jit(init_params, static_argnums=0, compiler_options=_QUICK)
-    params = draw(config, jax.random.key(seed))
+    params = _drawn(init_params, jax.random.key(seed), config)
     name = "embed_tokens_kernel" if config.tie_embeddings else "lm_head_kernel"
     return params | {name: params[name] * 3.0}
 
@@ -121,21 +116,40 @@ def tiny_draft_config(
     return dataclasses.replace(config, **changes)
 
 
-def _drawing(init: Callable) -> Callable:
-    """`init` in its jitted form; drafters of equal settings share one program."""
+def _drawn(init: Callable, key, *static):
+    """`init(*static, key)`, one operation after the other.
+
+    It runs once, and takes a second to compile. Most of its single operations have been
+    compiled for another model of the same widths.
+    """
+    trace = jax.make_jaxpr(
+        init, static_argnums=tuple(range(len(static))), return_shape=True
+    )
+    closed, shapes = trace(*static, key)
+
+    # Flax runs the whole model to know its shapes. Nothing of that is asked for.
+    is_used = [True] * len(closed.jaxpr.outvars)
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, is_used, instantiate=True)
+    values = jax.core.eval_jaxpr(jaxpr, closed.consts, key)
+
+    return jax.tree.unflatten(jax.tree.structure(shapes), values)
+
+
+def _first_of_equals(init: Callable) -> Callable:
+    """`init` of the first drafter of equal settings, which has been traced."""
     cells = tuple(cell.cell_contents for cell in init.__closure__ or ())
     key = init.__code__, cells
     try:
         hash(key)
     except TypeError:
-        return jax.jit(init, compiler_options=_QUICK)
+        return init
 
-    return _DRAWING.setdefault(key, jax.jit(init, compiler_options=_QUICK))
+    return _DRAWING.setdefault(key, init)
 
 
 def tiny_draft(drafter, config: DraftConfig, seed: int = 0) -> Draft:
     """A random draft; its vocabulary leaves out some of the target's first tokens."""
-    params = _drawing(drafter.init_params)(jax.random.key(seed))
+    params = _drawn(_first_of_equals(drafter.init_params), jax.random.key(seed))
     if "bigram_out" in params:
         # It is zero before training, and would bias nothing.
         shape = params["bigram_out"]["kernel"].shape
