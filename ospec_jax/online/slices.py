@@ -340,9 +340,10 @@ def _groups(learner: Learner, shapes: tuple[tuple[int, ...], ...]) -> list[_Grou
 
     Each is the whole rule, of which no more is computed than what is asked for.
     """
+    moved_leaves = _moved_leaves(learner)
     spans = [(number, None) for number in range(len(shapes))]
     if not learner.given.is_by_number:
-        return [_Group(tuple(spans), _moving(learner, tuple(spans)))]
+        return [_Group(tuple(spans), _moving(moved_leaves, tuple(spans)))]
 
     groups: list[list] = [[]]
     room = _NUM_MOVED
@@ -364,12 +365,25 @@ def _groups(learner: Learner, shapes: tuple[tuple[int, ...], ...]) -> list[_Grou
         room = 0
 
     found = [tuple(group) for group in groups if group]
-    return [_Group(group, _moving(learner, group)) for group in found]
+    return [_Group(group, _moving(moved_leaves, group)) for group in found]
 
 
-def _moving(learner: Learner, spans: tuple) -> Callable:
+def _moved_leaves(learner: Learner) -> Callable:
+    """The whole rule: arrays of the state that it comes to.
+
+    All groups' programs begin with it. It is traced once, and stands in each of them as
+    if it had been traced there.
+    """
+
+    def move(*args):
+        return jax.tree.leaves(learner.given.update(*args)[0])
+
+    return jax.jit(move, inline=True)
+
+
+def _moving(moved_leaves: Callable, spans: tuple) -> Callable:
     def run(out, state, found, *data):
-        new = jax.tree.leaves(learner.given.update(state, found, *data)[0])
+        new = moved_leaves(state, found, *data)
         written = []
         for old, (number, span) in zip(out, spans, strict=True):
             if span is None:
