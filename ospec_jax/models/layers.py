@@ -195,9 +195,9 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        # Compiled away unless somebody measures ranges; see `smoothing`.
-        largest = jnp.max(jnp.abs(x), axis=tuple(range(x.ndim - 1)))
-        self.sow("ranges", "input", largest, reduce_fn=jnp.maximum, init_fn=lambda: 0.0)
+        # Else it would be compiled away, but traced with each product; see `smoothing`.
+        if self.is_mutable_collection("ranges"):
+            self._note_range(x)
         init = nn.initializers.normal(x.shape[-1] ** -0.5)
         shape = (self.features, x.shape[-1])
         params = {"kernel": self.param("kernel", init, shape, jnp.float32)}
@@ -209,6 +209,10 @@ class Linear(nn.Module):
             params["bias"] = self.param("bias", zeros, (self.features,), jnp.float32)
 
         return linear(x, params, self.numerics)
+
+    def _note_range(self, x):
+        largest = jnp.max(jnp.abs(x), axis=tuple(range(x.ndim - 1)))
+        self.sow("ranges", "input", largest, reduce_fn=jnp.maximum, init_fn=lambda: 0.0)
 
 
 class RMSNorm(nn.Module):
