@@ -127,8 +127,8 @@ def case_of(rule):
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
-    # So that arrays of a tiny draft are split, too.
-    monkeypatch.setattr(slices, "_NUM_MOVED", 1000)
+    # So that arrays of a tiny draft are split, too, and small ones moved together.
+    monkeypatch.setattr(slices, "_NUM_MOVED", 2000)
     monkeypatch.setattr(slices, "PAIRS", 8)
 
 
