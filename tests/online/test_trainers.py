@@ -12,7 +12,7 @@ from ospec_jax import LearnerConfig, Session
 from ospec_jax.config import TreeConfig
 from ospec_jax.decoding.request import Request
 from ospec_jax.drafters.registry import build_drafter
-from ospec_jax.loading import LoadedDraft
+from ospec_jax.loading import LoadedDraft, freely_placed
 from ospec_jax.models import finite
 from ospec_jax.online.trainer import go_on_from, learn_from
 from ospec_jax.storage import checkpoint
@@ -166,7 +166,9 @@ def test_it_goes_on_from_a_checkpoint_bitwise(case, tmp_path):
         learner_like=lambda meta, draft: jax.eval_shape(case.trainer.init, draft)[0],
         feedback_like=fresh.traffic,
     )
-    resumed = go_on_from(case.trainer, found.learner, found.feedback, found.draft)
+    # As sessions resume it: what lies elsewhere would be compiled for anew.
+    kept = freely_placed((found.learner, found.feedback, found.draft), None)
+    resumed = go_on_from(case.trainer, *kept)
     assert_same(resumed[:4], (*now[:2], draft, now.served))
     straight = case.learn(now, case.answers[2:])
     again = case.learn(resumed, case.answers[2:])
