@@ -61,6 +61,10 @@ PROMPTS = [(1, 2, 3), tuple(np.arange(70) % VOCAB), (5, 4), (9, 9, 9, 1, 0, 2)]
 LENGTHS = (40, 23, 57, 31)
 
 
+# Rows alone, and rows beside each other: each takes a program of its own, and both give
+# plain decoding's tokens. The first case is the one that is compiled as for users.
+batch_sizes = pytest.mark.parametrize("batch_size", [3, 1])
+
 # What does not look at how products are computed needs one precision in `make test`.
 any_precision = pytest.mark.parametrize(
     "target",
@@ -140,15 +144,17 @@ def plain(target):
         for name in TREES
     ],
 )
+@batch_sizes
 @pytest.mark.usefixtures("own_programs")
-def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
+def test_greedy_equals_plain_decoding(
+    target, plain, name, draft_vocab_size, batch_size
+):
     engine, draft = engine_for(target, TREES[name], draft_vocab_size)
-    for batch_size in (1, 3):
-        done = answers(engine, draft, batch_size)
-        assert tokens(done) == plain
-        assert sum(c.stats.num_accepted_tokens for c in done) > 0
-    # One executable for single requests and one for the batch of each capacity.
-    assert engine.compiled(engine.action, "greedy")._cache_size() == 2
+    done = answers(engine, draft, batch_size)
+    assert tokens(done) == plain
+    assert sum(c.stats.num_accepted_tokens for c in done) > 0
+    # One executable for single requests, and one for the batch of each capacity.
+    assert engine.compiled(engine.action, "greedy")._cache_size() == 1
 
 
 @pytest.mark.crossed
@@ -162,12 +168,12 @@ def test_greedy_equals_plain_decoding(target, plain, name, draft_vocab_size):
         pytest.param("chain-sampled", marks=pytest.mark.thorough),
     ],
 )
-def test_every_trained_family_drafts_exactly(target, plain, name, family):
+@batch_sizes
+def test_every_trained_family_drafts_exactly(target, plain, name, family, batch_size):
     engine, draft = engine_for(target, TREES[name], family=family)
-    for batch_size in (1, 3):
-        done = answers(engine, draft, batch_size)
-        assert tokens(done) == plain
-        assert sum(c.stats.num_accepted_tokens for c in done) > 0
+    done = answers(engine, draft, batch_size)
+    assert tokens(done) == plain
+    assert sum(c.stats.num_accepted_tokens for c in done) > 0
     if TREES[name].children != "topk":
         seeded = lambda seed: [SamplingConfig(0.9, 0, 0.95, seed)] * len(PROMPTS)
         alone = tokens(answers(engine, draft, 1, seeded(1)))
@@ -195,14 +201,15 @@ def test_a_sliding_window_drafts_exactly(target, plain, name, family):
 
 @pytest.mark.crossed
 @pytest.mark.parametrize("name", NGRAMS_IN_FEWER)
-def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name, batch_size):
     if target.numerics.precision == "float32":
         engine, draft = shared_engine(name, ngrams=True)
     else:
         engine, draft = engine_for(target, NGRAM_TREES[name], ngrams=True)
     alone, _ = engine_for(target, NGRAM_TREES[name])
-    done = answers(engine, draft)
-    assert tokens(done) == tokens(answers(engine, draft, 3)) == plain
+    done = answers(engine, draft, batch_size)
+    assert tokens(done) == plain
     accepted = lambda completions: sum(c.stats.num_accepted_tokens for c in completions)
     # Sixteen tokens repeat all the time: the suggestions must have been of use.
     assert accepted(done) > 1.2 * accepted(answers(alone, draft))
@@ -210,7 +217,7 @@ def test_greedy_equals_plain_decoding_with_ngrams(target, plain, name):
 
 @others_suffice
 @pytest.mark.crossed
-@pytest.mark.parametrize("batch_size", [1, 3])
+@batch_sizes
 @pytest.mark.parametrize("family", ["ngram", "suffix"])
 @pytest.mark.usefixtures("own_programs")
 def test_ngrams_alone_draft_exactly(target, plain, family, batch_size):
@@ -262,8 +269,12 @@ def predictions_of(plain, kind):
     ],
     ids=["prediction", "ngram", "eagle3"],
 )
+# Steps of other lengths, for rows alone, too, are those of the test above.
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 3])
 @pytest.mark.usefixtures("own_programs")
-def test_predicted_answers_are_verified_exactly(target, plain, family, kinds):
+def test_predicted_answers_are_verified_exactly(
+    target, plain, family, kinds, batch_size
+):
     """All kinds of answers to one engine, whose programs take most of the time."""
     tree, longer = TreeConfig(num_steps=2), TreeConfig(num_steps=6)
     config = tiny_draft_config(target.config) if family == "eagle3" else None
@@ -286,13 +297,11 @@ def test_predicted_answers_are_verified_exactly(target, plain, family, kinds):
                 requests(), predictions_of(plain, kind), strict=True
             )
         ]
-        stats = DecodingStats(num_spec_tokens=6)
-        for batch_size in (1, 3):
-            chooser = following(engine, long)
-            done = engine.serve(asked, lambda: draft, batch_size, chooser=chooser)
-            done = sorted(done, key=lambda completion: completion.request.id)
-            assert tokens(done) == plain
-            stats = sum((c.stats for c in done), stats)
+        chooser = following(engine, long)
+        done = engine.serve(asked, lambda: draft, batch_size, chooser=chooser)
+        done = sorted(done, key=lambda completion: completion.request.id)
+        assert tokens(done) == plain
+        stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=6))
         lengths[kind] = stats.mean_acceptance_length
         if kind == "right":
             # It comes first: nothing but right predictions is followed so far.
@@ -304,15 +313,16 @@ def test_predicted_answers_are_verified_exactly(target, plain, family, kinds):
 @others_suffice
 @pytest.mark.crossed
 @pytest.mark.parametrize("mix", MIXES)
-def test_two_drafters_draft_exactly(target, plain, mix):
+@batch_sizes
+def test_two_drafters_draft_exactly(target, plain, mix, batch_size):
     tree = mixed_tree(mix, TreeConfig(num_steps=3))
     config = tiny_draft_config(target.config)
     drafter = build_drafter("eagle3", config, tree, target.numerics, True, mix=mix)
     draft = tiny_draft(drafter, config).replace(memory=init_memory(64))
     step = StepConfig(target.config, target.numerics, tree, config.taps)
     engine = Engine(step, target.params, drafter)
-    done = answers(engine, draft)
-    assert tokens(done) == tokens(answers(engine, draft, 3)) == plain
+    done = answers(engine, draft, batch_size)
+    assert tokens(done) == plain
     alone = answers(*engine_for(target, TreeConfig(num_steps=3)))
     accepted = lambda completions: sum(c.stats.num_accepted_tokens for c in completions)
     assert accepted(done) > 1.2 * accepted(alone)
@@ -325,7 +335,8 @@ def test_two_drafters_draft_exactly(target, plain, mix):
 @pytest.mark.parametrize(
     ("part", "name"), [("int4", "chain"), ("int4", "dynamic"), ("exit", "chain")]
 )
-def test_a_target_drafts_for_itself_exactly(target, plain, part, name):
+@batch_sizes
+def test_a_target_drafts_for_itself_exactly(target, plain, part, name, batch_size):
     config, params = target.config, {}
     if part == "exit":
         config = dataclasses.replace(config, num_layers=1)
@@ -335,8 +346,8 @@ def test_a_target_drafts_for_itself_exactly(target, plain, part, name):
     drafter = build_drafter("self", config, tree, target.numerics)
     step = StepConfig(target.config, target.numerics, tree)
     engine = Engine(step, target.params, drafter)
-    done = answers(engine, Draft(params))
-    assert tokens(done) == tokens(answers(engine, Draft(params), 3)) == plain
+    done = answers(engine, Draft(params), batch_size)
+    assert tokens(done) == plain
     if part == "int4":
         stats = sum((c.stats for c in done), DecodingStats(num_spec_tokens=3))
         assert stats.draft_acceptance_rate > 0.1
@@ -377,7 +388,8 @@ def test_predictions_among_drawn_children_are_refused(target):
         "dynamic",
     ],
 )
-def test_a_small_model_drafts_exactly(target, plain, name):
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.thorough), 3])
+def test_a_small_model_drafts_exactly(target, plain, name, batch_size):
     tree, small = NGRAM_TREES[name], tiny_target(VOCAB, seed=1, num_layers=1)
     precision = target.numerics.precision
     drafter = build_drafter(
@@ -386,7 +398,7 @@ def test_a_small_model_drafts_exactly(target, plain, name):
     config = StepConfig(target.config, target.numerics, tree)
     draft = Draft(cast_params(small.params, precision))
     engine = Engine(config, target.params, drafter)
-    assert tokens(answers(engine, draft)) == tokens(answers(engine, draft, 3)) == plain
+    assert tokens(answers(engine, draft, batch_size)) == plain
 
 
 @others_suffice
@@ -421,7 +433,6 @@ def test_sampled_tokens_with_ngrams_depend_on_the_seed_alone(target):
 @any_precision
 def test_stop_tokens_inside_an_accepted_run(target, plain):
     """The stop token is chosen so that it stands where drafts were accepted."""
-    engine, draft = engine_for(target, TREES["dynamic"])
     stop = plain[2][20]
     cut = lambda ids: ids[: ids.index(stop) + 1] if stop in ids else ids
     engine, draft = engine_for(target, TREES["dynamic"], stop_ids=(stop,))
