@@ -168,7 +168,7 @@ def test_equal_experts_share_their_programs(target):
         assert len({a.drafter for a in actions if a.drafter >= 0}) == num_experts
         return sum(step._cache_size() for step in steps)
 
-    assert programs(4) == programs(2) > 0
+    assert programs(3) == programs(2) > 0
 
 
 # Of most probable children no probabilities are read that a pool could mix up.

@@ -189,7 +189,11 @@ def longest_match(known, path):
     return None
 
 
-@pytest.mark.parametrize("name", ["ngram", "chain", "static", "whole"])
+@pytest.mark.parametrize(
+    "name",
+    # Beside a draft n-grams are those of a tree of three at a time, too.
+    ["ngram", pytest.param("chain", marks=pytest.mark.thorough), "static", "whole"],
+)
 def test_ngrams_are_told_exactly_where_they_hit(target, answer, wrong, name):
     draft = load_draft("ngram", target) if name == "ngram" else wrong
     tree = {"static": STATIC, "whole": WHOLE}.get(name, CHAIN)
@@ -271,8 +275,23 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+# Each way of drafting once, and each way to verify with a chain, with trees and with
+# n-grams.
+DRAWN = ("static", "sizes", "sampled", "suffix", "fallback")
+
+
+@pytest.mark.parametrize(
+    ("case", "temperature"),
+    [
+        pytest.param(
+            case,
+            temperature,
+            marks=[pytest.mark.thorough] * ((case in DRAWN) != (temperature > 0)),
+        )
+        for case in CASES
+        for temperature in (0.0, 1.0)
+    ],
+)
 def test_sums_are_those_of_the_stats(target, answer, case, temperature):
     """Two rows, one of them with a prediction, if it may have one."""
     name, tree, expected = CASES[case]

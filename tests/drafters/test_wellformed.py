@@ -27,7 +27,7 @@ NUM_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def target():
-    return tiny_target(NUM_TOKENS)
+    return tiny_target(NUM_TOKENS, num_layers=1)
 
 
 def family(change):
