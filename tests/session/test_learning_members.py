@@ -84,7 +84,12 @@ def plain(target):
     [
         (WINDOWS.replace(members="all"), "normalhedge", (0, 2, 3), 1),
         (HEAD.replace(members="all"), in_turns, (0, 3), 2),
-        (WINDOWS.replace(members="2"), in_turns, (2,), 1),
+        # Windows of a single member are learned by the next test, and who else stands
+        # beside one keeps its bits by the same code whatever it learns from.
+        pytest.param(
+            *(WINDOWS.replace(members="2"), in_turns, (2,), 1),
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=["families", "head", "one"],
 )
