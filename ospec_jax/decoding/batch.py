@@ -23,7 +23,7 @@ from ospec_jax.decoding.request import Completion, Emitted, Request, Slot
 from ospec_jax.decoding.stats import DecodingStats
 from ospec_jax.types import DecodeState, Draft, Feedback, StepOutput
 
-_PLAIN_IN_A_ROW = 8
+PLAIN_IN_A_ROW = 8
 """Plain steps after which a draft rests. To catch up is a pass of its own, which must
 be rare beside the steps that it saves: where plain steps and others take turns, none
 rests. Chosen, not measured."""
@@ -474,7 +474,7 @@ class Batch:
         """Whether the draft need not run over a step's token: behind some plain steps
         in a row, when more of them are likely. It catches up before it drafts."""
         self._num_plain = 0 if action.tree.num_steps else self._num_plain + 1
-        is_resting = self._num_plain > _PLAIN_IN_A_ROW
+        is_resting = self._num_plain > PLAIN_IN_A_ROW
         if not is_resting or self._num_behind == self._engine.num_behind:
             self._catch_up()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ospec_jax._platform import release_memory
 from ospec_jax.config import SamplingConfig, StepKind
 from ospec_jax.control.base import SUGGESTIONS, Row
-from ospec_jax.decoding.batch import Batch
+from ospec_jax.decoding.batch import PLAIN_IN_A_ROW, Batch
 from ospec_jax.decoding.engine import CAPACITIES
 from ospec_jax.decoding.kept import Found, KeptRows
 from ospec_jax.decoding.request import (
@@ -330,6 +330,7 @@ class Live:
                 if size == 1 or action.drafter != SUGGESTIONS:
                     steering = self._session.chooser.steer(action, ())
                     batch.dispatch(served, action, steering)
+            self._try_resting(batch)
             list(batch.settle())
             # Someone who comes and leaves.
             if batch.num_free:
@@ -342,6 +343,18 @@ class Live:
                 batch.resize(size)
             # Compiling leaves many times what decoding takes.
             release_memory()
+
+    def _try_resting(self, batch: Batch) -> None:
+        """Has the draft rest, and catch up, where it may."""
+        engine = self._session.engine
+        if not engine.num_behind:
+            return
+
+        served = self._session.served_draft
+        plain = next(a for a in engine.actions if not a.tree.num_steps)
+        drafting = next(a for a in engine.actions if a.tree.num_steps)
+        for action in (*[plain] * (PLAIN_IN_A_ROW + 1), drafting):
+            batch.dispatch(served, action)
 
     def _try_moves(self) -> None:
         """Has rows grow, and someone who asks for more join those who do not."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One thread serves whoever asks; every answer is the one that the session gives."""
 
+import dataclasses
 import queue
 import threading
 import time
@@ -10,8 +11,9 @@ import pytest
 from drafted import random_head
 from served import wait_for
 
-from ospec_jax import LearnerConfig, Session, load_draft
+from ospec_jax import LearnerConfig, Session, TreeConfig, load_draft
 from ospec_jax.config import ConfigError, SamplingConfig
+from ospec_jax.control.base import Controller
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.request import PromptTooLongError
 from ospec_jax.learners import deltas
@@ -105,6 +107,47 @@ def test_many_at_once_are_answered_as_by_the_target_alone(service, plain):
     service.call(lambda: None)
     assert service.version > 0
     assert Heard(service, ask_of(PROMPTS[0])).texts()[0] == plain[PROMPTS[0]]
+
+
+@dataclasses.dataclass(frozen=True)
+class NumSteps:
+    """What a rule that takes turns remembers."""
+
+    number: int = 0
+
+
+def in_turns(actions):
+    """Plain steps until the draft rests, and some that draft, in turns."""
+    plain, drafting = actions
+    return Controller(
+        actions=actions,
+        init=lambda num_rows: NumSteps(),
+        choose=lambda state, rows: plain if state.number % 20 < 14 else drafting,
+        observe=lambda state, action, outcome: NumSteps(state.number + 1),
+    )
+
+
+def test_a_draft_that_rests_at_times_compiles_nothing_anew(
+    target, draft, plain, asked_greedily
+):
+    tree = TreeConfig.auto((0, 3))
+    session = Session(
+        target, draft, tree=tree, controller=in_turns, batch_size=2,
+        num_predicted_tokens=0,
+    )  # fmt: skip
+    service = Service(session, ServiceConfig("tiny", 240))
+    service.start()
+    try:
+        heard = [Heard(service, ask_of(text)) for text in PROMPTS[:6]]
+        answers = [h.all() for h in heard]
+        drafted = sum(events[-1].stats.num_draft_tokens for events in answers)
+        assert drafted > 0
+        for text, events in zip(PROMPTS, answers, strict=False):
+            pieces = [e.text for e in events if isinstance(e, Piece | ChoiceEnd)]
+            assert "".join(pieces) == plain[text]
+        assert service.status()["totals"]["num_compiles_after_warm_up"] == 0
+    finally:
+        service.stop()
 
 
 def test_nobody_who_is_answered_waits_for_learning(target, draft, monkeypatch):
