@@ -49,7 +49,8 @@ def plain(target):
 
 
 def session_of(target, draft):
-    learner = LearnerConfig("head")
+    # Versions are counted here: each answer is to make one.
+    learner = LearnerConfig("head", head_every=1)
     return Session(target, draft, learner=learner, batch_size=2, num_predicted_tokens=0)
 
 
