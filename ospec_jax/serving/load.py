@@ -117,7 +117,7 @@ async def _run(prompts, config: LoadConfig, on_answer) -> tuple[list[Asked], flo
     ) as client:
         try:
             model = await _model_of(client, url)
-        except (aiohttp.ClientConnectionError, aiohttp.InvalidURL) as error:
+        except (aiohttp.ClientError, ValueError, KeyError, IndexError) as error:
             raise ConfigError(
                 f"no server answers at {config.url} ({error}); start one with `ospec "
                 f"serve`"
@@ -202,9 +202,10 @@ async def _ask(
             return
 
         async for line in response.content:
-            if not line.startswith(b"data: ") or line == b"data: [DONE]\n":
+            found = line.removeprefix(b"data: ").strip()
+            if not line.startswith(b"data: ") or found == b"[DONE]":
                 continue
-            chunk = json.loads(line.removeprefix(b"data: "))
+            chunk = json.loads(found)
             if "error" in chunk:
                 asked.error = str(chunk["error"].get("message"))[:200]
                 return

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ospec serve`, `load` and `chat` as processes: they begin, answer, end and go on."""
 
+import http.server
 import io
 import json
 import signal
+import socketserver
 import subprocess
+import threading
 
 import pytest
 from server_process import OSPEC, server, write_model
@@ -14,6 +17,14 @@ from test_cli import run_here
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
+
+
+class NoHttp(socketserver.StreamRequestHandler):
+    """Answers whatever is said with something that is no HTTP."""
+
+    def handle(self):
+        self.rfile.readline()
+        self.wfile.write(b"220 mail\r\n")
 
 
 def run(*args, stdin=""):
@@ -67,6 +78,31 @@ def test_a_load_without_a_server_says_so(tmp_path, capsys):
     assert run_here("load", "--url", nobody, "--prompts", prompts) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert f"no server answers at {nobody}" in told
+
+
+def test_a_load_of_what_is_no_such_server_says_so(tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Hi."}))
+
+    class Pages(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<p>Hello.</p>")
+
+    with (
+        http.server.HTTPServer(("127.0.0.1", 0), Pages) as pages,
+        socketserver.TCPServer(("127.0.0.1", 0), NoHttp) as other,
+    ):
+        for one in (pages, other):
+            threading.Thread(target=one.serve_forever, daemon=True).start()
+        places = [f"http://127.0.0.1:{one.server_address[1]}" for one in (pages, other)]
+        for url in ("foo", "ftp://x", *places):
+            assert run_here("load", "--url", url, "--prompts", prompts) == 2
+            told = " ".join(capsys.readouterr().err.split())
+            assert f"no server answers at {url}" in told
+        for one in (pages, other):
+            one.shutdown()
 
 
 def test_a_chat_remembers_what_was_said(folder, monkeypatch, capsys):
