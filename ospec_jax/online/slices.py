@@ -21,6 +21,7 @@ from ospec_jax.learners.losses import LossSums
 from ospec_jax.learners.parts import (
     Gathered,
     Given,
+    Parts,
     as_read,
     narrowed,
     num_tokens_of,
@@ -65,7 +66,7 @@ class SlicedUpdate(NamedTuple):
 
 
 class _Programs(NamedTuple):
-    """Jitted functions of an update's slices; see `_build`."""
+    """Jitted functions of an update's slices; see `_compiled`."""
 
     emphasis: Callable
     mass: Callable
@@ -75,16 +76,11 @@ class _Programs(NamedTuple):
     gather: Callable
     widen: Callable
     info: Callable
-    point: Callable
 
 
 @share
-def _compiled(learner: Learner) -> _Programs:
-    return _build(learner.given)
-
-
-def _build(given: Given) -> _Programs:
-    parts = given.parts
+def _compiled(parts: Parts) -> _Programs:
+    """One for all learners of an objective."""
 
     def mass(segments: Segments, shared: SharedTables, token_ids, first, count: int):
         last = num_tokens_of(shared, token_ids) - 1
@@ -150,8 +146,12 @@ def _build(given: Given) -> _Programs:
         gather=jax.jit(gather, static_argnames="span", donate_argnums=0),
         widen=jax.jit(_widened),
         info=jax.jit(info, static_argnames="has_candidates"),
-        point=jax.jit(given.point, static_argnums=1),
     )
+
+
+@share
+def _pointing(learner: Learner) -> Callable:
+    return jax.jit(learner.given.point, static_argnums=1)
 
 
 def _window_of(batch, number):
@@ -192,16 +192,16 @@ def update_in_slices(
     """
     given: Given = learner.given
     parts = given.parts
-    programs = _compiled(learner)
+    programs = _compiled(parts)
     data = (batch, shared, token_ids)
     emphasis = programs.emphasis(batch)
-    candidates = yield from _candidates(learner, *data)
+    candidates = yield from _candidates(parts, *data)
     found = []
 
     for number in range(given.num_points):
         params = state.params
         if given.num_points > 1:
-            params = _waited(programs.point(state, number))
+            params = _waited(_pointing(learner)(state, number))
         spans = _spans(parts, batch)
         args = (params, batch, emphasis, shared, token_ids, candidates)
         if parts.is_counted_first:
@@ -210,7 +210,7 @@ def update_in_slices(
                 counted = _waited(counted + programs.count(*args, window, span))
                 yield
         else:
-            counted = _counted(learner, params, emphasis, *data, candidates)
+            counted = _counting(parts)(params, emphasis, *data, candidates)
 
         so_far = programs.nothing(params, shared, token_ids, candidates)
         for window, span in spans:
@@ -251,11 +251,10 @@ def _spans(parts, batch: Segments) -> list[tuple[np.int32, tuple[int, int]]]:
 
 
 def _candidates(
-    learner: Learner, batch: Segments, shared: SharedTables, token_ids
+    parts: Parts, batch: Segments, shared: SharedTables, token_ids
 ) -> Slices[Any]:
     """`[c]` entries of the draft vocabulary that the update looks at; None for all."""
-    parts = learner.given.parts
-    programs = _compiled(learner)
+    programs = _compiled(parts)
     num_tokens = num_tokens_of(shared, token_ids)
     if not 0 < parts.num_candidates < num_tokens:
         return None
@@ -271,9 +270,8 @@ def _candidates(
 
 
 @share
-def _counting(learner: Learner) -> Callable:
+def _counting(parts: Parts) -> Callable:
     """How much each depth counts, of which the segments alone tell."""
-    parts = learner.given.parts
 
     def counted(params, emphasis, batch, shared, token_ids, candidates):
         num_pairs = batch.weight.shape[1] - parts.num_context - parts.num_steps
@@ -290,10 +288,6 @@ def _counting(learner: Learner) -> Callable:
 
     # What is not asked for is not computed: of the draft's pass nothing is left.
     return jax.jit(counted)
-
-
-def _counted(learner, params, emphasis, batch, shared, token_ids, candidates):
-    return _counting(learner)(params, emphasis, batch, shared, token_ids, candidates)
 
 
 class _Group(NamedTuple):

@@ -76,6 +76,16 @@ IN_FEWER_LOSSES = [
 ]
 
 
+@functools.cache
+def objective_of(family, *loss):
+    """One for all rules, whose slices of it are compiled once, and its draft."""
+    architecture = tiny_draft_config(tiny_model_config(VOCAB), TOKENS, family)
+    drafter = build_drafter(family, architecture, TreeConfig("chain", STEPS))
+    loss = {"num_candidates": 8} | dict(loss)
+    objective = build_objective(drafter.unroll, CONTEXT, STEPS, **loss)
+    return objective, tiny_draft(drafter, architecture)
+
+
 def make_batch(shared) -> Segments:
     """Windows that are whole, verified in part, and empty."""
     rng = np.random.default_rng(0)
@@ -101,13 +111,8 @@ class Case:
     """A learner, its draft and a batch."""
 
     def __init__(self, rule, family="eagle3", **loss):
-        architecture = tiny_draft_config(tiny_model_config(VOCAB), TOKENS, family)
-        drafter = build_drafter(family, architecture, TreeConfig("chain", STEPS))
-        loss = {"num_candidates": 8} | loss
-        self.learner = RULES[rule](
-            build_objective(drafter.unroll, CONTEXT, STEPS, **loss)
-        )
-        self.draft = tiny_draft(drafter, architecture)
+        objective, self.draft = objective_of(family, *loss.items())
+        self.learner = RULES[rule](objective)
         self.shared = shared_tables(random_params(tiny_model_config(VOCAB)))
         self.batch = make_batch(self.shared)
         self.data = (self.shared, self.draft.token_ids)
@@ -128,7 +133,7 @@ def case_of(rule):
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
     # So that arrays of a tiny draft are split, too, and small ones moved together.
-    monkeypatch.setattr(slices, "_NUM_MOVED", 2000)
+    monkeypatch.setattr(slices, "_NUM_MOVED", 4000)
     monkeypatch.setattr(slices, "PAIRS", 8)
 
 
