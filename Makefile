@@ -46,13 +46,16 @@ types: $(VENV)/.installed-dev
 # The second run, and processes that tests start, read what Python keeps of the first.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
+# Where such tests are: to collect the others takes longer than some tests do.
+FOR_USERS = $(shell grep -rlE 'mark\.(slow|optimized|bits)' tests --include='test_*.py')
+
 fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not (slow or optimized or gpu or thorough or long)"
 
 # Types are checked by one process, beside the first tests.
 test: style
 	+$(MAKE) --jobs=2 types tiny
-	$(PYTEST) -m "(slow or optimized) and not (gpu or thorough)"
+	$(PYTEST) -m "(slow or optimized) and not (gpu or thorough)" $(FOR_USERS)
 
 tiny: $(VENV)/.installed-dev
 	$(PYTEST) -m "not (slow or optimized or gpu or thorough)"
@@ -60,7 +63,7 @@ tiny: $(VENV)/.installed-dev
 # With every combination of what `make test` tries each value of once.
 test-all: style
 	+$(MAKE) --jobs=2 types tiny-all
-	$(PYTEST) -m "(slow or optimized) and not gpu"
+	$(PYTEST) -m "(slow or optimized) and not gpu" $(FOR_USERS)
 
 tiny-all: $(VENV)/.installed-dev
 	$(PYTEST) -m "not (slow or optimized or gpu)"

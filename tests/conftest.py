@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: how programs are compiled, kept and counted."""
 
+import atexit
 import collections
 import gc
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -34,10 +36,10 @@ _QUICK = "jax_disable_most_optimizations"
 _QUICK_VARIABLE = _QUICK.upper()
 
 # Linux gives a process 65,530 mappings of memory, a program of XLA's takes several, and
-# one more than that ends the process. What is kept is thrown away long before: a module
-# of many sessions takes some ten thousand.
+# one more than that ends the process. What is kept is thrown away before, which takes
+# ten seconds: a module of many sessions takes some ten thousand.
 _MAPS = Path("/proc/self/maps")
-_MAX_MAPS_KEPT = 32_000
+_MAX_MAPS_KEPT = 45_000
 
 # The longest come first, so that no worker is left alone with one. Tests that want the
 # same kind of programs stand together: a change of kind throws programs away.
@@ -81,6 +83,10 @@ def _is_for_users(item) -> bool:
 
 def pytest_configure(config):
     """Sets what must be set before the first program is compiled."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # A worker has told all by then. Taking thousands of programs apart one by one
+        # would keep the others waiting for seconds.
+        atexit.register(os._exit, 0)
     if config.option.markexpr.startswith(_AS_QUICK_AS_CAN_BE):
         flags = [os.environ.get("XLA_FLAGS", ""), *_QUICK_FLAGS]
         os.environ["XLA_FLAGS"] = " ".join(flags).strip()
@@ -156,6 +162,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.stem in _LONG:
             item.add_marker("long")
+    for path in {item.path for item in items if _is_for_users(item)}:
+        # The Makefile looks for them by this.
+        if not re.search(r"mark\.(slow|optimized|bits)", path.read_text()):
+            raise pytest.UsageError(f"{path}: write its marks out, as pytest.mark.slow")
 
     rank = {name: i for i, name in enumerate(_LONGEST)}
     items.sort(

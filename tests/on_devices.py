@@ -67,9 +67,7 @@ def engine_for(target, tree):
 
 def answers(engine, draft, batch_size, kinds=(SamplingConfig(),)):
     requests = [
-        Request(
-            str(i), tuple(map(int, PROMPTS[i % 4])), 16 + 3 * i, kinds[i % len(kinds)]
-        )
+        Request(str(i), tuple(map(int, PROMPTS[i % 4])), 10 + i, kinds[i % len(kinds)])
         for i in range(9)
     ]
     done = list(engine.serve(requests, lambda: draft, batch_size))

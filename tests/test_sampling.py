@@ -167,7 +167,7 @@ def test_tiny_temperatures_are_greedy(processed, temperature):
 def test_sampling_follows_the_probabilities():
     probs = jnp.asarray([0.5, 0.0, 0.2, 0.3])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = sample(keys, jnp.tile(probs, (20_000, 1)))
+    drawn = jax.jit(sample)(keys, jnp.tile(probs, (20_000, 1)))
     share = np.bincount(drawn, minlength=4) / 20_000
     np.testing.assert_allclose(share, probs, atol=0.02)
     assert share[1] == 0
@@ -191,9 +191,11 @@ def test_a_draw_depends_on_neither_scale_nor_neighbours():
     rng = np.random.default_rng(1)
     probs = jnp.asarray(rng.dirichlet(np.full(777, 0.2), size=8), jnp.float32)
     keys = jax.random.split(jax.random.key(3), 8)
-    together = sample(keys, probs)
-    alone = [int(draw(key, p)) for key, p in zip(keys, probs, strict=True)]
-    assert together.tolist() == alone == sample(keys, 4 * probs).tolist()
+    drawn = jax.jit(sample)
+    together = drawn(keys, probs)
+    by_itself = jax.jit(draw)
+    alone = [int(by_itself(key, p)) for key, p in zip(keys, probs, strict=True)]
+    assert together.tolist() == alone == drawn(keys, 4 * probs).tolist()
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1e-9, 0.5, 1 - 2**-24])

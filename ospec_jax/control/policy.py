@@ -8,6 +8,7 @@ tokens in the cache. The same functions run on recorded trees and inside a step.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -215,6 +216,11 @@ def init_layers(key: Key[Array, ""], widths: Sequence[int], gain: float) -> Laye
       widths: Of the input, of each layer, and of the output.
       gain: Of the last layer; the others have that of ReLU, the root of 2.
     """
+    return _init_layers(key, tuple(widths), gain)
+
+
+@functools.partial(jax.jit, static_argnames=("widths", "gain"))
+def _init_layers(key, widths: tuple[int, ...], gain: float) -> Layers:
     layers = []
 
     for i, key_layer in enumerate(jax.random.split(key, len(widths) - 1)):

@@ -237,10 +237,10 @@ def test_steps_are_timed_where_nothing_comes_between(target, draft):
 
 
 def test_without_a_clock_nothing_is_timed(target, draft):
-    session = open_auto(target, draft)
+    session = open_auto(target, draft, ngrams=False)
     session.measure_costs()
     assert session.chooser.drift is None
-    followed = open_auto(target, draft, follow_clock=True)
+    followed = open_auto(target, draft, follow_clock=True, ngrams=False)
     # What a checkpoint tells may have been measured beside other work.
     followed.chooser.resume(session.chooser.to_json())
     assert not followed.chooser.has_costs

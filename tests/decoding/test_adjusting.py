@@ -263,8 +263,8 @@ def test_greedy_answers_are_plain_decodings(target, plain, name, batch_size):
     assert sum(c.stats.num_accepted_tokens for c in done) > 0
 
 
-# The greedy answers above are of the same programs. A chain's nodes are adjusted as
-# those of a tree that is chosen are.
+# The greedy answers above are of the same programs. Nodes of a chain, and of a tree
+# that is chosen, are adjusted as those of a tree that is drawn are.
 @pytest.mark.bits(others_suffice=True)
 @pytest.mark.crossed
 @pytest.mark.parametrize("target", ["float32"], indirect=True)
@@ -272,7 +272,7 @@ def test_greedy_answers_are_plain_decodings(target, plain, name, batch_size):
     "name",
     [
         pytest.param(name, marks=pytest.mark.thorough)
-        if name in ("chain", "block", "traversal")
+        if name in ("chain", "block", "traversal", "dynamic")
         else name
         for name in TREES
     ],

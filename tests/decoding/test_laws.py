@@ -7,6 +7,7 @@ uniform number it accepts each node; so come all its outcomes with their probabi
 and the law of what is emitted, which must be the target's own up to rounding.
 """
 
+import functools
 import itertools
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from ospec_jax.config import SamplingConfig, TreeConfig
-from ospec_jax.control.policy import Policies, PolicyShape, init_layers
+from ospec_jax.control.policy import Policies, PolicyShape
 from ospec_jax.decoding.adjusting import adjust, as_extras, count_on_paths
 from ospec_jax.decoding.rules.hub import hub
 from ospec_jax.decoding.rules.recursive import recursive
@@ -360,25 +361,30 @@ def paths(tokens, draft):
 def stopped_by(stop_fn):
     """What a depth rule leaves of chains: it looks at what was drawn, and stops."""
 
-    def validity(tokens, draft):
-        scores = jnp.asarray(paths(tokens, draft), jnp.float32)
-        is_valid = np.ones(tokens.shape, bool)
+    @functools.partial(jax.jit, static_argnums=0)
+    def stops_at(depth, scores, rows):
         depths = jnp.arange(1, CHAIN.num_steps + 1)
-        for depth in range(1, CHAIN.num_steps):
-            so_far = jnp.where(depths <= depth, scores[:, 1:], -jnp.inf)
-            before = jnp.where(depths < depth, scores[:, 1:], -jnp.inf)
-            last = tokens[:, depth - 1]
-            progress = stopping.Progress(
+        so_far = jnp.where(depths <= depth, scores[:, 1:], -jnp.inf)
+        before = jnp.where(depths < depth, scores[:, 1:], -jnp.inf)
+        return stop_fn(
+            stopping.Progress(
                 depth,
                 scores[:, depth, None],
-                jnp.log(jnp.asarray(draft, jnp.float32))[last][:, None],
+                jnp.log(rows)[:, None],
                 so_far,
                 before if depth > 1 else None,
                 CHAIN.num_steps,
                 depths,
-                jnp.full(len(tokens), 40),
+                jnp.full(len(scores), 40),
             )
-            stops = np.asarray(stop_fn(progress))
+        )
+
+    def validity(tokens, draft):
+        scores = np.asarray(paths(tokens, draft), np.float32)
+        is_valid = np.ones(tokens.shape, bool)
+        for depth in range(1, CHAIN.num_steps):
+            rows = np.asarray(draft, np.float32)[tokens[:, depth - 1]]
+            stops = np.asarray(stops_at(depth, scores, rows))
             is_valid[:, depth + 1] = is_valid[:, depth] & ~stops
         return is_valid
 
@@ -393,7 +399,11 @@ def without_improbable(lowest):
 def any_policy(seed):
     """A policy for the depth that nobody taught: it says anything."""
     shape = PolicyShape(1, CHAIN.num_steps, (1, 2, 3))
-    layers = init_layers(jax.random.key(seed), [shape.num_seen("depth"), 8, 2], 3.0)
+    rng = np.random.default_rng(seed)
+    layers = tuple(
+        (rng.normal(size=widths).astype(np.float32), np.zeros(widths[1], np.float32))
+        for widths in itertools.pairwise((shape.num_seen("depth"), 8, 2))
+    )
     return Policies(layers, None, 1, 0, shape)
 
 
@@ -406,7 +416,7 @@ DEPTH_RULES = {
     "marginal": stopping.unless_worth_more(
         COSTS, (1, 2, 3), (1.0, 0.8, 0.7), np.linspace(0.1, 0.9, 8)
     ),
-    "policy": stopping.taught(any_policy(9)),
+    "policy": stopping.taught(any_policy(2)),
 }
 
 
@@ -476,7 +486,8 @@ def longer_chain(history):
     cache = drafter.init_cache(1, 64) | {"history": jnp.pad(slots, ((0, 0), (0, 16)))}
     at = jnp.full((1,), slots.shape[1], jnp.int32)
     roots = Roots(jnp.full((1,), ROOT, jnp.int32), at, None, None, None)
-    found, _ = drafter.propose(Draft({}, memory=memory), None, cache, roots)
+    propose = jax.jit(lambda draft, *args: drafter.propose(draft, None, *args))
+    found, _ = propose(Draft({}, memory=memory), cache, roots)
     return tree, found
 
 

@@ -29,7 +29,7 @@ from ospec_jax.replay.store import FeedbackStore, recorded_ids
 from ospec_jax.reports.progress import Interrupted
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import CheckpointError
-from ospec_jax.testing import tiny_target
+from ospec_jax.testing import tiny_draft, tiny_target
 
 NEW_TOKENS = 24
 CONFIG = DistillConfig(
@@ -249,7 +249,7 @@ def test_drafts_start_from_the_targets_last_layer(target, family):
     config = default_draft_config(target.config, 128, family)
     ids = np.arange(128)
     drafter = build_drafter(family, config, TreeConfig(num_steps=1))
-    params = drafter.init_params(jax.random.key(0))
+    params = tiny_draft(drafter, config).params
     started = start_warm(FAMILIES[family], params, target, ids)
     places = {"hydra": "prefix", "dflash": "layers_1", "peagle": "further_0"}
     layer = started[places[family]] if family in places else started
@@ -260,7 +260,7 @@ def test_drafts_start_from_the_targets_last_layer(target, family):
     np.testing.assert_array_equal(started["lm_head"]["kernel"], head)
     narrow = dataclasses.replace(config, intermediate_size=16)
     drafter = build_drafter(family, narrow, TreeConfig(num_steps=1))
-    params = drafter.init_params(jax.random.key(0))
+    params = tiny_draft(drafter, narrow).params
     assert start_warm(FAMILIES[family], params, target, ids) is params
 
 

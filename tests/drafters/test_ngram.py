@@ -178,7 +178,7 @@ def test_longer_ngrams_tell_more_contexts_apart():
     for name, memory in (("short", short), ("long", long)):
         contexts = [[-1] * (memory.max_match - 5) + text[:-1] for text in texts]
         recent = jnp.asarray(contexts, jnp.int32)[None]
-        found[name] = match_memory(memory, recent)[0][0].tolist()
+        found[name] = jax.jit(match_memory)(memory, recent)[0][0].tolist()
     assert found["long"] == [61, 62, 63]
     assert len(set(found["short"])) == 1
 

@@ -87,11 +87,11 @@ class Rig:
         """Feeds `count` pairs from `start` on in a pass of `width`; junk beyond."""
         pairs = slice(start, start + count)
         junk = ((0, 0), (0, width - count))
-        tokens = jnp.pad(
-            self.tokens[:, start + 1 : start + 1 + count], junk, constant_values=3
-        )
-        taps = jnp.pad(self.taps[:, pairs], (*junk, (0, 0)), constant_values=7.0)
-        fill = lambda value: jnp.full((self.rows,), value, jnp.int32)
+        fed = np.asarray(self.tokens)[:, start + 1 : start + 1 + count]
+        tokens = np.pad(fed, junk, constant_values=3)
+        taps = np.asarray(self.taps)[:, pairs]
+        taps = np.pad(taps, (*junk, (0, 0)), constant_values=7.0)
+        fill = lambda value: np.full(self.rows, value, np.int32)
         pairs = Pairs(tokens, tokens, taps, fill(start), fill(count))
         return self.extend(self.draft, shared, cache, pairs)
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public DFlash drafts compute what the reference does, or are refused."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import public_heads as heads
@@ -105,10 +108,8 @@ def test_a_draft_computes_what_the_reference_does(target, folder, tmp_path):
         tokens=jnp.asarray(tokens)[None], taps=jnp.asarray(taps)[None],
         hidden=zeros[..., None], logsumexp=zeros,
     )  # fmt: skip
-    found = drafter.unroll(
-        draft.params, None, shared, feedback, jnp.zeros(1, jnp.int32),
-        num_context=0, num_steps=DEPTH,
-    )  # fmt: skip
+    unroll = jax.jit(functools.partial(drafter.unroll, num_context=0, num_steps=DEPTH))
+    found = unroll(draft.params, None, shared, feedback, jnp.zeros(1, jnp.int32))
     table = np.asarray(target.params["embed_tokens_kernel"], float)
     head = np.asarray(shared.head["kernel"], float)
     for pair in range(NUM_PAIRS):

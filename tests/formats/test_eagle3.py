@@ -118,7 +118,7 @@ def test_a_head_computes_what_the_reference_does(make, tmp_path):
     drafter = build_eagle3(found.config, TreeConfig(num_steps=1))
     shared = SharedTables(embedding={"kernel": jnp.asarray(embedding)}, head={})
     ints = lambda *values: jnp.asarray(values, jnp.int32)
-    _, context = drafter.extend(
+    _, context = jax.jit(drafter.extend)(
         found.draft,
         shared,
         drafter.init_cache(1, 64),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public Hydra heads: both kinds compute what the reference does, or are refused."""
 
+import functools
 import json
 
 import jax
@@ -134,21 +135,17 @@ def test_heads_compute_what_the_reference_does(target, folder, kind, tmp_path):
         hidden=jnp.asarray(states)[None], logsumexp=jnp.zeros((1, NUM_TOKENS)),
     )  # fmt: skip
     zero = jnp.zeros(1, jnp.int32)
-    found = drafter.unroll(
-        draft.params, draft.token_ids, shared, feedback, zero,
-        num_context=0, num_steps=DEPTH,
-    )  # fmt: skip
-    some = drafter.unroll(
-        draft.params, draft.token_ids, shared, feedback, zero,
-        num_context=0, num_steps=DEPTH, candidates=jnp.asarray([7, 3]),
-    )  # fmt: skip
+    unroll = jax.jit(functools.partial(drafter.unroll, num_context=0, num_steps=DEPTH))
+    args = draft.params, draft.token_ids, shared, feedback, zero
+    found = unroll(*args)
+    some = unroll(*args, candidates=jnp.asarray([7, 3]))
     num_pairs = NUM_TOKENS - DEPTH
     for depth in range(DEPTH):
         wanted = expected[depth][:num_pairs]
         np.testing.assert_allclose(found[depth][0], wanted, atol=2e-4)
         np.testing.assert_allclose(some[depth][0], wanted[:, [7, 3]], atol=2e-4)
     pairs = lambda x: jnp.asarray(x)[None]
-    _, context = drafter.extend(
+    _, context = jax.jit(drafter.extend)(
         draft, shared, drafter.init_cache(1, 64),
         Pairs(
             pairs(tokens[:-1]), pairs(tokens[1:]), pairs(states[:-1]), zero,

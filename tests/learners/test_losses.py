@@ -52,9 +52,11 @@ def test_gradients_are_the_finite_differences(name, positions):
 def test_the_target_itself_is_the_optimum(name):
     probs, _ = draw()
     ideal = [jnp.log(probs[:, j : j + LENGTH]) for j in range(STEPS)]
-    loss = lambda logits: unrolled_loss(
-        logits, probs, everywhere(probs), LOSSES[name], decay=1.0
-    )[0]
+    loss = jax.jit(
+        lambda logits: unrolled_loss(
+            logits, probs, everywhere(probs), LOSSES[name], decay=1.0
+        )[0]
+    )
     best = float(loss(ideal))
     entropy = -(probs * jnp.log(probs)).sum(-1)
     rows = jnp.stack([entropy[:, j : j + LENGTH] for j in range(STEPS)])

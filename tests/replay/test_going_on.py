@@ -52,7 +52,8 @@ def policies(shape, seed=0, gain=1.0, **fixed):
 def taught_by(shape, host, choices):
     """Lessons of cycles at the first positions, one of each choice."""
     rows = [cycle_at(host, i, d, s) for i, (d, s) in enumerate(choices)]
-    return lessons_of(shape, jnp.asarray(np.concatenate(rows)), np.ones(len(choices)))
+    told = jax.jit(lessons_of, static_argnums=0)
+    return told(shape, np.concatenate(rows), np.ones(len(choices)))
 
 
 def accepted(trace, position, depth, size):

@@ -82,6 +82,7 @@ def count_chunks(live, monkeypatch):
     return chunks
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("sampling", "seed"), [(GREEDY, None), (SAMPLED, 7), (SAMPLED, None)]
 )
@@ -194,7 +195,10 @@ def test_a_short_prompt_is_run_by_each(target, monkeypatch):
     assert [found[one.id].num_reused for one in requests] == [0, 0]
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 64 * MIB])
+# Where rows are kept there are more programs.
+@pytest.mark.parametrize(
+    "kept_bytes", [pytest.param(0, marks=pytest.mark.thorough), 64 * MIB]
+)
 def test_nothing_is_compiled_for_it(target, kept_bytes):
     live = live_of(target, 2, kept_bytes, capacities=(512,))
     live.warm_up(["greedy"])
