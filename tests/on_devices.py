@@ -235,7 +235,7 @@ def open_session(target, loaded, **kwargs):
 
 def learned(target, loaded, prompts=("abc", "a longer one", "xyz", "abc"), **kwargs):
     session = open_session(target, loaded, **kwargs)
-    results = list(session.generate(prompts, 20))
+    results = list(session.generate(prompts, 14))
     results.sort(key=lambda result: result.prompt.id)
     return session, [result.token_ids for result in results]
 

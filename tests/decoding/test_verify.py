@@ -189,10 +189,12 @@ CASES = [
     (dataclasses.replace(CHAIN, min_path_probability=SHY["chain"]), "sampled"),
     (dataclasses.replace(DYNAMIC, min_path_probability=SHY["dynamic"]), "topk"),
 ]
-# What others of these cases hold between them is for `make test-all`.
+# What others of these cases hold between them is for `make test-all`: the laws of the
+# most probable children, and of distinct ones, are exactly those of `test_laws.py`.
 BETWEEN = (
     *("chain-3-without_replacement", "dynamic-1-topk", "shy-chain-3-topk"),
     *("static-2-sampled", "shy-chain-3-sampled"),
+    *("chain-3-topk", "static-2-topk", "static-2-without_replacement"),
 )
 IDS = [
     f"{'shy-' if c.min_path_probability else ''}{c.kind}-{c.num_steps}-{children}"

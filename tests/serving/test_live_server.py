@@ -8,7 +8,7 @@ import pytest
 from drafted import random_head
 from served import serving, wait_for
 
-from ospec_jax import LearnerConfig, Session
+from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import SamplingConfig
 from ospec_jax.serving.service import Service
 from ospec_jax.serving.settings import ServiceConfig
@@ -42,7 +42,12 @@ def plain(target):
 def place(target, draft):
     learner = LearnerConfig("head")
     session = Session(
-        target, draft, learner=learner, batch_size=2, num_predicted_tokens=0
+        target,
+        draft,
+        learner=learner,
+        tree=TreeConfig(num_steps=2),
+        batch_size=2,
+        num_predicted_tokens=0,
     )
     service = Service(session, ServiceConfig("tiny", max_model_len=240))
     service.start()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from drafted import random_head
 
-from ospec_jax import LearnerConfig, Session
+from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.data.prompts import parse_prompt
+from ospec_jax.serving import service as service_module
 from ospec_jax.serving.asks import Ask, ChoiceEnd, Ended, Failed
 from ospec_jax.serving.service import Service
 from ospec_jax.serving.settings import ServiceConfig
@@ -29,8 +30,10 @@ def target():
 
 
 @pytest.fixture
-def open_service(target):
+def open_service(target, monkeypatch):
     """Makes services that note what they do, and end with the test."""
+    # All are asked greedily: they compile for nothing else.
+    monkeypatch.setattr(service_module, "KINDS", ("greedy",))
     opened = []
 
     def start(learner=WINDOWS, folder=None, **given):
@@ -38,6 +41,7 @@ def open_service(target):
             target,
             random_head(target),
             learner=learner,
+            tree=TreeConfig(num_steps=2),
             batch_size=2,
             num_predicted_tokens=0,
             **given,

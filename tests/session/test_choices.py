@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from drafted import random_head
 
-from ospec_jax import LearnerConfig, Session
+from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import SamplingConfig
 from ospec_jax.decoding.request import Request
 from ospec_jax.serving.service import CompileCounter
@@ -30,7 +30,8 @@ def target():
 def live_of(target, batch_size=4, kept_bytes=0, capacities=(256, 512), **options):
     # It looks back no farther than at the last 24 tokens.
     draft = random_head(target, sliding_window=24)
-    session = Session(target, draft, batch_size=batch_size, **options)
+    tree = TreeConfig(num_steps=2)
+    session = Session(target, draft, tree=tree, batch_size=batch_size, **options)
     return Live(session, capacities, kept_bytes=kept_bytes)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from drafted import random_head
 
-from ospec_jax import LearnerConfig, Session
+from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import SamplingConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.request import Request
@@ -38,7 +38,8 @@ def draft_for(target):
 
 
 def live_of(target, kept_bytes=MIB * 64, batch_size=1, **options):
-    session = Session(target, draft_for(target), batch_size=batch_size, **options)
+    how = dict(tree=TreeConfig(num_steps=2), batch_size=batch_size) | options
+    session = Session(target, draft_for(target), **how)
     return Live(session, (256, 512), kept_bytes=kept_bytes), session
 
 

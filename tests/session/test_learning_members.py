@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from drafted import head, in_turns
 
-from ospec_jax import LearnerConfig, SamplingConfig, Session, load_draft
+from ospec_jax import LearnerConfig, SamplingConfig, Session, TreeConfig, load_draft
 from ospec_jax.config import ConfigError
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.loading import pool_draft
@@ -26,6 +26,7 @@ WINDOWS = LearnerConfig(
     learning_rate=3e-3, memory_slots=0,
 )  # fmt: skip
 HEAD = LearnerConfig("head", memory_slots=0)
+TREE = TreeConfig(num_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,7 @@ def pooled(target, members, learner, controller="fixed:1", **how):
         target,
         pool_draft(members, target),
         learner=learner,
+        tree=TREE,
         controller=controller,
         ngrams=False,
         **how,
@@ -110,7 +112,7 @@ def test_greedy_output_is_plain_decodings_and_the_others_keep_their_bits(
 @pytest.mark.parametrize("learner", [WINDOWS, HEAD], ids=["windows", "head"])
 def test_it_learns_from_what_another_drafted_as_it_does_alone(target, members, learner):
     """Its states are those that it would have drafted from."""
-    alone = Session(target, members[3], learner=learner, ngrams=False)
+    alone = Session(target, members[3], learner=learner, tree=TREE, ngrams=False)
     expected = answers(alone, 2)
     session = pooled(target, members, learner.replace(members="3"))
     assert answers(session, 2) == expected
@@ -133,7 +135,7 @@ def test_it_learns_from_what_another_drafted_as_it_does_alone(target, members, l
 def test_a_learned_member_is_swapped_wherever_it_stands(target, members, learner):
     """What it learned is what it drafts with: it gets accepted what it does alone."""
     how = dict(num_predicted_tokens=0)
-    alone = Session(target, members[3], learner=learner, ngrams=False, **how)
+    alone = Session(target, members[3], learner=learner, tree=TREE, ngrams=False, **how)
     session = pooled(target, members, learner.replace(members="3"), "fixed:3", **how)
     assert answers(session, 2) == answers(alone, 2)
     assert session.version > 0
@@ -202,7 +204,7 @@ def test_a_checkpoint_holds_those_that_learned_and_is_a_pool(target, members, tm
         names.append(str(tmp_path / f"{number}"))
     pool = load_draft(f"pool:{names[0]}+ngram", target)
     learner = HEAD.replace(members="all")
-    session = Session(target, pool, learner=learner, ngrams=False)
+    session = Session(target, pool, learner=learner, tree=TREE, ngrams=False)
     answers(session)
     session.save(tmp_path / "learned")
     assert set(load(tmp_path / "learned", target).draft.params) == {0}

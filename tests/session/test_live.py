@@ -48,7 +48,8 @@ def test_whoever_comes_when_is_answered_as_alone(
 ):
     if learner is not None:
         learner = LearnerConfig(learner)
-    session = Session(target, draft, learner=learner, batch_size=batch_size)
+    tree = TreeConfig(num_steps=2)
+    session = Session(target, draft, tree=tree, learner=learner, batch_size=batch_size)
     live = Live(session, (256, 512))
     pairs = list(session.requests(as_prompts(PROMPTS), 30, SamplingConfig()))
     arriving = iter(pairs)
@@ -81,6 +82,7 @@ def test_a_pool_is_judged_while_rows_come_and_go(target, plain, judge_every):
     session = Session(
         target,
         "pool:ngram+suffix",
+        tree=TreeConfig(num_steps=2),
         batch_size=3,
         controller="normalhedge",
         judge_every=judge_every,

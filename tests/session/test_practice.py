@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from drafted import random_head
 
-from ospec_jax import LearnerConfig, Session
+from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.data.prompts import Prompt, parse_prompt
 from ospec_jax.data.templates import encode
@@ -277,7 +277,8 @@ def draft(target):
 
 
 def session_of(target, draft, learn_idle=2, **values):
-    values = {"learner": LearnerConfig("head")} | values
+    usual = dict(learner=LearnerConfig("head"), tree=TreeConfig(num_steps=2))
+    values = usual | values
     return Session(target, draft, learn_idle=learn_idle, **values)
 
 

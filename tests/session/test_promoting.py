@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from drafted import random_head
 
-from ospec_jax import LearnerConfig, Session
+from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.loading import load_draft
 from ospec_jax.online.scopes import nobody
@@ -38,7 +38,10 @@ def plain(target):
 
 
 def session_of(target, draft, learner=HEAD, promote="manual", **options):
-    return Session(target, draft, learner=learner, promote=promote, **options)
+    tree = TreeConfig(num_steps=2)
+    return Session(
+        target, draft, tree=tree, learner=learner, promote=promote, **options
+    )
 
 
 def answer(session, prompts):

@@ -40,6 +40,7 @@ def pool(target):
 
 
 def session_of(target, pool, name, **how):
+    how = dict(tree=TreeConfig(num_steps=2)) | how
     return Session(target, pool, controller=name, **how)
 
 

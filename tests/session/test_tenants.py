@@ -43,7 +43,8 @@ def plain(target):
 
 
 def session_of(target, draft="ngram", **values):
-    values = {"learner": LearnerConfig(), "batch_size": 4} | values
+    usual = dict(learner=LearnerConfig(), tree=TreeConfig(num_steps=2), batch_size=4)
+    values = usual | values
     return Session(target, draft, **values)
 
 
