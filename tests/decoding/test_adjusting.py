@@ -39,7 +39,7 @@ looks_at_bits = pytest.mark.bits
 VOCAB = 16
 PLAIN = TreeConfig(num_steps=0)
 TREES = {
-    "chain": TreeConfig(num_steps=4),
+    "chain": TreeConfig(num_steps=2),
     "dynamic": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=12),
     "drawn": TreeConfig("static", 2, branching=(3, 2), children="without_replacement"),
     "block": TreeConfig(num_steps=3, children="sampled", verification="block"),

@@ -36,6 +36,7 @@ others_suffice = pytest.mark.bits(others_suffice=True)
 
 VOCAB = 16
 TREES = {
+    "chain-3": TreeConfig(num_steps=3),
     "chain-5": TreeConfig(num_steps=5),
     "chain-shy": TreeConfig(num_steps=3, min_path_probability=0.2),
     "chain-sampled": TreeConfig(num_steps=3, children="sampled"),
@@ -136,10 +137,11 @@ def plain(target):
 @pytest.mark.parametrize(
     "name",
     [
-        # The nodes of one are listed, as those of `opt` are. The other one stands
-        # below, where it drafts behind a window and where its draws depend on a seed.
+        # The nodes of one are listed, as those of `opt` are. Another one stands below,
+        # where it drafts behind a window and where its draws depend on a seed. A longer
+        # chain has more of the same steps.
         pytest.param(name, marks=pytest.mark.thorough)
-        if name in ("sequoia", "static-drawn")
+        if name in ("sequoia", "static-drawn", "chain-5")
         else name
         for name in TREES
     ],
@@ -163,7 +165,7 @@ def test_greedy_equals_plain_decoding(
     "name",
     # How what is drawn depends on a seed alone is held below, for eagle3.
     [
-        "chain-5",
+        "chain-3",
         "dynamic",
         pytest.param("chain-sampled", marks=pytest.mark.thorough),
     ],
@@ -187,7 +189,7 @@ def test_every_trained_family_drafts_exactly(target, plain, name, family, batch_
     "family",
     ["eagle3", "hydra", "dflash", pytest.param("peagle", marks=pytest.mark.thorough)],
 )
-@pytest.mark.parametrize("name", ["chain-5", "dynamic", "static-drawn"])
+@pytest.mark.parametrize("name", ["chain-3", "dynamic", "static-drawn"])
 def test_a_sliding_window_drafts_exactly(target, plain, name, family):
     """Rows of a batch, too, whose windows begin at other slots than each other's."""
     engine, draft = engine_for(target, TREES[name], family=family, sliding_window=7)
@@ -470,7 +472,7 @@ def test_greedy_and_sampled_rows_share_a_batch(target, plain):
 @pytest.mark.quick  # nothing is computed of them
 @any_precision
 def test_finished_rows_stay_as_they_are(target):
-    engine, draft = engine_for(target, TREES["chain-5"])
+    engine, draft = engine_for(target, TREES["chain-3"])
     request = Request("0", PROMPTS[0], 3)
     state, _ = engine.prefill(draft, request, 256)
     step = engine.compiled(engine.action, "greedy")
@@ -488,7 +490,7 @@ def test_finished_rows_stay_as_they_are(target):
 @any_precision
 @others_suffice
 def test_corrupt_draft_is_harmless(target, plain):
-    engine, draft = engine_for(target, TREES["chain-5"])
+    engine, draft = engine_for(target, TREES["chain-3"])
     broken = jax.tree.map(lambda x: x * jnp.nan, draft.params)
     assert tokens(answers(engine, draft.replace(params=broken))) == plain
 
@@ -517,6 +519,6 @@ def test_trees_that_fit_no_cache_are_refused(target):
 @others_suffice
 @any_precision
 def test_tree_without_drafter_is_refused(target):
-    config = StepConfig(target.config, target.numerics, TREES["chain-5"])
+    config = StepConfig(target.config, target.numerics, TREES["chain-3"])
     with pytest.raises(ConfigError, match="needs a drafter"):
         Engine(config, target.params)
