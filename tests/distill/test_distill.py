@@ -205,7 +205,7 @@ def test_a_window_is_trained_behind_all_that_it_sees(
 
 # EAGLE-1 is built as EAGLE-3 is, which the other tests train. Hydra and P-EAGLE are
 # trained by command (`cli/test_cli.py`), all of them without a run in
-# `learners/test_gradient.py`.
+# `learners/test_conformance.py`.
 @pytest.mark.parametrize(
     "family",
     [

@@ -96,6 +96,8 @@ def test_loss_falls_on_a_fixed_segment(learner, drafted, segments, shared):
     assert np.all(after.acceptance > first.acceptance)
 
 
+# `test_conformance.py` holds both of each family; what decays rests in the last test.
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["eagle1", "hydra", "dflash", "peagle"])
 def test_other_families_learn_and_rest_without_signal(family, segments, shared):
     drafter, draft = make_draft(family)

@@ -7,7 +7,7 @@ import pytest
 from drafted import random_head
 from test_service import PROMPTS, Heard, ask_of
 
-from ospec_jax import LearnerConfig, Session
+from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.config import ConfigError
 from ospec_jax.serving import service as service_module
 from ospec_jax.serving.metrics import Metrics
@@ -44,6 +44,7 @@ def session_of(target, draft):
         target,
         draft,
         learner=learner,
+        tree=TreeConfig(num_steps=2),
         num_predicted_tokens=0,
         promote="manual",
     )

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
 PROMPTS = [f"Add {i} to {i * i}." for i in range(12)]
 NEW_TOKENS = 24
+# What steps are made of is no matter here, so there is less to compile.
+HOW: dict = dict(tree=TreeConfig(num_steps=2), num_predicted_tokens=0)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def plain(target):
 def session_of(target, draft):
     # Versions are counted here: each answer is to make one.
     learner = LearnerConfig("head", head_every=1)
-    return Session(target, draft, learner=learner, batch_size=2, num_predicted_tokens=0)
+    return Session(target, draft, learner=learner, batch_size=2, **HOW)
 
 
 @pytest.fixture
@@ -261,7 +263,7 @@ def test_an_answer_is_told_piece_by_piece_and_counted(service):
 def test_a_pool_s_service_tells_which_member_drafted(target, plain):
     members = [load_draft(name, target) for name in ("suffix", "ngram")]
     pool = pool_draft(members, target)
-    session = Session(target, pool, controller="fixed:1", num_predicted_tokens=0)
+    session = Session(target, pool, controller="fixed:1", **HOW)
     service = Service(session, ServiceConfig("tiny", 240))
     service.start()
     try:
@@ -534,7 +536,7 @@ def test_drafts_are_loaded_by_name_from_their_folder_alone(
 @pytest.mark.usefixtures("asked_greedily")
 def test_what_is_forgotten_is_gone(target, draft):
     learner = LearnerConfig("gradient", update_every_prompts=50)
-    session = Session(target, draft, learner=learner, num_predicted_tokens=0)
+    session = Session(target, draft, learner=learner, **HOW)
     service = Service(session, ServiceConfig("tiny", 240))
     service.start()
     try:
@@ -556,7 +558,7 @@ def test_what_an_administrator_changed_is_saved_though_nobody_asked_since(
     target, draft, tmp_path
 ):
     learner = LearnerConfig("gradient", update_every_prompts=50)
-    new = lambda: Session(target, draft, learner=learner, num_predicted_tokens=0)
+    new = lambda: Session(target, draft, learner=learner, **HOW)
     session = new()
     config = ServiceConfig("tiny", 240, checkpoint=tmp_path, keeps_traffic=True)
     service = Service(session, config)
@@ -582,7 +584,7 @@ def test_a_scope_is_forgotten_by_name_in_older_checkpoints_too(
     target, draft, plain, tmp_path
 ):
     learner = LearnerConfig("gradient", update_every_prompts=50)
-    new = lambda: Session(target, draft, learner=learner, num_predicted_tokens=0)
+    new = lambda: Session(target, draft, learner=learner, **HOW)
     session = new()
     config = ServiceConfig("tiny", 240, checkpoint=tmp_path, keeps_traffic=True)
     service = Service(session, config)
@@ -649,7 +651,7 @@ def test_scopes_that_share_nothing_have_drafts_of_their_own(
 ):
     monkeypatch.setattr(deltas, "_NUM_SEEN", 8)
     learner = LearnerConfig("head", delta_rank=4, memory_slots=0)
-    session = Session(target, draft, learner=learner, num_predicted_tokens=0)
+    session = Session(target, draft, learner=learner, **HOW)
     service = Service(session, ServiceConfig("tiny", 240))
     service.start()
     try:
@@ -683,9 +685,7 @@ def test_scopes_that_share_nothing_have_drafts_of_their_own(
 
 def practising(target, draft, monkeypatch, **settings):
     """A service that takes whatever its random target writes for a user's turn."""
-    session = Session(
-        target, draft, learner="head", learn_idle=2, num_predicted_tokens=0
-    )
+    session = Session(target, draft, learner="head", learn_idle=2, **HOW)
     numbers = iter(range(1000))
 
     def prompt_of(writing, completion):
