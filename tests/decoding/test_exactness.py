@@ -39,7 +39,7 @@ TREES = {
     "chain-3": TreeConfig(num_steps=3),
     "chain-5": TreeConfig(num_steps=5),
     "chain-shy": TreeConfig(num_steps=3, min_path_probability=0.2),
-    "chain-sampled": TreeConfig(num_steps=3, children="sampled"),
+    "chain-sampled": TreeConfig(num_steps=2, children="sampled"),
     "static-drawn": TreeConfig(
         "static", 2, branching=(3, 2), children="without_replacement"
     ),

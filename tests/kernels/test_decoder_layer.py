@@ -73,6 +73,7 @@ KINDS = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("num_tokens", [1, 2, 9])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_equals_the_modules(kind, num_tokens, monkeypatch):

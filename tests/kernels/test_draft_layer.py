@@ -95,6 +95,7 @@ def run_step(kind, numerics, args):
     return outputs, logits, cache.keys[0], cache.values[0]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("num_tokens", [1, 4])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_equals_the_modules(kind, num_tokens):
