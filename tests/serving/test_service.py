@@ -535,7 +535,7 @@ def test_drafts_are_loaded_by_name_from_their_folder_alone(
 
 @pytest.mark.usefixtures("asked_greedily")
 def test_what_is_forgotten_is_gone(target, draft):
-    learner = LearnerConfig("gradient", update_every_prompts=50)
+    learner = LearnerConfig("gradient", update_every_prompts=50, window=16)
     session = Session(target, draft, learner=learner, **HOW)
     service = Service(session, ServiceConfig("tiny", 240))
     service.start()
@@ -557,7 +557,7 @@ def test_what_is_forgotten_is_gone(target, draft):
 def test_what_an_administrator_changed_is_saved_though_nobody_asked_since(
     target, draft, tmp_path
 ):
-    learner = LearnerConfig("gradient", update_every_prompts=50)
+    learner = LearnerConfig("gradient", update_every_prompts=50, window=16)
     new = lambda: Session(target, draft, learner=learner, **HOW)
     session = new()
     config = ServiceConfig("tiny", 240, checkpoint=tmp_path, keeps_traffic=True)
@@ -583,7 +583,7 @@ def test_what_an_administrator_changed_is_saved_though_nobody_asked_since(
 def test_a_scope_is_forgotten_by_name_in_older_checkpoints_too(
     target, draft, plain, tmp_path
 ):
-    learner = LearnerConfig("gradient", update_every_prompts=50)
+    learner = LearnerConfig("gradient", update_every_prompts=50, window=16)
     new = lambda: Session(target, draft, learner=learner, **HOW)
     session = new()
     config = ServiceConfig("tiny", 240, checkpoint=tmp_path, keeps_traffic=True)

@@ -220,7 +220,7 @@ def learn(session, done):
 def test_learning_the_projection_keeps_rows_and_anything_else_drops_them(target):
     for learner, is_kept in (
         (LearnerConfig("head"), True),
-        (LearnerConfig("gradient", update_every_prompts=1), False),
+        (LearnerConfig("gradient", update_every_prompts=1, window=16), False),
     ):
         live, session = live_of(target, learner=learner)
         ids = text(40, 150)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
 PROMPTS = [f"Add {i} to {i * i}." for i in range(8)]
 HEAD = LearnerConfig("head")
-GRADIENT = LearnerConfig("gradient", update_every_prompts=1)
+GRADIENT = LearnerConfig("gradient", update_every_prompts=1, window=16)
 NEW_TOKENS = 20
 
 

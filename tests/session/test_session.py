@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
 LEARNER = LearnerConfig(
     update_interval=60, batch_size=2, window=32, num_context=64, ring_capacity=8,
-    learning_rate=3e-3,
+    num_steps=2, learning_rate=3e-3,
 )  # fmt: skip
 PROMPTS = [f"What is {i} plus {i * 7}, and why is {'it ' * i}so?" for i in range(8)]
 NEW_TOKENS = 40
