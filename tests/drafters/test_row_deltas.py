@@ -94,8 +94,12 @@ def answers(engine, draft, asked, batch_size=1):
 
 @pytest.mark.parametrize(
     "name",
-    # A chain of the most probable tokens is asked for again below, a drawn one here.
-    [pytest.param("chain", marks=pytest.mark.thorough), "static", "drawn"],
+    # The most probable tokens of a chain are asked for again below, drawn ones here.
+    [
+        pytest.param("chain", marks=pytest.mark.thorough),
+        pytest.param("static", marks=pytest.mark.thorough),
+        "drawn",
+    ],
 )
 def test_it_is_as_if_it_were_in_the_projection(target, loaded, name):
     temperature = 1.0 if name == "drawn" else 0.0
