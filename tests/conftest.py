@@ -39,7 +39,7 @@ _QUICK_VARIABLE = _QUICK.upper()
 # one more than that ends the process. What is kept is thrown away before, which takes
 # ten seconds: a module of many sessions takes some ten thousand.
 _MAPS = Path("/proc/self/maps")
-_MAX_MAPS_KEPT = 45_000
+_MAX_MAPS_KEPT = 32_000
 
 # The longest come first, so that no worker is left alone with one. Tests that want the
 # same kind of programs stand together: a change of kind throws programs away.

@@ -228,6 +228,11 @@ class TreeConfig:
             )
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether children are drawn: then a seed's tokens depend on the draft."""
+        return self.children != "topk" and self.num_steps > 0
+
+    @property
     def num_nodes(self) -> int:
         """Nodes verified in one target pass, the root included."""
         if self.kind == "dynamic":

@@ -273,13 +273,14 @@ class Batch:
     def rows(self) -> tuple[Row, ...]:
         """What a controller may know of the running requests.
 
-        Nothing where two of them share their random numbers: what one of them drafts
-        must not follow from numbers that the other has yet to use.
+        Nothing where children are drawn and two of them share their random numbers:
+        what one of them drafts must not follow from numbers that the other has yet to
+        use.
         """
         running = self._running
         requests = [slot.request for slot in running]
         own = [one.own_key for one in requests if one.has_own_numbers]
-        if len(set(own)) < len(own):
+        if self._engine.is_drawn and len(set(own)) < len(own):
             return ()
 
         return tuple(slot.as_row() for slot in running)
@@ -603,7 +604,7 @@ class Batch:
             for number, row, slot in sent.rows
             if not slot.is_done
             and not slot.request.is_practice
-            and slot.request.can_teach
+            and slot.request.can_teach(self._engine.is_drawn)
             and slot.request.can_speculate
         ]
         sent = sent._replace(rows=rows)

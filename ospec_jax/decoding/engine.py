@@ -319,6 +319,11 @@ class Engine:
         self._rows = _compiled_rows(config, drafter, recording)
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether some action draws its tree's children; see `TreeConfig.is_drawn`."""
+        return any(action.tree.is_drawn for action in self._menu)
+
+    @property
     def actions(self) -> tuple[Action, ...]:
         """The menu, the engine's own action first."""
         return tuple(self._menu)

@@ -151,16 +151,16 @@ class Request:
     def key(self, ordinal: int) -> Key[Array, ""]:
         """The request's own random numbers, folded with the position at each step.
 
-        No two requests that are admitted may share them: what a session carries from
-        one answer to the next (n-grams, a learned draft, a depth) depends on the
-        numbers that the first was accepted with, and if the second were accepted with
-        them, too, it would leave the target's law.
+        Where the draft draws its children no two requests may share them: what a
+        session carries from one answer to the next (n-grams, a learned draft, a depth)
+        depends on the numbers that the first was accepted with, and if the second were
+        accepted with them, too, it would leave the target's law.
 
         Args:
           ordinal: Its number among all that were ever admitted. With a seed of its own
             a request's numbers follow from that and `choice` alone, so that they
-            repeat: nothing may be learned from its answer (`can_teach`). Those of
-            practice follow from `choice`, too; nobody is given what comes of them.
+            repeat; see `can_teach`. Those of practice follow from `choice`, too; nobody
+            is given what comes of them.
         """
         if self.is_practice:
             return _folded(_key_of(self.sampling.seed), 2, self.choice)
@@ -192,10 +192,14 @@ class Request:
         """
         return self.seed is not None and self.sampling.temperature > 0
 
-    @property
-    def can_teach(self) -> bool:
-        """Whether others may be served with what its answer teaches."""
-        return not (self.is_left_out or self.has_own_numbers)
+    def can_teach(self, is_drawn: bool) -> bool:
+        """Whether others may be served with what its answer teaches.
+
+        Args:
+          is_drawn: The draft's children are drawn (`TreeConfig.is_drawn`): then not, if
+            its numbers may come again.
+        """
+        return not (self.is_left_out or is_drawn and self.has_own_numbers)
 
 
 @dataclasses.dataclass

@@ -25,7 +25,7 @@ from ospec_jax.config import (
 )
 from ospec_jax.decoding import adjusting
 from ospec_jax.decoding.judging import judge_all
-from ospec_jax.decoding.verify import verify_greedy, verify_sampled
+from ospec_jax.decoding.verify import verify_chosen, verify_drawn
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Drafter, take_row
 from ospec_jax.drafters.children import UNKNOWN, most_probable
@@ -129,6 +129,11 @@ class StepConfig:
         return self.has_log_probs or self.is_full
 
 
+def position_keys(request_key: Any, position: Any) -> Any:
+    """Keys `[2]` of a position: the draft's, and that of the token that comes there."""
+    return jax.random.split(jax.random.fold_in(request_key, position))
+
+
 def shared_tables(target_params: Params) -> SharedTables:
     """The target's embedding and head, which drafts read and never change."""
     return SharedTables(
@@ -173,8 +178,8 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         # A row's randomness is a function of its request and its position alone, so its
         # neighbours cannot change what is drawn. A finished row stays at its position
         # and repeats its numbers, but emits nothing with them.
-        keys = jax.vmap(jax.random.fold_in)(state.request_keys, state.lengths)
-        key_draft, key_verify = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+        keys = jax.vmap(position_keys)(state.request_keys, state.lengths)
+        key_draft, key_verify = jnp.unstack(keys, axis=1)
 
         # The cache holds verified tokens only: the root is not among them yet.
         if drafter is not None and drafter.reads_target:
@@ -629,8 +634,9 @@ class _Scored:
       hidden: `[b, n, d]` final normed states.
       taps: `[b, n, f]`.
       cache: With the nodes' entries.
-      best: `[b, n]` the argmax after each node; None for sampled steps.
-      probs: `[b, n, v]` what tokens are drawn from; None for greedy steps.
+      chosen: `[b, n]` the target's token after each node, the most probable one or a
+        drawn one; None where a rule of acceptance draws.
+      probs: `[b, n, v]` what tokens are drawn from, where a rule or a judge reads it.
       logsumexp: `[b, n]`, where somebody records or reports it.
       logits: `[b, n, v]`, where somebody reports them.
       number: `[]` of the size that was scored, of a tree that has several.
@@ -640,7 +646,7 @@ class _Scored:
     hidden: Any
     taps: Any
     cache: kv.KVCache
-    best: Any = None
+    chosen: Any = None
     probs: Any = None
     logsumexp: Any = None
     logits: Any = None
@@ -684,11 +690,17 @@ def _score(
     if config.kind == "greedy":
         # One native pass over the vocabulary is four times as fast as XLA's two.
         _, best = most_probable(logits, 1, config.numerics)
-        scored = scored.replace(best=best[..., 0])
+        scored = scored.replace(chosen=best[..., 0])
     else:
         counts = _counts_at(config, tree, state)
         probs = _target_probs(config, logits, state, counts)
-        scored = scored.replace(probs=probs)
+        # Suggestions alone make chains of `topk` children whatever the tree's own are.
+        is_drawn = tree.children != "topk"
+        judges_now = config.judged is not None and not config.num_unjudged
+        if not is_drawn:
+            scored = scored.replace(chosen=_draw_at(tree, probs, state))
+        if is_drawn or judges_now:
+            scored = scored.replace(probs=probs)
 
     if config.reports_log_probs or _has_features(state):
         scored = scored.replace(logsumexp=jax.nn.logsumexp(logits, axis=-1))
@@ -696,6 +708,21 @@ def _score(
         scored = scored.replace(logits=logits)
 
     return scored
+
+
+def _draw_at(tree: DraftTree, probs, state: DecodeState):
+    """The target's own draw after each node, `[b, n]`.
+
+    A position's numbers are the request's, whichever node stands there and whichever
+    step finds it. So what a request is answered does not depend on what was drafted.
+    """
+    positions = state.lengths[:, None] + tree.depths
+    at_all = jax.vmap(position_keys, in_axes=(None, 0))
+    keys = jax.vmap(at_all)(state.request_keys, positions)
+    _, keys = jnp.unstack(keys, axis=2)
+    b, n, v = probs.shape
+
+    return sample(keys.reshape(b * n), probs.reshape(b * n, v)).reshape(b, n)
 
 
 def _size_of(config: StepConfig, tree: DraftTree, state: DecodeState, steering):
@@ -706,7 +733,6 @@ def _size_of(config: StepConfig, tree: DraftTree, state: DecodeState, steering):
         config.tree,
         state.lengths,
         ~state.is_finished,
-        state.request_keys,
         steering,
     )
     return number.astype(jnp.int32)
@@ -837,14 +863,10 @@ def _target_probs(config, logits, state, counts=None):
 
 
 def _verify(config, tree, scored: _Scored, keys) -> Verdict:
-    if config.kind == "greedy":
-        return verify_greedy(tree, scored.best)
+    if scored.chosen is not None:
+        return verify_chosen(tree, scored.chosen)
 
-    rule = config.tree.verification
-    # Suggestions alone make chains of `topk` children whatever the tree's own are.
-    rule = "token" if tree.children == "topk" else rule
-
-    return verify_sampled(keys, tree, scored.probs, rule)
+    return verify_drawn(keys, tree, scored.probs, config.tree.verification)
 
 
 def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact verification of draft trees: pure, key-consuming, lossless for any draft.
+"""Exact verification of draft trees: pure, lossless for any draft.
 
-Greedy verification keeps the path along which every token is the target's argmax.
-Sampled verification accepts by a rule of `decoding.rules`: token by
-token (`recursive`), by whole paths (`traversal`, on a chain block verification), or
-two children at a time (`hub`).
+Of children that follow from the past alone those are kept that the target itself would
+have chosen: its most probable tokens, or those that it draws. Drawn children are
+accepted by a rule of `decoding.rules`: token by token (`recursive`), by whole paths
+(`traversal`, on a chain block verification), or two children at a time (`hub`).
 """
 
 import jax
@@ -21,15 +21,21 @@ from ospec_jax.typing import typed
 
 
 @typed
-def verify_greedy(tree: DraftTree, best: Int[Array, "b n"]) -> Verdict:
-    """Accepts the longest path that the target's argmax follows.
+def verify_chosen(tree: DraftTree, chosen: Int[Array, "b n"]) -> Verdict:
+    """Accepts the longest path of tokens that the target itself chooses.
+
+    Whatever is drafted, the emitted tokens are the target's choices, so this is exact
+    for any tree. One of several children is accepted as often as the target chooses
+    one of them: as often as any rule may accept children that are no draws, and more
+    seldom than `verify_drawn` accepts those that are.
 
     Args:
-      best: The target's argmax after each node.
+      chosen: The target's token after each node: the most probable one, or one that is
+        drawn with numbers that do not depend on the tree.
     """
-    # Each node is held against the argmax after its parent; the root has been emitted
+    # Each node is held against the choice after its parent; the root has been emitted
     # already and matches by definition.
-    expected = jnp.take_along_axis(best, jnp.maximum(tree.parents, 0), axis=1)
+    expected = jnp.take_along_axis(chosen, jnp.maximum(tree.parents, 0), axis=1)
     is_match = tree.is_valid & ((tree.tokens == expected) | (tree.parents < 0))
     # Drawn siblings may be copies of one token. Then several paths match, and any of
     # the longest will do: they have the same tokens.
@@ -40,7 +46,7 @@ def verify_greedy(tree: DraftTree, best: Int[Array, "b n"]) -> Verdict:
     return Verdict(
         path=path,
         num_accepted=_take(tree.depths, last),
-        next_token=_take(best, last),
+        next_token=_take(chosen, last),
     )
 
 
@@ -61,13 +67,13 @@ def _take(values, index):
 
 
 @typed
-def verify_sampled(
+def verify_drawn(
     keys: Key[Array, " b"],
     tree: DraftTree,
     target_probs: Float[Array, "b n v"],
     verification: Verification = "token",
 ) -> Verdict:
-    """Accepts a path so that the emitted tokens follow the target's law exactly.
+    """Accepts drawn tokens so that what is emitted follows the target's law exactly.
 
     Args:
       keys: One for each row, consumed.
@@ -75,10 +81,16 @@ def verify_sampled(
       verification: `token` walks down, `block` and `traversal` weigh whole paths.
 
     Raises:
-      ValueError: Drawn children were dropped after a look at their values, for which
-        no acceptance rule is exact, or this rule is not exact for these children.
+      ValueError: Children were dropped after a look at their values, for which no
+        acceptance rule is exact, this rule is not exact for these children, or they
+        were not drawn at all.
     """
-    if tree.is_reranked and tree.children != "topk":
+    if tree.children == "topk":
+        raise ValueError(
+            "children='topk' are no draws; draw the target's tokens and use "
+            "verify_chosen"
+        )
+    if tree.is_reranked:
         raise ValueError(
             f"a tree that was reranked after drawing {tree.children!r} children cannot "
             f"be verified exactly; use children='topk' or a static tree"

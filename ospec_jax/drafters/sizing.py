@@ -139,18 +139,13 @@ def choose_size(
     config: TreeConfig,
     context: Int[Array, " b"],
     is_active: Bool[Array, " b"],
-    request_keys: Any,
     steering: Any = None,
 ) -> Int[Array, ""]:
     """How many of a tree's nodes to verify, by number into `config.sizes`.
 
-    Args:
-      request_keys: `[b]` whose numbers the rows draw from.
-
     Returns:
       What the rule says, but no more than was drafted; all that was where tokens were
-      drawn, or where two rows draw the same numbers: what one of them drafts may follow
-      from numbers that the other has yet to use.
+      drawn.
     """
     sizes = np.asarray(config.sizes)
     is_there = tree.is_valid[:, 1:] & is_active[:, None]
@@ -163,22 +158,7 @@ def choose_size(
     number = size_fn(describe(tree, config, context, is_active, steering))
     # Whatever a rule says, it is a size of the menu.
     number = jnp.clip(number, 0, len(sizes) - 1).astype(enough.dtype)
-    number = jnp.minimum(number, enough)
-
-    return jnp.where(_share_numbers(request_keys, is_active), enough, number)
-
-
-def _share_numbers(request_keys, is_active: Bool[Array, " b"]) -> Bool[Array, ""]:
-    """Whether two rows that go on draw the same random numbers."""
-    b = is_active.shape[0]
-    if b == 1:
-        return jnp.asarray(False)
-
-    data = jax.random.key_data(request_keys).reshape(b, -1)
-    is_same = jnp.all(data[:, None] == data[None], axis=-1)
-    is_pair = is_active[:, None] & is_active[None] & ~np.eye(b, dtype=bool)
-
-    return jnp.any(is_same & is_pair)
+    return jnp.minimum(number, enough)
 
 
 def describe(

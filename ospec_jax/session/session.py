@@ -660,7 +660,7 @@ class Session:
         if can_teach:
             learning_seconds = self._learn_from(completion, is_shared, in_slices)
             learning_seconds += self.chooser.learn()
-            if self.practice is not None and completion.request.can_teach:
+            if self.practice is not None and self._may_teach(completion):
                 self.practice.note(prompt, completion, text, is_shared)
         self.stats = self.stats + completion.stats
         self._warn_of_collapse(completion.stats)
@@ -807,11 +807,14 @@ class Session:
         """Text of tokens, without special ones."""
         return self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
 
+    def _may_teach(self, completion: Completion) -> bool:
+        return completion.request.can_teach(self.engine.is_drawn)
+
     def _learn_from(
         self, completion: Completion, is_shared: bool, in_slices: bool = False
     ) -> float:
         """Remembers the answer and updates the draft when it is time."""
-        if self.trainer is None or not completion.request.can_teach:
+        if self.trainer is None or not self._may_teach(completion):
             return 0.0
 
         # Whatever comes now is learned behind what came before.

@@ -120,7 +120,8 @@ def test_an_action_that_was_not_compiled_is_refused(engine):
     assert finish(batch, engine.action)["0"].token_ids
 
 
-def test_controllers_know_rows_unless_two_share_their_numbers(engine):
+def test_controllers_know_rows_unless_two_share_their_numbers(engine, monkeypatch):
+    """Which matters where children are drawn."""
     hot = SamplingConfig(1.0)
     batch = Batch(engine, 3, CAPACITY)
     batch.admit(request(0), DRAFT)
@@ -131,6 +132,8 @@ def test_controllers_know_rows_unless_two_share_their_numbers(engine):
     assert {context.domain for context in contexts} == {""}
     assert all(context.opening for context in contexts)
     batch.admit(request(2, sampling=hot, seed=5), DRAFT)
+    assert len(batch.rows) == 3
+    monkeypatch.setattr(type(engine), "is_drawn", True)
     assert batch.rows == ()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ospec_jax.config import ConfigError, TreeConfig
-from ospec_jax.decoding.verify import verify_greedy, verify_sampled
+from ospec_jax.decoding.verify import verify_chosen, verify_drawn
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.growth import grow as grow_tree
@@ -25,6 +25,7 @@ from ospec_jax.drafters.stopping import below_gain, below_probability
 from ospec_jax.drafters.topology import best_parents
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import Numerics
+from ospec_jax.sampling import sample
 from ospec_jax.types import DraftContext, DraftTree, Roots, SamplingParams
 
 VOCAB, ROOT = 5, 0
@@ -114,6 +115,17 @@ def as_drawn(tree, children, logits):
     return tree.replace(children=children, draft_probs=probs)
 
 
+def verdict_of(keys, tree, probs, rule="token"):
+    """As a step verifies: by the target's draws, or by a rule for the draft's."""
+    if tree.children != "topk":
+        return verify_drawn(keys, tree, probs, rule)
+    # The numbers of a position, whichever node stands there.
+    of_row = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    own = jax.vmap(of_row)(keys, tree.depths).reshape(-1)
+    chosen = sample(own, probs.reshape(-1, VOCAB))
+    return verify_chosen(tree, chosen.reshape(tree.tokens.shape))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
 def emitted(config, target, logits, token_ids, claimed=None, hints=None, stop_fn=None):
     """Counts of each sequence of depth + 1 tokens, and of accepted tokens."""
@@ -125,7 +137,7 @@ def emitted(config, target, logits, token_ids, claimed=None, hints=None, stop_fn
     if claimed is not None:
         tree = as_drawn(tree, claimed, logits)
     rule = "token" if claimed else config.verification
-    verdict = verify_sampled(key_verify, tree, target[tree.tokens], rule)
+    verdict = verdict_of(key_verify, tree, target[tree.tokens], rule)
     tokens = jnp.take_along_axis(tree.tokens, verdict.path, axis=1)
     last, sequence = tokens[:, 0], jnp.zeros((NUM_SAMPLES,), jnp.int32)
     for i in range(length):
@@ -343,7 +355,7 @@ def emitted_by_steps(children, target, logits):
         config = TreeConfig(num_steps=depth, children=children)
         key_draft, key_verify = jax.random.split(key)
         tree = grow(config, logits, None, key_draft[None], root=root)
-        verdict = verify_sampled(key_verify[None], tree, target[tree.tokens])
+        verdict = verdict_of(key_verify[None], tree, target[tree.tokens])
         accepted = verdict.num_accepted[0]
         tokens = jnp.resize(tree.tokens[0, verdict.path[0]][1:], 4)
         return tokens.at[accepted].set(verdict.next_token[0]), accepted
@@ -519,7 +531,7 @@ def test_rounding_that_leaves_no_residual(token):
     )  # fmt: skip
     probs = jnp.stack([0.7 * q, jnp.full((4,), 0.25)])[None]
     keys = jax.random.split(jax.random.key(0), 2000)
-    one = lambda key: verify_sampled(key[None], tree, probs)
+    one = lambda key: verify_drawn(key[None], tree, probs)
     verdict = jax.jit(jax.vmap(one))(keys)
     is_rejected = np.asarray(verdict.num_accepted[:, 0] == 0)
     found = np.bincount(np.asarray(verdict.next_token[:, 0])[is_rejected], minlength=4)
@@ -548,7 +560,7 @@ TOKENS = [9, 1, 2, 3, 4, 3, 5]
 )
 def test_greedy_by_hand(best, path, next_token):
     tree = hand_made(PARENTS, TOKENS)
-    verdict = verify_greedy(tree, jnp.asarray(best, jnp.int32)[None])
+    verdict = verify_chosen(tree, jnp.asarray(best, jnp.int32)[None])
     assert verdict.path[0].tolist() == path
     assert int(verdict.num_accepted[0]) == len(set(path)) - 1
     assert int(verdict.next_token[0]) == next_token
@@ -558,7 +570,7 @@ def test_greedy_skips_invalid_nodes():
     is_valid = jnp.asarray([[True, False, True, True, True, True, True]])
     tree = hand_made(PARENTS, TOKENS, is_valid=is_valid)
     best = jnp.asarray([[1, 4, 0, 0, 5, 0, 0]], jnp.int32)
-    verdict = verify_greedy(tree, best)
+    verdict = verify_chosen(tree, best)
     assert int(verdict.num_accepted[0]) == 0
     assert int(verdict.next_token[0]) == 1
 
@@ -567,7 +579,7 @@ def test_greedy_with_equal_siblings():
     """Independent draws may repeat a token."""
     tree = hand_made([-1, 0, 0, 1, 2], [9, 1, 1, 2, 3], children="sampled")
     best = jnp.asarray([[1, 3, 3, 0, 4]], jnp.int32)
-    verdict = verify_greedy(tree, best)
+    verdict = verify_chosen(tree, best)
     assert verdict.path[0].tolist() == [0, 2, 4]
     assert int(verdict.next_token[0]) == 4
 
@@ -576,10 +588,18 @@ def test_sampled_equals_greedy_for_one_hot_targets():
     tree = hand_made(PARENTS, TOKENS)
     best = jnp.asarray([[1, 4, 0, 0, 5, 0, 0]], jnp.int32)
     probs = jax.nn.one_hot(best, 10)
+    keys = jax.random.split(jax.random.key(0), 7)
+    np.testing.assert_array_equal(sample(keys, probs[0]), best[0])
+    drawn = tree.replace(children="sampled", draft_probs=jax.nn.one_hot(best, 10))
+    greedy, sampled = verify_chosen(tree, best), verify_drawn(keys[:1], drawn, probs)
+    np.testing.assert_array_equal(greedy.num_accepted, sampled.num_accepted)
+    np.testing.assert_array_equal(greedy.next_token, sampled.next_token)
+
+
+def test_children_that_are_no_draws_have_no_rule_of_draws():
     keys = jax.random.split(jax.random.key(0), 1)
-    greedy, sampled = verify_greedy(tree, best), verify_sampled(keys, tree, probs)
-    for x, y in zip(jax.tree.leaves(greedy), jax.tree.leaves(sampled), strict=True):
-        np.testing.assert_array_equal(x, y)
+    with pytest.raises(ValueError, match="use verify_chosen"):
+        verify_drawn(keys, hand_made(PARENTS, TOKENS), jnp.full((1, 7, 10), 0.1))
 
 
 @pytest.mark.parametrize("children", ["sampled", "without_replacement"])
@@ -590,4 +610,4 @@ def test_reranked_draws_are_refused(children):
     )  # fmt: skip
     keys = jax.random.split(jax.random.key(0), 1)
     with pytest.raises(ValueError, match="reranked"):
-        verify_sampled(keys, tree, jnp.full((1, 7, 10), 0.1))
+        verify_drawn(keys, tree, jnp.full((1, 7, 10), 0.1))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ospec_jax.config import ConfigError, TreeConfig
-from ospec_jax.decoding.verify import verify_greedy
+from ospec_jax.decoding.verify import verify_chosen
 from ospec_jax.drafters import topology
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.combine import combine, inner_tree, merge_chains, mixed_tree
@@ -72,7 +72,7 @@ def test_the_branch_that_the_target_follows_is_accepted():
     tree = merge_chains(chain([9, 1, 2, 3]), chain([9, 1, 6, 7]))
     after = {9: 1, 1: 6, 6: 7, 7: 4}
     best = [[after.get(token, 0) for token in tree.tokens[0].tolist()]]
-    verdict = verify_greedy(tree, jnp.asarray(best, jnp.int32))
+    verdict = verify_chosen(tree, jnp.asarray(best, jnp.int32))
     assert int(verdict.num_accepted[0]) == 3
     assert int(verdict.next_token[0]) == 4
 

@@ -146,20 +146,9 @@ def paths(tree, row):
     )
 
 
-def size_of(tree, config, size_fn=anything, keys=(0, 1), active=(True, True)):
-    request_keys = jax.vmap(jax.random.key)(jnp.asarray(keys))
-    args = jnp.array([40, 50]), jnp.asarray(active), request_keys
+def size_of(tree, config, size_fn=anything, active=(True, True)):
+    args = jnp.array([40, 50]), jnp.asarray(active)
     return int(choose_size(size_fn, tree, config, *args))
-
-
-def test_rows_that_share_random_numbers_are_verified_whole():
-    """Else what one of them drafts would say how far the other is verified."""
-    least = lambda drafted: jnp.int32(0)
-    drafted = proposed(CHAIN)
-    assert size_of(drafted, CHAIN, least) == 0
-    assert size_of(drafted, CHAIN, least, keys=(1, 1)) == 2
-    # One whose answer has ended draws nothing more.
-    assert size_of(drafted, CHAIN, least, keys=(1, 1), active=(True, False)) == 0
 
 
 def test_drawn_tokens_are_never_left_out():

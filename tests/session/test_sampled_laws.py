@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the mean acceptance length")
 
 MEMORY = LearnerConfig(name="memory", memory_slots=1024)
 PROMPT = "abcabcabcabc"
+DYNAMIC = TreeConfig("dynamic", 2, topk=2, num_draft_tokens=4)
 LIMIT = 3.3
 """Standard deviations; chance alone leaves them once in 1,000 times."""
 
@@ -181,24 +182,54 @@ def test_requests_that_were_begun_are_counted_when_a_batch_is_saved(target, tmp_
     assert resumed.num_admitted == 3
 
 
-def test_a_seed_of_its_own_repeats_and_teaches_nothing(target):
+@pytest.mark.parametrize(
+    ("draft", "how"),
+    [
+        ("ngram", {"learner": MEMORY, "batch_size": 2}),
+        ("self:exit-1", {"tree": DYNAMIC, "batch_size": 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_sampled_answers_are_those_of_plain_decoding(target, draft, how):
+    """Token by token: a position's numbers are the same, whatever was drafted."""
+    prompts = [PROMPT, {"prompt": PROMPT, "seed": 7}, "xyzzy", PROMPT, "xyxyxyxyxy"]
+    law = {"temperature": 0.7, "top_p": 0.9, "seed": 5}
+    # Answers of a batch come in the order in which they end.
+    plain = sorted(tokens_of(Session(target), prompts, 24, **law))
+    session = Session(target, load_draft(draft, target), **how)
+    assert sorted(tokens_of(session, prompts, 24, **law)) == plain
+    assert session.stats.num_accepted_tokens > 0
+
+
+def test_a_seed_of_its_own_repeats_and_teaches(target):
     own = {"prompt": PROMPT, "seed": 7}
     session = ngram_session(target)
     first, other, second = tokens_of(
         session, [own, own | {"choice": 1}, own], 12, temperature=1.0
     )
     assert first == second != other
-    assert int(session.state.trainer.num_prompts) == 0
+    # What it was answered does not depend on what is learned from it.
+    assert int(session.state.trainer.num_prompts) == 3
 
-    [greedy] = tokens_of(session, [own], 12)
-    assert int(session.state.trainer.num_prompts) == 1
-    assert tokens_of(session, [PROMPT], 12) == [greedy]
+
+def test_a_seed_whose_tokens_depend_on_the_draft_teaches_nothing():
+    own = Request("own", (1, 2), sampling=SamplingConfig(1.0), seed=7)
+    assert own.can_teach(is_drawn=False)
+    assert not own.can_teach(is_drawn=True)
+    assert dataclasses.replace(own, seed=None).can_teach(is_drawn=True)
+    assert dataclasses.replace(own, sampling=SamplingConfig()).can_teach(is_drawn=True)
+    assert not dataclasses.replace(own, is_left_out=True).can_teach(is_drawn=False)
+    chain = TreeConfig(num_steps=2, children="sampled")
+    assert chain.is_drawn
+    assert not dataclasses.replace(chain, num_steps=0).is_drawn
+    assert not TreeConfig(num_steps=2).is_drawn
 
 
 def test_twins_in_a_batch_do_not_set_each_others_depth(target):
-    """Neither by what they accepted, nor by what they are sure of."""
-    tree = TreeConfig.auto((0, 1, 2))
-    session = Session(target, load_draft("ngram", target), tree=tree, batch_size=2)
+    """Where children are drawn: neither by what they accepted, nor by being sure."""
+    tree = TreeConfig.auto((0, 1, 2), children="sampled")
+    draft = load_draft("self:exit-1", target)
+    session = Session(target, draft, tree=tree, batch_size=2)
     session.warm_up()
     # Costs with which drafting pays, whatever the machine has measured.
     costs = dataclasses.replace(session.chooser.state, costs=(1.0, 1.1, 1.2))
