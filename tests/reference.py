@@ -78,29 +78,64 @@ def _rotated(c, x):
     half = c.head_dim // 2
     out = np.empty_like(x)
     for i in range(half):
-        angle = np.arange(len(x)) * _frequency(c, i)
-        cos, sin = np.cos(angle), np.sin(angle)
+        angle = np.arange(len(x)) * frequency(c, i)
+        cos, sin = magnitude(c) * np.cos(angle), magnitude(c) * np.sin(angle)
         out[:, i] = x[:, i] * cos - x[:, i + half] * sin
         out[:, i + half] = x[:, i + half] * cos + x[:, i] * sin
     return out
 
 
-def _frequency(c, i):
-    """Angular frequency of rotary pair i, as Meta's Llama 3 reference scales it."""
-    frequency = c.rope_theta ** (-2.0 * i / c.head_dim)
+def frequency(c, i):
+    """Angular frequency of rotary pair i, as the scaling's own source has it."""
+    plain = c.rope_theta ** (-2.0 * i / c.head_dim)
     scaling = c.rope_scaling
     if scaling is None:
-        return frequency
-    wavelength = 2 * np.pi / frequency
+        return plain
+    rule = {
+        "Llama3Scaling": _llama3_frequency,
+        "LinearScaling": lambda c, s, i, plain: plain / s.factor,
+        "YarnScaling": _yarn_frequency,
+        "FactorScaling": lambda c, s, i, plain: plain / s.factors[i],
+    }
+    return rule[type(scaling).__name__](c, scaling, i, plain)
+
+
+def magnitude(c):
+    """What rotated queries and keys are multiplied by: sqrt(1 / t) of YaRN's paper."""
+    return getattr(c.rope_scaling, "attention_factor", 1.0)
+
+
+def _llama3_frequency(c, scaling, i, plain):
+    """Meta's reference of Llama 3."""
+    wavelength = 2 * np.pi / plain
     longest = scaling.original_max_position / scaling.low_freq_factor
     shortest = scaling.original_max_position / scaling.high_freq_factor
     if wavelength < shortest:
-        return frequency
+        return plain
     if wavelength > longest:
-        return frequency / scaling.factor
+        return plain / scaling.factor
     smooth = scaling.original_max_position / wavelength - scaling.low_freq_factor
     smooth /= scaling.high_freq_factor - scaling.low_freq_factor
-    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+    return (1 - smooth) * plain / scaling.factor + smooth * plain
+
+
+def _yarn_frequency(c, scaling, i, plain):
+    """YaRN (arXiv 2309.00071, section 3.2), with the ramp of its authors' code."""
+
+    def pair(turns):  # solves L = turns * wavelength for the number of the pair
+        wavelength = scaling.original_max_position / turns
+        return c.head_dim / 2 * np.log(wavelength / (2 * np.pi)) / np.log(c.rope_theta)
+
+    first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.is_truncated:
+        first, last = int(np.floor(first)), int(np.ceil(last))
+    first, last = max(first, 0), min(last, c.head_dim - 1)
+    if i <= first:
+        return plain
+    if i >= last:
+        return plain / scaling.factor
+    share = (i - first) / (last - first)
+    return plain * (1 - share) + plain / scaling.factor * share
 
 
 def random_params(config, seed=0, gain=1.0):

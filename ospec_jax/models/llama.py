@@ -24,11 +24,9 @@ from ospec_jax.models.layers import (
     at_least_two_rows,
     embed,
     linear,
-    rope_angles,
-    rope_frequencies,
-    rotate,
     split_groups,
 )
+from ospec_jax.models.rope import rotary_angles, rotate
 from ospec_jax.typing import Params
 
 
@@ -182,10 +180,9 @@ class Llama(nn.Module):
 
         table = self._table("embed_tokens")
         x = embed(tokens, table)
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         # Positions lie below the cache's capacity, so a table of that size serves.
         num_positions = cache.capacity if self.numerics.is_row_invariant else None
-        angles = rope_angles(positions, frequencies, num_positions, is_native)
+        angles = rotary_angles(c, positions, num_positions, is_native)
         run = self._run_layers
         if self.numerics.is_scanned:
             run = self._run_natively if is_native else self._scan_layers
@@ -328,8 +325,7 @@ class LastLayers(nn.Module):
         b, t, _ = x.shape
         starts = jnp.zeros((b,), jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        angles = rope_angles(positions, frequencies, None, False)
+        angles = rotary_angles(c, positions)
         # Causal, so that padding behind a row's tokens is seen by nobody.
         bias = kv.causal_bias(starts, t, t)
         num_layers = c.num_layers - self.first

@@ -15,10 +15,10 @@ from ospec_jax.config import (
     InputError,
     ModelConfig,
     Precision,
-    RopeScaling,
 )
 from ospec_jax.config.fields import Fields, read_json
 from ospec_jax.models.quantization import cast_leaf
+from ospec_jax.models.rope_fields import num_positions, read_rope
 from ospec_jax.models.smoothing import LayerRanges, smooth
 
 LayerWeights = dict[str, np.ndarray]
@@ -78,7 +78,10 @@ _READ = (
     "vocab_size",
 )
 """Names that a default is taken for where they are missing, or whose lack is told."""
-_UNUSED = re.compile(r".*rotary_emb\.inv_freq|lm_head\.weight|rope_freqs\.weight")
+_UNUSED = re.compile(
+    r".*rotary_emb\.inv_freq|lm_head\.weight|rope_freqs\.weight|"
+    r"rope_factors_(short|long)\.weight"
+)
 """Tensors that some files hold without a need; a tied head is checked to be tied."""
 
 QKV_BIASES = ("q_bias", "k_bias", "v_bias")
@@ -287,7 +290,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        max_position=fields.whole("max_position_embeddings", 2048),
+        max_position=num_positions(fields),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         **FAMILIES[family],
     )
@@ -313,8 +316,7 @@ def _refuse_variants(fields: Fields) -> None:
     # Mistral's models have no switch for it: a number is a window.
     if fields.text("model_type") == "mistral":
         window = fields.whole("sliding_window", None)
-        num_positions = fields.whole("max_position_embeddings", 2048)
-        if window is not None and window < num_positions:
+        if window is not None and window < num_positions(fields):
             raise ConfigError(
                 f"{fields.where} has layers that see the last {window} tokens "
                 f"(sliding_window), which is not supported; set it to null, and "
@@ -329,41 +331,6 @@ def _refuse_variants(fields: Fields) -> None:
             f"cannot be read; use the folder that they were quantised from (precision "
             f"int8 quantises it on loading), or a GGUF file"
         )
-
-
-def read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of rotary embeddings in a `config.json` (v4 or v5 names)."""
-    rope = fields.section("rope_parameters")
-    # The name of v5 first, then that of v4.
-    if not rope.values:
-        rope = fields.section("rope_scaling")
-
-    old_name = rope.text("type", "default")
-    kind = rope.text("rope_type", old_name)
-    if kind not in ("default", "llama3"):
-        raise ConfigError(
-            f"{fields.where} uses rope type {kind!r}; default and llama3 work"
-        )
-
-    partial = {s.values.get("partial_rotary_factor") for s in (fields, rope)}
-    if partial - {None, 1}:
-        raise ConfigError(
-            f"{fields.where} rotates only a part of each head "
-            f"(partial_rotary_factor), which is not supported"
-        )
-
-    # Null is no base; a missing one is in either place.
-    is_nested = "rope_theta" not in fields.values
-    theta = (rope if is_nested else fields).number("rope_theta", 10000.0)
-    if kind == "default":
-        return theta, None
-
-    return theta, RopeScaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position=rope.whole("original_max_position_embeddings"),
-    )
 
 
 def load_hf_params(
