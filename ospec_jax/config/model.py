@@ -8,6 +8,7 @@ from ospec_jax.config.base import ConfigError, from_dict
 
 Precision = Literal["float32", "bfloat16", "int8"]
 AttentionKind = Literal["xla", "cudnn"]
+NormPlaces = Literal["before", "after"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +96,16 @@ _SCALINGS = Llama3Scaling, LinearScaling, YarnScaling, FactorScaling
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a target of the Llama, Mistral, Qwen2 or Qwen3 family.
+    """Architecture of a target; see `models.families`.
 
     Attributes:
       has_qkv_bias: Queries, keys and values have a bias (Qwen2).
       has_qk_norm: Queries and keys are normalised by head (Qwen3).
+      has_wide_qk_norm: They are normalised over all heads (OLMo-2).
+      norms: Where attention and the feed-forward block are normalised: what they read,
+        or what they add to the residual stream (OLMo-2).
+      attention_window: Tokens that each one sees, itself included; 0 for all.
+      embedding_multiplier: Of embeddings, where layers read them.
     """
 
     vocab_size: int
@@ -116,10 +122,22 @@ class ModelConfig:
     tie_embeddings: bool = True
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
+    has_wide_qk_norm: bool = False
+    norms: NormPlaces = "before"
+    attention_window: int = 0
+    embedding_multiplier: float = 1.0
 
     def __post_init__(self):
-        _check_above_zero(self, f"{_SIZES} num_layers max_position")
+        _check_above_zero(
+            self, f"{_SIZES} num_layers max_position embedding_multiplier"
+        )
         _check_heads(self)
+        _check_at_least(self, {"attention_window": 0})
+
+    @property
+    def has_llama_layers(self) -> bool:
+        """Whether a layer is what the native kernels compute in one call."""
+        return self.norms == "before" and not self.has_wide_qk_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +247,10 @@ class ExitConfig(DraftConfig):
 
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
+    has_wide_qk_norm: bool = False
+    norms: NormPlaces = "before"
+    attention_window: int = 0
+    embedding_multiplier: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()

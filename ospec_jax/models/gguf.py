@@ -15,10 +15,10 @@ from ospec_jax.config import (
     YarnScaling,
 )
 from ospec_jax.config.fields import Fields
+from ospec_jax.models.families import FAMILIES
 from ospec_jax.models.gguf_file import GGUFFile
 from ospec_jax.models.smoothing import LayerRanges
 from ospec_jax.models.weights import (
-    FAMILIES,
     QK_NORMS,
     QKV_BIASES,
     LayerWeights,
@@ -72,10 +72,11 @@ def read_config(file: GGUFFile) -> ModelConfig:
       ConfigError: It is not supported, or the file lacks a value, or one is wrong.
     """
     family = file.fields.text("general.architecture")
-    if family not in FAMILIES:
+    known = [name for name, its in FAMILIES.items() if its.is_in_gguf]
+    if family not in known:
         raise ConfigError(
             f"{file.path} holds a {family!r} model; supported architectures: "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(known)} (and in Hugging Face folders {', '.join(FAMILIES)})"
         )
     fields = Fields(file.fields.values, str(file.path), f"{family}.")
     fields.refuse_slips(_KEYS)
@@ -108,7 +109,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         max_position=min(fields.whole("context_length"), length),
         # A file without a head of its own shares the embedding.
         tie_embeddings="output.weight" not in file,
-        **FAMILIES[family],
+        **FAMILIES[family].traits,
     )
 
 

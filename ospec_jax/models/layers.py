@@ -242,6 +242,20 @@ class SwiGLU(nn.Module):
         return Linear(x.shape[-1], self.numerics, name="down_proj")(nn.silu(gate) * up)
 
 
+def keep_apart(x, is_row_invariant: bool):
+    """A product whose sum with something else is not computed in one operation.
+
+    A compiler may contract a sum with a product that it is of, which rounds once
+    instead of twice, and does so in one loop and not in another. Clipping the product
+    at the largest number changes nothing and keeps it from that.
+    """
+    if not is_row_invariant:
+        return x
+
+    largest = float(np.finfo(np.float32).max)
+    return jnp.clip(x, -largest, largest)
+
+
 def split_groups(x, sizes: tuple[int, ...], num_groups: int, axis: int) -> list:
     """Takes a fused product's result apart; with groups, device by device.
 

@@ -15,6 +15,7 @@ from ospec_jax.config import (
     RopeScaling,
     YarnScaling,
 )
+from ospec_jax.models.layers import keep_apart
 from ospec_jax.typing import typed
 
 
@@ -130,16 +131,10 @@ def rope_angles(
 def rotate(
     x: Float[Array, "b t heads e"], angles, is_row_invariant: bool
 ) -> Float[Array, "b t heads e"]:
-    """Applies rotary embedding in the half-split layout of Hugging Face.
-
-    A compiler may contract the sum with either of its products, and takes another one
-    in another loop; clipping them at the largest number leaves it neither.
-    """
+    """Applies rotary embedding in the half-split layout of Hugging Face."""
     cos, sin = angles
     first, second = jnp.split(x, 2, axis=-1)
-    products = x * cos, jnp.concatenate([-second, first], axis=-1) * sin
-    if is_row_invariant:
-        largest = float(np.finfo(np.float32).max)
-        products = tuple(jnp.clip(p, -largest, largest) for p in products)
+    of_own = keep_apart(x * cos, is_row_invariant)
+    turned = jnp.concatenate([-second, first], axis=-1)
 
-    return products[0] + products[1]
+    return of_own + keep_apart(turned * sin, is_row_invariant)

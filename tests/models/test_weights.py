@@ -95,22 +95,6 @@ def test_llama3_rope_scaling_and_new_names(tmp_path):
     assert load_target(name, "float32").config == config
 
 
-@pytest.mark.parametrize("window", [None, 4096])
-def test_mistral_is_a_llama_within_its_window(tmp_path, window):
-    config = model_config(max_position=4096)
-    params = random_params(config)
-    tensors = hf_tensors(config, params)
-    changes = {"model_type": "mistral", "sliding_window": window}
-    name = write_folder(tmp_path / "tiny", config, tensors, **changes)
-    target = load_target(name, "float32")
-    assert target.config == config
-    assert_same(target.params, params)
-    write_folder(tmp_path / "tiny", config, tensors, **changes | {"sliding_window": 64})
-    message = "see the last 64 tokens.*max_position_embeddings to 64"
-    with pytest.raises(ConfigError, match=message):
-        load_target(name, "float32")
-
-
 def test_fingerprints_tell_weights_apart(tmp_path):
     config = model_config()
     names = [
