@@ -134,7 +134,7 @@ def rotate(
     """Applies rotary embedding in the half-split layout of Hugging Face."""
     cos, sin = angles
     first, second = jnp.split(x, 2, axis=-1)
-    of_own = keep_apart(x * cos, is_row_invariant)
-    turned = jnp.concatenate([-second, first], axis=-1)
+    products = x * cos, jnp.concatenate([-second, first], axis=-1) * sin
+    own, turned = (keep_apart(product, is_row_invariant) for product in products)
 
-    return of_own + keep_apart(turned * sin, is_row_invariant)
+    return own + turned
