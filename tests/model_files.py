@@ -16,6 +16,9 @@ VOCAB = 261
 HF_NAMES = {
     "input_layernorm": "input_layernorm.weight",
     "post_attention_layernorm": "post_attention_layernorm.weight",
+    # OLMo-2's, which stand behind blocks.
+    "attention_out_norm": "post_attention_layernorm.weight",
+    "mlp_out_norm": "post_feedforward_layernorm.weight",
     "q_proj": "self_attn.q_proj.weight",
     "k_proj": "self_attn.k_proj.weight",
     "v_proj": "self_attn.v_proj.weight",
@@ -65,14 +68,11 @@ def layer_tensors(config, layer):
     if c.has_qkv_bias:
         biases = np.split(np.asarray(layer["self_attn"]["qkv_proj"]["bias"]), heads)
         extra = dict(zip(("q_bias", "k_bias", "v_bias"), biases, strict=True))
-    if c.has_qk_norm:
+    if c.has_qk_norm or c.has_wide_qk_norm:
         norms = ("q_norm", "k_norm")
         extra = {n: np.asarray(layer["self_attn"][n]["scale"]) for n in norms}
-    return extra | {
-        "input_layernorm": np.asarray(layer["input_layernorm"]["scale"]),
-        "post_attention_layernorm": np.asarray(
-            layer["post_attention_layernorm"]["scale"]
-        ),
+    norms = [name for name, value in layer.items() if "scale" in value]
+    return extra | {name: np.asarray(layer[name]["scale"]) for name in norms} | {
         "q_proj": q, "k_proj": k, "v_proj": v,
         "o_proj": np.asarray(layer["self_attn"]["o_proj"]["kernel"]),
         "gate_proj": gate, "up_proj": up,
@@ -97,6 +97,8 @@ def family_of(config):
     """The name of a configuration's family in both file formats."""
     if config.has_qkv_bias:
         return "qwen2"
+    if config.has_wide_qk_norm:
+        return "olmo2"
     return "qwen3" if config.has_qk_norm else "llama"
 
 

@@ -108,6 +108,19 @@ class Fields:
 
         return float(value)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite numbers above 0."""
+        value = self._get(name, _MISSING)
+        is_good = lambda x: (
+            isinstance(x, int | float)
+            and not isinstance(x, bool)
+            and 0 < x < _LARGEST_NUMBER
+        )
+        if not isinstance(value, list | tuple) or not all(map(is_good, value)):
+            self._refuse(name, "a list of finite numbers above 0")
+
+        return tuple(map(float, value))
+
     def flag(self, name: str, default: Any = _MISSING) -> Any:
         """True or false."""
         value = self._get(name, default)

@@ -8,10 +8,11 @@ from ospec_jax.config.base import ConfigError, from_dict
 
 Precision = Literal["float32", "bfloat16", "int8"]
 AttentionKind = Literal["xla", "cudnn"]
+NormPlaces = Literal["before", "after"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class Llama3Scaling:
     """Llama-3's frequency scaling of rotary embeddings."""
 
     factor: float
@@ -29,12 +30,82 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """All frequencies of rotary embeddings are divided by one factor."""
+
+    factor: float
+
+    def __post_init__(self):
+        _check_above_zero(self, "factor")
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN's frequency scaling (arXiv 2309.00071).
+
+    Attributes:
+      beta_fast: Pairs that turn as often or more in the original context are kept.
+      beta_slow: Those that turn as seldom or less are stretched by the full factor.
+      attention_factor: Of rotated queries and keys.
+      is_truncated: The two limits are widened to whole pairs.
+    """
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    is_truncated: bool = True
+
+    def __post_init__(self):
+        above_zero = "factor original_max_position beta_slow attention_factor"
+        _check_above_zero(self, above_zero)
+        if not self.beta_fast > self.beta_slow:
+            raise ConfigError(
+                f"beta_fast {self.beta_fast} of the rope scaling must be above "
+                f"beta_slow {self.beta_slow}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorScaling:
+    """Each frequency is divided by a factor of its own (LongRoPE, arXiv 2402.13753).
+
+    Attributes:
+      factors: One a pair, `head_dim / 2` of them.
+      attention_factor: Of rotated queries and keys.
+    """
+
+    factors: tuple[float, ...]
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        _check_above_zero(self, "attention_factor")
+        for factor in self.factors:
+            if not 0 < factor < float("inf"):  # NaN is refused, too
+                raise ConfigError(
+                    f"a factor of the rope scaling is {factor}; use finite numbers "
+                    f"above 0"
+                )
+
+
+RopeScaling = Llama3Scaling | LinearScaling | YarnScaling | FactorScaling
+"""How rotary embeddings are stretched to a longer context than they began with."""
+_SCALINGS = Llama3Scaling, LinearScaling, YarnScaling, FactorScaling
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a target of the Llama, Mistral, Qwen2 or Qwen3 family.
+    """Architecture of a target; see `models.families`.
 
     Attributes:
       has_qkv_bias: Queries, keys and values have a bias (Qwen2).
       has_qk_norm: Queries and keys are normalised by head (Qwen3).
+      has_wide_qk_norm: They are normalised over all heads (OLMo-2).
+      norms: Where attention and the feed-forward block are normalised: what they read,
+        or what they add to the residual stream (OLMo-2).
+      attention_window: Tokens that each one sees, itself included; 0 for all.
+      embedding_multiplier: Of embeddings, where layers read them.
     """
 
     vocab_size: int
@@ -51,10 +122,22 @@ class ModelConfig:
     tie_embeddings: bool = True
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
+    has_wide_qk_norm: bool = False
+    norms: NormPlaces = "before"
+    attention_window: int = 0
+    embedding_multiplier: float = 1.0
 
     def __post_init__(self):
-        _check_above_zero(self, f"{_SIZES} num_layers max_position")
+        _check_above_zero(
+            self, f"{_SIZES} num_layers max_position embedding_multiplier"
+        )
         _check_heads(self)
+        _check_at_least(self, {"attention_window": 0})
+
+    @property
+    def has_llama_layers(self) -> bool:
+        """Whether a layer is what the native kernels compute in one call."""
+        return self.norms == "before" and not self.has_wide_qk_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +247,10 @@ class ExitConfig(DraftConfig):
 
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
+    has_wide_qk_norm: bool = False
+    norms: NormPlaces = "before"
+    attention_window: int = 0
+    embedding_multiplier: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -269,6 +356,19 @@ def _check_heads(config: "ModelConfig | DraftConfig") -> None:
             f"even number"
         )
 
+    scaling = config.rope_scaling
+    num_pairs = config.head_dim // 2
+    if isinstance(scaling, FactorScaling) and len(scaling.factors) != num_pairs:
+        raise ConfigError(
+            f"the rope scaling has {len(scaling.factors)} factors, but heads of "
+            f"{config.head_dim} turn {num_pairs} pairs; use one a pair"
+        )
+    if isinstance(scaling, YarnScaling) and config.rope_theta <= 1:
+        raise ConfigError(
+            f"rope_theta is {config.rope_theta}; YaRN needs one above 1, by which "
+            f"later pairs turn more slowly"
+        )
+
 
 def draft_config_from(
     architecture: type[DraftConfig], values: dict[str, Any]
@@ -280,7 +380,11 @@ def draft_config_from(
     """
     scaling = values.get("rope_scaling")
     if isinstance(scaling, dict):
-        values = values | {"rope_scaling": from_dict(RopeScaling, scaling)}
+        # Each kind has names of its own, which are all written.
+        named = lambda kind: {field.name for field in dataclasses.fields(kind)}
+        fitting = (kind for kind in _SCALINGS if named(kind) == set(scaling))
+        kind = next(fitting, Llama3Scaling)
+        values = values | {"rope_scaling": from_dict(kind, scaling)}
 
     config = from_dict(architecture, values)
     check_draft_vocab(config)

@@ -18,6 +18,7 @@ from ospec_jax import sharding
 from ospec_jax.config import (
     MAX_ALTERNATIVES,
     RECORDS_STATES,
+    ConfigError,
     ModelConfig,
     Recording,
     StepKind,
@@ -112,6 +113,15 @@ class StepConfig:
     evidence_fn: EvidenceFn | None = None
     delta_rank: int = 0
     reads_prompts: bool = False
+
+    def __post_init__(self):
+        window = self.model.attention_window
+        if 0 < window <= self.tree.num_steps:
+            raise ConfigError(
+                f"this target's tokens see {window} of those before them, fewer than "
+                f"the {self.tree.num_steps} that are drafted one after the other; "
+                f"draft {window - 1} at most"
+            )
 
     @property
     def max_emitted(self) -> int:

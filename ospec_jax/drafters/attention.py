@@ -11,13 +11,8 @@ import numpy as np
 from ospec_jax.config import DraftConfig
 from ospec_jax.models import cache as kv
 from ospec_jax.models.attention import attend
-from ospec_jax.models.layers import (
-    Numerics,
-    rope_angles,
-    rope_frequencies,
-    rotate,
-    split_groups,
-)
+from ospec_jax.models.layers import Numerics, split_groups
+from ospec_jax.models.rope import rotary_angles, rotate
 from ospec_jax.types import Pairs
 
 
@@ -32,8 +27,7 @@ def split_heads(
     c = config
     rest = config.num_heads + config.num_kv_heads
     qkv = qkv.reshape(*qkv.shape[:2], rest + c.num_kv_heads, c.head_dim)
-    frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-    angles = rope_angles(positions, frequencies, num_positions)
+    angles = rotary_angles(c, positions, num_positions)
     # Queries and keys are rotated together, as one array of `rest` heads: one pass.
     split = lambda x, *sizes: split_groups(x, sizes, numerics.num_groups, axis=2)
     rotated, values = split(qkv, rest, c.num_kv_heads)

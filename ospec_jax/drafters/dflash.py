@@ -53,11 +53,9 @@ from ospec_jax.models.layers import (
     at_least_two_rows,
     embed,
     linear,
-    rope_angles,
-    rope_frequencies,
-    rotate,
 )
 from ospec_jax.models.llama import embedding_table, layer_params
+from ospec_jax.models.rope import rotary_angles, rotate
 from ospec_jax.types import (
     Draft,
     DraftContext,
@@ -135,10 +133,8 @@ class BlockDrafter(nn.Module):
             self.lm_head = Linear(c.draft_vocab_size, n)
 
     def _angles(self, positions, num_positions=None):
-        c = self.config
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         bound = num_positions if self.numerics.is_row_invariant else None
-        return rope_angles(positions, frequencies, bound)
+        return rotary_angles(self.config, positions, bound)
 
     def remember(self, taps, positions, cache: kv.KVCache, starts):
         """Writes keys and values of verified tokens' states; returns the cache."""

@@ -55,9 +55,8 @@ from ospec_jax.models.layers import (
     at_least_two_rows,
     embed,
     linear,
-    rope_angles,
-    rope_frequencies,
 )
+from ospec_jax.models.rope import rotary_angles
 from ospec_jax.types import (
     Draft,
     DraftContext,
@@ -159,10 +158,9 @@ class EagleHead(nn.Module):
             beside = embeddings, params["input_layernorm"]["scale"]
 
         num_positions = cache.capacity if self.numerics.is_row_invariant else None
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         outputs, keys, values, logits = native.decoder_layer(
             x,
-            rope_angles(positions, frequencies, num_positions, is_native=True),
+            rotary_angles(c, positions, num_positions, is_native=True),
             kv.within_window(bias, positions, c.sliding_window),
             cache.keys[0],
             cache.values[0],

@@ -238,6 +238,10 @@ def _default_config(
         draft_vocab_size=draft_vocab_size,
         has_qkv_bias=model.has_qkv_bias,
         has_qk_norm=model.has_qk_norm,
+        has_wide_qk_norm=model.has_wide_qk_norm,
+        norms=model.norms,
+        attention_window=model.attention_window,
+        embedding_multiplier=model.embedding_multiplier,
     )
 
 

@@ -44,15 +44,19 @@ def last_layer(target: Target) -> dict:
 
 
 def decoder_layer(target: Target, number: int) -> dict:
-    """One of the target's decoder layers, kernels in float32."""
+    """One of the target's decoder layers, kernels in float32.
+
+    Norms that it does not have in front of its blocks (OLMo-2) have a gain of one.
+    """
+    plain = {"scale": jnp.ones(target.config.hidden_size)}
     layer = layer_params(target.params, number)
     wide = lambda table: {"kernel": dequantized(table)}
     return {
-        "input_layernorm": layer["input_layernorm"],
+        "input_layernorm": layer.get("input_layernorm", plain),
         "qkv_proj": wide(layer["self_attn"]["qkv_proj"]),
         "o_proj": wide(layer["self_attn"]["o_proj"]),
         "mlp": {name: wide(table) for name, table in layer["mlp"].items()},
-        "post_attention_layernorm": layer["post_attention_layernorm"],
+        "post_attention_layernorm": layer.get("post_attention_layernorm", plain),
     }
 
 

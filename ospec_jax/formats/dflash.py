@@ -20,7 +20,8 @@ from ospec_jax.drafters.base import dequantized
 from ospec_jax.formats.tensors import DTYPES, read_config, read_tensors
 from ospec_jax.models.hub import Target
 from ospec_jax.models.llama import embedding_table
-from ospec_jax.models.weights import WeightsError, read_rope
+from ospec_jax.models.rope_fields import read_rope
+from ospec_jax.models.weights import WeightsError
 from ospec_jax.storage.checkpoint import CheckpointError
 from ospec_jax.types import Draft
 

@@ -27,7 +27,8 @@ from ospec_jax.config import ConfigError, DraftConfig, check_draft_vocab
 from ospec_jax.config.fields import Fields
 from ospec_jax.formats import speculators
 from ospec_jax.formats.tensors import DTYPES, read_config, read_tensors
-from ospec_jax.models.weights import WeightsError, read_rope
+from ospec_jax.models.rope_fields import read_rope
+from ospec_jax.models.weights import WeightsError
 from ospec_jax.types import Draft
 
 LAYOUTS = ("eagle3", "speculators")

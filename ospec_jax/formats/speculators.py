@@ -9,7 +9,14 @@ key means that class's default.
 import re
 from pathlib import Path
 
-from ospec_jax.config import ConfigError, DraftConfig
+from ospec_jax.config import (
+    ConfigError,
+    DraftConfig,
+    FactorScaling,
+    LinearScaling,
+    RopeScaling,
+    YarnScaling,
+)
 from ospec_jax.config.fields import Fields, read_json
 from ospec_jax.models.hub import KNOWN_MODELS
 
@@ -80,13 +87,6 @@ def flatten(raw: dict) -> dict:
 
 def layer_config(c: DraftConfig, max_position: int) -> dict:
     """The decoder layer in the words of transformers' `LlamaConfig`."""
-    scaling = c.rope_scaling and {
-        "rope_type": "llama3",
-        "factor": c.rope_scaling.factor,
-        "low_freq_factor": c.rope_scaling.low_freq_factor,
-        "high_freq_factor": c.rope_scaling.high_freq_factor,
-        "original_max_position_embeddings": c.rope_scaling.original_max_position,
-    }
     window = {}
     if c.sliding_window:
         window["sliding_window"] = c.sliding_window
@@ -105,10 +105,47 @@ def layer_config(c: DraftConfig, max_position: int) -> dict:
         "max_position_embeddings": max_position,
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
+        "rope_scaling": _rope_config(c.rope_scaling, max_position),
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
+    }
+
+
+def _rope_config(scaling: RopeScaling | None, max_position: int) -> dict | None:
+    """A scaling in the words of transformers."""
+    if scaling is None:
+        return None
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, FactorScaling):
+        factors = list(scaling.factors)
+        return {
+            "rope_type": "longrope",
+            "factor": 1.0,
+            "short_factor": factors,
+            "long_factor": factors,
+            "attention_factor": scaling.attention_factor,
+            "original_max_position_embeddings": max_position,
+        }
+
+    both = {
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+    }
+    if isinstance(scaling, YarnScaling):
+        return both | {
+            "rope_type": "yarn",
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "attention_factor": scaling.attention_factor,
+            "truncate": scaling.is_truncated,
+        }
+
+    return both | {
+        "rope_type": "llama3",
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
     }
 
 

@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from ospec_jax.config import ModelConfig, RopeScaling
+from ospec_jax.config import Llama3Scaling, ModelConfig
 
 ARCHITECTURES = {
     "smollm2-135m": ModelConfig(
@@ -39,7 +39,7 @@ ARCHITECTURES = {
         num_kv_heads=8,
         head_dim=128,
         rope_theta=5e5,
-        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192),
         max_position=131072,
         tie_embeddings=False,
     ),

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading llama.cpp's GGUF files: configuration and weights."""
 
+import math
+
 import numpy as np
 
-from ospec_jax.config import ConfigError, ModelConfig, Precision
+from ospec_jax.config import (
+    ConfigError,
+    FactorScaling,
+    LinearScaling,
+    ModelConfig,
+    Precision,
+    RopeScaling,
+    YarnScaling,
+)
 from ospec_jax.config.fields import Fields
+from ospec_jax.models.families import FAMILIES
 from ospec_jax.models.gguf_file import GGUFFile
 from ospec_jax.models.smoothing import LayerRanges
 from ospec_jax.models.weights import (
-    FAMILIES,
     QK_NORMS,
     QKV_BIASES,
     LayerWeights,
@@ -40,6 +50,14 @@ _KEYS = (
     "feed_forward_length",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
 )
 """What is read of a family's metadata. Others that change how attention or positions
 are computed are refused."""
@@ -54,17 +72,12 @@ def read_config(file: GGUFFile) -> ModelConfig:
       ConfigError: It is not supported, or the file lacks a value, or one is wrong.
     """
     family = file.fields.text("general.architecture")
-    if family not in FAMILIES:
+    known = [name for name, its in FAMILIES.items() if its.is_in_gguf]
+    if family not in known:
         raise ConfigError(
             f"{file.path} holds a {family!r} model; supported architectures: "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(known)} (and in Hugging Face folders {', '.join(FAMILIES)})"
         )
-    if "rope_freqs.weight" in file:
-        raise ConfigError(
-            f"{file.path} scales its rotary frequencies by a tensor, rope_freqs, "
-            f"which is not supported in GGUF; load its Hugging Face folder instead"
-        )
-
     fields = Fields(file.fields.values, str(file.path), f"{family}.")
     fields.refuse_slips(_KEYS)
     _check_computed(file, fields)
@@ -80,6 +93,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
                 f"{head_dim}; only the same for both is supported"
             )
 
+    scaling, length = _read_scaling(file, fields)
+
     return ModelConfig(
         vocab_size=len(file.fields.items("tokenizer.ggml.tokens", str)),
         hidden_size=hidden,
@@ -89,11 +104,12 @@ def read_config(file: GGUFFile) -> ModelConfig:
         num_kv_heads=fields.whole("attention.head_count_kv", heads),
         head_dim=head_dim,
         rope_theta=fields.number("rope.freq_base", 10000.0),
+        rope_scaling=scaling,
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
-        max_position=fields.whole("context_length"),
+        max_position=min(fields.whole("context_length"), length),
         # A file without a head of its own shares the embedding.
         tie_embeddings="output.weight" not in file,
-        **FAMILIES[family],
+        **FAMILIES[family].traits,
     )
 
 
@@ -104,21 +120,57 @@ def _check_computed(file: GGUFFile, fields: Fields) -> None:
         is_own = name.startswith(fields.prefix) and key.startswith(_COMPUTED)
         if not is_own or key in _KEYS:
             continue
-        # Named, but without effect: these do not change what is computed.
-        if key == "rope.scaling.type" and value in _NO_SCALING:
-            continue
-        if key in ("rope.scale_linear", "rope.scaling.factor") and value == 1:
-            continue
-        if key.startswith("rope.scaling.") and _is_unscaled(fields):
-            continue  # of a scaling that is not done
-        raise ConfigError(
-            f"{file.path} has {name} {value!r:.80}, which is not supported in GGUF; "
-            f"load its Hugging Face folder instead, if that has none or one of llama3's"
+        raise _not_computed(file, name, value)
+
+
+def _not_computed(file: GGUFFile, name: str, value: object) -> ConfigError:
+    return ConfigError(
+        f"{file.path} has {name} {value!r:.80}, which is not supported in GGUF; load "
+        f"its Hugging Face folder instead, if that does without"
+    )
+
+
+def _read_scaling(file: GGUFFile, fields: Fields) -> tuple[RopeScaling | None, int]:
+    """Scaling of rotary embeddings, and how many positions it is good for."""
+    length = fields.whole("context_length")
+    # As llama.cpp reads it where there is no name.
+    kind = fields.text("rope.scaling.type", "linear")
+    old_factor = fields.number("rope.scale_linear", 1.0)
+    factor = fields.number("rope.scaling.factor", old_factor)
+    magnitude = fields.number("rope.scaling.attn_factor", 1.0)
+    original = fields.whole("rope.scaling.original_context_length", length)
+    if kind in _NO_SCALING:
+        factor = 1.0
+
+    # Llama-3's scaling, and LongRoPE's within the context that was trained before it,
+    # are stored as what each frequency is divided by.
+    for name, good_for in (("rope_freqs", length), ("rope_factors_short", original)):
+        if f"{name}.weight" in file:
+            if kind == "yarn" or factor != 1:
+                raise ConfigError(
+                    f"{file.path} scales its rotary frequencies twice, by a tensor, "
+                    f"{name}, and by {fields.prefix}rope.scaling; load its Hugging "
+                    f"Face folder instead"
+                )
+            factors = file.tensor(f"{name}.weight").reshape(-1)
+            return FactorScaling(tuple(map(float, factors)), magnitude), good_for
+
+    if kind == "yarn":
+        scaling = YarnScaling(
+            factor=factor,
+            original_max_position=original,
+            beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
+            attention_factor=magnitude * (1 + 0.1 * math.log(max(factor, 1.0))),
         )
+        return scaling, length
+    if kind not in ("linear", *_NO_SCALING):
+        raise _not_computed(file, f"{fields.prefix}rope.scaling.type", kind)
+    if magnitude != 1:
+        name = f"{fields.prefix}rope.scaling.attn_factor"
+        raise _not_computed(file, name, magnitude)
 
-
-def _is_unscaled(fields: Fields) -> bool:
-    return fields.text("rope.scaling.type", None) in _NO_SCALING
+    return (LinearScaling(factor) if factor != 1 else None), length
 
 
 def unpermute_rotary(kernel: np.ndarray, num_heads: int) -> np.ndarray:

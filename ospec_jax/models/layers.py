@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ospec_jax.config import AttentionKind, ConfigError, Precision, RopeScaling
+from ospec_jax.config import AttentionKind, ConfigError, Precision
 from ospec_jax.kernels.native import int8_linear
 from ospec_jax.typing import typed
 
@@ -242,6 +242,20 @@ class SwiGLU(nn.Module):
         return Linear(x.shape[-1], self.numerics, name="down_proj")(nn.silu(gate) * up)
 
 
+def keep_apart(x, is_row_invariant: bool):
+    """A product whose sum with something else is not computed in one operation.
+
+    A compiler may contract a sum with a product that it is of, which rounds once
+    instead of twice, and does so in one loop and not in another. Clipping the product
+    at the largest number changes nothing and keeps it from that.
+    """
+    if not is_row_invariant:
+        return x
+
+    largest = float(np.finfo(np.float32).max)
+    return jnp.clip(x, -largest, largest)
+
+
 def split_groups(x, sizes: tuple[int, ...], num_groups: int, axis: int) -> list:
     """Takes a fused product's result apart; with groups, device by device.
 
@@ -283,72 +297,3 @@ def embed(tokens: Int[Array, "b t"], table: dict) -> Float[Array, "b t d"]:
     """Looks tokens up in an embedding table `{kernel, [scale]}` of any precision."""
     rows = table["kernel"][tokens].astype(jnp.float32)
     return rows * table["scale"][tokens][..., None] if "scale" in table else rows
-
-
-def rope_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None
-) -> np.ndarray:
-    """Angular frequencies of rotary embeddings, `[head_dim // 2]` radians a token."""
-    freqs = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is None:
-        return freqs.astype(np.float32)
-
-    # Llama 3: long wavelengths are stretched by `factor`, short ones kept, and those
-    # between the two limits are interpolated.
-    wavelength = 2 * np.pi / freqs
-    ratio = scaling.original_max_position / wavelength
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    # 1 where all of a frequency is kept, 0 where it is stretched by the full factor.
-    keep = np.clip((ratio - scaling.low_freq_factor) / span, 0.0, 1.0)
-
-    return (keep * freqs + (1 - keep) * freqs / scaling.factor).astype(np.float32)
-
-
-@typed
-def rope_angles(
-    positions: Int[Array, "b t"],
-    frequencies: np.ndarray,
-    num_positions: int | None = None,
-    is_native: bool = False,
-) -> tuple[Float[Array, "b t 1 e"], Float[Array, "b t 1 e"]]:
-    """Cosines and sines for `rotate`, computed once for all layers.
-
-    Args:
-      num_positions: Bound of the positions. With it they are looked up in a table: a
-        cosine's last bit depends on how the loop around it is vectorised. The lookup is
-        a product with one-hot rows, which no loop is fused with and recomputes.
-      is_native: A native layer reads them, with which no loop is fused: rows of the
-        table are taken as they lie, which are the same bits.
-    """
-    if num_positions is None:
-        angles = positions[..., None].astype(jnp.float32) * frequencies
-        halves = jnp.cos(angles), jnp.sin(angles)
-    else:
-        # In float64: of a large angle float32 keeps few bits behind the point.
-        table = np.outer(np.arange(num_positions), frequencies.astype(np.float64))
-        table = np.concatenate([np.cos(table), np.sin(table)], axis=1)
-        table = jnp.asarray(table.astype(np.float32))
-        one_hot = lambda: jax.nn.one_hot(positions, num_positions)
-        found = table[positions] if is_native else one_hot() @ table
-        halves = jnp.split(found, 2, axis=-1)
-
-    spread = lambda half: jnp.concatenate([half, half], axis=-1)[:, :, None, :]
-    return spread(halves[0]), spread(halves[1])
-
-
-def rotate(
-    x: Float[Array, "b t heads e"], angles, is_row_invariant: bool
-) -> Float[Array, "b t heads e"]:
-    """Applies rotary embedding in the half-split layout of Hugging Face.
-
-    A compiler may contract the sum with either of its products, and takes another one
-    in another loop; clipping them at the largest number leaves it neither.
-    """
-    cos, sin = angles
-    first, second = jnp.split(x, 2, axis=-1)
-    products = x * cos, jnp.concatenate([-second, first], axis=-1) * sin
-    if is_row_invariant:
-        largest = float(np.finfo(np.float32).max)
-        products = tuple(jnp.clip(p, -largest, largest) for p in products)
-
-    return products[0] + products[1]

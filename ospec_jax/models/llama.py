@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Llama family: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
-Qwen2 adds a bias to queries, keys and values; Qwen3 normalises queries and keys.
+Qwen2 adds a bias to queries, keys and values; Qwen3 normalises queries and keys. OLMo-2
+normalises these over all heads, and what blocks add instead of what they read.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,11 @@ from ospec_jax.models.layers import (
     SwiGLU,
     at_least_two_rows,
     embed,
+    keep_apart,
     linear,
-    rope_angles,
-    rope_frequencies,
-    rotate,
     split_groups,
 )
+from ospec_jax.models.rope import rotary_angles, rotate
 from ospec_jax.typing import Params
 
 
@@ -56,6 +56,11 @@ class SelfAttention(nn.Module):
             queries, new_keys = split(rotated, heads, kv_heads)
             queries = rotate(norm("q_norm")(queries), angles, n.is_row_invariant)
             new_keys = rotate(norm("k_norm")(new_keys), angles, n.is_row_invariant)
+        elif c.has_wide_qk_norm:
+            queries, new_keys = split(rotated, heads, kv_heads)
+            wide = lambda name, x: norm(name)(x.reshape(b, t, -1)).reshape(x.shape)
+            queries = rotate(wide("q_norm", queries), angles, n.is_row_invariant)
+            new_keys = rotate(wide("k_norm", new_keys), angles, n.is_row_invariant)
         else:
             # One rotation of both.
             rotated = rotate(rotated, angles, n.is_row_invariant)
@@ -86,7 +91,8 @@ def is_one_call(
       layer_params: A layer's, or those of all of them stacked.
     """
     is_plain = numerics.is_native and numerics.num_groups == 1
-    if not is_plain or not layer_params:
+    is_other = isinstance(config, ModelConfig) and not config.has_llama_layers
+    if not is_plain or is_other or not layer_params:
         return False
 
     queries = jax.ShapeDtypeStruct((config.head_dim,), jnp.float32)
@@ -95,7 +101,7 @@ def is_one_call(
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm transformer block.
+    """One transformer block.
 
     With `layer`, the block's number, `keys` and `values` are those of all layers.
     """
@@ -127,11 +133,17 @@ class DecoderLayer(nn.Module):
 
         norm = lambda name: RMSNorm(c.rms_norm_eps, self.numerics, name=name)
         attention = SelfAttention(c, self.numerics, name="self_attn")
+        mlp = SwiGLU(c.intermediate_size, self.numerics, name="mlp")
+        if c.norms == "after":
+            apart = lambda x: keep_apart(x, self.numerics.is_row_invariant)
+            out, keys, values = attention(x, angles, bias, keys, values, starts, layer)
+            x = x + apart(norm("attention_out_norm")(out))
+            return x + apart(norm("mlp_out_norm")(mlp(x))), keys, values
+
         out, keys, values = attention(
             norm("input_layernorm")(x), angles, bias, keys, values, starts, layer
         )
         x = x + out
-        mlp = SwiGLU(c.intermediate_size, self.numerics, name="mlp")
 
         return x + mlp(norm("post_attention_layernorm")(x)), keys, values
 
@@ -180,12 +192,15 @@ class Llama(nn.Module):
                 tokens, positions, bias, is_grouped=c.num_heads > c.num_kv_heads
             )
 
-        table = self._table("embed_tokens")
-        x = embed(tokens, table)
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        bias = kv.within_window(bias, positions, c.attention_window)
+        x = embed(tokens, self._table("embed_tokens"))
+        if c.embedding_multiplier != 1:
+            x = x * c.embedding_multiplier
+            x = keep_apart(x, self.numerics.is_row_invariant)
+
         # Positions lie below the cache's capacity, so a table of that size serves.
         num_positions = cache.capacity if self.numerics.is_row_invariant else None
-        angles = rope_angles(positions, frequencies, num_positions, is_native)
+        angles = rotary_angles(c, positions, num_positions, is_native)
         run = self._run_layers
         if self.numerics.is_scanned:
             run = self._run_natively if is_native else self._scan_layers
@@ -328,10 +343,10 @@ class LastLayers(nn.Module):
         b, t, _ = x.shape
         starts = jnp.zeros((b,), jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        angles = rope_angles(positions, frequencies, None, False)
+        angles = rotary_angles(c, positions)
         # Causal, so that padding behind a row's tokens is seen by nobody.
         bias = kv.causal_bias(starts, t, t)
+        bias = kv.within_window(bias, positions, c.attention_window)
         num_layers = c.num_layers - self.first
         cache = kv.init_cache(num_layers, b, c.num_kv_heads, t, c.head_dim, jnp.float32)
         for i in range(num_layers):

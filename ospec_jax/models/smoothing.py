@@ -68,8 +68,10 @@ def smooth(tensors: dict[str, np.ndarray], ranges: LayerRanges) -> dict:
         t[norm] = t[norm] / factor
         t.update({name: t[name] * factor for name in readers})
 
-    fold("qkv_proj", "input_layernorm", ["q_proj", "k_proj", "v_proj"])
-    fold("gate_up_proj", "post_attention_layernorm", ["gate_proj", "up_proj"])
+    # Where nothing is normalised in front of a block there is no gain to fold into.
+    if "input_layernorm" in t:
+        fold("qkv_proj", "input_layernorm", ["q_proj", "k_proj", "v_proj"])
+        fold("gate_up_proj", "post_attention_layernorm", ["gate_proj", "up_proj"])
     # `down_proj` reads silu(gate) * up, which is linear in `up` alone.
     factor = _factors(ranges["down_proj"], [t["down_proj"]])
     t["up_proj"] = t["up_proj"] / factor[:, None]

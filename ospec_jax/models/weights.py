@@ -15,10 +15,17 @@ from ospec_jax.config import (
     InputError,
     ModelConfig,
     Precision,
-    RopeScaling,
 )
 from ospec_jax.config.fields import Fields, read_json
+from ospec_jax.models.families import (
+    FAMILIES,
+    Multipliers,
+    read_embedding_multiplier,
+    read_multipliers,
+    read_window,
+)
 from ospec_jax.models.quantization import cast_leaf
+from ospec_jax.models.rope_fields import num_positions, read_rope
 from ospec_jax.models.smoothing import LayerRanges, smooth
 
 LayerWeights = dict[str, np.ndarray]
@@ -40,14 +47,6 @@ Place = Callable[[dict], dict]
 """Puts some of the parameters where they belong, and gives them back."""
 
 
-FAMILIES = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"has_qkv_bias": True},
-    "qwen3": {"has_qk_norm": True},
-}
-"""What sets each family apart, by the name that both file formats use."""
-
 _FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -58,10 +57,13 @@ _FIXED = {
 
 _READ = (
     "attention_bias",
+    "attention_multiplier",
+    "embedding_multiplier",
     "head_dim",
     "hidden_act",
     "hidden_size",
     "intermediate_size",
+    "logits_scaling",
     "max_position_embeddings",
     "mlp_bias",
     "model_type",
@@ -69,6 +71,7 @@ _READ = (
     "num_hidden_layers",
     "num_key_value_heads",
     "quantization_config",
+    "residual_multiplier",
     "rms_norm_eps",
     "rope_parameters",
     "rope_scaling",
@@ -78,8 +81,28 @@ _READ = (
     "vocab_size",
 )
 """Names that a default is taken for where they are missing, or whose lack is told."""
-_UNUSED = re.compile(r".*rotary_emb\.inv_freq|lm_head\.weight|rope_freqs\.weight")
+_UNUSED = re.compile(
+    r".*rotary_emb\.inv_freq|lm_head\.weight|rope_freqs\.weight|"
+    r"rope_factors_(short|long)\.weight"
+)
 """Tensors that some files hold without a need; a tied head is checked to be tied."""
+
+_BLOCKS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+_NORMS = {
+    "before": {
+        "input_layernorm": "input_layernorm",
+        "post_attention_layernorm": "post_attention_layernorm",
+    },
+    "after": {
+        "attention_out_norm": "post_attention_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    },
+}
+"""Names of a layer's norms in a folder by ours, by `ModelConfig.norms`: the same name
+stands for a norm of either side."""
 
 QKV_BIASES = ("q_bias", "k_bias", "v_bias")
 QK_NORMS = ("q_norm", "k_norm")
@@ -144,9 +167,7 @@ def _check_layer(c: ModelConfig, tensors: LayerWeights, i: int) -> None:
     e = c.head_dim
     q_rows = c.num_heads * e
     kv_rows = c.num_kv_heads * e
-    expected = {
-        "input_layernorm": (d,),
-        "post_attention_layernorm": (d,),
+    expected = dict.fromkeys(_NORMS[c.norms], (d,)) | {
         "q_proj": (q_rows, d),
         "k_proj": (kv_rows, d),
         "v_proj": (kv_rows, d),
@@ -159,6 +180,8 @@ def _check_layer(c: ModelConfig, tensors: LayerWeights, i: int) -> None:
         expected |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
     if c.has_qk_norm:
         expected |= dict.fromkeys(QK_NORMS, (e,))
+    if c.has_wide_qk_norm:
+        expected |= {"q_norm": (q_rows,), "k_norm": (kv_rows,)}
 
     for name, shape in expected.items():
         _check_tensor(name, tensors[name], shape, f"layer {i}")
@@ -177,12 +200,10 @@ def _assemble_layer(
     }
     if config.has_qkv_bias:
         attention["qkv_proj"] |= cast_leaf("bias", join(*QKV_BIASES), precision)
-    if config.has_qk_norm:
+    if config.has_qk_norm or config.has_wide_qk_norm:
         attention |= {name: norm(name) for name in QK_NORMS}
 
-    return {
-        "input_layernorm": norm("input_layernorm"),
-        "post_attention_layernorm": norm("post_attention_layernorm"),
+    return {name: norm(name) for name in _NORMS[config.norms]} | {
         "self_attn": attention,
         "mlp": {
             "gate_up_proj": kernel(join("gate_proj", "up_proj")),
@@ -261,19 +282,12 @@ def read_hf_config(folder: Path) -> ModelConfig:
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no config.json: not a model folder")
 
-    fields = Fields(read_json(file), str(file))
-    family = fields.text("model_type")
-    if family not in FAMILIES:
-        raise ConfigError(
-            f"{file} describes a {family!r} model; supported families: "
-            f"{', '.join(FAMILIES)}"
-        )
-
-    fields.refuse_slips(_READ)
+    fields = _open_config(file)
     _refuse_variants(fields)
     theta, scaling = read_rope(fields)
     heads = fields.whole("num_attention_heads")
     hidden = fields.whole("hidden_size")
+    most = num_positions(fields)
 
     return ModelConfig(
         vocab_size=fields.whole("vocab_size"),
@@ -287,10 +301,26 @@ def read_hf_config(folder: Path) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        max_position=fields.whole("max_position_embeddings", 2048),
+        max_position=most,
+        attention_window=read_window(fields, most),
+        embedding_multiplier=read_embedding_multiplier(fields),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
-        **FAMILIES[family],
+        **FAMILIES[fields.text("model_type")].traits,
     )
+
+
+def _open_config(file: Path) -> Fields:
+    """A `config.json` of a supported family, with the family's own defaults."""
+    fields = Fields(read_json(file), str(file))
+    family = fields.text("model_type")
+    if family not in FAMILIES:
+        raise ConfigError(
+            f"{file} describes a {family!r} model; supported families: "
+            f"{', '.join(FAMILIES)}"
+        )
+
+    fields.refuse_slips(_READ)
+    return Fields(FAMILIES[family].defaults | fields.values, str(file))
 
 
 def _refuse_variants(fields: Fields) -> None:
@@ -310,17 +340,6 @@ def _refuse_variants(fields: Fields) -> None:
             f"'full_attention' is supported"
         )
 
-    # Mistral's models have no switch for it: a number is a window.
-    if fields.text("model_type") == "mistral":
-        window = fields.whole("sliding_window", None)
-        num_positions = fields.whole("max_position_embeddings", 2048)
-        if window is not None and window < num_positions:
-            raise ConfigError(
-                f"{fields.where} has layers that see the last {window} tokens "
-                f"(sliding_window), which is not supported; set it to null, and "
-                f"max_position_embeddings to {window}, to use it within its window"
-            )
-
     quantized = fields.section("quantization_config")
     if quantized.values:
         method = quantized.values.get("quant_method", "of no name")
@@ -329,41 +348,6 @@ def _refuse_variants(fields: Fields) -> None:
             f"cannot be read; use the folder that they were quantised from (precision "
             f"int8 quantises it on loading), or a GGUF file"
         )
-
-
-def read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of rotary embeddings in a `config.json` (v4 or v5 names)."""
-    rope = fields.section("rope_parameters")
-    # The name of v5 first, then that of v4.
-    if not rope.values:
-        rope = fields.section("rope_scaling")
-
-    old_name = rope.text("type", "default")
-    kind = rope.text("rope_type", old_name)
-    if kind not in ("default", "llama3"):
-        raise ConfigError(
-            f"{fields.where} uses rope type {kind!r}; default and llama3 work"
-        )
-
-    partial = {s.values.get("partial_rotary_factor") for s in (fields, rope)}
-    if partial - {None, 1}:
-        raise ConfigError(
-            f"{fields.where} rotates only a part of each head "
-            f"(partial_rotary_factor), which is not supported"
-        )
-
-    # Null is no base; a missing one is in either place.
-    is_nested = "rope_theta" not in fields.values
-    theta = (rope if is_nested else fields).number("rope_theta", 10000.0)
-    if kind == "default":
-        return theta, None
-
-    return theta, RopeScaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position=rope.whole("original_max_position_embeddings"),
-    )
 
 
 def load_hf_params(
@@ -384,28 +368,28 @@ def load_hf_params(
         finite, or of the wrong shape.
     """
     tensors = SafetensorsFolder(folder)
+    fields = _open_config(folder / "config.json")
+    multipliers = read_multipliers(fields, config.head_dim)
 
     def top(name: str) -> Rows:
         prefix = "" if name == "lm_head" else "model."
-        return tensors.rows(f"{prefix}{name}.weight")
+        rows = tensors.rows(f"{prefix}{name}.weight")
+        if name == "norm" and multipliers.hidden != 1:
+            return np.asarray(rows[:], np.float32) * np.float32(multipliers.hidden)
+
+        return rows
 
     def layer(i: int) -> LayerWeights:
-        parts = {
-            "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-            "mlp": ("gate_proj", "up_proj", "down_proj"),
-        }
-        paths = {n: f"{block}.{n}" for block, names in parts.items() for n in names}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        paths |= {name: name for name in norms}
-        names = {name: f"{path}.weight" for name, path in paths.items()}
+        read = lambda name: tensors.read(f"model.layers.{i}.{name}")
+        weights = _read_products(tensors, config, i)
+        for name, theirs in _NORMS[config.norms].items():
+            weights[name] = read(f"{theirs}.weight")
         if config.has_qkv_bias:
-            names |= {n: f"self_attn.{n[0]}_proj.bias" for n in QKV_BIASES}
-        if config.has_qk_norm:
-            names |= {n: f"self_attn.{n}.weight" for n in QK_NORMS}
+            weights |= {n: read(f"self_attn.{n[0]}_proj.bias") for n in QKV_BIASES}
+        if config.has_qk_norm or config.has_wide_qk_norm:
+            weights |= {n: read(f"self_attn.{n}.weight") for n in QK_NORMS}
 
-        return {
-            name: tensors.read(f"model.layers.{i}.{n}") for name, n in names.items()
-        }
+        return _multiply(weights, multipliers)
 
     params = assemble(config, precision, top, layer, ranges, place)
 
@@ -421,6 +405,50 @@ def load_hf_params(
             )
 
     return params
+
+
+def _read_products(
+    tensors: "SafetensorsFolder", config: ModelConfig, i: int
+) -> LayerWeights:
+    """A layer's matrices, which may be stored as the products that they are here."""
+    c = config
+    heads = c.num_heads * c.head_dim
+    kv_heads = c.num_kv_heads * c.head_dim
+    fused = {
+        "self_attn.qkv_proj": (heads, kv_heads, kv_heads),
+        "mlp.gate_up_proj": (c.intermediate_size, c.intermediate_size),
+    }
+    weights = {}
+
+    for block, names in _BLOCKS.items():
+        left = list(names)
+        for path, sizes in fused.items():
+            name = f"model.layers.{i}.{path}.weight"
+            if path.startswith(block) and name in tensors.names:
+                both = tensors.read(name)
+                shape = (sum(sizes), c.hidden_size)
+                _check_shape(path, both, shape, f"layer {i}")
+                parts = np.split(both, np.cumsum(sizes)[:-1])
+                weights |= dict(zip(names, parts, strict=False))
+                left = left[len(sizes) :]
+        for name in left:
+            weights[name] = tensors.read(f"model.layers.{i}.{block}.{name}.weight")
+
+    return weights
+
+
+def _multiply(weights: LayerWeights, multipliers: Multipliers) -> LayerWeights:
+    """Weights whose products are multiplied already."""
+    factors = {
+        "q_proj": multipliers.queries,
+        "o_proj": multipliers.residual,
+        "down_proj": multipliers.residual,
+    }
+    for name, factor in factors.items():
+        if factor != 1:
+            weights[name] = weights[name] * np.float32(factor)
+
+    return weights
 
 
 class _Stored:

@@ -10,7 +10,7 @@ from ospec_jax.config import (
     ConfigError,
     DraftConfig,
     InputError,
-    RopeScaling,
+    Llama3Scaling,
     UnforeseenError,
     from_dict,
     naming,
@@ -63,9 +63,9 @@ def test_types_are_those_of_annotations(value, hint, is_one):
     ],
 )
 def test_dictionaries_become_what_they_say(changes, message):
-    assert from_dict(RopeScaling, SCALING) == RopeScaling(8, 1.0, 4.0, 64)
+    assert from_dict(Llama3Scaling, SCALING) == Llama3Scaling(8, 1.0, 4.0, 64)
     with pytest.raises(ConfigError, match=message):
-        from_dict(RopeScaling, SCALING | changes)
+        from_dict(Llama3Scaling, SCALING | changes)
 
 
 def test_what_is_missing_is_named():

@@ -17,7 +17,7 @@ from reference import random_params
 from safetensors.numpy import load_file, save_file
 
 from ospec_jax import Session, load_draft
-from ospec_jax.config import ConfigError, RopeScaling, TreeConfig
+from ospec_jax.config import ConfigError, Llama3Scaling, TreeConfig
 from ospec_jax.data.prompts import DEMO_DOMAINS, demo_prompts
 from ospec_jax.drafters.eagle import eagle3 as build_eagle3
 from ospec_jax.drafters.eagle import eagle3_taps
@@ -151,7 +151,7 @@ def test_configurations_are_read_in_full(tmp_path):
     layer = {"rope_theta": 500000.0, "rope_scaling": scaling}
     config = eagle3.read(nested(tmp_path, layer_changes=layer)).config
     assert config.rope_theta == 5e5
-    assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
     newer = heads.speculators_config(VOCAB)  # as transformers 5 writes it
     del newer["transformer_layer_config"]["rope_theta"]
     rope = {"rope_parameters": scaling | {"rope_theta": 500000.0}}
@@ -234,7 +234,7 @@ def test_wrong_tensors_are_named(change, message, tmp_path):
     ({"num_hidden_layers": 2}, "num_hidden_layers 2; only 1"),
     ({"norm_before_fc": True}, "norm_before_fc True"),
     ({"eagle_config": {"use_aux_hidden_state": False}}, "reads no inner states"),
-    ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+    ({"rope_scaling": {"rope_type": "ntk"}}, "rope type 'ntk'"),
     ({"speculators_model_type": "dflash"}, "speculators_model_type 'dflash'"),
     ({}, "pass --target, for the usual three, or --taps"),
 ])  # fmt: skip

@@ -14,8 +14,9 @@ from ospec_jax.drafters.eagle import EagleHead, Version, eagle1, eagle3
 from ospec_jax.kernels import native
 from ospec_jax.models import cache as kv
 from ospec_jax.models.hub import cache_folder
-from ospec_jax.models.layers import Numerics, rope_angles, rope_frequencies
+from ospec_jax.models.layers import Numerics
 from ospec_jax.models.quantization import cast_params
+from ospec_jax.models.rope import rope_angles, rope_frequencies
 from ospec_jax.testing import tiny_draft_config, tiny_model_config
 from ospec_jax.types import Draft, Pairs, Roots, SamplingParams, SharedTables
 

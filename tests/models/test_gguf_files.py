@@ -11,7 +11,13 @@ import pytest
 from model_files import gguf_tensors, model_config, write_gguf
 from reference import random_params
 
-from ospec_jax.config import ConfigError, InputError
+from ospec_jax.config import (
+    ConfigError,
+    FactorScaling,
+    InputError,
+    LinearScaling,
+    YarnScaling,
+)
 from ospec_jax.models.gguf import read_config
 from ospec_jax.models.gguf_file import GGUFFile
 from ospec_jax.models.hub import load_target
@@ -93,10 +99,9 @@ def test_all_ends_that_the_file_names_end_an_answer(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("rope.scaling.type", "linear"),
-        ("rope.scaling.type", "yarn"),
-        ("rope.scaling.factor", 4.0),
-        ("rope.scale_linear", 2.0),
+        ("rope.scaling.type", "dynamic"),
+        ("rope.scaling.attn_factor", 2.0),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
         ("rope.dimension_count", 8),
         ("attention.value_length", 8),
         ("attention.sliding_window", 64),
@@ -109,12 +114,75 @@ def test_what_would_be_computed_otherwise_is_refused(tmp_path, key, value):
         read_config(GGUFFile(file))
 
 
-@pytest.mark.parametrize(("key", "value"), [("type", "none"), ("factor", 1.0)])
-def test_a_scaling_that_is_none_is_read(tmp_path, key, value):
-    add = {str: "add_string", float: "add_float32"}[type(value)]
-    name = f"llama.rope.scaling.{key}"
-    file = write(tmp_path, add=lambda writer: getattr(writer, add)(name, value))
-    assert read_config(GGUFFile(file)).rope_scaling is None
+def write_scaled(tmp_path, values, tensors=()):
+    """With values of `rope`, and lists of factors."""
+
+    def add(writer):
+        for key, value in values.items():
+            kind = {str: "string", float: "float32", int: "uint32", bool: "bool"}
+            put = getattr(writer, f"add_{kind[type(value)]}")
+            put(f"llama.rope.{key}", value)
+        for name, factors in dict(tensors).items():
+            writer.add_tensor(f"{name}.weight", np.float32(factors))
+
+    return read_config(GGUFFile(write(tmp_path, add=add)))
+
+
+YARN_FACTOR = 1 + 0.1 * np.log(4.0)
+FACTORS = tuple(map(float, range(1, 9)))
+
+
+@pytest.mark.parametrize(
+    ("values", "scaling"),
+    [
+        ({"scaling.type": "none"}, None),
+        (
+            {"scaling.type": "none", "scaling.factor": 4.0, "scaling.finetuned": True},
+            None,
+        ),
+        ({"scaling.factor": 1.0}, None),
+        # llama.cpp's default is linear.
+        ({"scaling.factor": 4.0}, LinearScaling(4.0)),
+        ({"scale_linear": 2.0}, LinearScaling(2.0)),
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, LinearScaling(4.0)),
+        (
+            {"scaling.type": "yarn", "scaling.factor": 4.0},
+            YarnScaling(4.0, 512, attention_factor=YARN_FACTOR),
+        ),
+        (
+            {
+                "scaling.type": "yarn",
+                "scaling.factor": 4.0,
+                "scaling.original_context_length": 128,
+                "scaling.attn_factor": 0.5,
+                "scaling.yarn_beta_fast": 16.0,
+                "scaling.yarn_beta_slow": 2.0,
+            },
+            YarnScaling(4.0, 128, 16.0, 2.0, 0.5 * YARN_FACTOR),
+        ),
+    ],
+)
+def test_scalings_are_those_of_llama_cpp(tmp_path, values, scaling):
+    config = write_scaled(tmp_path, values)
+    assert config.rope_scaling == scaling
+    assert config.max_position == 512
+
+
+def test_factors_are_tensors(tmp_path):
+    """Llama-3's, and those of LongRoPE, within what was trained before it."""
+    config = write_scaled(tmp_path, {}, {"rope_freqs": FACTORS})
+    assert config.rope_scaling == FactorScaling(FACTORS)
+    assert config.max_position == 512
+    lists = {"rope_factors_short": FACTORS, "rope_factors_long": FACTORS[::-1]}
+    values = {"scaling.original_context_length": 64, "scaling.attn_factor": 1.5}
+    config = write_scaled(tmp_path, values, lists)
+    assert config.rope_scaling == FactorScaling(FACTORS, 1.5)
+    assert config.max_position == 64
+
+
+def test_frequencies_are_scaled_once(tmp_path):
+    with pytest.raises(ConfigError, match="twice, by a tensor, rope_freqs"):
+        write_scaled(tmp_path, {"scaling.factor": 2.0}, {"rope_freqs": FACTORS})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from reference import forward, random_params
 
-from ospec_jax.config import RopeScaling
+from ospec_jax.config import Llama3Scaling, YarnScaling
 from ospec_jax.models import cache as kv
 from ospec_jax.models.layers import Numerics
 from ospec_jax.models.llama import Llama, target_logits
@@ -15,10 +15,12 @@ from ospec_jax.testing import tiny_model_config
 
 CAPACITY = 64
 TAPS = (0, 2, 3)
-SCALING = RopeScaling(
+SCALING = Llama3Scaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64
 )
 NUMERICS = Numerics("float32")
+
+YARN = YarnScaling(4.0, 64, beta_fast=8.0, beta_slow=2.0, attention_factor=1.3)
 
 
 def build(config, params, taps=TAPS):
@@ -78,9 +80,20 @@ def test_qwen_forward_equals_numpy(family):
     assert np.abs(forward(params, plain, tokens[0])[0] - expected).max() > 0.1
 
 
-def test_rope_scaling_changes_the_result():
+def test_a_scaled_magnitude_reaches_the_logits():
+    config = tiny_model_config(vocab_size=23, head_dim=16, rope_scaling=YARN)
+    params = random_params(config)
+    tokens = np.random.default_rng(1).integers(0, 23, (1, 40)).astype(np.int32)
+    starts = jnp.zeros(1, jnp.int32)
+    logits, _, _ = build(config, params, ())(tokens, empty_cache(config), starts)
+    expected = forward(params, config, tokens[0])[0]
+    np.testing.assert_allclose(logits[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [SCALING, YARN], ids=["llama3", "yarn"])
+def test_rope_scaling_changes_the_result(scaling):
     plain = tiny_model_config(num_layers=1)
-    scaled = tiny_model_config(num_layers=1, rope_scaling=SCALING)
+    scaled = tiny_model_config(num_layers=1, rope_scaling=scaling)
     params, tokens = random_params(plain), np.arange(16)
     difference = forward(params, plain, tokens)[0] - forward(params, scaled, tokens)[0]
     assert np.abs(difference).max() > 1e-2

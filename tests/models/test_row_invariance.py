@@ -133,6 +133,27 @@ def test_cuts(passes, cut):
     assert_same_bits(passes.in_passes(CUTS[cut]), passes.expected)
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_layers_of_other_families(precision):
+    """With a window, multiplied embeddings, and norms behind blocks."""
+    traits = dict(
+        norms="after", has_wide_qk_norm=True, attention_window=9,
+        embedding_multiplier=3.3,
+    )  # fmt: skip
+    config = tiny_model_config(**{"num_layers": 2} | MODELS["grouped"] | traits)
+    params = cast_params(random_params(config), precision)
+    has_native = precision == "int8" and native.is_available(cache_folder())
+    passes = Passes(config, params, Numerics(precision, is_native=has_native), (0, 1))
+    assert_same_bits(passes.in_passes(CUTS["mixed"]), passes.expected)
+    parents = np.asarray(TREES["ragged"], np.int32)
+    path, start = deepest_path(parents), 16
+    prefix = passes.causal(passes.tokens[None, :start], passes.empty_cache(), [0])
+    logits, taps, _ = tree_pass(passes, parents, path, start, prefix[2])
+    rows = slice(start, start + len(path))
+    np.testing.assert_array_equal(logits[0][path], passes.expected[0][rows])
+    np.testing.assert_array_equal(taps[0][path], passes.expected[1][rows])
+
+
 @pytest.mark.crossed
 @pytest.mark.parametrize("cut", [[LENGTH], [1] * LENGTH], ids=["one", "ones"])
 def test_capacity(passes, cut):
