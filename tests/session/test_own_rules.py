@@ -149,8 +149,17 @@ def test_settings_that_a_rule_would_not_read_are_refused(settings, message):
         LearnerConfig(**settings)
 
 
-@pytest.mark.parametrize(("seed", "temperature"), [(7, 1.0), (7, 0.0), (None, 1.0)])
-def test_numbers_that_come_again_teach_no_controller(seed, temperature):
+@pytest.mark.parametrize(
+    ("children", "seed", "temperature"),
+    [
+        ("sampled", 7, 1.0),
+        ("topk", 7, 1.0),
+        ("sampled", 7, 0.0),
+        ("sampled", None, 1.0),
+    ],
+)
+def test_numbers_that_come_again_teach_no_controller(children, seed, temperature):
+    """Where children are drawn: else answers depend on nothing that was heard."""
     heard = []
 
     def listening(actions):
@@ -160,8 +169,10 @@ def test_numbers_that_come_again_teach_no_controller(seed, temperature):
 
         return fixed(actions)._replace(observe=observe)
 
-    session = Session(tiny_target(), "ngram", controller=listening)
+    tree = TreeConfig(num_steps=1, children=children)
+    session = Session(tiny_target(), "self:exit-1", tree=tree, controller=listening)
     row = {"prompt": "one, two, one, two", "seed": seed}
     list(session.generate([row], 12, temperature=temperature))
     # A greedy answer uses no random numbers, whatever its seed.
-    assert bool(heard) == (seed is None or temperature == 0)
+    comes_again = seed is not None and temperature > 0
+    assert bool(heard) == (children == "topk" or not comes_again)

@@ -253,13 +253,16 @@ def test_sampled_answers_keep_their_law(target, pool, name, children, judge_ever
         assert abs(counts[path] - num_runs * chance) < LIMIT * max(deviation, 1), path
 
 
-def test_answers_whose_numbers_come_again_teach_nothing(target, pool):
+def test_answers_whose_numbers_come_again_teach_nothing(target, pool, monkeypatch):
+    """Where children are drawn: else answers depend on no draft."""
     session = session_of(target, pool, "normalhedge", batch_size=2)
     before = session.chooser.state
     sampling = SamplingConfig(temperature=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(session.engine), "is_drawn", True)
+        serve(session, requests(12, sampling, seed=7), 2)
+        assert session.chooser.state == before
     serve(session, requests(12, sampling, seed=7), 2)
-    assert session.chooser.state == before
-    serve(session, requests(12, sampling), 2)
     assert session.chooser.state.num_windows > 0
 
 
