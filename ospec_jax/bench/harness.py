@@ -6,9 +6,9 @@ machine hit all alike. Learning happens inside the learned mode's turn and is dr
 before the next one; a prompt is always decoded before anything is learned from it.
 
 Turns of a conversation follow each other. The answers within it are those of plain
-decoding, so that all modes, and other decoders, are asked the same. In greedy decoding
-they are each mode's own answers, too: where they are not, `num_mismatched_outputs` says
-so.
+decoding, so that all modes, and other decoders, are asked the same. They are each
+mode's own answers, too, unless its draft draws its children: where they are not,
+`num_mismatched_outputs` says so.
 """
 
 import dataclasses

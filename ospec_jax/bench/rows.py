@@ -105,21 +105,23 @@ def _row(run: BenchRun, name: str) -> dict:
 def count_mismatches(run: BenchRun, mode: ModeRun) -> tuple[int | None, int | None]:
     """Outputs that differ from plain decoding, and how many of them are mere ties.
 
-    Sampled outputs follow the same law, not the same draws: for them, None. Of adjusted
-    logits nobody has said what a tie is.
+    Where the draft draws its children sampled outputs follow the same law, but are
+    other draws: for them, None. Of draws, and of adjusted logits, nobody has said what
+    a tie is.
     """
-    if run.config.sampling.temperature > 0:
+    session = mode.session
+    is_sampled = run.config.sampling.temperature > 0
+    if is_sampled and session.engine.is_drawn:
         return None, None
 
     mismatched = ties = 0
-    session = mode.session
-    is_adjusted = run.config.sampling.is_adjusted
+    has_no_ties = is_sampled or run.config.sampling.is_adjusted
 
     for result, expected in zip(mode.results, run.reference, strict=True):
         if result.token_ids == expected:
             continue
         mismatched += 1
-        if is_adjusted:
+        if has_no_ties:
             continue
         pairs = enumerate(zip(result.token_ids, expected, strict=False))
         first = next((i for i, (a, b) in pairs if a != b), None)
@@ -129,7 +131,7 @@ def count_mismatches(run: BenchRun, mode: ModeRun) -> tuple[int | None, int | No
         prefix = [*ids, *expected[:first]]
         ties += is_tie(session.engine.config, session.target.params, prefix)
 
-    return mismatched, None if is_adjusted else ties
+    return mismatched, None if has_no_ties else ties
 
 
 def _git_commit() -> str:

@@ -26,8 +26,8 @@ def verify_chosen(tree: DraftTree, chosen: Int[Array, "b n"]) -> Verdict:
 
     Whatever is drafted, the emitted tokens are the target's choices, so this is exact
     for any tree. One of several children is accepted as often as the target chooses
-    one of them: as often as any rule may accept children that are no draws, and more
-    seldom than `verify_drawn` accepts those that are.
+    one of them: as often as any rule may accept children that are no draws, and no
+    more often than `verify_drawn` accepts those that are.
 
     Args:
       chosen: The target's token after each node: the most probable one, or one that is

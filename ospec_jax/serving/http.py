@@ -460,8 +460,7 @@ class _Api:
         return bytes(content)
 
     def _fingerprint(self, version: int | None = None) -> str:
-        """What answers depend on: greedy ones on the model alone, drawn ones of a seed
-        on the draft, too."""
+        """The draft that served. Answers depend on it only where it draws children."""
         version = self._service.version if version is None else version
         return f"ospec-{ospec_jax.__version__}-draft-{version}"
 

@@ -99,8 +99,8 @@ class Session:
         n-grams are learned.
       tree: How much to draft; a chain of three by default. `TreeConfig.auto()` drafts
         as deep as pays, which is measured once, at warm-up or before the first answer.
-        How deep that is, neighbours in the batch have a say in: greedy tokens do not
-        depend on it, sampled ones do, though their law does not.
+        How deep that is, neighbours in the batch have a say in: tokens do not depend on
+        it, only where children are drawn sampled ones do, though their law does not.
       num_speculative_tokens: In place of a tree: the depth of a chain, 0 to decode
         plainly; `auto` is `TreeConfig.auto()`.
       batch_size: Requests decoded together.
@@ -132,7 +132,8 @@ class Session:
         learns from that. See `practise`.
       follow_clock: Time every step while serving, for controllers that weigh time: what
         steps take changes as others use the machine. Which steps are taken then depends
-        on time, and sampled tokens with it, though not their law.
+        on time, and where children are drawn sampled tokens with it, though not their
+        law.
       promote: `automatic` serves what was learned as the learner gives it out;
         `manual` goes on serving the same draft until `promote` is called. n-grams are
         served at once either way.

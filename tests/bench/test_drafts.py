@@ -118,18 +118,25 @@ def test_contenders_that_cannot_be_read_are_refused(text, message):
         parse_contender(text, parse)
 
 
-def test_drawn_answers_are_not_compared_token_by_token():
-    """They follow the same law, but are other draws."""
+@pytest.mark.parametrize(
+    ("children", "num_mismatched", "said"),
+    [("topk", 0, "plain ones: 0."), ("sampled", None, "plain ones: not compared.")],
+)
+def test_sampled_answers_are_compared_unless_children_are_drawn(
+    children, num_mismatched, said
+):
+    """Then they follow the same law, but are other draws."""
     target = tiny_target()
-    config = dataclasses.replace(PLAIN, sampling=SamplingConfig(1.0))
-    text = "ngram@chain"
-    draft = load_draft("ngram", target)
+    config = dataclasses.replace(PLAIN, sampling=SamplingConfig(0.7))
+    text = f"self:exit-1@chain@{children}"
+    draft = load_draft("self:exit-1", target)
     contenders = {text: Contender(draft, parse_contender(text, parse)[1])}
     run = run_bench(target, None, PROMPTS[:2], config, contenders=contenders)
     rows = [row for row in domain_rows(run) if row["domain"] == "all"]
     assert 1 < rows[1]["mean_acceptance_length"] < 4
-    assert rows[1]["num_mismatched_outputs"] is None
-    assert "plain ones: not compared." in drafts_table(domain_rows(run))
+    assert rows[1]["num_mismatched_outputs"] == num_mismatched
+    assert rows[1]["num_tie_flips"] is None
+    assert said in drafts_table(domain_rows(run))
 
 
 def test_batches_cannot_be_told_apart(run):

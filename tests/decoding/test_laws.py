@@ -4,7 +4,8 @@
 For a toy target and draft all trees that can be drawn are listed with their
 probabilities. For each of them the rule itself is asked, by bisection, below which
 uniform number it accepts each node; so come all its outcomes with their probabilities,
-and the law of what is emitted, which must be the target's own up to rounding.
+and the law of what is emitted, which must be the target's own up to rounding. Where the
+target draws after every node itself (`chosen`), all that it can draw is listed.
 """
 
 import functools
@@ -21,6 +22,7 @@ from ospec_jax.decoding.adjusting import adjust, as_extras, count_on_paths
 from ospec_jax.decoding.rules.hub import hub
 from ospec_jax.decoding.rules.recursive import recursive
 from ospec_jax.decoding.rules.traversal import traversal
+from ospec_jax.decoding.verify import verify_chosen
 from ospec_jax.drafters import stopping, topology
 from ospec_jax.drafters.base import Hints
 from ospec_jax.drafters.combine import longer, mixed_tree
@@ -140,6 +142,41 @@ def outcomes(ask, trees, chances, order, ancestors):
     return index, uniforms, chances
 
 
+def all_choices(probs, is_valid):
+    """What the target can draw after each node, `[choices, n]`, and its chances."""
+    found = np.zeros((1, 0), np.int32)
+    chances = np.ones(1)
+    for law, is_there in zip(np.asarray(probs, float), is_valid, strict=True):
+        tokens = np.flatnonzero(law) if is_there else np.zeros(1, int)
+        own = law[tokens] / law[tokens].sum() if is_there else np.ones(1)
+        found = np.concatenate(
+            [
+                np.repeat(found, len(tokens), axis=0),
+                np.tile(tokens, len(found))[:, None],
+            ],
+            axis=1,
+        )
+        chances = np.outer(chances, own).reshape(-1)
+    return found.astype(np.int32), chances
+
+
+def chosen_outcomes(tree, probs, num_tokens):
+    """All ways that `verify_chosen` can end: paths of nodes, weights, probabilities."""
+    choices, chances = all_choices(probs, np.asarray(tree.is_valid))
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(choices), *x.shape)), tree)
+    verdict = jax.tree.map(np.asarray, verify_chosen(rows, jnp.asarray(choices)))
+    total = {}
+    for path, count, token, chance in zip(
+        verdict.path, verdict.num_accepted, verdict.next_token, chances, strict=True
+    ):
+        key = tuple(path[1 : count + 1].tolist()), int(token)
+        total[key] = total.get(key, 0.0) + chance
+    return [
+        (nodes, np.eye(num_tokens)[token], chance)
+        for (nodes, token), chance in total.items()
+    ]
+
+
 def emitted_law(
     config, children, rule, kind, vocab_size, validity=None, how=None, only=None
 ):
@@ -170,34 +207,48 @@ def emitted_law(
     if validity is not None:
         is_there = np.asarray(validity(tokens, draft))
 
-    @jax.jit
-    @jax.vmap
-    def ask(tokens, is_valid, uniforms):
-        tree = DraftTree(
+    def tree_of(tokens, is_valid):
+        return DraftTree(
             tokens=tokens, parents=jnp.asarray(parents), depths=jnp.asarray(depths),
             ancestor_mask=jnp.asarray(ancestors),
             is_valid=is_valid, log_probs=jnp.zeros(len(parents)),
             draft_probs=q[tokens] if is_drawn else None, children=children,
             max_depth=int(depths.max()), max_children=max(counts),
         )  # fmt: skip
-        # Of nodes that are not there the target need not be asked.
-        probs = p[tokens] if how is None else as_asked(how, p[tokens], tree)
-        asked = jnp.where(is_valid[:, None], probs, 0.0)
-        return RULES[rule](uniforms, tree, rank, asked)
 
-    answers = lambda index, uniforms: jax.tree.map(
-        np.asarray, ask(tokens[index], is_there[index], uniforms)
-    )
-    index, uniforms, chances = outcomes(
-        answers, tokens, chances, order_of_questions(parents, rule), ancestors
-    )
-    last, rest = answers(index, uniforms)
+    def probs_of(tree):
+        # Of nodes that are not there the target need not be asked.
+        own = p[tree.tokens]
+        probs = own if how is None else as_asked(how, own, tree)
+        return jnp.where(tree.is_valid[:, None], probs, 0.0)
+
+    @jax.jit
+    @jax.vmap
+    def ask(tokens, is_valid, uniforms):
+        tree = tree_of(tokens, is_valid)
+        return RULES[rule](uniforms, tree, rank, probs_of(tree))
+
+    if rule == "chosen":
+        assert len(tokens) == 1, "children that are no draws make one tree"
+        tree = tree_of(jnp.asarray(tokens[0]), jnp.asarray(is_there[0]))
+        ends = [(0, *end) for end in chosen_outcomes(tree, probs_of(tree), vocab_size)]
+    else:
+        answers = lambda index, uniforms: jax.tree.map(
+            np.asarray, ask(tokens[index], is_there[index], uniforms)
+        )
+        index, uniforms, chances = outcomes(
+            answers, tokens, chances, order_of_questions(parents, rule), ancestors
+        )
+        last, rest = answers(index, uniforms)
+        on_path = [np.flatnonzero(ancestors[node])[1:] for node in last]
+        ends = zip(index, on_path, rest, chances, strict=True)
+
     length = int(depths.max()) + 1
     law = np.zeros((vocab_size,) * length)
     continued = continuations(target, length)
     accepted = 0.0
-    for i, node, weights, chance in zip(index, last, rest, chances, strict=True):
-        path = [tokens[i, j] for j in range(1, len(parents)) if ancestors[node, j]]
+    for i, nodes, weights, chance in ends:
+        path = [tokens[i, j] for j in nodes]
         accepted += chance * len(path)
         weights = np.asarray(weights, float) / np.sum(weights, dtype=float)
         tail = continued[length - len(path) - 1]
@@ -272,13 +323,13 @@ def continuations(target, length):
 
 
 CASES = [
-    (CHAIN, "topk", "recursive", 4),
+    (CHAIN, "topk", "chosen", 4),
     (CHAIN, "sampled", "recursive", 4),
     (CHAIN, "sampled", "traversal", 4),
     (FLAT, "sampled", "recursive", 4),
     (FLAT, "without_replacement", "recursive", 5),
     (FLAT, "topk_sampled", "recursive", 5),
-    (PAIRS, "topk", "recursive", 4),
+    (PAIRS, "topk", "chosen", 4),
     (PAIRS, "sampled", "recursive", 3),
     (PAIRS, "without_replacement", "recursive", 4),
     (PAIRS, "topk_sampled", "recursive", 4),
@@ -327,7 +378,7 @@ ASKED = {
 @pytest.mark.parametrize(
     ("config", "children", "rule", "size"),
     [
-        (CHAIN, "topk", "recursive", 4),
+        (CHAIN, "topk", "chosen", 4),
         (CHAIN, "sampled", "recursive", 3),
         pytest.param(CHAIN, "sampled", "traversal", 3, marks=pytest.mark.thorough),
         (PAIRS, "without_replacement", "recursive", 3),
@@ -423,7 +474,7 @@ DEPTH_RULES = {
 @pytest.mark.crossed
 @pytest.mark.parametrize(
     ("children", "rule"),
-    [("topk", "recursive"), ("sampled", "recursive"), ("sampled", "traversal")],
+    [("topk", "chosen"), ("sampled", "recursive"), ("sampled", "traversal")],
 )
 @pytest.mark.parametrize("name", DEPTH_RULES)
 def test_depth_may_follow_a_look_at_drawn_tokens(name, children, rule):
@@ -446,7 +497,7 @@ def test_the_depth_rules_stop_some_drawn_chains_and_not_others(name):
 def test_size_may_follow_a_look_at_the_most_probable_tokens():
     for lowest in (0.2, 0.5):
         validity = without_improbable(lowest)
-        law, expected, _ = emitted_law(CHAIN, "topk", "recursive", "far", 4, validity)
+        law, expected, _ = emitted_law(CHAIN, "topk", "chosen", "far", 4, validity)
         np.testing.assert_allclose(law, expected, atol=2e-6)
 
 
@@ -498,7 +549,7 @@ def test_a_longer_chain_of_a_spoilt_memory_keeps_the_law(history, num_drafted):
     is_valid = np.asarray(drafted.is_valid)
     assert is_valid.sum() == num_drafted + 1
     law, expected, accepted = emitted_law(
-        tree, "topk", "recursive", "far", 4, lambda *_: is_valid,
+        tree, "topk", "chosen", "far", 4, lambda *_: is_valid,
         only=np.asarray(drafted.tokens[0]),
     )  # fmt: skip
     np.testing.assert_allclose(law, expected, atol=2e-6)

@@ -183,17 +183,18 @@ def test_requests_that_were_begun_are_counted_when_a_batch_is_saved(target, tmp_
 
 
 @pytest.mark.parametrize(
-    ("draft", "how"),
+    ("draft", "how", "more"),
     [
-        ("ngram", {"learner": MEMORY, "batch_size": 2}),
-        ("self:exit-1", {"tree": DYNAMIC, "batch_size": 3}),
+        ("ngram", {"learner": MEMORY, "batch_size": 2}, {}),
+        ("self:exit-1", {"tree": DYNAMIC, "batch_size": 3}, {}),
+        ("self:exit-1", {"batch_size": 2}, {"repetition_penalty": 1.2}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["learned", "tree", "penalised"],
 )
-def test_sampled_answers_are_those_of_plain_decoding(target, draft, how):
+def test_sampled_answers_are_those_of_plain_decoding(target, draft, how, more):
     """Token by token: a position's numbers are the same, whatever was drafted."""
     prompts = [PROMPT, {"prompt": PROMPT, "seed": 7}, "xyzzy", PROMPT, "xyxyxyxyxy"]
-    law = {"temperature": 0.7, "top_p": 0.9, "seed": 5}
+    law = {"temperature": 0.7, "top_p": 0.9, "seed": 5} | more
     # Answers of a batch come in the order in which they end.
     plain = sorted(tokens_of(Session(target), prompts, 24, **law))
     session = Session(target, load_draft(draft, target), **how)

@@ -8,9 +8,8 @@ renormalised, and q what the next child was drawn from:
 - `sampled` children are independent draws: q stays (SpecInfer, arXiv 2305.09781);
 - `without_replacement`: x leaves q, which is renormalised (Yang et al., recursive
   rejection sampling; Sequoia, arXiv 2402.12374);
-- `topk` children are no draws at all: q is one at the child and zero elsewhere, so a
-  child is accepted with probability p(x) and then leaves p (EAGLE's rule);
-- `topk_sampled`: the first child was drawn, the others are the most probable ones.
+- `topk_sampled`: the first child was drawn, the others are the most probable ones: no
+  draws, so that such a child is accepted with probability p(x) and then leaves p.
   Trying the drawn one first accepts with probability p(top) + sum min(p, q) over the
   others, the most that any rule can (arXiv 2502.18779, greedy drafting).
 
@@ -35,9 +34,8 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
     Returns:
       The last accepted node, and weights `[v]` of the token after it.
     """
-    draft_probs = lambda node: (
-        None if tree.draft_probs is None else tree.draft_probs[node]
-    )
+    draft_probs = tree.draft_probs
+    assert draft_probs is not None, "children were drawn"
 
     # One level: `p` is the target's law at `node`, or what rejections have left of it.
     # After a level without acceptance the walk is closed, and further turns change
@@ -73,7 +71,7 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
             return jnp.where(is_accepted, child, accepted), p, q
 
         accepted, p, _ = jax.lax.fori_loop(
-            0, tree.max_children, try_child, (jnp.int32(-1), p, draft_probs(node))
+            0, tree.max_children, try_child, (jnp.int32(-1), p, draft_probs[node])
         )
 
         has_moved = accepted >= 0
@@ -88,14 +86,7 @@ def recursive(uniforms, tree: DraftTree, rank, target_probs):
 
 
 def draft_prob(tree: DraftTree, q, token):
-    """Probability that the child was drawn; one for deterministic children.
-
-    Args:
-      q: `[q]` what it was drawn from, or None.
-    """
-    if q is None:
-        return jnp.float32(1.0)
-
+    """Probability that the child was drawn, from `[q]`."""
     return jnp.sum(jnp.where(is_token(tree, q, token), q, 0.0))
 
 
