@@ -165,6 +165,7 @@ class _Sent(NamedTuple):
       output: Of a judging, `Judged` of each member of the pool.
       is_timed: Nothing else was sent between it and the step before.
       seconds: It took, if that was looked at.
+      num_judgings: That had been sent before it.
     """
 
     action: Action | None
@@ -173,6 +174,7 @@ class _Sent(NamedTuple):
     is_judging: bool = False
     is_timed: bool = False
     seconds: float | None = None
+    num_judgings: int = 0
 
 
 class _Entering(NamedTuple):
@@ -227,10 +229,11 @@ class Batch:
         self._entering: deque[_Entering] = deque()
         self._state: DecodeState | None = None
         self._in_flight: deque[_Sent] = deque()
-        # Steps that were read and wait to be judged; then what was sent and is not
-        # judged, whether it was read or not.
+        # Steps that were read and wait to be judged; tokens of a row that wait at most,
+        # of steps that were not read all that these may emit; judgings that were sent.
         self._waiting: list[_Sent] = []
         self._num_unjudged = 0
+        self._num_judgings = 0
         self._is_waiting_greedy = True
         self._waiting_kind: StepKind = "greedy"
         self._last: tuple[Draft | None, int] = (None, 0)
@@ -467,8 +470,15 @@ class Batch:
         self._state, output = self._engine.step(
             action, kind, draft, self._state, steering, is_resting
         )
-        sent = _Sent(action, rows, output, is_timed=self._is_undisturbed)
-        self._in_flight.append(sent)
+        self._in_flight.append(
+            _Sent(
+                action,
+                rows,
+                output,
+                is_timed=self._is_undisturbed,
+                num_judgings=self._num_judgings,
+            )
+        )
         self._is_undisturbed = True
 
     def _may_rest(self, action: Action) -> bool:
@@ -506,6 +516,12 @@ class Batch:
         self._waiting_kind = most([self._waiting_kind, *(s.kind for s in sampling)])
         self._last = draft, action.drafter
 
+    def _correct_count(self, sent: _Sent) -> None:
+        """Counts what a step emitted, rather than what it might have."""
+        if self._num_unjudged and sent.num_judgings == self._num_judgings:
+            num_emitted = sent.output.num_emitted
+            self._num_unjudged -= sent.output.tokens.shape[1] - int(num_emitted.max())
+
     def _judge(self) -> None:
         """Sends the judging of all tokens that wait."""
         if not self._num_unjudged:
@@ -519,6 +535,7 @@ class Batch:
         self._state, judged = self._engine.judge(kind, self._last[0], self._state)
         self._in_flight.append(_Sent(None, [], judged, is_judging=True))
         self._num_unjudged = 0
+        self._num_judgings += 1
         self._is_waiting_greedy = True
         self._waiting_kind = "greedy"
 
@@ -537,6 +554,7 @@ class Batch:
             if sent.is_judging:
                 self._report_judged(sent.output)
                 continue
+            self._correct_count(sent)
             self._hear(sent)
             for number, row, slot in sent.rows:
                 if self._read(sent, row, slot):

@@ -40,7 +40,7 @@ from ospec_jax.decoding.step import (
     empty_state,
 )
 from ospec_jax.drafters.base import Drafter
-from ospec_jax.drafters.pool import bring_first
+from ospec_jax.drafters.pool import bring_first, put_back, take_chosen
 from ospec_jax.drafters.prediction import as_prediction
 from ospec_jax.models.cache import KVCache
 from ospec_jax.models.sharing import share
@@ -747,17 +747,19 @@ class Engine:
         rest = ", the draft resting" if is_resting else ""
         self._announce(f"a step of depth {depth}{rest}", action, kind, *shape)
         run = self.compiled(action, kind, is_resting)
-        # The member that shall propose is swapped to the front, and back once it has:
-        # the state's order is always that of the menu. Nothing is copied.
-        chosen = action.drafter
+        chosen = max(action.drafter, 0)
         state, extras = _set_aside(state, kind)
         told = () if steering is None else (steering,)
-        state, output = run(
-            self.target_params,
-            bring_first(draft, chosen),
-            bring_first(state, chosen),
-            *told,
-        )
+        drafter = self._menu[action]
+        if drafter is not None and drafter.takes_chosen:
+            own = take_chosen(draft, chosen), take_chosen(state, chosen)
+            found, output = run(self.target_params, *own, *told)
+            return _put_back(put_back(state, chosen, found), extras), output
+
+        # The member that shall propose is swapped to the front, and back once it has:
+        # the state's order is always that of the menu. Nothing is copied.
+        own = bring_first(draft, chosen), bring_first(state, chosen)
+        state, output = run(self.target_params, *own, *told)
         state = _put_back(state, extras)
 
         return bring_first(state, chosen), bring_first(output, chosen)

@@ -67,6 +67,8 @@ class Drafter(NamedTuple):
         the first pair. None for a drafter that would have to draft to know.
       adds_deltas: Its logits have the differences of the rows' scopes, where the draft
         that it is given holds them; see `drafters.deltas`.
+      takes_chosen: Of a pool it is given the member that proposes alone, in the draft
+        and in the state; see `drafters.pool.take_chosen`.
     """
 
     init_params: Callable
@@ -84,6 +86,7 @@ class Drafter(NamedTuple):
     head_inputs: Callable | None = None
     retrace: Callable | None = None
     adds_deltas: bool = False
+    takes_chosen: bool = False
 
 
 class Family(NamedTuple):

@@ -11,7 +11,9 @@ anything is drafted, and a tree is verified with the distributions that drew it.
 """
 
 import dataclasses
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -48,6 +50,15 @@ class Members:
         items[0], items[number] = items[number], items[0]
         return Members(tuple(items))
 
+    def alone(self, number: int) -> "Members":
+        """The one of the number."""
+        return Members((self.items[number],))
+
+    def with_one(self, number: int, other: "Members") -> "Members":
+        """The same, with what another one holds alone in the number's place."""
+        [item] = other.items
+        return Members((*self.items[:number], item, *self.items[number + 1 :]))
+
 
 def bring_first(tree: Any, number: int) -> Any:
     """A draft or a state in which the member of this number proposes.
@@ -58,10 +69,37 @@ def bring_first(tree: Any, number: int) -> Any:
     if number <= 0:
         return tree
 
+    return _map_members(lambda members: members.swapped(number), tree)
+
+
+def take_chosen(tree: Any, number: int) -> Any:
+    """A draft or a state with the member of this number alone.
+
+    Who does not run need not be given to a step, which takes time for each of its
+    arguments. Moves references on the host; nothing is copied.
+    """
+    return _map_members(lambda members: members.alone(number), tree)
+
+
+def put_back(tree: Any, number: int, chosen: Any) -> Any:
+    """A state after a step of one member: the others are as they were before it.
+
+    Args:
+      tree: What `take_chosen` was given.
+      chosen: What became of that which it returned.
+    """
+    replace = lambda old, new: old.with_one(number, new) if _is_members(old) else new
+    return jax.tree.map(replace, tree, chosen, is_leaf=_is_members)
+
+
+def _is_members(node: Any) -> bool:
+    return isinstance(node, Members)
+
+
+def _map_members(change: Callable[[Members], Members], tree: Any) -> Any:
     # Everything else of a state belongs to the request, not to a drafter, and stays.
-    is_members = lambda node: isinstance(node, Members)
-    swap = lambda node: node.swapped(number) if is_members(node) else node
-    return jax.tree.map(swap, tree, is_leaf=is_members)
+    own = lambda node: change(node) if _is_members(node) else node
+    return jax.tree.map(own, tree, is_leaf=_is_members)
 
 
 def with_members(draft: Draft, changed: dict[int, Draft]) -> Draft:
@@ -98,8 +136,8 @@ class PoolConfig:
       members: In the order of their numbers; the first one proposes.
       extends: Who runs over the tokens of a step: `all` members, so that each can take
         over at any time, or only the one that was `chosen` for it. What the others
-        miss stays missing in their caches: they draft worse for it, never wrongly.
-        Prompts are run over by all.
+        miss stays missing in their caches, and their contexts are of earlier tokens:
+        they draft worse for it, never wrongly. Prompts are run over by all.
       has_ngrams: The pool is lent n-grams, from which all members get suggestions; else
         those that live on them look them up for themselves.
     """
@@ -147,10 +185,14 @@ def pool(
 
     Args:
       columns: For each drafter, which of the pool's taps it reads; by default all.
-      extends: See `PoolConfig`.
+      extends: See `PoolConfig`. With `chosen` it is given the first one's draft, cache
+        and context alone; see `take_chosen`.
     """
+    init_params = functools.partial(_init_members, drafters)
     chosen = drafters[0]
     columns = columns or (None,) * len(drafters)
+    if extends == "chosen":
+        drafters = drafters[:1]
 
     def init_cache(batch_size: int, capacity: int) -> Members:
         return Members(tuple(one.init_cache(batch_size, capacity) for one in drafters))
@@ -161,21 +203,18 @@ def pool(
     def extend(
         draft: Draft, shared: SharedTables, cache: Members, pairs: Pairs
     ) -> tuple[Members, Members]:
-        caches = list(cache.items)
-        # Who does not run keeps its old cache; its context is a blank one, since the
-        # one it had belongs to an earlier token.
-        contexts = list(init_context(pairs.inputs.shape[0]).items)
-        num_extended = len(drafters) if extends == "all" else 1
-        drafts = _drafts_of(draft)
+        caches = []
+        contexts = []
+        blank = init_context(pairs.inputs.shape[0]).items
 
-        for i, one in enumerate(drafters[:num_extended]):
-            own = pairs.replace(taps=taps_of(pairs.taps, columns, i))
-            caches[i], context = one.extend(drafts[i], shared, caches[i], own)
-
+        for i, (one, own) in enumerate(zip(drafters, _drafts_of(draft), strict=True)):
+            read = pairs.replace(taps=taps_of(pairs.taps, columns, i))
+            now, context = one.extend(own, shared, cache.items[i], read)
             # Where logits can be had later, none are computed for those who wait.
             if one.predict is not None:
-                context = context.replace(logits=contexts[i].logits)
-            contexts[i] = context
+                context = context.replace(logits=blank[i].logits)
+            caches.append(now)
+            contexts.append(context)
 
         return Members(tuple(caches)), Members(tuple(contexts))
 
@@ -229,7 +268,7 @@ def pool(
         return tree, Members((first, *cache.items[1:]))
 
     return Drafter(
-        init_params=lambda key: _init_members(drafters, key),
+        init_params=init_params,
         init_cache=init_cache,
         init_context=init_context,
         extend=extend,
@@ -238,6 +277,7 @@ def pool(
         num_scratch=max(one.num_scratch for one in drafters),
         reads_target=any(one.reads_target for one in drafters),
         retrace=retrace if can_retrace else None,
+        takes_chosen=extends == "chosen",
     )
 
 
