@@ -396,6 +396,7 @@ class Unjudged:
       inputs: `[b, w]`, with `tokens` and `taps` as in `Pairs`; real up to `count`.
       hidden: `[b, w, d]` the target's final normed states of the inputs.
       count: `[b]`; the last one ends where the row does.
+      is_judged: `[b]`; of other rows nothing waits.
       context: Of each member, the draft before the first of them.
       prediction: As it was before the first of them, or None.
     """
@@ -405,6 +406,7 @@ class Unjudged:
     taps: Float[Array, "b w f"]
     hidden: Float[Array, "b w d"]
     count: Int[Array, " b"]
+    is_judged: Bool[Array, " b"]
     context: Any
     prediction: Prediction | None = None
 

@@ -164,6 +164,10 @@ class Controller(NamedTuple):
       forget: `(state, scopes) -> state`: without what is kept of some scopes alone, by
         their numbers, which may be given to others; of None, without all that is kept
         of any kind of request. None where nothing is.
+      rests: `(state, context, ordinal) -> bool`: whether the answer to such a request
+        need not say anything of the drafters of a pool: the one that is chosen for its
+        first step runs over it alone. `ordinal` is the request's number among all. None
+        where all shall.
       pack: `state -> dict` for JSON; by default its fields.
       unpack: `dict -> state`: back again.
     """
@@ -184,6 +188,7 @@ class Controller(NamedTuple):
     learning: Learning | None = None
     kind_of: Callable[[Any, Action, Outcome], tuple[int, float] | None] | None = None
     forget: Callable[[Any, Collection[int] | None], Any] | None = None
+    rests: Callable[[Any, Context, int], bool] | None = None
     pack: Callable[[Any], dict] | None = None
     unpack: Callable[[dict], Any] | None = None
 
@@ -388,6 +393,18 @@ class Chooser:
             )
 
         return action
+
+    def rests(self, row: Row, ordinal: int) -> int | None:
+        """The drafter that alone shall run over a request; None for all of a pool.
+
+        Args:
+          ordinal: The request's number among all that were ever admitted.
+        """
+        rests = self.controller.rests
+        if rests is None or not rests(self.state, row.context, ordinal):
+            return None
+
+        return self.controller.choose(self.state, (row,)).drafter
 
     def steer(self, action: Action, rows: Sequence[Row]) -> Any:
         """What the rules within a step of this action are told; None for nothing."""

@@ -149,6 +149,12 @@ def by_key(
 
         return without(state, {key_of(Context(scope=number)) for number in scopes})
 
+    def rests(state: KeyedState, context: Context, ordinal: int) -> bool:
+        assert rule.rests is not None
+        known = dict(zip(state.keys, state.own, strict=True))
+        own = known.get(key_of(context))
+        return own is not None and rule.rests(own, context, ordinal)
+
     def report(state: KeyedState) -> dict[str, Any]:
         assert rule.report is not None
         return rule.report(state.shared) | {"keys": len(state.keys)}
@@ -169,6 +175,7 @@ def by_key(
         resume=resume,
         report=report if rule.report is not None else None,
         forget=forget,
+        rests=rests if rule.rests is not None else None,
         pack=_pack,
         unpack=unpack,
     )

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from ospec_jax.config import ConfigError
-from ospec_jax.control.base import Action, Controller, Outcome
+from ospec_jax.control.base import Action, Context, Controller, Outcome
 from ospec_jax.control.contexts import Parts
 from ospec_jax.control.lengths import Estimator, Windows, expected_lengths
 from ospec_jax.control.weighting import Meta
@@ -37,6 +37,11 @@ WORTH = 8
 """Windows that what a request's kind begins with is worth at most. Replayed with 0 to
 512: where drafters differ much the fewer the better, where they hardly do 32 and more.
 """
+
+SETTLED = 256
+"""Windows after which a selection knows enough to look seldom. Chosen, not measured."""
+ONE_IN = 16
+"""Answers, of which a selection that looks seldom has one judged."""
 
 Loss = Literal["length", "time", "acceptance"]
 """Tokens that a draft yields; the same a second; whether its first token is right."""
@@ -88,6 +93,7 @@ def select(
     draws: bool = False,
     corrects: bool = True,
     begins_anew: bool = False,
+    is_seldom: bool = False,
     seed: int = 0,
 ) -> Controller:
     """Builds the controller.
@@ -101,6 +107,8 @@ def select(
         position is judged as the first of a draft, and drafters that go on from their
         own states are worse than that. Who has not drafted is not judged down.
       begins_anew: Forget everything at the end of an answer.
+      is_seldom: Once there are `SETTLED` windows, have one answer in `ONE_IN` judged,
+        and the others run over by the drafter alone that is chosen when they begin.
       seed: Of the draws. They have nothing to do with those of answers.
 
     Raises:
@@ -164,7 +172,13 @@ def select(
         is_judging=True,
         hears_ends=begins_anew,
         report=_report,
+        rests=_is_settled if is_seldom else None,
     )
+
+
+def _is_settled(state: SelectionState, context: Context, ordinal: int) -> bool:
+    """Whether an answer need not be judged."""
+    return state.num_windows >= SETTLED and ordinal % ONE_IN != 0
 
 
 @dataclasses.dataclass(frozen=True)

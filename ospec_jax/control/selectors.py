@@ -58,6 +58,7 @@ OPTIONS = {
     "domain": "likewise each domain that prompts name; not for bandits",
     "opening": "likewise each beginning of prompts, of 32 tokens; not for bandits",
     "similar": "likewise each prompt, from a vote of similar ones; not for bandits",
+    "seldom": "of known kinds of requests one answer in 16 is judged; not for bandits",
 }
 """What may follow a name, behind colons."""
 
@@ -125,6 +126,7 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
             f"learned of them; leave one of {', '.join((*_KINDS, 'request'))}"
         )
 
+    _check_seldom(name, options)
     selection = select(
         actions,
         JUDGING[first](),
@@ -133,6 +135,7 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
         draws="sample" in options,
         corrects="raw" not in options,
         begins_anew=begins_anew,
+        is_seldom="seldom" in options,
     )
     if _SIMILAR in kinds:
         return by_similarity(selection)
@@ -141,6 +144,16 @@ def build_selector(name: str, actions: tuple[Action, ...]) -> Controller:
         return by_key(selection, parts_of_selections(), KEYS[kinds[0]])
 
     return selection
+
+
+def _check_seldom(name: str, options: list[str]) -> None:
+    """Refuses to look seldom where what is known of an answer comes with it."""
+    clashing = [one for one in ("request", "sample", _SIMILAR) if one in options]
+    if "seldom" in options and clashing:
+        raise ConfigError(
+            f"{name!r}: {clashing[0]!r} chooses by what an answer shows, and most of "
+            f"them are not looked at with 'seldom'; leave one of the two out"
+        )
 
 
 def _always(options: list[str], actions: tuple[Action, ...]) -> Controller:

@@ -6,6 +6,7 @@ admitted to free rows or cancelled, the draft is swapped, another action is take
 row's greedy tokens depend on none of that.
 """
 
+import dataclasses
 import itertools
 import typing
 from collections import deque
@@ -48,6 +49,7 @@ class Reading(NamedTuple):
       output: Of the newest chunk; of the last one it has the answer's first token.
       is_to_keep: The row shall be kept: its draft runs over all of the prompt, though
         it may look back at the end of it alone.
+      only: See `Slot`.
     """
 
     request: Request
@@ -55,6 +57,7 @@ class Reading(NamedTuple):
     position: int = 0
     output: StepOutput | None = None
     is_to_keep: bool = False
+    only: int | None = None
 
     @property
     def is_new(self) -> bool:
@@ -202,6 +205,8 @@ class Batch:
       kept: Rows of ended answers, to go on from; None keeps none, and has every request
         run all of its prompt, even if a running one has the same.
       now: A clock, for who wants to hear what steps took.
+      rests: Which member of a pool shall read a request alone, of what is known of it
+        and its ordinal; None for all of them. By default all do. See `Chooser.rests`.
     """
 
     def __init__(
@@ -214,6 +219,7 @@ class Batch:
         on_step: Callable[[Action, Outcome], None] | None = None,
         kept: KeptRows | None = None,
         now: Callable[[], float] | None = None,
+        rests: Callable[[Row, int], int | None] | None = None,
     ):
         self.capacity = capacity
         self._engine = engine
@@ -222,6 +228,7 @@ class Batch:
         self._on_step = on_step
         self._kept = kept
         self._now = now
+        self._rests = rests
         # When the newest step was read, if nothing else was done since.
         self._read_at: float | None = None
         self._is_undisturbed = False
@@ -338,10 +345,34 @@ class Batch:
         )
         has_log_probs = request.num_log_probs is not None or self._engine.has_log_probs
         slot = Slot(request, self._engine.new_stats(), has_log_probs)
+        slot.only = self._only_drafter(slot, ordinal)
         reading = self._engine.begin(
             request, self.capacity, self._has_prediction, ordinal
-        )
+        )._replace(only=slot.only)
         self._entering.append(_Entering(number, slot, reading))
+
+    def _only_drafter(self, slot: Slot, ordinal: int) -> int | None:
+        """The member of a pool that alone shall read a request; None for all."""
+        # Whoever goes on from a kept row, or from suggestions alone, may be another.
+        is_keeping = self._kept is not None and self._kept.is_keeping
+        if self._rests is None or is_keeping or slot.request.prediction_ids:
+            return None
+
+        number = self._rests(slot.as_row(), ordinal)
+        if self.num_free == len(self._slots):
+            return number
+
+        # One drafts for all rows. While there are some that only that one has read, it
+        # stays; who wants another one is read by all.
+        held = self._held_by
+        now = self._last[1] if held is None else held
+        return number if number == now else None
+
+    @property
+    def _held_by(self) -> int | None:
+        """The member of a pool that must draft, since it alone has read some row."""
+        slots = [*self._running, *(entering.slot for entering in self._entering)]
+        return next((slot.only for slot in slots if slot.only is not None), None)
 
     def read_on(self, draft: Draft | None) -> None:
         """Runs one chunk of the oldest prompt that is not complete.
@@ -464,7 +495,11 @@ class Batch:
         # sampling makes it a full one, which takes nothing off those that do not.
         kind = most([slot.request.kind for *_, slot in rows])
         if self._engine.num_unjudged:
-            self._make_room(draft, action, [slot for *_, slot in rows])
+            held = self._held_by
+            if held is not None:
+                action = dataclasses.replace(action, drafter=held)
+            judged = [slot for *_, slot in rows if slot.only is None]
+            self._make_room(draft, action, judged)
         self._draft = draft
         is_resting = self._engine.num_behind > 0 and self._may_rest(action)
         self._state, output = self._engine.step(
@@ -504,8 +539,12 @@ class Batch:
 
     def _make_room(self, draft, action: Action, slots: list[Slot]) -> None:
         """Judges what waits, if the step's tokens would be too many, or if another
-        drafter proposes in it, which then must be up to date."""
-        num_emitted = action.tree.num_steps + 1
+        drafter proposes in it, which then must be up to date.
+
+        Args:
+          slots: That are judged.
+        """
+        num_emitted = action.tree.num_steps + 1 if slots else 0
         is_full = self._num_unjudged + num_emitted > self._engine.num_unjudged
         if is_full or action.drafter != self._last[1]:
             self._judge()
@@ -617,16 +656,20 @@ class Batch:
         if sent.action is None or self._on_step is None:
             return
 
+        # Of a row that only one has read nothing is known of the others.
+        is_judged = bool(self._engine.num_unjudged) and any(
+            slot.only is None for *_, slot in sent.rows
+        )
         rows = [
             (number, row, slot)
             for number, row, slot in sent.rows
-            if not slot.is_done
+            if not (slot.is_done or is_judged and slot.only is not None)
             and not slot.request.is_practice
             and slot.request.can_teach(self._engine.is_drawn)
             and slot.request.can_speculate
         ]
         sent = sent._replace(rows=rows)
-        if self._engine.num_unjudged:
+        if is_judged:
             self._waiting.append(sent)
         else:
             self._report(sent)
@@ -723,6 +766,7 @@ def _has_same_prompt(running: Slot, new: Slot) -> bool:
     # Of the same scope: from how soon an answer comes one could tell what another asks.
     return (
         running.draft_number == new.draft_number
+        and running.only in (None, new.only)
         and one.scope == other.scope
         and one.prompt_ids == other.prompt_ids
         and not one.is_practice

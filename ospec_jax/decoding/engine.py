@@ -138,6 +138,13 @@ def _put_back(state: DecodeState, extras: Extras | None) -> DecodeState:
     return state if extras is None else state.replace(extras=extras)
 
 
+def _left_unjudged(state: DecodeState) -> DecodeState:
+    """A prompt's state whose answer says nothing of a pool's members."""
+    assert state.unjudged is not None, "some are judged"
+    is_judged = np.zeros(state.lengths.shape, bool)
+    return state.replace(unjudged=state.unjudged.replace(is_judged=is_judged))
+
+
 # Drafters are the same if they are the same object, as `build_drafter` gives them. All
 # that a program depends on must be an argument here, or it would be shared by engines
 # that differ in it.
@@ -293,6 +300,7 @@ class Engine:
         self._is_silent = False
         self._prefills: dict[StepKind, Callable] = {}
         self._judgings: dict[StepKind, Callable] = {}
+        self._prefills_alone: dict[tuple[int, StepKind], Callable] = {}
         self._steps: dict[tuple[Action, StepKind], Callable] = {}
         self._resting: dict[tuple[Action, StepKind], Callable] = {}
         self._catching_up: Callable | None = None
@@ -311,6 +319,9 @@ class Engine:
                 special = dataclasses.replace(own, tree=action.tree)
                 step = _compiled(build_step, special, member)
                 self._steps[action, kind] = step
+                if config.num_unjudged and member is not None and member.takes_chosen:
+                    one = _compiled(build_prefill, own, member)
+                    self._prefills_alone[max(action.drafter, 0), kind] = one
                 if config.num_behind and not action.tree.num_steps:
                     special = dataclasses.replace(special, is_resting=True)
                     step = _compiled(build_step, special, member)
@@ -472,17 +483,20 @@ class Engine:
         capacity: int,
         has_prediction: bool | None = None,
         ordinal: int = 0,
+        only: int | None = None,
     ) -> tuple[DecodeState, StepOutput]:
         """Runs the prompt, chunk by chunk, and chooses the answer's first token.
 
         Args:
           has_prediction: Make room for one; by default if the request has one.
           ordinal: The request's number among all admitted ones; see `Request.key`.
+          only: The member of a pool that alone runs over it; None for all.
         """
         if has_prediction is None:
             has_prediction = bool(request.prediction_ids)
 
         reading = self.begin(request, capacity, has_prediction, ordinal)
+        reading = reading._replace(only=only)
         # The chunks are only dispatched here; nobody waits for them.
         while not reading.is_done:
             reading = self.read_on(draft, reading)
@@ -559,20 +573,33 @@ class Engine:
         if reading.is_to_keep:
             num_ahead = min(num_ahead, 1)
         # `following` tells the draft which token comes after the chunk's last one.
-        state, output = self.compiled_prefill(kind)(
-            self.target_params,
-            draft,
-            state,
+        chunk_args = (
             padded,
             np.full(1, following, np.int32),
             np.full(1, len(chunk), np.int32),
             np.int32(num_ahead),
             np.full(1, request.scope, np.int32),
         )
+        if reading.only is None:
+            run = self.compiled_prefill(kind)
+            state, output = run(self.target_params, draft, state, *chunk_args)
+        else:
+            run = self._prefills_alone[reading.only, kind]
+            state = _left_unjudged(state)
+            args = draft, state, chunk_args
+            state, output = self._run_chosen(run, reading.only, *args)
 
         return reading._replace(
             state=state, position=start + PREFILL_CHUNK, output=output
         )
+
+    def _run_chosen(
+        self, run: Callable, number: int, draft: Draft | None, state, args: tuple
+    ) -> tuple[DecodeState, StepOutput]:
+        """Runs a program that is given one member of a pool alone."""
+        own = take_chosen(draft, number), take_chosen(state, number)
+        found, output = run(self.target_params, *own, *args)
+        return put_back(state, number, found), output
 
     def grow(self, state: DecodeState, capacity: int) -> DecodeState:
         """Moves running rows to larger caches."""
@@ -693,6 +720,7 @@ class Engine:
                 on_tokens,
                 chooser.observe,
                 now=chooser.now,
+                rests=chooser.rests,
             )
             pending = _fitting(queue, batch, batch_size)
             # Admit, dispatch, collect: the next step is sent before the oldest is read,
@@ -752,9 +780,8 @@ class Engine:
         told = () if steering is None else (steering,)
         drafter = self._menu[action]
         if drafter is not None and drafter.takes_chosen:
-            own = take_chosen(draft, chosen), take_chosen(state, chosen)
-            found, output = run(self.target_params, *own, *told)
-            return _put_back(put_back(state, chosen, found), extras), output
+            state, output = self._run_chosen(run, chosen, draft, state, told)
+            return _put_back(state, extras), output
 
         # The member that shall propose is swapped to the front, and back once it has:
         # the state's order is always that of the menu. Nothing is copied.

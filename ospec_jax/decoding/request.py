@@ -253,6 +253,8 @@ class Slot:
       followed: How far the request's prediction came true; None if it has none.
       num_steps_of: See `Completion`.
       embedding: Of its prompt; see `control.base.Context`.
+      only: Of a pool's members the one that reads it, by its number; the others do not,
+        and are not judged by it. None for all.
     """
 
     __repr__ = short_repr
@@ -274,6 +276,7 @@ class Slot:
     followed: Followed | None = None
     num_steps_of: dict[int, int] = dataclasses.field(default_factory=dict)
     embedding: str = ""
+    only: int | None = None
 
     def __post_init__(self):
         if self.request.prediction_ids:
@@ -297,7 +300,9 @@ class Slot:
     def as_row(self) -> Row:
         """What a controller may know of it."""
         num_tokens = len(self.request.prompt_ids) + len(self.token_ids)
-        is_sure = self.is_sure and self.request.can_speculate
+        # A step of suggestions alone would be one that its drafter misses.
+        can_be_sure = self.request.can_speculate and self.only is None
+        is_sure = self.is_sure and can_be_sure
         return Row(is_sure, num_tokens, self.num_remaining, self.context)
 
     def judge(self, output: StepOutput, row: int) -> Windows | None:

@@ -428,6 +428,8 @@ def _wait(unjudged: Unjudged, pairs: Pairs, hidden, is_batched: bool) -> Unjudge
     hidden = kv.write_rows(
         unjudged.hidden, hidden, unjudged.count, is_batched=is_batched
     )
+    num_valid = jnp.where(unjudged.is_judged, pairs.num_valid, 0)
+    pairs = pairs.replace(num_valid=num_valid)
     return _put_off(unjudged.replace(hidden=hidden), pairs, is_batched)
 
 
@@ -513,7 +515,7 @@ def build_judging(config: StepConfig, drafter: Drafter) -> Callable:
             pairs,
             prediction_suggested(waiting.prediction, pairs.tokens),
         )
-        context = _where_any(waiting.count, context, waiting.context)
+        context = _where_any(waiting.count, context, state.draft_context)
         probs = _probs_of_waiting(config, target_params, state)
         judged = judge_all(
             found,
@@ -1188,6 +1190,7 @@ def empty_state(
         unjudged = Unjudged(
             **_empty_pairs(config, b, config.num_unjudged),
             hidden=jnp.zeros((b, config.num_unjudged, config.model.hidden_size)),
+            is_judged=jnp.ones((b,), bool),
             context=drafter.init_context(b),
             prediction=prediction(),
         )

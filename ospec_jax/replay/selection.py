@@ -137,8 +137,8 @@ def replay(
 
     rows: list[dict[str, Any]] = []
     taken: list[int] = []
-    for answer in answers:
-        numbers = _walk(chooser, answer, meta.num_steps, is_chosen_once)
+    for ordinal, answer in enumerate(answers):
+        numbers = _walk(chooser, answer, meta.num_steps, is_chosen_once, ordinal)
         taken += numbers
         counts = np.bincount(numbers, minlength=len(actions))
         report = chooser.report() or {}
@@ -166,7 +166,11 @@ def replay(
 
 
 def _walk(
-    chooser: Chooser, answer: PoolAnswer, depth: int, is_chosen_once: bool
+    chooser: Chooser,
+    answer: PoolAnswer,
+    depth: int,
+    is_chosen_once: bool,
+    ordinal: int,
 ) -> list[int]:
     """Serves one answer; returns who drafted at each step."""
     pending = Pending()
@@ -177,11 +181,14 @@ def _walk(
     num_places = len(answer.accepted)
     context = Context(0, answer.domain, answer.opening)
     read = context._replace(embedding=answer.embedding)
+    only = chooser.rests(Row(False, 1, num_places, context), ordinal)
+    if only is not None:
+        action = Action(action.tree, only)
 
     while place < num_places:
         # The host is one step ahead of what it has read.
         left = num_places - place
-        if not (numbers and is_chosen_once):
+        if only is None and not (numbers and is_chosen_once):
             action = chooser.choose((Row(False, place + 1, left, context),))
         if unread is not None:
             chooser.observe(*unread)
@@ -198,7 +205,9 @@ def _walk(
         # As deep as the draft got: to the token that was not accepted, if one was left.
         judged = answer.hits[emitted, action.drafter][:depth].astype(float)
         expected = () if is_end else (tuple(judged.tolist()),)
-        windows = pending.add(hits, hits)
+        # Who has not run over an answer is not judged by it, and nobody's depths are.
+        windows = pending.add(hits, hits) if only is None else None
+        expected = expected if only is None else ()
         outcome = Outcome(heard, windows, int(is_end), expected)
         unread = action, outcome._replace(parts=((context, outcome),))
 

@@ -19,7 +19,7 @@ from ospec_jax.decoding.request import (
     Request,
 )
 from ospec_jax.session.session import Session
-from ospec_jax.session.warm_up import costs_of_steps
+from ospec_jax.session.warm_up import costs_of_steps, read_alone
 
 _LOG = logging.getLogger(__name__)
 _PATIENCE = 8
@@ -179,6 +179,7 @@ class Live:
             self._session.chooser.observe,
             self._kept,
             self._session.chooser.now,
+            self._session.chooser.rests,
         )
 
     def _resize(self, batch: Batch, num_rows: int) -> None:
@@ -323,6 +324,9 @@ class Live:
     def _try_sizes(self, request: Request, capacity: int) -> None:
         """Takes each of the steps that may come, at each size, and between sizes."""
         served = self._session.served_draft
+        if self._session.chooser.controller.rests is not None:
+            args = self._session.engine, served, request, capacity
+            read_alone(*args, self._has_prediction)
         for number, size in enumerate(self.sizes):
             batch = self._begin(request, size, capacity)
             # Before anything is read: the request might end, and nobody be left.

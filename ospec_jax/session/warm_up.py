@@ -118,8 +118,23 @@ def _decode_twice(
     serve()
     completions = serve()
     _compile_longer_steps(engine, served, request, capacity, batch_size)
+    if chooser.controller.rests is not None:
+        read_alone(engine, served, request, engine.capacity_for([request], capacity))
 
     return completions
+
+
+def read_alone(
+    engine: Engine,
+    served: Draft | None,
+    request: Request,
+    capacity: int,
+    has_prediction: bool | None = None,
+) -> None:
+    """Compiles the passes over prompts by each member of a pool alone."""
+    numbers = {action.drafter for action in engine.actions} - {SUGGESTIONS}
+    for number in sorted(numbers):
+        engine.prefill(served, request, capacity, has_prediction, only=number)
 
 
 def _compile_longer_steps(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafters are judged by what they would have drafted, whoever drafted."""
 
+import collections
 import dataclasses
 import itertools
 
@@ -382,6 +383,50 @@ def test_rows_that_come_and_go_are_judged_by_their_own_tokens(target, members):
         by_wait.append(sorted(map(tuple, chances.reshape(len(chances), -1).round(5))))
     assert by_wait[0] == by_wait[1]
     assert len(by_wait[0]) > 30
+
+
+def resting(found, drafter, rests):
+    """As `listening`, and some requests are read by the one that drafts alone."""
+
+    def rule(actions):
+        heard = listening(drafter, found)(actions)
+        return heard._replace(rests=lambda state, context, ordinal: rests(ordinal))
+
+    return rule
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_who_rests_drafts_as_alone_and_says_nothing_of_others(
+    target, members, batch_size
+):
+    """Beside them those that are judged have the windows that they have anyway."""
+    prompts = [*PROMPTS, "So?", "It is what it is, and then"]
+    accepted = []
+    windows = []
+    tokens = []
+    for rests in (lambda ordinal: False, lambda ordinal: ordinal % 2 == 0):
+        found = []
+        session = Session(
+            target,
+            pool_draft(members[:3], target),
+            tree=TreeConfig(num_steps=2),
+            num_predicted_tokens=0,
+            batch_size=batch_size,
+            controller=resting(found, 0, rests),
+            judge_every=6,
+        )
+        answers = {one.prompt.id: one for one in session.generate(prompts, 20)}
+        tokens.append({name: one.token_ids for name, one in answers.items()})
+        accepted.append(session.stats.num_accepted_tokens)
+        chances = np.concatenate([o.windows.chances for o in found if o.windows])
+        rows = chances.reshape(len(chances), -1).round(5)
+        windows.append(collections.Counter(map(tuple, rows)))
+
+    assert tokens[0] == tokens[1]
+    # To be read by all changes nothing of what one of them drafts.
+    assert accepted[0] == accepted[1] > 0
+    assert windows[1] < windows[0]
+    assert windows[1].total() > 10
 
 
 def test_members_wait_until_they_are_judged(target, members):

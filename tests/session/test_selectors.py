@@ -10,6 +10,8 @@ from drafted import head
 from reference import forward
 
 from ospec_jax import LearnerConfig, SamplingConfig, Session, TreeConfig, load_draft
+from ospec_jax.config import ConfigError
+from ospec_jax.control import selection
 from ospec_jax.control.selectors import BANDITS, JUDGING
 from ospec_jax.decoding.request import Request
 from ospec_jax.loading import pool_draft
@@ -25,6 +27,7 @@ KEYED = (
     "share:scope:sample",
     "leader:domain",
     "normalhedge:similar",
+    "hedge:scope:seldom",
 )
 
 
@@ -73,6 +76,48 @@ def test_greedy_tokens_are_plain_decodings(target, pool, name):
             assert session.chooser.state.num_windows >= 10
         if name in KEYED:
             assert session.chooser.state.shared.num_windows >= 10
+
+
+def test_who_looks_seldom_has_one_answer_in_some_judged(monkeypatch):
+    """Once enough is known; the chosen draft alone reads the others' prompts."""
+    monkeypatch.setattr(selection, "SETTLED", 20)
+    monkeypatch.setattr(selection, "ONE_IN", 4)
+    target = tiny_target()
+    pool = pool_draft([head(target, "eagle3"), load_draft("ngram", target)], target)
+    session = session_of(target, pool, "normalhedge:domain:seldom")
+    session.warm_up()
+    compiled = count_programs(session.engine)
+    known = []
+    lengths = []
+    asked = requests(count=16, domain="one")
+    asked[9] = dataclasses.replace(asked[9], domain="another")
+    for ordinal, one in enumerate(asked):
+        answer = serve(session, [one], ordinals=iter([ordinal]))
+        lengths += map(len, answer.values())
+        known.append(session.chooser.state.shared.num_windows)
+
+    grown = np.diff([0, *known]) > 0
+    begin = int(np.argmax(np.asarray(known) >= 20)) + 1
+    assert 1 <= begin <= 4
+    # A kind of which nothing is known is looked at.
+    is_judged = [i < begin or i % 4 == 0 or i == 9 for i in range(16)]
+    # Shorter ones complete no window.
+    expected = [is_judged[i] and lengths[i] > 2 for i in range(16)]
+    assert grown.tolist() == expected
+    assert sum(expected[begin:]) >= 3
+    assert count_programs(session.engine) == compiled
+
+
+def count_programs(engine):
+    """Of passes over prompts and of steps."""
+    passes = {*engine._prefills.values(), *engine._prefills_alone.values()}
+    return sum(one._cache_size() for one in (*passes, *engine._steps.values()))
+
+
+@pytest.mark.parametrize("clash", ["request", "sample", "similar"])
+def test_who_chooses_by_each_answer_cannot_look_seldom(target, pool, clash):
+    with pytest.raises(ConfigError, match=f"'{clash}' chooses by what an answer"):
+        session_of(target, pool, f"share:seldom:{clash}")
 
 
 def test_what_is_kept_of_requests_of_one_kind_goes_with_their_scope(
