@@ -353,9 +353,8 @@ class Batch:
 
     def _only_drafter(self, slot: Slot, ordinal: int) -> int | None:
         """The member of a pool that alone shall read a request; None for all."""
-        # Whoever goes on from a kept row, or from suggestions alone, may be another.
-        is_keeping = self._kept is not None and self._kept.is_keeping
-        if self._rests is None or is_keeping or slot.request.prediction_ids:
+        # Steps along a prediction are of suggestions alone, and would miss its drafter.
+        if self._rests is None or slot.request.prediction_ids:
             return None
 
         number = self._rests(slot.as_row(), ordinal)
@@ -402,7 +401,7 @@ class Batch:
         """Begins behind what another row has of the prompt, if there is one."""
         slot.draft_number = kept.draft_number(draft)
         reading = reading._replace(is_to_keep=kept.is_keeping)
-        found = kept.find(slot.request.scope, slot.request.prompt_ids)
+        found = kept.find(slot.request.scope, slot.request.prompt_ids, slot.only)
         # More than all but the last token cannot be found.
         most = len(slot.request.prompt_ids) - 1
         if found is None or found.num_tokens < most:
@@ -756,7 +755,8 @@ class Batch:
         # behind the answer is not looked at.
         ids = (*slot.request.prompt_ids, *slot.token_ids)
         copy = lambda capacity: self._engine.keep(state, number, capacity)
-        self._kept.add(slot.request.scope, ids, slot.draft_number, copy)
+        scope = slot.request.scope
+        self._kept.add(scope, ids, slot.draft_number, copy, slot.only)
 
 
 def _has_same_prompt(running: Slot, new: Slot) -> bool:

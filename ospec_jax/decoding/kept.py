@@ -48,12 +48,14 @@ class KeptRow(NamedTuple):
     Attributes:
       ids: Its prompt and answer. The caches hold all but the last one.
       caches: Of one row, in as few slots as are compiled for.
+      only: The member of a pool that alone has run over it; None for all.
     """
 
     scope: int
     ids: np.ndarray
     caches: RowCaches
     num_bytes: int
+    only: int | None = None
 
 
 class Found(NamedTuple):
@@ -126,10 +128,18 @@ class KeptRows:
         self._rows.clear()
         return self._number
 
-    def find(self, scope: int, ids: Sequence[int]) -> Found | None:
-        """The row of a scope that has most of a prompt's first tokens."""
+    def find(
+        self, scope: int, ids: Sequence[int], only: int | None = None
+    ) -> Found | None:
+        """The row of a scope that has most of a prompt's first tokens.
+
+        Args:
+          only: The member of a pool that will run over the rest; None for all, who must
+            have run over the row.
+        """
         prompt = np.asarray(ids, np.int32)
-        own = [row for row in self._rows if row.scope == scope]
+        wanted = (None, only)
+        own = [row for row in self._rows if row.scope == scope and row.only in wanted]
         # Of equal ones the newest.
         best = max(
             own[::-1], key=lambda row: _num_common(row.ids, prompt), default=None
@@ -153,6 +163,7 @@ class KeptRows:
         ids: Sequence[int],
         draft_number: int,
         copy: Callable[[int], RowCaches],
+        only: int | None = None,
     ) -> None:
         """Keeps a row.
 
@@ -160,13 +171,15 @@ class KeptRows:
           ids: Its prompt and answer.
           draft_number: As it was when the row began.
           copy: Given a number of slots, the row's caches in so many.
+          only: The member of a pool that alone has run over it; None for all.
         """
         fitting = [size for size in self.capacities if size >= len(ids) - 1]
         if draft_number != self._number or not fitting or not self.max_bytes:
             return
 
         own = np.asarray(ids, np.int32)
-        for row in [row for row in self._rows if row.scope == scope]:
+        whose = scope, only
+        for row in [row for row in self._rows if (row.scope, row.only) == whose]:
             num_common = _num_common(row.ids, own)
             if num_common == len(own):
                 self._use(row)
@@ -181,7 +194,7 @@ class KeptRows:
 
         caches = copy(fitting[0])
         self._bytes_of[fitting[0]] = caches.num_bytes
-        self._rows.append(KeptRow(scope, own, caches, caches.num_bytes))
+        self._rows.append(KeptRow(scope, own, caches, caches.num_bytes, only))
         while self.num_bytes > self.max_bytes:
             del self._rows[0]
 

@@ -67,6 +67,25 @@ def test_a_scope_finds_its_own_rows_alone():
     assert len(kept) == 1
 
 
+def test_who_was_run_over_by_one_is_good_for_that_one():
+    """In a pool: what the others of its members miss would be judged as theirs."""
+    kept = rows()
+    kept.add(0, [1, 2, 3, 4], 0, copy_of, only=1)
+    lengths = [
+        0 if found is None else found.num_tokens
+        for found in (kept.find(0, [1, 2, 3, 4, 5], only) for only in (None, 0, 1))
+    ]
+    assert lengths == [0, 0, 3]
+
+    # A turn that all have run over is good for each, and does not take another's place.
+    kept.add(0, [1, 2, 3, 4, 5, 6], 0, copy_of)
+    assert len(kept) == 2
+    for only in (None, 0, 1):
+        found = kept.find(0, [1, 2, 3, 4, 5, 6, 7], only)
+        assert found is not None
+        assert found.num_tokens == 5
+
+
 def test_who_was_not_used_for_longest_goes():
     kept = rows(max_slots=24)
     for first in (1, 2, 3):
