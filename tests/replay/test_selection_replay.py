@@ -11,6 +11,7 @@ import pytest
 from ospec_jax import Session, TreeConfig, load_draft
 from ospec_jax.cli import streams as cli
 from ospec_jax.config import ConfigError
+from ospec_jax.control import selection
 from ospec_jax.data.prompts import parse_prompt, write_prompts
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.loading import LoadedDraft, pool_draft
@@ -72,11 +73,16 @@ REPLAYED = (
     "normalhedge:domain",
     "share:opening",
     "share:similar",
+    "normalhedge:domain:seldom",
 )
 
 
 @pytest.mark.parametrize("name", REPLAYED)
-def test_replays_come_to_what_decoding_does(target, pool, recording, name):
+def test_replays_come_to_what_decoding_does(
+    target, pool, recording, name, monkeypatch
+):
+    # So few that the second answer is not judged.
+    monkeypatch.setattr(selection, "SETTLED", 5)
     session = Session(
         target,
         pool,
@@ -93,6 +99,10 @@ def test_replays_come_to_what_decoding_does(target, pool, recording, name):
         weights = session.chooser.state.weights
         np.testing.assert_allclose(found.weights[-1], weights)
         assert found.num_switches == session.chooser.state.num_switches
+    if name.endswith("seldom"):
+        # The first one is, and the third, whose domain is another; a window is two long.
+        judged = sum(answers[i].num_tokens - 1 - 1 for i in (0, 2))
+        assert session.chooser.state.shared.num_windows == judged > 5
     if ":" in name and not name.startswith("fixed"):
         state = session.chooser.state
         assert len(state.keys) == len(dict.fromkeys(state.keys)) == session_keys(name)
@@ -101,7 +111,7 @@ def test_replays_come_to_what_decoding_does(target, pool, recording, name):
 
 def session_keys(name):
     """Domains of the prompts, or their openings."""
-    if name.endswith("domain"):
+    if "domain" in name:
         return len({prompt.domain for prompt in PROMPTS})
     return len(PROMPTS)
 
