@@ -747,13 +747,16 @@ class Batch:
         if self._kept is None or not self._kept.is_keeping or slot.request.is_practice:
             return
 
-        # What is kept is whole.
-        self._catch_up()
         state = self._state
         assert state is not None, "a batch with rows has a state"
         # A row that ended with a stop string may have gone on on the device. What lies
-        # behind the answer is not looked at.
+        # behind the answer is not looked at. Nor is what the draft has not run over:
+        # to catch up, for all rows, takes more than to run these tokens once more.
         ids = (*slot.request.prompt_ids, *slot.token_ids)
+        ids = ids[: max(len(ids) - self._num_behind, 0)]
+        if not ids:
+            return
+
         copy = lambda capacity: self._engine.keep(state, number, capacity)
         scope = slot.request.scope
         self._kept.add(scope, ids, slot.draft_number, copy, slot.only)
