@@ -34,7 +34,7 @@ from ospec_jax.loading import LoadedDraft, check_draft, load_draft
 from ospec_jax.models.hub import load_target
 from ospec_jax.session import Session
 from ospec_jax.session.arguments import as_share
-from ospec_jax.session.how_much import JOINT, MARGINAL
+from ospec_jax.session.how_much import JOINT, LOAD, MARGINAL
 from ospec_jax.storage.policies import load_policies
 
 Own = tyro.conf.arg(prefix_name=False)
@@ -113,12 +113,13 @@ class DraftingFlags:
         auto is short for --controller auto.
       controller: What each step drafts: fixed, always the tree, which is the default;
         auto, a chain of the depth that pays; auto:scope, auto:domain and auto:opening,
-        the same by what is known of each tenant, domain or beginning of prompts; joint,
-        like auto, and of a pool's members the one that pays; marginal, as much as pays,
-        by what the step has drafted so far: within a chain of 5, or up to
-        --num-speculative-tokens and --tree; ltd:DIR, as policies of `ospec
-        train-control` say, within the trees that they were taught on, or --tree
-        dynamic:TOPK,NUM_TOKENS.
+        the same by what is known of each tenant, domain or beginning of prompts; load,
+        the tree or nothing, whichever pays with as many requests as run, which is the
+        default of a server with several rows; joint, like auto, and of a pool's members
+        the one that pays; marginal, as much as pays, by what the step has drafted so
+        far: within a chain of 5, or up to --num-speculative-tokens and --tree; ltd:DIR,
+        as policies of `ospec train-control` say, within the trees that they were taught
+        on, or --tree dynamic:TOPK,NUM_TOKENS.
       learn_control: Share of decoding's time in which the policies of --controller
         ltd:DIR go on learning, from every verified step, like 0.01; by default they
         stay as they are.
@@ -224,7 +225,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
           ConfigError: The flags contradict each other.
         """
         asked = self.num_speculative_tokens
-        known = (*CONTROLLERS, JOINT)
+        known = (*CONTROLLERS, JOINT, LOAD)
         if self.controller not in (None, *known) and not self.policies:
             raise ConfigError(
                 f"unknown controller {self.controller!r}; use {', '.join(known)} or "
@@ -237,10 +238,10 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
                 f"--controller {self.controller} contradicts --num-speculative-tokens "
                 f"auto; leave one of the two out"
             )
-        if self.controller == "fixed" and asked == "auto":
+        if self.controller in ("fixed", LOAD) and asked == "auto":
             raise ConfigError(
-                "--controller fixed contradicts --num-speculative-tokens auto; give a "
-                "number, or leave one of the two out"
+                f"--controller {self.controller} contradicts --num-speculative-tokens "
+                f"auto; give a number, or leave one of the two out"
             )
         if is_auto(self.controller) and asked not in (None, "auto"):
             raise ConfigError(
@@ -268,7 +269,8 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
     @property
     def session_controller(self) -> str | None:
         """The controller that a session is given; the tree says the rest."""
-        is_own = self.is_within_step or self._is_keyed or self.controller == JOINT
+        is_own = self.is_within_step or self._is_keyed
+        is_own |= self.controller in (JOINT, LOAD)
         return self.controller if is_own else self.select
 
     @functools.cached_property
@@ -353,7 +355,7 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
                 f"--select {self.select} chooses among the drafts of a pool, and "
                 f"--draft is {self.draft!r}; use --draft pool:A+B"
             )
-        if self.controller in ("fixed", JOINT) or self._is_keyed:
+        if self.controller in ("fixed", JOINT, LOAD) or self._is_keyed:
             raise ConfigError(
                 f"--select {self.select} contradicts --controller {self.controller}; "
                 f"leave one of the two out"

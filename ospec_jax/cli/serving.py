@@ -31,9 +31,12 @@ from ospec_jax.data.prompts import read_prompts
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.reports.progress import Interrupt, progress_bar, say
 from ospec_jax.serving.settings import HttpConfig, ServiceConfig
+from ospec_jax.session.how_much import LOAD
 from ospec_jax.session.session import Session
 from ospec_jax.storage import checkpoint
 
+_NOT_LEFT_OUT = ("none", "pool:", "mixed:", "longer:")
+"""Drafts of which no step can do without, for one reason or another."""
 _GRACE = 10.0
 """Seconds that answers may still take behind a signal."""
 
@@ -166,8 +169,25 @@ def serve(
         )
 
     hold(checkpoint_dir)
+    decoding = by_load(decoding)
     session = _open(decoding, rule, checkpoint_dir, learn_idle, promote)
     _run(session, config, http)
+
+
+def by_load(decoding: Decoding) -> Decoding:
+    """Has a server draft where that pays with as many requests as run.
+
+    Whoever says how much is drafted has it drafted.
+    """
+    said = (decoding.controller, decoding.select, decoding.num_speculative_tokens)
+    is_chain = decoding.tree == "chain" and not decoding.draft.startswith(_NOT_LEFT_OUT)
+    if any(one is not None for one in said) or not is_chain:
+        return decoding
+    # One request at a time: there is no load.
+    if decoding.batch_size == 1:
+        return decoding
+
+    return dataclasses.replace(decoding, controller=LOAD)
 
 
 def _open(

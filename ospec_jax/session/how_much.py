@@ -33,6 +33,7 @@ from ospec_jax.storage.policies import PolicyMeta, load_policies
 MARGINAL = "marginal"
 POLICIES = "ltd"
 JOINT = "joint"
+LOAD = "load"
 _JUDGED_BY_TIME = "leader:time"
 
 
@@ -92,6 +93,9 @@ def resolve(
         if not learn_control:
             _warn_of_policies(folder, meta, batch_size)
         return _policies(tree, draft, policies, learn_control)
+    if controller == LOAD:
+        tree = _tree_or_none(tree, draft)
+        controller = None
     if controller == JOINT:
         tree = tree or TreeConfig.auto()
         controller = _JUDGED_BY_TIME if draft is not None and draft.pool else None
@@ -109,6 +113,21 @@ def resolve(
         )
 
     return HowMuch(tree, controller, stop_fn, size_fn or all_drafted)
+
+
+def _tree_or_none(tree: TreeConfig | None, draft: LoadedDraft | None) -> TreeConfig:
+    """A tree that a step may leave out, as a whole."""
+    tree = tree or TreeConfig(num_steps=3 if draft else 0)
+    if tree.depths:
+        raise ConfigError(
+            f"the controller {LOAD!r} drafts a tree or nothing, and this one's depth "
+            f"is chosen from {tree.depths}; give a number of speculative tokens, or "
+            f"use the controller 'auto'"
+        )
+    if draft is None or not tree.num_steps:
+        return tree
+
+    return dataclasses.replace(tree, depths=(0, tree.num_steps))
 
 
 def _marginal(tree: TreeConfig | None, draft: LoadedDraft | None) -> HowMuch:

@@ -13,6 +13,9 @@ import pytest
 from server_process import OSPEC, server, write_model
 from test_cli import run_here
 
+from ospec_jax.cli.arguments import Decoding
+from ospec_jax.cli.serving import by_load
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -69,6 +72,23 @@ def test_what_cannot_be_served_is_said_in_a_line(folder, tmp_path, capsys):
     ):
         assert run_here(*common, *flags) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "controller"),
+    [
+        ({}, "load"),
+        ({"batch_size": 1}, None),
+        ({"draft": "none"}, None),
+        ({"draft": "longer:ngram,shipped"}, None),
+        ({"num_speculative_tokens": 3}, None),
+        ({"controller": "fixed"}, "fixed"),
+        ({"tree": "static:2,1"}, None),
+    ],
+)
+def test_a_server_drafts_as_its_load_says_unless_it_is_told(flags, controller):
+    decoding = Decoding(**({"batch_size": 8} | flags))
+    assert by_load(decoding).controller == controller
 
 
 def test_a_load_without_a_server_says_so(tmp_path, capsys):

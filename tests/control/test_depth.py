@@ -243,6 +243,17 @@ def test_greedy_output_does_not_depend_on_depths(target, draft, plain, batch_siz
     assert session.stats.num_accepted_tokens > 0
 
 
+def test_by_load_the_tree_is_drafted_or_nothing(target, draft, plain):
+    session = Session(target, draft, num_speculative_tokens=2, controller="load")
+    assert session.tree.depths == (0, 2)
+    assert answers(session) == plain
+    deep = Session(target, draft, controller="load")
+    assert deep.tree.depths == (0, 3)
+    assert Session(target, controller="load").tree == TreeConfig(num_steps=0)
+    with pytest.raises(ConfigError, match="drafts a tree or nothing"):
+        Session(target, draft, tree=TreeConfig.auto(), controller="load")
+
+
 def test_drafts_are_right_after_plain_steps():
     """A model that drafts for itself is always right, unless its cache has holes."""
     target, depths = tiny_target(16), (0, 1, 3)

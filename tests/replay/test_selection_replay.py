@@ -78,9 +78,7 @@ REPLAYED = (
 
 
 @pytest.mark.parametrize("name", REPLAYED)
-def test_replays_come_to_what_decoding_does(
-    target, pool, recording, name, monkeypatch
-):
+def test_replays_come_to_what_decoding_does(target, pool, recording, name, monkeypatch):
     # So few that the second answer is not judged.
     monkeypatch.setattr(selection, "SETTLED", 5)
     session = Session(
@@ -100,7 +98,7 @@ def test_replays_come_to_what_decoding_does(
         np.testing.assert_allclose(found.weights[-1], weights)
         assert found.num_switches == session.chooser.state.num_switches
     if name.endswith("seldom"):
-        # The first one is, and the third, whose domain is another; a window is two long.
+        # Of the first, and of the third, whose domain is another; windows are two long.
         judged = sum(answers[i].num_tokens - 1 - 1 for i in (0, 2))
         assert session.chooser.state.shared.num_windows == judged > 5
     if ":" in name and not name.startswith("fixed"):
