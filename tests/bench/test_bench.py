@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from ospec_jax import Session, load_draft
 from ospec_jax.bench import passes
 from ospec_jax.bench.harness import UNPADDED, BenchConfig, run_bench
 from ospec_jax.bench.passes import Machine, measure_machine, roofline
@@ -157,6 +158,14 @@ def test_long_passes_are_timed_in_fewer_rounds(monkeypatch):
     monkeypatch.setattr(passes, "_ENOUGH_SECONDS", -1.0)
     assert list(passes._rounds(16)) == list(range(passes._FEWEST_ROUNDS))
     assert list(passes._rounds(2)) == [0, 1]
+
+
+def test_steps_of_a_pool_are_timed_as_they_run(target):
+    """A step is given the member that drafts alone."""
+    draft = load_draft("pool:ngram+suffix", target)
+    session = Session(target, draft, controller="share")
+    found = passes.measure_passes({"it": session}, num_rounds=3)
+    assert min(found["it"]) > 0
 
 
 def test_ratios_are_also_to_the_faster_plain_decoding(target):
