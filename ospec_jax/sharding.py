@@ -31,6 +31,7 @@ from ospec_jax.config import ConfigError, DraftConfig, ModelConfig
 P = PartitionSpec
 AXES = ("data", "model")
 _AUTO = (AxisType.Auto,) * len(AXES)
+_FUSED = re.compile(r"(qkv_proj|gate_up_proj)/(kernel|scale|bias)$")
 AnyMesh = Mesh | AbstractMesh
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
@@ -45,6 +46,14 @@ PARAM_RULES: Rules = (
 
 They describe the last axes: stacked layers have one more in front. What no rule names
 (norms, vocabularies, n-grams, counters, the ring) is on every device.
+"""
+OPTIMIZER_STATE = re.compile(r"(^|/)opt_state/")
+"""Names of what a learner's rule remembers, such as moments.
+
+Devices of the `data` axis have the same draft, and would all remember the same of it.
+Each keeps a share instead, steps that share of the parameters, and sends it to the
+others (ZeRO's first stage, arXiv 1910.02054): once an update, since decoding reads the
+parameters at each step and they stay where the rules above put them.
 """
 STATE_RULES: Rules = ((r"(keys|values)(/\d+)?$", P("data", "model", None, None)),)
 """Of decoding state; what they do not name is split by rows."""
@@ -119,6 +128,38 @@ def check_model(
             )
 
 
+def check_state(mesh: AnyMesh | None, state: Any, params: Any, who: str) -> None:
+    """Refuses a learner's state that cannot be put into another mesh's order of rows.
+
+    Args:
+      params: Of the draft, whose names the state's arrays end with.
+
+    Raises:
+      ConfigError: It summarises fused products, by row or by column, as factored
+        optimizers do; which of them a vector is about, its name does not say.
+    """
+    if num_groups(mesh) == 1:
+        return
+
+    named = lambda tree: {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    fused = {
+        name: shape for name, shape in named(params).items() if _FUSED.search(name)
+    }
+
+    for name, shape in named(state).items():
+        for end, whole in fused.items():
+            if name.endswith(f"/{end}") and shape[-len(whole) :] != whole:
+                raise ConfigError(
+                    f"{who} keeps {end} as an array of {shape}, not of {whole}, and "
+                    f"its rows have no order that model={num_groups(mesh)} could "
+                    f"split; use another optimizer, like adam, or give all devices to "
+                    f"the data axis"
+                )
+
+
 def check_batch(mesh: AnyMesh | None, batch_size: int) -> None:
     """Refuses a batch of nothing, or one that the `data` axis does not divide.
 
@@ -155,9 +196,40 @@ def _spec(
     )
 
 
+def _split_over_data(x, mesh: AnyMesh, spec: PartitionSpec) -> PartitionSpec:
+    """Also splits the largest axis that is whole, if the `data` axis divides it."""
+    # A vector's share would be sent for longer than it takes to read the vector.
+    if mesh.shape["data"] == 1 or x.ndim < 2:
+        return spec
+
+    axes = [*spec, *[None] * (x.ndim - len(spec))]
+    fitting = [
+        axis
+        for axis, size in enumerate(x.shape)
+        if axes[axis] is None and size % mesh.shape["data"] == 0
+    ]
+    if not fitting:
+        return spec
+
+    axes[max(fitting, key=lambda axis: x.shape[axis])] = "data"
+
+    return P(*axes)
+
+
 def param_shardings(tree: Any, mesh: AnyMesh) -> Any:
-    """Where parameters, or a learner's state, belong."""
-    place = lambda path, x: NamedSharding(mesh, _spec(path, x, mesh, PARAM_RULES, P()))
+    """Where parameters, or a learner's state, belong.
+
+    What an optimizer remembers is split over both axes; see `OPTIMIZER_STATE`.
+    """
+
+    def place(path, x):
+        spec = _spec(path, x, mesh, PARAM_RULES, P())
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if OPTIMIZER_STATE.search(name):
+            spec = _split_over_data(x, mesh, spec)
+
+        return NamedSharding(mesh, spec)
+
     return jax.tree_util.tree_map_with_path(place, tree)
 
 

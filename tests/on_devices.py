@@ -33,6 +33,7 @@ from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models import hub
 from ospec_jax.models.hub import load_target, scan_target, split_target
 from ospec_jax.session import Session
+from ospec_jax.session.build import grouped
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
@@ -206,8 +207,8 @@ def test_state_is_split_by_rows_and_heads():
 
 
 LEARNER = LearnerConfig(
-    optimizer="sgd", learning_rate=0.3, update_interval=20, memory_slots=64,
-    ring_capacity=8, num_candidates=8,
+    "momentum", optimizer="sgd", learning_rate=0.3, update_interval=20,
+    memory_slots=64, ring_capacity=8, num_candidates=8,
 )  # fmt: skip
 
 # Half of the devices: each of them is sent parts of every array that is saved.
@@ -245,6 +246,15 @@ def same(left, right, **tolerance):
     jax.tree.map(close, left, right)
 
 
+def num_shares(tree):
+    """In how many pieces matrices lie on different devices."""
+    return {
+        x.size // np.prod(x.sharding.shard_shape(x.shape))
+        for x in jax.tree.leaves(tree)
+        if x.ndim > 1
+    }
+
+
 def test_learning_goes_on_elsewhere_as_where_it_began(session_target, loaded, tmp_path):
     """From one device to a mesh and back; both learn the same on the way."""
     alone, _ = learned(session_target, loaded)
@@ -261,8 +271,9 @@ def test_learning_goes_on_elsewhere_as_where_it_began(session_target, loaded, tm
     ]
     assert answers[0] == answers[1]
     assert session.version == alone.version > before > 0
-    moments = jax.tree.leaves(session.state.trainer.learner.params)
-    assert any(not x.sharding.is_fully_replicated for x in moments)
+    learner = session.state.trainer.learner
+    assert num_shares(learner.params) == {2}
+    assert num_shares(learner.opt_state) == {4}
 
     session.save(tmp_path / "mesh")
     restored = load_draft(tmp_path / "mesh", session_target)
@@ -271,6 +282,18 @@ def test_learning_goes_on_elsewhere_as_where_it_began(session_target, loaded, tm
     same(restored.draft.params, alone.draft.params, atol=1e-5)
     change = jnp.abs(kernel(restored.draft) - kernel(loaded.draft)).max()
     assert change > 1e-3, "nothing was learned"
+
+    # What the optimizer remembers comes back whole, to share it among other devices.
+    wider = sharding.make_mesh("data=4,model=2")
+    shapes = jax.eval_shape(lambda: session.state.trainer)
+    found = checkpoint.load(
+        tmp_path / "mesh", session_target, learner_like=lambda *_: shapes, mesh=wider
+    )
+    assert num_shares(found.learner.learner.opt_state) == {8}
+    in_order = grouped(
+        session.state.trainer, loaded.meta.draft, split.mesh, is_inverse=True
+    )
+    same(jax.device_get(found.learner), jax.device_get(in_order), rtol=0)
 
 
 # With what `test_sharding.py` holds of two processes, the test above says as much.
@@ -282,8 +305,7 @@ def test_learning_and_its_checkpoints(session_target, loaded, tmp_path):
     session, found = learned(split, loaded)
     assert found == tokens
     assert session.version == alone.version > 0
-    moments = jax.tree.leaves(session.state.trainer.learner.params)
-    assert any(not x.sharding.is_fully_replicated for x in moments)
+    assert num_shares(session.state.trainer.learner.opt_state) == {4}
 
     # Written under a mesh, read without one.
     session.save(tmp_path / "mesh")
@@ -309,7 +331,8 @@ def test_learning_and_its_checkpoints(session_target, loaded, tmp_path):
     assert back.version > session.version
 
 
-def test_an_update_gathers_no_weight(session_target, loaded):
+def test_an_update_sends_each_weight_once(session_target, loaded):
+    """To those who share its moments; besides, gradients alone are summed."""
     split = split_target(session_target, sharding.make_mesh(LEARNING))
     session, _ = learned(split, loaded)
     windows, now = session.trainer.update.__self__, session.state
@@ -323,9 +346,15 @@ def test_an_update_gathers_no_weight(session_target, loaded):
         state.opt_state, state.params, state.num_updates, *args
     ).compile()
     weights = shapes_of_weights((split.params, session.draft.params))
+    held = [
+        x.sharding.shard_shape(x.shape)
+        for x in jax.tree.leaves(state.params)
+        if x.ndim > 1
+    ]
     for kind, shape in collectives(compiled):
-        # Gradients are summed over `data`: those all-reduces are due.
-        assert kind == "all-reduce" or tuple(sorted(shape)) not in weights
+        if tuple(sorted(shape)) in weights and kind != "all-reduce":
+            assert kind == "all-gather"
+            held.remove(shape)
 
 
 def test_what_a_mesh_does_not_divide_is_refused(session_target, loaded):

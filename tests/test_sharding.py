@@ -18,6 +18,7 @@ from on_devices import SIZES, draft_config, learned, open_session, same
 from ospec_jax import sharding
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.drafters.registry import build_drafter
+from ospec_jax.learners.optimizers import make_optimizer
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models.layers import split_groups
 from ospec_jax.storage import checkpoint
@@ -110,6 +111,19 @@ def test_meshes_that_cannot_be_read(text):
 def test_meshes_that_are_too_large():
     with pytest.raises(ConfigError, match="takes 4096 devices, but there"):
         sharding.make_mesh("data=64,model=64")
+
+
+def test_summaries_of_fused_rows_are_refused():
+    params = {"layer": {"qkv_proj": {"kernel": jnp.ones((256, 128))}}}
+    mesh = lambda *sizes: jax.sharding.AbstractMesh(sizes, sharding.AXES)
+    state = lambda name: jax.eval_shape(make_optimizer(name, 0.1).init, params)
+    experts = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.stack([x] * 3), params))
+    for fitting in (state("adam"), state("muon"), {"experts": experts}):
+        sharding.check_state(mesh(1, 2), fitting, params, "it")
+
+    sharding.check_state(mesh(2, 1), state("adafactor"), params, "it")
+    with pytest.raises(ConfigError, match="it keeps layer/qkv_proj.*model=2.*adam"):
+        sharding.check_state(mesh(1, 2), state("adafactor"), params, "it")
 
 
 def test_the_remedy_names_what_fits():

@@ -217,10 +217,16 @@ class Windows:
         self._batching = _compiled_batching(config, mesh)
 
     def init(self, draft: Draft) -> tuple[WindowsState, Traffic]:
-        """A state that has seen nothing."""
+        """A state that has seen nothing.
+
+        Raises:
+          ConfigError: The mesh cannot split what the optimizer remembers.
+        """
         config = self.config
         zero = jnp.zeros((), jnp.int32)
         learner = _owned(self.learner.init(draft.params))
+        who = f"the optimizer of the learner {self.label}"
+        sharding.check_state(self.mesh, learner.opt_state, draft.params, who)
         state = WindowsState(
             *new_counts(),
             learner=learner,
