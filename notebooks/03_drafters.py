@@ -22,6 +22,23 @@
 # fetches SmolLM2-135M (98 MB, once) and takes about two minutes on two cores.
 
 # %%
+# Which device is here? In Colab this installs the package that fits it.
+import glob
+import importlib.util
+import subprocess
+import sys
+
+PLACES = {"tpu": "/dev/accel* /dev/vfio/[0-9]*", "cuda": "/dev/nvidia[0-9]*"}
+found = [name for name, places in PLACES.items() if any(map(glob.glob, places.split()))]
+package = f"ospec-jax[{found[0]}]" if found else "ospec-jax"
+if importlib.util.find_spec("ospec_jax") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
+
+import jax
+
+print(f"{package} is for this machine; jax runs on {jax.devices()}")
+
+# %%
 import jax
 import matplotlib.pyplot as plt
 import numpy as np

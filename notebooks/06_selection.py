@@ -19,8 +19,23 @@
 # need that: the target has said what comes at every emitted token, and what each
 # draft would have drafted there costs no pass of the target. Here both follow the
 # same stream. Nothing is downloaded, and it takes about a minute on two cores.
-#
-# In Colab, first run `!pip install ospec-jax`.
+
+# %%
+# Which device is here? In Colab this installs the package that fits it.
+import glob
+import importlib.util
+import subprocess
+import sys
+
+PLACES = {"tpu": "/dev/accel* /dev/vfio/[0-9]*", "cuda": "/dev/nvidia[0-9]*"}
+found = [name for name, places in PLACES.items() if any(map(glob.glob, places.split()))]
+package = f"ospec-jax[{found[0]}]" if found else "ospec-jax"
+if importlib.util.find_spec("ospec_jax") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
+
+import jax
+
+print(f"{package} is for this machine; jax runs on {jax.devices()}")
 
 # %%
 import warnings

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every notebook runs from top to bottom, and is in step with its text form."""
 
+import fnmatch
+import glob
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
@@ -85,3 +90,35 @@ def test_notebook_shows_results_and_nothing_of_whoever_ran_it(source):
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not any("site-packages" in str(output) for output in outputs)
     assert not any(output.output_type == "error" for output in outputs)
+
+
+def first_code_of(source):
+    cells = jupytext.read(source).cells
+    return next(cell.source for cell in cells if cell.cell_type == "code")
+
+
+def test_all_begin_with_the_same_look_at_the_device():
+    assert len({first_code_of(source) for source in SOURCES}) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "package"),
+    [
+        ("/dev/nvidia0", "ospec-jax[cuda]"),
+        ("/dev/accel0", "ospec-jax[tpu]"),
+        ("/dev/vfio/0", "ospec-jax[tpu]"),
+        ("/dev/tty", "ospec-jax"),
+    ],
+)
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_what_fits_the_device_is_installed_where_it_is_missing(
+    place, package, is_installed, monkeypatch, capsys
+):
+    commands = []
+    monkeypatch.setattr(glob, "glob", lambda wanted: fnmatch.filter([place], wanted))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: is_installed or None)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **how: commands.append(args))
+    exec(first_code_of(SOURCES[0]), {})
+    wanted = [sys.executable, "-m", "pip", "install", "-q", package]
+    assert commands == ([] if is_installed else [(wanted,)])
+    assert capsys.readouterr().out.startswith(f"{package} is for this machine")
