@@ -183,6 +183,25 @@ def test_messages_name_flags_that_there_are():
     assert named - known == set()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_that_are_shown_have_these_flags(page):
+    if page == MOVED:
+        return
+    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for line in "\n".join(blocks).splitlines():
+        shown = re.search(r"(?:^|[=\d] )ospec ([\w-]+)(.*)", line)
+        if shown is None or shown[1] not in TOOL["COMMANDS"]:
+            assert shown is None, line
+            continue
+        function = TOOL["COMMANDS"][shown[1]]
+        flags = list(TOOL["own_flags"](function))
+        if TOOL["has_shared_flags"](function):
+            flags += SHARED_FLAGS
+        known = {name for flag in flags for name in flag.name.split(", ")}
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", shown[2]))
+        assert named <= known | {"--help"}, line
+
+
 def test_the_families_are_listed():
     from ospec_jax.drafters.registry import FAMILIES
 
