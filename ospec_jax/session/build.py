@@ -117,6 +117,12 @@ def assembled(
     menu = drafting.menu
     if rule.is_judging:
         _check_judging(draft, tree, menu)
+        if rule.rests is not None and judge_every == 1:
+            raise ConfigError(
+                "judge_every is 1, so all members run at every step, and the controller "
+                "would have most answers read by one alone (seldom); judge every 2 "
+                "steps or more, or leave 'seldom' out"
+            )
         if judge_every > 1:
             menu = _between_judgings(draft, drafting, tree, num_predicted_tokens)
             longest = max(action.tree.num_steps for action in menu) + 1

@@ -120,6 +120,11 @@ def test_who_chooses_by_each_answer_cannot_look_seldom(target, pool, clash):
         session_of(target, pool, f"share:seldom:{clash}")
 
 
+def test_who_judges_each_step_cannot_look_seldom(target, pool):
+    with pytest.raises(ConfigError, match="judge_every is 1"):
+        session_of(target, pool, "share:seldom", judge_every=1)
+
+
 def test_what_is_kept_of_requests_of_one_kind_goes_with_their_scope(
     target, pool, tmp_path
 ):
