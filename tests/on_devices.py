@@ -33,7 +33,9 @@ from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models import hub
 from ospec_jax.models.hub import load_target, scan_target, split_target
 from ospec_jax.session import Session
+from ospec_jax.session.arguments import as_prompts
 from ospec_jax.session.build import grouped
+from ospec_jax.session.live import Live
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
@@ -329,6 +331,29 @@ def test_learning_and_its_checkpoints(session_target, loaded, tmp_path):
     assert kernel(back.draft).sharding == kernel(session.draft).sharding
     list(back.generate(["more", "of", "the", "same"], 20))
     assert back.version > session.version
+
+
+@pytest.mark.thorough
+def test_whoever_comes_when_is_answered_as_alone(session_target, loaded):
+    """As a server has them; see `session/test_live.py`."""
+    prompts = ["abc", "xyz", "one, two, " * 20, "one, two, " * 21, "again", "abc d"]
+    plain = [r.token_ids for r in Session(session_target).generate(prompts, 20)]
+    split = split_target(session_target, sharding.make_mesh(LEARNING))
+    session = open_session(split, loaded)
+    live = Live(session, (256, 512), kept_bytes=1 << 24)
+    pairs = list(session.requests(as_prompts(prompts), 20, SamplingConfig()))
+    prompt_of = {id(request): prompt for prompt, request in pairs}
+    arriving = iter(pairs)
+    answers = {}
+    while len(answers) < len(pairs):
+        if live.num_free and (pair := next(arriving, None)):
+            live.join(pair[1])
+        for done in live.turn():
+            prompt = prompt_of[id(done.request)]
+            session.take_in(prompt, done, session.text_of(done))
+            answers[prompt.id] = done.token_ids
+    assert [answers[prompt.id] for prompt, _ in pairs] == plain
+    assert session.version > 0
 
 
 def test_an_update_sends_each_weight_once(session_target, loaded):
