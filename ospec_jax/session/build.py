@@ -119,7 +119,7 @@ def assembled(
         _check_judging(draft, tree, menu)
         if rule.rests is not None and judge_every == 1:
             raise ConfigError(
-                "judge_every is 1, so all members run at every step, and the controller "
+                "judge_every is 1, so all members run at every step, and the rule "
                 "would have most answers read by one alone (seldom); judge every 2 "
                 "steps or more, or leave 'seldom' out"
             )
