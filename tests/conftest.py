@@ -12,11 +12,14 @@ import jax
 import pytest
 
 from ospec_jax.models.hub import enable_compilation_cache
-from ospec_jax.models.sharing import forget_programs, own_programs
+from ospec_jax.models.sharing import forget_programs, keep_programs, own_programs
 from ospec_jax.session import live, session
 
 enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# An engine asks for steps and passes of each kind, of which a test runs one or two:
+# with what suffices for users, those of ten engines would be all that is kept.
+keep_programs(2_000)
 # Nobody profiles these programs: they need not know which lines they came from.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 

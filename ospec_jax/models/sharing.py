@@ -46,6 +46,16 @@ def _keeping(build: Callable) -> Callable:
     return functools.lru_cache(maxsize=_NUM_KEPT)(build)
 
 
+def keep_programs(number: int) -> None:
+    """Lets each builder keep so many from now on, and forgets what is shared.
+
+    For a process of many engines: each asks for a dozen, most of which never run.
+    """
+    global _NUM_KEPT
+    _NUM_KEPT = number
+    _SHARED.update({build: _keeping(build) for build in _SHARED})
+
+
 def forget_programs() -> None:
     """Lets go of all that is shared; what is in use stays with its users."""
     for kept in _SHARED.values():

@@ -6,7 +6,13 @@ import pytest
 from ospec_jax import LearnerConfig, Session, TreeConfig
 from ospec_jax.drafters.eagle import eagle3
 from ospec_jax.loading import LoadedDraft
-from ospec_jax.models.sharing import forget_programs, own_programs, share
+from ospec_jax.models import sharing
+from ospec_jax.models.sharing import (
+    forget_programs,
+    keep_programs,
+    own_programs,
+    share,
+)
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 
@@ -31,6 +37,19 @@ def test_programs_of_ones_own_leave_the_others_where_they_are():
         forget_programs()
         assert build(1) is not own
     assert build(1) is first
+
+
+def test_who_builds_more_keeps_more(monkeypatch):
+    monkeypatch.setattr(sharing, "_NUM_KEPT", sharing._NUM_KEPT)
+    monkeypatch.setattr(sharing, "_SHARED", {})
+    build = share(lambda *args: object())
+    for number, num_left in ((2, 2), (5, 5)):
+        keep_programs(number)
+        built = [build(i) for i in range(7)]
+        # Those of one's latest arguments, from the latest on.
+        again = [build(i) is built[i] for i in reversed(range(7 - num_left, 7))]
+        assert all(again)
+        assert build(0) is not built[0]
 
 
 @pytest.mark.parametrize(
