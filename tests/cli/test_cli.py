@@ -605,7 +605,7 @@ def test_policies_are_taught_and_decode(
     assert ospec("bench", "--controllers", f"ltd:{out}", *learns) == 2
     assert "are for serving, and bench compares" in capsys.readouterr().err
     assert ospec(*asked, "--controller", "ltx") == 2
-    assert "marginal, joint or ltd:DIR" in capsys.readouterr().err
+    assert "marginal, joint, load or ltd:DIR" in capsys.readouterr().err
     assert ospec("bench", "--controller", f"ltd:{out}") == 2
     assert f"use --controllers ltd:{out}" in capsys.readouterr().err
 
