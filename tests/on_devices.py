@@ -46,8 +46,8 @@ PROMPTS = [(1, 2, 3), tuple(np.arange(70) % VOCAB), (5, 4), (9, 9, 9, 1, 0, 2)]
 ODD = dict(has_qk_norm=True, has_qkv_bias=True, tie_embeddings=True)
 TREES = {
     "plain": TreeConfig(num_steps=0),
-    "chain": TreeConfig(num_steps=3),
-    "dynamic": TreeConfig("dynamic", 3, topk=4, num_draft_tokens=12),
+    "chain": TreeConfig(num_steps=2),
+    "dynamic": TreeConfig("dynamic", 2, topk=4, num_draft_tokens=8),
 }
 
 
@@ -182,7 +182,8 @@ def test_no_weight_moves(precision, is_scanned):
     moved = [shape for _, shape in found if tuple(sorted(shape)) in weights]
     assert not moved
     # Two all-reduces of a layer's rows, in target and draft; one for the embedding.
-    rows = [s for kind, s in found if kind == "all-reduce" and s == (2, 4, 40)]
+    whole = 2, 1 + TREES["chain"].num_steps, 40
+    rows = [s for kind, s in found if kind == "all-reduce" and s == whole]
     num_layers = 1 if is_scanned else target.config.num_layers
     assert len(rows) == 2 * num_layers + 1 + 4
 
@@ -232,7 +233,9 @@ def loaded(session_target):
 
 def open_session(target, loaded, **kwargs):
     """Without the longer step that predictions have: it is one of the same kind."""
-    how = dict(learner=LEARNER, batch_size=4, num_predicted_tokens=0)
+    how = dict(
+        learner=LEARNER, tree=TREES["chain"], batch_size=4, num_predicted_tokens=0
+    )
     return Session(target, loaded, **how | kwargs)
 
 

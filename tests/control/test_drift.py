@@ -176,11 +176,14 @@ def answers(session):
     return [found[text] for text in PROMPTS]
 
 
+# Each depth is a program.
+FEW = TreeConfig.auto((0, 1, 3))
+
+
 def open_auto(target, draft, **given):
-    tree = TreeConfig.auto()
     # Answers of tiny targets go round in circles: long steps would take most of them.
-    given = {"num_predicted_tokens": 0} | given
-    return Session(target, draft, tree=tree, controller="auto", **given)
+    given = {"num_predicted_tokens": 0, "ngrams": False} | given
+    return Session(target, draft, tree=FEW, controller="auto", **given)
 
 
 @pytest.mark.crossed
@@ -196,7 +199,8 @@ def test_output_depends_on_no_table_and_no_clock(target, draft, name, batch_size
     session = Session(
         target,
         given,
-        tree=TreeConfig.auto() if name == "auto" else None,
+        tree=None if name == "marginal" else FEW,
+        ngrams=False,
         controller=name,
         batch_size=batch_size,
         num_predicted_tokens=0,
@@ -220,7 +224,7 @@ def test_output_depends_on_no_table_and_no_clock(target, draft, name, batch_size
 
 def test_steps_are_timed_where_nothing_comes_between(target, draft):
     """A clock that ticks once a step; the first step of an answer is never timed."""
-    session = open_auto(target, draft, follow_clock=True, ngrams=False)
+    session = open_auto(target, draft, follow_clock=True)
     session.measure_costs()
     heard = []
     inner = session.chooser.controller
@@ -237,10 +241,10 @@ def test_steps_are_timed_where_nothing_comes_between(target, draft):
 
 
 def test_without_a_clock_nothing_is_timed(target, draft):
-    session = open_auto(target, draft, ngrams=False)
+    session = open_auto(target, draft)
     session.measure_costs()
     assert session.chooser.drift is None
-    followed = open_auto(target, draft, follow_clock=True, ngrams=False)
+    followed = open_auto(target, draft, follow_clock=True)
     # What a checkpoint tells may have been measured beside other work.
     followed.chooser.resume(session.chooser.to_json())
     assert not followed.chooser.has_costs

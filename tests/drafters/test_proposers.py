@@ -276,10 +276,11 @@ CASES = {
 
 
 # Each way of drafting once, and each way to verify with a chain, with trees and with
-# n-grams. What mixes two drafters has either, and a tree of several sizes is chosen as
-# one of a single size is.
+# n-grams. What mixes two drafters has either, one that falls back included; a tree of
+# several sizes is chosen as one of a single size is, and drawn as a static one is, of
+# which the tests above tell each token's source.
 DRAWN = ("static", "sizes", "sampled", "suffix", "fallback")
-LEFT_OUT = ("dynamic", "ngram", "exit")
+LEFT_OUT = ("dynamic", "ngram", "exit", "static", "fallback")
 
 
 @pytest.mark.parametrize(

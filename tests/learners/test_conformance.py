@@ -154,15 +154,12 @@ CASES += [
     for name, make in LEARNERS
     if name in ("gradient", "ensemble")
 ]
-# `make test` sees each family with one of the two.
-BEYOND = {
-    ("eagle1", "ensemble"),
-    ("hydra", "ensemble"),
-    ("dflash", "ensemble"),
-    ("peagle", "gradient"),
-}
+# `make test` sees the other families with the one that compiles least.
 CASES = [
-    pytest.param(case, marks=[pytest.mark.thorough] if case[:2] in BEYOND else [])
+    pytest.param(
+        case,
+        marks=[pytest.mark.thorough] * (case[0] != "eagle3" and case[1] == "ensemble"),
+    )
     for case in CASES
 ]
 

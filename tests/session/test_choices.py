@@ -201,10 +201,10 @@ def test_a_short_prompt_is_run_by_each(target, monkeypatch):
     "kept_bytes", [pytest.param(0, marks=pytest.mark.thorough), 64 * MIB]
 )
 def test_nothing_is_compiled_for_it(target, kept_bytes):
-    live = live_of(target, 2, kept_bytes, capacities=(512,))
+    live = live_of(target, kept_bytes=kept_bytes, capacities=(256,))
     live.warm_up(["greedy"])
     compiles = CompileCounter()
-    for length in (NUM_PROMPT, 300):
+    for length in (NUM_PROMPT, 190):
         found = finish(live, choices_of(text(length, length), 3))
         assert [found[id].num_reused for id in "012"] == [0, length - 1, length - 1]
     assert compiles.count == 0
