@@ -123,15 +123,16 @@ class DraftingFlags:
       learn_control: Share of decoding's time in which the policies of --controller
         ltd:DIR go on learning, from every verified step, like 0.01; by default they
         stay as they are.
-      follow_clock: Time every step while serving, for --controller auto, marginal and
-        joint: what steps take changes as others use the machine.
+      follow_clock: Time every step while serving, for --controller auto, load, marginal
+        and joint: what steps take changes as others use the machine.
       select: Which member of a pool drafts, for --draft pool:A+B: normalhedge,
         adanormalhedge, hedge, share, leader, which judge every member by every token;
         ucb, exp3, metasd, thompson, epsilon, which hear of the one that drafted;
         fixed:N. Behind colons may follow length (the default loss), time, request
         (begin anew with every answer), sample, product, raw, acceptance; scope, domain,
         opening (weights of their own for each of these), similar (each request begins
-        with a vote of similar ones). By default the first drafts.
+        with a vote of similar ones), seldom (of known kinds of requests one answer in
+        16 is judged). By default the first drafts.
       judge_every: Steps after which the members of a pool are judged together, for
         --select, by default 8; until then only the one that drafts runs.
       tree: chain, static:3,2,1 (children by depth), dynamic:TOPK,NUM_TOKENS, or the

@@ -36,7 +36,7 @@ from ospec_jax.session.session import Session
 from ospec_jax.storage import checkpoint
 
 _NOT_LEFT_OUT = ("none", "pool:", "mixed:", "longer:")
-"""Drafts of which no step can do without, for one reason or another."""
+"""Drafts for which there is no choice between drafting and not, or another rule."""
 _GRACE = 10.0
 """Seconds that answers may still take behind a signal."""
 

@@ -117,16 +117,18 @@ def assembled(
     menu = drafting.menu
     if rule.is_judging:
         _check_judging(draft, tree, menu)
-        if rule.rests is not None and judge_every == 1:
-            raise ConfigError(
-                "judge_every is 1, so all members run at every step, and the rule "
-                "would have most answers read by one alone (seldom); judge every 2 "
-                "steps or more, or leave 'seldom' out"
-            )
         if judge_every > 1:
             menu = _between_judgings(draft, drafting, tree, num_predicted_tokens)
             longest = max(action.tree.num_steps for action in menu) + 1
             num_unjudged = max(judge_every * (drafting.plain.num_steps + 1), longest)
+
+    if rule.rests is not None and not num_unjudged:
+        raise ConfigError(
+            f"the controller would have most answers read by one member of a pool "
+            f"alone (seldom), which goes with a rule that judges the others every few "
+            f"steps: is_judging is {rule.is_judging}, judge_every is {judge_every}; "
+            f"judge every 2 steps or more, or leave 'seldom' or `rests` out"
+        )
 
     # The engine is specialised to what the trainer wants recorded.
     config = StepConfig(

@@ -113,10 +113,11 @@ class Session:
       controller: What each step runs, of the tree's depths: `fixed`, `auto`, or a
         function from actions to a `control.base.Controller`; of a pool's drafters one
         of `control.selectors`, such as `normalhedge` or `ucb:time`. By default `auto`
-        where the tree has several depths, and the first drafter. `joint` chooses the
-        pool's drafter and the depth that yield most tokens a second. `marginal` chooses
-        depth and size within the step, up to those of the tree, by default a chain of
-        five; `ltd:DIR` asks policies of `ospec train-control`.
+        where the tree has several depths, and the first drafter. `load` drafts the tree
+        or nothing, whichever pays with as many rows. `joint` chooses the pool's drafter
+        and the depth that yield most tokens a second. `marginal` chooses depth and size
+        within the step, up to those of the tree, by default a chain of five; `ltd:DIR`
+        asks policies of `ospec train-control`.
       stop_fn: When a draft grows no deeper within a step, from what it has drafted so
         far: a rule of `drafters.stopping`, for chains and dynamic trees.
       size_fn: How many nodes are verified then, of a tree that has `sizes`: a rule of

@@ -12,7 +12,8 @@ from reference import forward
 from ospec_jax import LearnerConfig, SamplingConfig, Session, TreeConfig, load_draft
 from ospec_jax.config import ConfigError
 from ospec_jax.control import selection
-from ospec_jax.control.selectors import BANDITS, JUDGING
+from ospec_jax.control.base import Controller
+from ospec_jax.control.selectors import BANDITS, JUDGING, build_selector
 from ospec_jax.decoding.request import Request
 from ospec_jax.loading import pool_draft
 from ospec_jax.testing import tiny_target
@@ -108,6 +109,46 @@ def test_who_looks_seldom_has_one_answer_in_some_judged(monkeypatch):
     assert count_programs(session.engine) == compiled
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_who_rests_beside_others_gets_the_same_tokens(target, temperature):
+    """Whoever drafts when; the draft that alone has read a row stays while it runs."""
+    members = [head(target, "eagle3", seed) for seed in (0, 1)]
+    pool = pool_draft([*members, load_draft("ngram", target)], target)
+    steps = []
+
+    def turning(actions):
+        by_number = [action for action in actions if action.drafter >= 0]
+        choices = itertools.cycle(by_number)
+        return Controller(
+            actions=tuple(by_number),
+            init=lambda num_rows: None,
+            choose=lambda state, rows: next(choices),
+            observe=lambda state, action, outcome: steps.append(
+                (action.drafter, {context.domain for context, _ in outcome.parts})
+            ),
+            is_judging=True,
+            rests=lambda state, context, ordinal: context.domain == "rests",
+        )
+
+    sampling = SamplingConfig(temperature=temperature, seed=4)
+    asked = [
+        dataclasses.replace(one, domain="rests" if i % 3 == 0 else "", seed=i)
+        for i, one in enumerate(requests(30, sampling, count=6))
+    ]
+    plain = serve(Session(target), asked)
+    for batch_size in (1, 2):
+        steps.clear()
+        session = session_of(target, pool, turning, batch_size=batch_size)
+        assert serve(session, asked, batch_size) == plain
+        assert {number for number, _ in steps} == {0, 1, 2}
+        if batch_size == 1:
+            alone = [number for number, domains in steps if "rests" in domains]
+            changes = np.count_nonzero(np.diff(alone))
+            # Two of the answers rest, each with one draft.
+            assert len(alone) > 4
+            assert changes <= 1
+
+
 def count_programs(engine):
     """Of passes over prompts and of steps."""
     passes = {*engine._prefills.values(), *engine._prefills_alone.values()}
@@ -120,7 +161,12 @@ def test_who_chooses_by_each_answer_cannot_look_seldom(target, pool, clash):
         session_of(target, pool, f"share:seldom:{clash}")
 
 
-def test_who_judges_each_step_cannot_look_seldom(target, pool):
+def test_who_judges_nobody_or_each_step_cannot_look_seldom(target, pool):
+    def rule(actions):
+        return build_selector("ucb", actions)._replace(rests=lambda *args: True)
+
+    with pytest.raises(ConfigError, match="is_judging is False"):
+        session_of(target, pool, rule)
     with pytest.raises(ConfigError, match="judge_every is 1"):
         session_of(target, pool, "share:seldom", judge_every=1)
 
