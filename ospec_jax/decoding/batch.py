@@ -168,7 +168,7 @@ class _Sent(NamedTuple):
       output: Of a judging, `Judged` of each member of the pool.
       is_timed: Nothing else was sent between it and the step before.
       seconds: It took, if that was looked at.
-      num_judgings: That had been sent before it.
+      num_judgings: That had been sent before it; -1 where nothing of it is judged.
     """
 
     action: Action | None
@@ -177,7 +177,7 @@ class _Sent(NamedTuple):
     is_judging: bool = False
     is_timed: bool = False
     seconds: float | None = None
-    num_judgings: int = 0
+    num_judgings: int = -1
 
 
 class _Entering(NamedTuple):
@@ -493,12 +493,14 @@ class Batch:
         # one-hot probabilities and so the same tokens; one that asks for more than
         # sampling makes it a full one, which takes nothing off those that do not.
         kind = most([slot.request.kind for *_, slot in rows])
+        is_judged = False
         if self._engine.num_unjudged:
             held = self._held_by
             if held is not None:
                 action = dataclasses.replace(action, drafter=held)
             judged = [slot for *_, slot in rows if slot.only is None]
             self._make_room(draft, action, judged)
+            is_judged = bool(judged)
         self._draft = draft
         is_resting = self._engine.num_behind > 0 and self._may_rest(action)
         self._state, output = self._engine.step(
@@ -510,7 +512,7 @@ class Batch:
                 rows,
                 output,
                 is_timed=self._is_undisturbed,
-                num_judgings=self._num_judgings,
+                num_judgings=self._num_judgings if is_judged else -1,
             )
         )
         self._is_undisturbed = True
