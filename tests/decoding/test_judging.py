@@ -13,6 +13,7 @@ import pytest
 from ospec_jax import SamplingConfig, Session, TreeConfig, load_draft
 from ospec_jax.config import ConfigError
 from ospec_jax.control.base import Controller
+from ospec_jax.decoding.batch import Batch
 from ospec_jax.decoding.judging import judge
 from ospec_jax.decoding.request import Request
 from ospec_jax.drafters.registry import build_drafter
@@ -427,6 +428,32 @@ def test_who_rests_drafts_as_alone_and_says_nothing_of_others(
     assert accepted[0] == accepted[1] > 0
     assert windows[1] < windows[0]
     assert windows[1].total() > 10
+
+
+def test_steps_of_rows_that_rest_count_for_nothing_that_waits(target, members):
+    """Else more would wait than there is room for, and be judged by others' tokens."""
+    session = Session(
+        target,
+        pool_draft(members[:3], target),
+        tree=TreeConfig(num_steps=2),
+        batch_size=2,
+        controller=listening(0, []),
+        judge_every=6,
+    )
+    engine = session.engine
+    [action] = [a for a in engine.actions if a.drafter == 0]
+    one = Request("one", (1, 5, 3, 2), 20)
+    capacity = engine.capacity_for([one])
+    rests = lambda row, ordinal: 0 if ordinal == 0 else None
+    batch = Batch(engine, 2, capacity, rests=rests)
+    batch.admit(one, session.served_draft)
+    batch.dispatch(session.served_draft, action)
+    batch.admit(dataclasses.replace(one, id="two"), session.served_draft, ordinal=1)
+    batch.dispatch(session.served_draft, action)
+    assert batch._num_unjudged == 3
+    # The first step is read, which emitted less than it might have.
+    list(batch.collect(2))
+    assert batch._num_unjudged == 3
 
 
 def test_members_wait_until_they_are_judged(target, members):
