@@ -201,6 +201,17 @@ def measure_machine(target: Target) -> Machine:
     return Machine(bytes_per_second, operations_per_second)
 
 
+def _multiplied(target: Target) -> list[jax.Array]:
+    """All kernels that a pass multiplies with, of single layers or stacked."""
+    looked_up = None if target.config.tie_embeddings else "embed_tokens_kernel"
+    leaves = jax.tree_util.tree_leaves_with_path(target.params)
+    return [
+        leaf
+        for path, leaf in leaves
+        if path[-1].key.endswith("kernel") and path[-1].key != looked_up
+    ]
+
+
 def roofline(
     target: Target,
     machine: Machine,
@@ -208,12 +219,8 @@ def roofline(
     capacity: int = 256,
 ) -> list[PassCost]:
     """Times passes of the target over so many rows, logits included."""
-    config = target.config
     run, cache = _target_pass(target, capacity)
-    looked_up = None if config.tie_embeddings else target.params["embed_tokens_kernel"]
-    kernels = [
-        x for x in jax.tree.leaves(target.params) if x.ndim == 2 and x is not looked_up
-    ]
+    kernels = _multiplied(target)
     num_bytes = sum(x.nbytes for x in [*kernels, *jax.tree.leaves(cache)])
     costs = []
 

@@ -26,6 +26,7 @@ from ospec_jax.bench.rows import to_rows
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.stats import repeated_share
+from ospec_jax.models.llama import stack_layers
 from ospec_jax.testing import tiny_target
 
 PROMPTS = [parse_prompt({"prompt": f"What is {i}?"}, f"q{i}") for i in range(3)]
@@ -127,9 +128,15 @@ def test_assisted_generation_needs_a_model(tmp_path):
         open_peer("transformers-assisted", str(tmp_path))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_roofline_counts_weights_and_cache_once(tied):
+@pytest.mark.parametrize(("tied", "is_scanned"), [(True, False), (False, True)])
+def test_roofline_counts_weights_and_cache_once(tied, is_scanned):
     target = tiny_target(tie_embeddings=tied)
+    if is_scanned:
+        target = dataclasses.replace(
+            target,
+            numerics=dataclasses.replace(target.numerics, is_scanned=True),
+            params=stack_layers(dict(target.params)),
+        )
     machine = Machine(bytes_per_second=1e9, operations_per_second=1e12)
     one, four = roofline(target, machine, rows=(1, 4), capacity=64)
     c = target.config
