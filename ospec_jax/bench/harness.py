@@ -27,6 +27,7 @@ from ospec_jax.bench.passes import measure_passes, measure_verification
 from ospec_jax.bench.peers import Peer
 from ospec_jax.bench.runs import (
     IDLE,
+    LONGER,
     UNPADDED,
     BenchConfig,
     BenchRun,
@@ -39,6 +40,7 @@ from ospec_jax.config import ConfigError
 from ospec_jax.data.conversations import Conversation
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.engine import CAPACITIES
+from ospec_jax.drafters.registry import SUGGESTIONS
 from ospec_jax.loading import LoadedDraft
 from ospec_jax.models.hub import Target
 from ospec_jax.session import Session
@@ -218,6 +220,8 @@ def _open_mode(
         session = Session(target, batch_size=config.batch_size, stop=config.stop)
     else:
         assert draft is not None, "it was checked"
+        if name == LONGER:
+            draft = _with_longer_chains(draft)
         is_learning = name in ("learned", IDLE)
         own = Contender(
             draft,
@@ -230,6 +234,18 @@ def _open_mode(
         session = _open_session(target, own, config)
 
     return ModeRun(session=session)
+
+
+def _with_longer_chains(draft: LoadedDraft) -> LoadedDraft:
+    """The draft as `longer:ngram,DRAFT` has it."""
+    if draft.mix or draft.pool is not None or draft.family.name in SUGGESTIONS:
+        raise ConfigError(
+            f"the mode {LONGER!r} lends a draft longer chains of n-grams, and this one "
+            f"is {draft!r}; name a single draft that is not of n-grams, or leave the "
+            f"mode out"
+        )
+
+    return dataclasses.replace(draft, mix="longer", suggestions="ngram")
 
 
 def _open_session(target: Target, contender: Contender, config: BenchConfig) -> Session:

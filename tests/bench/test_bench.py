@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ospec_jax import Session, load_draft
 from ospec_jax.bench import passes
-from ospec_jax.bench.harness import UNPADDED, BenchConfig, run_bench
+from ospec_jax.bench.harness import LONGER, UNPADDED, BenchConfig, run_bench
 from ospec_jax.bench.passes import Machine, measure_machine, roofline
 from ospec_jax.bench.peers import Peer, open_peer
 from ospec_jax.bench.report import (
@@ -22,7 +22,7 @@ from ospec_jax.bench.report import (
     terminal_table,
     with_ratios,
 )
-from ospec_jax.bench.rows import to_rows
+from ospec_jax.bench.rows import count_mismatches, to_rows
 from ospec_jax.config import ConfigError, SamplingConfig
 from ospec_jax.data.prompts import parse_prompt
 from ospec_jax.decoding.stats import repeated_share
@@ -193,6 +193,17 @@ def test_ratios_are_also_to_the_faster_plain_decoding(target):
     assert faster["speedup_over_fastest_plain"] == 1.0
     assert "over the fastest plain" in markdown_table([plain, unpadded])
     assert "over the fastest plain" not in markdown_table([plain])
+
+
+def test_longer_chains_of_ngrams_are_a_mode(target):
+    config = dataclasses.replace(PLAIN, modes=("autoregressive", LONGER))
+    run = run_bench(target, load_draft("self:exit-1", target), PROMPTS, config)
+    tree = run.modes[LONGER].session.tree
+    assert tree.sizes == (config.tree.num_steps, 2 * config.tree.num_steps + 1)
+    assert count_mismatches(run, run.modes[LONGER])[0] == 0
+
+    with pytest.raises(ConfigError, match=r"lends a draft longer chains.*ngram"):
+        run_bench(target, load_draft("ngram", target), PROMPTS, config)
 
 
 def test_stretches_of_domains_are_named_while_they_can_be_read():
