@@ -322,6 +322,6 @@ def _answer_by_peer(peer, run: PeerRun, session, group, config: BenchConfig) -> 
     prompts = [r.prompt_ids for r in requests_of(group, session, config)]
     stop_ids = session.engine.config.stop_ids
     start = time.perf_counter()
-    answers = [peer.generate(ids, config.max_new_tokens, stop_ids) for ids in prompts]
+    counts = [peer.generate(ids, config.max_new_tokens, stop_ids) for ids in prompts]
     run.turn_seconds.append(time.perf_counter() - start)
-    run.turn_tokens.append(sum(len(ids) for ids in answers))
+    run.turn_tokens.append(sum(counts))

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from ospec_jax.config import ConfigError
 from ospec_jax.models.hub import resolve
+from ospec_jax.reports.progress import say
 
 _LOOKUP_TOKENS = 3
-_CONTEXT = 2048
+_CONTEXT = 4096
+_LLAMA_CPP = "llama-cpp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +25,12 @@ class Peer:
     """Another decoder.
 
     Attributes:
-      generate: Maps prompt ids, the number of new tokens and stop ids to the answer's
-        ids, greedily.
+      generate: Maps prompt ids, the number of new tokens and stop ids to the number of
+        tokens of the answer, which is greedy.
     """
 
     name: str
-    generate: Callable[[tuple[int, ...], int, tuple[int, ...]], list[int]]
+    generate: Callable[[tuple[int, ...], int, tuple[int, ...]], int]
 
 
 def open_peer(name: str, target: str, assistant: str | None = None) -> Peer:
@@ -47,8 +49,9 @@ def open_peer(name: str, target: str, assistant: str | None = None) -> Peer:
 
     path = resolve(target)
     try:
-        if name.startswith("llama-cpp"):
-            return Peer(name, _llama_cpp(path, has_lookup=name.endswith("lookup")))
+        if name.startswith(_LLAMA_CPP):
+            speculation = name.removeprefix(_LLAMA_CPP).removeprefix("-")
+            return Peer(name, _llama_cpp(path, speculation))
         options = {}
         if name == "transformers-lookup":
             options["prompt_lookup_num_tokens"] = _LOOKUP_TOKENS
@@ -71,8 +74,12 @@ PEERS = {
     "transformers-bfloat16": "the same in bfloat16",
     "transformers-lookup": "with prompt lookup",
     "transformers-assisted": "with a smaller model",
-    "llama-cpp": "llama.cpp, on the GGUF file as it is",
-    "llama-cpp-lookup": "with prompt lookup",
+    _LLAMA_CPP: "llama.cpp, on the GGUF file as it is",
+    f"{_LLAMA_CPP}-ngram-simple": "with what followed the same tokens before",
+    f"{_LLAMA_CPP}-ngram-map-k": "with a map from n-grams to where they stood",
+    f"{_LLAMA_CPP}-ngram-map-k4v": "the same, with up to four continuations of each",
+    f"{_LLAMA_CPP}-ngram-mod": "with hashed n-grams",
+    f"{_LLAMA_CPP}-ngram-cache": "with n-grams counted by what followed them",
 }
 
 
@@ -109,36 +116,56 @@ def _transformers(model, options: dict):
                 **options,
             )
 
-        return out[0, len(prompt_ids) :].tolist()
+        return out.shape[1] - len(prompt_ids)
 
     return generate
 
 
-def _llama_cpp(path: Path, has_lookup: bool):
-    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
-    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # pyright: ignore[reportMissingImports]
+def _llama_cpp(path: Path, speculation: str):
+    """llama.cpp's own server, within this process.
+
+    Args:
+      speculation: One of its kinds of n-grams, with its settings; empty for none.
+    """
+    import xllamacpp  # pyright: ignore[reportMissingImports]
 
     if path.is_dir():
         raise ConfigError(f"llama.cpp reads GGUF files; {path} is a folder")
 
-    lookup = LlamaPromptLookupDecoding(num_pred_tokens=_LOOKUP_TOKENS)
-    model = Llama(
-        str(path),
-        n_ctx=_CONTEXT,
-        verbose=False,
-        logits_all=has_lookup,
-        n_threads=os.cpu_count(),
-        n_threads_batch=os.cpu_count(),
-        draft_model=lookup if has_lookup else None,
-    )
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = _CONTEXT
+    params.n_parallel = 1
+    params.verbosity = 0
+    params.cpuparams.n_threads = os.cpu_count()
+    params.cpuparams_batch.n_threads = os.cpu_count()
+    # Prompts of earlier requests help nobody else, either.
+    params.cache_prompt = False
+    params.cache_ram_mib = 0
+    if speculation:
+        kind = speculation.upper().replace("-", "_")
+        known = xllamacpp.common_speculative_type
+        params.speculative.types = [getattr(known, f"COMMON_SPECULATIVE_TYPE_{kind}")]
+
+    # What it was compiled for decides how fast it is.
+    say(f"llama.cpp: {xllamacpp.get_system_info().strip(' |')}")
+    server = xllamacpp.Server(params)
 
     def generate(prompt_ids, max_new_tokens, stop_ids):
-        answer: list[int] = []
-        for token in model.generate(list(prompt_ids), temp=0.0, repeat_penalty=1.0):
-            answer.append(token)
-            if token in stop_ids or len(answer) == max_new_tokens:
-                break
+        # It ends where the file's own end tokens come, which are ours.
+        reply = server.handle_completions(
+            {
+                "prompt": list(prompt_ids),
+                "n_predict": max_new_tokens,
+                "temperature": 0.0,
+                "cache_prompt": False,
+            }
+        )
+        if "usage" not in reply:
+            raise ConfigError(
+                f"llama.cpp refuses a prompt of {len(prompt_ids)} tokens: {reply}"
+            )
 
-        return answer
+        return reply["usage"]["completion_tokens"]
 
     return generate

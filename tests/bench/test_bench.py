@@ -43,7 +43,7 @@ def test_peers_take_turns_on_the_same_token_ids(target, tmp_path):
 
     def generate(prompt_ids, max_new_tokens, stop_ids):
         asked.append((prompt_ids, max_new_tokens, stop_ids))
-        return [1] * 4
+        return 4
 
     run = run_bench(target, None, PROMPTS, PLAIN, peers=[Peer("other", generate)])
     session = run.modes["autoregressive"].session
@@ -100,7 +100,7 @@ def test_repeated_tokens_are_those_of_runs_seen_before():
     ],
 )
 def test_peers_are_compared_greedily_and_one_by_one(target, config):
-    peer = Peer("other", lambda *_: [])
+    peer = Peer("other", lambda *_: 0)
     with pytest.raises(ConfigError, match="batch size of 1"):
         run_bench(target, None, PROMPTS, config, peers=[peer])
 
@@ -114,13 +114,25 @@ def test_a_peer_that_is_not_installed_says_how_to_get_it(monkeypatch, tmp_path):
     find = builtins.__import__
 
     def absent(name, *args, **kwargs):
-        if name == "llama_cpp":
-            raise ImportError("no llama_cpp", name=name)
+        if name == "xllamacpp":
+            raise ImportError("no xllamacpp", name=name)
         return find(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(ConfigError, match=r"pip install 'ospec-jax\[peers\]'"):
         open_peer("llama-cpp", str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["", "-ngram-simple", "-ngram-mod"])
+def test_llama_cpp_answers_with_as_many_tokens_as_are_asked_for(kind, capsys):
+    pytest.importorskip("xllamacpp", reason="needs the extra 'peers'")
+    peer = open_peer(f"llama-cpp{kind}", "smollm2-135m")
+    # "The" and so on, of which no end comes.
+    assert peer.generate((504, 3575, 282, 4649, 314), 12, (2,)) == 12
+    assert "AVX" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="refuses a prompt of 5000 tokens"):
+        peer.generate((504,) * 5000, 12, (2,))
 
 
 def test_assisted_generation_needs_a_model(tmp_path):
