@@ -18,7 +18,7 @@ arrays in memory are grouped; files are not, whatever mesh wrote them.
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,20 +59,26 @@ STATE_RULES: Rules = ((r"(keys|values)(/\d+)?$", P("data", "model", None, None))
 """Of decoding state; what they do not name is split by rows."""
 
 
-def make_mesh(text: str) -> Mesh:
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Reads `data=2,model=4`; an axis that is not named has one device.
+
+    Args:
+      devices: To take the first ones of; by default all.
 
     Raises:
       ConfigError: It cannot be read, or there are fewer devices.
     """
     shape = abstract_mesh(text).axis_sizes
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if np.prod(shape) > count:
         raise ConfigError(
             f"the mesh {text} takes {np.prod(shape)} devices, but there are {count}"
         )
 
-    return jax.make_mesh(shape, AXES, axis_types=_AUTO)
+    if devices is not None:
+        devices = devices[: np.prod(shape)]
+
+    return jax.make_mesh(shape, AXES, axis_types=_AUTO, devices=devices)
 
 
 def abstract_mesh(text: str) -> AbstractMesh:

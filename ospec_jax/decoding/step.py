@@ -160,8 +160,8 @@ def _with_rows(draft: Any, state: DecodeState) -> Any:
     return draft.replace(deltas=state.deltas)
 
 
-def _target(config: StepConfig) -> Callable:
-    """The target's pass; what it hands on is split by rows alone."""
+def build_target(config: StepConfig) -> Callable:
+    """Builds the target's pass; what it hands on is split by rows alone."""
     run = llama.build(config.model, config.numerics, config.taps)
     return sharding.pinned(run, config.mesh, *[sharding.row_shardings] * 3)
 
@@ -175,7 +175,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
     Args:
       drafter: None decodes plainly; its tree must have depth 0 then.
     """
-    target = _target(config)
+    target = build_target(config)
 
     def speculative_step(
         target_params: Params,
@@ -207,7 +207,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
         # A finished row's cache is rewritten behind its length, where nobody reads it.
         kept = _keep_accepted(config, scored.cache, state, verdict)
         state = state.replace(cache=kept)
-        emitted = _emit(config, tree, verdict, state)
+        emitted = emit(config, tree, verdict, state)
         evidence = _evidence_of(config, tree, scored, emitted, state, steering)
 
         # From here on values lie along the accepted path, `[b, m, ...]`; entries beyond
@@ -237,7 +237,7 @@ def build_step(config: StepConfig, drafter: Drafter | None) -> Callable:
             evidence=evidence,
             sources=_sources_on(tree, verdict),
         )
-        state = _moved_on(state, emitted, was_active)
+        state = moved_on(state, emitted, was_active)
 
         # A draft that is behind knows nothing of the newest tokens.
         return _look_ahead(None if config.is_resting else drafter, draft, state, output)
@@ -376,7 +376,7 @@ def _report_fully(config, scored, verdict: Verdict, emitted: _Emitted, state):
     return alternatives, state.replace(extras=extras)
 
 
-def _moved_on(state: DecodeState, emitted: _Emitted, was_active) -> DecodeState:
+def moved_on(state: DecodeState, emitted: _Emitted, was_active) -> DecodeState:
     """The state behind the emitted tokens."""
     # The newest token is emitted but not cached: it is the next step's root.
     newest = take_row(emitted.tokens, jnp.maximum(emitted.num - 1, 0))
@@ -639,7 +639,7 @@ def propose_tree(
 
 
 @struct
-class _Scored:
+class Scored:
     """What the target says of a tree's nodes.
 
     Attributes:
@@ -678,10 +678,10 @@ def _has_choices(feedback: Feedback | None) -> bool:
 
 def _score_tree(
     config: StepConfig, target, target_params, tree: DraftTree, state, steering
-) -> tuple[DraftTree, _Scored]:
+) -> tuple[DraftTree, Scored]:
     """Scores all nodes, or as many as a rule says: the others are then not valid."""
     if not config.tree.sizes:
-        return tree, _score(config, target, target_params, tree, state)
+        return tree, score_nodes(config, target, target_params, tree, state)
 
     number = _size_of(config, tree, state, steering)
     scored = _score_first(config, target, target_params, tree, state, number)
@@ -692,13 +692,13 @@ def _score_tree(
     return tree, scored.replace(number=number, size=size)
 
 
-def _score(
+def score_nodes(
     config: StepConfig, target, target_params, tree: DraftTree, state: DecodeState
-) -> _Scored:
+) -> Scored:
     """The target's one pass over all nodes, and its word on what follows each."""
     hidden, taps, cache = _run_target(target, target_params, tree, state)
     logits = llama.target_logits(target_params, hidden, config.numerics)
-    scored = _Scored(hidden, taps, cache)
+    scored = Scored(hidden, taps, cache)
     if config.kind == "greedy":
         # One native pass over the vocabulary is four times as fast as XLA's two.
         _, best = most_probable(logits, 1, config.numerics)
@@ -757,7 +757,7 @@ def _score_first(
     tree: DraftTree,
     state: DecodeState,
     number,
-) -> _Scored:
+) -> Scored:
     """The target's pass over as many of the nodes as a rule says.
 
     Each number of nodes is a program of its own within the step. A row has the same
@@ -766,9 +766,10 @@ def _score_first(
     """
     num_nodes = tree.tokens.shape[1]
 
-    def score(count: int, cache: kv.KVCache) -> tuple[kv.KVCache, _Scored]:
+    def score(count: int, cache: kv.KVCache) -> tuple[kv.KVCache, Scored]:
         part = first_nodes(tree, count)
-        scored = _score(config, target, target_params, part, state.replace(cache=cache))
+        found = state.replace(cache=cache)
+        scored = score_nodes(config, target, target_params, part, found)
         missing = (0, num_nodes - count)
         pad = lambda x: jnp.pad(x, ((0, 0), missing, *[(0, 0)] * (x.ndim - 2)))
         return scored.cache, jax.tree.map(pad, scored.replace(cache=None))
@@ -874,7 +875,7 @@ def _target_probs(config, logits, state, counts=None):
     return probs.reshape(b, n, v)
 
 
-def _verify(config, tree, scored: _Scored, keys) -> Verdict:
+def _verify(config, tree, scored: Scored, keys) -> Verdict:
     if scored.chosen is not None:
         return verify_chosen(tree, scored.chosen)
 
@@ -893,7 +894,9 @@ def _keep_accepted(config, cache, state, verdict: Verdict) -> kv.KVCache:
     return kv.keep_path(cache, state.lengths, verdict.path, is_batched)
 
 
-def _emit(config, tree, verdict: Verdict, state) -> _Emitted:
+def emit(
+    config: StepConfig, tree: DraftTree, verdict: Verdict, state: DecodeState
+) -> _Emitted:
     """Accepted tokens and the next one, cut at stop tokens and at the limit."""
     # `[b, m]`: accepted tokens, then the next one up to the end. Node 0 is the root,
     # which was emitted by the step before.
@@ -1014,7 +1017,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
     the last chunk, with 0, emits the first token of the answer instead. `scopes` is the
     request's, by default nobody's.
     """
-    target = _target(config)
+    target = build_target(config)
 
     def prefill(
         target_params,
@@ -1049,7 +1052,7 @@ def build_prefill(config: StepConfig, drafter: Drafter | None) -> Callable:
         state = state.replace(cache=cache)
         is_end = jnp.arange(tokens.shape[1]) == num_valid - 1
         logsumexp = jax.nn.logsumexp(logits[:, 0], axis=-1)
-        scored = _Scored(hidden, taps, cache, logsumexp=logsumexp)
+        scored = Scored(hidden, taps, cache, logsumexp=logsumexp)
         state = _record_chunk(config, tokens, scored, is_end, is_last, state)
 
         # Padding is paired with junk, but `num_valid` says how far the pairs are real.
@@ -1112,7 +1115,7 @@ def _run_chunk(target, target_params, tokens, num_valid, state: DecodeState):
 
 
 def _record_chunk(
-    config, tokens, scored: _Scored, is_end, is_last, state: DecodeState
+    config, tokens, scored: Scored, is_end, is_last, state: DecodeState
 ) -> DecodeState:
     """Records what a learner reads of a prompt, if any learns.
 
