@@ -24,7 +24,7 @@ FLOORS = (
     {"formats", "online"},
     {"loading"},
     {"reports", "session"},
-    {"bench", "reasoning", "replay", "serving"},
+    {"bench", "parallel", "reasoning", "replay", "serving"},
     {"distill"},
     {"cli"},
     {"__main__"},

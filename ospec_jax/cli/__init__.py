@@ -24,6 +24,7 @@ from ospec_jax.cli.make import (
 )
 from ospec_jax.cli.measure import bench, demo, roofline, table
 from ospec_jax.cli.outputs import describe_failure, release
+from ospec_jax.cli.parallel import parallel
 from ospec_jax.cli.reasoning import reason
 from ospec_jax.cli.recipes import with_recipe
 from ospec_jax.cli.serving import chat, load, serve
@@ -73,6 +74,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train-control": train_control,
     "telemetry": telemetry,
     "reason": reason,
+    "parallel": parallel,
     "import": import_draft,
     "export": export_draft,
 }
@@ -99,6 +101,8 @@ EXAMPLES = {
     "train-control": "ospec train-control recording --trees 4,6,16 --out my-policies",
     "telemetry": "ospec telemetry FILE.jsonl --plot learning.png",
     "reason": "ospec reason --prompts FILE.jsonl --target LARGE --draft-model SMALL",
+    "parallel": "ospec parallel --prompts FILE.jsonl --target LARGE "
+    "--draft-model SMALL",
     "import": "ospec import HEAD --target smollm2-135m --out my-draft",
     "export": "ospec export my-draft --out head --format speculators",
 }

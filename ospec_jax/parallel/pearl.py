@@ -10,7 +10,6 @@ import dataclasses
 import time
 from typing import Any, Literal, NamedTuple
 
-
 from ospec_jax.config import ConfigError, TreeConfig, whole_number
 from ospec_jax.decoding.batch import fetch
 from ospec_jax.decoding.request import Request

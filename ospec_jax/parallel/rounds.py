@@ -56,6 +56,8 @@ _NOTHING = SharedTables(embedding={}, head={})
 class Chunk:
     """Tokens that the draft has written one after the other.
 
+    The first one is judged in the round that it comes from, the others in the next.
+
     Attributes:
       tokens: `[b, k]`.
       probs: `[b, k, q]` what each was drawn from; None for the most probable ones.
@@ -63,16 +65,6 @@ class Chunk:
 
     tokens: Int[Array, "b k"]
     probs: Float[Array, "b k q"] | None = None
-
-    @property
-    def rest(self) -> "Chunk":
-        """All but the first token, which was judged in the round that it came from."""
-        return jax.tree.map(lambda x: x[:, 1:], self)
-
-    @property
-    def first(self) -> "Chunk":
-        """The first token alone."""
-        return jax.tree.map(lambda x: x[:, :1], self)
 
 
 @struct
@@ -162,7 +154,7 @@ def build_scoring(config: StepConfig) -> Callable:
         state = state.replace(cache=scored.cache)
 
         # What nobody reads need not be kept until the chunk has come.
-        return state, Scored(None, None, None, scored.chosen, scored.probs)
+        return state, scored.replace(hidden=None, taps=None, cache=None)
 
     return score_block
 
@@ -211,7 +203,9 @@ def build_judging(config: StepConfig) -> Callable:
     return judge
 
 
-def _judged(config, state, scored: Scored, previous, chunk: Chunk, token_ids) -> Verdict:
+def _judged(
+    config, state, scored: Scored, previous, chunk: Chunk, token_ids
+) -> Verdict:
     """The verdict on what is pending and on the first token of the new chunk."""
     tokens = jnp.concatenate([_block_of(state, previous), chunk.tokens[:, :1]], axis=1)
     tree = _chain(tokens, config.tree.children)
@@ -231,11 +225,12 @@ def _judged(config, state, scored: Scored, previous, chunk: Chunk, token_ids) ->
 def _draft_probs(previous: Chunk | None, chunk: Chunk):
     """What the node behind each node was drawn from, `[b, n, q]`."""
     assert chunk.probs is not None, "the draft has drawn"
-    parts = [chunk.first.probs]
+    probs = chunk.probs[:, :1]
     if previous is not None:
-        parts = [previous.rest.probs, *parts]
+        assert previous.probs is not None
+        probs = jnp.concatenate([previous.probs[:, 1:], probs], axis=1)
 
-    return _with_last_twice(jnp.concatenate(parts, axis=1))
+    return _with_last_twice(probs)
 
 
 def _with_last_twice(x):
@@ -248,7 +243,7 @@ def _block_of(state: DecodeState, previous: Chunk | None) -> Int[Array, "b n"]:
     if previous is None:
         return root
 
-    return jnp.concatenate([root, previous.rest.tokens], axis=1)
+    return jnp.concatenate([root, previous.tokens[:, 1:]], axis=1)
 
 
 def _chain(tokens: Int[Array, "b n"], children: ChildrenKind) -> DraftTree:

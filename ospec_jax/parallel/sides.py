@@ -60,9 +60,7 @@ class _DraftPrograms(NamedTuple):
 
 # As in the engine, drafters are the same if they are one object.
 @share
-def _draft_programs(
-    drafter: Drafter, mesh: sharding.AnyMesh | None
-) -> _DraftPrograms:
+def _draft_programs(drafter: Drafter, mesh: sharding.AnyMesh | None) -> _DraftPrograms:
     rows = sharding.row_shardings
     pinned = lambda function, *places: sharding.pinned(function, mesh, *places)
     jit = lambda function, **how: jax.jit(
@@ -176,7 +174,11 @@ def _target_programs(config: StepConfig) -> _TargetPrograms:
 
 
 class TargetSide:
-    """The model whose answers are given, on its own devices."""
+    """The model whose answers are given, on its own devices.
+
+    Attributes:
+      scored: What it says of the newest block.
+    """
 
     def __init__(self, target: Target, tree: TreeConfig, place: Place):
         """Prepares its programs.
@@ -196,7 +198,7 @@ class TargetSide:
         self.place = place
         self._tree = tree
         self._state: DecodeState | None = None
-        self._scored: Scored | None = None
+        self.scored: Scored | None = None
         self._kind: StepKind = "greedy"
         # One block is the newest token alone, the other has a chunk's rest behind it.
         self._programs = {
@@ -240,11 +242,13 @@ class TargetSide:
     def score(self, previous: Chunk | None) -> None:
         """Sends the pass over a block to the target's devices."""
         programs = self._programs[self._kind, previous is not None]
-        self._state, self._scored = programs.score(
+        self._state, self.scored = programs.score(
             self.engine.target_params, self._state, previous
         )
 
-    def judge(self, previous: Chunk | None, chunk: Chunk, token_ids: Any) -> RoundOutput:
+    def judge(
+        self, previous: Chunk | None, chunk: Chunk, token_ids: Any
+    ) -> RoundOutput:
         """Judges what is pending and the first token of the new chunk.
 
         Args:
@@ -252,7 +256,7 @@ class TargetSide:
         """
         programs = self._programs[self._kind, previous is not None]
         self._state, output = programs.judge(
-            self._state, self._scored, previous, chunk, token_ids
+            self._state, self.scored, previous, chunk, token_ids
         )
 
         return output
@@ -260,8 +264,9 @@ class TargetSide:
 
 def _sampling_of(request: Request) -> SamplingParams:
     sampling = request.sampling
-    return SamplingParams(
-        temperature=np.full(1, sampling.temperature, np.float32),
-        top_k=np.full(1, sampling.top_k, np.int32),
-        top_p=np.full(1, sampling.top_p, np.float32),
+    values: tuple[Any, ...] = (
+        np.full(1, sampling.temperature, np.float32),
+        np.full(1, sampling.top_k, np.int32),
+        np.full(1, sampling.top_p, np.float32),
     )
+    return SamplingParams(*values)
