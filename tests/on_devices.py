@@ -32,6 +32,8 @@ from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.loading import LoadedDraft, load_draft
 from ospec_jax.models import hub
 from ospec_jax.models.hub import load_target, scan_target, split_target
+from ospec_jax.parallel.pearl import Parallel
+from ospec_jax.parallel.places import find_places
 from ospec_jax.session import Session
 from ospec_jax.session.arguments import as_prompts
 from ospec_jax.session.build import grouped
@@ -39,6 +41,7 @@ from ospec_jax.session.live import Live
 from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import Meta
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
+from ospec_jax.types import Draft
 
 VOCAB = 24
 SIZES = dict(hidden_size=40, num_layers=2, num_heads=8, num_kv_heads=4)
@@ -116,6 +119,42 @@ def test_tokens_are_those_of_one_device(
     found, done = answers(engine, draft, batch_size)
     assert found == tokens
     assert tree == "plain" or sum(c.stats.num_accepted_tokens for c in done) > 10
+
+
+@pytest.mark.parametrize(
+    ("meshes", "kind"),
+    [
+        (("model=2", ""), SamplingConfig()),
+        pytest.param(("", ""), SamplingConfig(), marks=pytest.mark.thorough),
+        pytest.param(
+            ("model=4", "model=2"),
+            SamplingConfig(temperature=1.0, seed=2),
+            marks=pytest.mark.thorough,
+        ),
+    ],
+)
+def test_parts_of_all_devices_draft_and_verify_side_by_side(meshes, kind):
+    whole, _ = expected("float32")
+    places = find_places(*meshes)
+    assert not {*places.target.devices} & {*places.draft.devices}
+    # As good a draft as there is, on the devices of the draft.
+    on = lambda place: split_target(whole, place.mesh) if place.mesh else whole
+    model = on(places.draft)
+    loaded = LoadedDraft(Draft(model.params), Meta.create(whole, None, "model"), model)
+    pair = Parallel(on(places.target), loaded, places, 2)
+    ends = dict(stop_ids=whole.stop_ids)
+    config = StepConfig(whole.config, whole.numerics, TREES["plain"], **ends)
+    plain = Engine(config, whole.params)
+    for number, ids in enumerate(PROMPTS[:2]):
+        request = Request("0", tuple(map(int, ids)), 14, kind)
+        answer = pair.answer(request, number)
+        (alone,) = plain.serve([request], ordinals=iter([number]))
+        assert list(answer.token_ids) == alone.token_ids
+        assert kind.temperature or not answer.rounds or answer.acceptance_rate == 1
+    cache = jax.tree.leaves(pair.drafting._cache)[0]
+    assert cache.devices() == {*places.draft.devices}
+    scored = jax.tree.leaves(pair.target.scored)[0]
+    assert scored.devices() == {*places.target.devices}
 
 
 def test_adjusted_tokens_are_those_of_one_device():
