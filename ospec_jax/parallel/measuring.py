@@ -42,12 +42,12 @@ def measure_sides(parallel: Parallel, request: Request) -> SideTimes:
         target.score(previous)
         return target.scored
 
-    seconds_drafting, chunk = _least(draft)
-    chunk = parallel.places.target.put(chunk)
+    seconds_drafting, drafted = _least(draft)
+    chunk = parallel.places.target.put(drafted)
     seconds_block, _ = _least(lambda: score(chunk if num_tokens > 1 else None))
     seconds_row, _ = _least(lambda: score(None))
     # It moves on by what is accepted, which does not change what it takes.
-    seconds_judging, _ = _least(lambda: fetch(parallel.receive(None)))
+    seconds_judging, _ = _least(lambda: fetch(parallel.judge(None, drafted)))
 
     rows = (1, num_tokens) if num_tokens > 1 else (1,)
     return SideTimes(

@@ -205,7 +205,11 @@ class Parallel:
     def receive(self, previous: Chunk | None) -> tuple[Any, Chunk]:
         """The round's output and its chunk, on the target's devices, still to come."""
         assert self.drafting is not None
-        chunk = self.places.target.put(self.drafting.take())
+        return self.judge(previous, self.drafting.take())
+
+    def judge(self, previous: Chunk | None, chunk: Chunk) -> tuple[Any, Chunk]:
+        """As `receive`, of a chunk that was taken before."""
+        chunk = self.places.target.put(chunk)
         output = self.target.judge(previous, chunk, self._token_ids)
 
         return output, chunk

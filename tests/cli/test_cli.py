@@ -30,6 +30,7 @@ from ospec_jax.distill import kinds, self_config
 from ospec_jax.distill.self_config import SelfPromptConfig
 from ospec_jax.drafters.registry import build_drafter
 from ospec_jax.learners.registry import LEARNER_NAMES
+from ospec_jax.parallel import places
 from ospec_jax.replay.ltd import Teacher
 from ospec_jax.replay.store import FeedbackStore
 from ospec_jax.storage import checkpoint
@@ -1128,6 +1129,35 @@ def test_drafts_learn_from_prompts_of_the_target(writes, tmp_path, capsys):
     capsys.readouterr()
     assert writes("distill", "--out", tmp_path / "none") == 2
     assert "give --prompts FILE.jsonl, or --self-prompts" in capsys.readouterr().err
+
+
+def test_both_models_answer_side_by_side(ospec, capsys, tmp_path, monkeypatch):
+    prompts = ospec.write_prompts("pair", ['{"prompt": "One?"}', '{"prompt": "Two?"}'])
+    args = "--prompts", prompts, "--target", ospec.target, "--draft-model", ospec.target
+    args = "parallel", *args, "--max-new-tokens", 9
+    if jax.device_count() == 1:
+        assert ospec(*args) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "jax has 1 (cpu:0). Two devices are the least" in told
+    # Tests have one device, which changes no token.
+    place = places.Place(jax.devices()[0])
+    both = places.Places(place, place)
+    monkeypatch.setattr(places, "find_places", lambda *_: both)
+    file = tmp_path / "rows.json"
+    assert ospec(*args, "--num-speculative-tokens", 2, "--json", file) == 0
+    found = json.loads(file.read_text())
+    assert [row["is_same"] for row in found] == [True, True]
+    # The model drafts for itself, so that all is accepted.
+    assert {row["acceptance_rate"] for row in found} == {1.0}
+    told = capsys.readouterr()
+    assert "2 of 2" in told.out
+    assert "in turns" in told.out
+    assert "a drafted token" in told.err
+
+    assert ospec(*args, "--num-speculative-tokens", 0) == 2
+    assert "--num-speculative-tokens is 0" in capsys.readouterr().err
+    assert ospec(*args, "--num-prompts", 0) == 2
+    assert "--num-prompts is 0" in capsys.readouterr().err
 
 
 def test_steps_are_drafted_and_graded(ospec, capsys, tmp_path):
