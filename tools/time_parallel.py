@@ -28,6 +28,7 @@ from ospec_jax import Session
 from ospec_jax._platform import device_name
 from ospec_jax.config import Precision, SamplingConfig, TreeConfig
 from ospec_jax.data.prompts import Prompt, read_prompts
+from ospec_jax.decoding.engine import PREFILL_CHUNK
 from ospec_jax.decoding.request import Request
 from ospec_jax.loading import load_draft
 from ospec_jax.models.hub import load_target
@@ -104,7 +105,9 @@ def run_draft(pipe: Connection, settings: Settings, cores: set[int]) -> None:
         side = sides[length]
         if what == "begin":
             request, ordinal, capacity = args
-            side.begin(request, ordinal, capacity + side.drafter.num_scratch)
+            # Native layers read whole vectors of slots.
+            more = -(-side.drafter.num_scratch // PREFILL_CHUNK) * PREFILL_CHUNK
+            side.begin(request, ordinal, capacity + more)
         else:
             side.ask(*args)
             pipe.send(np.asarray(side.take().tokens))
