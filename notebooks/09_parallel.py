@@ -164,8 +164,8 @@ figure.tight_layout()
 # %% [markdown]
 # ## When it pays
 #
-# In parallel wins where a second device makes turns faster by less than the number
-# shown: 1 means that even a useless second device would not be wasted on turns.
+# In parallel wins where a second device would make turns faster by less than this.
+# Below 1 turns are faster even on one of both devices.
 
 # %%
 gains = np.array(

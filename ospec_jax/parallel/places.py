@@ -84,7 +84,7 @@ def find_places(
             f"own, and jax has {len(devices)} ({', '.join(map(str, devices))}). Two "
             f"devices are the least; with one use `ospec generate --draft "
             f"model:SMALL`, which drafts and verifies in turns. To try it on a CPU "
-            f"set XLA_FLAGS=--xla_force_host_platform_device_count=2"
+            f"set JAX_NUM_CPU_DEVICES=2"
         )
     if draft_device is not None and draft_mesh:
         raise ConfigError(

@@ -196,7 +196,7 @@ def test_drafts_that_read_the_target_are_refused():
 
 def test_one_device_for_both_is_refused_with_what_to_do():
     count = jax.device_count()
-    with pytest.raises(ConfigError, match="host_platform_device_count=2"):
+    with pytest.raises(ConfigError, match="JAX_NUM_CPU_DEVICES=2"):
         find_places(f"data={count}")
     if count == 1:
         with pytest.raises(ConfigError, match="jax has 1"):
