@@ -117,7 +117,11 @@ def parallel(
                 break
             answers.append(pair.answer(request, number))
             plain = _answer_alone(pair, request, number)
-            found.append(_row_of(request, answers[-1], plain, large.tokenizer))
+            row = _row_of(request, answers[-1], plain, large.tokenizer)
+            # Drawn drafts keep the law of sampled answers, not each draw.
+            if draft_sample_method == "sampled" and temperature > 0:
+                row["is_same"] = None
+            found.append(row)
             bar.update(task, advance=1)
 
     write_json(json_file, found, is_list=True)
@@ -201,7 +205,8 @@ def _report(
 
 def _table(rows: list[Row], whole: "ParallelAnswer") -> Group:
     """The two ways, a row each."""
-    same = sum(row["is_same"] for row in rows)
+    compared = [row["is_same"] for row in rows if row["is_same"] is not None]
+    same = f"{sum(compared)} of {len(compared)}" if compared else "-"
     heads = ("", "tokens/s", "a round", "accepted", "pre-verify", "same answers")
     alone = _speed(rows, "target_")
     return records_table(
@@ -214,7 +219,7 @@ def _table(rows: list[Row], whole: "ParallelAnswer") -> Group:
                 f"{whole.tokens_per_round:.2f}",
                 f"{whole.acceptance_rate:.0%}",
                 f"{whole.share_pre_verify:.0%}",
-                f"{same} of {len(rows)}",
+                same,
             ),
         ],
     )
