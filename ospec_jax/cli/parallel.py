@@ -227,17 +227,19 @@ def _table(rows: list[Row], whole: "ParallelAnswer") -> Group:
 
 def _cost_table(times: SideTimes, length: int, rate: float) -> Group:
     """What a token costs by the model, at the acceptance rate that was found."""
-    in_turns, cost = best_length(serial_cost, times, rate)
-    own = pearl_cost(times, length, rate)
-    best, best_cost = best_length(pearl_cost, times, rate)
     lines = [
-        ("plainly", "-", plain_cost(times)),
-        ("in turns, on the target's devices", str(in_turns), cost),
-        ("in parallel", str(length), own),
-        ("in parallel, at its best length", str(best), best_cost),
+        ("plainly", 0, plain_cost(times)),
+        ("in parallel", length, pearl_cost(times, length, rate)),
     ]
+    # With chunks of one token no pass over several rows was timed.
+    if len(times.rows) > 1:
+        best = best_length(pearl_cost, times, rate)
+        in_turns = best_length(serial_cost, times, rate)
+        lines.append(("in parallel, at its best length", *best))
+        lines.append(("in turns, on the target's devices", *in_turns))
+
     heads = ("a token by the cost model", "K", "time")
-    return records_table(heads, [(name, k, _ms(cost)) for name, k, cost in lines])
+    return records_table(heads, [(name, str(k), _ms(cost)) for name, k, cost in lines])
 
 
 def _speed(rows: list[Row], prefix: str) -> str:

@@ -87,8 +87,10 @@ class RoundOutput:
 
 
 def build_reading(drafter: Drafter) -> Callable:
-    """Builds `(draft, cache, inputs [b, t], tokens [b, t], starts [b], num_valid [b])
-    -> cache`, to be jitted: the draft runs over known tokens; see `Pairs`.
+    """Builds what runs the draft over known tokens, to be jitted.
+
+    The function maps `(draft, cache, inputs [b, t], tokens [b, t], starts [b],
+    num_valid [b])`, as in `Pairs`, to the cache.
     """
 
     def read(draft: Draft, cache: Any, inputs, tokens, starts, num_valid) -> Any:
@@ -99,11 +101,12 @@ def build_reading(drafter: Drafter) -> Callable:
 
 
 def build_chunk(drafter: Drafter) -> Callable:
-    """Builds `(draft, cache, newest, positions, request_keys, sampling) -> (cache,
-    Chunk)`, to be jitted.
+    """Builds what drafts a chunk, to be jitted.
 
-    It serves both regimes. The draft goes on behind its own last token, or behind the
-    target's: in either case its cache lacks that one token.
+    The function maps `(draft, cache, newest, positions, request_keys, sampling)` to
+    `(cache, Chunk)`. `newest` are the last two tokens to go on behind, `positions`
+    those of the last. It serves both regimes: whether the draft goes on behind its own
+    last token or behind the target's, its cache lacks that one token.
     """
 
     def draft_chunk(
@@ -114,18 +117,14 @@ def build_chunk(drafter: Drafter) -> Callable:
         request_keys: Key[Array, " b"],
         sampling: SamplingParams,
     ) -> tuple[Any, Chunk]:
-        """Args:
-        newest: The last token to go on behind, and the one before it.
-        positions: Of the last one.
-        """
         before = newest[:, :1]
         last = newest[:, 1:]
         one = jnp.ones_like(positions)
         pairs = Pairs(before, last, _no_taps(last), positions - 1, one)
         cache, context = drafter.extend(draft, _NOTHING, cache, pairs)
 
-        # Chunks that are looked at begin at different positions, and the target's
-        # numbers are others: no number serves twice.
+        # The target's numbers are others. A chunk may begin where one began that was
+        # dropped before any of its tokens was looked at, so no number serves twice.
         keys = jax.vmap(position_keys)(request_keys, positions)[:, 0]
         roots = Roots(last[:, 0], positions, keys, context, sampling)
         tree, cache = drafter.propose(draft, _NOTHING, cache, roots)
@@ -138,8 +137,9 @@ def build_chunk(drafter: Drafter) -> Callable:
 
 
 def build_scoring(config: StepConfig) -> Callable:
-    """Builds `(target_params, state, previous) -> (state, Scored)`, to be jitted.
+    """Builds the target's pass over a block, to be jitted.
 
+    The function maps `(target_params, state, previous)` to `(state, Scored)`.
     `config.tree` is a chain as long as what is pending; `previous` is the chunk whose
     rest that is, None where nothing is.
     """
@@ -160,8 +160,11 @@ def build_scoring(config: StepConfig) -> Callable:
 
 
 def build_judging(config: StepConfig) -> Callable:
-    """Builds `(state, scored, previous, chunk, token_ids) -> (state, RoundOutput)`, to
-    be jitted.
+    """Builds the verdict on a round, to be jitted.
+
+    The function maps `(state, scored, previous, chunk, token_ids)` to `(state,
+    RoundOutput)`; `token_ids` are the target ids of the draft's vocabulary where it
+    draws from a part of the target's, else None.
 
     Every position is judged once, with a random number of its own: rounds have roots at
     different positions, and nodes of a round numbers of their own. The released code
