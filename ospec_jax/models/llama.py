@@ -26,6 +26,7 @@ from ospec_jax.models.layers import (
     embed,
     keep_apart,
     linear,
+    parameter,
     split_groups,
 )
 from ospec_jax.models.rope import rotary_angles, rotate
@@ -314,7 +315,7 @@ class Llama(nn.Module):
     def _table(self, name: str) -> dict:
         shape = (self.config.vocab_size, self.config.hidden_size)
         init = nn.initializers.normal(self.config.hidden_size**-0.5)
-        params = {"kernel": self.param(f"{name}_kernel", init, shape, jnp.float32)}
+        params = {"kernel": parameter(self, f"{name}_kernel", init, shape)}
         if params["kernel"].dtype == jnp.int8:
             # An int8 kernel comes with its scale, for which there is no initialiser.
             params["scale"] = self.get_variable("params", f"{name}_scale")

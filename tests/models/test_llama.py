@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 from reference import forward, random_params
 
 from ospec_jax.config import Llama3Scaling, YarnScaling
 from ospec_jax.models import cache as kv
-from ospec_jax.models.layers import Numerics
+from ospec_jax.models.layers import Linear, Numerics
 from ospec_jax.models.llama import Llama, target_logits
 from ospec_jax.testing import tiny_model_config
 
@@ -123,3 +124,9 @@ def test_without_taps_there_are_no_features():
     run = build(config, random_params(config), taps=())
     tokens, starts = jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32)
     assert run(tokens, empty_cache(config), starts)[1].shape == (1, 2, 0)
+
+
+def test_weights_of_another_shape_are_refused():
+    params = {"kernel": jnp.zeros((3, 5))}
+    with pytest.raises(ScopeParamShapeError, match=r'"kernel".*\(3, 4\).*\(3, 5\)'):
+        Linear(3, NUMERICS).apply({"params": params}, jnp.zeros((2, 4)))
