@@ -49,13 +49,19 @@ class Children(NamedTuple):
 
 def draw(
     keys: Key[Array, " b"],
+    depth: int | Int[Array, ""],
     logits: Float[Array, "b w q"],
     count: int,
     kind: ChildrenKind,
     sampling: SamplingParams,
     numerics: Numerics,
 ) -> Children:
-    """Draws `count` children of each node, as ids of the draft's vocabulary."""
+    """Draws `count` children of each node, as ids of the draft's vocabulary.
+
+    Args:
+      keys: Of the rows at their positions.
+      depth: Of the nodes.
+    """
     b, w, q = logits.shape
     if kind == "topk":
         log_probs, ids = most_probable(logits, count, numerics)
@@ -65,8 +71,13 @@ def draw(
     # that acceptance reads would not be exact.
     flat = jax.tree.map(lambda x: jnp.repeat(x, w), sampling)
     probs = processed_probs(logits.reshape(b * w, q), flat, numerics.is_row_invariant)
-    # Each node and each of its children has a key of its own, `[b, w, c]`.
-    split = jax.vmap(lambda key: jax.random.split(key, (w, count)))(keys)
+
+    # Numbers follow from the request, the position and the depth: every level draws
+    # with its own. Each node and each of its children has a key, `[b, w, c]`.
+    def keys_of(key):
+        return jax.random.split(jax.random.fold_in(key, depth), (w, count))
+
+    split = jax.vmap(keys_of)(keys)
     if kind == "topk_sampled":
         ids, probs = _draw_topk_sampled(
             split[:, :, :2].reshape(b * w, -1), probs, count

@@ -147,12 +147,9 @@ class _Plan(NamedTuple):
 
     def children(self, depth, logits, recent, count: int) -> Children:
         """The children of nodes at `depth`, as target ids."""
-        # Numbers follow from the request, the position and the depth: every level draws
-        # with its own.
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, depth))(self.roots.keys)
         kind = self.tree.children
-        sampling = self.roots.sampling
-        found = draw(keys, logits, count, kind, sampling, self.numerics)
+        keys, sampling = self.roots.keys, self.roots.sampling
+        found = draw(keys, depth, logits, count, kind, sampling, self.numerics)
         if self.token_ids is not None:
             found = found._replace(tokens=self.token_ids[found.tokens])
         if self.roots.has_choices:
