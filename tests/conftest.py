@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 from ospec_jax.models.hub import enable_compilation_cache
 from ospec_jax.models.sharing import forget_programs, keep_programs, own_programs
@@ -43,6 +44,8 @@ _QUICK_VARIABLE = _QUICK.upper()
 # ten seconds: a module of many sessions takes some ten thousand.
 _MAPS = Path("/proc/self/maps")
 _MAX_MAPS_KEPT = 32_000
+
+_PROGRAMS_IN_A_CONTEXT = 200
 
 # The longest come first, so that no worker is left alone with one. Tests that want the
 # same kind of programs stand together: a change of kind throws programs away.
@@ -187,6 +190,33 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _contexts_are_shared():
+    """Lowers many programs in one context of MLIR.
+
+    jax makes one for each, which takes as long as all else of lowering one operation,
+    of which a run lowers ten thousand. A context keeps the constants of its programs,
+    so it is not kept for ever.
+    """
+    make = getattr(mlir, "make_ir_context", None)
+    if make is None:  # of a jax whose insides are others
+        yield
+        return
+
+    latest, uses = make(), 0
+
+    def find():
+        nonlocal latest, uses
+        uses += 1
+        if uses % _PROGRAMS_IN_A_CONTEXT == 0:
+            latest = make()
+        return latest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, "make_ir_context", find)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
