@@ -36,7 +36,9 @@ LEARNER = LearnerConfig(
     num_steps=2, learning_rate=3e-3,
 )  # fmt: skip
 PROMPTS = [f"What is {i} plus {i * 7}, and why is {'it ' * i}so?" for i in range(8)]
-NEW_TOKENS = 40
+NEW_TOKENS = 28
+# As many as a guard needs to come to what it decides.
+GUARDED_TOKENS = 40
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,8 @@ def plain(target):
     return [r.token_ids for r in Session(target).generate(PROMPTS, NEW_TOKENS)]
 
 
-def answers(session, prompts=PROMPTS):
-    return [r.token_ids for r in session.generate(prompts, NEW_TOKENS)]
+def answers(session, prompts=PROMPTS, num_tokens=NEW_TOKENS):
+    return [r.token_ids for r in session.generate(prompts, num_tokens)]
 
 
 def assert_same(left, right):
@@ -146,16 +148,16 @@ def guarded(target, draft, gain, **own):
 
 def test_a_guarded_run_resumes_bitwise(target, draft, tmp_path):
     straight = guarded(target, draft, 0.9)
-    answers(straight, PROMPTS * 2)
+    answers(straight, PROMPTS * 2, GUARDED_TOKENS)
     first = guarded(target, draft, 0.9)
-    answers(first, PROMPTS)
+    answers(first, PROMPTS, GUARDED_TOKENS)
     guard = first.state.trainer.guard
     assert guard.is_open
     assert int(guard.num_requests) > 0
     first.save(tmp_path)
     second = guarded(target, draft, 0.9)
     second.resume(tmp_path)
-    answers(second, PROMPTS)
+    answers(second, PROMPTS, GUARDED_TOKENS)
     assert_same(second.state.trainer, straight.state.trainer)
     assert_same(second.draft, straight.draft)
     assert straight.version > 0
@@ -173,7 +175,7 @@ def test_what_is_worse_is_rolled_back(target, draft):
         return result
 
     windows._learn = watch
-    answers(session, PROMPTS * 2)
+    answers(session, PROMPTS * 2, GUARDED_TOKENS)
     decisions = [report.decision for report in session.reports]
     assert decisions[:4] == ["wait", "wait", "wait", "rollback"]
     assert "promote" not in decisions
@@ -187,7 +189,7 @@ def test_what_is_worse_is_rolled_back(target, draft):
 
 def test_what_stays_unclear_makes_way_for_the_newest_iterate(target, draft):
     session = guarded(target, draft, 0.0, promotion_patience=2)
-    answers(session)
+    answers(session, PROMPTS, GUARDED_TOKENS)
     decisions = [report.decision for report in session.reports]
     assert decisions[:5] == ["wait", "wait", "expire", "wait", "expire"]
     assert session.version == 0
@@ -933,14 +935,14 @@ def test_what_is_dropped_is_answered_as_it_would_have_been(target, draft, batch_
 
     def is_late():
         asked.append(1)
-        return len(asked) > 60
+        return len(asked) > 40
 
     session = make()
     found = list(
         session.generate(PROMPTS[:4], NEW_TOKENS, sampling, should_stop=is_late)
     )
     assert 0 < len(found) < 4
-    assert len(asked) == 61
+    assert len(asked) == 41
     assert session.answered == [r.prompt.id for r in found]
     if batch_size == 1:
         rest = session.generate(PROMPTS[len(found) : 4], NEW_TOKENS, sampling)
