@@ -152,8 +152,10 @@ def by_key(
     def rests(state: KeyedState, context: Context, ordinal: int) -> bool:
         assert rule.rests is not None
         known = dict(zip(state.keys, state.own, strict=True))
-        own = known.get(key_of(context))
-        return own is not None and rule.rests(own, context, ordinal)
+        key = key_of(context)
+        # A request of no kind is one of all; a kind that nobody has seen is looked at.
+        found = known.get(key) if key else state.shared
+        return found is not None and rule.rests(found, context, ordinal)
 
     def report(state: KeyedState) -> dict[str, Any]:
         assert rule.report is not None

@@ -362,30 +362,48 @@ def test_answers_whose_numbers_come_again_teach_nothing(target, pool, monkeypatc
     assert session.chooser.state.num_windows > 0
 
 
-def test_a_checkpoint_keeps_what_was_learned_of_drafters(tmp_path):
+@pytest.mark.parametrize("name", ["normalhedge:sample", "normalhedge:domain:seldom"])
+def test_a_checkpoint_keeps_what_was_learned_of_drafters(name, tmp_path, monkeypatch):
+    # So that most of the answers behind the checkpoint are judged by nobody.
+    monkeypatch.setattr(selection, "SETTLED", 10)
+    monkeypatch.setattr(selection, "ONE_IN", 3)
     target = tiny_target()
     pool = pool_draft([head(target, "eagle3"), load_draft("ngram", target)], target)
     memory = LearnerConfig(name="memory", memory_slots=64)
     how = dict(learner=memory, ngrams=False)
-    prompts = ["Who?", "What is it?", "Where are they now?", "When?"]
-    whole = session_of(target, pool, "normalhedge:sample", **how)
+    prompts = ["Who?", "What is it?", "Where are they now?", "When?", "Why?", "How?"]
+    whole = session_of(target, pool, name, **how)
     answers = [r.token_ids for r in whole.generate(prompts, 20)]
 
-    first = session_of(target, pool, "normalhedge:sample", **how)
+    first = session_of(target, pool, name, **how)
     begun = [r.token_ids for r in first.generate(prompts[:2], 20)]
     first.save(tmp_path)
-    assert first.chooser.state.num_windows > 0
-    second = session_of(target, pool, "normalhedge:sample", **how)
+    known = num_windows(first)
+    assert known > 0
+    second = session_of(target, pool, name, **how)
     second.resume(tmp_path)
     assert second.chooser.state == first.chooser.state
-    rest = [r.token_ids for r in second.generate(prompts[2:], 20)]
+    rest = []
+    grown = []
+    for prompt in prompts[2:]:
+        rest += [r.token_ids for r in second.generate([prompt], 20)]
+        grown.append(num_windows(second) > known)
+        known = num_windows(second)
     assert begun + rest == answers
     assert second.chooser.state == whole.chooser.state
+    # Every third answer is judged, by its number among all that were ever asked.
+    assert grown == ([False, True, False, False] if "seldom" in name else [True] * 4)
 
     other = session_of(target, pool, "ucb", **how)
     fresh = other.chooser.state
     other.resume(tmp_path)
     assert other.chooser.state == fresh
+
+
+def num_windows(session):
+    """Of which it was seen what each draft would have had accepted."""
+    state = session.chooser.state
+    return getattr(state, "shared", state).num_windows
 
 
 def test_time_is_measured_before_serving():
