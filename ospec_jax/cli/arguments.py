@@ -31,10 +31,12 @@ from ospec_jax.decoding.judging import JUDGE_EVERY
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
 from ospec_jax.loading import LoadedDraft, check_draft, load_draft
-from ospec_jax.models.hub import load_target
+from ospec_jax.models.hub import Target, load_target
+from ospec_jax.reports.progress import say
 from ospec_jax.session import Session
 from ospec_jax.session.arguments import as_share
 from ospec_jax.session.how_much import JOINT, LOAD, MARGINAL
+from ospec_jax.storage.checkpoint import CheckpointError
 from ospec_jax.storage.policies import load_policies
 
 Own = tyro.conf.arg(prefix_name=False)
@@ -79,13 +81,18 @@ LearnMembers = Annotated[
 PrecisionName = Literal["auto", "float32", "bfloat16", "int8"]
 
 
+AUTO_DRAFT = "auto"
+"""The draft that comes with the package, for targets that it was made for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelFlags:
     """What decodes.
 
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
-      draft: none, shipped, shipped:NAME (`ospec drafters` lists them), ngram, suffix,
+      draft: auto, the shipped draft if it is one for this target, else ngram; none,
+        shipped, shipped:NAME (`ospec drafters` lists them), ngram, suffix,
         prediction, model:TARGET (a smaller model), self:int4, self:exit-N, a checkpoint
         folder or that of a public EAGLE-3 or Hydra head, or two drafts:
         fallback:ngram,DRAFT (n-grams where they are likely), longer:ngram,DRAFT (there
@@ -98,7 +105,7 @@ class ModelFlags:
     """
 
     target: Annotated[str, Own] = "smollm2-135m"
-    draft: Annotated[str, Own] = "shipped"
+    draft: Annotated[str, Own] = AUTO_DRAFT
     precision: Annotated[PrecisionName, Own] = "auto"
     batch_size: Annotated[int, Own] = 1
     mesh: Annotated[str, OwnEmpty] = ""
@@ -197,6 +204,18 @@ class AnswerFlags:
     seed: Annotated[int, Own] = 0
     stop: Annotated[tuple[str, ...], OwnEmpty] = ()
     raw: Annotated[bool, Own] = False
+
+
+def _fitting_draft(target: Target) -> LoadedDraft:
+    """The shipped draft if the target is one that it can draft for, else n-grams."""
+    try:
+        return load_draft("shipped", target)
+    except CheckpointError:
+        say(
+            f"no draft comes with the package for {target.name}: n-grams of requests "
+            f"draft (--draft ngram); `ospec distill` trains one"
+        )
+        return load_draft("ngram", target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,11 +330,14 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         self._check_learn_control()
         whole_number("--max-new-tokens", self.max_new_tokens, least=1)
         whole_number("--batch-size", self.batch_size, least=1)
-        if self.draft != "none":
+        if self.draft not in ("none", AUTO_DRAFT):
             check_draft(self.draft)
         mesh = sharding.make_mesh(self.mesh) if self.mesh else None
         sharding.check_batch(mesh, self.batch_size)
         target = load_target(self.target, as_precision(self.precision), mesh)
+        if self.draft == AUTO_DRAFT:
+            return target, _fitting_draft(target)
+
         draft = None if self.draft == "none" else load_draft(self.draft, target)
 
         return target, draft

@@ -798,6 +798,14 @@ def test_bench_compares_drafts(ospec, tmp_path):
     assert f"| {ospec.draft}@static:2,1 |" in table.read_text()
 
 
+def test_targets_without_a_shipped_draft_are_drafted_for_by_ngrams(ospec, capsys):
+    (answer,) = ospec.json("generate", "--prompts", ospec.prompts)[:1]
+    assert "no draft comes with the package for model" in capsys.readouterr().err
+    (plain,) = ospec.json("generate", "--prompts", ospec.prompts, "--draft", "none")[:1]
+    assert answer["text"] == plain["text"]
+    assert answer["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+
+
 @pytest.mark.parametrize(("command", "args", "message"), [
     ("generate", [], "give either --prompt or --prompts"),
     ("generate", ["--prompt", "x", "--draft", "nowhere"], "holds no checkpoint"),
