@@ -90,7 +90,8 @@ def bench(
       peers: Comma-separated other decoders of the same weights: transformers,
         transformers-bfloat16, transformers-lookup, transformers-assisted, llama-cpp,
         and llama-cpp-KIND with its n-grams of a kind: ngram-simple, ngram-map-k,
-        ngram-map-k4v, ngram-mod, ngram-cache.
+        ngram-map-k4v, ngram-mod, ngram-cache. Of llama.cpp one a run: threads of
+        several disturb each other.
       json_file: Write one row a mode; within it, one a domain and a prompt length.
       markdown: Write the tables.
       plot: Draw the modes' speed, by domain and by prompt length, too, into this PNG.
