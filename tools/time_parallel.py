@@ -162,8 +162,12 @@ def run_in_turns(pipe: Connection, settings: Settings) -> None:
         (result,) = sessions[length].generate([prompt], settings.max_new_tokens)
         seconds = time.perf_counter() - begin
         stats = result.stats
+        # Of tokens that were judged behind accepted ones, as in parallel.
+        histogram = stats.acceptance_histogram
+        num_rejected = sum(histogram[:length])
+        judged = stats.num_accepted_tokens + num_rejected
         found = {
-            "rate": stats.draft_acceptance_rate,
+            "rate": stats.num_accepted_tokens / max(judged, 1),
             "length": stats.mean_acceptance_length,
         }
         pipe.send((list(result.token_ids), seconds, found))

@@ -30,12 +30,13 @@ from ospec_jax.control.steered import DEEPEST
 from ospec_jax.decoding.judging import JUDGE_EVERY
 from ospec_jax.learners.config import LearnerConfig
 from ospec_jax.learners.registry import LEARNER_NAMES
-from ospec_jax.loading import LoadedDraft, check_draft, load_draft
+from ospec_jax.loading import LoadedDraft, check_draft, draft_folder, load_draft
 from ospec_jax.models.hub import Target, load_target
 from ospec_jax.reports.progress import say
 from ospec_jax.session import Session
 from ospec_jax.session.arguments import as_share
 from ospec_jax.session.how_much import JOINT, LOAD, MARGINAL
+from ospec_jax.storage import checkpoint
 from ospec_jax.storage.checkpoint import CheckpointError
 from ospec_jax.storage.policies import load_policies
 
@@ -211,6 +212,8 @@ def _fitting_draft(target: Target) -> LoadedDraft:
     try:
         return load_draft("shipped", target)
     except CheckpointError:
+        # One that is damaged fails here, too: then it is not the target's fault.
+        checkpoint.load(draft_folder("shipped"))
         say(
             f"no draft comes with the package for {target.name}: n-grams of requests "
             f"draft (--draft ngram); `ospec distill` trains one"

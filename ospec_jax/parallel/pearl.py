@@ -99,7 +99,7 @@ class Parallel:
           draft: A language model of its own, `loading.model_draft`; None with
             `drafting`.
           num_speculative_tokens: Of a chunk, the paper's gamma. About as many as the
-            draft writes while the target verifies them: `timing.fitting_chunk`.
+            draft writes while the target verifies them: `costs.balanced_length`.
           drafting: Whoever drafts elsewhere, in place of `draft`. It shares the
             target's vocabulary, and draws nothing.
 

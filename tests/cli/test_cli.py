@@ -19,7 +19,7 @@ from model_files import hf_tensors, model_config, write_folder
 from reference import random_params
 
 import ospec_jax
-from ospec_jax import LearnerConfig, cli
+from ospec_jax import LearnerConfig, cli, loading
 from ospec_jax.bench.runs import MODES
 from ospec_jax.cli import answer, arguments, make
 from ospec_jax.cli.recipes import with_recipe
@@ -804,6 +804,13 @@ def test_targets_without_a_shipped_draft_are_drafted_for_by_ngrams(ospec, capsys
     (plain,) = ospec.json("generate", "--prompts", ospec.prompts, "--draft", "none")[:1]
     assert answer["text"] == plain["text"]
     assert answer["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+
+
+def test_a_damaged_shipped_draft_is_told_of(ospec, capsys, monkeypatch, tmp_path):
+    (tmp_path / "smollm2-135m-eagle3" / "7").mkdir(parents=True)
+    monkeypatch.setattr(loading, "_SHIPPED", tmp_path)
+    assert ospec("generate", "--prompt", "x") == 2
+    assert "smollm2-135m-eagle3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("command", "args", "message"), [
