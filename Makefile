@@ -5,7 +5,7 @@ VERSION = $(shell $(PYTHON) -c 'import sys; print("-%d.%d" % sys.version_info[:2
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),$(VERSION))
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all fast lint style types tiny tiny-all bench clean
+.PHONY: demo test test-all fast lint bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,14 +32,10 @@ bench: $(VENV)/.installed
 	  --plot bench-output/speed.png
 	$(BIN)/ospec roofline | tee bench-output/roofline.md
 
-lint: style types
-
-style: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-
-types: $(VENV)/.installed-dev
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 # How programs are compiled depends on a test's mark, and on whether a run leaves out
 # those that are compiled as users' are: see tests/conftest.py.
@@ -52,21 +48,14 @@ FOR_USERS = $(shell grep -rlE 'mark\.(slow|optimized|bits)' tests --include='tes
 fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not (slow or optimized or gpu or thorough or long)"
 
-# Types are checked by one process, beside the first tests.
-test: style
-	+$(MAKE) --jobs=2 types tiny
+test: lint
+	$(PYTEST) -m "not (slow or optimized or gpu or thorough)"
 	$(PYTEST) -m "(slow or optimized) and not (gpu or thorough)" $(FOR_USERS)
 
-tiny: $(VENV)/.installed-dev
-	$(PYTEST) -m "not (slow or optimized or gpu or thorough)"
-
 # With every combination of what `make test` tries each value of once.
-test-all: style
-	+$(MAKE) --jobs=2 types tiny-all
-	$(PYTEST) -m "(slow or optimized) and not gpu" $(FOR_USERS)
-
-tiny-all: $(VENV)/.installed-dev
+test-all: lint
 	$(PYTEST) -m "not (slow or optimized or gpu)"
+	$(PYTEST) -m "(slow or optimized) and not gpu" $(FOR_USERS)
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info demo-output bench-output

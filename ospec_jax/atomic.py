@@ -8,14 +8,14 @@ import platform
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import filelock
 
 
 @contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path) -> Generator[Path]:
     """A path beside `file` to write to, which takes its place at the end.
 
     Until then `file` stays as it was, also if writing fails. The path's name ends in
@@ -56,7 +56,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Generator[None]:
     """Lets errors of the system name `path`: a full disk does not say whose file it
     has no room for."""
     try:
@@ -77,7 +77,7 @@ class InUseError(RuntimeError):
 @contextlib.contextmanager
 def locked(
     lock: Path, what: object, patience: float = 0.0, on_wait: Callable = print
-) -> Iterator[None]:
+) -> Generator[None]:
     """Keeps other processes from what a lock file stands for.
 
     The system releases the lock of a process that ends, however it ends. Where locks

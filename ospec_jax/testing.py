@@ -97,23 +97,24 @@ def tiny_draft_config(
     model: ModelConfig,
     draft_vocab_size: int = 12,
     family: str | Family = "eagle3",
-    **changes,
+    **changes: Any,
 ) -> DraftConfig:
     """A trainable draft's architecture for a tiny target.
 
     Args:
       changes: Fields of the architecture that shall have other values.
     """
+    defaults: dict[str, Any] = {}
     family = find_family(family)
     layer = model.num_layers // 2 if family.has_layer else 0
     config = default_draft_config(model, draft_vocab_size, family, 5, layer)
     if not family.has_layer:  # else its block has the target's shape
-        changes = {"intermediate_size": 40} | changes
+        defaults["intermediate_size"] = 40
     if family.reads_taps and len(config.taps) > 1:
         # The first layer's input has seen nothing but a token.
-        changes = {"taps": tuple(range(1, max(model.num_layers, 3)))} | changes
+        defaults["taps"] = tuple(range(1, max(model.num_layers, 3)))
 
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, **(defaults | changes))
 
 
 def _drawn(init: Callable, key, *static):

@@ -42,7 +42,7 @@ def typed(function: _F) -> _F:
 def struct(cls: type) -> Any:
     """A `flax.struct.dataclass` that shows shapes of its arrays, not their numbers."""
     if "__repr__" not in vars(cls):
-        cls.__repr__ = short_repr
+        cls.__repr__ = short_repr  # pyrefly: ignore[bad-assignment]
 
     return flax.struct.dataclass(cls)
 

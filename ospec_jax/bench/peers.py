@@ -84,7 +84,7 @@ PEERS = {
 
 
 def _transformers_model(path: Path, dtype: str = "float32"):
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch
     from transformers import AutoModelForCausalLM
 
     folder, options = (path, {}) if path.is_dir() else (path.parent, {})
@@ -101,7 +101,7 @@ def _transformers_model(path: Path, dtype: str = "float32"):
 
 
 def _transformers(model, options: dict):
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch
 
     def generate(prompt_ids, max_new_tokens, stop_ids):
         ids = torch.tensor([prompt_ids])
@@ -127,7 +127,7 @@ def _llama_cpp(path: Path, speculation: str):
     Args:
       speculation: One of its kinds of n-grams, with its settings; empty for none.
     """
-    import xllamacpp  # pyright: ignore[reportMissingImports]
+    import xllamacpp
 
     if path.is_dir():
         raise ConfigError(f"llama.cpp reads GGUF files; {path} is a folder")

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import tyro
 
@@ -109,10 +110,14 @@ EXAMPLES = {
 """How each command is typed; `docs/cli.md` and help show them."""
 
 
+def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"warning: {message}", "yellow")
+
+
 def main() -> None:
     """Entry point of `ospec`."""
     # A line each, without the place in the code that only developers want.
-    warnings.showwarning = lambda message, *_: say(f"warning: {message}", "yellow")
+    warnings.showwarning = _say_warning
     try:
         with told():
             _run(sys.argv[1:])

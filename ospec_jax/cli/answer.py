@@ -223,7 +223,9 @@ def learn(
     # The logs are cut to what the checkpoint counts before anything is added.
     log = _open_log(session, checkpoint_dir, save_feedback, jsonl, json_file)
     num_answered = len(session.answered) if resume else None
-    writer = telemetry and Telemetry(telemetry, tensorboard, num_answered)
+    writer = None
+    if telemetry:
+        writer = Telemetry(telemetry, tensorboard, num_answered)
     # Compiled before the clock starts.
     if rows:
         has_predictions = any(row.prediction for row in rows)

@@ -8,7 +8,7 @@ import functools
 import numbers
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class UnforeseenError(ConfigError):
 
 
 @contextlib.contextmanager
-def naming(what: Any) -> Iterator[None]:
+def naming(what: Any) -> Generator[None]:
     """Names the file that is being read in whatever error its reader did not foresee.
 
     Raises:

@@ -148,7 +148,7 @@ def fit_clock(
 
     # Unknowns: a time for each depth but 0 and each number of rows, and two slopes.
     has_slopes = len(contexts) > 1
-    middle = int(round(float(np.mean(contexts))))
+    middle = round(float(np.mean(contexts)))
     num_depths = len(depths) - 1
     num_times = max(len(rows) - 1, 1)
     equations = np.zeros((len(timed), num_depths + num_times + 2 * has_slopes))

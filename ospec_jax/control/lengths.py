@@ -32,7 +32,7 @@ class Windows(NamedTuple):
     couplings: np.ndarray
 
     @property
-    def count(self) -> int:
+    def num_windows(self) -> int:
         """Windows, each of them as good as a draft of every drafter."""
         return len(self.chances)
 

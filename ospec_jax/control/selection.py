@@ -151,7 +151,7 @@ def select(
         if corrects and action in actions:
             state = _book_depths(state, measure.table, action.drafter, outcome)
         windows = outcome.windows
-        if windows is not None and windows.count:
+        if windows is not None and windows.num_windows:
             if corrects:
                 windows = _corrected(state, measure.table, windows)
             values = measure.values(state, windows).astype(float)
@@ -399,7 +399,7 @@ def parts_of_selections(worth: float = WORTH) -> Parts:
         SelectionState,
         functools.partial(begun, worth=worth),
         _with_mean_weights,
-        lambda outcome: outcome.windows is not None and outcome.windows.count > 0,
+        lambda outcome: outcome.windows is not None and outcome.windows.num_windows > 0,
     )
 
 

@@ -14,6 +14,7 @@ how fast tokens come, never which.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -202,7 +203,9 @@ def _booked(state: MarginalState, outcome: Outcome, kept: float) -> MarginalStat
         found = np.zeros((len(accepted), 2 + 2 * state.depth))
     depth, size, mass, sure = Evidence.unpacked(found)
     booked = learn(state.known, accepted, mass, sure, depth, kept)
-    fields = {name: tuple(x.tolist()) for name, x in vars(booked).items()}
+    fields: dict[str, Any] = {
+        name: tuple(x.tolist()) for name, x in vars(booked).items()
+    }
 
     depths = _counted(state.depth_counts, depth)
     # Plain steps verify no node.

@@ -7,7 +7,7 @@ their own text; here they are kept from taking for ever, too.
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from ospec_jax.config import ConfigError
@@ -102,7 +102,7 @@ def _render(prompt: Prompt, tokenizer: Any, has_reply: bool = True) -> str:
 
 
 @contextlib.contextmanager
-def _bounded() -> Iterator[None]:
+def _bounded() -> Generator[None]:
     """Raises within a template that runs too many lines, or makes too long a text.
 
     Python's own tracing tells of each line; only those of templates are looked at. One
@@ -112,7 +112,7 @@ def _bounded() -> Iterator[None]:
     # A debugger or a coverage tool may be tracing already; it gets its place back.
     before = sys.gettrace()
 
-    def on_line(frame, event: str, _):
+    def on_line(frame: Any, event: str, _: Any) -> Any:
         nonlocal num_lines
         num_lines += 1
         if num_lines > _MAX_LINES:

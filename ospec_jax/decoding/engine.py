@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import logging
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -792,7 +792,7 @@ class Engine:
         return bring_first(state, chosen), bring_first(output, chosen)
 
     @contextlib.contextmanager
-    def silent(self) -> Iterator[None]:
+    def silent(self) -> Generator[None]:
         """For who compiles programs on purpose, and tells of it."""
         before = self._is_silent
         self._is_silent = True

@@ -155,7 +155,7 @@ def _shapes(c: DFlashConfig) -> dict[str, tuple[int, ...]]:
     d = c.hidden_size
     q = c.num_heads * c.head_dim
     kv = c.num_kv_heads * c.head_dim
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (q, d),
         "self_attn.k_proj": (kv, d),
         "self_attn.v_proj": (kv, d),

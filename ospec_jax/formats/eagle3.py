@@ -227,7 +227,7 @@ def _shapes(c: DraftConfig) -> dict[str, tuple[int, ...]]:
     d = c.hidden_size
     q = c.num_heads * c.head_dim
     kv = c.num_kv_heads * c.head_dim
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (q, 2 * d),
         "self_attn.k_proj": (kv, 2 * d),
         "self_attn.v_proj": (kv, 2 * d),

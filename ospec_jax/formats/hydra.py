@@ -13,6 +13,7 @@ read, and one of the prefix layer, which nothing does.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -126,7 +127,7 @@ def _projection(c: HydraConfig, head: int) -> str:
 def _shapes(c: HydraConfig) -> dict[str, tuple[int, ...]]:
     """Tensors that heads must have; of blocks that share weights, the first."""
     d = c.hidden_size
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def dense(name, num_rows, num_columns):
         shapes[f"{name}weight"] = (num_rows, num_columns)
@@ -147,7 +148,7 @@ def _prefix_shapes(c: HydraConfig) -> dict[str, tuple[int, ...]]:
     d = c.hidden_size
     q = c.num_heads * c.head_dim
     kv = c.num_kv_heads * c.head_dim
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (q, d),
         "self_attn.k_proj": (kv, d),
         "self_attn.v_proj": (kv, d),
@@ -215,7 +216,7 @@ def _to_params(c: HydraConfig, tensors) -> dict:
 
     for head in range(c.depth):
         first = _block(c, head, 0)
-        blocks = {
+        blocks: dict[str, Any] = {
             "residual": dense(f"{first}res_connection."),
             "first": dense(f"{first}linear."),
         }

@@ -8,6 +8,7 @@ key means that class's default.
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ospec_jax.config import (
     ConfigError,
@@ -87,7 +88,7 @@ def flatten(raw: dict) -> dict:
 
 def layer_config(c: DraftConfig, max_position: int) -> dict:
     """The decoder layer in the words of transformers' `LlamaConfig`."""
-    window = {}
+    window: dict[str, Any] = {}
     if c.sliding_window:
         window["sliding_window"] = c.sliding_window
         window["layer_types"] = ["sliding_attention"]

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -379,7 +379,7 @@ def _build(compiler: str, place: Path, name: str) -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def _alone_in(place: Path) -> Iterator[None]:
+def _alone_in(place: Path) -> Generator[None]:
     """Waits while another process builds, so that it is done once."""
     lock = filelock.FileLock(place / "building.lock")
     # Where nothing can be written nobody waits, and whatever is built is not kept.

@@ -65,7 +65,7 @@ def _bare(name: str, learning_rate: float, options: dict) -> Any:
     kind, _, wrapped = name.partition(":")
     if kind == "mechanize":
         # Its own weight decay pulls towards 0, which no trained draft wants.
-        options = {"weight_decay": 0.0} | options
+        options = dict[str, Any]({"weight_decay": 0.0} | options)
         return optax.contrib.mechanize(_bare(wrapped or "adam", 1.0, {}), **options)
 
     # optax has no registry: a name is looked up in its modules, and what is found there

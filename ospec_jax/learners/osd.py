@@ -55,8 +55,9 @@ class OSD(OptimizedMethod):
         super().__post_init__()
         check(self, "buffer_requests", lambda x: x >= 1, "1 or more")
 
-    def check_parts(self, schedule: Schedule, **_) -> None:
+    def check_parts(self, **parts: Any) -> None:
         """Refuses intervals of tokens: the buffer counts requests."""
+        schedule: Schedule = parts["schedule"]
         if schedule.update_every_prompts < 1:
             raise ConfigError(
                 f"update_every_prompts is {schedule.update_every_prompts}; the learner "

@@ -81,8 +81,9 @@ class SharedEnsemble(ExpertsMethod):
                 "or radius above 0"
             )
 
-    def check_parts(self, batches: Batches, **_) -> None:
+    def check_parts(self, **parts: Any) -> None:
         """Refuses to judge experts on more windows than there are."""
+        batches: Batches = parts["batches"]
         if self.num_scored > batches.batch_size:
             raise ConfigError(
                 f"num_scored {self.num_scored} exceeds batch_size {batches.batch_size}"

@@ -393,7 +393,7 @@ def _activation_ranges(path, config, numerics, read_tokenizer, read):
         found = measure_ranges(config, numerics, params, texts)
         columns = {n: np.stack([r[n] for r in found]) for n in names}
         content = io.BytesIO()
-        np.savez(content, **columns)
+        np.savez(content, allow_pickle=False, **columns)
         atomic.keep(file, content.getvalue())
 
     return [{n: columns[n][i] for n in names} for i in range(config.num_layers)]

@@ -12,6 +12,7 @@ import hashlib
 import os
 import pathlib
 import warnings
+from typing import Any
 
 import jax
 from jax._src import compilation_cache
@@ -34,7 +35,7 @@ class CheckedCache(CacheInterface):
         self._path = pathlib.Path(folder)
         self._has_warned = False
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> Any:
         """A program; None where there is none, or only a damaged one, which goes."""
         file = self._file(key)
         try:

@@ -7,7 +7,7 @@ nothing. What is kept holds no weights: they are arguments of the programs.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 import jax
@@ -63,7 +63,7 @@ def forget_programs() -> None:
 
 
 @contextlib.contextmanager
-def own_programs() -> Iterator[None]:
+def own_programs() -> Generator[None]:
     """Within it nothing is shared with what was built before; afterwards that is again.
 
     For whoever counts programs, of a whole process: it is not for threads.

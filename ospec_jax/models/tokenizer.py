@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ _ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>")
 
 
 @contextlib.contextmanager
-def quiet_import() -> Iterator[None]:
+def quiet_import() -> Generator[None]:
     """For the first import of transformers, which else says that PyTorch is missing.
 
     Nobody misses it here. What transformers logs later is left as its user has it: its

@@ -238,8 +238,9 @@ class _Pool:
         """Updates the members that are due, one behind the other."""
 
         def at_once(one: Learning, given: _Given) -> Slices[tuple]:
+            # From no slices: a generator, as the one below is.
+            yield from ()
             return one.trainer.update(*given)
-            yield  # never: it makes a generator of this, as the one below is
 
         return run(self._round(at_once, state, traffic, draft, served, completion))
 

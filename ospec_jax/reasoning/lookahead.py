@@ -16,7 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 from ospec_jax.config import whole_number
@@ -200,7 +200,7 @@ class _Clock:
         self.seconds: dict[str, float] = collections.defaultdict(float)
 
     @contextlib.contextmanager
-    def of(self, name: str) -> Iterator[None]:
+    def of(self, name: str) -> Generator[None]:
         """Counts what is done within."""
         begin = time.perf_counter()
         yield

@@ -96,7 +96,9 @@ class OnlineReasoner:
         self.version = 0
         self.answered: list[str] = []
         self._learner = learner
-        self._state: PreferenceState | None = learner and learner.init()
+        self._state: PreferenceState | None = None
+        if learner is not None:
+            self._state = learner.init()
         # Of the chunk that is not full yet.
         self._pairs: list[PreferencePair] = []
         self._num_waiting = 0

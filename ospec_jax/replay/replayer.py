@@ -281,7 +281,7 @@ class Replayer:
             if has_choices:
                 sources["choices"] = first, choices
 
-        fields = {}
+        fields: dict[str, Any] = {}
 
         for name, (first, source) in sources.items():
             shape = 1, self._capacity, *source.shape[1:]

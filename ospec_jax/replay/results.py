@@ -257,7 +257,7 @@ def plot_replays(rows: list[dict], path: Path) -> Path:
             grid[1, 0].plot(numbers, dynamic_regret_proxy(own, base[: len(own)]))
 
     # Of the longest run, since an interrupted one has seen only a part of the stream.
-    domains = max((row["answers"]["domain"] for row in rows), key=len)
+    domains: Any = max((row["answers"]["domain"] for row in rows), key=len)
     changes = [i for i in range(1, len(domains)) if domains[i] != domains[i - 1]]
 
     for axes in grid[:, 0]:

@@ -66,7 +66,7 @@ def answer_window(
     # Only what is needed is read from disk; other fields are there for the shape.
     read = {"tokens", "taps" if is_tapped else "hidden"}
     read |= {"hidden", "logsumexp"} if has_losses else set()
-    fields = {}
+    fields: Any = {}
 
     for name, source in found.arrays.items():
         fields[name] = np.zeros((size, *source.shape[1:]), source.dtype)

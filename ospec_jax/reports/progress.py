@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from rich.console import Console
 from rich.progress import (
@@ -49,7 +49,7 @@ class _Teller(logging.Handler):
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def told() -> Generator[None]:
     """Within, what takes its time says so: loading, measuring, compiling."""
     log = logging.getLogger("ospec_jax")
     teller = _Teller()
@@ -150,7 +150,7 @@ class Interrupt:
         return bool(self) and time.monotonic() - self._since >= self.grace
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Generator[None]:
         """Within, no signal ends anything: for what must be written as a whole."""
         self._is_held = True
         try:

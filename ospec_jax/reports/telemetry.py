@@ -186,7 +186,7 @@ class Telemetry:
           selection: What chose among a pool's drafts thinks; see
             `control.base.Controller.report`.
         """
-        row = {
+        row: dict[str, Any] = {
             "kind": "answer",
             "number": self._counts["answers"] + 1,
             "id": id,
@@ -225,7 +225,7 @@ class Telemetry:
             step_length = is_moved * float(distance(before.params, after.params))
 
         told = {name: _plain(x) for name, x in getattr(info, "extra", {}).items()}
-        row = {
+        row: dict[str, Any] = {
             "kind": "update",
             "number": self._counts["updates"] + 1,
             "num_answers": self._counts["answers"],

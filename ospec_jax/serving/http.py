@@ -15,7 +15,7 @@ import socket
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -155,7 +155,7 @@ class _HttpServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends it, when answers have ended or their grace has."""
-        self.config.app.state.is_ending = True  # pyright: ignore
+        self.config.app.state.is_ending = True
         await super().shutdown(sockets)
 
 
@@ -228,7 +228,7 @@ class _Api:
         )
 
     @contextlib.asynccontextmanager
-    async def live(self, app: Starlette) -> AsyncIterator[None]:
+    async def live(self, app: Starlette) -> AsyncGenerator[None]:
         """As long as the server runs, the service is looked at each second."""
         sampling = asyncio.create_task(self._sample())
         try:

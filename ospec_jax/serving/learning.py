@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,7 +185,7 @@ class Learning:
         self._note()
 
     @contextlib.contextmanager
-    def _safely(self) -> Iterator[None]:
+    def _safely(self) -> Generator[None]:
         """Pauses learning where it fails, and serves what was kept."""
         try:
             yield

@@ -2,6 +2,7 @@
 """What a session gives back for a prompt."""
 
 import dataclasses
+from typing import Any
 
 from ospec_jax.data.prompts import Prompt
 from ospec_jax.decoding.request import Alternatives
@@ -42,7 +43,7 @@ class Result:
 
     def to_json(self) -> dict:
         """The command line's JSON object."""
-        found = {
+        found: dict[str, Any] = {
             "id": self.prompt.id,
             "text": self.text,
             "token_ids": self.token_ids,

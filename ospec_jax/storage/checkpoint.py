@@ -25,7 +25,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -389,7 +389,7 @@ def _sweep(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(path: Path) -> Generator[None]:
     """Lets one session at a time write into a folder: each sweeps up what seems left.
 
     Processes that work together write together, behind the first one's lock.
@@ -412,7 +412,7 @@ def _wait_for_all() -> None:
 
 
 @contextlib.contextmanager
-def _open(path: Path, num_kept: int | None = None) -> Iterator[Any]:
+def _open(path: Path, num_kept: int | None = None) -> Generator[Any]:
     """Orbax's checkpointer; without `num_kept` nothing is ever removed."""
     _recover(path)
     policy: Any = None
@@ -429,7 +429,7 @@ def _open(path: Path, num_kept: int | None = None) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _only_errors(name: str) -> Iterator[None]:
+def _only_errors(name: str) -> Generator[None]:
     """Keeps a logger, here the one that Orbax writes to, from telling less than errors.
 
     Orbax warns of what is meant so: that shardings come from the files, that items have
@@ -648,7 +648,7 @@ def _read_back(stored: Any, meta: Meta, where: str) -> Draft:
 
 
 @contextlib.contextmanager
-def _reading_files(path: Path, step: int) -> Iterator[None]:
+def _reading_files(path: Path, step: int) -> Generator[None]:
     """Whatever Orbax says of damaged files, which it has no error of its own for."""
     try:
         yield

@@ -8,6 +8,7 @@ draft is loaded, so that drafting knows nothing of it.
 """
 
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def subtract(params, base, rank: int):
 
     A kernel `[out, in]` becomes `left`, `[out, rank]`, and `right`, `[rank, in]`.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, dict):
             found[name] = subtract(value, base[name], rank)

@@ -86,7 +86,7 @@ def test_windows_are_complete_whatever_comes_at_once():
     rng = np.random.default_rng(0)
     chances, couplings = rng.uniform(size=(2, 11, 3, 4))
     whole = Pending().add(chances, couplings)
-    assert whole.count == 9
+    assert whole.num_windows == 9
     for i in range(9):
         for depth in range(3):
             np.testing.assert_array_equal(
@@ -99,7 +99,7 @@ def test_windows_are_complete_whatever_comes_at_once():
         parts.append(pending.add(chances[rows], couplings[rows]))
         first += length
     # Of the first two tokens no window is complete.
-    assert [part.count for part in parts] == [0, 0, 4, 0, 3, 2]
+    assert [part.num_windows for part in parts] == [0, 0, 4, 0, 3, 2]
     for found, wanted in zip(join(parts), whole, strict=True):
         np.testing.assert_array_equal(found, wanted)
     # The last two tokens begin windows that the answer's end has cut short.

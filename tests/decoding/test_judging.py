@@ -125,7 +125,7 @@ def test_who_drafts_is_judged_as_it_was_accepted(target, members, number, temper
     assert num_judged > 5
     # All but each answer's first token, which the pass over the prompt chose.
     count = sum(len(result.token_ids) for result in results) - len(results)
-    assert sum(outcome.windows.count for outcome in found) == count
+    assert sum(outcome.windows.num_windows for outcome in found) == count
     num_ended = sum(len(result.token_ids) > 1 for result in results)
     assert sum(outcome.num_ended for outcome in found) == num_ended
 
@@ -148,7 +148,7 @@ def test_evidence_does_not_depend_on_who_drafts(target, members):
     windows = []
     for number in (0, 1):
         found, *_ = judged_by(number, target, members[:3], tree, True, 0.0, PROMPTS[1:])
-        windows.append([o.windows for o in found if o.windows.count])
+        windows.append([o.windows for o in found if o.windows.num_windows])
     first, second = (np.concatenate([w.chances for w in ws]) for ws in windows)
     assert len(first) == 30 - 1 - 2
     np.testing.assert_array_equal(first, second)
@@ -350,7 +350,7 @@ def test_waiting_tokens_are_judged_as_new_ones_are(
         by_wait[judge_every] = found, [answer.token_ids for answer in answers]
 
     at_once, tokens = by_wait.pop(1)
-    assert sum(outcome.windows.count for _, outcome in at_once) > 20
+    assert sum(outcome.windows.num_windows for _, outcome in at_once) > 20
     for found, also in by_wait.values():
         assert also == tokens
         assert len(found) == len(at_once)
