@@ -1242,10 +1242,11 @@ def _empty_feedback(
     Args:
       context: The draft's, whose states may be recorded; None where nobody drafts.
     """
-    zeros = lambda *shape, dtype=jnp.float16: jnp.zeros(
-        (batch_size, capacity, *shape), dtype
-    )
     width = config.model.hidden_size
+
+    def zeros(*shape: int, dtype: Any = jnp.float16) -> jax.Array:
+        return jnp.zeros((batch_size, capacity, *shape), dtype)
+
     if recording == "features":
         return Feedback(
             tokens=zeros(dtype=jnp.int32),

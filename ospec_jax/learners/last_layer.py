@@ -74,8 +74,9 @@ class LastLayer(Method):
         which changes it, while the projection that learning began with was right more
         often of late; 0 for none.
       head_every: Answers, of which one is learned from while what was learned is no
-        better than the projection that learning began with; 1 learns from all. The
-        first 16 answers are, and all without `head_return`, which asks that projection.
+        better than the projection that learning began with, and the square of it behind
+        64 answers; 1 learns from all. The first 16 answers are, and all without
+        `head_return`, which asks that projection.
       head_candidates: Draft tokens whose rows of the projection one step may change.
       num_steps: Drafted tokens over which `pace` counts what learning gains.
     """

@@ -256,8 +256,12 @@ def test_preconditioning_learns_faster_than_plain_steps():
         (16, -9.0, 4, True),  # the first ones are all learned from
         (17, 0.0, 4, False),
         (20, 0.0, 4, True),
-        (17, 3.5, 4, True),  # where learning leads, nothing is missed
+        (17, 5.5, 4, True),  # where learning leads, nothing is missed
         (17, 0.0, 1, True),
+        (68, 0.0, 4, False),  # where it has not led for long, it comes more seldom
+        (80, 0.0, 4, True),
+        (68, 5.5, 4, True),
+        (68, 0.0, 1, True),
     ],
 )
 def test_it_learns_seldom_while_that_gains_nothing(answers, lead, every, is_due):
