@@ -61,11 +61,15 @@ class LoadedDraft:
     pool: PoolConfig | None = None
 
     def __repr__(self) -> str:
-        beside = f"{self.mix}:{self.suggestions}, " if self.mix else ""
         return (
-            f"LoadedDraft({beside}{self.meta.family!r} for {self.meta.target!r}, "
+            f"LoadedDraft({self.beside}{self.meta.family!r} for {self.meta.target!r}, "
             f"{size_of(self.draft.params)})"
         )
+
+    @property
+    def beside(self) -> str:
+        """What stands in front of its name where suggestions are drafted beside it."""
+        return f"{self.mix}:{self.suggestions}," if self.mix else ""
 
     @property
     def family(self) -> Family:

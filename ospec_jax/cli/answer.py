@@ -233,7 +233,15 @@ def learn(
 
     session.on_update = writer.update if writer else None
     run = _Learning(
-        session, rows, decoding, log, writer, checkpoint_dir, save_every, save_feedback
+        session,
+        rows,
+        decoding,
+        log,
+        writer,
+        checkpoint_dir,
+        save_every,
+        save_feedback,
+        beside=draft.beside,
     )
     with Interrupt() as interrupt:
         # The answers' lines are complete before a checkpoint counts them.
@@ -255,6 +263,7 @@ class _Learning:
       save_every: Prompts between two of them.
       save_feedback: Whether they hold recent traffic.
       start: When it began, by `time.perf_counter`.
+      beside: What stood in front of the draft's name, as `longer:ngram,`.
       results: Answers so far.
     """
 
@@ -267,6 +276,7 @@ class _Learning:
     save_every: int
     save_feedback: bool
     start: float = dataclasses.field(default_factory=time.perf_counter)
+    beside: str = ""
     results: list[Result] = dataclasses.field(default_factory=list)
 
     def answer_all(self, interrupt: Interrupt) -> None:
@@ -315,7 +325,7 @@ class _Learning:
         if self.folder is not None:
             path = self.session.save(self.folder, self.save_feedback)
             say(f"saved {path}")
-            say(describe_use(self.folder))
+            say(describe_use(self.folder, self.beside))
 
     def write(self, file: Path | None) -> None:
         """Writes the answers, those of earlier parts of the run among them."""

@@ -92,7 +92,8 @@ class ModelFlags:
 
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
-      draft: auto, the shipped draft if it is one for this target, else ngram; none,
+      draft: auto, the shipped draft if it is one for this target, behind longer chains
+        of n-grams for one request at a time (longer:ngram,shipped), else ngram; none,
         shipped, shipped:NAME (`ospec drafters` lists them), ngram, suffix,
         prediction, model:TARGET (a smaller model), self:int4, self:exit-N, a checkpoint
         folder or that of a public EAGLE-3 or Hydra head, or two drafts:
@@ -207,10 +208,11 @@ class AnswerFlags:
     raw: Annotated[bool, Own] = False
 
 
-def _fitting_draft(target: Target) -> LoadedDraft:
+def _fitting_draft(target: Target, has_longer_chains: bool) -> LoadedDraft:
     """The shipped draft if the target is one that it can draft for, else n-grams."""
     try:
-        return load_draft("shipped", target)
+        name = "longer:ngram,shipped" if has_longer_chains else "shipped"
+        return load_draft(name, target)
     except CheckpointError:
         # One that is damaged fails here, too: then it is not the target's fault.
         checkpoint.load(draft_folder("shipped"))
@@ -325,8 +327,30 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
             self.verification,
         )
 
-    def load(self):
-        """The target and its draft; bad arguments are refused before the loading."""
+    @property
+    def _takes_longer_chains(self) -> bool:
+        """Whether n-grams that are likely may be the draft, more than it would have.
+
+        With one request at a time that pays; in batches so many rows do not. Whoever
+        says how drafts are chosen has them so.
+        """
+        given = dict(vars(self))
+        # How many tokens is another question.
+        counts = {"num_speculative_tokens", "num_predicted_tokens"}
+        defaults = vars(DraftingFlags())
+        is_said = any(
+            given[name] != value
+            for name, value in defaults.items()
+            if name not in counts
+        )
+        return self.batch_size == 1 and not is_said and self.depth != "auto"
+
+    def load(self, is_compared: bool = False):
+        """The target and its draft; bad arguments are refused before the loading.
+
+        Args:
+          is_compared: Modes say what the draft is combined with.
+        """
         # Read for their checks alone.
         _ = self.tree_config, self.sampling
         self._check_select()
@@ -339,7 +363,8 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         sharding.check_batch(mesh, self.batch_size)
         target = load_target(self.target, as_precision(self.precision), mesh)
         if self.draft == AUTO_DRAFT:
-            return target, _fitting_draft(target)
+            has_longer = self._takes_longer_chains and not is_compared
+            return target, _fitting_draft(target, has_longer)
 
         draft = None if self.draft == "none" else load_draft(self.draft, target)
 

@@ -136,7 +136,7 @@ def bench(
         return
 
     compared = _parse_controllers(controllers, decoding)
-    target, draft = decoding.load()
+    target, draft = decoding.load(is_compared=True)
     contenders = _contenders(compared, draft, decoding.ngrams)
     interrupt = Interrupt()
     run, table = run_with_progress(

@@ -49,11 +49,15 @@ def summarize_learning(results: Sequence[Any], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def describe_use(folder: Path) -> str:
-    """How to go on with what was saved."""
+def describe_use(folder: Path, beside: str = "") -> str:
+    """How to go on with what was saved.
+
+    Args:
+      beside: What stood in front of the draft's name, as `longer:ngram,`.
+    """
     return (
-        f"serve it with --draft {folder}; go on learning with --checkpoint {folder} "
-        f"--resume"
+        f"serve it with --draft {beside}{folder}; go on learning with --checkpoint "
+        f"{folder} --resume"
     )
 
 

@@ -806,6 +806,28 @@ def test_targets_without_a_shipped_draft_are_drafted_for_by_ngrams(ospec, capsys
     assert answer["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_compared", "name"),
+    [
+        ({}, False, "longer:ngram,shipped"),
+        ({"num_speculative_tokens": 5}, False, "longer:ngram,shipped"),
+        ({"controller": "auto"}, False, "shipped"),
+        ({"num_speculative_tokens": "auto"}, False, "shipped"),
+        ({"tree": "static:2,1"}, False, "shipped"),
+        ({"ngrams": False}, False, "shipped"),
+        ({"batch_size": 2}, False, "shipped"),
+        ({}, True, "shipped"),  # modes add n-grams themselves
+    ],
+)
+def test_single_requests_get_longer_chains_unless_told_how(
+    ospec, monkeypatch, flags, is_compared, name
+):
+    asked = []
+    monkeypatch.setattr(arguments, "load_draft", lambda name, _: asked.append(name))
+    arguments.Decoding(target=ospec.target, **flags).load(is_compared)
+    assert asked == [name]
+
+
 def test_a_damaged_shipped_draft_is_told_of(ospec, capsys, monkeypatch, tmp_path):
     (tmp_path / "smollm2-135m-eagle3" / "7").mkdir(parents=True)
     monkeypatch.setattr(loading, "_SHIPPED", tmp_path)

@@ -41,3 +41,7 @@ def test_it_says_how_to_go_on():
     told = describe_use(Path("my-draft"))
     assert "--draft my-draft" in told
     assert "--checkpoint my-draft --resume" in told
+    # As it was learned with.
+    told = describe_use(Path("my-draft"), "longer:ngram,")
+    assert "--draft longer:ngram,my-draft" in told
+    assert "--checkpoint my-draft --resume" in told
