@@ -19,7 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ospec_jax import sharding
-from ospec_jax.config import RECORDS_STATES, ConfigError, Recording, StepKind
+from ospec_jax.config import (
+    RECORDS_STATES,
+    ConfigError,
+    Recording,
+    StepKind,
+    TreeConfig,
+)
 from ospec_jax.control.base import SUGGESTIONS, Action, Chooser, fixed
 from ospec_jax.decoding.adjusting import as_extras, neutral_extras
 from ospec_jax.decoding.batch import Batch, Queue, Reading
@@ -39,7 +45,7 @@ from ospec_jax.decoding.step import (
     build_step,
     empty_state,
 )
-from ospec_jax.drafters.base import Drafter
+from ospec_jax.drafters.base import Drafter, as_reader
 from ospec_jax.drafters.pool import bring_first, put_back, take_chosen
 from ospec_jax.drafters.prediction import as_prediction
 from ospec_jax.models.cache import KVCache
@@ -307,12 +313,17 @@ class Engine:
         if config.num_behind:
             self._catching_up = _compiled(build_catching_up, config, drafter)
 
+        # What is drafted behind a prompt is nothing to it, nor to where rows begin:
+        # these programs are the same for all trees.
+        no_tree = TreeConfig(num_steps=0)
+
         # Greedy and sampled steps are separate programs: a greedy one needs no
         # probabilities over the vocabulary. So are full ones, which do more than most
         # requests ask for.
         for kind in KINDS:
             own = dataclasses.replace(config, kind=kind)
-            self._prefills[kind] = _compiled(build_prefill, own, drafter)
+            reading = dataclasses.replace(own, tree=no_tree)
+            self._prefills[kind] = _compiled(build_prefill, reading, as_reader(drafter))
             if config.num_unjudged:
                 self._judgings[kind] = _compiled(build_judging, own, drafter)
             for action, member in self._menu.items():
@@ -320,14 +331,15 @@ class Engine:
                 step = _compiled(build_step, special, member)
                 self._steps[action, kind] = step
                 if config.num_unjudged and member is not None and member.takes_chosen:
-                    one = _compiled(build_prefill, own, member)
+                    one = _compiled(build_prefill, reading, as_reader(member))
                     self._prefills_alone[max(action.drafter, 0), kind] = one
                 if config.num_behind and not action.tree.num_steps:
                     special = dataclasses.replace(special, is_resting=True)
                     step = _compiled(build_step, special, member)
                     self._resting[action, kind] = step
 
-        self._rows = _compiled_rows(config, drafter, recording)
+        reading = dataclasses.replace(config, tree=no_tree)
+        self._rows = _compiled_rows(reading, as_reader(drafter), recording)
 
     @property
     def is_drawn(self) -> bool:

@@ -89,6 +89,34 @@ class Drafter(NamedTuple):
     takes_chosen: bool = False
 
 
+READING = ("init_cache", "init_context", "extend", "is_sure", "predict")
+"""Fields of a `Drafter` that running over tokens takes; they know of no tree."""
+
+
+def as_reader(drafter: Drafter | None) -> Drafter | None:
+    """A drafter that runs over tokens and drafts nothing, the same one for all trees.
+
+    For those whose fields `READING` are the same objects, as `build_drafter` gives
+    them.
+    """
+    if drafter is None:
+        return None
+
+    return drafter._replace(
+        init_params=_drafts_nothing,
+        propose=_drafts_nothing,
+        unroll=_drafts_nothing,
+        unroll_outputs=None,
+        head_inputs=None,
+        retrace=None,
+        num_scratch=0,
+    )
+
+
+def _drafts_nothing(*_: Any, **__: Any) -> Any:
+    raise AssertionError("it runs over tokens alone")
+
+
 class Family(NamedTuple):
     """All that sets one family of drafters apart.
 

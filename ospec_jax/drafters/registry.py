@@ -6,8 +6,8 @@ import functools
 from typing import Any
 
 from ospec_jax.config import ConfigError, DraftConfig, ModelConfig, TreeConfig
-from ospec_jax.drafters.base import Drafter, Family
-from ospec_jax.drafters.combine import combine, inner_tree
+from ospec_jax.drafters.base import READING, Drafter, Family
+from ospec_jax.drafters.combine import combine, inner_tree, mixed_tree
 from ospec_jax.drafters.dflash import DFLASH
 from ospec_jax.drafters.eagle import EAGLE1, EAGLE3
 from ospec_jax.drafters.early_exit import EXIT
@@ -99,6 +99,10 @@ def default_draft_config(
     return family.default_config(model, draft_vocab_size, num_steps, layer)
 
 
+_READING = TreeConfig(num_steps=1)
+"""What drafters draft whose functions over tokens those of all trees take."""
+
+
 # The same arguments give the same object, so that engines find their programs again.
 @functools.lru_cache(maxsize=64)
 def build_drafter(
@@ -137,6 +141,33 @@ def build_drafter(
     if isinstance(config, PoolConfig):
         config = dataclasses.replace(config, has_ngrams=is_lent)
 
+    drafter = build_alone(
+        family, config, tree, numerics, is_lent, predicted, mix, stop_fn
+    )
+    any_tree = mixed_tree(mix, _READING)
+    is_known = FAMILIES.get(family.name) is family
+    if not is_known or (tree, predicted, stop_fn) == (any_tree, None, None):
+        return drafter
+
+    # What runs over tokens does not depend on what is drafted behind them: it is one
+    # object for all trees, so that programs which only run over tokens are shared.
+    reading = build_drafter(
+        family, config, any_tree, numerics, has_ngrams, None, mix, None
+    )
+    return drafter._replace(**{name: getattr(reading, name) for name in READING})
+
+
+def build_alone(
+    family: Family,
+    config: Any,
+    tree: TreeConfig,
+    numerics: Numerics,
+    is_lent: bool,
+    predicted: TreeConfig | None,
+    mix: str,
+    stop_fn: StopFn | None,
+) -> Drafter:
+    """Builds a drafter, all of whose functions are its own."""
     # From the inside out: the family's own drafter, suggestions beside it, then the
     # source that they come from. `propose` of a longer chain replaces all of the
     # family's drafting but none of its state, so that steps can change between both.

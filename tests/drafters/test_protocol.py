@@ -1,20 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laws of `drafters.base`, for every family that the registry knows."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 
-from ospec_jax.config import DraftConfig, ModelConfig, SamplingConfig, TreeConfig
+from ospec_jax.config import (
+    DraftConfig,
+    ModelConfig,
+    SamplingConfig,
+    TreeConfig,
+)
 from ospec_jax.decoding.engine import Engine
 from ospec_jax.decoding.request import Request
-from ospec_jax.decoding.step import StepConfig, shared_tables
+from ospec_jax.decoding.step import (
+    StepConfig,
+    build_prefill,
+    empty_state,
+    shared_tables,
+)
+from ospec_jax.drafters.base import as_reader
+from ospec_jax.drafters.combine import MIXES, mixed_tree
 from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.pool import Member, Members, PoolConfig
 from ospec_jax.drafters.prediction import prediction_hints
-from ospec_jax.drafters.registry import FAMILIES, build_drafter
+from ospec_jax.drafters.registry import FAMILIES, build_alone, build_drafter
 from ospec_jax.models.cache import KVCache
 from ospec_jax.testing import tiny_draft, tiny_draft_config, tiny_target
 from ospec_jax.types import Draft, Roots
@@ -196,3 +209,55 @@ def test_greedy_output_is_plain_decodings_at_any_depth(target, plain, name):
         drafted = sum(c.stats.num_draft_tokens for c in done)
         steps = sum(c.stats.num_drafts for c in done)
         assert steps < drafted < CHAIN.num_steps * steps, "it stops, but not always"
+
+
+TREES = {
+    "chain": TreeConfig(num_steps=5),
+    "drawn": TreeConfig(num_steps=2, children="sampled"),
+    "dynamic": TreeConfig("dynamic", 3, 2, 6),
+    "longer": mixed_tree("longer", TreeConfig(num_steps=2)),
+    "mixed": mixed_tree("mixed", TreeConfig(num_steps=2)),
+}
+
+
+def drafted_by(name):
+    """The trees that a family drafts: suggestions are chains, and never drawn."""
+    family = FAMILIES[name]
+    refused = {"drawn"} if family.ngrams == "always" else set()
+    refused |= {"dynamic"} if family.config is None else set()
+    return [kind for kind in TREES if kind not in refused]
+
+
+def families_by_tree():
+    """All pairs, of which `make test` runs another tree for each family."""
+    for number, name in enumerate(FAMILIES):
+        kinds = drafted_by(name)
+        for kind in kinds:
+            is_run = kind == kinds[number % len(kinds)]
+            marks = () if is_run else pytest.mark.thorough
+            yield pytest.param(name, kind, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "kind"), families_by_tree())
+def test_a_prompt_is_run_over_alike_whatever_is_drafted_behind_it(target, name, kind):
+    """So engines of any tree share that program: it is the one of their own tree."""
+    tree = TREES[kind]
+    family = FAMILIES[name]
+    mix = kind if kind in MIXES else ""
+    config, draft = architecture(name, target.config)
+    is_lent = tree.children == "topk" and family.ngrams != "never"
+    shared = build_drafter(name, config, tree, target.numerics, is_lent, mix=mix)
+    own = build_alone(family, config, tree, target.numerics, is_lent, None, mix, None)
+    draft = draft.replace(memory=init_memory(64, family.memory_orders))
+    step = StepConfig(target.config, target.numerics, tree, getattr(config, "taps", ()))
+    state = empty_state(step, own, 1, 32)
+    tokens = np.zeros((1, 8), np.int32)
+    one = np.ones(1, np.int32)
+
+    def traced(drafter, step):
+        run = build_prefill(step, drafter)
+        args = target.params, draft, state, tokens, one, one, one[0], one
+        return str(jax.make_jaxpr(run)(*args))
+
+    no_tree = dataclasses.replace(step, tree=TreeConfig(num_steps=0))
+    assert traced(as_reader(shared), no_tree) == traced(own, step)
