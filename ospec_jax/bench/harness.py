@@ -27,6 +27,7 @@ from ospec_jax.bench.passes import measure_passes, measure_verification
 from ospec_jax.bench.peers import Peer
 from ospec_jax.bench.runs import (
     IDLE,
+    LEARNED_LONGER,
     LONGER,
     UNPADDED,
     BenchConfig,
@@ -220,9 +221,9 @@ def _open_mode(
         session = Session(target, batch_size=config.batch_size, stop=config.stop)
     else:
         assert draft is not None, "it was checked"
-        if name == LONGER:
-            draft = _with_longer_chains(draft)
-        is_learning = name in ("learned", IDLE)
+        if name in (LONGER, LEARNED_LONGER):
+            draft = _with_longer_chains(draft, name)
+        is_learning = name in ("learned", LEARNED_LONGER, IDLE)
         own = Contender(
             draft,
             config.tree,
@@ -236,11 +237,11 @@ def _open_mode(
     return ModeRun(session=session)
 
 
-def _with_longer_chains(draft: LoadedDraft) -> LoadedDraft:
+def _with_longer_chains(draft: LoadedDraft, mode: str) -> LoadedDraft:
     """The draft as `longer:ngram,DRAFT` has it."""
     if draft.mix or draft.pool is not None or draft.family.name in SUGGESTIONS:
         raise ConfigError(
-            f"the mode {LONGER!r} lends a draft longer chains of n-grams, and this one "
+            f"the mode {mode!r} lends a draft longer chains of n-grams, and this one "
             f"is {draft!r}; name a single draft that is not of n-grams, or leave the "
             f"mode out"
         )

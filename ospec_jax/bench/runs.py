@@ -29,6 +29,9 @@ LONGER = "longer"
 """The draft with n-grams of the request, of which a longer chain is drafted where they
 are likely; see `drafters.combine.longer`."""
 
+LEARNED_LONGER = "learned-longer"
+"""That with learning from earlier requests."""
+
 UNPADDED = "unpadded"
 """Plain decoding without what keeps a row's bits independent of the others: a lone
 token is not computed twice. Faster, and no oracle: it may round differently."""
@@ -39,7 +42,7 @@ class BenchConfig:
     """What is measured.
 
     Attributes:
-      modes: Some of `MODES`, `LONGER`, `IDLE` and `UNPADDED`.
+      modes: Some of `MODES`, `LONGER`, `LEARNED_LONGER`, `IDLE` and `UNPADDED`.
       max_new_tokens: Of each answer.
       ngrams: Let n-grams suggest tokens in the learned mode, too.
       stop: Strings that end an answer.
@@ -65,7 +68,7 @@ class BenchConfig:
     def __post_init__(self):
         check_types(self)
         whole_number("learn_idle", self.learn_idle, least=1)
-        known = (*MODES, LONGER, IDLE, UNPADDED)
+        known = (*MODES, LONGER, LEARNED_LONGER, IDLE, UNPADDED)
         unknown = set(self.modes) - set(known)
         if unknown or not self.modes:
             raise ConfigError(f"unknown modes {sorted(unknown)}; use some of {known}")

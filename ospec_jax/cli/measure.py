@@ -75,9 +75,9 @@ def bench(
         n-grams of the request), learned (and of earlier ones; the draft is trained).
         These by default; with --drafts or --controllers, autoregressive alone. Also
         longer: ngrams, of which longer chains are drafted where they are likely (as
-        --draft longer:ngram,DRAFT does); unpadded: plain decoding that need not be
-        exact, the faster baseline; and idle: learned, and between turns, off the clock,
-        from what the target writes itself.
+        --draft longer:ngram,DRAFT does), and learned-longer, learned so; unpadded:
+        plain decoding that need not be exact, the faster baseline; and idle: learned,
+        and between turns, off the clock, from what the target writes itself.
       drafts: Compare these drafts, each as it is, by the prompts' domains instead:
         DRAFT, or DRAFT@TREE@CHILDREN@VERIFICATION, or fewer of these, for others than
         --tree, --draft-sample-method and --verification: shipped@static:2,2,2@hub. The

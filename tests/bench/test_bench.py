@@ -11,7 +11,13 @@ from rich.console import Console
 
 from ospec_jax import Session, load_draft
 from ospec_jax.bench import passes
-from ospec_jax.bench.harness import LONGER, UNPADDED, BenchConfig, run_bench
+from ospec_jax.bench.harness import (
+    LEARNED_LONGER,
+    LONGER,
+    UNPADDED,
+    BenchConfig,
+    run_bench,
+)
 from ospec_jax.bench.passes import Machine, measure_machine, roofline
 from ospec_jax.bench.peers import Peer, open_peer
 from ospec_jax.bench.report import (
@@ -208,11 +214,17 @@ def test_ratios_are_also_to_the_faster_plain_decoding(target):
 
 
 def test_longer_chains_of_ngrams_are_a_mode(target):
-    config = dataclasses.replace(PLAIN, modes=("autoregressive", LONGER))
+    modes = ("autoregressive", LONGER, LEARNED_LONGER)
+    config = dataclasses.replace(PLAIN, modes=modes)
     run = run_bench(target, load_draft("self:exit-1", target), PROMPTS, config)
-    tree = run.modes[LONGER].session.tree
-    assert tree.sizes == (config.tree.num_steps, 2 * config.tree.num_steps + 1)
-    assert count_mismatches(run, run.modes[LONGER])[0] == 0
+
+    for name in modes[1:]:
+        mode = run.modes[name]
+        tree = mode.session.tree
+        assert tree.sizes == (config.tree.num_steps, 2 * config.tree.num_steps + 1)
+        assert count_mismatches(run, mode)[0] == 0
+    assert run.modes[LONGER].session.learner is None
+    assert run.modes[LEARNED_LONGER].session.learner is not None
 
     with pytest.raises(ConfigError, match=r"lends a draft longer chains.*ngram"):
         run_bench(target, load_draft("ngram", target), PROMPTS, config)
