@@ -41,10 +41,15 @@ PARAM_RULES: Rules = (
     (r"(o_proj|down_proj|fc)/kernel$", P(None, "model")),
     (r"(embed_tokens|lm_head)_kernel$", P("model", None)),
     (r"(embed_tokens|lm_head)_scale$", P("model")),
+    (r"(^|/)learner/(kernel|reference)$", P("model", None)),
+    (r"(^|/)learner/energy$", P("model")),
+    (r"(^|/)snapshot/kernel$", P("model", None)),
+    (r"(^|/)snapshot/scale$", P("model")),
 )
 """Of parameters, and of whatever has their names, such as an optimizer's moments.
 
-They describe the last axes: stacked layers have one more in front. What no rule names
+They describe the last axes: stacked layers have one more in front. A learner of the
+output projection alone has its rows where the draft has them. What no rule names
 (norms, vocabularies, n-grams, counters, the ring) is on every device.
 """
 OPTIMIZER_STATE = re.compile(r"(^|/)opt_state/")

@@ -424,6 +424,63 @@ def test_an_update_sends_each_weight_once(session_target, loaded):
             held.remove(shape)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("auto", dict(head_candidates=8)),
+        pytest.param(
+            "auto", dict(head_candidates=8, pace="pays"), marks=pytest.mark.thorough
+        ),
+        pytest.param("preference", {}, marks=pytest.mark.thorough),
+    ],
+)
+def test_the_last_layer_is_learned_where_its_rows_lie(
+    session_target, loaded, tmp_path, name, settings
+):
+    """As on one device, where the run can go on; its rows move to no other device."""
+    how = dict(learner=LearnerConfig(name, **settings))
+    alone, tokens = learned(session_target, loaded, **how)
+    split = split_target(session_target, sharding.make_mesh(LEARNING))
+    session = open_session(split, loaded, **how)
+    assert session.learner.name == {"auto": "head"}.get(name, name)
+    layer = session.trainer.update.__self__
+    attribute = "_prefer" if name == "preference" else "_learn"
+    learn = getattr(layer, attribute)
+    programs = []
+
+    def watched(*args):
+        if not programs:
+            programs.append(learn.lower(*args).compile())
+        return programs[0](*args)
+
+    setattr(layer, attribute, watched)
+    results = list(session.generate(("abc", "a longer one", "xyz", "abc"), 14))
+    results.sort(key=lambda result: result.prompt.id)
+    assert [result.token_ids for result in results] == tokens
+    assert session.version == alone.version > 1
+
+    head = session.draft.params["lm_head"]
+    state = session.state.trainer.learner
+    served = session.served_draft.params["lm_head"]
+    assert num_shares((head, state.kernel, state.reference, served)) == {2}
+    moved = {
+        tuple(sorted(shape))
+        for kind, shape in collectives(programs[0])
+        if kind != "all-reduce"
+    }
+    assert not moved & shapes_of_weights(head)
+
+    change = jnp.abs(head["kernel"] - loaded.draft.params["lm_head"]["kernel"]).max()
+    assert change > 1e-3, "nothing was learned"
+    session.save(tmp_path)
+    resumed = open_session(session_target, loaded, **how)
+    resumed.resume(tmp_path)
+    same(
+        resumed.state.trainer.learner, alone.state.trainer.learner, rtol=0.01, atol=1e-3
+    )
+    same(resumed.draft.params, alone.draft.params, atol=1e-5)
+
+
 def test_what_a_mesh_does_not_divide_is_refused(session_target, loaded):
     mesh = sharding.make_mesh("data=2,model=4")
     with pytest.raises(ConfigError, match="2 key-value heads.*model=4"):

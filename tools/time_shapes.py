@@ -23,7 +23,13 @@ import jax.numpy as jnp
 import tyro
 
 from ospec_jax._platform import device_name
-from ospec_jax.config import ConfigError, ModelConfig, Precision, TreeConfig
+from ospec_jax.config import (
+    AttentionKind,
+    ConfigError,
+    ModelConfig,
+    Precision,
+    TreeConfig,
+)
 from ospec_jax.decoding.batch import fetch
 from ospec_jax.decoding.step import StepConfig, build_step, empty_state
 from ospec_jax.decoding.timing import seconds_of_steps
@@ -60,6 +66,7 @@ class Settings:
       num_layers: Of the target; all by default.
       is_scanned: Stack the layers.
       has_dear_launches: Write the caches of all rows at once; see `layers.Numerics`.
+      attention: Who computes it; see `models.attention`.
       num_rounds: Turns of each kind.
       out: A JSON file of what was found.
     """
@@ -74,6 +81,7 @@ class Settings:
     num_layers: int = 0
     is_scanned: bool = False
     has_dear_launches: bool = jax.default_backend() == "gpu"
+    attention: AttentionKind = "xla"
     num_rounds: int = 5
     out: Path | None = None
 
@@ -141,6 +149,7 @@ def measure(
         is_row_invariant=False,
         is_scanned=settings.is_scanned,
         has_dear_launches=settings.has_dear_launches,
+        attention=settings.attention,
     )
     if target_params is None:
         target_params = random_target(settings)

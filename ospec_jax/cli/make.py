@@ -576,7 +576,8 @@ def lower(
       capacity: Slots of each row's cache.
       stop_ids: Tokens that end an answer.
       scan: Lower one layer, run over stacked weights, instead of each.
-      attention: cudnn for cuda alone, on a machine that has the library.
+      attention: cudnn for cuda alone, on a machine that has the library; pallas for
+        tpu alone, with --no-scan or --compile.
       mesh: Devices to split over, like data=2,model=4; empty for a single one.
       compile: Compile with the TPU's own compiler instead, layer by layer, and say what
         the programs take: memory, bytes moved, and bounds of their time.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ospec_jax.config.base import ConfigError, from_dict
 
 Precision = Literal["float32", "bfloat16", "int8"]
-AttentionKind = Literal["xla", "cudnn"]
+AttentionKind = Literal["xla", "cudnn", "pallas"]
 NormPlaces = Literal["before", "after"]
 
 

@@ -51,7 +51,8 @@ class LoweringConfig:
       capacity: Slots of each row's cache.
       stop_ids: Tokens that end an answer.
       is_scanned: Lower one layer, run over stacked weights, instead of each.
-      attention: `cudnn` for CUDA alone, on a machine that has the library.
+      attention: `cudnn` for CUDA alone, on a machine that has the library; `pallas`
+        for TPUs alone, of layers that are not scanned.
       mesh: Devices to split over. The artefacts then take parameters whose fused
         products are grouped; see `sharding`.
     """
@@ -91,6 +92,11 @@ def lower(
         raise ConfigError(
             f"cuDNN's attention is for the platform cuda alone, not {platforms}"
         )
+    if config.attention == "pallas" and tuple(platforms) != ("tpu",):
+        raise ConfigError(
+            f"the Pallas kernel is for the platform tpu alone, not {platforms}; use "
+            f"attention='xla' for others"
+        )
 
     functions = decoding_functions(model, draft, config, family)
 
@@ -122,6 +128,7 @@ def decoding_functions(
         is_row_invariant=False,
         is_scanned=config.is_scanned,
         attention=config.attention,
+        mesh=config.mesh if config.attention == "pallas" else None,
         num_groups=sharding.num_groups(config.mesh),
         num_row_groups=sharding.num_row_groups(config.mesh),
     )

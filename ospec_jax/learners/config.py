@@ -124,8 +124,8 @@ class LearnerConfig(_Parts):
         projection alone, after every answer, at next to no cost, `preference` the same
         from the draft's wrong tokens, without any logits; `memory` only remembers
         n-grams, as all of them do; `auto` is `head` where the draft has an output
-        projection of its own, on a single device, and nothing is set that `head` does
-        not keep to, else `gradient`. A rule of your own gives its name.
+        projection of its own and nothing is set that `head` does not keep to, else
+        `gradient`. A rule of your own gives its name.
       method: The rule's own settings: a class of `learners.registry.LEARNERS`.
       effort: How much time learning may take (`config.learner.Effort`).
       schedule: When updates are done, and which are served.

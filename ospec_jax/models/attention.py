@@ -3,15 +3,18 @@
 
 `xla` is the reference, and what every platform has. `cudnn` is the fused kernel that
 `jax.nn.dot_product_attention` reaches on NVIDIA's devices, for bfloat16; it reads keys
-by slot, so each layer's are transposed for it.
+by slot, so each layer's are transposed for it. `pallas` is a kernel for TPUs that reads
+no more of a row than there is; see `models.flash`.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ospec_jax.config import AttentionKind
 from ospec_jax.kernels import native
+from ospec_jax.models import flash
 from ospec_jax.models.layers import WIDE, Numerics, row_sum
 from ospec_jax.typing import typed
 
@@ -35,6 +38,8 @@ def attend(
         return native.attention(queries, keys, values, bias)
     if numerics.attention == "cudnn":
         return by_library(queries, keys, values, bias, numerics.attention)
+    if numerics.attention == "pallas" and flash.can_attend(queries, keys):
+        return flash.attend(queries, keys, values, bias, numerics.mesh)
 
     is_row_invariant = numerics.is_row_invariant
     b, t, heads, e = queries.shape
@@ -68,7 +73,7 @@ def attend(
     return out.reshape(b, t, heads * e)
 
 
-def by_library(queries, keys, values, bias, kind: AttentionKind):
+def by_library(queries, keys, values, bias, kind: Literal["xla", "cudnn"]):
     """`attend` by JAX's own function, in the type of the cache.
 
     Shapes are those of `attend`.

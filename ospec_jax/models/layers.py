@@ -21,6 +21,7 @@ import numpy as np
 from flax.errors import ScopeParamShapeError
 from jaxtyping import Array, Float, Int
 
+from ospec_jax import sharding
 from ospec_jax.config import AttentionKind, ConfigError, Precision
 from ospec_jax.kernels.native import int8_linear
 from ospec_jax.typing import typed
@@ -54,6 +55,7 @@ class Numerics:
         weights at every step, which on an H100 takes longer than reading them. Native
         layers are one call then, and nothing is copied. See `llama.stack_layers`.
       attention: Who computes it; see `models.attention`.
+      mesh: Devices that it is split over, for who must know: a kernel of Pallas.
     """
 
     precision: Precision = "float32"
@@ -64,12 +66,19 @@ class Numerics:
     has_dear_launches: bool = False
     is_scanned: bool = False
     attention: AttentionKind = "xla"
+    mesh: sharding.AnyMesh | None = None
 
     def __post_init__(self):
         if self.attention == "cudnn" and self.precision != "bfloat16":
             raise ConfigError(
                 f"cuDNN's attention reads bfloat16, but the precision is "
                 f"{self.precision}; use bfloat16, or attention='xla'"
+            )
+        # A product reads a layer of stacked caches where it lies; a kernel gets a copy.
+        if self.attention == "pallas" and self.is_scanned:
+            raise ConfigError(
+                "attention='pallas' takes layers one by one, but they are scanned; use "
+                "is_scanned=False, --no-scan, or attention='xla'"
             )
 
     @property

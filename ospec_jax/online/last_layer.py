@@ -96,8 +96,7 @@ def last_layer_trainer(
       serve: Makes the draft that decodes of one in float32.
 
     Raises:
-      ConfigError: The draft has no output projection of its own, or it is split over
-        devices.
+      ConfigError: The draft has no output projection of its own.
     """
     last_layer = LastLayer(config, head_inputs, numerics, vocab_size, mesh)
     return Trainer(
@@ -217,12 +216,26 @@ class _Programs(NamedTuple):
 
 
 @share
-def _compiled(chunks: _Chunks) -> _Programs:
-    return _Programs(
-        learn=jax.jit(chunks.learn, donate_argnums=(0, 1)),
-        prefer=jax.jit(chunks.prefer, donate_argnums=(0, 1)),
-        accepted=jax.jit(chunks.accepted),
+def _compiled(chunks: _Chunks, mesh: jax.sharding.Mesh | None) -> _Programs:
+    # Rows stay on the devices that have them. Of those that a step reads and changes
+    # each device adds up or takes what is its own; the projection is never gathered.
+    places = _place_state, _place_head, sharding.replicated
+    step = lambda function: jax.jit(
+        sharding.pinned(function, mesh, *places), donate_argnums=(0, 1)
     )
+    compare = sharding.pinned(chunks.accepted, mesh, sharding.replicated)
+
+    return _Programs(step(chunks.learn), step(chunks.prefer), jax.jit(compare))
+
+
+def _place_state(state: HeadState, mesh: sharding.AnyMesh):
+    """Where it belongs, which goes by its name among a trainer's."""
+    return sharding.param_shardings({"learner": state}, mesh)["learner"]
+
+
+def _place_head(head: dict, mesh: sharding.AnyMesh):
+    """Likewise, of the served projection among a draft's parameters."""
+    return sharding.param_shardings({HEAD: head}, mesh)[HEAD]
 
 
 class LastLayer:
@@ -241,16 +254,11 @@ class LastLayer:
                 f"the learner {config.name!r} learns a draft's own output projection, "
                 f"and this draft has none; use --learner gradient, or memory"
             )
-        if numerics.num_groups > 1:
-            raise ConfigError(
-                f"the learner {config.name!r} works on a single device; use --learner "
-                f"gradient"
-            )
 
         self.config = config
         self._mesh = mesh
         self.chunks = _Chunks(config, head_inputs, numerics, vocab_size)
-        self._learn, self._prefer, self._compare = _compiled(self.chunks)
+        self._learn, self._prefer, self._compare = _compiled(self.chunks, mesh)
 
     def init(self, draft: Draft) -> tuple[LastLayerState, Traffic]:
         """A state that has seen nothing."""

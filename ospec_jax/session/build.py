@@ -369,7 +369,7 @@ def learner_for(
             )
         return learner.renamed("memory")
 
-    return learner.decided(drafter.head_inputs is not None and target.mesh is None)
+    return learner.decided(drafter.head_inputs is not None)
 
 
 def trainer_for(

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's side: an oracle for the plain path, stops, capacities, one read a step."""
 
+import collections
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -46,6 +48,12 @@ def plain(params):
     return engine_for(params, PLAIN)[0]
 
 
+@pytest.fixture(scope="module")
+def wide(params):
+    """An engine and a draft."""
+    return engine_for(params, WIDE)
+
+
 def requests(count=24, **changes):
     ids = enumerate(PROMPTS)
     return [Request(str(i), tuple(map(int, p)), count, **changes) for i, p in ids]
@@ -70,9 +78,9 @@ def test_plain_decoding_equals_a_numpy_loop(params, expected):
     assert min(len(set(found)) for found in expected) > 3, "too dull to prove much"
 
 
-def test_a_stop_token_inside_an_accepted_run(params, expected):
+def test_a_stop_token_inside_an_accepted_run(params, wide, expected):
     """Found by looking for a draft that was accepted with more tokens behind it."""
-    engine, draft = engine_for(params, WIDE)
+    engine, draft = wide
     runs = []  # (request, tokens before the run, the run)
     so_far = {request.id: [] for request in requests()}
 
@@ -100,8 +108,10 @@ def test_a_stop_token_inside_an_accepted_run(params, expected):
 
 
 @pytest.mark.parametrize("has_log_probs", [False, True])
-def test_what_each_pass_added_is_told_with_facts_on_each_token(params, has_log_probs):
-    engine, draft = engine_for(params, WIDE)
+def test_what_each_pass_added_is_told_with_facts_on_each_token(
+    params, wide, has_log_probs
+):
+    engine, draft = wide
     config = dataclasses.replace(engine.config, has_log_probs=has_log_probs)
     engine = Engine(config, params, engine.drafter)
     heard = {request.id: [] for request in requests()}
@@ -120,8 +130,8 @@ def test_what_each_pass_added_is_told_with_facts_on_each_token(params, has_log_p
         assert not told[0].is_drafted[0]
 
 
-def test_the_last_run_is_cut_at_the_limit(params, expected):
-    engine, draft = engine_for(params, WIDE)
+def test_the_last_run_is_cut_at_the_limit(wide, expected):
+    engine, draft = wide
     for count in (1, 2, 3, 11):
         assert answers(engine, draft, 3, count) == [ids[:count] for ids in expected]
 
@@ -141,56 +151,141 @@ def test_lag_changes_nothing(plain, expected, lag):
 class _Timeline:
     """A device that runs what it is sent in order, and a host that takes time, too.
 
+    A pass takes the device 1. Between two passes the host takes `host`: half of it to
+    read one, half of it to send another.
+
     Attributes:
-      idle: Seconds in which the device had nothing to do between two passes.
+      begins: When each pass began, and `ends` when it ended.
+      unread: When those end that were not read.
     """
 
-    STEP = 1.0
-    SENDING = 0.2
-    READING = 0.2
+    def __init__(self, monkeypatch, engine, host: float):
+        self.now = 0.0
+        self.begins: list[float] = []
+        self.ends: list[float] = []
+        self.unread: list[float] = []
+        self._half = host / 2
+        # A prompt is a pass, too.
+        for name in ("step", "read_on"):
+            wrapped = functools.partial(self._send, getattr(engine, name))
+            monkeypatch.setattr(engine, name, wrapped)
+        wrapped = functools.partial(self._read, batches.fetch)
+        monkeypatch.setattr(batches, "fetch", wrapped)
 
-    def __init__(self):
-        self.now = self.end = self.idle = 0.0
-        self._ends = []
-
-    def send(self, *args, original):
+    def _send(self, original, *args):
         """A pass: sent once the host has prepared it, run behind all before it."""
         found = original(*args)
-        self.now += self.SENDING
-        begin = max(self.now, self.end)
-        self.idle += begin - self.end if self.end else 0.0
-        self.end = begin + self.STEP
-        self._ends.append(self.end)
+        self.now += self._half
+        self.begins.append(max([self.now, *self.ends[-1:]]))
+        self.ends.append(self.begins[-1] + 1)
+        # Of a prompt that takes several passes only the last one is read.
+        if getattr(found, "is_done", True):
+            self.unread.append(self.ends[-1])
         return found
 
-    def read(self, output, original):
+    def _read(self, original, output):
         """The oldest pass, for which the host waits."""
-        self.now = max(self.now, self._ends.pop(0)) + self.READING
+        self.now = max(self.now, self.unread.pop(0)) + self._half
         return original(output)
 
+    def idle_share(self, first: int, last: int) -> float:
+        """Of the time between the beginnings of two passes."""
+        return 1 - (last - first) / (self.begins[last] - self.begins[first])
 
-@pytest.mark.parametrize(
-    ("lag", "idle"),
-    [
-        # Reading and sending lie between two steps.
-        (0, _Timeline.SENDING + _Timeline.READING),
-        (1, 0.0),
-        (3, 0.0),
-    ],
-)
-def test_the_device_does_not_wait_for_the_host(plain, monkeypatch, lag, idle):
-    line = _Timeline()
-    step, fetch = plain.step, batches.fetch
-    monkeypatch.setattr(plain, "step", functools.partial(line.send, original=step))
-    monkeypatch.setattr(batches, "fetch", functools.partial(line.read, original=fetch))
-    # The prompt is a pass, too.
-    read_on = plain.read_on
-    monkeypatch.setattr(
-        plain, "read_on", functools.partial(line.send, original=read_on)
-    )
+
+@pytest.mark.parametrize("host", [0.4, 1.6])
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_the_device_waits_for_the_host_only_where_that_is_slower(
+    plain, monkeypatch, lag, host
+):
+    line = _Timeline(monkeypatch, plain, host)
     list(plain.serve([requests(41)[0]], lag=lag))
-    # The first step is sent behind the prompt, which nobody reads before.
-    assert line.idle == pytest.approx(39 * idle)
+    assert len(line.begins) == 41
+    # One after the other they take both's time, side by side that of the slower one.
+    # The first passes are sent before any is read; it takes some until that is even.
+    period = max(1, host) if lag else 1 + host
+    assert line.idle_share(10, 40) == pytest.approx(1 - 1 / period)
+
+
+@pytest.fixture(scope="module")
+def cut(wide):
+    """Within a run of accepted tokens of the last prompt's answer, not at its end."""
+    engine, draft = wide
+    ends = [0]
+    hear = lambda request, emitted: ends.append(ends[-1] + len(emitted.token_ids))
+    list(engine.serve(requests()[-1:], lambda: draft, on_tokens=hear))
+    inside = [end - 1 for begin, end in itertools.pairwise(ends) if end - begin > 1]
+    assert inside, "no run had two tokens"
+    return inside[len(inside) // 2]
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_a_host_that_is_ahead_hears_late_and_says_the_same(
+    wide, expected, cut, monkeypatch, lag
+):
+    """Of a stop string within a step; and rows are cancelled and given to others."""
+    engine, draft = wide
+    line = _Timeline(monkeypatch, engine, host=0.8)
+    under_way = []
+
+    def find_stop(ids):
+        if len(ids) < cut:
+            return None
+        under_way.append(len(line.unread))
+        return StopPoint(cut)
+
+    cancelled, going_on, stopped = requests()
+    going_on = dataclasses.replace(going_on, max_new_tokens=60)
+    stopped = dataclasses.replace(stopped, find_stop=find_stop)
+    again = [dataclasses.replace(one, id=f"{one.id} again") for one in requests()[::2]]
+    told = collections.defaultdict(list)
+    batch = batches.Batch(
+        engine,
+        3,
+        engine.capacity_for(requests()),
+        on_tokens=lambda request, emitted: told[request.id].extend(emitted.token_ids),
+    )
+    for request in (cancelled, going_on, stopped):
+        batch.admit(request, draft)
+
+    answers = {}
+    num_ahead = None
+    for turn in itertools.count():
+        if turn == 5:
+            assert batch.cancel(cancelled)
+        while again and batch.num_free:
+            batch.admit(again.pop(0), draft)
+        # Once no row is sure to want another step, the host reads all before it sends.
+        if not batch.has_work and num_ahead is None:
+            num_ahead = len(line.begins)
+        if batch.is_idle:
+            break
+
+        has_work = batch.has_work
+        if has_work:
+            batch.dispatch(draft, engine.action)
+        for done in batch.collect(lag if has_work else 0):
+            answers[done.request.id] = done.token_ids
+
+    # It is heard once, with as many passes under way. What these say of a row that has
+    # ended, or was cancelled, is told to nobody.
+    assert len(under_way) == 1
+    assert under_way[0] == lag
+    alone = dict(zip("012", expected, strict=True))
+    assert answers.pop("1")[:24] == alone["1"]
+    assert answers == {
+        "2": alone["2"][:cut],
+        "0 again": alone["0"],
+        "2 again": alone["2"],
+    }
+    assert all(told[id] == ids for id, ids in answers.items())
+    assert 0 < len(told["0"]) < 24
+    assert told["0"] == alone["0"][: len(told["0"])]
+
+    # All this leaves no gap between passes.
+    assert num_ahead > 40
+    is_idle = line.idle_share(0, num_ahead - 1) > 1e-9
+    assert is_idle == (lag == 0)
 
 
 def test_one_read_a_step(plain, monkeypatch):
@@ -201,9 +296,9 @@ def test_one_read_a_step(plain, monkeypatch):
 
 
 @pytest.mark.parametrize(("batch_size", "lag"), [(1, 0), (3, 1)])
-def test_one_read_a_speculative_step(params, monkeypatch, batch_size, lag):
+def test_one_read_a_speculative_step(wide, monkeypatch, batch_size, lag):
     """However many tokens it drafts and emits, and however many rows it has."""
-    engine, draft = engine_for(params, WIDE)
+    engine, draft = wide
     reads, steps, original = [], [], batches.fetch
     monkeypatch.setattr(batches, "fetch", lambda x: reads.append(1) or original(x))
     step = engine.step
@@ -214,10 +309,10 @@ def test_one_read_a_speculative_step(params, monkeypatch, batch_size, lag):
 
 
 @pytest.mark.gpu
-def test_nothing_else_is_read(params):
+def test_nothing_else_is_read(wide):
     """`fetch` reads explicitly; on the CPU the guard sees nothing."""
     assert jax.default_backend() != "cpu"
-    engine, draft = engine_for(params, WIDE)
+    engine, draft = wide
     before = answers(engine, draft, 3)
     with jax.transfer_guard_device_to_host("disallow"):
         assert answers(engine, draft, 3) == before

@@ -159,6 +159,26 @@ def test_cudnn_attention_is_refused_where_it_cannot_work():
             lower(model, None, config, ("cuda",))
 
 
+def test_the_kernel_lowers_for_tpus_and_their_meshes():
+    """Also prompts, which are a row alone and so not split over `data`."""
+    model = tiny_model_config(64)
+    mesh = abstract_mesh("data=2,model=2")
+    config = LoweringConfig(
+        batch_size=2,
+        capacity=128,
+        is_scanned=False,
+        attention="pallas",
+        mesh=mesh,
+    )
+    for exported in lower(model, None, config, ("tpu",)).values():
+        assert "tpu_custom_call" in exported.mlir_module()
+    with pytest.raises(ConfigError, match="tpu alone"):
+        lower(model, None, config, ("tpu", "cuda"))
+    config = dataclasses.replace(config, is_scanned=True)
+    with pytest.raises(ConfigError, match="layers one by one"):
+        lower(model, None, config, ("tpu",))
+
+
 def test_unknown_platforms_are_refused():
     with pytest.raises(ConfigError, match="unknown platforms"):
         lower(tiny_model_config(64), None, LoweringConfig(), ("vulkan",))
