@@ -19,7 +19,7 @@ import tyro
 from ospec_jax.config import Precision, TreeConfig
 from ospec_jax.decoding.compiling import CHIPS
 from ospec_jax.decoding.lowering import LoweringConfig, decoding_functions
-from ospec_jax.drafters.registry import default_draft_config
+from ospec_jax.drafters.registry import public_draft_config
 from ospec_jax.models.architectures import ARCHITECTURES
 from ospec_jax.sharding import abstract_mesh
 
@@ -38,7 +38,7 @@ class Settings:
     Attributes:
       target: A shape of `ospec_jax.models.architectures`.
       draft: A trained family, as large as public heads of it are.
-      draft_vocab_size: Tokens that it can draft.
+      draft_vocab_size: Tokens that it can draft, if it has a head of its own.
       depth: Drafted tokens, K.
       precision: Of weights and products.
       devices: Each row of the table is for so many of a kind, the model split over
@@ -62,7 +62,7 @@ def argument_bytes(
     """What one device must hold of a speculative step's arguments."""
     model = ARCHITECTURES[settings.target]
     size = settings.draft_vocab_size
-    head = default_draft_config(model, size, settings.draft, settings.depth)
+    head = public_draft_config(model, settings.draft, settings.depth, size)
     config = LoweringConfig(
         TreeConfig(num_steps=settings.depth),
         settings.precision,

@@ -37,7 +37,7 @@ from ospec_jax.drafters.ngram import init_memory
 from ospec_jax.drafters.registry import (
     TRAINED,
     build_drafter,
-    default_draft_config,
+    public_draft_config,
 )
 from ospec_jax.models.architectures import ARCHITECTURES, with_layers
 from ospec_jax.models.layers import Numerics
@@ -58,7 +58,7 @@ class Settings:
     Attributes:
       target: A shape of `ospec_jax.models.architectures`.
       draft: A trained family, as large as public heads of it are.
-      draft_vocab_size: Tokens that it can draft.
+      draft_vocab_size: Tokens that it can draft, if it has a head of its own.
       depths: Drafted tokens, K; 0 is a plain step.
       batch_sizes: Rows.
       capacity: Slots of each row's cache; half of them are filled.
@@ -143,7 +143,7 @@ def measure(
 
     deepest = max(1, *settings.depths)
     size = settings.draft_vocab_size
-    head = default_draft_config(model, size, settings.draft, deepest)
+    head = public_draft_config(model, settings.draft, deepest, size)
     numerics = Numerics(
         settings.precision,
         is_row_invariant=False,

@@ -23,7 +23,12 @@ from ospec_jax.config import (
 )
 from ospec_jax.data.prompts import Prompt, read_prompts
 from ospec_jax.drafters.eagle import eagle3_taps
-from ospec_jax.drafters.registry import TRAINED, default_draft_config, find_family
+from ospec_jax.drafters.registry import (
+    TRAINED,
+    default_draft_config,
+    find_family,
+    public_draft_config,
+)
 from ospec_jax.loading import (
     LoadedDraft,
     draft_folder,
@@ -39,8 +44,6 @@ from ospec_jax.storage import checkpoint, low_rank
 from ospec_jax.types import Draft
 
 _DRAFT_VOCAB_SIZE = 8192
-_PUBLIC_DRAFT_VOCAB_SIZE = 32000
-"""Of most public EAGLE-3 heads."""
 
 if TYPE_CHECKING:
     from ospec_jax.decoding import lowering
@@ -566,8 +569,8 @@ def lower(
       target: Only its architecture is read; smollm2-135m, qwen2.5-0.5b, llama-3.1-8b
         and qwen3-8b are known without any file.
       draft: none, shipped, shipped:NAME, or a checkpoint folder; likewise. With
-        --compile a family, too, like eagle3 or hydra: as large as public ones, of
-        32,000 draft tokens.
+        --compile a family, too, like eagle3, hydra or dflash: as large as public ones,
+        of 32,000 draft tokens where they have a head of their own.
       platforms: Comma-separated: cpu, cuda, rocm, tpu.
       precision: Of weights and products.
       num_speculative_tokens: Depth of the draft, K.
@@ -670,7 +673,7 @@ def _compile(
     family = draft
     head = None
     if draft in TRAINED:
-        head = default_draft_config(model, _PUBLIC_DRAFT_VOCAB_SIZE, draft, max(depths))
+        head = public_draft_config(model, draft, max(depths))
     elif draft != "none":
         meta = checkpoint.load(draft_folder(draft)).meta
         head = meta.draft

@@ -132,6 +132,8 @@ class Family(NamedTuple):
         for a target of the architecture `model` that shall draft `num_steps` tokens;
         `layer` matters if `has_layer` alone, and 0 leaves the choice of it to the
         family. None for families that are not trained.
+      public_config: `(model, num_steps) -> config` of a draft as large as those that
+        are published, where these are not of the default's kind; None where they are.
       warm_start: `(params, target) -> params`: of freshly initialised parameters those
         that a target of the draft's own shape gives a better start; None for none.
       max_depth: `config -> int`, the most tokens that it can draft one after the other;
@@ -153,6 +155,7 @@ class Family(NamedTuple):
     build: Callable[..., Drafter]
     config: type | None = None
     default_config: Callable[[ModelConfig, int, int, int], DraftConfig] | None = None
+    public_config: Callable[[ModelConfig, int], DraftConfig] | None = None
     warm_start: Callable[[Any, Any], dict] | None = None
     max_depth: Callable[[Any], int] | None = None
     reads_taps: bool = False

@@ -69,6 +69,9 @@ from ospec_jax.types import (
 )
 from ospec_jax.typing import Params
 
+_PUBLIC_LAYERS = 5
+"""Of published drafts, and of the target's layers that they read."""
+
 
 class Layer(nn.Module):
     """A decoder layer whose context are states of the target."""
@@ -543,6 +546,28 @@ def _default_config(
     )
 
 
+def _public_config(model: ModelConfig, num_steps: int) -> DFlashConfig:
+    """Five layers of Qwen3's kind that read five of the target's, and use its head.
+
+    The paper's drafts for models of 4 and 8 billion parameters are so (arXiv
+    2602.06036).
+    """
+    # Outputs of evenly spaced layers, from the second to the last but two.
+    last = max(1, model.num_layers - 3)
+    places = range(_PUBLIC_LAYERS)
+    outputs = [round(1 + i * (last - 1) / (_PUBLIC_LAYERS - 1)) for i in places]
+
+    return DFlashConfig(
+        **shape_of(model),
+        taps=tuple(layer + 1 for layer in outputs),
+        draft_vocab_size=0,
+        num_layers=_PUBLIC_LAYERS,
+        block_size=num_steps + 1,
+        bigram_rank=0,
+        has_qk_norm=True,
+    )
+
+
 def _warm_start(params, target) -> dict:
     """The layers are the target's last ones, which read the newest tap as context."""
     config = target.config
@@ -580,6 +605,7 @@ DFLASH = Family(
     build=dflash,
     config=DFlashConfig,
     default_config=_default_config,
+    public_config=_public_config,
     warm_start=_warm_start,
     max_depth=lambda config: config.block_size - 1,
     reads_taps=True,

@@ -47,6 +47,9 @@ TRAINED = tuple(name for name, family in FAMILIES.items() if family.default_conf
 SUGGESTIONS = tuple(name for name, family in FAMILIES.items() if family.config is None)
 """Families without parameters, which may stand beside others."""
 
+PUBLIC_DRAFT_VOCAB_SIZE = 32000
+"""Tokens that published EAGLE-3 heads can draft."""
+
 
 def find_family(name_or_family: str | Family) -> Family:
     """The family of a name, or the one that is given.
@@ -97,6 +100,28 @@ def default_draft_config(
         )
 
     return family.default_config(model, draft_vocab_size, num_steps, layer)
+
+
+def public_draft_config(
+    model: ModelConfig,
+    family: str | Family,
+    num_steps: int,
+    draft_vocab_size: int = PUBLIC_DRAFT_VOCAB_SIZE,
+) -> DraftConfig:
+    """A draft as large as published ones of the family, whose weights are not here.
+
+    Args:
+      num_steps: Tokens that it shall draft, at most.
+      draft_vocab_size: For families whose published drafts have heads of their own.
+
+    Raises:
+      ConfigError: The family is not trained.
+    """
+    family = find_family(family)
+    if family.public_config is not None:
+        return family.public_config(model, num_steps)
+
+    return default_draft_config(model, draft_vocab_size, family, num_steps)
 
 
 _READING = TreeConfig(num_steps=1)

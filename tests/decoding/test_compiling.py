@@ -3,13 +3,16 @@
 
 import dataclasses
 import importlib.util
+import math
 
+import jax
 import pytest
 
 from ospec_jax.config import ConfigError, TreeConfig
 from ospec_jax.decoding import compiling
 from ospec_jax.decoding.compiling import CHIPS, Program, compile_programs
 from ospec_jax.decoding.lowering import LoweringConfig
+from ospec_jax.drafters.registry import build_drafter, public_draft_config
 from ospec_jax.models.architectures import ARCHITECTURES
 from ospec_jax.reports.compiled import table_of
 from ospec_jax.testing import tiny_draft_config, tiny_model_config
@@ -76,6 +79,22 @@ def test_known_architectures_have_the_sizes_that_their_names_say():
         "llama-3.1-8b": 8030,
         "qwen3-8b": 8190,
     }
+
+
+def test_public_drafts_have_the_sizes_that_are_published():
+    model = ARCHITECTURES["llama-3.1-8b"]
+    count = {}
+    for name in ("eagle3", "dflash"):
+        head = public_draft_config(model, name, 15)
+        drafter = build_drafter(name, head, TreeConfig(num_steps=15))
+        params = jax.eval_shape(drafter.init_params, jax.random.key(0))
+        count[name] = sum(math.prod(x.shape) for x in jax.tree.leaves(params)) // 10**6
+    # A layer that reads two states, a head of 32,000, and three states joined; five
+    # layers, and five states joined.
+    assert count == {"eagle3": 424, "dflash": 1174}
+    # As `target_layer_ids` of the published code, counted by input: 1, 8, 15, 22, 29.
+    dflash = public_draft_config(model, "dflash", 15)
+    assert dflash.taps == (2, 9, 16, 23, 30)
 
 
 def test_without_the_compiler_its_package_is_named(monkeypatch):
