@@ -549,8 +549,7 @@ def _default_config(
 def _public_config(model: ModelConfig, num_steps: int) -> DFlashConfig:
     """Five layers of Qwen3's kind that read five of the target's, and use its head.
 
-    The paper's drafts for models of 4 and 8 billion parameters are so (arXiv
-    2602.06036).
+    So is the draft that the paper (arXiv 2602.06036) has of Qwen3-8B.
     """
     # Outputs of evenly spaced layers, from the second to the last but two.
     last = max(1, model.num_layers - 3)
