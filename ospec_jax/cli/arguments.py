@@ -93,7 +93,8 @@ class ModelFlags:
     Attributes:
       target: smollm2-135m, a GGUF file, a Hugging Face folder or a hub id.
       draft: auto, the shipped draft if it is one for this target, behind longer chains
-        of n-grams for one request at a time (longer:ngram,shipped), else ngram; none,
+        of n-grams (longer:ngram,shipped) for one request at a time where no flag says
+        how or how much is drafted; for other targets ngram. Or none,
         shipped, shipped:NAME (`ospec drafters` lists them), ngram, suffix,
         prediction, model:TARGET (a smaller model), self:int4, self:exit-N, a checkpoint
         folder or that of a public EAGLE-3 or Hydra head, or two drafts:
@@ -332,18 +333,14 @@ class Decoding(AnswerFlags, DraftingFlags, ModelFlags):
         """Whether n-grams that are likely may be the draft, more than it would have.
 
         With one request at a time that pays; in batches so many rows do not. Whoever
-        says how drafts are chosen has them so.
+        says how or how much is drafted has it so.
         """
-        given = dict(vars(self))
-        # How many tokens is another question.
-        counts = {"num_speculative_tokens", "num_predicted_tokens"}
-        defaults = vars(DraftingFlags())
-        is_said = any(
-            given[name] != value
-            for name, value in defaults.items()
-            if name not in counts
-        )
-        return self.batch_size == 1 and not is_said and self.depth != "auto"
+        given = vars(self)
+        defaults = dict(vars(DraftingFlags()))
+        # That is of predictions, and goes with either.
+        del defaults["num_predicted_tokens"]
+        is_said = any(given[name] != value for name, value in defaults.items())
+        return self.batch_size == 1 and not is_said
 
     def load(self, is_compared: bool = False):
         """The target and its draft; bad arguments are refused before the loading.

@@ -810,7 +810,9 @@ def test_targets_without_a_shipped_draft_are_drafted_for_by_ngrams(ospec, capsys
     ("flags", "is_compared", "name"),
     [
         ({}, False, "longer:ngram,shipped"),
-        ({"num_speculative_tokens": 5}, False, "longer:ngram,shipped"),
+        ({"num_predicted_tokens": 5}, False, "longer:ngram,shipped"),
+        ({"num_speculative_tokens": 5}, False, "shipped"),
+        ({"num_speculative_tokens": 0}, False, "shipped"),
         ({"controller": "auto"}, False, "shipped"),
         ({"num_speculative_tokens": "auto"}, False, "shipped"),
         ({"tree": "static:2,1"}, False, "shipped"),

@@ -261,3 +261,19 @@ def test_a_prompt_is_run_over_alike_whatever_is_drafted_behind_it(target, name, 
 
     no_tree = dataclasses.replace(step, tree=TreeConfig(num_steps=0))
     assert traced(as_reader(shared), no_tree) == traced(own, step)
+
+
+def test_engines_of_other_trees_share_what_runs_over_prompts():
+    target = open_target()
+    config, _ = architecture("eagle3", target.config)
+
+    def opened(tree):
+        drafter = build_drafter("eagle3", config, tree, target.numerics)
+        step = StepConfig(target.config, target.numerics, tree, config.taps)
+        return Engine(step, target.params, drafter)
+
+    deep, wide = opened(TREES["chain"]), opened(TREES["dynamic"])
+    assert deep.compiled_prefill("greedy") is wide.compiled_prefill("greedy")
+    assert deep.compiled_prefill("greedy") is not wide.compiled_prefill("sampled")
+    steps = [engine.compiled(engine.action, "greedy") for engine in (deep, wide)]
+    assert steps[0] is not steps[1]

@@ -413,13 +413,19 @@ def test_a_loaded_draft_serves_two_sessions(target):
     np.testing.assert_array_equal(draft.draft.params["lm_head"]["kernel"], kept)
 
 
-def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, tmp_path):
-    straight = Session(target, loaded(target), learner=HEAD)
+@pytest.mark.parametrize("mix", ["", "longer"])
+def test_resumed_run_equals_an_uninterrupted_one_bitwise(target, tmp_path, mix):
+    def opened(draft):
+        suggestions = "suffix" if mix else ""
+        draft = dataclasses.replace(draft, mix=mix, suggestions=suggestions)
+        return Session(target, draft, learner=HEAD)
+
+    straight = opened(loaded(target))
     expected = answers(straight)
-    first = Session(target, loaded(target), learner=HEAD)
+    first = opened(loaded(target))
     head = answers(first, PROMPTS[:3])
     first.save(tmp_path)
-    second = Session(target, load_draft(tmp_path, target), learner=HEAD)
+    second = opened(load_draft(tmp_path, target))
     assert len(second.resume(tmp_path)) == 3
     assert head + answers(second, PROMPTS[3:]) == expected
     for a, b in zip(
